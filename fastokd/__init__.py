@@ -1,0 +1,1 @@
+"""fastokd: online knowledge distillation of a cohort of students as one fast program."""

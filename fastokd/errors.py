@@ -1,0 +1,22 @@
+"""What a user can get wrong, said in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message names the value, what was expected and what to do.
+
+    The command line prints the message alone and exits with code 2; every other exception is a bug
+    and keeps its traceback.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that no registry holds, with the nearest names offered."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}"
+    return UserError(f"unknown {kind} {name!r}: {hint}")

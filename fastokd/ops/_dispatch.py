@@ -1,0 +1,49 @@
+"""Which implementation of an op serves a call, and why the others don't."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from fastokd.errors import UserError
+
+IMPLS = ("torch", "cpp", "triton")
+
+
+def unavailable(impl: str, device: torch.device) -> str | None:
+    """Why ``impl`` can't run on ``device`` in this process, or None where it can."""
+    if impl == "torch":
+        return None
+    if impl == "cpp":
+        return "the C++ library is not built" if device.type == "cpu" else "it runs on the CPU only"
+    if device.type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it needs a GPU (the tensors are on {device.type}) or TRITON_INTERPRET=1"
+
+
+def choose(op: str, impl: str, device: torch.device, refusals: Mapping[str, str | None]) -> str:
+    """The implementation that serves this call.
+
+    ``refusals`` says for each fast implementation that the op has why it can't take these
+    arguments (None: it can). ``impl="auto"`` takes the fast one of the device, else ``torch``; a
+    name asks for that one, and raises with the reason where it can't be had.
+    """
+    if impl == "auto":
+        fast = "triton" if device.type == "cuda" else "cpp"
+        if fast in refusals and refusals[fast] is None and unavailable(fast, device) is None:
+            return fast
+        return "torch"
+    if impl not in IMPLS:
+        raise UserError(f"impl is {impl!r}: choose auto, {', '.join(IMPLS[:-1])} or {IMPLS[-1]}")
+    if impl == "torch":
+        return impl
+    reason = unavailable(impl, device)
+    if reason is None:
+        reason = refusals.get(impl, "the op has no such implementation")
+    if reason is not None:
+        raise UserError(f"{op} can't run as impl={impl!r}: {reason}; impl='auto' would run")
+    return impl

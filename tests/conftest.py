@@ -1,0 +1,62 @@
+"""What tests share: the goldens, and the rule that fills a network's state (goldens/README.md)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """The numeric arrays of one golden file as tensors."""
+    with np.load(GOLDENS / f"{name}.npz") as arrays:
+        return {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind in "fi"}
+
+
+def golden_names(name: str, array: str) -> list[str]:
+    """An array of strings of one golden file."""
+    with np.load(GOLDENS / f"{name}.npz") as arrays:
+        return [str(value) for value in arrays[array]]
+
+
+def fill_value(key: str, shape: torch.Size) -> Tensor:
+    """One entry by the rule: ``key`` is the published key, prefix included."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    r = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if key.endswith("running_var"):
+        return 1 + 0.1 * r.abs()
+    if key.endswith("running_mean"):
+        return 0.1 * r
+    if r.dim() >= 2:
+        return r * (2 / r[0].numel()) ** 0.5
+    return 1 + 0.1 * r if key.endswith("weight") else 0.1 * r
+
+
+def step_variant(key: str, value: Tensor) -> Tensor:
+    """The milder start of the step goldens; ``key`` is without the prefix."""
+    if value.dim() == 1 and key.endswith("weight"):
+        return value * 0.5
+    named = "classifier" in key or key.startswith("fc") or key.endswith("fc.weight")
+    return value * 0.3 if value.dim() == 2 and named else value
+
+
+@torch.no_grad()
+def fill(state: Mapping[str, Tensor], published: Mapping[str, str] | None = None) -> None:
+    """Fills a state dict in place; ``published`` maps its keys to the published ones."""
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked"):
+            value.zero_()
+        else:
+            value.copy_(fill_value(published[key] if published else key, value.shape))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
