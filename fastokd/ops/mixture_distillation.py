@@ -78,21 +78,23 @@ def mixture_distillation(
             can't serve the call.
     """
     _check(logits_SBC, labels_B, scores, extra_logits_EBC, temperature, mix, label_smoothing)
-    weights = [
+    ce_weight, kd_weight, mixture_ce_weight = (
         _weight(value, name, logits_SBC)
         for name, value in (
             ("ce_weight", ce_weight),
             ("kd_weight", kd_weight),
             ("mixture_ce_weight", mixture_ce_weight),
         )
-    ]
+    )
     choose("mixture_distillation", impl, logits_SBC.device, {})
     return _torch_impl(
         logits_SBC,
         labels_B,
         scores,
         extra_logits_EBC,
-        *weights,
+        ce_weight,
+        kd_weight,
+        mixture_ce_weight,
         temperature,
         mix,
         detach_targets,
