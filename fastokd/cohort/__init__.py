@@ -1,1 +1,6 @@
-"""cohort"""
+"""S students as one module, and the engines that run them."""
+
+from fastokd.cohort.cohort import ENGINES, Cohort
+from fastokd.cohort.output import CohortOutput, CohortShape
+
+__all__ = ["ENGINES", "Cohort", "CohortOutput", "CohortShape"]

@@ -1,1 +1,51 @@
-"""methods"""
+"""The methods by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastokd.cohort.output import CohortShape
+from fastokd.errors import UserError, unknown_name
+from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
+from fastokd.methods.baseline import Baseline, Independent
+from fastokd.methods.okddip import OKDDip
+
+_METHODS: dict[str, type[Method]] = {
+    "baseline": Baseline,
+    "ind": Independent,
+    "okddip": OKDDip,
+}
+
+
+def list_methods() -> list[str]:
+    """The names that recipes take."""
+    return sorted(_METHODS)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of one method; an unknown name raises and offers the nearest ones."""
+    if name not in _METHODS:
+        raise unknown_name("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def create_method(name: str, shape: CohortShape, **options: Any) -> Method:
+    """A method for a cohort of this shape; an option that it doesn't have is a `UserError`."""
+    build = method_class(name)
+    try:
+        return build(shape, **options)
+    except TypeError as error:
+        raise UserError(f"the method {name!r} can't take {options}: {error}") from error
+
+
+__all__ = [
+    "Method",
+    "MethodLoss",
+    "Needs",
+    "OptimGroup",
+    "Progress",
+    "create_method",
+    "list_methods",
+    "method_class",
+    "ramp_weight",
+]

@@ -1,0 +1,202 @@
+"""S students as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort.loop import run_loop
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.errors import UserError
+from fastokd.models import Student, StudentOutput, create_model, model_info
+from fastokd.ops.normalize import normalize
+
+ENGINES = ("loop",)
+
+
+class Cohort(nn.Module):
+    """Several students trained together; the last is the leader where the method has one.
+
+    In a *branch* cohort the students share every stage before ``Student.branch_from``: the trunk.
+    In a *network* cohort they share nothing but the images. State is kept per student whatever the
+    engine: ``trunk.<key>`` and ``students.<s>.<key>``, each key the student's own.
+
+    Args:
+        students: a model name and a count, ``("resnet32", 4)``, or a list of names (a mixed
+            cohort, network sharing only). The count is of every network, leader included.
+        num_classes: C, at least 2.
+        sharing: ``"branch"`` or ``"network"``.
+        engine: how the students run; ``"auto"`` chooses.
+        mean, std: of the images, for each channel, in units of [0, 1].
+        seed: initial weights are a function of it and the student's index alone.
+        teacher: a frozen classifier ``[B, 3, H, W] -> [B, C]``, run in eval mode without gradient
+            on the same images. It is no part of the cohort's state.
+        trunk_grad_scale: multiplies the gradient that the students send into the trunk.
+        model_options: handed to every student's constructor.
+
+    Raises:
+        UserError: no students, an unknown model, a mixed branch cohort, an unknown engine.
+    """
+
+    scale_C: Tensor
+    shift_C: Tensor
+
+    def __init__(
+        self,
+        students: tuple[str, int] | Sequence[str],
+        num_classes: int,
+        *,
+        sharing: str = "branch",
+        engine: str = "auto",
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+        seed: int = 0,
+        teacher: nn.Module | None = None,
+        trunk_grad_scale: float = 1.0,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_names = _names(students)
+        if sharing not in ("branch", "network"):
+            raise UserError(f"sharing is {sharing!r}: choose branch or network")
+        if sharing == "branch" and len(set(self.model_names)) > 1:
+            raise UserError(
+                f"a branch cohort shares one trunk, but its students are {self.model_names}: "
+                "use one model, or sharing='network'"
+            )
+        if engine not in ("auto", *ENGINES):
+            raise UserError(f"engine is {engine!r}: choose auto or {' or '.join(ENGINES)}")
+        self.num_classes = num_classes
+        self.sharing = sharing
+        self.engine = "loop" if engine == "auto" else engine
+        self.trunk_grad_scale = trunk_grad_scale
+        self.model_options = dict(model_options or {})
+        self._teacher = None if teacher is None else [_frozen(teacher)]
+        scale_C = torch.tensor([255.0 * s for s in std])
+        shift_C = -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("scale_C", 1.0 / scale_C, persistent=False)
+        self.register_buffer("shift_C", shift_C, persistent=False)
+
+        built = [self._new_student(index, seed) for index in range(len(self.model_names))]
+        self.branch_from = built[0].branch_from if sharing == "branch" else 0
+        maps = {name: model_info(name, num_classes).maps for name in set(self.model_names)}
+        self._map_shapes = tuple(
+            tuple((c, h, w) for c, h, w in maps[name]) for name in self.model_names
+        )
+        self.trunk: Student | None = None
+        if sharing == "branch":
+            self.trunk = self._new_student(0, seed)
+            self.trunk.keep_stages(0, self.branch_from)
+            for student in built:
+                student.keep_stages(self.branch_from, None)
+        self.students = nn.ModuleList(built)
+
+    def _new_student(self, index: int, seed: int) -> Student:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + index)
+            return create_model(self.model_names[index], self.num_classes, **self.model_options)
+
+    @property
+    def shape(self) -> CohortShape:
+        """What a method is built from."""
+        # Stage k ends in map k - 1, and the trunk's last stage is branch_from - 1.
+        branch = self.sharing == "branch"
+        channels = self._map_shapes[0][self.branch_from - 2][0] if branch else None
+        return CohortShape(
+            len(self.students),
+            self.num_classes,
+            self.sharing,
+            tuple(student.feature_dim for student in self._members()),
+            channels,
+            self._map_shapes,
+        )
+
+    def _members(self) -> Iterator[Student]:
+        for student in self.students:
+            assert isinstance(student, Student)
+            yield student
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return None if self._teacher is None else self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cohort:
+        if self._teacher is not None:
+            self._teacher[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: Tensor) -> CohortOutput:
+        """Runs every student on one batch.
+
+        ``images``: uint8 ``[B, H, W, 3]``, normalised and cast here in one pass; or floating point
+        ``[B, 3, H, W]``, taken as normalised already.
+        """
+        x_BCHW = normalize(images, self.scale_C, self.shift_C, _compute_dtype(self.scale_C))
+        trunk_BCHW, trunk_maps = None, ()
+        shared_BCHW = x_BCHW
+        if self.trunk is not None:
+            trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
+            shared_BCHW = _ScaleGradient.apply(trunk_BCHW, self.trunk_grad_scale)
+        outputs: list[StudentOutput] = run_loop(self._members(), shared_BCHW, self.branch_from)
+        extra_logits_EBC = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                extra_logits_EBC = self._teacher[0](x_BCHW)[None]
+        return CohortOutput(
+            torch.stack([output.logits_BC for output in outputs]),
+            tuple(output.features_BD for output in outputs),
+            tuple(trunk_maps + output.maps for output in outputs),
+            trunk_BCHW,
+            extra_logits_EBC,
+        )
+
+    def student_state(self, index: int) -> dict[str, Tensor]:
+        """Student ``index`` alone under its plain keys, the trunk's included."""
+        own = self.students[index].state_dict()
+        return {**(self.trunk.state_dict() if self.trunk is not None else {}), **own}
+
+    def student(self, index: int) -> Student:
+        """Student ``index`` as a whole model of its own, with copies of the weights."""
+        model = create_model(self.model_names[index], self.num_classes, **self.model_options)
+        model.load_state_dict(self.student_state(index))
+        return model.train(self.training)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by ``scale`` (CL-ILR at the split)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return (grad if ctx.scale == 1.0 else grad * ctx.scale), None
+
+
+def _names(students: tuple[str, int] | Sequence[str]) -> tuple[str, ...]:
+    """One model name for each student."""
+    if isinstance(students, str):
+        raise UserError(f"students is {students!r}: give a name and a count, ({students!r}, 4)")
+    members = list(students)
+    if len(members) == 2 and isinstance(members[0], str) and isinstance(members[1], int):
+        members = [members[0]] * members[1]
+    if not members:
+        raise UserError("a cohort of 0 students can't be trained: ask for at least 1")
+    if not all(isinstance(name, str) for name in members):
+        raise UserError(f"students is {students!r}: give a name and a count, or a list of names")
+    return tuple(str(name) for name in members)
+
+
+def _frozen(teacher: nn.Module) -> nn.Module:
+    return teacher.eval().requires_grad_(False)
+
+
+def _compute_dtype(like: Tensor) -> torch.dtype:
+    """The dtype that the first convolution wants: autocast's where it is on."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

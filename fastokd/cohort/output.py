@@ -1,0 +1,46 @@
+"""What a cohort gives to a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CohortShape:
+    """What a method may know of a cohort before it has run.
+
+    ``feature_dims``: the width of each student's pooled feature. ``trunk_channels``: channels of
+    the shared trunk's output, None for a network cohort. ``map_shapes``: (channels, height, width)
+    of the stage maps of each student at the published input size.
+    """
+
+    students: int
+    num_classes: int
+    sharing: str
+    feature_dims: tuple[int, ...]
+    trunk_channels: int | None
+    map_shapes: tuple[tuple[tuple[int, int, int], ...], ...]
+
+
+@dataclass
+class CohortOutput:
+    """One forward of a cohort.
+
+    ``features``: a ``[B, D_s]`` for each student. ``maps``: for each student its stage maps, the
+    trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only.
+    ``extra_logits_EBC``: a frozen teacher's logits, without gradient.
+    """
+
+    logits_SBC: Tensor
+    features: tuple[Tensor, ...]
+    maps: tuple[tuple[Tensor, ...], ...]
+    trunk_BCHW: Tensor | None
+    extra_logits_EBC: Tensor | None
+
+    @property
+    def features_SBD(self) -> Tensor:  # noqa: N802
+        """The features as one tensor; the widths must be equal."""
+        return torch.stack(self.features)

@@ -1,0 +1,137 @@
+"""What a method is: a module that writes scores, and says what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.cohort import Cohort
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of its cohort.
+
+    ``sharing``: the forms it has. ``leader``: the last student is kept and the others are its
+    peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
+    ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
+    """
+
+    sharing: tuple[str, ...] = ("branch", "network")
+    min_students: int = 2
+    leader: bool = False
+    trunk: bool = False
+    maps: bool = False
+    teacher: bool = False
+    divide_trunk_gradient: bool = False
+
+
+class MethodLoss(NamedTuple):
+    """``total`` is what is differentiated; ``parts`` are detached and stay on the device."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """What changes from step to step, as 0-d tensors on the device, filled before the step.
+
+    A Python number here would be frozen into a captured graph. ``epoch`` counts from 0; ``ramp``
+    is the recipe's weight of the distillation terms, in [0, 1]; ``draws`` is what
+    :meth:`Method.draw` gave for this step.
+    """
+
+    epoch: Tensor
+    ramp: Tensor
+    draws: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def start(device: torch.device | str = "cpu", ramp: float = 1.0) -> Progress:
+        """The first epoch."""
+        return Progress(torch.zeros((), device=device), torch.tensor(ramp, device=device))
+
+
+@dataclass(frozen=True)
+class OptimGroup:
+    """Parameters that share an optimizer's settings; None stands for the recipe's value."""
+
+    parameters: list[nn.Parameter]
+    optimizer: str = "sgd"
+    lr: float | None = None
+    weight_decay: float | None = None
+    scheduled: bool = True
+
+
+class Method(nn.Module):
+    """The base of every method.
+
+    A method is built from a :class:`CohortShape` and its own options; its parameters (projections,
+    gates, fusion) are its submodules. Only ``forward`` must be written.
+    """
+
+    needs = Needs()
+
+    def __init__(self, shape: CohortShape) -> None:
+        super().__init__()
+        self.shape = shape
+        name = type(self).__name__
+        if shape.sharing not in self.needs.sharing:
+            raise UserError(
+                f"{name} has no {shape.sharing} form: choose {' or '.join(self.needs.sharing)}"
+            )
+        if shape.students < self.needs.min_students:
+            what = "its leader included" if self.needs.leader else "who learn from each other"
+            raise UserError(
+                f"{name} was given {shape.students} student(s), but it needs at least "
+                f"{self.needs.min_students}, {what}"
+            )
+
+    @property
+    def peers(self) -> int:
+        """The students that aren't the leader."""
+        return self.shape.students - int(self.needs.leader)
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        """The loss of one batch."""
+        raise NotImplementedError
+
+    def optim_groups(self) -> Iterable[OptimGroup]:
+        """How the method's own parameters are optimised: by default as the students' are."""
+        parameters = list(self.parameters())
+        return [OptimGroup(parameters)] if parameters else []
+
+    def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
+        """The random tensors of one step, on the CPU; they come back as ``progress.draws``."""
+        del batch, generator
+        return {}
+
+    def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
+        """What a method renews between epochs; ``heldout`` are images and labels."""
+        del cohort, heldout
+
+    def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
+        """What is worth watching, averaged over the batch: ``attention`` is the mixing matrix."""
+        del out
+        return {}
+
+
+def ramp_weight(epoch: float, length: float) -> float:
+    """w(t) = exp(-5 (1 - min(t, R) / R)^2), and 1 where R is 0 (FIDELITY: OKDDip's ramp-up)."""
+    if length <= 0:
+        return 1.0
+    return math.exp(-5.0 * (1.0 - min(epoch, length) / length) ** 2)
+
+
+def no_one(students: int, sources: int | None = None) -> Tensor:
+    """``[S, N]`` scores in which nobody listens to anybody."""
+    return torch.full((students, sources or students), -math.inf)
