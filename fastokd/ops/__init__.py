@@ -1,5 +1,22 @@
 """The fused ops: one signature each, a readable reference, and the fast paths."""
 
+from fastokd.ops.attention import (
+    attention_diversity,
+    attention_map,
+    attention_transfer,
+    feature_transfer,
+    shifted_map,
+)
+from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
 
-__all__ = ["MixtureLoss", "mixture_distillation"]
+__all__ = [
+    "MixtureLoss",
+    "attention_diversity",
+    "attention_map",
+    "attention_transfer",
+    "feature_transfer",
+    "fusion_step",
+    "mixture_distillation",
+    "shifted_map",
+]
