@@ -1,7 +1,13 @@
 """The students: plain modules, and the registry that names them."""
 
-from fastokd.models import resnet  # noqa: F401  (registers its students)
-from fastokd.models.info import ModelInfo, model_info
+from fastokd.models import (  # noqa: F401  (each registers its students)
+    densenet,
+    googlenet,
+    resnet,
+    vgg,
+    wide_resnet,
+)
+from fastokd.models.info import ModelInfo, model_info, trunk_shape
 from fastokd.models.registry import (
     ModelSpec,
     create_model,
@@ -21,4 +27,5 @@ __all__ = [
     "model_info",
     "model_spec",
     "register_model",
+    "trunk_shape",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.models.registry import create_model, model_spec
+from fastokd.models.student import Student
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,35 @@ def count_macs(model: nn.Module, x_BCHW: Tensor) -> int:
     return total
 
 
-def model_info(name: str, num_classes: int) -> ModelInfo:
-    """Counts the student ``name`` on the meta device: no memory, no arithmetic."""
-    size = model_spec(name).input_size
-    with torch.device("meta"), torch.no_grad():
-        model = create_model(name, num_classes).eval()
-        x_BCHW = torch.empty(1, 3, size, size)
+def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
+    """Counts the student ``name`` on the meta device: no memory, no arithmetic.
+
+    ``options`` are the model's own, as :func:`create_model` takes them.
+    """
+    model, x_BCHW = _on_meta(name, num_classes, options)
+    with torch.no_grad():
         macs = count_macs(model, x_BCHW)
         maps = [list(map_BCHW.shape[1:]) for map_BCHW in model.outputs(x_BCHW).maps]
     params = sum(parameter.numel() for parameter in model.parameters())
     return ModelInfo(name, params, macs, model.feature_dim, maps)
+
+
+def trunk_shape(name: str, num_classes: int, **options: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of what a branch of ``name`` starts from.
+
+    Raises:
+        UserError: the model has no stated split.
+    """
+    model, x_BCHW = _on_meta(name, num_classes, options)
+    with torch.no_grad():
+        trunk_BCHW, _ = model.trunk(x_BCHW, model.branch_from)
+    _, channels, height, width = trunk_BCHW.shape
+    return channels, height, width
+
+
+def _on_meta(name: str, num_classes: int, options: dict[str, Any]) -> tuple[Student, Tensor]:
+    """The student without memory, in eval mode, and one image of its published size."""
+    size = model_spec(name).input_size
+    with torch.device("meta"):
+        model = create_model(name, num_classes, **options).eval()
+        return model, torch.empty(1, 3, size, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,3 +46,30 @@ class GlobalAveragePool(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW.mean((2, 3))
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size at stride 1."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+
+
+def numbered(layers: Mapping[int, nn.Module]) -> nn.Sequential:
+    """A sequential whose children carry the given numbers.
+
+    Published networks count their ReLUs as children; ours are inside :class:`NormAct`, so the
+    numbers have gaps.
+    """
+    return nn.Sequential(OrderedDict((str(place), layer) for place, layer in layers.items()))
+
+
+def init_kaiming_fan_out(model: nn.Module, *, zero_bias: bool = False) -> None:
+    """Convolutions Kaiming normal over their fan-out: normal(0, sqrt(2 / (k * k * outputs))).
+
+    Their biases stay as torch draws them, or are zeroed; norms and linear layers stay as torch
+    makes them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_bias and module.bias is not None:
+                nn.init.zeros_(module.bias)

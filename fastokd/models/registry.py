@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastokd.errors import UserError, unknown_name
@@ -16,24 +16,31 @@ class ModelSpec:
 
     ``build(num_classes, **options)`` makes it with its published initialisation, drawn from
     torch's global generator; ``input_size`` is the height and width that it was published for.
+    ``branch_options`` are the options that differ in the published branch form (VGG's dropout).
     """
 
     name: str
     build: Callable[..., Student]
     input_size: int
     about: str
+    branch_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SPECS: dict[str, ModelSpec] = {}
 
 
 def register_model(
-    name: str, build: Callable[..., Student], *, input_size: int, about: str
+    name: str,
+    build: Callable[..., Student],
+    *,
+    input_size: int,
+    about: str,
+    branch_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Adds a student under ``name``; a name can be given once."""
     if name in _SPECS:
         raise UserError(f"a model named {name!r} is registered already: choose another name")
-    _SPECS[name] = ModelSpec(name, build, input_size, about)
+    _SPECS[name] = ModelSpec(name, build, input_size, about, dict(branch_options or {}))
 
 
 def list_models() -> list[str]:

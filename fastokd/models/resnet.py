@@ -1,4 +1,4 @@
-"""Residual networks: He et al.'s basic-block form for CIFAR.
+"""Residual networks: He et al.'s basic blocks, OKDDip's bottleneck forms, torchvision's 18 and 34.
 
 Keys are torchvision's (``conv1``, ``bn1``, ``layerN.M.conv1``, ``downsample.0``, ``fc``).
 """
@@ -9,13 +9,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastokd.models.layers import NormAct
+from fastokd.models.layers import NormAct, conv3x3, init_kaiming_fan_out
 from fastokd.models.registry import register_model
 from fastokd.models.student import Student
-
-
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -29,54 +25,102 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the stride sits on the first."""
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = conv3x3(inputs, width, stride)
-        self.bn1 = NormAct(width)
-        self.conv2 = conv3x3(width, width)
-        self.bn2 = NormAct(width)
-        self.downsample = projection(inputs, width, stride)
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.bn1 = NormAct(outputs)
+        self.conv2 = conv3x3(outputs, outputs)
+        self.bn2 = NormAct(outputs)
+        self.downsample = projection(inputs, outputs, stride)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         shortcut_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
         return self.bn2(self.conv2(self.bn1(self.conv1(x_BCHW))), shortcut_BCHW)
 
 
-def init_kaiming_fan_out(model: nn.Module) -> None:
-    """Convolutions Kaiming normal over their fan-out, norms one and zero, linears as torch's."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+class Bottleneck(nn.Module):
+    """1x1 to ``inner`` channels, 3x3 (with the stride), 1x1 to ``outputs``, and a shortcut."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = NormAct(inner)
+        self.conv2 = conv3x3(inner, inner, stride)
+        self.bn2 = NormAct(inner)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.bn3 = NormAct(outputs)
+        self.downsample = projection(inputs, outputs, stride)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        shortcut_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        y_BCHW = self.bn2(self.conv2(self.bn1(self.conv1(x_BCHW))))
+        return self.bn3(self.conv3(y_BCHW), shortcut_BCHW)
 
 
-class CifarResNet(Student):
-    """Three stages of ``blocks`` basic blocks, 16, 32 and 64 wide, for 32x32 images.
+class ResNet(Student):
+    """A stem, a stage for each entry of ``blocks``, a linear classifier.
 
-    The depth is ``6 * blocks + 2``. Shortcuts that change shape are 1x1 convolutions.
+    Args:
+        num_classes: C.
+        blocks: the number of blocks of each stage.
+        base: width of the first stage; it doubles from stage to stage.
+        widen: None for basic blocks; else bottlenecks, whose inner width is ``widen`` times the
+            stage's and whose output is 4 times it (OKDDip's ResNet-110 and WRN-20-8).
+        imagenet: a 7x7 stem of stride 2 with pooling, and the last two stages to each branch;
+            else a 3x3 stem, and the last stage to each branch.
     """
 
-    def __init__(self, num_classes: int, blocks: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        blocks: tuple[int, ...],
+        base: int = 16,
+        widen: int | None = None,
+        imagenet: bool = False,
+    ) -> None:
         super().__init__()
-        self.conv1 = conv3x3(3, 16)
-        self.bn1 = NormAct(16)
-        width_in = 16
-        for index, width in enumerate((16, 32, 64), start=1):
-            layers = []
-            for block in range(blocks):
-                layers.append(BasicBlock(width_in, width, 2 if index > 1 and block == 0 else 1))
-                width_in = width
-            self.add_module(f"layer{index}", nn.Sequential(*layers))
-        self.fc = nn.Linear(64, num_classes)
+        stem: tuple[str, ...] = ("conv1", "bn1")
+        if imagenet:
+            self.conv1 = nn.Conv2d(3, base, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = conv3x3(3, base)
+        self.bn1 = NormAct(base)
+        if imagenet:
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            stem = (*stem, "maxpool")
+        channels = base
+        for index, count in enumerate(blocks):
+            width = base * 2**index
+            outputs = width if widen is None else 4 * width
+            layers = nn.Sequential()
+            for block in range(count):
+                stride = 2 if index and not block else 1
+                if widen is None:
+                    layers.append(BasicBlock(channels, outputs, stride))
+                else:
+                    layers.append(Bottleneck(channels, widen * width, outputs, stride))
+                channels = outputs
+            self.add_module(f"layer{index + 1}", layers)
+        self.fc = nn.Linear(channels, num_classes)
         self.chain(
-            ("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), head="fc", feature_dim=64
+            stem,
+            *((f"layer{index + 1}",) for index in range(len(blocks))),
+            head="fc",
+            feature_dim=channels,
+            branch_from=-2 if imagenet else -1,
         )
         init_kaiming_fan_out(self)
 
 
-for depth, blocks in ((8, 1), (20, 3), (32, 5), (56, 9)):
-    register_model(
-        f"resnet{depth}",
-        partial(CifarResNet, blocks=blocks),
-        input_size=32,
-        about=f"CIFAR ResNet-{depth}, basic blocks {blocks}-{blocks}-{blocks}",
-    )
+def _register(name: str, about: str, *blocks: int, size: int = 32, **form: int | bool) -> None:
+    register_model(name, partial(ResNet, blocks=blocks, **form), input_size=size, about=about)
+
+
+for _depth in (8, 14, 20, 32, 44, 56, 110):
+    _n = (_depth - 2) // 6
+    _name = "resnet110_basic" if _depth == 110 else f"resnet{_depth}"
+    _register(_name, f"CIFAR ResNet-{_depth}, basic blocks {_n}-{_n}-{_n}", _n, _n, _n)
+_register("resnet110", "OKDDip's ResNet-110: bottlenecks 12-12-12", 12, 12, 12, widen=1)
+_register("wrn_20_8", "OKDDip's WRN-20-8: bottlenecks 2-2-2, inner width 8 times", 2, 2, 2, widen=8)
+_register("resnet18", "torchvision's ResNet-18", 2, 2, 2, 2, size=224, base=64, imagenet=True)
+_register("resnet34", "torchvision's ResNet-34", 3, 4, 6, 3, size=224, base=64, imagenet=True)

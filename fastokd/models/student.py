@@ -21,25 +21,37 @@ class Student(nn.Module):
     """A classifier as a chain of stages (the stem first) and a head.
 
     A subclass creates its children under their published names, then calls :meth:`chain` with the
-    names of each stage's children in running order. Every stage but the stem ends in a *map*
-    (FFSD's stage maps). ``forward`` gives plain logits; :meth:`outputs` gives all that a cohort
-    reads.
+    names of each stage's children in running order (dotted where a child is nested). A stage that
+    is listed in ``map_stages`` ends in a *map* (FFSD's stage maps); the others are the stem, and
+    the pooling or transition between two maps. ``forward`` gives plain logits; :meth:`outputs`
+    gives all that a cohort reads.
 
     Attributes:
         feature_dim: width of the pooled feature that enters the classifier.
         stages: for each stage, the names of its children in running order.
+        map_stages: the stages that end in a map.
         branch_from: the first stage that is not shared in a *branch* cohort.
     """
 
     feature_dim: int
     stages: tuple[tuple[str, ...], ...]
+    map_stages: tuple[int, ...]
     branch_from: int
 
     def chain(
-        self, *stages: tuple[str, ...], head: str, feature_dim: int, branch_from: int = -1
+        self,
+        *stages: tuple[str, ...],
+        head: str,
+        feature_dim: int,
+        branch_from: int = -1,
+        map_stages: tuple[int, ...] | None = None,
     ) -> None:
-        """Declares the stages, the child that classifies, and where a branch begins."""
+        """Declares the stages, the child that classifies, and where a branch begins.
+
+        ``map_stages`` defaults to every stage but the stem.
+        """
         self.stages = stages
+        self.map_stages = tuple(range(1, len(stages))) if map_stages is None else map_stages
         self.head_name = head
         self.feature_dim = feature_dim
         self.branch_from = branch_from % len(stages)
@@ -48,27 +60,26 @@ class Student(nn.Module):
     def stage(self, index: int, x_BCHW: Tensor) -> Tensor:
         """Runs stage ``index`` (0 is the stem)."""
         for name in self.stages[index]:
-            x_BCHW = getattr(self, name)(x_BCHW)
+            x_BCHW = self.get_submodule(name)(x_BCHW)
         return x_BCHW
 
-    def trunk(self, x_BCHW: Tensor, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs the stages before ``stop``: their output and their maps."""
+    def _run(self, x_BCHW: Tensor, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         maps = []
-        for index in range(stop):
+        for index in range(start, stop):
             x_BCHW = self.stage(index, x_BCHW)
-            if index:
+            if index in self.map_stages:
                 maps.append(x_BCHW)
         return x_BCHW, tuple(maps)
 
+    def trunk(self, x_BCHW: Tensor, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs the stages before ``stop``: their output and their maps."""
+        return self._run(x_BCHW, 0, stop)
+
     def outputs(self, x_BCHW: Tensor, start: int = 0) -> StudentOutput:
         """Runs the stages from ``start`` on and the head."""
-        maps = []
-        for index in range(start, len(self.stages)):
-            x_BCHW = self.stage(index, x_BCHW)
-            if index:
-                maps.append(x_BCHW)
+        x_BCHW, maps = self._run(x_BCHW, start, len(self.stages))
         features_BD = self.pool(x_BCHW)
-        return StudentOutput(getattr(self, self.head_name)(features_BD), features_BD, tuple(maps))
+        return StudentOutput(getattr(self, self.head_name)(features_BD), features_BD, maps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised images to ``[B, C]`` logits."""
@@ -81,6 +92,15 @@ class Student(nn.Module):
         for index, names in enumerate(self.stages):
             if not start <= index < last:
                 for name in names:
-                    delattr(self, name)
+                    parent, _, child = name.rpartition(".")
+                    delattr(self.get_submodule(parent), child)
         if stop is not None:
             delattr(self, self.head_name)
+
+    def published_key(self, key: str) -> str:
+        """The key of one state entry in the checkpoints of whoever published the network.
+
+        Every student here carries its published keys, so this is the identity; a wrapped network
+        drops the wrapper's prefix.
+        """
+        return key
