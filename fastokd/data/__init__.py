@@ -1,1 +1,15 @@
-"""data"""
+"""Data sets in memory, and the batches that a run draws from them."""
+
+from fastokd.data.registry import list_datasets, load_dataset
+from fastokd.data.splits import DatasetSplits, Split
+from fastokd.data.stream import Augment, BatchStream, Draws
+
+__all__ = [
+    "Augment",
+    "BatchStream",
+    "DatasetSplits",
+    "Draws",
+    "Split",
+    "list_datasets",
+    "load_dataset",
+]

@@ -1,0 +1,98 @@
+"""Finding and reading the files of a data set; what is missing is said with where it was sought."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fastokd.errors import UserError
+
+MAX_MEMBER = 1 << 30
+MAX_ARCHIVE = 1 << 32
+
+
+class FileBytes(NamedTuple):
+    """A file's content, and what to call it in an error."""
+
+    where: str
+    data: bytes
+
+
+def need_root(name: str, root: Path | None) -> Path:
+    """``root``, which must be given and, to read from, be a folder."""
+    if root is None:
+        raise UserError(f"{name} needs to know where its files are: give --data-root DIR")
+    root = Path(root).expanduser()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"the data root {root} is a file: give the folder that holds {name}")
+    return root
+
+
+def read_file(path: Path) -> FileBytes:
+    """The whole of ``path``."""
+    try:
+        if path.stat().st_size > MAX_MEMBER:
+            raise UserError(f"{path} is larger than any file of the data set: fetch it again")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: fetch the data set again (--download)") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    if not data:
+        raise UserError(f"{path} is empty: fetch it again (--download)")
+    return FileBytes(str(path), data)
+
+
+def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
+    """The regular files called ``names`` in a tar archive, read in memory: nothing is unpacked.
+
+    Raises:
+        UserError: the archive is damaged, unreasonably large, lacks one of the names, or holds a
+            member that would land outside the folder it is unpacked in.
+    """
+    found: dict[str, FileBytes] = {}
+    total = 0
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if (
+                    path.is_absolute()
+                    or ".." in path.parts
+                    or not (member.isreg() or member.isdir())
+                ):
+                    raise UserError(
+                        f"{archive} holds {member.name!r}, which a data set's archive never does: "
+                        "remove it and fetch it again (--download)"
+                    )
+                total += member.size
+                if member.size > MAX_MEMBER or total > MAX_ARCHIVE:
+                    raise UserError(f"{archive} unpacks to more than a data set has: remove it")
+                if str(path) in names and member.isreg():
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[str(path)] = FileBytes(f"{archive}:{path}", file.read())
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(
+            f"{archive} is damaged ({error}): remove it and fetch it again (--download)"
+        ) from error
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{archive} has no {missing[0]}: remove it and fetch it again (--download)")
+    return found
+
+
+def download(name: str, url: str, folder: Path, md5: str) -> None:
+    """Fetches one file into ``folder`` with torchvision's downloader, unless it is there whole."""
+    from torchvision.datasets.utils import download_url
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        download_url(url, str(folder), md5=md5)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"can't download {name} from {url} to {folder} ({error}): "
+            "fetch it by hand and give --data-root"
+        ) from error

@@ -1,0 +1,127 @@
+"""A data set in memory: its splits, and how a validation split is held out of train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastokd.data.stream import Augment, BatchStream, keyed_generator
+from fastokd.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels of one split, on one device.
+
+    Attributes:
+        images_NHWC: uint8, three channels.
+        labels_N: int64 class ids.
+    """
+
+    images_NHWC: Tensor
+    labels_N: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.images_NHWC.dtype == torch.uint8
+        assert self.images_NHWC.dim() == 4
+        assert self.images_NHWC.shape[3] == 3
+        assert self.labels_N.dtype == torch.int64
+        assert self.labels_N.shape == self.images_NHWC.shape[:1]
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.images_NHWC.shape[1], self.images_NHWC.shape[2]
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on ``device``."""
+        return Split(self.images_NHWC.to(device), self.labels_N.to(device))
+
+    def select(self, indices_M: Tensor) -> Split:
+        """The samples at ``indices_M``, in that order."""
+        return Split(self.images_NHWC[indices_M], self.labels_N[indices_M])
+
+    def stream(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: Augment | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> BatchStream:
+        """Batches of this split; a split that isn't in memory offers the same method."""
+        return BatchStream(
+            self,
+            batch_size,
+            seed=seed,
+            augment=augment,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSplits:
+    """A data set, ready to stream.
+
+    Attributes:
+        name: as in :func:`fastokd.data.list_datasets`.
+        class_names: the name of each class id.
+        mean, std: of the channels, for images in [0, 1].
+        train, val, test: ``val`` is None where nothing is held out.
+        note: what a reader of the results should know about the splits, or "".
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    val: Split | None
+    test: Split
+    note: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> DatasetSplits:
+        """The same splits on ``device``."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            val=None if self.val is None else self.val.to(device),
+            test=self.test.to(device),
+        )
+
+
+def stratified_split(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices ``(kept, held)`` with ``count`` samples held out, each class by its share.
+
+    Shares are rounded by largest remainder, so that every class is within one sample of its exact
+    share. Both are in ascending order. Depends on the labels, ``count`` and ``seed`` alone.
+    """
+    N = len(labels_N)
+    if not 0 < count < N:
+        raise UserError(f"val is {count}: it must be between 1 and {N - 1}, train having {N}")
+    generator = keyed_generator(seed, "hold out")
+    sizes_C = torch.bincount(labels_N)
+    exact_C = sizes_C.double() * count / N
+    quota_C = exact_C.floor().long()
+    short = count - int(quota_C.sum())
+    quota_C[(exact_C - quota_C).argsort(descending=True, stable=True)[:short]] += 1
+    held = torch.zeros(N, dtype=torch.bool)
+    for label, quota in enumerate(quota_C.tolist()):
+        members = (labels_N == label).nonzero()[:, 0]
+        held[members[torch.randperm(len(members), generator=generator)[:quota]]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

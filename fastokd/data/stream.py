@@ -1,0 +1,223 @@
+"""Batches of an in-memory split: shuffled, cropped and flipped by batched tensor operations.
+
+Every draw comes from a generator on the CPU that is keyed on (seed, epoch) for the order and on
+(seed, epoch, batch) for crops and flips. So any batch can be made again, alone, on any device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.data.splits import Split
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop of the padded image, then a horizontal flip with probability 1/2.
+
+    Attributes:
+        crop_padding: pixels added on every side before the crop to the original size.
+        padding_mode: ``"zeros"`` (black) or ``"reflect"`` (the border pixel isn't repeated).
+        flip: False where a mirrored image is another thing (digits).
+    """
+
+    crop_padding: int = 4
+    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise UserError(f"crop_padding is {self.crop_padding}: it must be 0 or more")
+        if self.padding_mode not in ("zeros", "reflect"):
+            raise UserError(f"padding_mode is {self.padding_mode!r}: choose zeros or reflect")
+
+
+class Draws(NamedTuple):
+    """What makes one batch, on the CPU: samples, the crop's corner in the padded image, flips."""
+
+    index_B: Tensor
+    top_B: Tensor
+    left_B: Tensor
+    flip_B: Tensor
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator that is a function of ``key`` alone, the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class BatchStream:
+    """The batches of one split, epoch after epoch.
+
+    Args:
+        split: where the batches come from; they come out on its device.
+        batch_size: images of one step over all ranks. Rank r of W takes the r-th of W nearly equal
+            slices of every batch, so that a run sees the same batches, crops and flips on any
+            number of ranks.
+        seed: of every draw.
+        augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+        shuffle: a new order for each epoch, else the split's own.
+        drop_last: leaves out the last batch where it isn't full.
+        rank, world_size: this process and how many there are.
+
+    Raises:
+        UserError: an empty split; a batch below 1, or, shuffled or with ``drop_last``, larger than
+            the split; a shuffled batch that ``world_size`` doesn't divide; a reflected padding as
+            large as the image.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: Augment | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size
+        N = len(split)
+        if N == 0:
+            raise UserError("the split is empty: give it at least one image")
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}: it must be at least 1")
+        if batch_size > N and (shuffle or drop_last):
+            raise UserError(
+                f"batch size is {batch_size}, but there are {N} images: choose at most {N}"
+            )
+        if shuffle and batch_size % world_size:
+            raise UserError(
+                f"batch size is {batch_size}, which {world_size} ranks can't share evenly: "
+                f"choose a multiple of {world_size}"
+            )
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+        self._order: tuple[int, Tensor] | None = None
+        if augment is not None:
+            self._prepare(augment)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        N = len(self.split)
+        return N // self.batch_size if self.drop_last else -(-N // self.batch_size)
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on."""
+        for index in range(start_batch, len(self)):
+            yield self.batch(epoch, index)
+
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Batch ``index`` of ``epoch``: uint8 images and int64 labels, on the split's device.
+
+        Without shuffling and augmentation they are views of the split.
+        """
+        images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
+        if not self.shuffle and self.augment is None:
+            start, stop = self._range(index)
+            return images_NHWC[start:stop], labels_N[start:stop]
+        draws = self.draws(epoch, index)
+        if self.augment is None:
+            index_B = self._move(draws.index_B)
+            return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
+        padded_H, padded_W = self._padded_size
+        first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
+        # One small copy to the device a batch, whatever the draws.
+        index_B, first_B, flip_B = self._move(torch.stack((draws.index_B, first_B, draws.flip_B)))
+        pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
+        images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
+        return (
+            images_BHWC.view(-1, *images_NHWC.shape[1:]),
+            labels_N.index_select(0, index_B),
+        )
+
+    def draws(self, epoch: int, index: int) -> Draws:
+        """What makes batch ``index`` of ``epoch`` on this rank."""
+        start, stop = self._range(index)
+        index_B = (
+            self._epoch_order(epoch)[start:stop] if self.shuffle else torch.arange(start, stop)
+        )
+        augment = self.augment or Augment(crop_padding=0, flip=False)
+        # Drawn for the whole batch and then sliced, so that ranks agree with one process.
+        first = index * self.batch_size
+        B = min(self.batch_size, len(self.split) - first)
+        mine = slice(start - first, stop - first)
+        generator = keyed_generator(self.seed, epoch, index)
+        corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
+        flip_B = torch.randint(2, (B,), generator=generator)
+        if not augment.flip:
+            flip_B = torch.zeros_like(flip_B)
+        return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """Where batch ``index`` of this rank begins and ends in the epoch's order."""
+        assert 0 <= index < len(self)
+        first = index * self.batch_size
+        B = min(self.batch_size, len(self.split) - first)
+        return (
+            first + self.rank * B // self.world_size,
+            first + (self.rank + 1) * B // self.world_size,
+        )
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            generator = keyed_generator(self.seed, epoch, "order")
+            self._order = (epoch, torch.randperm(len(self.split), generator=generator))
+        return self._order[1]
+
+    def _move(self, small: Tensor) -> Tensor:
+        device = self.split.labels_N.device
+        if device.type == "cuda":
+            return small.pin_memory().to(device, non_blocking=True)
+        return small.to(device)
+
+    def _prepare(self, augment: Augment) -> None:
+        """Pads the set once, and lays out where a crop's pixels lie from its first one."""
+        padded_NHWC = pad(self.split.images_NHWC, augment)
+        H, W = self.split.image_size
+        device = padded_NHWC.device
+        self._padded_size = padded_NHWC.shape[1], padded_NHWC.shape[2]
+        self._pixels_M3 = padded_NHWC.reshape(-1, 3)
+        row_H1 = torch.arange(H, device=device)[:, None] * self._padded_size[1]
+        column_W = torch.arange(W, device=device)
+        straight_P, mirrored_P = (row_H1 + column_W).view(-1), (row_H1 + column_W.flip(0)).view(-1)
+        self._offsets_2P = torch.stack((straight_P, mirrored_P))
+
+
+def pad(images_NHWC: Tensor, augment: Augment) -> Tensor:
+    """``images_NHWC`` with ``crop_padding`` pixels more on every side."""
+    p = augment.crop_padding
+    if p == 0:
+        return images_NHWC
+    N, H, W, _ = images_NHWC.shape
+    if augment.padding_mode == "zeros":
+        padded_NHWC = images_NHWC.new_zeros(N, H + 2 * p, W + 2 * p, 3)
+        padded_NHWC[:, p : p + H, p : p + W] = images_NHWC
+        return padded_NHWC
+    if p >= min(H, W):
+        raise UserError(
+            f"crop_padding is {p}, but images of {H}x{W} reflect at most {min(H, W) - 1} pixels"
+        )
+    rows, columns = (
+        size - 1 - (torch.arange(-p, size + p, device=images_NHWC.device).abs() - size + 1).abs()
+        for size in (H, W)
+    )
+    return images_NHWC.index_select(1, rows).index_select(2, columns)
