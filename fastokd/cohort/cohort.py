@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastokd.cohort.loop import run_loop
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.models import Student, StudentOutput, create_model, model_info
+from fastokd.models import Student, StudentOutput, create_model, model_info, trunk_shape
 from fastokd.ops.normalize import normalize
 
 ENGINES = ("loop",)
@@ -82,7 +82,8 @@ class Cohort(nn.Module):
 
         built = [self._new_student(index, seed) for index in range(len(self.model_names))]
         self.branch_from = built[0].branch_from if sharing == "branch" else 0
-        maps = {name: model_info(name, num_classes).maps for name in set(self.model_names)}
+        options = self.model_options
+        maps = {n: model_info(n, num_classes, **options).maps for n in set(self.model_names)}
         self._map_shapes = tuple(
             tuple((c, h, w) for c, h, w in maps[name]) for name in self.model_names
         )
@@ -102,9 +103,10 @@ class Cohort(nn.Module):
     @property
     def shape(self) -> CohortShape:
         """What a method is built from."""
-        # Stage k ends in map k - 1, and the trunk's last stage is branch_from - 1.
-        branch = self.sharing == "branch"
-        channels = self._map_shapes[0][self.branch_from - 2][0] if branch else None
+        channels = None
+        if self.sharing == "branch":
+            name = self.model_names[0]
+            channels = trunk_shape(name, self.num_classes, **self.model_options)[0]
         return CohortShape(
             len(self.students),
             self.num_classes,
@@ -135,7 +137,8 @@ class Cohort(nn.Module):
         ``[B, 3, H, W]``, taken as normalised already.
         """
         x_BCHW = normalize(images, self.scale_C, self.shift_C, _compute_dtype(self.scale_C))
-        trunk_BCHW, trunk_maps = None, ()
+        trunk_BCHW: Tensor | None = None
+        trunk_maps: tuple[Tensor, ...] = ()
         shared_BCHW = x_BCHW
         if self.trunk is not None:
             trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
@@ -174,7 +177,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad if ctx.scale == 1.0 else grad * ctx.scale), None
 
 

@@ -6,6 +6,7 @@ Keys are torchvision's (``conv1``, ``bn1``, ``layerN.M.conv1``, ``downsample.0``
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ class ResNet(Student):
         init_kaiming_fan_out(self)
 
 
-def _register(name: str, about: str, *blocks: int, size: int = 32, **form: int | bool) -> None:
+def _register(name: str, about: str, *blocks: int, size: int = 32, **form: Any) -> None:
     register_model(name, partial(ResNet, blocks=blocks, **form), input_size=size, about=about)
 
 

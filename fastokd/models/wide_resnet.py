@@ -6,6 +6,7 @@ Keys are FFSD's (``conv1``, ``layerN.M.bn1``, ``shortcut.0``, ``bn1``, ``linear`
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class WideResNet(Student):
         init_kaiming_fan_out(self)
 
 
-def _register(name: str, about: str, **form: int | bool) -> None:
+def _register(name: str, about: str, **form: Any) -> None:
     register_model(name, partial(WideResNet, **form), input_size=32, about=about)
 
 
