@@ -1,0 +1,244 @@
+"""Builds the C++ of ``csrc/`` once a machine, and loads it.
+
+``csrc/X.cpp`` holds the dispatcher's side of op X and includes ATen; ``csrc/X_kernel.cpp`` holds its
+loops, is compiled once for each instruction set in ``CAPABILITIES`` and includes neither ATen nor
+the C++ library: an inline function shared with another unit could otherwise bring AVX-512 code to a
+machine without it. Which of them runs is chosen by cpuid, or by ``FASTOKD_CPU_CAPABILITY``.
+
+Nothing is ever built inside a training step: an op loads what is in the cache or says why not.
+``python -m fastokd.ops`` builds, and so does ``fastokd.train`` before its first step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import fastokd.csrc
+
+COMMAND = "python -m fastokd.ops"
+
+# No -march=native (a library shared by unlike nodes) and no -ffast-math (loading it would turn
+# denormals off for the whole process, and it breaks isinf).
+COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+GLUE = ("-O2", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
+KERNEL = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+)
+X86 = {
+    "default": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
+}
+CAPABILITIES = X86 if platform.machine() in ("x86_64", "AMD64") else {"default": ()}
+
+_library: ctypes.CDLL | None = None
+_reason: str | None = None
+
+
+class BuildError(RuntimeError):
+    """Why the C++ ops can't be built here, in one sentence."""
+
+
+def load() -> str | None:
+    """Loads the cached library; None, or why there is none. Builds nothing; asks the disk once."""
+    global _reason
+    if _library is None and _reason is None:
+        try:
+            path = _cached()
+            if path is None:
+                _reason = f"the C++ ops are not built: run `{COMMAND}`"
+            else:
+                _open(path)
+        except (BuildError, OSError) as error:
+            _reason = str(error)
+    return _reason
+
+
+def ensure_built() -> str | None:
+    """Builds where the cache has no library, then loads; None, or why that failed."""
+    global _reason
+    if _library is None:
+        try:
+            _open(build())
+            _reason = None
+        except (BuildError, OSError) as error:
+            _reason = str(error)
+    return _reason
+
+
+def build() -> Path:
+    """The library's path, compiled if the cache has none. One builder a node, the others wait.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+        OSError: the cache directory can't be written.
+    """
+    if sys.platform != "linux":
+        raise BuildError(f"the C++ ops are for Linux, not {sys.platform}")
+    compiler = find_compiler()
+    if compiler is None:
+        path = _cached()
+        if path is None:
+            raise BuildError("there is no C++ compiler: none of $CXX, c++, g++, clang++ was found")
+        return path
+    folder = _folder()
+    path = folder / _file_name(compiler)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it if this process dies
+        if path.exists():
+            return path
+        for leftover in folder.glob("build-*"):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+            built = _compile(compiler, Path(work))
+            os.replace(built, path)
+    return path
+
+
+def find_compiler() -> str | None:
+    """``$CXX``, else the first usual name on the PATH."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def capability() -> str:
+    """The instruction set whose kernels run in this process (the library must be loaded)."""
+    assert _library is not None
+    name: bytes = _library.fastokd_capability()
+    return name.decode()
+
+
+def set_capability(name: str) -> bool:
+    """Switches to other kernels, for the tests; False where this CPU can't run them."""
+    assert _library is not None
+    return bool(_library.fastokd_set_capability(name.encode()))
+
+
+def cache_root() -> Path:
+    """``$FASTOKD_CACHE``, else ``fastokd`` in the user's cache directory."""
+    if os.environ.get("FASTOKD_CACHE"):
+        return Path(os.environ["FASTOKD_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
+
+
+def sources() -> list[Path]:
+    """Every C++ file of the package, headers included."""
+    folder = Path(fastokd.csrc.__path__[0])
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _folder() -> Path:
+    """Where libraries of this torch, these flags and these sources lie."""
+    digest = hashlib.sha256()
+    abi = torch.compiled_with_cxx11_abi()
+    digest.update(repr((torch.__version__, abi, COMMON, GLUE, KERNEL, CAPABILITIES)).encode())
+    for path in sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return cache_root() / f"cpp-{digest.hexdigest()[:20]}"
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    run = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise BuildError(f"the C++ compiler {compiler} doesn't answer --version: {_tail(run)}")
+    return run.stdout
+
+
+def _file_name(compiler: str) -> str:
+    return f"ops-{hashlib.sha256(_version(compiler).encode()).hexdigest()[:12]}.so"
+
+
+def _cached() -> Path | None:
+    """The library of this compiler; any compiler's where the machine has none (built at install)."""
+    folder, compiler = _folder(), find_compiler()
+    if compiler is None:
+        return max(folder.glob("ops-*.so"), default=None)
+    path = folder / _file_name(compiler)
+    return path if path.exists() else None
+
+
+def _open(path: Path) -> None:
+    global _library
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(str(path))
+    library.fastokd_capability.restype = ctypes.c_char_p
+    library.fastokd_set_capability.argtypes = [ctypes.c_char_p]
+    wanted = os.environ.get("FASTOKD_CPU_CAPABILITY")
+    if wanted and not library.fastokd_set_capability(wanted.encode()):
+        raise BuildError(
+            f"FASTOKD_CPU_CAPABILITY is {wanted!r}: this CPU runs "
+            f"{', '.join(name for name in CAPABILITIES if library.fastokd_set_capability(name.encode()))}"
+        )
+    _library = library
+
+
+def _compile(compiler: str, work: Path) -> Path:
+    """Compiles every unit in ``work``, as many at once as there are cores, and links them."""
+    root = Path(torch.__path__[0])
+    include = [f"-isystem{root / 'include'}", f"-isystem{root}/include/torch/csrc/api/include"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    commands: list[list[str]] = []
+    objects: list[str] = []
+    for source in sources():
+        if source.suffix == ".h":
+            continue
+        units: list[tuple[str, list[str]]]
+        if source.stem.endswith("_kernel"):
+            units = [
+                (f"{source.stem}.{name}.o", [*KERNEL, *flags, f"-DFASTOKD_CAPABILITY={name}"])
+                for name, flags in CAPABILITIES.items()
+            ]
+        else:
+            x86 = [f"-DFASTOKD_X86={int(CAPABILITIES is X86)}"]
+            units = [(f"{source.stem}.o", [*GLUE, *x86, abi, *include])]
+        for name, flags in units:
+            objects.append(str(work / name))
+            commands.append([compiler, *COMMON, *flags, "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_run, commands))
+    library = work / "ops.so"
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-fopenmp"]
+    _run([compiler, "-shared", *objects, *libraries, "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise BuildError(f"the C++ compiler failed ({' '.join(command[-4:])}): {_tail(run)}")
+
+
+def _tail(run: subprocess.CompletedProcess[str]) -> str:
+    errors = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
+    return errors[0][:500] or f"exit status {run.returncode}"

@@ -1,0 +1,167 @@
+"""The operators under the two fused losses: their schemas, and how autograd takes their gradients.
+
+An operator returns the loss and, beside it, the gradients that were asked for, for an incoming
+gradient of 1; the backward only multiplies them. Conventions that every implementation keeps:
+
+- A weight is ``number * tensor``, the tensor None, 0-d or ``[S]``: a plain number costs no launch,
+  and what changes from step to step stays on the device. So is the temperature.
+- ``total`` is 0-d, ``ce_S`` and ``kd_S`` are batch means; all fp32. Sums over the batch are taken in
+  an order that doesn't depend on the number of threads.
+- Gradients of logits are in their input's dtype, but fp32 for an fp16 input: under a GradScaler
+  most would round to 0 before the incoming 65,536 has scaled them. Gradients of scores, queries and
+  keys are fp32, contiguous, in the input's shape: those of unbatched scores are already summed over
+  the batch. ``[0]`` where not asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastokd.ops._library import LIBRARY, define
+
+_WEIGHTS = "Tensor? ce_weight_S, Tensor? kd_weight_S, "
+_OPTIONS = "str mix, bool detach_targets, float label_smoothing, "
+_LOSSES = "Tensor total, Tensor ce_S, Tensor kd_S, "
+
+
+def _losses(logits_SBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    S = logits_SBC.shape[0]
+    new = logits_SBC.new_empty
+    return (
+        new((), dtype=torch.float32),
+        new(S, dtype=torch.float32),
+        new(S, dtype=torch.float32),
+    )
+
+
+def empty_gradient(x: Tensor | None, asked: bool) -> Tensor:
+    """Where an operator writes the gradient of the logits or extras ``x``."""
+    if x is None or not asked:
+        return torch.empty(0, device=None if x is None else x.device)
+    if x.device.type == "cuda":
+        from fastokd.kernels._layout import empty_gradient
+
+        return empty_gradient(x)
+    return torch.empty(
+        x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device
+    )
+
+
+def _fp32(x: Tensor, asked: bool) -> Tensor:
+    return torch.empty(x.shape if asked else 0, dtype=torch.float32, device=x.device)
+
+
+def _mixture_fake(*args: Any) -> tuple[Tensor, ...]:
+    logits_SBC, extra_EBC, _, scores = args[:4]
+    grad_logits, grad_extra, grad_scores = args[-3:]
+    return (
+        *_losses(logits_SBC),
+        empty_gradient(logits_SBC, grad_logits),
+        logits_SBC.new_empty(0, dtype=torch.float32)
+        if extra_EBC is None
+        else empty_gradient(extra_EBC, grad_extra),
+        _fp32(scores, grad_scores),
+    )
+
+
+def _peer_fake(*args: Any) -> tuple[Tensor, ...]:
+    logits_SBC, _, query_BPd, key_BPd = args[:4]
+    grad_logits, grad_query, grad_key = args[-3:]
+    return (
+        *_losses(logits_SBC),
+        empty_gradient(logits_SBC, grad_logits),
+        _fp32(query_BPd, grad_query),
+        _fp32(key_BPd, grad_key),
+    )
+
+
+define(
+    "mixture_distillation(Tensor logits_SBC, Tensor? extra_EBC, Tensor labels, Tensor scores, "
+    f"{_WEIGHTS} Tensor? mixture_ce_weight_S, Tensor? temperature_0d, "
+    f"float ce_weight, float kd_weight, float mixture_ce_weight, float temperature, {_OPTIONS}"
+    f"bool grad_logits, bool grad_extra, bool grad_scores) -> ({_LOSSES}"
+    "Tensor grad_logits_SBC, Tensor grad_extra_EBC, Tensor grad_scores)",
+    _mixture_fake,
+)
+define(
+    "peer_attention_distillation(Tensor logits_SBC, Tensor labels, Tensor query_BPd, "
+    f"Tensor key_BPd, {_WEIGHTS} Tensor? temperature_0d, "
+    f"float ce_weight, float kd_weight, float temperature, {_OPTIONS}"
+    f"bool grad_logits, bool grad_query, bool grad_key) -> ({_LOSSES}"
+    "Tensor grad_logits_SBC, Tensor grad_query_BPd, Tensor grad_key_BPd)",
+    _peer_fake,
+)
+
+
+def _launcher(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The Triton launcher of ``op``; importing it imports triton, so only when it is called."""
+
+    def launch(*args: Any) -> tuple[Tensor, ...]:
+        module = importlib.import_module(f"fastokd.kernels.{op}")
+        result: tuple[Tensor, ...] = module.launch(*args)
+        return result
+
+    return launch
+
+
+for _name in ("mixture_distillation", "peer_attention_distillation"):
+    LIBRARY.impl(_name, _launcher(_name), "CUDA")
+
+
+def operator(op: str, impl: str, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """What computes ``op``: the dispatcher's operator, or Triton's interpreter on the CPU."""
+    if impl == "triton" and device.type != "cuda":
+        return _launcher(op)
+    found: Callable[..., tuple[Tensor, ...]] = getattr(torch.ops.fastokd, op).default
+    return found
+
+
+class FusedLoss(torch.autograd.Function):
+    """``total, ce_S, kd_S`` of an operator whose gradients come with it.
+
+    ``args`` are the operator's arguments, the three flags that ask for gradients last; ``leaves``
+    says which arguments they are about, in the order in which their gradients are returned.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., tuple[Tensor, ...]],
+        leaves: tuple[int, int, int],
+        *args: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total, ce_S, kd_S, *gradients = call(*args)
+        ctx.save_for_backward(*gradients)
+        ctx.places = [
+            (leaf, args[leaf].dtype) if asked else None
+            for leaf, asked in zip(leaves, args[-3:], strict=True)
+        ]
+        ctx.count = len(args)
+        ctx.mark_non_differentiable(ce_S, kd_S)
+        ctx.set_materialize_grads(False)
+        return total, ce_S, kd_S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        gradients: list[Tensor | None] = [None] * ctx.count
+        if grad_total is not None:
+            for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+                if place is not None:
+                    gradients[place[0]] = scaled(saved, grad_total, place[1])
+        return (None, None, *gradients)
+
+
+def scaled(saved: Tensor, grad_total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``saved * grad_total`` in ``dtype``, multiplied in fp32 on the device, in one pass."""
+    if torch.compiler.is_compiling():
+        return (saved.float() * grad_total).to(dtype)
+    result = torch.empty_like(saved, dtype=dtype)
+    # One-dimensional, so that it takes part in type promotion: the product is rounded once.
+    return torch.mul(saved, grad_total.reshape(1), out=result)
