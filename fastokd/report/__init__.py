@@ -1,1 +1,1 @@
-"""report"""
+"""Plots and tables of runs."""

@@ -1,0 +1,133 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder: ``state.safetensors`` (every tensor), ``state.json`` (everything else)
+and ``manifest.json`` (SHA-256 of both). It is written beside its place, flushed, and renamed into
+it, so that a reader sees all of it or nothing. Loading runs no code: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fastokd.errors import UserError
+
+TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by ``data``, or leaves it as it was."""
+    beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes the folder ``path``; one of that name is replaced.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written; ``path`` is as it was.
+    """
+    payload = {
+        TENSORS: save_tensors(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        ),
+        FACTS: json.dumps(facts, indent=1).encode(),
+    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in payload.items()}
+    payload[MANIFEST] = json.dumps(digests, indent=1).encode()
+    beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        for name, data in payload.items():
+            write_durably(beside / name, data)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint and checks it against its manifest.
+
+    Raises:
+        UserError: it is missing, incomplete or altered; the message names the file.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        payload = {name: (path / name).read_bytes() for name in (TENSORS, FACTS)}
+    except FileNotFoundError as error:
+        name = Path(str(error.filename)).name
+        raise UserError(f"the checkpoint {path} is incomplete: {name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+    for name, data in payload.items():
+        known = manifest.get(name) if isinstance(manifest, dict) else None
+        if hashlib.sha256(data).hexdigest() != known:
+            raise UserError(
+                f"the checkpoint {path} is damaged: {name} isn't what was written; use an older one"
+            )
+    try:
+        return load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+
+
+def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:
+    """The checkpoints ``kind-STEP`` of a run's ``checkpoints/``, the newest first."""
+    return sorted(folder.glob(f"{kind}-[0-9]*"), key=lambda path: path.name, reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones.
+
+    Raises:
+        UserError: none can be read; the message says why for the newest.
+    """
+    faults: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            tensors, facts = load_checkpoint(path)
+        except UserError as error:  # noqa: PERF203
+            faults.append(str(error))
+        else:
+            return path, tensors, facts, faults
+    if faults:
+        raise UserError(f"no checkpoint of {folder} can be used: {faults[0]}")
+    raise UserError(f"there is no checkpoint in {folder}: the run never finished an epoch")
+
+
+def prune_checkpoints(folder: Path, kind: str, keep: int) -> None:
+    """Deletes all but the ``keep`` newest checkpoints of one kind."""
+    for path in list_checkpoints(folder, kind)[keep:]:
+        shutil.rmtree(path)

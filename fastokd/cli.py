@@ -1,0 +1,222 @@
+"""The commands: nothing but parsing and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastokd.errors import UserError, unknown_name
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train a cohort of students that teach each other, and keep the leader.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Where the data sets lie.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+    del debug  # read by main(), which sees errors after the commands are gone
+
+
+@app.command(epilog="Example: fastokd train okddip-branch/resnet32/cifar100 --data-root data")
+def train(
+    recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/RECIPE-seedN.")] = None,
+    data_root: DataRoot = None,
+    download: Annotated[bool, typer.Option(help="Fetch the data set where it is missing.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Weights, order and augmentation.")] = None,
+    students: Annotated[int | None, typer.Option(help="Networks, leader included.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the first epoch.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="T of the distillation.")] = None,
+    val: Annotated[int | None, typer.Option(help="Images held out of train.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    engine: Annotated[str, typer.Option(help="How the students run: auto or loop.")] = "auto",
+    impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
+    eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    overfit_batch: Annotated[bool, typer.Option(help="Train on one batch only.")] = False,
+    print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
+) -> None:
+    """Train a cohort by a recipe and leave a run folder."""
+    from fastokd.recipes import recipe as resolve
+    from fastokd.session import RunOptions
+    from fastokd.train import train as run
+
+    changes: dict[str, Any] = {
+        "epochs": epochs,
+        "seed": seed,
+        "students": students,
+        "batch_size": batch_size,
+        "lr": lr,
+        "val": val,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if temperature is not None:
+        changes["method_options"] = {"temperature": temperature}
+    resolved = resolve(recipe, **changes)
+    if print_recipe:
+        print(json.dumps(resolved.to_json(), indent=1))
+        return
+    if epochs is not None and not quiet:
+        print(
+            f"schedule for {epochs} epochs: rate / {1 / resolved.lr_decay:g} before epochs "
+            f"{list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
+        )
+    done = run(
+        resolved,
+        RunOptions(
+            out=out,
+            data_root=data_root,
+            download=download,
+            device=device,
+            precision=precision,
+            engine=engine,
+            impl=impl,
+            resume=resume,
+            max_steps=max_steps,
+            overfit_batch=overfit_batch,
+            optimizer=optimizer,
+            eval_every=eval_every,
+            quiet=quiet,
+        ),
+    )
+    if not quiet:
+        print(f"the run is in {done.folder}")
+
+
+@app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints.")],
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json_: Json = False,
+) -> None:
+    """Score the students, the leader and the ensemble of a run."""
+    from fastokd.evaluate import evaluate as score
+    from fastokd.session import RunOptions
+
+    options = RunOptions(data_root=data_root, device=device, precision=precision)
+    results = score(run, options=options)
+    if json_:
+        print(json.dumps(results))
+        return
+    for split, metrics in results.items():
+        for name, value in metrics.items():
+            print(f"{split} {name}: {_rounded(value)}")
+
+
+@app.command(name="list", epilog="Example: fastokd list recipes --json")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, methods, datasets or recipes.")],
+    json_: Json = False,
+) -> None:
+    """List what there is."""
+    import fastokd
+
+    lists = {
+        "models": fastokd.list_models,
+        "methods": fastokd.list_methods,
+        "datasets": fastokd.list_datasets,
+        "recipes": fastokd.list_recipes,
+    }
+    if what not in lists:
+        raise unknown_name("list", what, lists)
+    names = lists[what]()
+    print(json.dumps(names) if json_ else "\n".join(names))
+
+
+@app.command(epilog="Example: fastokd model-info resnet32 --num-classes 100")
+def model_info(
+    name: Annotated[str, typer.Argument(help="A model; `fastokd list models`.")],
+    num_classes: Annotated[int, typer.Option(help="C.")] = 100,
+    json_: Json = False,
+) -> None:
+    """Count a student: parameters, multiply-accumulates, feature width, maps."""
+    import dataclasses
+
+    from fastokd.models import model_info as count
+
+    info = dataclasses.asdict(count(name, num_classes))
+    _print_facts(info, json_)
+
+
+@app.command(epilog="Example: fastokd doctor --json")
+def doctor(json_: Json = False) -> None:
+    """Say which implementations, devices and optional packages work here, and why not."""
+    from fastokd.doctor import diagnose
+
+    _print_facts(diagnose(), json_)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, inner in value.items():
+                print(f"  {key}: {inner}")
+        else:
+            print(f"{name}: {value}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(list(arguments), prog_name="fastokd", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fastokd: {error}", file=sys.stderr)
+        return 2
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        # typer carries its own copy of click, whose usage errors have no public name.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        print(f"fastokd: {error.format_message()}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""``make demo``: OKDDip against a lone student and nearest neighbours, on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastokd.data import DatasetSplits, load_dataset
+from fastokd.recipes import recipe
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions
+from fastokd.train import train
+
+
+def main() -> None:
+    """Trains the recipe and the same student alone for each seed; prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m fastokd.demo", description=main.__doc__)
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--epochs", type=int, default=None)
+    arguments = parser.parse_args()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    out = _unused(arguments.out)
+
+    started = time.perf_counter()
+    runs: dict[str, list[Run]] = {"okddip": [], "alone": []}
+    for seed in seeds:
+        for kind, name in (
+            ("okddip", "okddip-branch/resnet8/digits"),
+            ("alone", "baseline/resnet8/digits"),
+        ):
+            resolved = recipe(name, seed=seed, epochs=arguments.epochs or recipe(name).epochs)
+            print(f"{name}, seed {seed}")
+            options = RunOptions(out=out / f"{kind}-seed{seed}", eval_every=5, engine="loop")
+            runs[kind].append(train(resolved, options))
+
+    neighbours = nearest_neighbours(load_dataset("digits", None))
+    Console().print(_table(runs, neighbours))
+    print(f"{time.perf_counter() - started:.0f} s in all; the runs, with curves.png, are in {out}")
+
+
+def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
+    """Test accuracy of k-nearest-neighbours on raw pixels."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def pixels(split: Any) -> Any:
+        return split.images_NHWC[..., 0].flatten(1).numpy()
+
+    fitted = KNeighborsClassifier(k).fit(pixels(data.train), data.train.labels_N.numpy())
+    return float(fitted.score(pixels(data.test), data.test.labels_N.numpy()))
+
+
+def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
+    count = len(runs["okddip"])
+    table = Table(title=f"digits: 500 to train, last epoch, 1,000 test images, {count} seed(s)")
+    table.add_column("")
+    table.add_column("test top-1 (%)", justify="right")
+    tests = [run.last["test"] for run in runs["okddip"]]
+    table.add_row("leader", _spread([100 * test["leader_top1"] for test in tests]))
+    for peer in range(len(tests[0]["student_top1"]) - 1):
+        table.add_row(f"peer {peer}", _spread([100 * test["student_top1"][peer] for test in tests]))
+    table.add_row("mean of all four", _spread([100 * test["mean_top1"] for test in tests]))
+    table.add_row("ensemble of the peers", _spread([100 * test["ensemble_top1"] for test in tests]))
+    alone = [100 * run.last["test"]["mean_top1"] for run in runs["alone"]]
+    table.add_row("the same student alone", _spread(alone))
+    table.add_row("3 nearest neighbours, raw pixels", f"{100 * neighbours:.2f}")
+    table.add_section()
+    table.add_row("diversity of the peers", _spread([test["diversity"] for test in tests], 4))
+    return table
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _unused(out: Path) -> Path:
+    """``out``, or ``out-2``, ``out-3``: a demo is never in the way of the next."""
+    candidate, number = out, 1
+    while candidate.exists():
+        number += 1
+        candidate = out.with_name(f"{out.name}-{number}")
+    return candidate
+
+
+if __name__ == "__main__":
+    main()

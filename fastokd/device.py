@@ -1,0 +1,98 @@
+"""Which device, which precision, and what this machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastokd.errors import UserError
+
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"`` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}: choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r}, but this machine has no GPU: use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """``"auto"`` is bf16 where the device has instructions for it, else fp32."""
+    if name not in PRECISIONS:
+        raise UserError(f"precision is {name!r}: choose {', '.join(PRECISIONS)}")
+    if name == "tf32" and device.type != "cuda":
+        raise UserError("precision is 'tf32', which only GPUs have: choose bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu.get_capabilities()
+    return "bf16" if fast.get("avx512_bf16") or fast.get("amx_bf16") else "fp32"
+
+
+def set_matmul_precision(precision: str) -> None:
+    """TF32 only where it was asked for: an fp32 run is fp32 in every convolution."""
+    allowed = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context in which the cohort and the method run."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=True)
+    return nullcontext()
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a run's numbers depend on beside its recipe."""
+    import torchvision
+
+    from fastokd import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "fastokd": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": gpu,
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of a source checkout; None for an installed package or without git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", os.fspath(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,81 @@
+"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from fastokd.session import Session
+
+
+class Display:
+    """Shows epoch, images/s and time left; one line an epoch with what was measured."""
+
+    def __init__(self, session: Session, quiet: bool) -> None:
+        self.epochs = session.recipe.epochs
+        self.first_epoch = session.epoch
+        self.quiet = quiet
+        self.console = Console()
+        self.images = 0
+        self.started = time.perf_counter()
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]:,.0f} images/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+            refresh_per_second=4,
+        )
+        left = (session.recipe.epochs - session.epoch) * len(session.stream)
+        if session.options.max_steps is not None:
+            left = min(left, session.options.max_steps - session.step)
+        self.task = self.bar.add_task(
+            "train", total=max(left, 1), epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
+        )
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def step(self, images: int) -> None:
+        """One step was queued; nothing is read from the device."""
+        self.images += images
+        rate = self.images / (time.perf_counter() - self.started)
+        self.bar.update(self.task, advance=1, rate=rate)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """One epoch was measured."""
+        epoch = row["epoch"] + 1
+        self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
+        if self.quiet:
+            return
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / (epoch - self.first_epoch) * (self.epochs - epoch)
+        self.console.print(f"{epoch_line(row, self.epochs)}  left {left:.0f} s", highlight=False)
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch in one line: rate, loss, and the held-out accuracies."""
+    parts = [
+        f"epoch {row['epoch'] + 1}/{epochs}",
+        f"{row['images_per_second']:,.0f} images/s",
+        f"lr {row['lr']:g}",
+        f"loss {row['train']['loss']:.3f}",
+    ]
+    for split in ("val", "test"):
+        if split in row:
+            scores = row[split]
+            if scores["leader_top1"] is not None:
+                parts.append(f"{split} leader {scores['leader_top1']:.4f}")
+            parts.append(f"{split} mean {scores['mean_top1']:.4f}")
+            if scores["diversity"] is not None:
+                parts.append(f"ensemble {scores['ensemble_top1']:.4f}")
+    return "  ".join(parts)

@@ -1,0 +1,87 @@
+"""Exact counts over batches, kept on the device and read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def label_rank(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+    """How many classes come before the label, ``[S, B]``; equal ones by their index, NaN first."""
+    S, B, C = logits_SBC.shape
+    picked_SB1 = logits_SBC.gather(2, labels_B.expand(S, B)[..., None])
+    # "Not at most" rather than "above": a NaN must never count as right.
+    before_SBC = ~(logits_SBC <= picked_SB1)
+    earlier_BC = torch.arange(C, device=labels_B.device) < labels_B[:, None]
+    ties_SBC = (logits_SBC == picked_SB1) & earlier_BC
+    return (before_SBC | ties_SBC).sum(2)
+
+
+def peer_diversity(probs_PBC: Tensor) -> Tensor:
+    """Sum over samples of the mean Euclidean distance between pairs of peers (Figure 2)."""
+    P = probs_PBC.shape[0]
+    first, second = torch.triu_indices(P, P, 1, device=probs_PBC.device)
+    distances_QB = torch.linalg.vector_norm(probs_PBC[first] - probs_PBC[second], dim=2)
+    return distances_QB.mean(0).sum()
+
+
+class Meter:
+    """Accumulates the metrics of DESIGN's ``metrics.jsonl`` over batches of any size.
+
+    ``has_leader``: the last student is the leader; ensemble and diversity count its peers alone.
+    All state is in ``totals``, tensors on the device, so that a run can be interrupted and resumed
+    between two batches.
+    """
+
+    def __init__(self, students: int, has_leader: bool) -> None:
+        self.students = students
+        self.has_leader = has_leader
+        self.peers = students - 1 if has_leader else students
+        self.totals: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.totals[name] = self.totals[name] + value if name in self.totals else value
+
+    @torch.no_grad()
+    def update(
+        self, logits_SBC: Tensor, labels_B: Tensor, averages: dict[str, Tensor] | None = None
+    ) -> None:
+        """Counts one batch; ``averages`` are batch means (a loss, an attention matrix)."""
+        logits_SBC = logits_SBC.detach().float()
+        peers_PBC = logits_SBC[: self.peers]
+        probs_PBC = F.softmax(peers_PBC, dim=2)
+        ensembles_2BC = torch.stack([probs_PBC.mean(0), peers_PBC.mean(0)])
+        rank_SB = label_rank(torch.cat([logits_SBC, ensembles_2BC]), labels_B)
+        self._add("top1", (rank_SB < 1).sum(1))
+        self._add("top5", (rank_SB < 5).sum(1))
+        self._add("count", torch.full((), labels_B.shape[0], device=labels_B.device))
+        if self.peers > 1:
+            self._add("diversity", peer_diversity(probs_PBC))
+        for name, value in (averages or {}).items():
+            self._add(f"mean.{name}", value * labels_B.shape[0])
+
+    def result(self) -> dict[str, Any]:
+        """Reads the totals: fractions from 0 to 1, plain numbers and lists."""
+        totals = {name: value.cpu() for name, value in self.totals.items()}
+        if "count" not in totals:
+            return {}
+        count = totals["count"]
+        result: dict[str, Any] = {}
+        for top in ("top1", "top5"):
+            values = (totals[top] / count).tolist()
+            students, (by_probs, by_logits) = values[: self.students], values[self.students :]
+            result[f"leader_{top}"] = students[-1] if self.has_leader else None
+            result[f"mean_{top}"] = sum(students) / len(students)
+            result[f"student_{top}"] = students
+            result[f"ensemble_{top}"] = by_probs
+            result[f"ensemble_logits_{top}"] = by_logits
+        diversity = totals.get("diversity")
+        result["diversity"] = None if diversity is None else (diversity / count).item()
+        for name, value in totals.items():
+            if name.startswith("mean."):
+                result[name.removeprefix("mean.")] = (value / count).tolist()
+        return result

@@ -1,0 +1,58 @@
+"""The optimizers by name, torch's own wherever it has one."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.recipes import Recipe
+
+
+def create_optimizer(
+    kind: str, groups: list[dict[str, Any]], recipe: Recipe
+) -> torch.optim.Optimizer:
+    """``"sgd"`` (fused), ``"adam"`` at its defaults, or ``"apex-sgd"``.
+
+    Raises:
+        UserError: an unknown kind, or apex asked for where NVIDIA's isn't installed.
+    """
+    if kind == "sgd":
+        return torch.optim.SGD(
+            groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
+        )
+    if kind == "adam":
+        return torch.optim.Adam(groups, fused=True)
+    if kind == "apex-sgd":
+        reason = apex_missing()
+        if reason is not None:
+            raise UserError(f"optimizer is 'apex-sgd', but {reason}; --optimizer sgd is as fast")
+        from apex.optimizers import FusedSGD
+
+        for group in groups:
+            # Apex takes numbers, and reads them anew each step.
+            group["lr"] = float(group["lr"])
+        return FusedSGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    raise UserError(f"optimizer is {kind!r}: choose sgd or apex-sgd")
+
+
+def apex_missing() -> str | None:
+    """Why NVIDIA apex can't serve, or None. PyPI's ``apex`` is another program altogether."""
+    try:
+        installed = metadata.version("apex")
+    except metadata.PackageNotFoundError:
+        return "NVIDIA apex isn't installed (it is built from its repository, not from PyPI)"
+    try:
+        from apex.optimizers import FusedSGD  # noqa: F401
+    except ImportError:
+        return (
+            f"the installed apex {installed} isn't NVIDIA's: PyPI's package of that name is "
+            "another program"
+        )
+    if not torch.cuda.is_available():
+        return "apex's FusedSGD needs a GPU"
+    return None

@@ -1,0 +1,165 @@
+"""A run's folder: recipe, environment, metrics, checkpoints, the student, the curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from fastokd.checkpoint import (
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    write_durably,
+)
+from fastokd.device import environment
+from fastokd.errors import UserError
+from fastokd.recipes import Recipe
+from fastokd.session import RunOptions, Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished (or interrupted) run: where it lies and what it measured."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The metrics of the last epoch."""
+        return self.metrics[-1]
+
+    @staticmethod
+    def load(folder: Path) -> Run:
+        """Reads a run folder back."""
+        where = RunFolder(folder)
+        return Run(folder, where.recipe(), where.metrics())
+
+
+class RunFolder:
+    """Reads and writes one run folder (DESIGN's layout)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @staticmethod
+    def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
+        """The folder of a run that is about to start; nothing is written yet.
+
+        Raises:
+            UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
+                can't be written.
+        """
+        default = Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
+        path = options.out or default
+        folder = RunFolder(path)
+        if options.resume:
+            if not folder.checkpoints.is_dir():
+                raise UserError(f"there is no run to resume in {path}: leave --resume out")
+            return folder
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{path} exists already and is never overwritten: add --resume to continue it, "
+                "or choose another --out"
+            )
+        parent = path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"the run folder {path} can't be made: {parent} can't be written")
+        return folder
+
+    def open(self, session: Session) -> None:
+        """Starts the folder, or brings the session to where the folder's run stopped."""
+        if session.options.resume:
+            _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
+            for fault in faults:
+                print(f"warning: {fault}")
+            session.load_state(tensors, facts)
+            rows = [row for row in self.metrics() if row["step"] <= session.step]
+            write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} can't be made: {error.strerror}"
+            ) from error
+        self._write_json("recipe.json", session.recipe.to_json())
+        self._write_json("environment.json", environment(session.device, session.precision))
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe."""
+        path = self.path / "recipe.json"
+        if not path.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no recipe.json")
+        try:
+            return Recipe.from_json(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise UserError(f"{path} can't be read: {error}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far; a last line that was cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def record(self, session: Session, row: dict[str, Any]) -> None:
+        """One epoch: its line, its checkpoint, and the best one's where it is that.
+
+        The best is chosen on held-out images where the recipe has some, else on the test set.
+        """
+        score = _score(row, session.recipe)
+        better = score is not None and (session.best is None or score > session.best)
+        if better:
+            session.best = score
+        with open(self.path / "metrics.jsonl", "ab") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        tensors, facts = session.state()
+        for kind, keep in (("last", 2), ("best", 1)):
+            if kind == "last" or better:
+                save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
+                prune_checkpoints(self.checkpoints, kind, keep)
+
+    def finish(self, session: Session) -> Run:
+        """The student with its plain keys, and the curves."""
+        from fastokd.report.plots import plot_curves
+
+        state = session.cohort.student_state(session.kept_student)
+        facts = {
+            "model": session.recipe.model,
+            "class_names": json.dumps(list(session.data.class_names)),
+            "mean": json.dumps(list(session.data.mean)),
+            "std": json.dumps(list(session.data.std)),
+            "student": str(session.kept_student),
+        }
+        plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(plain, self.path / "student.safetensors", metadata=facts)
+        run = Run(self.path, session.recipe, self.metrics())
+        plot_curves(run.metrics, session.recipe, self.path)
+        return run
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
+    held_out = row.get("val") or row.get("test")
+    if held_out is None:
+        return None
+    return held_out["leader_top1"] if recipe.has_leader else held_out["mean_top1"]

@@ -1,0 +1,102 @@
+"""The loop. What is trained is the recipe's business, how it is run the session's."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastokd.display import Display
+from fastokd.errors import UserError
+from fastokd.evaluate import evaluate_session
+from fastokd.methods import MethodLoss
+from fastokd.metrics import Meter
+from fastokd.recipes import Recipe
+from fastokd.run_folder import Run, RunFolder
+from fastokd.session import RunOptions, Session
+
+
+def training_step(
+    session: Session, images_BHWC: Tensor, labels_B: Tensor
+) -> tuple[Tensor, MethodLoss]:
+    """One step: one forward, one loss, one backward, one update. Nothing is read back."""
+    with session.autocast():
+        out = session.cohort(images_BHWC)
+        loss = session.method(out, labels_B, session.progress)
+    loss.total.backward()
+    for optimizer in session.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return out.logits_SBC, loss
+
+
+def train_epoch(session: Session, display: Display) -> dict[str, Any]:
+    """The rest of one epoch; its training metrics."""
+    meter = Meter(session.recipe.students, session.recipe.has_leader)
+    session.cohort.train()
+    session.method.train()
+    session.begin_epoch()
+    for images_BHWC, labels_B in session.stream.batches(session.epoch, session.batch):
+        session.begin_step(labels_B.shape[0])
+        logits_SBC, loss = training_step(session, images_BHWC, labels_B)
+        meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
+        session.batch += 1
+        session.step += 1
+        display.step(labels_B.shape[0])
+        if session.step == session.options.max_steps:
+            break
+    return meter.result()
+
+
+def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
+    """Trains a recipe and leaves a run folder.
+
+    Args:
+        recipe: what to train (:func:`fastokd.recipe` makes one by name).
+        options: where and how; single fields may be given as keywords (``out=``, ``data_root=``).
+
+    Raises:
+        UserError: data that can't be found, a folder that exists already or can't be written, a
+            checkpoint of another recipe, a loss that is no longer finite.
+    """
+    options = replace(options or RunOptions(), **changes)
+    folder = RunFolder.claim(recipe, options)
+    session = Session(recipe, options)
+    folder.open(session)
+
+    with Display(session, options.quiet) as display:
+        while session.epoch < recipe.epochs and session.step != options.max_steps:
+            started = time.perf_counter()
+            first_step = session.step
+            row: dict[str, Any] = {"train": train_epoch(session, display)}
+            trained = time.perf_counter() - started
+            images = (session.step - first_step) * recipe.batch_size
+            row |= {
+                "epoch": session.epoch,
+                "step": session.step,
+                "seconds": trained,
+                "images_per_second": images / trained,
+                "lr": recipe.learning_rate(session.epoch),
+                "kd_weight": session.progress.ramp.item(),
+            }
+            session.epoch += 1
+            session.batch = 0
+            last = session.epoch == recipe.epochs or session.step == options.max_steps
+            if last or session.epoch % options.eval_every == 0:
+                row |= evaluate_session(session)
+            session.method.end_epoch(session.cohort, None)
+            folder.record(session, row)
+            display.epoch(row)
+            if row["train"]["loss"] != row["train"]["loss"]:
+                raise UserError(
+                    f"the loss is nan in epoch {row['epoch']}: lower --lr (it is {recipe.lr})"
+                )
+    return folder.finish(session)
+
+
+def resume(folder: Path, **changes: Any) -> Run:
+    """Continues the run in ``folder`` under its own recipe."""
+    return train(RunFolder(folder).recipe(), out=folder, resume=True, **changes)
