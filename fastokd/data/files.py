@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -46,35 +48,28 @@ def read_file(path: Path) -> FileBytes:
 
 
 def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
-    """The regular files called ``names`` in a tar archive, read in memory: nothing is unpacked.
+    """The regular files called ``names`` in a ``.tar.gz``, read in memory: nothing is unpacked.
 
     Raises:
         UserError: the archive is damaged, unreasonably large, lacks one of the names, or holds a
             member that would land outside the folder it is unpacked in.
     """
     found: dict[str, FileBytes] = {}
-    total = 0
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if (
-                    path.is_absolute()
-                    or ".." in path.parts
-                    or not (member.isreg() or member.isdir())
-                ):
-                    raise UserError(
-                        f"{archive} holds {member.name!r}, which a data set's archive never does: "
-                        "remove it and fetch it again (--download)"
-                    )
-                total += member.size
-                if member.size > MAX_MEMBER or total > MAX_ARCHIVE:
-                    raise UserError(f"{archive} unpacks to more than a data set has: remove it")
-                if str(path) in names and member.isreg():
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    found[str(path)] = FileBytes(f"{archive}:{path}", file.read())
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        with gzip.open(archive) as stream:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in _checked(tar, archive):
+                    path = str(PurePosixPath(member.name))
+                    if path in names and member.isreg():
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        found[path] = FileBytes(f"{archive}:{path}", file.read())
+            # gzip's checksum comes last, and tar needn't have read so far.
+            while stream.tell() < MAX_ARCHIVE and stream.read(1 << 20):
+                pass
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, MemoryError) as error:
         raise UserError(
             f"{archive} is damaged ({error}): remove it and fetch it again (--download)"
         ) from error
@@ -82,6 +77,25 @@ def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
     if missing:
         raise UserError(f"{archive} has no {missing[0]}: remove it and fetch it again (--download)")
     return found
+
+
+def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The members, each only once it is known to be a plain file or folder of a sane size."""
+    total = 0
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
+            raise UserError(
+                f"{archive} holds {member.name!r}, which a data set's archive never does: "
+                "remove it and fetch it again (--download)"
+            )
+        total += member.size
+        if member.size > MAX_MEMBER or total > MAX_ARCHIVE:
+            raise UserError(
+                f"{archive} unpacks to more than a data set has: remove it and fetch it again "
+                "(--download)"
+            )
+        yield member
 
 
 def download(name: str, url: str, folder: Path, md5: str) -> None:

@@ -30,6 +30,7 @@ class _Global(Enum):
     FROM_BUFFER = "an array from its bytes"
     SCALAR = "a number with its dtype"
     ENCODE = "bytes spelled as text"
+    BYTES = "no bytes"
 
 
 # Python 2 and 3, numpy 1 and 2, protocols 2 to 5 spell arrays and bytes in these ways.
@@ -40,6 +41,7 @@ _GLOBALS = {
     ("numpy", "ndarray"): _Global.NDARRAY,
     ("numpy", "dtype"): _Global.DTYPE,
     ("_codecs", "encode"): _Global.ENCODE,
+    ("__builtin__", "bytes"): _Global.BYTES,
 }
 
 
@@ -229,6 +231,8 @@ class _Reader:
                 self.push(_Array(_array(raw, dtype, shape, fortran=order == "F")))
             case _Global.SCALAR, (_Dtype() as dtype, bytes() as raw):
                 self.push(_array(raw, dtype, (), fortran=False).item())
+            case _Global.BYTES, ():
+                self.push(b"")
             case _Global.ENCODE, (str() as text, "latin1"):
                 self.push(self.encode(text))
             case _:

@@ -19,14 +19,15 @@ class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
 
     dispatch = pickle._Pickler.dispatch.copy()  # type: ignore[attr-defined]
 
-    def save_string(self, value: bytes) -> None:
+    def save_string(self, text: bytes | str) -> None:
+        value = text.encode() if isinstance(text, str) else text
         if len(value) < 256:
             self.write(b"U" + bytes([len(value)]) + value)
         else:
             self.write(b"T" + struct.pack("<i", len(value)) + value)
-        self.memoize(value)
+        self.memoize(text)
 
-    dispatch[bytes] = save_string
+    dispatch[bytes] = dispatch[str] = save_string
 
 
 def python2_pickle(value: Any) -> bytes:
