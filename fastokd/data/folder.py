@@ -132,10 +132,10 @@ def decode_image(path: Path, size: int) -> np.ndarray:
                 raise UserError(f"{path} has more than 8 bits a channel: convert it to 8")
             rgb = image.convert("RGB")
             side = min(rgb.size)
-            left, top = ((length - side) / 2 for length in rgb.size)
-            # The centre square alone is resized, whatever the image's proportions.
-            square = (left, top, left + side, top + side)
-            return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box=square))
+            left, top = ((length - side) // 2 for length in rgb.size)
+            # Cropped first, so that the size of what is resized has nothing to do with proportions.
+            square = rgb.crop((left, top, left + side, top + side))
+            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
     except UserError:
         raise
     except Exception as error:
