@@ -4,9 +4,9 @@ from fastokd.ops.attention import (
     attention_diversity,
     attention_map,
     attention_transfer,
-    feature_transfer,
     shifted_map,
 )
+from fastokd.ops.feature_transfer import feature_transfer
 from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
 

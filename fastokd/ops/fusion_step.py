@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
+from fastokd.ops._map_ops import FusionStep
+from fastokd.ops._maps import even_pixels
 
 
 def fusion_step(
@@ -42,7 +44,23 @@ def fusion_step(
             mode, an ``impl`` that can't serve the call.
     """
     _check(maps_BCHW, weight_K133, bn)
-    choose("fusion_step", impl, maps_BCHW[0].device, {})
+    device = maps_BCHW[0].device
+    refusals = {} if impl == "torch" else _refusals(maps_BCHW, bn)
+    chosen = choose("fusion_step", impl, device, refusals)
+    if chosen != "torch":
+        y_BKHW: Tensor = FusionStep.apply(
+            chosen == "triton" and device.type != "cuda",
+            bn.momentum,
+            bn.eps,
+            weight_K133.contiguous(),
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            bn.num_batches_tracked,
+            *maps_BCHW,
+        )
+        return y_BKHW
     return _torch_impl(maps_BCHW, weight_K133, bn)
 
 
@@ -77,6 +95,24 @@ def _check(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d)
             f"the maps hold {B * H * W} values a channel: BatchNorm needs at least 2 in training "
             "mode; use a larger batch"
         )
+
+
+def _refusals(maps_BCHW: Sequence[Tensor], bn: nn.BatchNorm2d) -> dict[str, str | None]:
+    """Why the fast forms can't take these arguments."""
+    first = maps_BCHW[0]
+    C = first.shape[1]
+    reason = None
+    if not bn.training:
+        reason = "it is for training, and the norm is in eval mode"
+    elif bn.momentum is None or bn.running_mean is None or bn.weight is None:
+        reason = "it needs a norm with weights, running statistics and a momentum"
+    elif first.dtype == torch.float64:
+        reason = "float64 is for impl='torch'"
+    elif any(x.stride() != first.stride() or x.shape[1] != C for x in maps_BCHW):
+        reason = "the maps differ in width or layout"
+    elif (C > 1 and first.stride(1) != 1) or not even_pixels(first):
+        reason = "the maps are not channels-last"
+    return {"cpp": reason, "triton": reason}
 
 
 def _torch_impl(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d) -> Tensor:

@@ -1,0 +1,273 @@
+"""FFSD's map losses on a GPU: each map read once forward and once backward, channels last or first.
+
+Forward, one program a sample: the map goes by in tiles ``[pixels, channels]`` of which only
+A_p = mean_c x_pc^2 stays, in registers; norm, threshold, target and squared difference follow
+there, and with them the loss's gradient by A, so that what is saved is one number a pixel. With
+u = A / n, n = max(||A||, eps), and g the loss's gradient by u,
+
+    dL/dA = (g - u (u . g)) / n     (no second term where ||A|| < eps)
+    dL/dx_pc = 2 / C x_pc dL/dA_p
+
+and the backward is that last line times the incoming gradient. The k-th smallest of u is found bit
+by bit: u is not negative, so its bit patterns are ordered as its values are; each step counts the
+entries below a candidate. No sort, no atomics, no order between programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastokd.kernels._maps import strides
+from torch import Tensor
+
+_TILE = 16384  # elements in flight
+_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _tile(x_ptr, stride_p, stride_c, p, c, HW: tl.constexpr, C: tl.constexpr):
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    at = p[:, None] * stride_p + c[None, :] * stride_c
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(out_ptr, stride_p, stride_c, p, c, HW: tl.constexpr, C: tl.constexpr, value_PC):
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    tl.store(out_ptr + p[:, None] * stride_p + c[None, :] * stride_c, value_PC, mask=inside)
+
+
+@triton.jit
+def _energy(
+    x_ptr, stride_p, stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A of one sample, ``[BP]``, 0 past its last pixel."""
+    p = tl.arange(0, BP)
+    a_P = tl.zeros([BP], tl.float32)
+    for start in range(0, C, BC):
+        x_PC = _tile(x_ptr, stride_p, stride_c, p, start + tl.arange(0, BC), HW, C)
+        a_P += tl.sum(x_PC * x_PC, axis=1)
+    return a_P / C
+
+
+@triton.jit
+def _norm(a_P):
+    """||A|| and the divisor max(||A||, eps); a NaN goes through both."""
+    r = tl.sqrt_rn(tl.sum(a_P * a_P, axis=0))
+    return r, tl.where(r < _EPS, _EPS, r)
+
+
+@triton.jit
+def _target(u_P, r, HW: tl.constexpr, BP: tl.constexpr):
+    """(r/2 - u) sign(u - threshold) + r/2, the threshold the (HW // 3)-th smallest of u."""
+    # Past the last pixel above every value. NaN needs no care: where one u is, all are.
+    pattern_P = tl.where(tl.arange(0, BP) < HW, u_P.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    found = 0
+    for step in range(30):  # u is at most 1 and a rounding: bits 30 and 31 are never set
+        candidate = found | (1 << (29 - step))
+        below = tl.sum((pattern_P < candidate).to(tl.int32), axis=0)
+        found = tl.where(below < HW // 3, candidate, found)
+    sign_P = (pattern_P > found).to(tl.float32) - (pattern_P < found).to(tl.float32)
+    return (r / 2 - u_P) * sign_P + r / 2
+
+
+@triton.jit
+def _gradient(u_P, g_P, r, n, C: tl.constexpr):
+    """2 / C dL/dA from g, the gradient by u."""
+    along = tl.where(r < _EPS, 0.0, tl.sum(u_P * g_P, axis=0))
+    return tl.div_rn(g_P - u_P * along, n) * (2.0 / C)
+
+
+@triton.jit
+def map_kernel(
+    x_ptr, u_ptr, r_ptr, x_stride_b, x_stride_p, x_stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    a_P = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, C, BP, BC)
+    r, n = _norm(a_P)
+    p = tl.arange(0, BP)
+    tl.store(u_ptr + b * HW + p, tl.div_rn(a_P, n), mask=p < HW)
+    tl.store(r_ptr + b, r)
+
+
+@triton.jit
+def map_backward_kernel(
+    x_ptr, u_ptr, r_ptr, g_ptr, out_ptr, x_stride_b, x_stride_p, x_stride_c,
+    out_stride_b, out_stride_p, out_stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    x_ptr += b * x_stride_b
+    out_ptr += b * out_stride_b
+    p = tl.arange(0, BP)
+    u_P = tl.load(u_ptr + b * HW + p, mask=p < HW, other=0.0)
+    g_P = tl.load(g_ptr + b * HW + p, mask=p < HW, other=0.0)
+    r = tl.load(r_ptr + b)
+    s_P = _gradient(u_P, g_P, r, tl.where(r < _EPS, _EPS, r), C)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        x_PC = _tile(x_ptr, x_stride_p, x_stride_c, p, c, HW, C)
+        _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, x_PC * s_P[:, None])
+
+
+@triton.jit
+def pair_kernel(
+    x_ptr, y_ptr, loss_ptr, sx_ptr, sy_ptr, scale,
+    x_stride_b, x_stride_p, x_stride_c, y_stride_b, y_stride_p, y_stride_c,
+    HW: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, BP: tl.constexpr,
+    BCX: tl.constexpr, BCY: tl.constexpr,
+    SHIFT: tl.constexpr, NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
+):  # fmt: skip
+    """A sample's squared difference times ``scale``, and 2 / C dL/dA of each map that asks.
+
+    SHIFT compares with the other map's target instead of its attention, which has no gradient.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, BP)
+    a_P = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, CX, BP, BCX)
+    rx, nx = _norm(a_P)
+    u_P = tl.div_rn(a_P, nx)
+    a_P = _energy(y_ptr + b * y_stride_b, y_stride_p, y_stride_c, HW, CY, BP, BCY)
+    ry, ny = _norm(a_P)
+    v_P = tl.div_rn(a_P, ny)
+    other_P = tl.where(p < HW, _target(v_P, ry, HW, BP), 0.0) if SHIFT else v_P
+    d_P = u_P - other_P
+    tl.store(loss_ptr + b, tl.sum(d_P * d_P, axis=0) * scale)
+    g_P = d_P * (2.0 * scale)
+    if NEED_X:
+        tl.store(sx_ptr + b * HW + p, _gradient(u_P, g_P, rx, nx, CX), mask=p < HW)
+    if NEED_Y:
+        tl.store(sy_ptr + b * HW + p, _gradient(v_P, -g_P, ry, ny, CY), mask=p < HW)
+
+
+@triton.jit
+def pair_backward_kernel(
+    x_ptr, s_ptr, incoming_ptr, out_ptr, x_stride_b, x_stride_p, x_stride_c,
+    out_stride_b, out_stride_p, out_stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The map times its pixel's number and the incoming gradient."""
+    b = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1) * BP + tl.arange(0, BP)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    x_PC = _tile(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, p, c, HW, C)
+    s_P = tl.load(s_ptr + b * HW + p, mask=p < HW, other=0.0) * tl.load(incoming_ptr)
+    out_ptr += b * out_stride_b
+    _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, x_PC * s_P[:, None])
+
+
+@triton.jit
+def shift_kernel(
+    y_ptr, out_ptr, y_stride_b, y_stride_p, y_stride_c,
+    out_stride_b, out_stride_p, out_stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A map and its shift; a map that is more than one tile is read again, from the cache."""
+    b = tl.program_id(0).to(tl.int64)
+    y_ptr += b * y_stride_b
+    out_ptr += b * out_stride_b
+    p = tl.arange(0, BP)
+    if BC >= C:
+        y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, tl.arange(0, BC), HW, C)
+        a_P = tl.sum(y_PC * y_PC, axis=1) / C
+    else:
+        a_P = _energy(y_ptr, y_stride_p, y_stride_c, HW, C, BP, BC)
+    r, n = _norm(a_P)
+    u_P = tl.div_rn(a_P, n)
+    shift_P = (_target(u_P, r, HW, BP) - u_P) * r / C
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        if BC < C:
+            y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, c, HW, C)
+        _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, y_PC + shift_P[:, None])
+
+
+def _blocks(x_BCHW: Tensor) -> tuple[int, int]:
+    """Pixels (all of them) and channels of a tile: at least a 32-byte sector of a pixel's row."""
+    pixels = triton.next_power_of_2(x_BCHW.shape[2] * x_BCHW.shape[3])
+    channels = max(_TILE // pixels, 32 // x_BCHW.element_size())
+    return pixels, min(triton.next_power_of_2(x_BCHW.shape[1]), channels)
+
+
+def _warps(elements: int) -> int:
+    """At most 32 elements a thread, or 16 warps."""
+    return min(max(elements // 1024, 1), 16)
+
+
+def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """n(A(x)) ``[B, HW]`` and ||A(x)|| ``[B]``: one launch."""
+    B, C, H, W = x_BCHW.shape
+    u_BP = x_BCHW.new_empty((B, H * W), dtype=torch.float32)
+    r_B = x_BCHW.new_empty(B, dtype=torch.float32)
+    BP, BC = _blocks(x_BCHW)
+    if B:
+        map_kernel[(B,)](
+            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, BC, num_warps=_warps(BP * BC)
+        )  # fmt: skip
+    return u_BP, r_B
+
+
+def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: Tensor) -> Tensor:
+    """The gradient by x of :func:`attention_map`'s first result: one launch."""
+    B, C, H, W = x_BCHW.shape
+    out_BCHW = torch.empty_like(x_BCHW)
+    BP, BC = _blocks(x_BCHW)
+    if B:
+        map_backward_kernel[(B,)](
+            x_BCHW, u_BP, r_B, grad_BP.contiguous(), out_BCHW,
+            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, BC, num_warps=_warps(BP * BC),
+        )  # fmt: skip
+    return out_BCHW
+
+
+def attention_pair(
+    x_BCHW: Tensor, y_BCHW: Tensor, shift: bool, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and 2 / C dL/dA ``[B, HW]`` of each map that asks (else ``[0]``): one launch, and
+    the sum over the batch."""
+    B, CX, H, W = x_BCHW.shape
+    CY = y_BCHW.shape[1]
+    new = x_BCHW.new_empty
+    loss_B = new(B, dtype=torch.float32)
+    sx = new((B, H * W) if need_x else 0, dtype=torch.float32)
+    sy = new((B, H * W) if need_y else 0, dtype=torch.float32)
+    BP, BCX = _blocks(x_BCHW)
+    _, BCY = _blocks(y_BCHW)
+    if B:
+        pair_kernel[(B,)](
+            x_BCHW, y_BCHW, loss_B, sx, sy, 1.0 / (B * H * W), *strides(x_BCHW), *strides(y_BCHW),
+            H * W, CX, CY, BP, BCX, BCY, shift, need_x, need_y,
+            num_warps=_warps(BP * max(BCX, BCY)),
+        )  # fmt: skip
+    return loss_B.sum(), sx, sy
+
+
+def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> Tensor:
+    """x * s * incoming, in x's layout and dtype: one launch."""
+    B, C, H, W = x_BCHW.shape
+    out_BCHW = torch.empty_like(x_BCHW)
+    pixels, BC = _blocks(x_BCHW)
+    BP = min(pixels, max(4096 // BC, 16))
+    if B:
+        grid = (B, triton.cdiv(H * W, BP), triton.cdiv(C, BC))
+        pair_backward_kernel[grid](
+            x_BCHW, s_BP, incoming, out_BCHW, *strides(x_BCHW), *strides(out_BCHW),
+            H * W, C, BP, BC, num_warps=4,
+        )  # fmt: skip
+    return out_BCHW
+
+
+def shifted_map(y_BCHW: Tensor) -> Tensor:
+    """y + (target(y) - u) ||A|| / C, in y's layout and dtype: one launch."""
+    B, C, H, W = y_BCHW.shape
+    out_BCHW = torch.empty_like(y_BCHW)
+    BP, BC = _blocks(y_BCHW)
+    if B:
+        shift_kernel[(B,)](
+            y_BCHW, out_BCHW, *strides(y_BCHW), *strides(out_BCHW), H * W, C, BP, BC,
+            num_warps=_warps(BP * BC),
+        )  # fmt: skip
+    return out_BCHW

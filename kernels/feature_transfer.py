@@ -1,0 +1,106 @@
+"""FFSD's whole-map transfer on a GPU: both maps read once forward and once backward.
+
+A sample is one vector of N numbers, x and y in the same order, u = x / nx, nx = max(||x||, eps):
+
+    loss = scale sum |u - v|^2,   |u - v|^2 = u.u + v.v - 2 u.v
+    dL/dx = 2 scale ((u - v) - u (u . (u - v))) / nx     (no second term where ||x|| < eps)
+
+So three sums a sample are all that a forward needs, one program a sample. The difference of dot
+products cancels where the maps agree; the sums are kept in fp32 lanes of a few dozen terms each and
+added up in float64. Saved are four numbers a sample: 1 / nx, 1 / ny and the two dot products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, y_ptr, loss_ptr, saved_ptr, scale, x_stride_b, y_stride_b, B,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    xx = tl.zeros([BLOCK], tl.float32)
+    yy = tl.zeros([BLOCK], tl.float32)
+    xy = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
+        xx += x * x
+        yy += y * y
+        xy += x * y
+    sxx = tl.sum(xx.to(tl.float64), axis=0)
+    syy = tl.sum(yy.to(tl.float64), axis=0)
+    sxy = tl.sum(xy.to(tl.float64), axis=0)
+    rx = tl.sqrt(sxx)
+    ry = tl.sqrt(syy)
+    ix = 1.0 / tl.where(rx < _EPS, _EPS, rx)
+    iy = 1.0 / tl.where(ry < _EPS, _EPS, ry)
+    uu = sxx * ix * ix
+    vv = syy * iy * iy
+    uv = sxy * ix * iy
+    tl.store(loss_ptr + b, (uu + vv - 2.0 * uv) * scale)
+    tl.store(saved_ptr + b, ix)
+    tl.store(saved_ptr + B + b, iy)
+    tl.store(saved_ptr + 2 * B + b, tl.where(rx < _EPS, 0.0, uu - uv))
+    tl.store(saved_ptr + 3 * B + b, tl.where(ry < _EPS, 0.0, vv - uv))
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr, y_ptr, saved_ptr, incoming_ptr, gx_ptr, gy_ptr, scale, x_stride_b, y_stride_b, B,
+    N: tl.constexpr, BLOCK: tl.constexpr, NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ix = tl.load(saved_ptr + b)
+    iy = tl.load(saved_ptr + B + b)
+    u = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32) * ix
+    v = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32) * iy
+    g = tl.load(incoming_ptr) * (2.0 * scale)
+    if NEED_X:
+        along = tl.load(saved_ptr + 2 * B + b)
+        tl.store(gx_ptr + b * N + i, (u - v - u * along) * ix * g, mask=i < N)
+    if NEED_Y:
+        along = tl.load(saved_ptr + 3 * B + b)
+        tl.store(gy_ptr + b * N + i, (v - u - v * along) * iy * g, mask=i < N)
+
+
+def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and what the backward needs ``[4, B]``: one launch, and the sum over the batch."""
+    B = x_BCHW.shape[0]
+    N = x_BCHW[0].numel() if B else 1
+    loss_B = x_BCHW.new_empty(B, dtype=torch.float32)
+    saved_4B = x_BCHW.new_empty((4, B), dtype=torch.float32)
+    BLOCK = min(triton.next_power_of_2(N), _BLOCK)
+    if B:
+        forward_kernel[(B,)](
+            x_BCHW, y_BCHW, loss_B, saved_4B, 1.0 / (B * N), x_BCHW.stride(0), y_BCHW.stride(0), B,
+            N, BLOCK, num_warps=8,
+        )  # fmt: skip
+    return loss_B.sum(), saved_4B
+
+
+def feature_pair_backward(
+    x_BCHW: Tensor, y_BCHW: Tensor, saved_4B: Tensor, incoming: Tensor, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of each map that asks (else ``[0]``), each in its own dtype: one launch."""
+    B = x_BCHW.shape[0]
+    N = x_BCHW[0].numel() if B else 1
+    gx = torch.empty_like(x_BCHW) if need_x else x_BCHW.new_empty(0)
+    gy = torch.empty_like(y_BCHW) if need_y else y_BCHW.new_empty(0)
+    BLOCK = min(triton.next_power_of_2(N), _BLOCK)
+    if B:
+        backward_kernel[(B, triton.cdiv(N, BLOCK))](
+            x_BCHW, y_BCHW, saved_4B, incoming, gx, gy, 1.0 / (B * N), x_BCHW.stride(0),
+            y_BCHW.stride(0), B, N, BLOCK, need_x, need_y, num_warps=8,
+        )  # fmt: skip
+    return gx, gy
