@@ -8,10 +8,12 @@ from fastokd.cohort.output import CohortShape
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
 from fastokd.methods.baseline import Baseline, Independent
+from fastokd.methods.ffsd import FFSD
 from fastokd.methods.okddip import OKDDip
 
 _METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
+    "ffsd": FFSD,
     "ind": Independent,
     "okddip": OKDDip,
 }

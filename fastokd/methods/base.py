@@ -63,13 +63,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class OptimGroup:
-    """Parameters that share an optimizer's settings; None stands for the recipe's value."""
+    """Parameters that share an optimizer's settings; None stands for the recipe's value.
+
+    ``warm_up``: a recipe's warm-up holds for them; its milestones hold for all ``scheduled`` ones.
+    """
 
     parameters: list[nn.Parameter]
     optimizer: str = "sgd"
     lr: float | None = None
     weight_decay: float | None = None
     scheduled: bool = True
+    warm_up: bool = True
 
 
 class Method(nn.Module):

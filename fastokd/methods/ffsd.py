@@ -1,0 +1,236 @@
+"""FFSD (Li et al., arXiv 2103.14473): students who learn apart, and a leader of their fusion.
+
+Scores: a student listens to every other student alike, pair by pair; the fusion module to the
+students' mean logits; the leader to the fusion module. The map losses (``ops/attention.py``) keep
+the students' attention apart, make each student's earlier stages look where its decoder says that
+a better last map would have come from, and draw the leader's last map to the fused one.
+
+Every target is detached, so that one backward of the sum gives each network the gradient of its
+own published loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.errors import UserError
+from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, no_one
+from fastokd.methods.ffsd_modules import Decoder, Fusion, Squeeze
+from fastokd.ops import (
+    attention_diversity,
+    attention_transfer,
+    feature_transfer,
+    mixture_distillation,
+    shifted_map,
+)
+
+LEADER = "leader"
+
+
+class FFSD(Method):
+    """The published losses of the students, the fusion module, the leader and the decoders, summed.
+
+    Args:
+        temperature: T.
+        lambda_diversity: weighs what drives a student from the one before it.
+        lambda_fusion: weighs the leader's losses on maps.
+        lambda_self_distillation: weighs what the decoders learn. The recipe's ramp multiplies all
+            three lambdas, and no logit term.
+
+    Raises:
+        UserError: fewer than two students and a leader, students whose maps differ, maps that
+            don't double in height and width from stage to stage.
+    """
+
+    needs = Needs(sharing=("network",), min_students=3, leader=True, maps=True)
+
+    pairs_SN: Tensor
+    fusion_1N: Tensor
+
+    def __init__(
+        self,
+        shape: CohortShape,
+        *,
+        temperature: float = 2.0,
+        lambda_diversity: float = 1e-5,
+        lambda_fusion: float = 10.0,
+        lambda_self_distillation: float = 1000.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(shape)
+        for name, value in (
+            ("lambda_diversity", lambda_diversity),
+            ("lambda_fusion", lambda_fusion),
+            ("lambda_self_distillation", lambda_self_distillation),
+        ):
+            if not value >= 0:
+                raise UserError(f"{name} is {value}: it must be a number, at least 0")
+        self.temperature = temperature
+        self.lambda_diversity = lambda_diversity
+        self.lambda_fusion = lambda_fusion
+        self.lambda_self_distillation = lambda_self_distillation
+        self.impl = impl
+
+        channels = _channels(shape)
+        last, together = channels[-1], channels[-1] * self.peers
+        self.fusion = Fusion(together, last, shape.num_classes, impl)
+        self.transfusion = Squeeze(last, together, impl)
+        # The first student has nobody before it to differ from, and so no decoder.
+        named = [*map(str, range(1, self.peers)), LEADER]
+        self.decoders = nn.ModuleDict({name: Decoder(channels) for name in named})
+
+        pairs_SN, fusion_1N = _scores(self.peers)
+        self.register_buffer("pairs_SN", pairs_SN, persistent=False)
+        self.register_buffer("fusion_1N", fusion_1N, persistent=False)
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        lasts = [maps[-1].detach() for maps in out.maps[: self.peers]]
+        fused_BCHW, fusion_BC = self.fusion.fuse(lasts)
+        total, parts = self._logit_losses(out, fusion_BC, labels_B)
+
+        diversity = total.new_zeros(())
+        for student in range(1, self.peers):
+            diversity = diversity + self._apart(student, out.maps[student], lasts[student - 1])
+        fusion = self._follow(out.maps[-1], fused_BCHW.detach(), torch.cat(lasts, dim=1))
+        decoders = total.new_zeros(())
+        for student in range(1, self.shape.students):
+            decoders = decoders + self._reconstruction(student, out.maps[student])
+
+        maps = (
+            self.lambda_diversity * diversity
+            + self.lambda_fusion * fusion
+            + self.lambda_self_distillation * decoders
+        )
+        parts |= {
+            "diversity_maps": diversity.detach(),
+            "fusion_maps": fusion.detach(),
+            "decoder_maps": decoders.detach(),
+        }
+        return MethodLoss(total + progress.ramp * maps, parts)
+
+    def _logit_losses(
+        self, out: CohortOutput, fusion_BC: Tensor, labels_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE and T^2 KL of the students, the leader and the fusion module."""
+        students = mixture_distillation(
+            out.logits_SBC,
+            labels_B,
+            self.pairs_SN,
+            extra_logits_EBC=fusion_BC.detach()[None],
+            temperature=self.temperature,
+            mix="pairwise",
+            detach_targets=True,
+            impl=self.impl,
+        )
+        fusion = mixture_distillation(
+            fusion_BC[None],
+            labels_B,
+            self.fusion_1N,
+            extra_logits_EBC=out.logits_SBC[: self.peers].detach(),
+            temperature=self.temperature,
+            detach_targets=True,
+            impl=self.impl,
+        )
+        parts = {
+            "ce_S": students.ce_S,
+            "kd_S": students.kd_S,
+            "fusion_ce": fusion.ce_S[0],
+            "fusion_kd": fusion.kd_S[0],
+        }
+        return students.total + fusion.total, parts
+
+    def _decoder(self, student: int) -> Decoder:
+        name = LEADER if student == self.peers else str(student)
+        decoder = self.decoders[name]
+        assert isinstance(decoder, Decoder)
+        return decoder
+
+    def _apart(self, student: int, maps: tuple[Tensor, ...], other_BCHW: Tensor) -> Tensor:
+        """A student looks where the one before it doesn't, in its earlier stages too."""
+        shifted_BCHW = shifted_map(other_BCHW, impl=self.impl)
+        along = self._self_distillation(student, maps, shifted_BCHW)
+        return attention_diversity(maps[-1], other_BCHW, impl=self.impl) + along
+
+    def _follow(
+        self, maps: tuple[Tensor, ...], fused_BCHW: Tensor, together_BKHW: Tensor
+    ) -> Tensor:
+        """The leader looks where the fused map does, and its transfusion where all students do."""
+        alike = attention_transfer(maps[-1], fused_BCHW, impl=self.impl)
+        spread = attention_transfer(self.transfusion(maps[-1]), together_BKHW, impl=self.impl)
+        return alike + spread + self._self_distillation(self.peers, maps, fused_BCHW)
+
+    def _self_distillation(
+        self, student: int, maps: tuple[Tensor, ...], source_BCHW: Tensor
+    ) -> Tensor:
+        """The earlier maps look where the decoder, given ``source_BCHW``, would have them look."""
+        decoded = self._decoder(student).decode(source_BCHW)
+        return _sum(
+            attention_transfer(x_BCHW, y_BCHW, impl=self.impl)
+            for x_BCHW, y_BCHW in zip(maps[:-1], decoded, strict=True)
+        )
+
+    def _reconstruction(self, student: int, maps: tuple[Tensor, ...]) -> Tensor:
+        """What the student's decoder learns: the earlier maps from the last."""
+        decoded = self._decoder(student)(maps[-1].detach())
+        return _sum(
+            feature_transfer(x_BCHW, y_BCHW.detach(), impl=self.impl)
+            + attention_transfer(x_BCHW, y_BCHW.detach(), impl=self.impl)
+            for x_BCHW, y_BCHW in zip(decoded, maps[:-1], strict=True)
+        )
+
+    def optim_groups(self) -> Iterable[OptimGroup]:
+        """The transfusion as the leader; the fusion module decays less; the decoders have Adam."""
+        return [
+            OptimGroup(list(self.transfusion.parameters())),
+            OptimGroup(list(self.fusion.parameters()), weight_decay=1e-5),
+            OptimGroup(
+                list(self.decoders.parameters()),
+                optimizer="adam",
+                lr=1e-3,
+                weight_decay=1e-4,
+                warm_up=False,
+            ),
+        ]
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(tuple(terms)).sum()
+
+
+def _channels(shape: CohortShape) -> list[int]:
+    """The channels of the students' maps, after checking that decoders and fusion can read them."""
+    first = shape.map_shapes[0]
+    if any(maps != first for maps in shape.map_shapes):
+        raise UserError(
+            "FFSD's fusion module and decoders read maps of one shape, but its students' are "
+            f"{' and '.join(str(maps) for maps in dict.fromkeys(shape.map_shapes))}: "
+            "use students of one architecture"
+        )
+    if len(first) < 2:
+        raise UserError(
+            f"FFSD needs students with maps of at least 2 stages, and these have {len(first)}"
+        )
+    for (_, height, width), (_, next_height, next_width) in pairwise(first):
+        if (height, width) != (2 * next_height, 2 * next_width):
+            raise UserError(
+                f"FFSD's decoders double a map's height and width, but the students' maps are "
+                f"{', '.join(f'{h} x {w}' for _, h, w in first)}: choose another student"
+            )
+    return [channels for channels, _, _ in first]
+
+
+def _scores(peers: int) -> tuple[Tensor, Tensor]:
+    """Of the students and the leader, ``[S, S + 1]``, the fusion module as the extra source; and of
+    the fusion module, ``[1, 1 + P]``, the students as its extra sources."""
+    pairs_SN = no_one(peers + 1, peers + 2)
+    pairs_SN[:peers, :peers] = 0.0
+    pairs_SN[:peers, :peers].fill_diagonal_(-torch.inf)
+    pairs_SN[peers, peers + 1] = 0.0
+    fusion_1N = no_one(1, peers + 1)
+    fusion_1N[0, 1:] = 0.0
+    return pairs_SN, fusion_1N

@@ -1,0 +1,114 @@
+"""What FFSD adds to its students: decoders, the fusion module, the leader's transfusion.
+
+Keys are the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.ops import fusion_step
+
+
+class DecoderBlock(nn.Module):
+    """Transposed 3x3 convolution to twice the height and width, BatchNorm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        # Spelt as published.
+        self.convtranpose = nn.ConvTranspose2d(
+            inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=False
+        )
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x_BCHW: Tensor, running: bool) -> Tensor:
+        z_BCHW = self.convtranpose(x_BCHW)
+        if not running:
+            return F.relu(self.norm(z_BCHW))
+        norm = self.norm
+        return F.relu(
+            F.batch_norm(
+                z_BCHW,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                training=False,
+                eps=norm.eps,
+            )
+        )
+
+
+class Decoder(nn.Module):
+    """From a student's last map back to its earlier ones, a block for each.
+
+    Args:
+        channels: of the student's maps, the first stage's first.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        backwards = list(reversed(channels))
+        self.names = [f"layer{index}" for index in range(len(backwards) - 1)]
+        for name, (inputs, outputs) in zip(self.names, pairwise(backwards), strict=True):
+            self.add_module(name, DecoderBlock(inputs, outputs))
+
+    def _expand(self, x_BCHW: Tensor, running: bool) -> list[Tensor]:
+        maps = []
+        for name in self.names:
+            x_BCHW = self.get_submodule(name)(x_BCHW, running)
+            maps.append(x_BCHW)
+        return maps[::-1]
+
+    def forward(self, last_BCHW: Tensor) -> list[Tensor]:
+        """The earlier maps, the first stage's first, for learning: batch statistics in training."""
+        return self._expand(last_BCHW, running=False)
+
+    @torch.no_grad()
+    def decode(self, last_BCHW: Tensor) -> list[Tensor]:
+        """The same for teaching: on the running statistics, without gradient."""
+        return self._expand(last_BCHW, running=True)
+
+
+class Squeeze(nn.Module):
+    """Depthwise 3x3, BatchNorm, ReLU, then 1x1 to ``outputs`` channels, BatchNorm, ReLU.
+
+    From the leader's last map to all its students' channels this is the *transfusion*.
+    """
+
+    def __init__(self, inputs: int, outputs: int, impl: str = "auto") -> None:
+        super().__init__()
+        self.impl = impl
+        self.conv1 = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1_1 = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn1_1 = nn.BatchNorm2d(outputs)
+        for conv in (self.conv1, self.conv1_1):
+            # normal(0, sqrt(2 / (k k out))), the depthwise one too.
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def squeeze(self, maps_BCHW: Sequence[Tensor]) -> Tensor:
+        """One map from several, whose channels follow one another."""
+        x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
+        return F.relu(self.bn1_1(self.conv1_1(x_BCHW)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.squeeze([x_BCHW])
+
+
+class Fusion(Squeeze):
+    """The students' last maps squeezed into one of ``outputs`` channels, and its classifier."""
+
+    def __init__(self, inputs: int, outputs: int, num_classes: int, impl: str = "auto") -> None:
+        super().__init__(inputs, outputs, impl)
+        self.fc2 = nn.Linear(outputs, num_classes)
+
+    def fuse(self, maps_BCHW: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The fused map and its logits."""
+        fused_BCHW = self.squeeze(maps_BCHW)
+        return fused_BCHW, self.fc2(fused_BCHW.mean((2, 3)))
