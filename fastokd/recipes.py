@@ -25,6 +25,8 @@ class Recipe:
     Attributes:
         students: networks trained, leader included.
         milestones: epochs (from 0) before which the learning rate is divided by 10.
+        warmup_epochs: epochs in which the rate rises in equal steps to lr, from lr / warmup_epochs
+            in the first; 0 for none.
         ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
             epoch (0 in OKDDip, 1 in FFSD).
         crop_padding, crop_mode, flip: augmentation of in-memory images.
@@ -48,6 +50,7 @@ class Recipe:
     weight_decay: float = 5e-4
     milestones: tuple[int, ...] = (150, 225)
     lr_decay: float = 0.1
+    warmup_epochs: float = 0.0
     ramp_epochs: float = 80.0
     ramp_first: int = 0
     crop_padding: int = 4
@@ -78,7 +81,7 @@ class Recipe:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
-        for name in ("weight_decay", "momentum", "ramp_epochs"):
+        for name in ("weight_decay", "momentum", "ramp_epochs", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
@@ -91,18 +94,22 @@ class Recipe:
         """Whether the last student is the one that is kept."""
         return method_class(self.method).needs.leader
 
-    def learning_rate(self, epoch: int) -> float:
-        """The rate of one epoch, counted from 0."""
-        return self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
+    def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
+        """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""
+        rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
+        if warm_up and epoch + 1 < self.warmup_epochs:
+            rate *= (epoch + 1) / self.warmup_epochs
+        return rate
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule in other epochs: milestones and ramp move in proportion."""
+        """The same schedule in other epochs: milestones, ramp and warm-up move in proportion."""
         scale = epochs / self.epochs
         return dataclasses.replace(
             self,
             epochs=epochs,
             milestones=tuple(round(milestone * scale) for milestone in self.milestones),
             ramp_epochs=self.ramp_epochs * scale,
+            warmup_epochs=self.warmup_epochs * scale,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -180,6 +187,24 @@ def _published(name: str, method: str, sharing: str, model: str, dataset: str) -
         base = dataclasses.replace(base, ramp_epochs=0.0)
     if method == "baseline":
         base = dataclasses.replace(base, students=1)
+    if method == "ffsd":
+        base = _ffsd(base)
+    return base
+
+
+def _ffsd(base: Recipe) -> Recipe:
+    """FFSD's settings: the ramp counts epochs from 1 and warms the map losses alone."""
+    imagenet = base.dataset == "imagenet"
+    base = dataclasses.replace(
+        base,
+        students=3,
+        weight_decay=1e-4,
+        ramp_epochs=5 * base.epochs / (90 if imagenet else 300),
+        ramp_first=1,
+        crop_mode="reflect",
+    )
+    if imagenet:
+        base = dataclasses.replace(base, milestones=(30, 60, 80), warmup_epochs=5.0)
     return base
 
 
