@@ -43,18 +43,45 @@ inline Vec splat(float x) { return Vec{} + x; }
 inline VecInt as_int(Vec x) { return (VecInt)x; }
 inline Vec as_float(VecInt x) { return (Vec)x; }
 inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
-// NaN in either gives NaN.
-inline Vec max(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
+// b where either is NaN, as the instruction does.
+#if defined(__AVX512F__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline bool any(VecInt mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline bool any(VecInt mask) { return _mm256_movemask_epi8((__m256i)mask); }
+#else
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline bool any(VecInt mask) {
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits;
+}
+#endif
 
+// Over the lanes, by halves.
+template <typename Op>
+inline float fold(Vec x, Op op) {
+#if defined(__AVX512F__)
+  x = op(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = op(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  x = op(x, __builtin_shufflevector(x, x, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+#elif defined(__AVX2__)
+  x = op(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 2, 3, 0, 1));
+  x = op(x, __builtin_shufflevector(x, x, 1, 0, 1, 0, 1, 0, 1, 0));
+#else
+  x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  x = op(x, __builtin_shufflevector(x, x, 1, 0, 1, 0));
+#endif
+  return x[0];
+}
 inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  return fold(x, [](Vec a, Vec b) { return a + b; });
 }
 inline float max(Vec x) {
-  float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = x[i] > best || x[i] != x[i] ? x[i] : best;
-  return best;
+  return fold(x, [](Vec a, Vec b) { return max(a, b); });
 }
 
 // Loads and stores of whole vectors, at any alignment, from float, bfloat16 or half.
@@ -120,22 +147,35 @@ inline void store(Half* p, Vec x) {
 }
 #endif
 
+inline VecInt lane_below(int count) {
+  VecInt lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < VecInt{} + count;
+}
+
 // The first `count` elements, 0 < count < kLanes; the other lanes are `fill`. Reads and writes
 // nothing beyond them.
 template <typename T>
 inline Vec load_part(const T* p, int count, float fill) {
   T padded[kLanes] = {};
-  memcpy(padded, p, sizeof(T) * count);
-  Vec x = load(padded);
-  for (int i = 0; i < kLanes; ++i) x[i] = i < count ? x[i] : fill;
-  return x;
+  for (int i = 0; i < count; ++i) padded[i] = p[i];
+  return select(lane_below(count), load(padded), splat(fill));
 }
 template <typename T>
 inline void store_part(T* p, Vec x, int count) {
   T padded[kLanes];
   store(padded, x);
-  memcpy(p, padded, sizeof(T) * count);
+  for (int i = 0; i < count; ++i) p[i] = padded[i];
 }
+#if defined(__AVX512F__)
+inline Vec load_part(const float* p, int count, float fill) {
+  const __mmask16 mask = __mmask16((1u << count) - 1);
+  return (Vec)_mm512_mask_loadu_ps((__m512)splat(fill), mask, p);
+}
+inline void store_part(float* p, Vec x, int count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+}
+#endif
 
 // e^x within 1 ulp where the result is a normal number, 0 below; NaN stays. A softmax never goes
 // above 0: x > 88 counts as 88.
@@ -156,6 +196,26 @@ inline Vec exp(Vec x) {
   poly = poly * (r * r) + r;
   const Vec power = as_float(as_int(shifted) << 23);
   return poly * power + power;
+}
+
+// log x within 2 ulp for normal x > 0; NaN stays; anything for the rest.
+inline Vec log(Vec x) {
+  // x = 2^n (1 + f), the mantissa in [sqrt(1/2), sqrt(2)).
+  const VecInt bits = as_int(x) - 0x3f3504f3;
+  const Vec n = __builtin_convertvector(bits >> 23, Vec);
+  const Vec f = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  Vec poly = splat(-0.07634500414133072f);
+  poly = poly * f + splat(0.1276157945394516f);
+  poly = poly * f + splat(-0.13160182535648346f);
+  poly = poly * f + splat(0.14201757311820984f);
+  poly = poly * f + splat(-0.16623356938362122f);
+  poly = poly * f + splat(0.20001226663589478f);
+  poly = poly * f + splat(-0.2500081956386566f);
+  poly = poly * f + splat(0.3333333134651184f);
+  const Vec square = f * f;
+  poly = poly * (square * f) - square * 0.5f;
+  const Vec result = (poly + n * splat(0x1.7f7d1cp-20f) + f) + n * splat(0x1.62e4p-1f);
+  return select(x != x, x, result);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from fastokd.ops.attention import (
 from fastokd.ops.feature_transfer import feature_transfer
 from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
+from fastokd.ops.peer_attention_distillation import peer_attention_distillation
 
 __all__ = [
     "MixtureLoss",
@@ -18,5 +19,6 @@ __all__ = [
     "feature_transfer",
     "fusion_step",
     "mixture_distillation",
+    "peer_attention_distillation",
     "shifted_map",
 ]

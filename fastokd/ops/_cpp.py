@@ -42,6 +42,7 @@ KERNEL = (
     "-fno-exceptions",
     "-fno-rtti",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # GCC's own intrinsics
 )
 X86 = {
     "default": (),

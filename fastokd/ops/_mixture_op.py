@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from fastokd.ops._library import LIBRARY, define
 
+MAX_SOURCES = 16
+"""Students and extras together, in the fused kernels."""
+
 _WEIGHTS = "Tensor? ce_weight_S, Tensor? kd_weight_S, "
 _OPTIONS = "str mix, bool detach_targets, float label_smoothing, "
 _LOSSES = "Tensor total, Tensor ce_S, Tensor kd_S, "
@@ -114,12 +117,65 @@ for _name in ("mixture_distillation", "peer_attention_distillation"):
     LIBRARY.impl(_name, _launcher(_name), "CUDA")
 
 
-def operator(op: str, impl: str, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
-    """What computes ``op``: the dispatcher's operator, or Triton's interpreter on the CPU."""
+def refusal(
+    labels_B: Tensor, logits_SBC: Tensor, extra_EBC: Tensor | None, *others: Tensor
+) -> str | None:
+    """Why the fused kernels can't take these inputs, or None where they can."""
+    sources = 0
+    for x in (logits_SBC, extra_EBC, *others):
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"an input is {x.dtype}, and it computes in float32"
+    for x in (logits_SBC, extra_EBC):
+        if x is not None:
+            sources += x.shape[0]
+            if x.stride(2) != 1 and x.shape[2] > 1:
+                return f"neighbouring classes are {x.stride(2)} elements apart, not 1"
+    if sources > MAX_SOURCES:
+        return f"there are {sources} sources, and it takes {MAX_SOURCES}"
+    if labels_B.requires_grad:
+        return "labels_B asks for gradient, which it doesn't compute"
+    return None
+
+
+def call_fused(
+    op: str,
+    impl: str,
+    tensors: tuple[Tensor | None, ...],
+    weights: tuple[Tensor | float, ...],
+    options: tuple[str | bool | float, ...],
+    leaves: tuple[tuple[int, bool], tuple[int, bool], tuple[int, bool]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``total, ce_S, kd_S`` by the operator ``op``, differentiable in its leaves.
+
+    ``weights`` hold the temperature last. A leaf is its place among ``tensors``, and whether the
+    total depends on it.
+    """
+    asked = [False, False, False]
+    if torch.is_grad_enabled():
+        for i, (place, reached) in enumerate(leaves):
+            leaf = tensors[place]
+            asked[i] = reached and leaf is not None and leaf.requires_grad
+    assert tensors[0] is not None
+    device = tensors[0].device
+    args = (
+        *tensors,
+        *[w if isinstance(w, Tensor) else None for w in weights],
+        *[1.0 if isinstance(w, Tensor) else w for w in weights],
+        *options,
+        *asked,
+    )
+    function: Callable[..., tuple[Tensor, ...]]
     if impl == "triton" and device.type != "cuda":
-        return _launcher(op)
-    found: Callable[..., tuple[Tensor, ...]] = getattr(torch.ops.fastokd, op).default
-    return found
+        function = _launcher(op)  # the interpreter, on the CPU
+    else:
+        function = getattr(torch.ops.fastokd, op).default
+    if not any(asked):
+        with torch.no_grad():
+            total, ce_S, kd_S, *_ = function(*args)
+        return total, ce_S, kd_S
+    places = tuple(place for place, _ in leaves)
+    result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, places, *args)
+    return result
 
 
 class FusedLoss(torch.autograd.Function):

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
+from fastokd.ops._mixture_op import call_fused, refusal
 
 Mix = Literal["logits", "probs", "pairwise"]
 Weight = float | Sequence[float] | Tensor
@@ -77,53 +78,79 @@ def mixture_distillation(
         UserError: shapes that don't fit, a weight that asks for gradient, T <= 0, an ``impl`` that
             can't serve the call.
     """
-    _check(logits_SBC, labels_B, scores, extra_logits_EBC, temperature, mix, label_smoothing)
-    ce_weight, kd_weight, mixture_ce_weight = (
-        _weight(value, name, logits_SBC)
-        for name, value in (
-            ("ce_weight", ce_weight),
-            ("kd_weight", kd_weight),
-            ("mixture_ce_weight", mixture_ce_weight),
+    check_logits(logits_SBC, labels_B)
+    check_options(temperature, mix, label_smoothing)
+    _check_sources(logits_SBC, scores, extra_logits_EBC)
+    ce, kd, mixture_ce = (
+        weight(value, name, logits_SBC)
+        for value, name in (
+            (ce_weight, "ce_weight"),
+            (kd_weight, "kd_weight"),
+            (mixture_ce_weight, "mixture_ce_weight"),
         )
     )
-    choose("mixture_distillation", impl, logits_SBC.device, {})
-    return _torch_impl(
-        logits_SBC,
-        labels_B,
-        scores,
-        extra_logits_EBC,
-        ce_weight,
-        kd_weight,
-        mixture_ce_weight,
-        temperature,
-        mix,
-        detach_targets,
-        label_smoothing,
+    reason = refusal(labels_B, logits_SBC, extra_logits_EBC, scores)
+    impl = choose(
+        "mixture_distillation", impl, logits_SBC.device, {"cpp": reason, "triton": reason}
+    )
+    if impl == "torch":
+        return _torch_impl(
+            logits_SBC,
+            labels_B,
+            scores,
+            extra_logits_EBC,
+            ce,
+            kd,
+            mixture_ce,
+            temperature,
+            mix,
+            detach_targets,
+            label_smoothing,
+        )
+    to_targets = not detach_targets or isinstance(mixture_ce, Tensor) or mixture_ce != 0
+    return MixtureLoss(
+        *call_fused(
+            "mixture_distillation",
+            impl,
+            (logits_SBC, extra_logits_EBC, labels_B, scores),
+            (ce, kd, mixture_ce, temperature),
+            (mix, detach_targets, label_smoothing),
+            ((0, True), (1, to_targets), (3, to_targets)),
+        )
     )
 
 
-def _check(
-    logits_SBC: Tensor,
-    labels_B: Tensor,
-    scores: Tensor,
-    extra_logits_EBC: Tensor | None,
-    temperature: float | Tensor,
-    mix: str,
-    label_smoothing: float,
-) -> None:
-    """Raises where shapes, dtypes or options don't fit; reads no tensor's values."""
+def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
+    """Raises where logits or labels have a shape or dtype that doesn't fit."""
     if logits_SBC.dim() != 3 or not logits_SBC.is_floating_point() or logits_SBC.shape[2] < 1:
         raise UserError(
             f"logits_SBC is {logits_SBC.dtype} of shape {list(logits_SBC.shape)}: "
             "it must be floating point, [students, batch, classes]"
         )
-    S, B, C = logits_SBC.shape
+    _, B, C = logits_SBC.shape
     hard = labels_B.dim() == 1
     if labels_B.shape != ((B,) if hard else (B, C)) or hard == labels_B.is_floating_point():
         raise UserError(
             f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: "
             f"it must be integers [{B}] or floating point [{B}, {C}]"
         )
+
+
+def check_options(temperature: float | Tensor, mix: str, label_smoothing: float) -> None:
+    """Raises where an option is out of range; reads no tensor's values."""
+    if mix not in ("logits", "probs", "pairwise"):
+        raise UserError(f"mix is {mix!r}: choose logits, probs or pairwise")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UserError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
+    if isinstance(temperature, Tensor):
+        if temperature.dim() or temperature.requires_grad:
+            raise UserError("temperature must be a number or a 0-d tensor without gradient")
+    elif not (math.isfinite(temperature) and temperature > 0):
+        raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
+
+
+def _check_sources(logits_SBC: Tensor, scores: Tensor, extra_logits_EBC: Tensor | None) -> None:
+    S, B, C = logits_SBC.shape
     E = 0
     if extra_logits_EBC is not None:
         if extra_logits_EBC.dim() != 3 or extra_logits_EBC.shape[1:] != (B, C):
@@ -137,31 +164,20 @@ def _check(
             f"scores is {scores.dtype} of shape {list(scores.shape)}: it must be floating point, "
             f"[{S}, {S + E}] or [{B}, {S}, {S + E}] (students by sources)"
         )
-    if mix not in ("logits", "probs", "pairwise"):
-        raise UserError(f"mix is {mix!r}: choose logits, probs or pairwise")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise UserError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
-    if isinstance(temperature, Tensor):
-        if temperature.dim() or temperature.requires_grad:
-            raise UserError("temperature must be a number or a 0-d tensor without gradient")
-    elif not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
 
 
-def _weight(value: Weight, name: str, logits_SBC: Tensor) -> Tensor | float:
+def weight(value: Weight, name: str, logits_SBC: Tensor) -> Tensor | float:
     """A weight as a number or a tensor of its students; 0 stays a number, to skip its term."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise UserError(f"{name} asks for gradient, but weights carry none: detach it")
-        shape = tuple(value.shape)
     elif isinstance(value, (int, float)):
         return float(value)
     else:
         value = torch.tensor(value, dtype=torch.float32, device=logits_SBC.device)
-        shape = tuple(value.shape)
-    if shape not in ((), (logits_SBC.shape[0],)):
+    if value.dim() and value.shape != logits_SBC.shape[:1]:
         raise UserError(
-            f"{name} has shape {list(shape)}: it must be a number or [{logits_SBC.shape[0]}]"
+            f"{name} has shape {list(value.shape)}: it must be a number or [{logits_SBC.shape[0]}]"
         )
     return value
 
