@@ -83,7 +83,7 @@ class RunFolder:
             for fault in faults:
                 print(f"warning: {fault}")
             session.load_state(tensors, facts)
-            rows = [row for row in self.metrics() if row["step"] <= session.step]
+            rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
             write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
             return
         try:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastokd.cohort import Cohort
 from fastokd.data import Augment, BatchStream, DatasetSplits, Split, load_dataset
 from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
 from fastokd.errors import UserError
 from fastokd.methods import Method, OptimGroup, Progress, create_method, method_class, ramp_weight
+from fastokd.metrics import Meter
+from fastokd.ops import choose
 from fastokd.optimizers import create_optimizer
 from fastokd.recipes import Recipe
 
@@ -50,6 +52,12 @@ class RunOptions:
     eval_every: int = 1
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+
 
 class Session:
     """Everything that trains: data, cohort, method, optimizers, progress.
@@ -63,6 +71,8 @@ class Session:
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
+        # Every op is asked again with its arguments; here only so that no folder is made first.
+        choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         self.epoch, self.batch, self.step = 0, 0, 0
         self.best: float | None = None
 
@@ -82,6 +92,7 @@ class Session:
         self.method.to(self.device)
         self.optimizers = self._optimizers()
         self.progress = Progress.start(self.device)
+        self.meter = Meter(recipe.students, recipe.has_leader)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each kind that is asked for; rates are device tensors."""
@@ -97,6 +108,7 @@ class Session:
                     "weight_decay": decay,
                     "initial_lr": lr,
                     "scheduled": group.scheduled,
+                    "warm_up": group.warm_up,
                 }
             )
         return [
@@ -113,16 +125,25 @@ class Session:
         recipe = self.recipe
         self.progress.epoch.fill_(self.epoch)
         self.progress.ramp.fill_(ramp_weight(self.epoch + recipe.ramp_first, recipe.ramp_epochs))
-        factor = recipe.learning_rate(self.epoch) / recipe.lr
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"].fill_(group["initial_lr"] * (factor if group["scheduled"] else 1.0))
+                rate = recipe.learning_rate(self.epoch, warm_up=group["warm_up"])
+                factor = rate / recipe.lr if group["scheduled"] else 1.0
+                group["lr"].fill_(group["initial_lr"] * factor)
 
     def begin_step(self, batch: int) -> None:
         """The method's random draws of this step, a function of (seed, step)."""
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
         draws = self.method.draw(batch, generator)
         self.progress.draws = {name: value.to(self.device) for name, value in draws.items()}
+
+    def finish_epoch(self) -> None:
+        """Moves on to the next epoch; an epoch that was cut short is left to be continued."""
+        if self.batch < len(self.stream):
+            return
+        self.method.end_epoch(self.cohort, None)
+        self.meter = Meter(self.recipe.students, self.recipe.has_leader)
+        self.epoch, self.batch = self.epoch + 1, 0
 
     @property
     def kept_student(self) -> int:
@@ -149,6 +170,7 @@ class Session:
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         tensors[f"optim.{names[parameter]}:{key}"] = value
+        tensors |= {f"meter.{k}": v for k, v in self.meter.totals.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -190,6 +212,8 @@ class Session:
                 if by_name[name] in mine:
                     like = by_name[name] if value.dim() else value
                     optimizer.state[by_name[name]][entry] = _as(value, like)
+        meter = _below(tensors, "meter.")
+        self.meter.totals = {k: v.to(self.device) for k, v in meter.items()}
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.methods import MethodLoss
-from fastokd.metrics import Meter
 from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
@@ -34,21 +34,20 @@ def training_step(
 
 
 def train_epoch(session: Session, display: Display) -> dict[str, Any]:
-    """The rest of one epoch; its training metrics."""
-    meter = Meter(session.recipe.students, session.recipe.has_leader)
+    """The rest of one epoch; the training metrics of all of it."""
     session.cohort.train()
     session.method.train()
     session.begin_epoch()
     for images_BHWC, labels_B in session.stream.batches(session.epoch, session.batch):
         session.begin_step(labels_B.shape[0])
         logits_SBC, loss = training_step(session, images_BHWC, labels_B)
-        meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
+        session.meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
         session.batch += 1
         session.step += 1
         display.step(labels_B.shape[0])
         if session.step == session.options.max_steps:
             break
-    return meter.result()
+    return session.meter.result()
 
 
 def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
@@ -69,30 +68,28 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
 
     with Display(session, options.quiet) as display:
         while session.epoch < recipe.epochs and session.step != options.max_steps:
-            started = time.perf_counter()
-            first_step = session.step
-            row: dict[str, Any] = {"train": train_epoch(session, display)}
-            trained = time.perf_counter() - started
-            images = (session.step - first_step) * recipe.batch_size
-            row |= {
+            started, first_step = time.perf_counter(), session.step
+            train_metrics = train_epoch(session, display)
+            seconds = time.perf_counter() - started
+            row: dict[str, Any] = {
                 "epoch": session.epoch,
                 "step": session.step,
-                "seconds": trained,
-                "images_per_second": images / trained,
+                "seconds": seconds,
+                "images_per_second": (session.step - first_step) * recipe.batch_size / seconds,
                 "lr": recipe.learning_rate(session.epoch),
                 "kd_weight": session.progress.ramp.item(),
+                "train": train_metrics,
             }
-            session.epoch += 1
-            session.batch = 0
-            last = session.epoch == recipe.epochs or session.step == options.max_steps
-            if last or session.epoch % options.eval_every == 0:
+            last = session.step == options.max_steps or session.epoch + 1 == recipe.epochs
+            if last or (session.epoch + 1) % options.eval_every == 0:
                 row |= evaluate_session(session)
-            session.method.end_epoch(session.cohort, None)
+            session.finish_epoch()
             folder.record(session, row)
             display.epoch(row)
-            if row["train"]["loss"] != row["train"]["loss"]:
+            if not math.isfinite(train_metrics["loss"]):
                 raise UserError(
-                    f"the loss is nan in epoch {row['epoch']}: lower --lr (it is {recipe.lr})"
+                    f"the loss is {train_metrics['loss']} in epoch {row['epoch']}: "
+                    f"lower --lr (it is {recipe.lr})"
                 )
     return folder.finish(session)
 

@@ -68,7 +68,7 @@ def _places(root: Path | None) -> list[Path]:
     if root is None:
         return [DEBIAN]
     root = files.need_root("fashion_mnist", root)
-    return [root / "FashionMNIST" / "raw", root, DEBIAN]
+    return [root / "FashionMNIST" / "raw", root]
 
 
 def _find(root: Path | None) -> Path | None:

@@ -1,0 +1,177 @@
+"""The commands: what they print, and one clear sentence with exit code 2 for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastokd import cli
+
+RECIPE = "okddip-branch/resnet8/digits"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.run_command(arguments)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize("what", ["models", "methods", "datasets", "recipes"])
+def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    code, out, _ = run(capsys, "list", what, "--json")
+    names = json.loads(out)
+    assert code == 0
+    assert names
+    assert all(isinstance(name, str) for name in names)
+    assert run(capsys, "list", what)[1].split() == names
+
+
+def test_every_listed_recipe_resolves() -> None:
+    from fastokd.recipes import list_recipes, recipe
+
+    for name in list_recipes():
+        assert recipe(name).name == name
+
+
+def test_model_info(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "model-info", "resnet32", "--num-classes", "10", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "name": "resnet32",
+        "params": 466906,
+        "macs": 69124736,
+        "feature_dim": 64,
+        "maps": [[16, 32, 32], [32, 16, 16], [64, 8, 8]],
+    }
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["impls"]["torch"] == "works"
+    assert facts["optional"]["apex"] != "works"
+
+
+def test_print_recipe_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", "okddip-branch/resnet32/cifar100", "--print-recipe")
+    values = json.loads(out)
+    assert code == 0
+    papers = {
+        "students": 4,
+        "epochs": 300,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "milestones": [150, 225],
+        "ramp_epochs": 80.0,
+        "crop_padding": 4,
+        "crop_mode": "zeros",
+        "flip": True,
+    }
+    assert {name: values[name] for name in papers} == papers
+
+
+def test_epochs_scale_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "okddip-branch/resnet32/cifar100"
+    _, out, _ = run(capsys, "train", name, "--epochs", "30", "--print-recipe")
+    values = json.loads(out)
+    assert (values["milestones"], values["ramp_epochs"]) == ([15, 22], 8.0)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for command in ("train", "evaluate", "list", "model-info", "doctor"):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastokd.cli", command, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0
+        assert f"Example: fastokd {command}" in done.stdout
+
+
+WRONG = [
+    (["train", "okddip-branch/resnet32"], "METHOD/MODEL/DATASET"),
+    (["train", "okdip-branch/resnet8/digits"], "did you mean okddip"),
+    (["train", "okddip/resnet8/digits"], "okddip-branch or okddip-network"),
+    (["train", "baseline-branch/resnet8/digits"], "no branch form"),
+    (["train", "okddip-branch/resnet31/digits"], "did you mean"),
+    (["train", "okddip-branch/resnet8/digit"], "did you mean digits"),
+    (["train", "okddip-branch/resnet32/cifar100", "--data-root", "nowhere"], "nowhere"),
+    (["train", "okddip-branch/resnet32/fashion_mnist", "--data-root", "nowhere"], "nowhere"),
+    (["train", RECIPE, "--students", "0"], "students is 0"),
+    (["train", RECIPE, "--students", "1"], "a leader and at least one peer"),
+    (["train", RECIPE, "--lr", "0"], "lr is 0.0"),
+    (["train", RECIPE, "--lr", "-1"], "lr is -1.0"),
+    (["train", RECIPE, "--lr", "nan"], "lr is nan"),
+    (["train", RECIPE, "--lr", "fast"], "fast"),
+    (["train", RECIPE, "--temperature", "0"], "temperature is 0.0"),
+    (["train", RECIPE, "--temperature", "inf"], "temperature is inf"),
+    (["train", RECIPE, "--epochs", "0"], "epochs is 0"),
+    (["train", RECIPE, "--batch-size", "0"], "batch_size is 0"),
+    (["train", RECIPE, "--batch-size", "501"], "501"),
+    (["train", RECIPE, "--device", "tpu"], "device is 'tpu'"),
+    (["train", RECIPE, "--device", "cuda"], "--device cpu"),
+    (["train", RECIPE, "--precision", "fp8"], "precision is 'fp8'"),
+    (["train", RECIPE, "--precision", "tf32", "--device", "cpu"], "tf32"),
+    (["train", RECIPE, "--engine", "warp"], "engine is 'warp'"),
+    (["train", RECIPE, "--impl", "cuda"], "impl is 'cuda'"),
+    (["train", RECIPE, "--impl", "triton"], "needs a GPU"),
+    (["train", RECIPE, "--optimizer", "lion"], "optimizer is 'lion'"),
+    (["train", RECIPE, "--optimizer", "apex-sgd"], "apex"),
+    (["train", RECIPE, "--max-steps", "0"], "max_steps is 0"),
+    (["train", RECIPE, "--eval-every", "0"], "eval_every is 0"),
+    (["train", RECIPE, "--resume"], "no run to resume"),
+    (["train", RECIPE, "--warmth", "1"], "--warmth"),
+    (["train"], "recipe"),
+    (["evaluate", "nowhere"], "no run or checkpoint"),
+    (["list", "recipe"], "did you mean recipes"),
+    (["model-info", "resnet31"], "did you mean"),
+    (["model-info", "resnet32", "--num-classes", "1"], "num_classes is 1"),
+    (["tran"], "tran"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[" ".join(row[0]) for row in WRONG])
+def test_bad_input_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert says in err
+    assert err.startswith("fastokd: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []  # no half-made run folder
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "--debug", "train", "okdip-branch/resnet8/digits")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_train_evaluate_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    flags = ["--out", out, "--students", "2", "--batch-size", "250", "--epochs", "2"]
+    code, printed, _ = run(capsys, "train", RECIPE, *flags, "--max-steps", "1")
+    assert code == 0
+    assert "rate / 10 before epochs [1, 2]" in printed
+    assert "images/s" in printed
+    code, _, err = run(capsys, "train", RECIPE, *flags)
+    assert code == 2
+    assert "--resume" in err
+    assert run(capsys, "train", RECIPE, *flags, "--resume", "--quiet")[:2] == (0, "")
+    code, printed, _ = run(capsys, "evaluate", out, "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    assert json.loads(printed)["test"] == rows[-1]["test"]
