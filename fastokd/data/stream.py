@@ -208,16 +208,18 @@ def pad(images_NHWC: Tensor, augment: Augment) -> Tensor:
     if p == 0:
         return images_NHWC
     N, H, W, _ = images_NHWC.shape
-    if augment.padding_mode == "zeros":
-        padded_NHWC = images_NHWC.new_zeros(N, H + 2 * p, W + 2 * p, 3)
-        padded_NHWC[:, p : p + H, p : p + W] = images_NHWC
-        return padded_NHWC
-    if p >= min(H, W):
+    reflect = augment.padding_mode == "reflect"
+    if reflect and p >= min(H, W):
         raise UserError(
             f"crop_padding is {p}, but images of {H}x{W} reflect at most {min(H, W) - 1} pixels"
         )
-    rows, columns = (
-        size - 1 - (torch.arange(-p, size + p, device=images_NHWC.device).abs() - size + 1).abs()
-        for size in (H, W)
-    )
-    return images_NHWC.index_select(1, rows).index_select(2, columns)
+    padded_NHWC = images_NHWC.new_zeros(N, H + 2 * p, W + 2 * p, 3)
+    padded_NHWC[:, p : p + H, p : p + W] = images_NHWC
+    if reflect:
+        # Rows first, then whole columns, so that the corners reflect both ways.
+        for dim, size in ((1, H), (2, W)):
+            for k in range(1, p + 1):
+                padded_NHWC.select(dim, p - k).copy_(padded_NHWC.select(dim, p + k))
+                last = p + size - 1
+                padded_NHWC.select(dim, last + k).copy_(padded_NHWC.select(dim, last - k))
+    return padded_NHWC
