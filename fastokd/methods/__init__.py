@@ -7,15 +7,40 @@ from typing import Any
 from fastokd.cohort.output import CohortShape
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
-from fastokd.methods.baseline import Baseline, Independent
+from fastokd.methods.baseline import Baseline
+from fastokd.methods.cl_ilr import CLILR
+from fastokd.methods.dml import DML
 from fastokd.methods.ffsd import FFSD
+from fastokd.methods.ind import Independent
+from fastokd.methods.kd import KD
+from fastokd.methods.kdcl import KDCL
 from fastokd.methods.okddip import OKDDip
+from fastokd.methods.okddip_ablations import (
+    OKDDipEntropy,
+    OKDDipMean,
+    OKDDipNoTwoLevel,
+    OKDDipRandom,
+    OKDDipSymmetric,
+)
+from fastokd.methods.okddip_kd import OKDDipKD
+from fastokd.methods.one import ONE
 
 _METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
+    "cl_ilr": CLILR,
+    "dml": DML,
     "ffsd": FFSD,
     "ind": Independent,
+    "kd": KD,
+    "kdcl": KDCL,
     "okddip": OKDDip,
+    "okddip_entropy": OKDDipEntropy,
+    "okddip_kd": OKDDipKD,
+    "okddip_mean": OKDDipMean,
+    "okddip_no_two_level": OKDDipNoTwoLevel,
+    "okddip_random": OKDDipRandom,
+    "okddip_symmetric": OKDDipSymmetric,
+    "one": ONE,
 }
 
 

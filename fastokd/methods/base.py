@@ -23,6 +23,7 @@ class Needs:
 
     ``sharing``: the forms it has. ``leader``: the last student is kept and the others are its
     peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
+    ``heldout``: it measures the students on images held out of train after each epoch.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
     """
 
@@ -32,6 +33,7 @@ class Needs:
     trunk: bool = False
     maps: bool = False
     teacher: bool = False
+    heldout: bool = False
     divide_trunk_gradient: bool = False
 
 

@@ -8,6 +8,8 @@ target side of the KL alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,69 +17,88 @@ from torch.nn import functional as F
 
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Method, MethodLoss, Needs, Progress
-from fastokd.ops import mixture_distillation
-from fastokd.ops.mixture_distillation import Mix
+from fastokd.methods.base import Needs, Progress
+from fastokd.methods.scored import ScoredMethod
 
 
-class OKDDip(Method):
-    """Eq. 8: CE of every student, T^2 KL of each peer to its own mixture, of the leader to all.
+class TwoLevel(ScoredMethod):
+    """Peers who listen to each other by :meth:`peer_scores`, and a leader who hears them alike.
 
-    Args:
-        temperature: T.
-        mix: ``"logits"`` as published in code, ``"probs"`` as in Eq. 5.
-        detach_targets: stops the gradient into the targets; the projections then never learn.
-        kd_weight: multiplies both KL terms beside the recipe's ramp.
+    Eq. 8: CE of every student + w (T^2 KL of each peer to its own mixture + the leader's to the
+    mean of the peers), w the recipe's ramp. ``mix="logits"`` as published in code, ``"probs"`` as
+    in Eq. 5.
     """
 
-    needs = Needs(min_students=2, leader=True)
+    needs = Needs(sharing=("branch", "network"), leader=True)
 
-    def __init__(
-        self,
-        shape: CohortShape,
-        *,
-        temperature: float = 3.0,
-        mix: Mix = "logits",
-        detach_targets: bool = False,
-        kd_weight: float = 1.0,
-        impl: str = "auto",
-    ) -> None:
-        super().__init__(shape)
-        width = shape.feature_dims[0]
-        if len(set(shape.feature_dims)) > 1:
-            raise UserError(
-                f"the students' features are {shape.feature_dims} wide, but OKDDip's projections "
-                "are shared: use students of one width"
-            )
-        if width < 8:
-            raise UserError(f"features of width {width} can't be projected to width // 8")
-        self.temperature = temperature
-        self.mix: Mix = mix
-        self.detach_targets = detach_targets
-        self.kd_weight = kd_weight
-        self.impl = impl
-        self.query = nn.Linear(width, width // 8, bias=False)
-        self.key = nn.Linear(width, width // 8, bias=False)
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        """Who among the peers listens to whom, ``[P, P]`` or ``[B, P, P]``."""
+        raise NotImplementedError
 
-    def scores(self, out: CohortOutput) -> Tensor:
-        """Who listens to whom, ``[B, S, S]``."""
-        features_BPD = torch.stack(out.features[: self.peers], dim=1)
-        scores_BPP = self.query(features_BPD) @ self.key(features_BPD).mT
-        scores_BSP = F.pad(scores_BPP, (0, 0, 0, 1))
-        return F.pad(scores_BSP, (0, 1), value=-math.inf)
+    def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        return self._all_scores(out, progress)
 
-    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
-        loss = mixture_distillation(
-            out.logits_SBC,
-            labels_B,
-            self.scores(out),
-            kd_weight=progress.ramp * self.kd_weight,
-            temperature=self.temperature,
-            mix=self.mix,
-            detach_targets=self.detach_targets,
-            impl=self.impl,
-        )
-        return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
+    def _all_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        scores = self.peer_scores(out, progress)
+        if not self.needs.leader:
+            return scores
+        with_row = F.pad(scores, (0, 0, 0, 1))
+        return F.pad(with_row, (0, 1), value=-math.inf)
 
     def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
-        return {"attention": self.scores(out).float().softmax(-1).mean(0)}
+        mixing = self._all_scores(out, Progress.start()).float().softmax(-1)
+        return {"attention": mixing if mixing.dim() == 2 else mixing.mean(0)}
+
+
+class OKDDip(TwoLevel):
+    """Learned attention: one query and one key projection, shared by all the peers.
+
+    Peers of several architectures get a pair of projections for each width of their features, all
+    to ``attention_dim`` dimensions. The leader's features are never read.
+
+    Args:
+        attention_dim: d; by default an eighth of the (narrowest) peers' width.
+        options: those of :class:`ScoredMethod`. Under ``detach_targets`` the projections never
+            learn.
+
+    Raises:
+        UserError: features too narrow for the default, or ``attention_dim`` below 1.
+    """
+
+    def __init__(
+        self, shape: CohortShape, *, attention_dim: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(shape, **options)
+        widths = shape.feature_dims[: self.peers]
+        dim = min(widths) // 8 if attention_dim is None else attention_dim
+        if dim < 1:
+            given = (
+                f"attention_dim is {attention_dim}"
+                if attention_dim is not None
+                else (f"an eighth of features of width {min(widths)} is nothing")
+            )
+            raise UserError(f"{given}: give attention_dim of at least 1")
+        self.query = _projection(widths, dim)
+        self.key = _projection(widths, dim)
+
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        features = out.features[: self.peers]
+        query_BPd, key_BPd = _project(self.query, features), _project(self.key, features)
+        return query_BPd @ key_BPd.mT
+
+
+def _projection(widths: Sequence[int], dim: int) -> nn.Linear | nn.ModuleDict:
+    """One linear map, or one for each distinct width under its number."""
+    distinct = sorted(set(widths))
+    if len(distinct) == 1:
+        return nn.Linear(distinct[0], dim, bias=False)
+    return nn.ModuleDict({str(width): nn.Linear(width, dim, bias=False) for width in distinct})
+
+
+def _project(projection: nn.Module, features: Sequence[Tensor]) -> Tensor:
+    """``[B, P, d]`` of a ``[B, D_p]`` for each peer."""
+    if isinstance(projection, nn.ModuleDict):
+        mapped = [projection[str(feature_BD.shape[1])](feature_BD) for feature_BD in features]
+        return torch.stack(mapped, dim=1)
+    mapped_BPd: Tensor = projection(torch.stack(list(features), dim=1))
+    return mapped_BPd

@@ -1,0 +1,32 @@
+"""Ind: branches that learn from labels alone, and together train the trunk. Scores: every row -inf.
+
+The gradient into the trunk is their sum, undivided.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.methods.base import Method, MethodLoss, Needs, Progress, no_one
+from fastokd.ops.mixture_distillation import mixture_distillation
+
+
+class Independent(Method):
+    """CE of every student."""
+
+    needs = Needs(sharing=("branch", "network"), min_students=1)
+
+    scores_SS: Tensor
+
+    def __init__(self, shape: CohortShape, *, impl: str = "auto") -> None:
+        super().__init__(shape)
+        self.impl = impl
+        self.register_buffer("scores_SS", no_one(shape.students), persistent=False)
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        del progress
+        loss = mixture_distillation(
+            out.logits_SBC, labels_B, self.scores_SS, kd_weight=0.0, impl=self.impl
+        )
+        return MethodLoss(loss.total, {"ce_S": loss.ce_S})

@@ -1,0 +1,101 @@
+"""KDCL (Guo et al., CVPR 2020): one target for all students, as good as the group can make it.
+
+Scores: naive: on each sample the student with the lowest cross-entropy alone; linear: the log of
+the weights of the best convex combination of logits; min-logit and general: one computed extra
+source alone. Targets are detached. Ours is one deviation: the students see one augmentation, where
+the paper distorts the images anew for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.errors import UserError
+from fastokd.methods.base import Needs, Progress
+from fastokd.methods.kd import only_the_teacher
+from fastokd.methods.kdcl_targets import (
+    at_least_fp32,
+    covariance_weights,
+    error_covariance,
+    linear_scores,
+    min_logits,
+    naive_scores,
+)
+from fastokd.methods.scored import ScoredMethod
+
+if TYPE_CHECKING:
+    from fastokd.cohort import Cohort
+
+Target = Literal["naive", "linear", "min_logit", "general"]
+
+
+class KDCL(ScoredMethod):
+    """CE + w T^2 KL(softmax(target / T) || student); published with w = 1 throughout.
+
+    Args:
+        target: ``"naive"``, ``"linear"``, ``"min_logit"`` or ``"general"``. The last weighs the
+            students' logits by the inverse of their error covariance on held-out images, renewed
+            after each epoch (uniform before the first).
+        linear_steps: exponentiated-gradient steps of ``"linear"``.
+        options: those of :class:`ScoredMethod`; targets are detached by default.
+    """
+
+    needs = Needs(sharing=("network", "branch"))
+
+    scores_SN: Tensor
+    weights_S: Tensor
+
+    def __init__(
+        self,
+        shape: CohortShape,
+        *,
+        target: Target = "min_logit",
+        linear_steps: int = 100,
+        detach_targets: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(shape, detach_targets=detach_targets, **options)
+        if target not in ("naive", "linear", "min_logit", "general"):
+            raise UserError(f"target is {target!r}: choose naive, linear, min_logit or general")
+        if linear_steps < 1:
+            raise UserError(f"linear_steps is {linear_steps}: it must be at least 1")
+        self.target = target
+        self.linear_steps = linear_steps
+        self.needs = replace(self.needs, heldout=target == "general")
+        scores_SN = only_the_teacher(shape.students)
+        self.register_buffer("scores_SN", scores_SN, persistent=False)
+        uniform_S = torch.full((shape.students,), 1.0 / shape.students)
+        self.register_buffer("weights_S", uniform_S, persistent=target == "general")
+
+    def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        if self.target == "naive":
+            return naive_scores(out.logits_SBC.detach(), labels_B)
+        if self.target == "linear":
+            return linear_scores(out.logits_SBC.detach(), labels_B, self.linear_steps)
+        return self.scores_SN
+
+    def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
+        logits_SBC = out.logits_SBC.detach()
+        if self.target == "min_logit":
+            return min_logits(logits_SBC, labels_B)[None]
+        if self.target == "general":
+            # Not a mixture of the softmax kind: these weights may be negative.
+            weights_S = self.weights_S.to(at_least_fp32(logits_SBC))
+            return torch.tensordot(weights_S, logits_SBC.to(weights_S.dtype), dims=1)[None]
+        return None
+
+    @torch.no_grad()
+    def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
+        if self.target != "general":
+            return
+        if heldout is None:
+            raise UserError(
+                "kdcl's general target weighs the students on held-out images, but none are held "
+                "out: set val (--val 5000), or choose another target"
+            )
+        self.weights_S.copy_(covariance_weights(error_covariance(cohort, *heldout)))

@@ -1,0 +1,117 @@
+"""KDCL's targets: who or what is right where the others are not.
+
+Every function takes detached logits and reads nothing back to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fastokd.cohort import Cohort
+
+HELD_OUT_BATCH = 512
+
+
+def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+    """``[B, S, S]``: on each sample everybody listens to the student with the lowest CE alone."""
+    S, B = logits_SBC.shape[:2]
+    labels_SB = labels_B.expand(S, B)
+    ce_SB = F.cross_entropy(
+        logits_SBC.flatten(0, 1).to(at_least_fp32(logits_SBC)),
+        labels_SB.reshape(-1),
+        reduction="none",
+    ).view(S, B)
+    best_BS = F.one_hot(ce_SB.argmin(0), S).bool()
+    scores_BS = torch.zeros_like(best_BS, dtype=ce_SB.dtype).masked_fill(~best_BS, -math.inf)
+    return scores_BS[:, None].expand(-1, S, -1)
+
+
+def min_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+    """``[B, C]``: each student's logits less its true class's, the smallest over students."""
+    return relative_logits(logits_SBC, labels_B).amin(0)
+
+
+def relative_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+    """The logits less the true class's, ``[S, B, C]``; softmax is the same."""
+    index_SB1 = labels_B.expand(logits_SBC.shape[:2])[..., None]
+    return logits_SBC - logits_SBC.gather(2, index_SB1)
+
+
+def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
+    """``[B, S, S]``: the log of the convex weights whose mixed logits have the lowest CE.
+
+    Exponentiated gradient, a <- softmax(log a - eta g) with g = dCE / da, for every sample at once
+    and without a look at the numbers from the host: a step that doesn't descend is taken back and
+    eta halved; after one that does, eta is Barzilai and Borwein's. CE is convex in a.
+    """
+    dtype = at_least_fp32(logits_SBC)
+    relative_BSC = relative_logits(logits_SBC.to(dtype), labels_B).permute(1, 0, 2).contiguous()
+
+    def ce_and_gradient(log_a_BS: Tensor) -> tuple[Tensor, Tensor]:
+        mixed_BC = torch.einsum("bs,bsc->bc", log_a_BS.exp(), relative_BSC)
+        ce_B1 = torch.logsumexp(mixed_BC, dim=1, keepdim=True)
+        return ce_B1, torch.einsum("bc,bsc->bs", (mixed_BC - ce_B1).exp(), relative_BSC)
+
+    spread_B1 = (relative_BSC.amax((1, 2)) - relative_BSC.amin((1, 2)))[:, None]
+    tiny = torch.finfo(dtype).tiny
+    eta_B1 = 1.0 / spread_B1.clamp_min(1e-3)
+    log_a_BS = torch.full_like(relative_BSC[..., 0], -math.log(relative_BSC.shape[1]))
+    ce_B1, gradient_BS = ce_and_gradient(log_a_BS)
+    for _ in range(steps):
+        log_next_BS = F.log_softmax(log_a_BS - eta_B1 * gradient_BS, dim=1)
+        next_ce_B1, next_gradient_BS = ce_and_gradient(log_next_BS)
+        moved_BS = log_next_BS.exp() - log_a_BS.exp()
+        along_B1 = (moved_BS * (log_next_BS - log_a_BS)).sum(1, keepdim=True)
+        curved_B1 = (moved_BS * (next_gradient_BS - gradient_BS)).sum(1, keepdim=True)
+        fitting_B1 = along_B1 / curved_B1.clamp_min(tiny)
+        descends_B1 = next_ce_B1 <= ce_B1
+        eta_B1 = torch.minimum(fitting_B1, eta_B1 * torch.where(descends_B1, 10.0, 0.5))
+        eta_B1 = eta_B1.clamp(1e-8, 1e8)
+        log_a_BS = torch.where(descends_B1, log_next_BS, log_a_BS)
+        ce_B1 = torch.where(descends_B1, next_ce_B1, ce_B1)
+        gradient_BS = torch.where(descends_B1, next_gradient_BS, gradient_BS)
+    return log_a_BS[:, None].expand(-1, relative_BSC.shape[1], -1)
+
+
+def error_covariance(cohort: Cohort, images_NHWC: Tensor, labels_N: Tensor) -> Tensor:
+    """``[S, S]``: the mean over samples of the inner products of the students' errors.
+
+    An error is softmax(z) - onehot(label), in eval mode; float64. As Perrone and Cooper's, it is
+    not centred.
+    """
+    was_training = cohort.training
+    cohort.eval()
+    products_SS: Tensor | None = None
+    try:
+        for start in range(0, len(labels_N), HELD_OUT_BATCH):
+            labels_B = labels_N[start : start + HELD_OUT_BATCH]
+            logits_SBC = cohort(images_NHWC[start : start + HELD_OUT_BATCH]).logits_SBC.double()
+            error_SBC = logits_SBC.softmax(2) - F.one_hot(labels_B, logits_SBC.shape[2])
+            batch_SS = torch.einsum("sbc,tbc->st", error_SBC, error_SBC)
+            products_SS = batch_SS if products_SS is None else products_SS + batch_SS
+    finally:
+        cohort.train(was_training)
+    assert products_SS is not None
+    return products_SS / len(labels_N)
+
+
+def covariance_weights(covariance_SS: Tensor) -> Tensor:
+    """w = C^-1 1 / (1^T C^-1 1): they sum to 1 and may be negative.
+
+    A millionth of C's mean diagonal keeps it invertible where students are alike.
+    """
+    ridge = covariance_SS.diagonal().mean() * 1e-6 + torch.finfo(covariance_SS.dtype).tiny
+    eye_SS = torch.eye(len(covariance_SS), dtype=covariance_SS.dtype, device=covariance_SS.device)
+    solved_S = torch.linalg.solve(covariance_SS + ridge * eye_SS, torch.ones_like(eye_SS[0]))
+    return solved_S / solved_S.sum()
+
+
+def at_least_fp32(x: Tensor) -> torch.dtype:
+    """What sums over classes are taken in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

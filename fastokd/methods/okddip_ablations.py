@@ -1,0 +1,88 @@
+"""OKDDip with one part taken away: the five rows of its Table 5.
+
+Scores between peers: random, the diagonal alone, 0 everywhere, features against features; or
+OKDDip's own without the leader.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.errors import UserError
+from fastokd.methods.base import Needs, Progress
+from fastokd.methods.okddip import OKDDip, TwoLevel
+
+
+class OKDDipRandom(TwoLevel):
+    """*w/o SA (random)*: uniform random weights, rows normalised, anew for each sample and step."""
+
+    def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
+        """``belief_BPP`` in (0, 1], to be normalised."""
+        belief_BPP = 1.0 - torch.rand(batch, self.peers, self.peers, generator=generator)
+        return {"belief_BPP": belief_BPP}
+
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        return progress.draws["belief_BPP"].log()
+
+    def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
+        return {}
+
+
+class _Fixed(TwoLevel):
+    """Peers who listen by a matrix that never changes."""
+
+    peer_scores_PP: Tensor
+
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        return self.peer_scores_PP
+
+
+class OKDDipEntropy(_Fixed):
+    """*w/o SA (entropy)*: each peer attends to itself alone; its KL and the gradient are 0."""
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        scores_PP = torch.full((self.peers, self.peers), -math.inf).fill_diagonal_(0.0)
+        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+
+
+class OKDDipMean(_Fixed):
+    """*w/o SA (mean)*: every peer listens to all peers alike, itself included."""
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        scores_PP = torch.zeros(self.peers, self.peers)
+        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+
+
+class OKDDipSymmetric(TwoLevel):
+    """*w/o SA (asymmetry)*: W_L = W_E = I, so that a hears b as b hears a.
+
+    Raises:
+        UserError: peers whose features differ in width; there is no identity between them.
+    """
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        widths = shape.feature_dims[: self.peers]
+        if len(set(widths)) > 1:
+            raise UserError(
+                f"symmetric attention compares the peers' features as they are, but theirs are "
+                f"{', '.join(map(str, widths))} wide: use peers of one width, or okddip, which "
+                "projects them to a common one"
+            )
+
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        features_BPD = torch.stack(out.features[: self.peers], dim=1)
+        return features_BPD @ features_BPD.mT
+
+
+class OKDDipNoTwoLevel(OKDDip):
+    """*w/o two-level*: every student is a peer, none leads; the recipe keeps one at random."""
+
+    needs = Needs(sharing=("branch", "network"))

@@ -1,0 +1,49 @@
+"""OKDDip with a teacher (Table 6): OKDDip's loss, and a second in which all hear the teacher.
+
+Scores: OKDDip's; then the teacher's column alone, without cross-entropy and without a ramp (the
+papers' KD has none; that it has none here is our reading).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.methods.base import MethodLoss, Progress
+from fastokd.methods.kd import only_the_teacher, teacher_logits
+from fastokd.methods.okddip import OKDDip
+from fastokd.ops.mixture_distillation import mixture_distillation
+
+
+class OKDDipKD(OKDDip):
+    """Eq. 8 + T^2 KL(teacher || student) of every student, the leader included.
+
+    ``teacher_weight`` multiplies the teacher's terms.
+    """
+
+    needs = replace(OKDDip.needs, teacher=True)
+
+    teacher_scores_SN: Tensor
+
+    def __init__(self, shape: CohortShape, *, teacher_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(shape, **options)
+        self.teacher_weight = teacher_weight
+        scores_SN = only_the_teacher(shape.students)
+        self.register_buffer("teacher_scores_SN", scores_SN, persistent=False)
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        group = super().forward(out, labels_B, progress)
+        taught = mixture_distillation(
+            out.logits_SBC,
+            labels_B,
+            self.teacher_scores_SN,
+            extra_logits_EBC=teacher_logits(out),
+            ce_weight=0.0,
+            kd_weight=self.teacher_weight,
+            temperature=self.temperature,
+            impl=self.impl,
+        )
+        return MethodLoss(group.total + taught.total, {**group.parts, "teacher_kd_S": taught.kd_S})

@@ -1,0 +1,78 @@
+"""A method that is one call of the one loss: it only writes scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.methods.base import Method, MethodLoss, Progress
+from fastokd.ops.mixture_distillation import Mix, mixture_distillation
+
+
+class ScoredMethod(Method):
+    """CE of every student and T^2 KL to the target that its row of scores mixes.
+
+    A subclass writes :meth:`scores`; one whose target is no student's also :meth:`extras`.
+
+    Args:
+        temperature: T.
+        mix: ``"logits"``, ``"probs"`` or ``"pairwise"``: what is mixed.
+        detach_targets: keeps the targets, scores included, out of the gradient.
+        kd_weight: multiplies every KL, beside the recipe's ramp where the method has one.
+    """
+
+    # DML and KD are published without a ramp: theirs would stay 1 whatever the recipe says.
+    ramped = True
+
+    def __init__(
+        self,
+        shape: CohortShape,
+        *,
+        temperature: float = 3.0,
+        mix: Mix = "logits",
+        detach_targets: bool = False,
+        kd_weight: float = 1.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(shape)
+        self.temperature = temperature
+        self.mix: Mix = mix
+        self.detach_targets = detach_targets
+        self.kd_weight = kd_weight
+        self.impl = impl
+
+    def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf is never."""
+        raise NotImplementedError
+
+    def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
+        """Sources beside the students, ``[E, B, C]``."""
+        del out, labels_B
+        return None
+
+    def mixture_ce_weight(self) -> Tensor | float:
+        """The weight of the mixtures' own cross-entropy, for each student."""
+        return 0.0
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        loss = mixture_distillation(
+            out.logits_SBC,
+            labels_B,
+            self.scores(out, labels_B, progress),
+            extra_logits_EBC=self.extras(out, labels_B),
+            kd_weight=progress.ramp * self.kd_weight if self.ramped else self.kd_weight,
+            mixture_ce_weight=self.mixture_ce_weight(),
+            temperature=self.temperature,
+            mix=self.mix,
+            detach_targets=self.detach_targets,
+            impl=self.impl,
+        )
+        return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
+
+
+def everyone_else(students: int) -> Tensor:
+    """``[S, S]`` scores in which everybody listens to all the others alike."""
+    return torch.zeros(students, students).fill_diagonal_(-math.inf)
