@@ -1,5 +1,9 @@
 """The papers' loops, eager and unoptimised: the oracle and the yardstick."""
 
+from fastokd.reference.baseline import ReferenceIndependent
+from fastokd.reference.cl_ilr import ReferenceCLILR
+from fastokd.reference.common import ReferenceCohort, ReferenceLosses
+from fastokd.reference.dml import ReferenceDML
 from fastokd.reference.ffsd import (
     Lambdas,
     ReferenceFFSD,
@@ -7,12 +11,36 @@ from fastokd.reference.ffsd import (
     ffsd_optimizers,
     ffsd_step,
 )
+from fastokd.reference.kd import ReferenceKD, ReferenceOKDDipKD
+from fastokd.reference.kdcl import ReferenceKDCL
 from fastokd.reference.okddip import ReferenceOKDDip, okddip_losses, okddip_step
+from fastokd.reference.okddip_ablations import (
+    ReferenceEntropy,
+    ReferenceMean,
+    ReferenceNoTwoLevel,
+    ReferenceRandom,
+    ReferenceSymmetric,
+)
+from fastokd.reference.one import ReferenceONE
 
 __all__ = [
     "Lambdas",
+    "ReferenceCLILR",
+    "ReferenceCohort",
+    "ReferenceDML",
+    "ReferenceEntropy",
     "ReferenceFFSD",
+    "ReferenceIndependent",
+    "ReferenceKD",
+    "ReferenceKDCL",
+    "ReferenceLosses",
+    "ReferenceMean",
+    "ReferenceNoTwoLevel",
     "ReferenceOKDDip",
+    "ReferenceOKDDipKD",
+    "ReferenceONE",
+    "ReferenceRandom",
+    "ReferenceSymmetric",
     "ffsd_losses",
     "ffsd_optimizers",
     "ffsd_step",

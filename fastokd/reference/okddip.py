@@ -6,66 +6,114 @@ plain students, dispatches no fused op and reads nothing back inside a step.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.models import Student, create_model
+from fastokd.models import Student
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+    kl_to_probs,
+)
 
 
-class ReferenceLosses(NamedTuple):
-    """The total and what it sums: CE of every student, T^2 KL of every student (Eq. 8)."""
+class ReferenceTwoLevel(ReferenceCohort):
+    """Peers who attend to each other, and a leader (the last) who learns from their mean (Eq. 8).
 
-    total: Tensor
-    ce: list[Tensor]
-    kd: list[Tensor]
+    A subclass says by :meth:`attention` who attends to whom. ``mix_probs`` is Eq. 5 instead of the
+    published code; ``detach`` stops the gradient into the targets; without ``has_leader`` all
+    students are peers.
+    """
+
+    temperature = 3.0
+    mix_probs = False
+    detach = False
+    has_leader = True
+
+    @property
+    def peers(self) -> int:
+        """Students who aren't the leader."""
+        return len(self.students) - int(self.has_leader)
+
+    def attention(self, peer_features: list[Tensor]) -> Tensor:
+        """alpha, ``[B, P, P]``: rows sum to 1."""
+        raise NotImplementedError
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        logits, peers, temperature = out.logits, self.peers, self.temperature
+        attention_BPP = self.attention(out.features[:peers])
+        peer_logits_BPC = torch.stack(logits[:peers], dim=1)
+        leader_target_BC = peer_logits_BPC.mean(dim=1)
+        if self.detach:
+            attention_BPP = attention_BPP.detach()
+            peer_logits_BPC = peer_logits_BPC.detach()
+            leader_target_BC = leader_target_BC.detach()
+
+        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in logits]
+        if self.mix_probs:
+            probs_BPC = F.softmax(peer_logits_BPC / temperature, dim=2)
+            mixed_BPC = torch.bmm(attention_BPP, probs_BPC)
+            kd = [kl_to_probs(logits[p], mixed_BPC[:, p], temperature) for p in range(peers)]
+            leader_target = kl_to_probs(logits[-1], probs_BPC.mean(dim=1), temperature)
+        else:
+            mixed_BPC = torch.bmm(attention_BPP, peer_logits_BPC)
+            kd = [kl_divergence(logits[p], mixed_BPC[:, p], temperature) for p in range(peers)]
+            leader_target = kl_divergence(logits[-1], leader_target_BC, temperature)
+        if self.has_leader:
+            kd.append(leader_target)
+        total = sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0])
+        return ReferenceLosses(total, ce, kd)
 
 
-class ReferenceOKDDip(nn.Module):
+class ReferenceOKDDip(ReferenceTwoLevel):
     """``students`` networks, the last the leader, and the two projections (Eq. 9).
 
-    With ``sharing="branch"`` the stages before the student's ``branch_from`` are shared.
+    A mixed cohort has a pair of projections for each width of the peers' features.
     """
 
     def __init__(
-        self, model: str, num_classes: int, students: int = 4, sharing: str = "branch"
+        self,
+        model: str | Sequence[str],
+        num_classes: int,
+        students: int = 4,
+        sharing: str = "branch",
     ) -> None:
-        super().__init__()
-        built = [create_model(model, num_classes) for _ in range(students)]
-        self.branch_from = 0
-        self.trunk: Student | None = None
-        if sharing == "branch":
-            self.branch_from = built[0].branch_from
-            self.trunk = create_model(model, num_classes)
-            self.trunk.keep_stages(0, self.branch_from)
-            for student in built:
-                student.keep_stages(self.branch_from, None)
-        self.students = nn.ModuleList(built)
-        width = built[0].feature_dim
-        self.query = nn.Linear(width, width // 8, bias=False)
-        self.key = nn.Linear(width, width // 8, bias=False)
+        super().__init__(model, num_classes, students, sharing)
+        widths = []
+        for student in list(self.students)[: self.peers]:
+            assert isinstance(student, Student)
+            widths.append(student.feature_dim)
+        dim = min(widths) // 8
+        self.query: nn.Module
+        self.key: nn.Module
+        if len(set(widths)) == 1:
+            self.query = nn.Linear(widths[0], dim, bias=False)
+            self.key = nn.Linear(widths[0], dim, bias=False)
+        else:
+            self.query = nn.ModuleDict({str(w): nn.Linear(w, dim, bias=False) for w in set(widths)})
+            self.key = nn.ModuleDict({str(w): nn.Linear(w, dim, bias=False) for w in set(widths)})
 
     def forward(self, x_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logits and pooled features of every student."""
-        if self.trunk is not None:
-            x_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
-        logits, features = [], []
-        for student in self.students:
-            assert isinstance(student, Student)
-            output = student.outputs(x_BCHW, self.branch_from)
-            logits.append(output.logits_BC)
-            features.append(output.features_BD)
-        return logits, features
+        out = self.outputs(x_BCHW)
+        return out.logits, out.features
 
-
-def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(target || student), Eq. 3 and 4; the target's gradient is kept."""
-    log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
-    target_BC = F.softmax(target_BC / temperature, dim=1)
-    kl_B = F.kl_div(log_q_BC, target_BC, reduction="none").sum(1)
-    return kl_B.mean() * temperature**2
+    def attention(self, peer_features: list[Tensor]) -> Tensor:
+        """Eq. 10."""
+        if isinstance(self.query, nn.ModuleDict):
+            assert isinstance(self.key, nn.ModuleDict)
+            query_BPd = torch.stack([self.query[str(h.shape[1])](h) for h in peer_features], dim=1)
+            key_BPd = torch.stack([self.key[str(h.shape[1])](h) for h in peer_features], dim=1)
+        else:
+            peer_features_BPD = torch.stack(peer_features, dim=1)
+            query_BPd = self.query(peer_features_BPD)
+            key_BPd = self.key(peer_features_BPD)
+        return torch.softmax(torch.bmm(query_BPd, key_BPd.transpose(1, 2)), dim=-1)
 
 
 def okddip_losses(
@@ -76,21 +124,8 @@ def okddip_losses(
     temperature: float = 3.0,
 ) -> ReferenceLosses:
     """One forward and Eq. 8."""
-    logits, features = model(x_BCHW)
-    peers = len(logits) - 1
-
-    peer_features_BPD = torch.stack(features[:peers], dim=1)
-    query_BPd = model.query(peer_features_BPD)
-    key_BPd = model.key(peer_features_BPD)
-    attention_BPP = torch.softmax(torch.bmm(query_BPd, key_BPd.transpose(1, 2)), dim=-1)
-    peer_logits_BPC = torch.stack(logits[:peers], dim=1)
-    mixed_BPC = torch.bmm(attention_BPP, peer_logits_BPC)
-
-    ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in logits]
-    kd = [kl_divergence(logits[p], mixed_BPC[:, p], temperature) for p in range(peers)]
-    kd.append(kl_divergence(logits[peers], peer_logits_BPC.mean(dim=1), temperature))
-    total = sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0])
-    return ReferenceLosses(total, ce, kd)
+    model.temperature = temperature
+    return model.losses(model.outputs(x_BCHW), labels_B, kd_weight)
 
 
 def okddip_step(

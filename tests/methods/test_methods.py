@@ -57,12 +57,12 @@ def test_distillation_changes_the_leader() -> None:
 
 
 def test_cross_entropy_changes_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastokd.methods import okddip
+    from fastokd.methods import scored
 
     whole = leader(train("okddip")[0])
-    loss = okddip.mixture_distillation
+    loss = scored.mixture_distillation
     monkeypatch.setattr(
-        okddip, "mixture_distillation", lambda *a, **k: loss(*a, **{**k, "ce_weight": 0.0})
+        scored, "mixture_distillation", lambda *a, **k: loss(*a, **{**k, "ce_weight": 0.0})
     )
     assert not torch.allclose(whole, leader(train("okddip")[0]))
 
@@ -107,3 +107,107 @@ def test_bad_choices_are_named() -> None:
     with pytest.raises(UserError, match="'okddip' can't take"):
         create_method("okddip", Cohort(("resnet8", 2), 10).shape, warmth=1)
     assert {"baseline", "ind", "okddip"} <= set(list_methods())
+
+
+def test_one_trains_its_gate_and_says_whom_it_trusts() -> None:
+    _, before, _ = train("one", steps=0)
+    for options in ({}, {"detach_targets": True}):
+        cohort, method, images = train("one", **options)
+        for name, parameter in method.named_parameters():
+            assert not torch.equal(parameter, dict(before.named_parameters())[name]), name
+        attention = method.eval().diagnostics(cohort.eval()(images))["attention"]
+        assert attention.shape == (3, 3)
+        torch.testing.assert_close(attention.sum(1), torch.ones(3))
+        assert (attention[0] == attention[2]).all()
+    assert not torch.allclose(leader(train("one")[0]), leader(train("one", detach_targets=True)[0]))
+
+
+def test_one_refuses_a_batch_of_one() -> None:
+    cohort = Cohort(("resnet8", 2), 10)
+    method = create_method("one", cohort.shape)
+    out = cohort(torch.randn(1, 3, 32, 32))
+    with pytest.raises(UserError, match="a batch holds one image"):
+        method(out, torch.tensor([1]), Progress.start())
+    method.eval()(out, torch.tensor([1]), Progress.start())
+
+
+@pytest.mark.parametrize("name", ["dml", "kd"])
+def test_no_ramp_where_none_was_published(name: str) -> None:
+    teacher = Cohort(("resnet8", 1), 10).student(0)
+    cohort = Cohort(("resnet8", 2), 10, sharing="network", teacher=teacher)
+    method = create_method(name, cohort.shape)
+    out, labels_B = cohort(torch.randn(4, 3, 32, 32)), torch.randint(10, (4,))
+    totals = [method(out, labels_B, Progress.start(ramp=ramp)).total for ramp in (0.0, 0.5, 1.0)]
+    assert totals[0] == totals[1] == totals[2]
+    assert totals[0] > create_method("ind", cohort.shape)(out, labels_B, Progress.start()).total
+
+
+def test_a_teachers_terms_have_no_ramp() -> None:
+    teacher = Cohort(("resnet8", 1), 10).student(0)
+    cohort = Cohort(("resnet8", 3), 10, teacher=teacher)
+    method = create_method("okddip_kd", cohort.shape)
+    out, labels_B = cohort(torch.randn(4, 3, 32, 32)), torch.randint(10, (4,))
+    loss = method(out, labels_B, Progress.start(ramp=0.0))
+    expected = loss.parts["ce_S"].sum() + loss.parts["teacher_kd_S"].sum()
+    torch.testing.assert_close(loss.total.detach(), expected)
+    assert (loss.parts["teacher_kd_S"] > 0).all()
+
+
+def test_random_beliefs_are_fresh_and_a_function_of_the_generator() -> None:
+    method = create_method("okddip_random", Cohort(("resnet8", 4), 10).shape)
+    drawn = [method.draw(5, torch.Generator().manual_seed(s))["belief_BPP"] for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (5, 3, 3)
+    assert (drawn[0] > 0).all()
+
+
+def test_entropys_peers_learn_from_labels_alone() -> None:
+    """Each is its own target, which its gradient passes both ways; the leader learns from all."""
+    cohort = Cohort(("resnet8", 3), 10)
+    method = create_method("okddip_entropy", cohort.shape)
+    out = cohort(torch.randn(4, 3, 32, 32))
+    loss = method(out, torch.randint(10, (4,)), Progress.start())
+    assert loss.parts["kd_S"][:2].abs().max() < 1e-6
+    assert loss.parts["kd_S"][2] > 0
+
+
+def test_no_two_level_has_no_leader() -> None:
+    cohort, method, images = train("okddip_no_two_level")
+    attention = method.diagnostics(cohort(images))["attention"]
+    assert (attention > 0).all()
+    assert not method.needs.leader
+
+
+def test_symmetric_attention_hears_as_it_is_heard_and_needs_one_width() -> None:
+    cohort, method, images = train("okddip_symmetric")
+    out = cohort(images)
+    scores_BPP = method.peer_scores(out, Progress.start())
+    torch.testing.assert_close(scores_BPP, scores_BPP.mT)
+    mixed = Cohort(["resnet8", "wrn_16_2", "resnet8"], 10, sharing="network")
+    with pytest.raises(UserError, match="64, 128 wide"):
+        create_method("okddip_symmetric", mixed.shape)
+
+
+def test_mixed_peers_get_projections_of_their_width() -> None:
+    mixed = Cohort(["resnet8", "wrn_16_2", "vgg16"], 10, sharing="network")
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in create_method("okddip", mixed.shape).named_parameters()
+    }
+    assert shapes == {
+        "query.64.weight": (8, 64),
+        "query.128.weight": (8, 128),
+        "key.64.weight": (8, 64),
+        "key.128.weight": (8, 128),
+    }
+    method = create_method("okddip", mixed.shape, attention_dim=5)
+    assert method.query["64"].weight.shape == (5, 64)
+    with pytest.raises(UserError, match="attention_dim is 0"):
+        create_method("okddip", mixed.shape, attention_dim=0)
+
+
+def test_clilr_and_one_are_branches() -> None:
+    for name in ("cl_ilr", "one"):
+        with pytest.raises(UserError, match="no network form: choose branch"):
+            create_method(name, Cohort(("resnet8", 2), 10, sharing="network").shape)

@@ -1,0 +1,52 @@
+"""CL-ILR: branches learn from the others; the trunk gets their gradient divided by their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+    mean_of_others,
+)
+
+
+class ReferenceCLILR(ReferenceCohort):
+    """CE + w T^2 KL to the mean of the others' logits."""
+
+    temperature = 3.0
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        kd = [
+            kl_divergence(logits_BC, mean_of_others(out.logits, index), self.temperature)
+            for index, logits_BC in enumerate(out.logits)
+        ]
+        return ReferenceLosses(sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0]), ce, kd)
+
+    def step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        x_BCHW: Tensor,
+        labels_B: Tensor,
+        kd_weight: float = 1.0,
+    ) -> ReferenceLosses:
+        """The branches' backward down to the trunk's output, then the trunk's with a share of it."""
+        assert self.trunk is not None
+        trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
+        entry_BCHW = trunk_BCHW.detach().requires_grad_()
+        losses = self.losses(self.branch_outputs(entry_BCHW, entry_BCHW), labels_B, kd_weight)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.total.backward()
+        assert entry_BCHW.grad is not None
+        trunk_BCHW.backward(entry_BCHW.grad / len(self.students))
+        for optimizer in optimizers:
+            optimizer.step()
+        return losses

@@ -1,0 +1,121 @@
+"""What the loops share: students one by one, the KL, one plain step.
+
+Nothing here is fused, nothing dispatches an op of this package, nothing is read back in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.models import Student, create_model
+
+
+class ReferenceLosses(NamedTuple):
+    """The total and what it sums: CE of every student, T^2 KL of every student."""
+
+    total: Tensor
+    ce: list[Tensor]
+    kd: list[Tensor]
+
+
+class ReferenceOutputs(NamedTuple):
+    """Each student's logits and pooled features, and the shared trunk's output."""
+
+    logits: list[Tensor]
+    features: list[Tensor]
+    trunk_BCHW: Tensor | None
+
+
+class ReferenceCohort(nn.Module):
+    """Several students, and a loss that a subclass writes in :meth:`losses`.
+
+    Args:
+        model: one name for all, or a name for each student (network sharing).
+        num_classes: C.
+        students: how many, where ``model`` is one name.
+        sharing: with ``"branch"`` the stages before the student's ``branch_from`` are shared.
+    """
+
+    def __init__(
+        self,
+        model: str | Sequence[str],
+        num_classes: int,
+        students: int = 4,
+        sharing: str = "branch",
+    ) -> None:
+        super().__init__()
+        names = [model] * students if isinstance(model, str) else list(model)
+        built = [create_model(name, num_classes) for name in names]
+        self.branch_from = 0
+        self.trunk: Student | None = None
+        if sharing == "branch":
+            self.branch_from = built[0].branch_from
+            self.trunk = create_model(names[0], num_classes)
+            self.trunk.keep_stages(0, self.branch_from)
+            for student in built:
+                student.keep_stages(self.branch_from, None)
+        self.students = nn.ModuleList(built)
+
+    def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
+        """Runs the trunk, then each student."""
+        trunk_BCHW = None
+        if self.trunk is not None:
+            trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
+        return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
+
+    def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
+        """Runs each student on what the trunk gave."""
+        logits, features = [], []
+        for student in self.students:
+            assert isinstance(student, Student)
+            output = student.outputs(x_BCHW, self.branch_from)
+            logits.append(output.logits_BC)
+            features.append(output.features_BD)
+        return ReferenceOutputs(logits, features, trunk_BCHW)
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        """The loss of one forward; ``kd_weight`` is the ramp's value."""
+        raise NotImplementedError
+
+    def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
+        """One SGD over all, as published for every method that doesn't say otherwise."""
+        return [torch.optim.SGD(self.parameters(), **settings)]
+
+    def step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        x_BCHW: Tensor,
+        labels_B: Tensor,
+        kd_weight: float = 1.0,
+    ) -> ReferenceLosses:
+        """One training step."""
+        losses = self.losses(self.outputs(x_BCHW), labels_B, kd_weight)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return losses
+
+
+def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(target || student), the target as probabilities."""
+    log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
+    kl_B = F.kl_div(log_q_BC, target_BC, reduction="none").sum(1)
+    return kl_B.mean() * temperature**2
+
+
+def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(target || student), Eq. 3 and 4, the target as logits; its gradient is kept."""
+    return kl_to_probs(student_BC, F.softmax(target_BC / temperature, dim=1), temperature)
+
+
+def mean_of_others(logits: list[Tensor], student: int) -> Tensor:
+    """The mean of all logits but one student's."""
+    others = [other for index, other in enumerate(logits) if index != student]
+    return sum(others[1:], others[0]) / len(others)

@@ -1,0 +1,71 @@
+"""DML: every network learns from the others; an optimizer each, all stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+    mean_of_others,
+)
+
+
+class ReferenceDML(ReferenceCohort):
+    """CE + T^2 KL to the mean of the others' logits, or pair by pair divided by their number.
+
+    Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network
+    has a backward of its own.
+    """
+
+    temperature = 3.0
+    pairwise = False
+    detach = False
+
+    def _target(self, logits_BC: Tensor) -> Tensor:
+        return logits_BC.detach() if self.detach else logits_BC
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        ce, kd = [], []
+        for index, logits_BC in enumerate(out.logits):
+            ce.append(F.cross_entropy(logits_BC, labels_B))
+            if self.pairwise:
+                pairs = [
+                    kl_divergence(logits_BC, self._target(other_BC), self.temperature)
+                    for other, other_BC in enumerate(out.logits)
+                    if other != index
+                ]
+                kd.append(sum(pairs[1:], pairs[0]) / len(pairs))
+            else:
+                mean_BC = self._target(mean_of_others(out.logits, index))
+                kd.append(kl_divergence(logits_BC, mean_BC, self.temperature))
+        return ReferenceLosses(sum(ce[1:], ce[0]) + sum(kd[1:], kd[0]), ce, kd)
+
+    def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
+        if self.trunk is not None:
+            return super().optimizers(**settings)
+        return [torch.optim.SGD(student.parameters(), **settings) for student in self.students]
+
+    def step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        x_BCHW: Tensor,
+        labels_B: Tensor,
+        kd_weight: float = 1.0,
+    ) -> ReferenceLosses:
+        if not self.detach or self.trunk is not None:
+            return super().step(optimizers, x_BCHW, labels_B, kd_weight)
+        losses = self.losses(self.outputs(x_BCHW), labels_B, kd_weight)
+        for optimizer, ce, kd in zip(optimizers, losses.ce, losses.kd, strict=True):
+            optimizer.zero_grad()
+            (ce + kd).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return losses

@@ -1,0 +1,51 @@
+"""KD, and OKDDip with a teacher: T^2 KL to a frozen network besides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.reference.baseline import ReferenceIndependent
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+)
+from fastokd.reference.okddip import ReferenceOKDDip
+
+
+class _Taught(ReferenceCohort):
+    """Students with a teacher in eval mode, which is no part of their state."""
+
+    def set_teacher(self, teacher: nn.Module) -> None:
+        """Sets the frozen network, ``[B, 3, H, W] -> [B, C]``."""
+        self._teacher = [teacher.eval()]
+
+    def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
+        with torch.no_grad():
+            self.teacher_BC: Tensor = self._teacher[0](x_BCHW)
+        return super().outputs(x_BCHW)
+
+    def taught(self, out: ReferenceOutputs, temperature: float = 3.0) -> list[Tensor]:
+        """T^2 KL(teacher || student) of every student, without a ramp."""
+        return [kl_divergence(logits_BC, self.teacher_BC, temperature) for logits_BC in out.logits]
+
+
+class ReferenceKD(_Taught, ReferenceIndependent):
+    """Eq. 4."""
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        kd = self.taught(out)
+        return ReferenceLosses(sum(ce[1:], ce[0]) + sum(kd[1:], kd[0]), ce, kd)
+
+
+class ReferenceOKDDipKD(_Taught, ReferenceOKDDip):
+    """Eq. 8, and the teacher for every student; ``kd_weight`` is the group's ramp alone."""
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        group = super().losses(out, labels_B, kd_weight)
+        taught = self.taught(out)
+        return group._replace(total=group.total + sum(taught[1:], taught[0]))

@@ -1,0 +1,120 @@
+"""KDCL: the group's best target, found sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+)
+
+
+class ReferenceKDCL(ReferenceCohort):
+    """CE + w T^2 KL(softmax(target / T) || student); the target is detached."""
+
+    temperature = 3.0
+    target = "min_logit"
+    linear_steps = 100
+
+    def __init__(
+        self,
+        model: str | Sequence[str],
+        num_classes: int,
+        students: int = 4,
+        sharing: str = "network",
+    ) -> None:
+        super().__init__(model, num_classes, students, sharing)
+        self.weights = [1 / len(self.students)] * len(self.students)
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        logits_SBC = torch.stack(out.logits).detach()
+        if self.target == "general":
+            target_BC = sum(
+                w * logits_BC for w, logits_BC in zip(self.weights, logits_SBC, strict=True)
+            )
+            assert isinstance(target_BC, Tensor)
+        else:
+            rows = [self.find(logits_SBC[:, b], int(label)) for b, label in enumerate(labels_B)]
+            target_BC = torch.stack(rows)
+        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
+        return ReferenceLosses(sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0]), ce, kd)
+
+    def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
+        if self.trunk is not None:
+            return super().optimizers(**settings)
+        return [torch.optim.SGD(student.parameters(), **settings) for student in self.students]
+
+    def find(self, logits_SC: Tensor, label: int) -> Tensor:
+        """One sample's target."""
+        if self.target == "naive":
+            return best(logits_SC, label)
+        if self.target == "linear":
+            return best_mixture(logits_SC, label, self.linear_steps)
+        return least(logits_SC, label)
+
+    @torch.no_grad()
+    def weigh(self, x_NCHW: Tensor, labels_N: Tensor) -> None:
+        """The general target's weights, from held-out images: C^-1 1 / (1^T C^-1 1)."""
+        self.eval()
+        errors = [
+            F.softmax(logits_NC, dim=1) - F.one_hot(labels_N, logits_NC.shape[1])
+            for logits_NC in self.outputs(x_NCHW).logits
+        ]
+        self.train()
+        covariance = torch.tensor(
+            [[float((a * b).sum(1).mean()) for b in errors] for a in errors], dtype=torch.float64
+        )
+        covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(errors))
+        solved = torch.linalg.inv(covariance).sum(1)
+        self.weights = (solved / solved.sum()).tolist()
+
+
+def cross_entropy(logits_C: Tensor, label: int) -> float:
+    """CE of one sample."""
+    return float(torch.logsumexp(logits_C, 0) - logits_C[label])
+
+
+def best(logits_SC: Tensor, label: int) -> Tensor:
+    """The logits of the student who is least wrong."""
+    losses = [cross_entropy(logits_C, label) for logits_C in logits_SC]
+    return logits_SC[losses.index(min(losses))]
+
+
+def least(logits_SC: Tensor, label: int) -> Tensor:
+    """The smallest of the students' logits, each less its own of the true class."""
+    return torch.stack([logits_C - logits_C[label] for logits_C in logits_SC]).min(0).values
+
+
+def best_mixture(logits_SC: Tensor, label: int, steps: int) -> Tensor:
+    """The convex combination of logits with the lowest CE, by exponentiated gradient."""
+    relative_SC = torch.stack([logits_C - logits_C[label] for logits_C in logits_SC])
+
+    def gradient(a_S: Tensor) -> Tensor:
+        return relative_SC @ torch.softmax(a_S @ relative_SC, 0)
+
+    a_S = torch.full((len(relative_SC),), 1 / len(relative_SC), dtype=relative_SC.dtype)
+    log_a_S = a_S.log()
+    eta = 1 / max(float(relative_SC.max() - relative_SC.min()), 1e-3)
+    for _ in range(steps):
+        log_next_S = torch.log_softmax(log_a_S - eta * gradient(log_a_S.exp()), 0)
+        moved_S = log_next_S.exp() - log_a_S.exp()
+        curved = float(moved_S @ (gradient(log_next_S.exp()) - gradient(log_a_S.exp())))
+        fitting = float(moved_S @ (log_next_S - log_a_S)) / curved if curved > 0 else math.inf
+        before = cross_entropy(log_a_S.exp() @ relative_SC, label)
+        if cross_entropy(log_next_S.exp() @ relative_SC, label) <= before:
+            log_a_S = log_next_S
+            eta = min(fitting, 10 * eta)
+        else:
+            eta = min(fitting, eta / 2)
+        eta = min(max(eta, 1e-8), 1e8)
+    return log_a_S.exp() @ logits_SC

@@ -1,0 +1,57 @@
+"""ONE: branches, an ensemble that a gate weighs, and the ensemble as everybody's target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.reference.common import (
+    ReferenceCohort,
+    ReferenceLosses,
+    ReferenceOutputs,
+    kl_divergence,
+)
+
+
+class ReferenceONE(ReferenceCohort):
+    """CE of each branch and of the ensemble + w T^2 KL of each branch to the ensemble.
+
+    ``control`` and ``norm`` are the gate on the pooled trunk.
+    """
+
+    temperature = 3.0
+    detach = False
+
+    def __init__(
+        self,
+        model: str | Sequence[str],
+        num_classes: int,
+        students: int = 4,
+        sharing: str = "branch",
+        trunk_channels: int = 32,
+    ) -> None:
+        super().__init__(model, num_classes, students, sharing)
+        self.control = nn.Linear(trunk_channels, students)
+        self.norm = nn.BatchNorm1d(students)
+
+    def ensemble(self, out: ReferenceOutputs) -> Tensor:
+        """The weighted sum of the branches' logits."""
+        assert out.trunk_BCHW is not None
+        pooled_BC = F.adaptive_avg_pool2d(out.trunk_BCHW, 1).flatten(1)
+        gate_BS = F.softmax(F.relu(self.norm(self.control(pooled_BC))), dim=1)
+        ensemble_BC = torch.zeros_like(out.logits[0])
+        for index, logits_BC in enumerate(out.logits):
+            ensemble_BC = ensemble_BC + gate_BS[:, index : index + 1] * logits_BC
+        return ensemble_BC
+
+    def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
+        ensemble_BC = self.ensemble(out)
+        target_BC = ensemble_BC.detach() if self.detach else ensemble_BC
+        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
+        ensemble_ce = F.cross_entropy(ensemble_BC, labels_B)
+        total = sum(ce[1:], ce[0]) + ensemble_ce + kd_weight * sum(kd[1:], kd[0])
+        return ReferenceLosses(total, ce, kd)
