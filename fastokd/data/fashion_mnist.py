@@ -36,7 +36,7 @@ MD5 = {
 
 
 def load_fashion_mnist(root: Path | None, *, download: bool) -> DatasetSplits:
-    """Fashion-MNIST from ``root``, ``root/FashionMNIST/raw`` or Debian's package.
+    """Fashion-MNIST from ``root/FashionMNIST/raw`` or ``root``; without one, Debian's package.
 
     Raises:
         UserError: files that are missing, empty or damaged, or hold labels out of range.

@@ -48,17 +48,18 @@ def test_images_sit_in_a_black_border(compressed: bool, tmp_path: Path) -> None:
 
 
 def test_places_in_order(tmp_path: Path, debian: Path) -> None:
-    """torchvision's layout, then the folder itself, then Debian's package; the note says which."""
+    """torchvision's layout, then the folder itself; Debian's package only where no root is given."""
     root = tmp_path / "root"
     root.mkdir()
-    with pytest.raises(UserError, match=rf"no fashion_mnist in .*{root}, {debian}: install"):
-        load_dataset("fashion_mnist", root)
-    with pytest.raises(UserError, match="dataset-fashion-mnist, or give --data-root"):
+    with pytest.raises(UserError, match=rf"no fashion_mnist in {debian}: install Debian's"):
         load_dataset("fashion_mnist")
-    for place in (debian, root, root / "FashionMNIST" / "raw"):
+    write_fashion_mnist(debian)
+    assert load_dataset("fashion_mnist").note == f"read from {debian}"
+    with pytest.raises(UserError, match=rf"no fashion_mnist in .*{root}: .* --data-root"):
+        load_dataset("fashion_mnist", root)
+    for place in (root, root / "FashionMNIST" / "raw"):
         write_fashion_mnist(place)
         assert load_dataset("fashion_mnist", root).note == f"read from {place}"
-    assert load_dataset("fashion_mnist").note == f"read from {debian}"
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
