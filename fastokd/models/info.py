@@ -62,7 +62,7 @@ def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
     return ModelInfo(name, params, macs, model.feature_dim, maps)
 
 
-def trunk_shape(name: str, num_classes: int, **options: Any) -> tuple[int, int, int]:
+def trunk_shape(name: str, num_classes: int, **options: Any) -> tuple[int, ...]:
     """(channels, height, width) of what a branch of ``name`` starts from.
 
     Raises:
@@ -71,13 +71,12 @@ def trunk_shape(name: str, num_classes: int, **options: Any) -> tuple[int, int, 
     model, x_BCHW = _on_meta(name, num_classes, options)
     with torch.no_grad():
         trunk_BCHW, _ = model.trunk(x_BCHW, model.branch_from)
-    _, channels, height, width = trunk_BCHW.shape
-    return channels, height, width
+    return tuple(trunk_BCHW.shape[1:])
 
 
 def _on_meta(name: str, num_classes: int, options: dict[str, Any]) -> tuple[Student, Tensor]:
     """The student without memory, in eval mode, and one image of its published size."""
-    size = model_spec(name).input_size
+    size = options.get("input_size") or model_spec(name).input_size
     with torch.device("meta"):
         model = create_model(name, num_classes, **options).eval()
         return model, torch.empty(1, 3, size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,20 +45,39 @@ def register_model(
 
 
 def list_models() -> list[str]:
-    """The names that :func:`create_model` takes."""
+    """The registered names.
+
+    :func:`create_model` takes these, and any classifier of another library behind its prefix:
+    ``torchvision:mobilenet_v2``, ``timm:mobilenetv3_small_100``.
+    """
     return sorted(_SPECS)
 
 
 def model_spec(name: str) -> ModelSpec:
     """The entry of one student; an unknown name raises and offers the nearest ones."""
+    if ":" in name:
+        # Here, so that neither library is imported before one of its models is asked for.
+        from fastokd.models.external import resolve
+
+        return resolve(name)
     if name not in _SPECS:
         raise unknown_name("model", name, _SPECS)
     return _SPECS[name]
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> Student:
-    """A new student with ``num_classes`` outputs (at least 2)."""
+    """A new student with ``num_classes`` outputs (at least 2).
+
+    Its weights are drawn from torch's global generator.
+
+    Raises:
+        UserError: an unknown name, too few classes, an option that the model doesn't have.
+    """
     spec = model_spec(name)
     if num_classes < 2:
         raise UserError(f"num_classes is {num_classes}, but a classifier needs at least 2")
+    try:
+        inspect.signature(spec.build).bind(num_classes, **options)
+    except TypeError as error:
+        raise UserError(f"model {name} doesn't take these options: {error}") from error
     return spec.build(num_classes, **options)

@@ -66,7 +66,8 @@ def test_canonical_forms(name: str, num_classes: int, params: int) -> None:
     assert model_info(name, num_classes).params == params
 
 
-@pytest.mark.parametrize("name", list_models())
+# The widest is left out: 36 million weights that wrn_16_2_basic has in small.
+@pytest.mark.parametrize("name", sorted({*list_models()} - {"wrn_28_10_basic"}))
 @torch.no_grad()
 def test_trunk_and_branch_make_the_whole(name: str) -> None:
     """Cut in two, with the weights of the whole: the same outputs, and no parameter twice."""
@@ -74,7 +75,8 @@ def test_trunk_and_branch_make_the_whole(name: str) -> None:
     size = 32 if spec.input_size == 32 else 64
     x_BCHW = torch.randn(2, 3, size, size)
     whole = create_model(name, 10).eval()
-    trunk, branch = create_model(name, 10).eval(), create_model(name, 10).eval()
+    with torch.device("meta"):
+        trunk, branch = create_model(name, 10).eval(), create_model(name, 10).eval()
     trunk.keep_stages(0, trunk.branch_from)
     branch.keep_stages(branch.branch_from, None)
     state = whole.state_dict()
@@ -82,7 +84,7 @@ def test_trunk_and_branch_make_the_whole(name: str) -> None:
     assert keys[0] | keys[1] == set(state)
     assert not keys[0] & keys[1]
     for part, own in zip((trunk, branch), keys, strict=True):
-        part.load_state_dict({key: state[key] for key in own})
+        part.load_state_dict({key: state[key] for key in own}, assign=True)
 
     want = whole.outputs(x_BCHW)
     trunk_BCHW, trunk_maps = trunk.trunk(x_BCHW, trunk.branch_from)

@@ -1,0 +1,302 @@
+"""Any classifier of torchvision or timm as a student: ``torchvision:NAME``, ``timm:NAME``.
+
+Weights are drawn by the library's own initialisation; nothing is ever downloaded. State keys are
+the library's behind ``net.`` (``Student.published_key`` drops it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.errors import UserError, unknown_name
+from fastokd.models.probe import Probe, pool_features, probe
+from fastokd.models.registry import ModelSpec
+from fastokd.models.split import Split, enclosing, prune, split
+from fastokd.models.student import Student, StudentOutput
+
+# Whatever fetches weights, in either library.
+FEATURES = ""  # no submodule has this path
+DOWNLOADS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
+
+
+class ExternalStudent(Student):
+    """A foreign classifier with the surface of a :class:`Student`.
+
+    Features are the input of its last layer (before a dropout; averaged over places), maps the
+    outputs of the last block at each of its four smallest resolutions, both found by one forward
+    without memory and read through forward hooks.
+
+    Args:
+        net: ``[B, 3, H, W] -> [B, C]``. Its modules' in-place flags are cleared.
+        name: for messages.
+        num_classes: C.
+        input_size: height and width of the images that the maps are looked for with.
+        split_at: the module that ends the trunk of a branch cohort, in the network's own dotted
+            names; None for network sharing alone.
+        found: what an earlier student of the same form found, to look only once.
+
+    Raises:
+        UserError: no features can be found, or the network can't be split there.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        name: str,
+        num_classes: int,
+        input_size: int,
+        split_at: str | None = None,
+        found: Probe | None = None,
+    ) -> None:
+        super().__init__()
+        for module in net.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+        self.net = net
+        self.name = name
+        hidden: frozenset[str] = enclosing(split_at) if split_at else frozenset()
+        known = found is not None
+        found = found or probe(net, name, num_classes, input_size, hidden)
+        self.found = found
+        self.feature_dim = found.feature_dim
+        self.map_names = found.maps_at
+        self.map_stages = ()
+        self.stages = (("net",),) if split_at is None else (("net",), ("net",))
+        self._channels_first = found.channels_first
+        self._taken: dict[str, Tensor] = {}
+        features_at = net.get_submodule(found.features_at)
+        features_at.register_forward_hook(_Tap(self._taken, FEATURES, of_input=True))
+        for path in found.maps_at:
+            net.get_submodule(path).register_forward_hook(_Tap(self._taken, path))
+        self._cuts: dict[bool, Split] = {}
+        if split_at is not None:
+            self._cuts = self._cut(split_at)
+            if not known:
+                self._check_cut(split_at, input_size)
+
+    def whole(self, x_BCHW: Tensor) -> Tensor:
+        """The network as it is: what a split cuts in two."""
+        logits_BC: Tensor = self.net(x_BCHW)
+        return logits_BC
+
+    @property
+    def branch_from(self) -> int:  # type: ignore[override]
+        """1 where a split was stated.
+
+        Raises:
+            UserError: none was; the message offers modules at which this network can be cut.
+        """
+        if len(self.stages) == 1:
+            near = [path for path in self._candidates() if self._can_cut(path)]
+            hint = f" ({' or '.join(near)}, for example)" if near else ""
+            raise UserError(
+                f"{self.name} has no stated split into trunk and branch: give the option split_at "
+                f"with the name of one of its modules{hint}, or use sharing='network'"
+            )
+        return 1
+
+    def stage(self, index: int, x_BCHW: Tensor) -> Tensor:
+        """Runs the whole, or one of its two parts; the last one gives logits."""
+        if not self._cuts:
+            return self.whole(x_BCHW)
+        return self._cuts[self.training].parts[index](self, x_BCHW)
+
+    def _run(self, x_BCHW: Tensor, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self._taken.clear()
+        for index in range(start, stop):
+            x_BCHW = self.stage(index, x_BCHW)
+        maps = tuple(self._taken.pop(path) for path in self.map_names if path in self._taken)
+        return x_BCHW, maps
+
+    def outputs(self, x_BCHW: Tensor, start: int = 0) -> StudentOutput:
+        """Runs the parts from ``start`` on."""
+        logits_BC, maps = self._run(x_BCHW, start, len(self.stages))
+        features_BD = pool_features(self._taken.pop(FEATURES), self._channels_first)
+        return StudentOutput(logits_BC, features_BD, maps)
+
+    def keep_stages(self, start: int, stop: int | None) -> None:
+        """Drops what the other part uses; what is left keeps its names."""
+        if len(self.stages) == 2 and (start, stop) != (0, None):
+            prune(self, self._cuts[True], keep_first=stop == 1)
+
+    def published_key(self, key: str) -> str:
+        return key.removeprefix("net.")
+
+    def _cut(self, split_at: str) -> dict[bool, Split]:
+        """The split in training and in eval mode: the code between the modules may differ."""
+        paths = [path for path, _ in self.net.named_modules() if path]
+        if split_at not in paths:
+            raise unknown_name(f"module of {self.name}", split_at, paths)
+        mode = self.training
+        cuts = {}
+        for training in (True, False):
+            self.train(training)
+            cuts[training] = split(self, f"net.{split_at}", self.name)
+        self.train(mode)
+        if cuts[True].first != cuts[False].first:
+            raise UserError(
+                f"{self.name} can't be split at {split_at!r}: it runs other modules in training "
+                "than in evaluation; choose another module, or sharing='network'"
+            )
+        return cuts
+
+    def _candidates(self) -> tuple[str, ...]:
+        """Places worth offering: behind a map, or before the last of a long row of blocks."""
+        if self.map_names:
+            return self.map_names[:-1]
+        rows = {
+            path: list(module.named_children())
+            for path, module in self.net.named_modules()
+            if path and isinstance(module, (nn.Sequential, nn.ModuleList))
+        }
+        row = max(rows, key=lambda path: len(rows[path]), default="")
+        return (f"{row}.{rows[row][-2][0]}",) if row and len(rows[row]) > 1 else ()
+
+    def _can_cut(self, path: str) -> bool:
+        try:
+            self._cut(path)
+        except UserError:
+            return False
+        return True
+
+    def _check_cut(self, split_at: str, size: int) -> None:
+        """Runs both parts without memory: one tensor is cut, and every branch finds it untouched."""
+        mode = self.training
+        self.eval()
+        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        meta = {f"student.{key}": value.to("meta") for key, value in state.items()}
+        with torch.device("meta"), torch.no_grad():
+            images = torch.empty(2, 3, size, size)
+            fault: str = torch.func.functional_call(_CutFault(self), meta, (images,))
+        self.train(mode)
+        if fault:
+            raise UserError(
+                f"{self.name} can't be split at {split_at!r}: {fault}; choose another module, or "
+                "sharing='network'"
+            )
+
+
+class _CutFault(nn.Module):
+    """What is wrong with the tensor at the cut, or nothing."""
+
+    def __init__(self, student: ExternalStudent) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, x_BCHW: Tensor) -> str:
+        trunk, _ = self.student.trunk(x_BCHW, 1)
+        if not isinstance(trunk, Tensor):
+            return f"it gives a {type(trunk).__name__} where one tensor is needed"
+        before = trunk._version
+        self.student.outputs(trunk, 1)
+        return "" if trunk._version == before else "what follows changes its output in place"
+
+
+class _Tap:
+    """A forward hook that keeps what goes in or comes out until the student reads it.
+
+    An object rather than a closure: a deep copy of the student gets taps of its own.
+    """
+
+    def __init__(self, taken: dict[str, Tensor], key: str, of_input: bool = False) -> None:
+        self.taken = taken
+        self.key = key
+        self.of_input = of_input
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.taken[self.key] = args[0] if self.of_input else output
+
+
+# A cohort builds the same network many times; where its features and maps are does not change.
+_FOUND: dict[tuple[object, ...], Probe] = {}
+
+
+def resolve(name: str) -> ModelSpec:
+    """The spec of ``torchvision:NAME`` or ``timm:NAME``.
+
+    Its options: ``split_at`` (a module's dotted name, for branch sharing), ``input_size`` (height
+    and width that the maps are looked for with; the library's own by default), and whatever the
+    library's constructor takes, but anything that fetches weights.
+
+    Raises:
+        UserError: another prefix, a network that the library doesn't have, timm missing.
+    """
+    prefix, _, arch = name.partition(":")
+    if prefix not in LIBRARIES:
+        raise UserError(f"model {name!r} has an unknown prefix: use {' or '.join(LIBRARIES)}")
+    new, size = LIBRARIES[prefix](name, arch)
+    about = f"{arch} as {prefix} has it"
+    return ModelSpec(name, partial(_build, name, new, size), size, about)
+
+
+def _build(
+    name: str,
+    new: Callable[..., nn.Module],
+    size: int,
+    num_classes: int,
+    *,
+    split_at: str | None = None,
+    input_size: int | None = None,
+    **options: Any,
+) -> ExternalStudent:
+    for option in DOWNLOADS:
+        if options.get(option):
+            raise UserError(f"option {option!r} of {name} would fetch weights: leave it out")
+        options.pop(option, None)
+    try:
+        net = _construct(partial(new, num_classes=num_classes, **options))
+    except TypeError as error:
+        raise UserError(f"{name} doesn't take these options: {error}") from error
+    size = input_size or size
+    form = (name, num_classes, size, split_at, repr(sorted(options.items())))
+    student = ExternalStudent(net, name, num_classes, size, split_at, _FOUND.get(form))
+    _FOUND[form] = student.found
+    return student
+
+
+def _construct(new: Callable[[], nn.Module]) -> nn.Module:
+    """``new()``, on the default device; where that is meta and the constructor computes with
+    tensors of its own (torchvision's RegNets), by way of the CPU."""
+    try:
+        return new()
+    except (NotImplementedError, RuntimeError):
+        if torch.get_default_device().type != "meta":
+            raise
+    with torch.device("cpu"):
+        return new().to("meta")
+
+
+def _torchvision(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if arch not in known:
+        raise unknown_name("torchvision model", arch, known)
+    weights = models.get_model_weights(arch)
+    crops = [getattr(w.transforms, "keywords", {}).get("crop_size") for w in weights]
+    size = min((crop for crop in crops if crop), default=224)
+    # Auxiliary classifiers make the training output a tuple.
+    plain = {"aux_logits": False, "init_weights": True} if arch in WITH_AUX else {}
+    return partial(models.get_model, arch, weights=None, **plain), size
+
+
+def _timm(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"{name} needs timm, which isn't here: pip install timm") from error
+    known = timm.list_models()
+    if arch.partition(".")[0] not in known:
+        raise unknown_name("timm model", arch, known)
+    cfg = timm.models.get_pretrained_cfg(arch)
+    size = cfg.input_size[-1] if cfg is not None and cfg.input_size else 224
+    return partial(timm.create_model, arch, pretrained=False), size
+
+
+WITH_AUX = ("googlenet", "inception_v3")
+LIBRARIES = {"torchvision": _torchvision, "timm": _timm}
