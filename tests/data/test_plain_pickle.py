@@ -119,8 +119,7 @@ def array_pickle(shape: Any, code: str, raw: bytes, order: str = "|") -> bytes:
         shape,
         Runs((np.dtype, (code, False, True), (3, order, None, None, None, -1, -1, 0))),
     )
-    make = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    array = Runs((make, (np.ndarray, (0,), b"b"), (*state, False, raw)))
+    array = Runs((np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), (*state, False, raw)))
     return pickle.dumps({"a": array}, protocol=4)
 
 
