@@ -18,5 +18,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that no registry holds, with the nearest names offered."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {_some(names)}"
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def _some(names: list[str], most: int = 60) -> str:
+    """All of a readable list, the beginning of a long one."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

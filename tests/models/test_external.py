@@ -245,6 +245,8 @@ def test_what_a_user_can_get_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         new("torchvision:resnet18", split_at="layer1.0.relu")
     with pytest.raises(UserError, match="did you mean mobilenet_v2"):
         create_model("torchvision:mobilenetv2", 10)
+    with pytest.raises(UserError, match=r"there is alexnet, .* and 20 more"):
+        create_model("torchvision:zzz", 10)
     with pytest.raises(UserError, match="use torchvision or timm"):
         create_model("keras:resnet18", 10)
     with pytest.raises(UserError, match="would fetch weights"):
