@@ -1,132 +1,46 @@
 """What to train: functions composed into a frozen Recipe, and a name for each.
 
-A name is ``METHOD/MODEL/DATASET``, the method with its form where it has two:
-``okddip-branch/resnet32/cifar100``. Every method, model and data set compose; ``list_recipes``
-names those that the papers report.
+A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET``:
+
+- METHOD as in ``fastokd list methods``; an ablation is a method: ``okddip_mean``.
+- FORM is ``branch`` or ``network``. It may be left out where the method has one form, or was
+  published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
+- ``-ensemble`` reports the mean logits of the peers (Table 4) in place of the students.
+- ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
+- MODEL is a student, or one for each of a mixed cohort, the leader's last:
+  ``okddip-network/resnet20+resnet32+resnet20/cifar100``.
+
+Methods, models and data sets compose freely; ``list_recipes`` names those that the papers report.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from fastokd.cells import published_recipes
 from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import list_methods, method_class
 from fastokd.models import model_spec
+from fastokd.recipe_type import PLANNED_DATASETS, Recipe
+
+# Where a method with two forms was published in one.
+PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
+# No ramp is published for these: nothing to ramp, or the whole weight from the first epoch on.
+UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl")
+TEMPERATURE = 3.0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides a run's numbers, but the machine.
+class _Name(NamedTuple):
+    """A name's parts."""
 
-    Attributes:
-        students: networks trained, leader included.
-        milestones: epochs (from 0) before which the learning rate is divided by 10.
-        warmup_epochs: epochs in which the rate rises in equal steps to lr, from lr / warmup_epochs
-            in the first; 0 for none.
-        ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
-            epoch (0 in OKDDip, 1 in FFSD).
-        crop_padding, crop_mode, flip: augmentation of in-memory images.
-        image_size: for image folders, height and width.
-        val: images held out of the training set, stratified by class; 0 for none.
-    """
-
-    name: str
     method: str
+    sharing: str
+    ensemble: bool
+    students: int | None
     model: str
     dataset: str
-    sharing: str
-    students: int
-    method_options: dict[str, Any] = field(default_factory=dict)
-    model_options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 300
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    milestones: tuple[int, ...] = (150, 225)
-    lr_decay: float = 0.1
-    warmup_epochs: float = 0.0
-    ramp_epochs: float = 80.0
-    ramp_first: int = 0
-    crop_padding: int = 4
-    crop_mode: Literal["zeros", "reflect"] = "zeros"
-    flip: bool = True
-    image_size: int = 32
-    val: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses what can't be trained, in one sentence."""
-        model_spec(self.model)
-        needs = method_class(self.method).needs
-        if self.dataset not in list_datasets():
-            raise unknown_name("dataset", self.dataset, list_datasets())
-        if self.sharing not in needs.sharing:
-            raise UserError(
-                f"{self.method} has no {self.sharing} form: choose {' or '.join(needs.sharing)}"
-            )
-        if self.students < needs.min_students:
-            role = " (a leader and at least one peer)" if needs.leader else ""
-            raise UserError(
-                f"students is {self.students}, but {self.method} trains at least "
-                f"{needs.min_students}{role}"
-            )
-        for name, least in (("epochs", 1), ("batch_size", 1), ("val", 0), ("crop_padding", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
-        for name in ("weight_decay", "momentum", "ramp_epochs", "warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
-        temperature = self.method_options.get("temperature", 1.0)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
-
-    @property
-    def has_leader(self) -> bool:
-        """Whether the last student is the one that is kept."""
-        return method_class(self.method).needs.leader
-
-    def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
-        """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""
-        rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
-        if warm_up and epoch + 1 < self.warmup_epochs:
-            rate *= (epoch + 1) / self.warmup_epochs
-        return rate
-
-    def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule in other epochs: milestones, ramp and warm-up move in proportion."""
-        scale = epochs / self.epochs
-        return dataclasses.replace(
-            self,
-            epochs=epochs,
-            milestones=tuple(round(milestone * scale) for milestone in self.milestones),
-            ramp_epochs=self.ramp_epochs * scale,
-            warmup_epochs=self.warmup_epochs * scale,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON would give it back."""
-        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Recipe:
-        """The recipe of a ``recipe.json``; unknown or missing fields raise."""
-        fields = {f.name for f in dataclasses.fields(Recipe)}
-        if not isinstance(values, dict) or not values.keys() <= fields:
-            extra = sorted(set(values) - fields) if isinstance(values, dict) else values
-            raise UserError(f"this is no recipe of this version: it has {extra}")
-        try:
-            return Recipe(**{**values, "milestones": tuple(values["milestones"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"this is no recipe: {error}") from error
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
@@ -136,20 +50,14 @@ def recipe(name: str, **changes: Any) -> Recipe:
     options of the method are given as ``method_options``.
 
     Raises:
-        UserError: an unknown method, model, data set or form, with the nearest names.
+        UserError: an unknown method, model, data set or form, with the nearest names; a field that
+            a recipe doesn't have.
     """
-    parts = name.split("/")
-    if len(parts) != 3:
-        raise UserError(
-            f"{name!r} is no recipe: name one as METHOD/MODEL/DATASET, "
-            "such as okddip-branch/resnet32/cifar100"
-        )
-    method, sharing = _method_and_sharing(parts[0])
-    model_name, dataset = parts[1], parts[2]
-    model_spec(model_name)
-    if dataset not in list_datasets():
-        raise unknown_name("dataset", dataset, list_datasets())
-    base = _published(name, method, sharing, model_name, dataset)
+    base = _published(name, _parse(name))
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    for change in changes:
+        if change not in fields:
+            raise unknown_name("setting", change, fields)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
         if epochs < 1:
@@ -160,36 +68,95 @@ def recipe(name: str, **changes: Any) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def _method_and_sharing(text: str) -> tuple[str, str]:
-    """``okddip-branch`` -> (okddip, branch); a method of one form may leave it out."""
-    for sharing in ("branch", "network"):
-        if text.endswith(f"-{sharing}"):
-            return _known_method(text.removesuffix(f"-{sharing}")), sharing
-    method = _known_method(text)
+def _parse(name: str) -> _Name:
+    parts = name.split("/")
+    if len(parts) != 3:
+        raise UserError(
+            f"{name!r} is no recipe: name one as METHOD/MODEL/DATASET, "
+            "such as okddip-branch/resnet32/cifar100"
+        )
+    text, model, dataset = parts
+    for student in model.split("+"):
+        model_spec(student)
+    known = [*list_datasets(), *PLANNED_DATASETS]
+    if dataset not in known:
+        raise unknown_name("dataset", dataset, known)
+    text, at, count = text.partition("@")
+    if at and not count.isdecimal():
+        raise UserError(f"{name!r} asks for {count!r} students: write a number after the @")
+    method, *words = text.split("-")
+    if method not in list_methods():
+        raise unknown_name("method", method, list_methods())
+    ensemble = "ensemble" in words
+    forms = [word for word in words if word != "ensemble"]
+    if len(forms) > 1 or not {*forms} <= {"branch", "network"}:
+        raise UserError(
+            f"{text!r} names no form of {method}: write {method}-branch or {method}-network, and "
+            "-ensemble behind it to report the ensemble"
+        )
+    sharing = forms[0] if forms else _only_form(method)
+    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset)
+
+
+def _only_form(method: str) -> str:
     forms = method_class(method).needs.sharing
-    if text == "ind":
-        return method, "branch"
+    if method in PUBLISHED_FORM:
+        return PUBLISHED_FORM[method]
     if len(forms) > 1:
-        raise UserError(f"{text} has two forms: name one, {text}-branch or {text}-network")
-    return method, forms[0]
+        raise UserError(f"{method} has two forms: name one, {method}-branch or {method}-network")
+    return forms[0]
 
 
-def _known_method(name: str) -> str:
-    if name not in list_methods():
-        raise unknown_name("method", name, list_methods())
-    return name
-
-
-def _published(name: str, method: str, sharing: str, model: str, dataset: str) -> Recipe:
-    """The paper's settings for this data set, then the method's own."""
-    base = _on_dataset(name, method, sharing, model, dataset)
-    if method in ("baseline", "ind"):
+def _published(text: str, name: _Name) -> Recipe:
+    """The data set's settings, then the student's, the method's, and what is reported."""
+    students = name.students
+    if students is None:
+        mixed = name.model.count("+") + 1
+        students = mixed if mixed > 1 else _students(name.method)
+    base = _on_dataset(
+        Recipe(
+            text,
+            name.method,
+            name.model,
+            name.dataset,
+            name.sharing,
+            students,
+            method_options=_method_options(name.method),
+            model_options=_model_options(name),
+            reported="leader" if method_class(name.method).needs.leader else "mean",
+        )
+    )
+    if name.method in UNRAMPED:
         base = dataclasses.replace(base, ramp_epochs=0.0)
-    if method == "baseline":
-        base = dataclasses.replace(base, students=1)
-    if method == "ffsd":
+    if method_class(name.method).needs.teacher:
+        teacher = "resnet34" if name.dataset == "imagenet" else "resnet110"
+        base = dataclasses.replace(base, teacher=f"baseline/{teacher}/{name.dataset}")
+    if name.method == "ffsd":
         base = _ffsd(base)
+    if name.method == "okddip_no_two_level":
+        base = dataclasses.replace(base, reported="kept")
+    if name.ensemble:
+        base = dataclasses.replace(base, reported="ensemble_logits")
     return base
+
+
+def _students(method: str) -> int:
+    """Networks trained, leader included: 4 in every group of OKDDip's tables."""
+    return {"baseline": 1, "kd": 1, "ffsd": 3}.get(method, 4)
+
+
+def _method_options(method: str) -> dict[str, Any]:
+    """What the papers set, written out so that ``recipe.json`` says it."""
+    if method in ("baseline", "ind"):
+        return {}
+    return {"temperature": 2.0 if method == "ffsd" else TEMPERATURE}
+
+
+def _model_options(name: _Name) -> dict[str, Any]:
+    """What differs in the branch form: VGG's dropout."""
+    if name.sharing == "network" or "+" in name.model:
+        return {}
+    return dict(model_spec(name.model).branch_options)
 
 
 def _ffsd(base: Recipe) -> Recipe:
@@ -197,36 +164,58 @@ def _ffsd(base: Recipe) -> Recipe:
     imagenet = base.dataset == "imagenet"
     base = dataclasses.replace(
         base,
-        students=3,
         weight_decay=1e-4,
         ramp_epochs=5 * base.epochs / (90 if imagenet else 300),
         ramp_first=1,
-        crop_mode="reflect",
     )
     if imagenet:
-        base = dataclasses.replace(base, milestones=(30, 60, 80), warmup_epochs=5.0)
-    return base
+        return dataclasses.replace(base, milestones=(30, 60, 80), warmup_epochs=5.0)
+    return dataclasses.replace(base, crop_mode="reflect")
 
 
-def _on_dataset(name: str, method: str, sharing: str, model: str, dataset: str) -> Recipe:
-    """OKDDip's CIFAR settings; the small sets shortened to what they need."""
-    cifar = Recipe(name, method, model, dataset, sharing, students=4)
-    if dataset == "digits":
+def _on_dataset(cifar: Recipe) -> Recipe:
+    """OKDDip's settings on CIFAR and ImageNet; the small sets shortened to what they need."""
+    if cifar.dataset == "imagenet":
+        # The paper gives no R here; the fraction of CIFAR's, 24 of 90 epochs, is ours.
+        return dataclasses.replace(
+            cifar,
+            epochs=90,
+            batch_size=256,
+            weight_decay=1e-4,
+            milestones=(30, 60),
+            ramp_epochs=24.0,
+            crop_padding=0,
+            crop_mode="resized",
+            image_size=224,
+            eval_resize=256,
+        )
+    if cifar.dataset == "digits":
         # Mirrored digits are other digits, and 500 images make 8 batches of 64.
         return dataclasses.replace(
-            cifar, epochs=60, milestones=(30, 45), ramp_epochs=16.0, batch_size=64, flip=False
+            cifar,
+            epochs=60,
+            milestones=(30, 45),
+            ramp_epochs=16.0,
+            batch_size=64,
+            crop_padding=2,
+            flip=False,
         )
-    if dataset == "fashion_mnist":
+    if cifar.dataset == "fashion_mnist":
         return dataclasses.replace(cifar, epochs=20, milestones=(10, 15), ramp_epochs=20 * 80 / 300)
     return cifar
 
 
 def list_recipes() -> list[str]:
-    """The recipes with a name of their own: the papers' cells and the demo's."""
-    cifar = [
-        f"{method}/{model}/{dataset}"
-        for dataset in ("cifar10", "cifar100")
-        for model in ("resnet32",)
-        for method in ("baseline", "ind", "okddip-network", "okddip-branch")
+    """The recipes with a name of their own: the papers' cells and the demo's.
+
+    The cells of a data set that nothing loads yet are left out.
+    """
+    demo = ["baseline/resnet8/digits", "okddip-branch/resnet8/digits"]
+    return [
+        name
+        for name in dict.fromkeys([*published_recipes(), *demo])
+        if name.split("/")[2] in list_datasets()
     ]
-    return [*cifar, "okddip-branch/resnet8/digits", "baseline/resnet8/digits"]
+
+
+__all__ = ["Recipe", "list_recipes", "recipe"]

@@ -1,0 +1,196 @@
+"""A recipe: all that decides a run's numbers, but the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from fastokd.data import list_datasets
+from fastokd.data.stream import keyed_generator
+from fastokd.errors import UserError, unknown_name
+from fastokd.methods import method_class
+from fastokd.models import model_spec
+
+# What a run is judged by, and what its best epoch is chosen by.
+Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
+# Sets whose recipes are written though nothing loads them yet.
+PLANNED_DATASETS = ("imagenet",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run's numbers, but the machine.
+
+    Attributes:
+        model: a student's name; or several joined by ``+``, one for each student of a mixed
+            cohort, the leader's last.
+        students: networks trained, leader included.
+        milestones: epochs (from 0) before which the learning rate is divided by 10.
+        warmup_epochs: epochs in which the rate rises in equal steps to lr, from lr / warmup_epochs
+            in the first; 0 for none.
+        ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
+            epoch (0 in OKDDip, 1 in FFSD).
+        crop_padding, crop_mode, flip: augmentation. ``"zeros"`` and ``"reflect"`` pad before the
+            crop; ``"resized"`` crops an area of the image and resizes it (RandomResizedCrop).
+        image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
+            shorter side before the centre crop of a held-out image; 0 for none.
+        val: images held out of the training set, stratified by class; 0 for none.
+        reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
+            ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.
+        teacher: the recipe that trains the teacher, where the method has one.
+    """
+
+    name: str
+    method: str
+    model: str
+    dataset: str
+    sharing: str
+    students: int
+    method_options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 300
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    milestones: tuple[int, ...] = (150, 225)
+    lr_decay: float = 0.1
+    warmup_epochs: float = 0.0
+    ramp_epochs: float = 80.0
+    ramp_first: int = 0
+    crop_padding: int = 4
+    crop_mode: Literal["zeros", "reflect", "resized"] = "zeros"
+    flip: bool = True
+    image_size: int = 32
+    eval_resize: int = 0
+    val: int = 0
+    reported: Reported = "mean"
+    teacher: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what can't be trained, in one sentence."""
+        needs = method_class(self.method).needs
+        known = [*list_datasets(), *PLANNED_DATASETS]
+        if self.dataset not in known:
+            raise unknown_name("dataset", self.dataset, known)
+        if self.sharing not in needs.sharing:
+            raise UserError(
+                f"{self.method} has no {self.sharing} form: choose {' or '.join(needs.sharing)}"
+            )
+        self._check_students()
+        if self.reported not in get_args(Reported):
+            raise UserError(
+                f"reported is {self.reported!r}: choose {', '.join(get_args(Reported))}"
+            )
+        if self.reported == "leader" and not needs.leader:
+            raise UserError(f"reported is 'leader', but {self.method} has none: choose 'mean'")
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("val", 0),
+            ("crop_padding", 0),
+            ("image_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
+        for name in ("weight_decay", "momentum", "ramp_epochs", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
+        temperature = self.method_options.get("temperature", 1.0)
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
+
+    def _check_students(self) -> None:
+        """Refuses unknown students, and more or fewer than the method or the names allow."""
+        names = self.model.split("+")
+        for name in names:
+            model_spec(name)
+        if len(names) > 1:
+            if len(names) != self.students:
+                raise UserError(
+                    f"students is {self.students}, but {self.model} names {len(names)}: name one "
+                    "for each"
+                )
+            if self.sharing == "branch":
+                raise UserError(
+                    f"a branch cohort shares one trunk, but {self.model} names several students: "
+                    f"choose {self.method}-network"
+                )
+        needs = method_class(self.method).needs
+        if self.students < needs.min_students:
+            role = " (a leader and at least one peer)" if needs.leader else ""
+            raise UserError(
+                f"students is {self.students}, but {self.method} trains at least "
+                f"{needs.min_students}{role}"
+            )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The name of each student."""
+        names = tuple(self.model.split("+"))
+        return names if len(names) > 1 else names * self.students
+
+    @property
+    def kept_student(self) -> int:
+        """The student that is taken away: the leader; where there is none, the first, or one
+        drawn by the seed where the ``"kept"`` one is reported."""
+        if self.has_leader:
+            return self.students - 1
+        if self.reported != "kept":
+            return 0
+        generator = keyed_generator(self.seed, "kept student")
+        return int(torch.randint(self.students, (), generator=generator))
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        """The accuracy that is reported, of the metrics of one split."""
+        if self.reported == "kept":
+            return float(metrics["student_top1"][self.kept_student])
+        return float(metrics[f"{self.reported}_top1"])
+
+    @property
+    def has_leader(self) -> bool:
+        """Whether the last student is the one that is kept."""
+        return method_class(self.method).needs.leader
+
+    def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
+        """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""
+        rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
+        if warm_up and epoch + 1 < self.warmup_epochs:
+            rate *= (epoch + 1) / self.warmup_epochs
+        return rate
+
+    def with_epochs(self, epochs: int) -> Recipe:
+        """The same schedule in other epochs: milestones, ramp and warm-up move in proportion."""
+        scale = epochs / self.epochs
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            milestones=tuple(round(milestone * scale) for milestone in self.milestones),
+            ramp_epochs=self.ramp_epochs * scale,
+            warmup_epochs=self.warmup_epochs * scale,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON would give it back."""
+        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Recipe:
+        """The recipe of a ``recipe.json``; unknown or missing fields raise."""
+        fields = {f.name for f in dataclasses.fields(Recipe)}
+        if not isinstance(values, dict) or not values.keys() <= fields:
+            extra = sorted(set(values) - fields) if isinstance(values, dict) else values
+            raise UserError(f"this is no recipe of this version: it has {extra}")
+        try:
+            return Recipe(**{**values, "milestones": tuple(values["milestones"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"this is no recipe: {error}") from error
