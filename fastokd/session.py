@@ -16,7 +16,8 @@ from fastokd.device import autocast, pick_device, pick_precision, set_matmul_pre
 from fastokd.errors import UserError
 from fastokd.methods import Method, OptimGroup, Progress, create_method, method_class, ramp_weight
 from fastokd.metrics import Meter
-from fastokd.ops import choose
+from fastokd.ops import _cpp
+from fastokd.ops._dispatch import choose
 from fastokd.optimizers import create_optimizer
 from fastokd.recipes import Recipe
 
@@ -71,8 +72,6 @@ class Session:
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
-        # Every op is asked again with its arguments; here only so that no folder is made first.
-        choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         self.epoch, self.batch, self.step = 0, 0, 0
         self.best: float | None = None
 
@@ -86,6 +85,10 @@ class Session:
             drop_last=False,
         )
         self.stream = RepeatedBatch(stream) if options.overfit_batch else stream
+        if self.device.type == "cpu" and options.impl in ("auto", "cpp"):
+            _cpp.ensure_built()  # never inside a step; where it fails, `choose` says why
+        # Every op is asked again with its arguments; here only so that no folder is made first.
+        choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)
         self.cohort, self.method = build_cohort(recipe, self.data, options)
         self.cohort.to(self.device).to(memory_format=torch.channels_last)
@@ -246,6 +249,7 @@ def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> Da
         val=recipe.val,
         seed=0,
         download=options.download,
+        image_size=recipe.image_size,
     )
     return data.to(device)
 
@@ -258,6 +262,8 @@ def build_cohort(recipe: Recipe, data: DatasetSplits, options: RunOptions) -> tu
         len(data.class_names),
         sharing=recipe.sharing,
         engine=options.engine,
+        # The norm has no Triton form: on a GPU the compiler fuses it.
+        impl="auto" if options.impl == "triton" else options.impl,
         mean=data.mean,
         std=data.std,
         seed=recipe.seed,

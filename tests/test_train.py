@@ -115,7 +115,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path: Path) -> None:
 def test_bf16_trains(tmp_path: Path) -> None:
     run = fastokd.train(small(), out=tmp_path / "run", max_steps=1, quiet=True, precision="bf16")
     assert run.last["train"]["loss"] > 0
-    assert all(p.dtype in (torch.float32, torch.int64, torch.uint8) for p in state_of(run).values())
+    assert not any(value.dtype == torch.bfloat16 for value in state_of(run).values())
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:
