@@ -1,0 +1,62 @@
+"""What ``pip install .`` puts on a machine: the whole package, kernels and C++ sources included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.proof
+def test_the_wheel_is_whole(tmp_path: Path) -> None:
+    """Built from a clean copy of the tracked files, imported from elsewhere, it works."""
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in tracked:
+        target = tmp_path / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(tmp_path / "source")], check=True
+    )
+    (wheel,) = tmp_path.glob("fastokd-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    for name in tracked:
+        if name.startswith(("fastokd/", "kernels/", "csrc/")):
+            place = name if name.startswith("fastokd/") else f"fastokd/{name}"
+            assert place in held, name
+
+    program = (
+        "import fastokd, fastokd.kernels, fastokd.csrc, sys;"
+        "from fastokd.data import load_dataset;"
+        "assert fastokd.__file__.startswith(sys.path[0]), fastokd.__file__;"
+        "assert fastokd.kernels.__file__.startswith(sys.path[0]);"
+        "assert len(load_dataset('digits').train) == 500;"
+        "from fastokd.cli import run_command; sys.exit(run_command(['list', 'recipes']))"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {program}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "okddip-branch/resnet32/cifar100" in done.stdout
+
+
+def test_torch_is_no_build_requirement() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    build = text.split("[build-system]")[1].split("[project]")[0]
+    assert "torch" not in build
+
+
+def test_apex_is_no_dependency() -> None:
+    """The package of that name on PyPI is another program."""
+    assert "apex" not in (ROOT / "pyproject.toml").read_text()
