@@ -60,3 +60,14 @@ def fill(state: Mapping[str, Tensor], published: Mapping[str, str] | None = None
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cpp_ops() -> None:
+    """The C++ ops, built. Without a compiler there are none: a machine with g++ runs these tests."""
+    from fastokd.ops import _cpp
+
+    if _cpp.find_compiler() is None:
+        pytest.skip("no C++ compiler here: install g++")
+    reason = _cpp.ensure_built()
+    assert reason is None, reason
