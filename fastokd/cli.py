@@ -109,24 +109,40 @@ def train(
 
 @app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
+    dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
+    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "auto",
     json_: Json = False,
 ) -> None:
-    """Score the students, the leader and the ensemble of a run."""
+    """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
     from fastokd.session import RunOptions
 
     options = RunOptions(data_root=data_root, device=device, precision=precision)
-    results = score(run, options=options)
+    results = score(run, dataset=dataset, model=model, options=options)
     if json_:
         print(json.dumps(results))
         return
     for split, metrics in results.items():
         for name, value in metrics.items():
             print(f"{split} {name}: {_rounded(value)}")
+
+
+@app.command(epilog="Example: fastokd convert modelleader_best.pth --out resnet32.safetensors")
+def convert(
+    source: Annotated[Path, typer.Argument(help="An author's .pth; a run or its student, back.")],
+    out: Annotated[Path | None, typer.Option(help="The new file; beside the source.")] = None,
+    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
+    student: Annotated[int | None, typer.Option(help="Which student; the leader.")] = None,
+    paper: Annotated[str, typer.Option(help="Back to whose format: FFSD or OKDDip.")] = "FFSD",
+) -> None:
+    """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
+    from fastokd.convert import convert as turn
+
+    print("\n".join(turn(source, out, model=model, student=student, paper=paper)))
 
 
 @app.command(name="list", epilog="Example: fastokd list recipes --json")

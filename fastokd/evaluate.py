@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream
+from fastokd.data import BatchStream, load_dataset
+from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
 from fastokd.errors import UserError
-from fastokd.methods import Method
+from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, evaluation_stream
@@ -37,9 +39,16 @@ def measure(
 
 
 def evaluate(
-    run_or_checkpoint: str | Path, *, options: RunOptions | None = None
+    run_or_checkpoint: str | Path,
+    *,
+    dataset: str | None = None,
+    model: str | None = None,
+    options: RunOptions | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores a run folder's newest checkpoint, or one checkpoint, on its data set.
+
+    A file is taken as one of the papers' authors (:mod:`fastokd.authors`): it needs a ``dataset``,
+    and takes a ``model`` where its keys don't say which it is.
 
     Returns:
         ``{"val": {...}, "test": {...}}`` with the metrics of ``metrics.jsonl``; ``val`` only where
@@ -49,6 +58,11 @@ def evaluate(
         UserError: there is no such run or checkpoint, or its data can't be found.
     """
     path = Path(run_or_checkpoint)
+    if path.is_file():
+        return evaluate_published(path, dataset, model=model, options=options or RunOptions())
+    for name, value in (("dataset", dataset), ("model", model)):
+        if value is not None:
+            raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
     if (path / "checkpoints").is_dir():
         path, tensors, facts, _ = newest_checkpoint(path / "checkpoints")
     elif path.exists():
@@ -58,6 +72,38 @@ def evaluate(
     session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions())
     session.load_state(tensors, facts)
     return evaluate_session(session)
+
+
+def evaluate_published(
+    path: Path, dataset: str | None, *, model: str | None, options: RunOptions
+) -> dict[str, dict[str, Any]]:
+    """Scores the students of one of the authors' checkpoints; raises as :func:`evaluate`."""
+    if dataset is None:
+        raise UserError(f"{path} doesn't say what it was trained on: add --dataset, as cifar100")
+    published = authors.read(path, model=model)
+    device = pick_device(options.device)
+    precision = pick_precision(options.precision, device)
+    set_matmul_precision(precision)
+    data = load_dataset(dataset, options.data_root, download=options.download).to(device)
+    if len(data.class_names) != published.num_classes:
+        raise UserError(
+            f"{path} knows {published.num_classes} classes, and {dataset} has "
+            f"{len(data.class_names)}: choose another --dataset"
+        )
+    cohort = published.cohort(mean=data.mean, std=data.std).float()
+    cohort.to(device).to(memory_format=torch.channels_last)
+    method = create_method("baseline" if cohort.sharing == "network" else "ind", cohort.shape)
+    return {
+        name: measure(
+            cohort,
+            method,
+            evaluation_stream(split),
+            published.has_leader,
+            lambda: autocast(device, precision),
+        )
+        for name, split in (("val", data.val), ("test", data.test))
+        if split is not None
+    }
 
 
 def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,127 @@
+"""Students between the papers' authors' files and ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastokd import authors
+from fastokd.checkpoint import newest_checkpoint, write_durably
+from fastokd.data.cifar import LAYOUTS
+from fastokd.errors import UserError
+
+STUDENT = "student.safetensors"
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    model: str | None = None,
+    student: int | None = None,
+    paper: str = "FFSD",
+) -> list[str]:
+    """Reads an author's checkpoint into a ``student.safetensors``, or writes one for their code.
+
+    Args:
+        source: an author's ``.pth``; or a run folder or a ``student.safetensors``, for the way
+            back.
+        out: the file to write; by default beside the source, as ``.safetensors`` or as
+            ``modelleader_best.pth`` (OKDDip: ``best.pth``).
+        model: of an author's file, where its keys don't say it.
+        student: which of an author's students; the leader where there is one.
+        paper: whose format the way back writes.
+
+    Returns:
+        What was done and what should be known of it, a line each.
+
+    Raises:
+        UserError: files that can't be read or don't fit, an ``out`` that exists already.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"there is no {source}")
+    ours = source.is_dir() or source.suffix == ".safetensors"
+    if ours and (model is not None or student is not None):
+        raise UserError(f"{source} is one student of ours and says its model: leave both out")
+    if out is None:
+        theirs = "modelleader_best.pth" if paper == "FFSD" else "best.pth"
+        folder = source if source.is_dir() else source.parent
+        out = folder / theirs if ours else source.with_suffix(".safetensors")
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already and is never overwritten: choose another --out")
+    if not out.parent.is_dir():
+        raise UserError(f"{out} can't be written: there is no folder {out.parent}")
+    return _to_theirs(source, out, paper) if ours else _to_ours(source, out, model, student)
+
+
+def _to_ours(source: Path, out: Path, model: str | None, student: int | None) -> list[str]:
+    published = authors.read(source, model=model)
+    index = published.kept_student if student is None else student
+    state = published.student_state(index)
+    facts = {"model": published.model, "student": str(index), **_data_facts(published.num_classes)}
+    write_durably(out, save({k: v.contiguous() for k, v in state.items()}, metadata=facts))
+    role = "the leader, " if published.has_leader and index == published.students - 1 else ""
+    which = f" ({role}student {index} of {published.students})" if published.sharing else ""
+    return [
+        f"{published.model} with {published.num_classes} classes{which}, {published.paper}'s",
+        *published.notes,
+        f"written to {out}",
+    ]
+
+
+def _data_facts(num_classes: int) -> dict[str, str]:
+    """Classes and normalisation of the CIFAR that has so many classes, as a run's student has."""
+    for layout in LAYOUTS.values():
+        if len(layout.class_names) == num_classes:
+            return {
+                "class_names": json.dumps(list(layout.class_names)),
+                "mean": json.dumps(list(layout.mean)),
+                "std": json.dumps(list(layout.std)),
+            }
+    return {}
+
+
+def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
+    state, facts = _student(source / STUDENT if source.is_dir() else source)
+    if "model" not in facts:
+        raise UserError(f"{source} doesn't say its model: take a run's {STUDENT}")
+    transfusion, epoch = _transfusion(source) if source.is_dir() else (None, 0)
+    authors.save(
+        out, state, model=facts["model"], paper=paper, transfusion=transfusion, epoch=epoch
+    )
+    lines = [f"{facts['model']} for {paper}'s code, written to {out}"]
+    if paper == "FFSD" and transfusion is None:
+        lines.insert(
+            0,
+            "the file also needs a transfusion, of which the student has none: it has a new one "
+            "for two students, which scores don't depend on",
+        )
+    return lines
+
+
+def _student(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: the run hasn't finished, or is none of ours")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def _transfusion(run: Path) -> tuple[dict[str, Tensor] | None, int]:
+    """The transfusion of an FFSD run, and the epochs that it was trained for."""
+    _, tensors, facts, _ = newest_checkpoint(run / "checkpoints")
+    prefix = "method.transfusion."
+    found: dict[str, Any] = {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+    return found or None, facts["epoch"]

@@ -1,0 +1,166 @@
+"""How the authors name the entries of their checkpoints, and what keeps a file from fitting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort import Cohort
+from fastokd.methods.ffsd_modules import Squeeze
+from fastokd.models import create_model, trunk_shape
+
+# Our names of their models, and theirs where they differ.
+FFSD_NAMES = {
+    "resnet20": "resnet20",
+    "resnet32": "resnet32",
+    "resnet56": "resnet56",
+    "wrn_16_2": "wideresnet1602",
+    "wrn_40_2": "wideresnet4002",
+    "densenet_40_12_uncompressed": "densenet",
+    "googlenet": "googlenet",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+}
+OKDDIP_NAMES = {
+    "resnet32": "resnet32",
+    "resnet110": "resnet110",
+    "wrn_20_8": "wide_resnet20_8",
+    "vgg16": "vgg16",
+    "densenet_40_12": "densenetd40k12",
+}
+# How a branch's keys are named: our prefix, their prefix with the branch's index.
+RESIDUAL = (("layer3.", "layer3_{}."), ("fc.", "classifier3_{}."))
+BRANCHES = {
+    "resnet32": RESIDUAL,
+    "resnet110": RESIDUAL,
+    "wrn_20_8": RESIDUAL,
+    "vgg16": (("layer4.", "layer3_{}."), ("classifier.", "classifier3_{}.")),
+    "densenet_40_12": (
+        ("features.denseblock3.", "Branch{}."),
+        ("features.norm_final.", "norm_final_{}."),
+        ("classifier.", "classifier3_{}."),
+    ),
+}
+# What belongs to a method: the transfusion, OKDDip's projections, ONE's gate.
+METHOD_KEYS = ("trans_fusion_module.", "query_weight.", "key_weight.", "control_v1.", "bn_v1.")
+SHOWN = 3
+
+# Ours and the shape, under their key.
+Layout = dict[str, tuple[str, torch.Size]]
+
+
+def sharing_of(weights: Mapping[str, Tensor]) -> tuple[str | None, int]:
+    """How the students share, and how many there are."""
+    for sharing, pattern in (
+        ("network", r"stu(\d+)\."),
+        ("branch", r"(?:(?:layer3|classifier3|norm_final)_|Branch)(\d+)\."),
+    ):
+        found = {int(match.group(1)) for key in weights if (match := re.match(pattern, key))}
+        if found:
+            # A gap in the numbers shows as missing and extra keys.
+            return sharing, len(found)
+    return None, 1
+
+
+def our_name(model: str) -> str:
+    """Our name of a model, given as ours or as the authors'."""
+    theirs = {v: k for names in (FFSD_NAMES, OKDDIP_NAMES) for k, v in names.items()}
+    return theirs.get(model, model)
+
+
+def layout_of(model: str, classes: int, sharing: str | None, students: int) -> Layout:
+    """Every entry of the file's networks."""
+    with torch.device("meta"):
+        if sharing is None:
+            state = create_model(model, classes).state_dict()
+        else:
+            state = Cohort((model, students), classes, sharing=sharing).state_dict()
+    return {_their_key(key, model, sharing): (key, value.shape) for key, value in state.items()}
+
+
+def _their_key(key: str, model: str, sharing: str | None) -> str:
+    if sharing is None:
+        return key
+    where, rest = key.split(".", 1)
+    if where == "trunk":
+        return rest
+    index, rest = rest.split(".", 1)
+    if sharing == "network":
+        return f"stu{index}.{rest}"
+    ours, theirs = next(pair for pair in BRANCHES[model] if rest.startswith(pair[0]))
+    return theirs.format(index) + rest.removeprefix(ours)
+
+
+def classes_of(weights: Mapping[str, Tensor]) -> int:
+    """C as the last linear layer of the networks has it, or 100 where there is none."""
+    rows = [
+        value.shape[0]
+        for key, value in weights.items()
+        if value.dim() == 2 and not key.startswith(METHOD_KEYS)
+    ]
+    return rows[-1] if rows and rows[-1] >= 2 else 100
+
+
+def method_layout(
+    weights: Mapping[str, Tensor], model: str, sharing: str | None, students: int
+) -> Layout:
+    """The entries that are the method's, complete where there is one of them."""
+    if not any(key.startswith(METHOD_KEYS) for key in weights):
+        return {}
+    parts: list[tuple[str, str, nn.Module]] = []
+    with torch.device("meta"):
+        width = create_model(model, 2).feature_dim
+        if any(key.startswith("trans_fusion_module.") for key in weights):
+            norm = weights.get("trans_fusion_module.bn1_1.weight", torch.empty(2 * width))
+            squeeze = Squeeze(width, max(norm.numel(), 1))
+            parts.append(("trans_fusion_module.", "transfusion.", squeeze))
+        if any(key.startswith(("query_weight.", "key_weight.")) for key in weights):
+            for name in ("query", "key"):
+                linear = nn.Linear(width, width // 8, bias=False)
+                parts.append((f"{name}_weight.", f"{name}.", linear))
+        if sharing == "branch" and any(k.startswith(("control_v1.", "bn_v1.")) for k in weights):
+            channels = trunk_shape(model, 2)[0]
+            parts.append(("control_v1.", "control.", nn.Linear(channels, students)))
+            parts.append(("bn_v1.", "norm.", nn.BatchNorm1d(students)))
+        return {
+            f"{theirs}{key}": (f"{ours}{key}", value.shape)
+            for theirs, ours, module in parts
+            for key, value in module.state_dict().items()
+        }
+
+
+def faults_of(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, list[str]]:
+    """What keeps the weights from fitting, by kind; old torches kept no count of batches."""
+    faults = {
+        "missing": [
+            key for key in layout if key not in weights and not key.endswith("num_batches_tracked")
+        ],
+        "extra": [key for key in weights if key not in layout],
+        "of another shape": [
+            f"{key} ({list(weights[key].shape)}, not {list(shape)})"
+            for key, (_, shape) in layout.items()
+            if key in weights and weights[key].shape != shape
+        ],
+    }
+    return {kind: keys for kind, keys in faults.items() if keys}
+
+
+def described(faults: Mapping[str, Sequence[str]]) -> tuple[int, str]:
+    """How many faults there are, and the first of each kind in words."""
+    text = "; ".join(f"{len(keys)} {kind}: {some(keys)}" for kind, keys in faults.items())
+    return sum(len(keys) for keys in faults.values()), text
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def renamed(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The entries under our keys; a count of batches that is missing is 0."""
+    zero = torch.zeros((), dtype=torch.long)
+    return {ours: weights.get(theirs, zero) for theirs, (ours, _) in layout.items()}
