@@ -188,6 +188,19 @@ struct Call {
   }
 };
 
+// [B, S, N] to [S, N], in the samples' order.
+Tensor sum_of_samples(const Tensor& x_BSN) {
+  const int64_t B = x_BSN.size(0), S = x_BSN.size(1), N = x_BSN.size(2);
+  Tensor sum_SN = new_float({S, N});
+  double totals[kMaxSources * kMaxSources] = {};
+  const float* from = x_BSN.const_data_ptr<float>();
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < S * N; ++i) totals[i] += from[b * S * N + i];
+  }
+  std::copy(totals, totals + S * N, sum_SN.mutable_data_ptr<float>());
+  return sum_SN;
+}
+
 Six mixture_distillation(const Tensor& logits_SBC, const OptionalTensor& extra_EBC,
                          const Tensor& labels, const Tensor& scores,
                          const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
@@ -223,7 +236,7 @@ Six mixture_distillation(const Tensor& logits_SBC, const OptionalTensor& extra_E
   Tensor of_scores = grad_scores ? new_float({B, S, N}) : new_float({0});
   if (grad_scores) args.grad_scores = of_scores.mutable_data_ptr<float>();
   call.run();
-  if (grad_scores && !batched) of_scores = of_scores.sum(0);
+  if (grad_scores && !batched) of_scores = sum_of_samples(of_scores);
   return {call.total, call.ce_S, call.kd_S, of_logits, of_extra, of_scores};
 }
 

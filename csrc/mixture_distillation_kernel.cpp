@@ -11,86 +11,112 @@
 //             d z_n += w_s a_sn q_n (r_s - D_sn),   d a_sn = w_s T D_sn
 //   pairwise: as probs, with log q_n - log q_s in the place of r_s.
 //
-// z stands for logits less their row's maximum throughout: no term depends on it.
+// z stands for logits less their row's maximum throughout: no term depends on it. A sum's log and
+// its division wait for the whole row, so each step is taken for all students before the next.
 #include "mixture_sample.h"
 
 namespace fastokd {
 namespace {
 
-// The exponentials of a row at T, and at 1 where `e` isn't null.
-void exponentials(Sample& x, int n, float* e) {
+// A row less its maximum, and its exponentials where something needs them.
+template <typename Element>
+void read_row(Sample& x, int n, const Element* from, float top) {
+  float *z = x.z[n], *q = n < x.S || x.by_source ? x.q[n] : nullptr;
+  float* e = n < x.S ? x.e[n] : nullptr;
+  const bool doubled = x.T == 2.0f, tripled = x.T == 3.0f;  // e^z is a power of e^(z / T)
   Vec total_e{}, total_q{};
-  for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec z = load(x.z[n] + i), q = exp(z * x.scale);
-    store(x.q[n] + i, q);
-    total_q += q;
-    if (e) {
-      const Vec power = exp(z);
-      store(e + i, power);
-      total_e += power;
-    }
-  }
+  const float scale = x.scale;
+  each_shifted(from, top, x.C, [&](int64_t i, Vec shifted) {
+    store(z + i, shifted);
+    if (!q) return;
+    const Vec root = exp(shifted * scale);
+    store(q + i, root);
+    total_q += root;
+    if (!e) return;
+    const Vec power = doubled ? root * root : tripled ? root * root * root : exp(shifted);
+    store(e + i, power);
+    total_e += power;
+  });
   x.sum_e[n] = sum(total_e);
   x.sum_q[n] = sum(total_q);
-  x.log_q[n] = __builtin_logf(x.sum_q[n]);
 }
 
-// The gradient in student s's own logits over x.e; t null where it has no target.
-void own_gradient(Sample& x, int s, const float* t, float per_t) {
+template <typename Element>
+void read_rows(Sample& x, const SourceRows& from, int begin, int end) {
+  const Element* data = static_cast<const Element*>(from.data) + x.b * from.sample_stride;
+  float top[kMaxSources];
+  for (int n = begin; n < end; ++n) {
+    top[n] = row_max(data + (n - begin) * from.source_stride, x.C);
+  }
+  for (int n = begin; n < end; ++n) {
+    if (n >= x.S && !x.listeners[n].count) continue;
+    read_row(x, n, data + (n - begin) * from.source_stride, top[n]);
+  }
+}
+
+void read_rows(Sample& x, const SourceRows& from, int begin, int end) {
+  switch (from.type) {
+    case Type::kFloat: return read_rows<float>(x, from, begin, end);
+    case Type::kBFloat16: return read_rows<BFloat16>(x, from, begin, end);
+    case Type::kHalf: return read_rows<Half>(x, from, begin, end);
+  }
+}
+
+// The mixed logits of student s; their maximum.
+float mix_logits(Sample& x, int s) {
+  const Links& heard = x.sources[s];
+  const float* rows[kMaxSources];
+  float top;
+  for (int k = 0; k < heard.count; ++k) rows[k] = x.z[heard.other[k]];
+  row_mix(x.mixed[s], nullptr, rows, heard.share, heard.count, x.length, x.spare, &top);
+  return top;
+}
+
+// e^(mixed / temperature), less its maximum; the sum, and that of its products with mixed - z.
+float mixed_powers(const Sample& x, int s, float top, float scale, float* to, float* dot) {
+  const float *mixed = x.mixed[s], *z = x.z[s];
+  Vec total{}, products{};
+  for (int64_t i = 0; i < x.length; i += kLanes) {
+    const Vec shifted = load(mixed + i) - top, power = exp(shifted * scale);
+    store(to + i, power);
+    total += power;
+    if (dot) products += power * (shifted - load(z + i));
+  }
+  if (dot) *dot = sum(products);
+  return sum(total);
+}
+
+// The gradient in student s's own logits over x.e, t null where it has no target; that in its
+// mixed logits, where `through`, over x.mixed: per_t t ((mixed - z) / T + centre).
+void own_gradient(Sample& x, int s, const float* t, float per_t, bool through, float centre) {
   const float weight = x.args.ce_weight[s] * x.per_sample;
   const float per_e = weight * x.label_mass / x.sum_e[s], per_q = x.kd_scale(s) / x.sum_q[s];
-  float* e = x.e[s];
-  const float* q = x.q[s];
+  float *e = x.e[s], *mixed = x.mixed[s];
+  const float *q = x.q[s], *z = x.z[s], scale = x.scale;
   for (int64_t i = 0; i < x.length; i += kLanes) {
     Vec gradient = load(e + i) * per_e;
-    if (t) gradient += load(q + i) * per_q - load(t + i) * per_t;
+    if (t) {
+      const Vec target = load(t + i) * per_t;
+      gradient += load(q + i) * per_q - target;
+      if (through) {
+        store(mixed + i, target * ((load(mixed + i) - load(z + i)) * scale + centre));
+      }
+    }
     store(e + i, gradient);
   }
   x.subtract_labels(e, weight);
 }
 
-// Mixed logits of student s over x.mixed; their maximum.
-float mix_logits(Sample& x, int s) {
-  const Mixture& m = x.mixtures[s];
-  const float* rows[kMaxSources];
-  for (int k = 0; k < m.count; ++k) rows[k] = x.z[m.source[k]];
-  row_mix(x.mixed[s], nullptr, rows, m.share, m.count, x.length, x.spare);
-  return row_max(x.mixed[s], x.C);
-}
-
-// KL to the softmax of the mixed logits; its gradient in them over x.mixed.
-void mixed_logits_kl(Sample& x, int s, float top) {
-  float *mixed = x.mixed[s], *t = x.target;
-  const float* z = x.z[s];
-  Vec total{}, dot{};
-  for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec shifted = load(mixed + i) - top, power = exp(shifted * x.scale);
-    store(t + i, power);
-    total += power;
-    dot += power * (shifted - load(z + i));
-  }
-  const float sum_t = sum(total), log_ratio = x.log_q[s] - __builtin_logf(sum_t);
-  const float kl = sum(dot) / sum_t * x.scale + log_ratio;
-  x.loss(1, s) = x.T * x.T * kl;
-  if (!x.asks_gradient) return;
-  const float per_t = x.kd_scale(s) / sum_t, centre = log_ratio - kl - top * x.scale;
-  own_gradient(x, s, t, per_t);
-  if (x.args.detach_targets) return;
-  for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec r = (load(mixed + i) - load(z + i)) * x.scale + centre;
-    store(mixed + i, load(t + i) * per_t * r);
-  }
-}
-
 // The log of a vector of mixed probabilities whose sum may have underflowed.
-Vec log_of_mixture(const Sample& x, const Mixture& m, int64_t i) {
+Vec log_of_mixture(const Sample& x, int s, int64_t i) {
+  const Links& heard = x.sources[s];
   Vec terms[kMaxSources], top = splat(-kInfinity), total{};
-  for (int k = 0; k < m.count; ++k) {
-    const int n = m.source[k];
-    terms[k] = load(x.z[n] + i) * x.scale + (m.log_share[k] - x.log_q[n]);
+  for (int k = 0; k < heard.count; ++k) {
+    const int n = heard.other[k];
+    terms[k] = load(x.z[n] + i) * x.scale + (x.log_share[n][s] - x.log_q[n]);
     top = max(terms[k], top);
   }
-  for (int k = 0; k < m.count; ++k) total += exp(terms[k] - top);
+  for (int k = 0; k < heard.count; ++k) total += exp(terms[k] - top);
   return log(total) + top;
 }
 
@@ -98,10 +124,10 @@ Vec log_of_mixture(const Sample& x, const Mixture& m, int64_t i) {
 float mixed_probs_kl(Sample& x, int s) {
   Vec total{};
   for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec t = load(x.target + i);
+    const Vec t = load(x.target[s] + i);
     const VecInt valid = lane_below(int(x.C - i));
     const bool tiny = any((t < splat(1e-30f)) & valid);
-    const Vec log_t = tiny ? log_of_mixture(x, x.mixtures[s], i) : log(t);
+    const Vec log_t = tiny ? log_of_mixture(x, s, i) : log(t);
     const Vec r = select(valid, log_t - load(x.z[s] + i) * x.scale + x.log_q[s], Vec{});
     store(x.r[s] + i, r);
     total += t * r;
@@ -118,135 +144,120 @@ float pair_kl(const Sample& x, int s, int n) {
   return sum(total) / x.sum_q[n] * x.scale + (x.log_q[s] - x.log_q[n]);
 }
 
-// The kd term where each source has its own softmax.
-void by_source_kl(Sample& x, int s) {
-  const Mixture& m = x.mixtures[s];
+// KL of student s where each source has its own softmax, over x.target.
+float by_source_kl(Sample& x, int s) {
+  const Links& heard = x.sources[s];
   const float* rows[kMaxSources];
-  float shares[kMaxSources];
-  for (int k = 0; k < m.count; ++k) {
-    rows[k] = x.q[m.source[k]];
-    shares[k] = m.share[k] / x.sum_q[m.source[k]];
+  float shares[kMaxSources], kl = 0;
+  for (int k = 0; k < heard.count; ++k) {
+    rows[k] = x.q[heard.other[k]];
+    shares[k] = heard.share[k] / x.sum_q[heard.other[k]];
   }
-  row_mix(x.target, nullptr, rows, shares, m.count, x.length, x.spare);
+  row_mix(x.target[s], nullptr, rows, shares, heard.count, x.length, x.spare);
   const bool probs = x.args.mix == Mix::kProbs;
-  float kl = probs ? mixed_probs_kl(x, s) : 0.0f;
-  for (int k = 0; k < m.count; ++k) {
-    const int n = m.source[k];
-    x.pair_mean[s][n] =
-        probs ? row_dot(rows[k], x.r[s], x.length) / x.sum_q[n] : pair_kl(x, s, n);
-    if (!probs) kl += m.share[k] * x.pair_mean[s][n];
+  if (probs) kl = mixed_probs_kl(x, s);
+  for (int k = 0; k < heard.count; ++k) {
+    const int n = heard.other[k];
+    float& mean = x.pair_mean[n][s];
+    mean = probs ? row_dot(rows[k], x.r[s], x.length) / x.sum_q[n] : pair_kl(x, s, n);
+    if (!probs) kl += heard.share[k] * mean;
+    if (!x.args.detach_targets) x.grad_share[n][s] = x.kd_scale(s) * x.T * mean;
   }
-  x.loss(1, s) = x.T * x.T * kl;
-  if (x.asks_gradient) own_gradient(x, s, x.target, x.kd_scale(s));
+  return kl;
 }
 
-// The losses of student s and its own gradient; what its sources need for theirs.
-void student(Sample& x, int s) {
-  x.loss(0, s) = x.cross_entropy(x.z[s], __builtin_logf(x.sum_e[s]));
-  x.loss(1, s) = x.loss(2, s) = 0.0f;
-  if (!x.mixtures[s].count) {
-    if (x.asks_gradient) own_gradient(x, s, nullptr, 0.0f);
-    return;
+// The losses of all students; their own gradients over x.e, those in mixed logits over x.mixed.
+void students(Sample& x) {
+  const bool mixture_ce = x.args.has_mixture_ce, pass = !x.args.detach_targets;
+  float top[kMaxSources], dot[kMaxSources];
+  float sum_t[kMaxSources], log_t[kMaxSources], sum_m[kMaxSources], log_m[kMaxSources];
+  for (int s = 0; s < x.S; ++s) {
+    sum_t[s] = sum_m[s] = 1.0f;
+    if (!x.sources[s].count || (x.by_source && !mixture_ce)) continue;
+    top[s] = mix_logits(x, s);
+    if (!x.by_source) sum_t[s] = mixed_powers(x, s, top[s], x.scale, x.target[s], &dot[s]);
+    if (mixture_ce) sum_m[s] = mixed_powers(x, s, top[s], 1.0f, x.powers[s], nullptr);
   }
-  const bool mixture_ce = x.args.has_mixture_ce;
-  const float top = !x.by_source || mixture_ce ? mix_logits(x, s) : 0.0f;
-  float per_power = 0.0f;
-  const float weight = x.args.mixture_weight[s] * x.per_sample;
-  if (mixture_ce) {
-    Vec total{};
-    for (int64_t i = 0; i < x.length; i += kLanes) {
-      const Vec power = exp(load(x.mixed[s] + i) - top);
-      store(x.powers + i, power);
-      total += power;
+  logs(log_t, sum_t, x.S);
+  logs(log_m, sum_m, x.S);
+  for (int s = 0; s < x.S; ++s) {
+    x.loss(0, s) = x.cross_entropy(x.z[s], x.log_e[s]);
+    x.loss(1, s) = x.loss(2, s) = 0.0f;
+    if (!x.sources[s].count) {
+      if (x.asks_gradient) own_gradient(x, s, nullptr, 0.0f, false, 0.0f);
+      continue;
     }
-    x.loss(2, s) = x.cross_entropy(x.mixed[s], __builtin_logf(sum(total)) + top);
-    per_power = weight * x.label_mass / sum(total);
+    if (mixture_ce) x.loss(2, s) = x.cross_entropy(x.mixed[s], log_m[s] + top[s]);
+    const float log_ratio = x.log_q[s] - log_t[s], w = x.kd_scale(s);
+    const float kl = x.by_source ? by_source_kl(x, s) : dot[s] / sum_t[s] * x.scale + log_ratio;
+    x.loss(1, s) = x.T * x.T * kl;
+    if (!x.asks_gradient) continue;
+    if (x.by_source) {
+      own_gradient(x, s, x.target[s], w, false, 0.0f);
+    } else {
+      const float centre = log_ratio - kl - top[s] * x.scale;
+      own_gradient(x, s, x.target[s], w / sum_t[s], pass, centre);
+    }
+    if (mixture_ce) {
+      const float weight = x.args.mixture_weight[s] * x.per_sample;
+      const float per_power = weight * x.label_mass / sum_m[s];
+      const float *powers = x.powers[s], *base = !x.by_source && pass ? x.mixed[s] : nullptr;
+      row_mix(x.mixed[s], base, &powers, &per_power, 1, x.length, x.spare);
+      x.subtract_labels(x.mixed[s], weight);
+    }
   }
-  if (x.by_source) {
-    by_source_kl(x, s);
-  } else {
-    mixed_logits_kl(x, s, top);
-  }
-  if (!x.asks_gradient || !x.through_mixed) return;
-  if (mixture_ce) {
-    const bool adds = !x.by_source && !x.args.detach_targets;
-    const float* powers = x.powers;
-    row_mix(x.mixed[s], adds ? x.mixed[s] : nullptr, &powers, &per_power, 1, x.length, x.spare);
-    x.subtract_labels(x.mixed[s], weight);
-  }
-  // Behind the last class the sources hold large numbers.
-  for (int64_t c = x.C; c < x.length; ++c) x.mixed[s][c] = 0.0f;
 }
 
 // What source n gets through its own softmax, added to x.e (or over it, for an extra).
 void gradient_by_source(Sample& x, int n) {
   const bool pairs = x.args.mix == Mix::kPairwise;
+  const Links& listeners = x.listeners[n];
   const float* rows[kMaxSources + 1];
   float coefficients[kMaxSources + 1], constant = 0.0f, own = 0.0f;
-  int count = 0;
-  for (int s = 0; s < x.S; ++s) {
-    const Mixture& m = x.mixtures[s];
-    for (int k = 0; k < m.count; ++k) {
-      if (m.source[k] != n) continue;
-      const float c = x.kd_scale(s) * m.share[k] / x.sum_q[n];
-      rows[count] = pairs ? x.z[s] : x.r[s];
-      coefficients[count++] = pairs ? -c * x.scale : c;
-      constant += c * ((pairs ? x.log_q[s] - x.log_q[n] : 0.0f) - x.pair_mean[s][n]);
-      own += c * x.scale;
-    }
+  for (int k = 0; k < listeners.count; ++k) {
+    const int s = listeners.other[k];
+    const float c = x.kd_scale(s) * listeners.share[k] / x.sum_q[n];
+    rows[k] = pairs ? x.z[s] : x.r[s];
+    coefficients[k] = pairs ? -c * x.scale : c;
+    constant += c * ((pairs ? x.log_q[s] - x.log_q[n] : 0.0f) - x.pair_mean[n][s]);
+    own += c * x.scale;
   }
+  int count = listeners.count;
   if (pairs) rows[count] = x.z[n], coefficients[count++] = own;
-  row_mix(x.spare, nullptr, rows, coefficients, count, x.length, x.powers);
+  row_mix(x.unused, nullptr, rows, coefficients, count, x.length, x.spare);
   for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec gradient = load(x.q[n] + i) * (load(x.spare + i) + constant);
+    const Vec gradient = load(x.q[n] + i) * (load(x.unused + i) + constant);
     store(x.e[n] + i, n < x.S ? load(x.e[n] + i) + gradient : gradient);
   }
 }
 
-template <typename T>
-void write_row(Sample& x, void* data, int64_t row, const float* base, const float* const* rows,
-               const float* shares, int count) {
-  row_mix(static_cast<T*>(data) + row * x.C, base, rows, shares, count, x.C, x.spare);
-}
-
-// The gradient in source n's logits.
-void write_source(Sample& x, int n) {
+// The gradient in source n's logits, and in its shares through the mixed logits.
+void source(Sample& x, int n) {
   const bool is_student = n < x.S;
   void* data = is_student ? x.args.grad_logits : x.args.grad_extra;
-  if (!data) return;
-  const bool through_own = x.by_source && !x.args.detach_targets && x.heard(n);
-  if (through_own) gradient_by_source(x, n);
+  const Links& listeners = x.listeners[n];
+  if (!data && !(x.asks_scores && x.through_mixed)) return;
+  const bool through_own = x.by_source && !x.args.detach_targets && listeners.count;
+  if (through_own && data) gradient_by_source(x, n);
   const float* base = is_student || through_own ? x.e[n] : nullptr;
   const float* rows[kMaxSources];
-  float shares[kMaxSources];
-  int count = 0;
-  for (int s = 0; s < x.S && x.through_mixed; ++s) {
-    const Mixture& m = x.mixtures[s];
-    for (int k = 0; k < m.count; ++k) {
-      if (m.source[k] == n) rows[count] = x.mixed[s], shares[count++] = m.share[k];
-    }
+  float dots[kMaxSources];
+  const int count = x.through_mixed ? listeners.count : 0;
+  for (int k = 0; k < count; ++k) rows[k] = x.mixed[listeners.other[k]];
+  const float* with = x.asks_scores && count ? x.z[n] : nullptr;
+  const int64_t row = ((is_student ? n : n - x.S) * x.args.batch + x.b) * x.C;
+  const Type type = is_student ? x.args.grad_logits_type : x.args.grad_extra_type;
+  auto write = [&](auto* to) {
+    row_mix(to, base, rows, listeners.share, count, x.C, x.spare, nullptr, with, dots);
+  };
+  if (!data) {
+    write(x.unused);
+  } else if (type == Type::kBFloat16) {
+    write(static_cast<BFloat16*>(data) + row);
+  } else {
+    write(static_cast<float*>(data) + row);
   }
-  const int64_t row = (is_student ? n : n - x.S) * x.args.batch + x.b;
-  switch (is_student ? x.args.grad_logits_type : x.args.grad_extra_type) {
-    case Type::kFloat: return write_row<float>(x, data, row, base, rows, shares, count);
-    case Type::kBFloat16: return write_row<BFloat16>(x, data, row, base, rows, shares, count);
-    case Type::kHalf: return;  // gradients of halves are floats
-  }
-}
-
-void write_scores(Sample& x) {
-  float gradient[kMaxSources][kMaxSources] = {};
-  for (int s = 0; s < x.S; ++s) {
-    const Mixture& m = x.mixtures[s];
-    for (int k = 0; k < m.count; ++k) {
-      const int n = m.source[k];
-      if (x.by_source && !x.args.detach_targets) {
-        gradient[s][k] = x.kd_scale(s) * x.T * x.pair_mean[s][n];
-      }
-      if (x.through_mixed) gradient[s][k] += row_dot(x.mixed[s], x.z[n], x.length);
-    }
-  }
-  x.write_scores(gradient);
+  for (int k = 0; with && k < count; ++k) x.grad_share[n][listeners.other[k]] += dots[k];
 }
 
 }  // namespace
@@ -255,15 +266,14 @@ void FASTOKD_KERNEL(mixture_distillation_range)(const MixtureArgs& args, int64_t
                                                 float* scratch) {
   for (int64_t b = begin; b < end; ++b) {
     Sample x(args, scratch, b);
-    for (int n = 0; n < x.N; ++n) {
-      if (n >= x.S && !x.heard(n)) continue;
-      x.read_row(n);
-      if (n < x.S || x.by_source) exponentials(x, n, n < x.S ? x.e[n] : nullptr);
-    }
-    for (int s = 0; s < x.S; ++s) student(x, s);
+    read_rows(x, args.logits, 0, x.S);
+    if (x.N > x.S) read_rows(x, args.extra, x.S, x.N);
+    logs(x.log_e, x.sum_e, x.S);
+    logs(x.log_q, x.sum_q, x.N);
+    students(x);
     if (!x.asks_gradient) continue;
-    for (int n = 0; n < x.N; ++n) write_source(x, n);
-    if (args.grad_scores || args.grad_query || args.grad_key) write_scores(x);
+    for (int n = 0; n < x.N; ++n) source(x, n);
+    if (x.asks_scores) x.write_scores();
   }
 }
 

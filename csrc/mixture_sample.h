@@ -7,11 +7,16 @@
 namespace fastokd {
 namespace {
 
-// Whom a student listens to, and how much.
-struct Mixture {
+// The sources of a student, or the students that listen to a source, and how much.
+struct Links {
   int count;
-  int source[kMaxSources];
-  float share[kMaxSources], log_share[kMaxSources];
+  int other[kMaxSources];
+  float share[kMaxSources];
+
+  void add(int to, float how_much) {
+    other[count] = to;
+    share[count++] = how_much;
+  }
 };
 
 struct Sample {
@@ -20,18 +25,22 @@ struct Sample {
   const int S, N;
   const float T, scale, per_sample;  // temperature, 1 / T, 1 / B
   const bool by_source;              // each source has its softmax; otherwise the mixture has one
-  const bool asks_gradient;
+  const bool asks_gradient, asks_scores;
   const bool through_mixed;  // gradient reaches the sources through the mixed logits
 
   // Scratch rows. z: logits less their maximum; e: e^z, then the gradient in z; q: e^(z / T);
-  // mixed: mixed logits, then the gradient in them; r: log t - log q, of the mixed probabilities.
-  float *z[kMaxSources], *e[kMaxSources], *q[kMaxSources], *mixed[kMaxSources], *r[kMaxSources];
-  float *target, *powers, *spare;  // of one student at a time
+  // mixed: mixed logits, then the gradient in them; target: as q, of them, or mixed probabilities;
+  // r: log t - log q, of mixed probabilities; powers: as e, of the mixed logits.
+  float *z[kMaxSources], *e[kMaxSources], *q[kMaxSources];
+  float *mixed[kMaxSources], *target[kMaxSources], *r[kMaxSources], *powers[kMaxSources];
+  float *spare, *unused;
 
-  float sum_e[kMaxSources], sum_q[kMaxSources], log_q[kMaxSources];
-  Mixture mixtures[kMaxSources];
-  float pair_mean[kMaxSources][kMaxSources];  // D_sn
-  int64_t label;     // -1: soft labels, or an id out of range
+  float sum_e[kMaxSources], log_e[kMaxSources], sum_q[kMaxSources], log_q[kMaxSources];
+  Links sources[kMaxSources], listeners[kMaxSources];
+  // Of source n and student s that listens to it, in this order: log a_sn, D_sn, d total / d a_sn.
+  float log_share[kMaxSources][kMaxSources], pair_mean[kMaxSources][kMaxSources];
+  float grad_share[kMaxSources][kMaxSources];
+  int64_t label;                               // -1: soft labels, or an id out of range
   float label_mass;  // the sum of the smoothed labels; NaN for an id out of range
 
   Sample(const MixtureArgs& a, float* scratch, int64_t index)
@@ -46,29 +55,24 @@ struct Sample {
         per_sample(1.0f / float(a.batch)),
         by_source(a.mix != Mix::kLogits),
         asks_gradient(a.grad_logits || a.grad_extra || a.grad_scores || a.grad_query || a.grad_key),
+        asks_scores(a.grad_scores || a.grad_query || a.grad_key),
         through_mixed((!by_source && !a.detach_targets) || a.has_mixture_ce) {
     auto next = [&] {
       float* row = scratch;
       scratch += length;
       return row;
     };
-    target = next(), powers = next(), spare = next();
+    spare = next(), unused = next();
     for (int n = 0; n < N; ++n) z[n] = next(), e[n] = next(), q[n] = next();
-    for (int s = 0; s < S; ++s) mixed[s] = next(), r[s] = next();
+    for (int s = 0; s < S; ++s) {
+      mixed[s] = next(), target[s] = next(), r[s] = next(), powers[s] = next();
+    }
     read_label();
     read_scores();
   }
 
   float& loss(int term, int s) const { return args.losses[(term * S + s) * args.batch + b]; }
   float kd_scale(int s) const { return args.kd_weight[s] * T * per_sample; }
-  bool heard(int n) const {
-    for (int s = 0; s < S; ++s) {
-      for (int k = 0; k < mixtures[s].count; ++k) {
-        if (mixtures[s].source[k] == n) return true;
-      }
-    }
-    return false;
-  }
 
   void read_label() {
     label = -1;
@@ -94,41 +98,37 @@ struct Sample {
                    args.width);
   }
 
+  // The shares: softmax over sources, students side by side in a vector.
   void read_scores() {
-    for (int s = 0; s < S; ++s) {
-      Mixture& m = mixtures[s];
-      m.count = 0;
-      float shifted[kMaxSources], power[kMaxSources], top = -kInfinity, total = 0;
+    float scores[kMaxSources][kMaxSources], shares[kMaxSources][kMaxSources];
+    for (int n = 0; n < N; ++n) {
+      for (int s = 0; s < S; s += kLanes) store(scores[n] + s, Vec{});
+      for (int s = 0; s < S; ++s) scores[n][s] = score(s, n);
+      sources[n].count = listeners[n].count = 0;
+    }
+    for (int s = 0; s < S; s += kLanes) {
+      Vec top = splat(-kInfinity), total{};
+      for (int n = 0; n < N; ++n) top = max(load(scores[n] + s), top);
       for (int n = 0; n < N; ++n) {
-        const float value = score(s, n);
-        if (value == -kInfinity) continue;
-        top = value > top ? value : top;
-        shifted[m.count] = value;
-        m.source[m.count++] = n;
+        const Vec score = load(scores[n] + s);
+        // A NaN is heard, and makes all of its student's shares NaN.
+        const Vec share = exp(select(score == splat(-kInfinity), splat(kPadding), score - top));
+        store(shares[n] + s, share);
+        total += share;
       }
-      for (int k = 0; k < kMaxSources; ++k) shifted[k] = k < m.count ? shifted[k] - top : kPadding;
-      for (int k = 0; k < kMaxSources; k += kLanes) store(power + k, exp(load(shifted + k)));
-      for (int k = 0; k < m.count; ++k) total += power[k];
-      const float log_total = __builtin_logf(total);
-      for (int k = 0; k < m.count; ++k) {
-        m.share[k] = power[k] / total;
-        m.log_share[k] = shifted[k] - log_total;
+      const Vec log_total = args.mix == Mix::kProbs ? log(total) : Vec{};
+      for (int n = 0; n < N; ++n) {
+        store(shares[n] + s, load(shares[n] + s) / total);
+        store(log_share[n] + s, load(scores[n] + s) - top - log_total);
       }
     }
-  }
-
-  template <typename T>
-  void read_row(float* to, const void* data, int64_t offset) const {
-    const T* row = static_cast<const T*>(data) + offset;
-    row_shift(to, row, row_max(row, C), C);
-  }
-  void read_row(int n) {
-    const SourceRows& from = n < S ? args.logits : args.extra;
-    const int64_t offset = (n < S ? n : n - S) * from.source_stride + b * from.sample_stride;
-    switch (from.type) {
-      case Type::kFloat: return read_row<float>(z[n], from.data, offset);
-      case Type::kBFloat16: return read_row<BFloat16>(z[n], from.data, offset);
-      case Type::kHalf: return read_row<Half>(z[n], from.data, offset);
+    for (int n = 0; n < N; ++n) {
+      for (int s = 0; s < S; ++s) {
+        grad_share[n][s] = 0.0f;
+        if (scores[n][s] == -kInfinity) continue;
+        sources[s].add(n, shares[n][s]);
+        listeners[n].add(s, shares[n][s]);
+      }
     }
   }
 
@@ -152,19 +152,20 @@ struct Sample {
     for (int64_t c = 0; c < C; ++c) gradient[c] -= each + (soft ? keep * soft[c] : 0.0f);
   }
 
-  // From the gradient in each share, that in the scores; then in the queries and keys.
-  void write_scores(const float (*grad_share)[kMaxSources]) const {
-    float gradient[kMaxSources][kMaxSources] = {};
+  // From the gradient in the shares, that in the scores; then in the queries and keys.
+  void write_scores() const {
+    float gradient[kMaxSources][kMaxSources];
     for (int s = 0; s < S; ++s) {
-      const Mixture& m = mixtures[s];
+      const Links& heard = sources[s];
       float mean = 0;
-      for (int k = 0; k < m.count; ++k) mean += m.share[k] * grad_share[s][k];
-      for (int k = 0; k < m.count; ++k) {
-        gradient[s][m.source[k]] = m.share[k] * (grad_share[s][k] - mean);
+      for (int k = 0; k < heard.count; ++k) mean += heard.share[k] * grad_share[heard.other[k]][s];
+      for (int n = 0; n < N; ++n) gradient[s][n] = 0.0f;
+      for (int k = 0; k < heard.count; ++k) {
+        const int n = heard.other[k];
+        gradient[s][n] = heard.share[k] * (grad_share[n][s] - mean);
       }
-    }
-    for (int s = 0; args.grad_scores && s < S; ++s) {
-      memcpy(args.grad_scores + (b * S + s) * N, gradient[s], N * sizeof(float));
+      float* to = args.grad_scores + (b * S + s) * N;
+      for (int n = 0; args.grad_scores && n < N; ++n) to[n] = gradient[s][n];
     }
     const int P = args.peers;
     const int64_t D = args.width, first = b * P * D;

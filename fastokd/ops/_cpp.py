@@ -42,7 +42,8 @@ KERNEL = (
     "-fno-exceptions",
     "-fno-rtti",
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",  # GCC's own intrinsics
+    "-Wno-uninitialized",  # GCC's own intrinsics
+    "-Wno-maybe-uninitialized",
 )
 X86 = {
     "default": (),
@@ -199,7 +200,7 @@ def _open(path: Path) -> None:
     if wanted and not library.fastokd_set_capability(wanted.encode()):
         raise BuildError(
             f"FASTOKD_CPU_CAPABILITY is {wanted!r}: this CPU runs "
-            f"{', '.join(name for name in CAPABILITIES if library.fastokd_set_capability(name.encode()))}"
+            f"{', '.join(name for name in (*CAPABILITIES, 'avx512bf16') if library.fastokd_set_capability(name.encode()))}"
         )
     _library = library
 

@@ -113,8 +113,12 @@ def _launcher(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return launch
 
 
-for _name in ("mixture_distillation", "peer_attention_distillation"):
-    LIBRARY.impl(_name, _launcher(_name), "CUDA")
+_LAUNCHERS = {op: _launcher(op) for op in ("mixture_distillation", "peer_attention_distillation")}
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    op: getattr(torch.ops.fastokd, op).default for op in _LAUNCHERS
+}
+for _op, _launch in _LAUNCHERS.items():
+    LIBRARY.impl(_op, _launch, "CUDA")
 
 
 def refusal(
@@ -154,9 +158,12 @@ def call_fused(
     if torch.is_grad_enabled():
         for i, (place, reached) in enumerate(leaves):
             leaf = tensors[place]
-            asked[i] = reached and leaf is not None and leaf.requires_grad
-    assert tensors[0] is not None
-    device = tensors[0].device
+            if leaf is not None and leaf.requires_grad:
+                asked[i] = reached
+                if not reached:
+                    tensors = (*tensors[:place], leaf.detach(), *tensors[place + 1 :])
+    first = tensors[0]
+    assert first is not None
     args = (
         *tensors,
         *[w if isinstance(w, Tensor) else None for w in weights],
@@ -164,17 +171,11 @@ def call_fused(
         *options,
         *asked,
     )
-    function: Callable[..., tuple[Tensor, ...]]
-    if impl == "triton" and device.type != "cuda":
-        function = _launcher(op)  # the interpreter, on the CPU
-    else:
-        function = getattr(torch.ops.fastokd, op).default
+    # Triton's interpreter takes tensors of the CPU, whose operator is the C++ one.
+    function = _LAUNCHERS[op] if impl == "triton" and not first.is_cuda else _OPERATORS[op]
     if not any(asked):
-        with torch.no_grad():
-            total, ce_S, kd_S, *_ = function(*args)
-        return total, ce_S, kd_S
-    places = tuple(place for place, _ in leaves)
-    result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, places, *args)
+        return function(*args)[:3]
+    result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, leaves, *args)
     return result
 
 
@@ -182,20 +183,20 @@ class FusedLoss(torch.autograd.Function):
     """``total, ce_S, kd_S`` of an operator whose gradients come with it.
 
     ``args`` are the operator's arguments, the three flags that ask for gradients last; ``leaves``
-    says which arguments they are about, in the order in which their gradients are returned.
+    say which arguments they are about, in the order in which their gradients are returned.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: Callable[..., tuple[Tensor, ...]],
-        leaves: tuple[int, int, int],
+        function: Callable[..., tuple[Tensor, ...]],
+        leaves: tuple[tuple[int, bool], ...],
         *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total, ce_S, kd_S, *gradients = call(*args)
+        total, ce_S, kd_S, *gradients = function(*args)
         ctx.save_for_backward(*gradients)
         ctx.places = [
-            (leaf, args[leaf].dtype) if asked else None
+            (leaf[0], args[leaf[0]].dtype) if asked else None
             for leaf, asked in zip(leaves, args[-3:], strict=True)
         ]
         ctx.count = len(args)
@@ -204,20 +205,36 @@ class FusedLoss(torch.autograd.Function):
         return total, ce_S, kd_S
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        gradients: list[Tensor | None] = [None] * ctx.count
-        if grad_total is not None:
-            for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
-                if place is not None:
-                    gradients[place[0]] = scaled(saved, grad_total, place[1])
-        return (None, None, *gradients)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # The wrapper costs some microseconds, and only create_graph=True needs it.
+        return (_once if torch.is_grad_enabled() else _multiplied)(ctx, *grads)
+
+
+def _multiplied(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    gradients: list[Tensor | None] = [None] * ctx.count
+    if grad_total is not None:
+        for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+            if place is not None:
+                gradients[place[0]] = scaled(saved, grad_total, place[1])
+    return (None, None, *gradients)
+
+
+_once = once_differentiable(_multiplied)
 
 
 def scaled(saved: Tensor, grad_total: Tensor, dtype: torch.dtype) -> Tensor:
-    """``saved * grad_total`` in ``dtype``, multiplied in fp32 on the device, in one pass."""
-    if torch.compiler.is_compiling():
+    """``saved * grad_total`` in ``dtype``, multiplied in fp32 on the device, in one pass.
+
+    ``saved`` is no longer there afterwards, unless the graph is retained.
+    """
+    if torch.compiler.is_compiling() or type(grad_total) is not Tensor:
         return (saved.float() * grad_total).to(dtype)
-    result = torch.empty_like(saved, dtype=dtype)
+    reusable = dtype == saved.dtype and not torch._C._autograd._get_current_graph_task_keep_graph()
+    # On the CPU a look at the number costs nothing, and most often it is 1.
+    if reusable and grad_total.is_cpu and grad_total.item() == 1.0:
+        return saved
     # One-dimensional, so that it takes part in type promotion: the product is rounded once.
-    return torch.mul(saved, grad_total.reshape(1), out=result)
+    factor = grad_total.reshape(1)
+    if reusable:
+        return saved.mul_(factor)
+    return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
