@@ -51,6 +51,9 @@ def train(
     val: Annotated[int | None, typer.Option(help="Images held out of train.")] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    teacher: Annotated[
+        Path | None, typer.Option(help="A run or a student.safetensors, for kd and okddip_kd.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="How the students run: auto or loop.")] = "auto",
     impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
@@ -95,6 +98,7 @@ def train(
             precision=precision,
             engine=engine,
             impl=impl,
+            teacher=teacher,
             resume=resume,
             max_steps=max_steps,
             overfit_batch=overfit_batch,

@@ -24,8 +24,9 @@ def measure(
     cohort: Cohort, method: Method, stream: BatchStream, has_leader: bool, context: Any
 ) -> dict[str, Any]:
     """Metrics over every image of ``stream``, in eval mode; the mode is restored after."""
-    was_training = cohort.training
+    was_training = cohort.training, method.training
     cohort.eval()
+    method.eval()
     meter = Meter(len(cohort.students), has_leader)
     try:
         for images_BHWC, labels_B in stream.batches(0):
@@ -34,7 +35,8 @@ def measure(
                 watched = method.diagnostics(out)
             meter.update(out.logits_SBC, labels_B, watched)
     finally:
-        cohort.train(was_training)
+        cohort.train(was_training[0])
+        method.train(was_training[1])
     return meter.result()
 
 
@@ -69,7 +71,7 @@ def evaluate(
         tensors, facts = load_checkpoint(path)
     else:
         raise UserError(f"there is no run or checkpoint at {path}")
-    session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions())
+    session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions(), training=False)
     session.load_state(tensors, facts)
     return evaluate_session(session)
 

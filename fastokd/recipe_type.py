@@ -34,8 +34,8 @@ class Recipe:
             in the first; 0 for none.
         ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
             epoch (0 in OKDDip, 1 in FFSD).
-        crop_padding, crop_mode, flip: augmentation. ``"zeros"`` and ``"reflect"`` pad before the
-            crop; ``"resized"`` crops an area of the image and resizes it (RandomResizedCrop).
+        crop_padding, crop_mode, flip: augmentation of in-memory images. ``resized_crop``: an area
+            of the image is cropped and resized instead (RandomResizedCrop).
         image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
             shorter side before the centre crop of a held-out image; 0 for none.
         val: images held out of the training set, stratified by class; 0 for none.
@@ -64,7 +64,8 @@ class Recipe:
     ramp_epochs: float = 80.0
     ramp_first: int = 0
     crop_padding: int = 4
-    crop_mode: Literal["zeros", "reflect", "resized"] = "zeros"
+    crop_mode: Literal["zeros", "reflect"] = "zeros"
+    resized_crop: bool = False
     flip: bool = True
     image_size: int = 32
     eval_resize: int = 0

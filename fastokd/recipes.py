@@ -185,7 +185,7 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             milestones=(30, 60),
             ramp_epochs=24.0,
             crop_padding=0,
-            crop_mode="resized",
+            resized_crop=True,
             image_size=224,
             eval_resize=256,
         )

@@ -19,7 +19,8 @@ from fastokd.checkpoint import (
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
-from fastokd.session import RunOptions, Session
+from fastokd.session import RunOptions, Session, run_path
+from fastokd.teacher import KEPT, STUDENT, student_facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,7 @@ class RunFolder:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
                 can't be written.
         """
-        default = Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
-        path = options.out or default
+        path = run_path(recipe, options)
         folder = RunFolder(path)
         if options.resume:
             if not folder.checkpoints.is_dir():
@@ -94,6 +94,9 @@ class RunFolder:
             ) from error
         self._write_json("recipe.json", session.recipe.to_json())
         self._write_json("environment.json", environment(session.device, session.precision))
+        if session.teacher is not None:
+            facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
+            save_file(session.teacher.state, self.path / KEPT, metadata=facts)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -130,6 +133,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         tensors, facts = session.state()
+        facts["best_on"] = "val" if row.get("val") else "test"
         for kind, keep in (("last", 2), ("best", 1)):
             if kind == "last" or better:
                 save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
@@ -140,15 +144,9 @@ class RunFolder:
         from fastokd.report.plots import plot_curves
 
         state = session.cohort.student_state(session.kept_student)
-        facts = {
-            "model": session.recipe.model,
-            "class_names": json.dumps(list(session.data.class_names)),
-            "mean": json.dumps(list(session.data.mean)),
-            "std": json.dumps(list(session.data.std)),
-            "student": str(session.kept_student),
-        }
+        facts = student_facts(session.recipe, session.data, session.kept_student)
         plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(plain, self.path / "student.safetensors", metadata=facts)
+        save_file(plain, self.path / STUDENT, metadata=facts)
         run = Run(self.path, session.recipe, self.metrics())
         plot_curves(run.metrics, session.recipe, self.path)
         return run
@@ -162,4 +160,4 @@ def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
     held_out = row.get("val") or row.get("test")
     if held_out is None:
         return None
-    return held_out["leader_top1"] if recipe.has_leader else held_out["mean_top1"]
+    return recipe.score(held_out)

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
-from fastokd.data import Augment, BatchStream, DatasetSplits, Split, load_dataset
+from fastokd.data import (
+    Augment,
+    BatchStream,
+    DatasetSplits,
+    Split,
+    list_datasets,
+    load_dataset,
+)
 from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
 from fastokd.errors import UserError
 from fastokd.methods import Method, OptimGroup, Progress, create_method, method_class, ramp_weight
@@ -20,6 +27,7 @@ from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
 from fastokd.optimizers import create_optimizer
 from fastokd.recipes import Recipe
+from fastokd.teacher import KEPT, Weights, build_teacher, find_teacher
 
 EVAL_BATCH = 512
 
@@ -31,6 +39,8 @@ class RunOptions:
     Attributes:
         out: the run folder; None for ``runs/`` and the recipe's name.
         data_root: where data sets lie. ``download`` fetches the ones that can be had.
+        teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
+            for the default folder of the recipe that trains it.
         resume: continue the run in ``out``.
         max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
             again, a check that a set-up can learn at all.
@@ -46,6 +56,7 @@ class RunOptions:
     precision: str = "auto"
     engine: str = "auto"
     impl: str = "auto"
+    teacher: Path | None = None
     resume: bool = False
     max_steps: int | None = None
     overfit_batch: bool = False
@@ -66,7 +77,9 @@ class Session:
     ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
     """
 
-    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
+    def __init__(self, recipe: Recipe, options: RunOptions, *, training: bool = True) -> None:
+        """``training=False``: to be evaluated alone, which needs neither teacher nor held-out
+        images."""
         self.recipe = recipe
         self.options = options
         self.device = pick_device(options.device)
@@ -90,7 +103,16 @@ class Session:
         # Every op is asked again with its arguments; here only so that no folder is made first.
         choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)
-        self.cohort, self.method = build_cohort(recipe, self.data, options)
+        self.teacher: Weights | None = None
+        if training and method_class(recipe.method).needs.teacher:
+            kept = run_path(recipe, options) / KEPT if options.resume else None
+            self.teacher = find_teacher(recipe, options.teacher, kept)
+        self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
+        if training and self.method.needs.heldout and self.data.val is None:
+            raise UserError(
+                f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
+                "has none apart: hold some out, for example with --val 5000"
+            )
         self.cohort.to(self.device).to(memory_format=torch.channels_last)
         self.method.to(self.device)
         self.optimizers = self._optimizers()
@@ -144,14 +166,18 @@ class Session:
         """Moves on to the next epoch; an epoch that was cut short is left to be continued."""
         if self.batch < len(self.stream):
             return
-        self.method.end_epoch(self.cohort, None)
+        self.method.end_epoch(self.cohort, self._heldout())
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
         self.epoch, self.batch = self.epoch + 1, 0
 
+    def _heldout(self) -> tuple[Tensor, Tensor] | None:
+        val = self.data.val
+        return None if val is None else (val.images_NHWC, val.labels_N)
+
     @property
     def kept_student(self) -> int:
-        """The student that is taken away: the leader, or the first where there is none."""
-        return self.recipe.students - 1 if self.recipe.has_leader else 0
+        """The student that is taken away, as the recipe says."""
+        return self.recipe.kept_student
 
     def _named_parameters(self) -> dict[Tensor, str]:
         return {
@@ -241,8 +267,17 @@ class RepeatedBatch:
             yield self.only
 
 
+def run_path(recipe: Recipe, options: RunOptions) -> Path:
+    """Where a run lies: ``out``, or ``runs/`` and the recipe's name."""
+    return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
+
+
 def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
     """The recipe's data on the device."""
+    if recipe.dataset not in list_datasets():
+        raise UserError(
+            f"{recipe.name} can't be trained yet: nothing in this version loads {recipe.dataset}"
+        )
     data = load_dataset(
         recipe.dataset,
         options.data_root,
@@ -254,11 +289,17 @@ def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> Da
     return data.to(device)
 
 
-def build_cohort(recipe: Recipe, data: DatasetSplits, options: RunOptions) -> tuple[Cohort, Method]:
+def build_cohort(
+    recipe: Recipe, data: DatasetSplits, options: RunOptions, teacher: Weights | None = None
+) -> tuple[Cohort, Method]:
     """The cohort and the method, on the CPU, with weights that the seed decides."""
     needs = method_class(recipe.method).needs
+    frozen: nn.Module | None = None
+    if teacher is not None:
+        with torch.random.fork_rng(devices=[]):
+            frozen = build_teacher(teacher, data)
     cohort = Cohort(
-        (recipe.model, recipe.students),
+        recipe.models,
         len(data.class_names),
         sharing=recipe.sharing,
         engine=options.engine,
@@ -267,6 +308,7 @@ def build_cohort(recipe: Recipe, data: DatasetSplits, options: RunOptions) -> tu
         mean=data.mean,
         std=data.std,
         seed=recipe.seed,
+        teacher=frozen,
         trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
         model_options=recipe.model_options,
     )

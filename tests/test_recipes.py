@@ -61,7 +61,8 @@ def test_what_the_papers_say_of_all_cells() -> None:
         assert r.epochs == (90 if imagenet else 300), cell
         assert r.batch_size == (256 if imagenet else 128), cell
         assert r.weight_decay == (1e-4 if imagenet or ffsd else 5e-4), cell
-        assert r.crop_mode == ("resized" if imagenet else "reflect" if ffsd else "zeros"), cell
+        assert r.crop_mode == ("reflect" if ffsd and not imagenet else "zeros"), cell
+        assert r.resized_crop == imagenet, cell
         assert r.image_size == (224 if imagenet else 32), cell
         assert r.flip, cell
         assert r.warmup_epochs == (5.0 if imagenet and ffsd else 0.0), cell
