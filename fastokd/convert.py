@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fastokd import authors
-from fastokd.checkpoint import newest_checkpoint, write_durably
+from fastokd.checkpoint import load_checkpoint, newest_checkpoint, write_durably
 from fastokd.data.cifar import LAYOUTS
 from fastokd.errors import UserError
-
-STUDENT = "student.safetensors"
+from fastokd.teacher import read_weights
 
 
 def convert(
@@ -29,8 +26,8 @@ def convert(
     """Reads an author's checkpoint into a ``student.safetensors``, or writes one for their code.
 
     Args:
-        source: an author's ``.pth``; or a run folder or a ``student.safetensors``, for the way
-            back.
+        source: an author's ``.pth``; or a run folder, a checkpoint of one or a
+            ``student.safetensors``, for the way back.
         out: the file to write; by default beside the source, as ``.safetensors`` or as
             ``modelleader_best.pth`` (OKDDip: ``best.pth``).
         model: of an author's file, where its keys don't say it.
@@ -89,14 +86,13 @@ def _data_facts(num_classes: int) -> dict[str, str]:
 
 
 def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
-    state, facts = _student(source / STUDENT if source.is_dir() else source)
-    if "model" not in facts:
-        raise UserError(f"{source} doesn't say its model: take a run's {STUDENT}")
-    transfusion, epoch = _transfusion(source) if source.is_dir() else (None, 0)
-    authors.save(
-        out, state, model=facts["model"], paper=paper, transfusion=transfusion, epoch=epoch
-    )
-    lines = [f"{facts['model']} for {paper}'s code, written to {out}"]
+    weights = read_weights(source)
+    model = weights.facts.get("model")
+    if model is None:
+        raise UserError(f"{source} doesn't say its model: take a run's student.safetensors")
+    transfusion, epoch = _transfusion(source)
+    authors.save(out, weights.state, model=model, paper=paper, transfusion=transfusion, epoch=epoch)
+    lines = [f"{model} for {paper}'s code, written to {out}"]
     if paper == "FFSD" and transfusion is None:
         lines.insert(
             0,
@@ -106,22 +102,14 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     return lines
 
 
-def _student(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"there is no {path}: the run hasn't finished, or is none of ours")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} can't be read: {error}") from error
-
-
-def _transfusion(run: Path) -> tuple[dict[str, Tensor] | None, int]:
-    """The transfusion of an FFSD run, and the epochs that it was trained for."""
-    _, tensors, facts, _ = newest_checkpoint(run / "checkpoints")
+def _transfusion(source: Path) -> tuple[dict[str, Tensor] | None, int]:
+    """The transfusion of an FFSD run or checkpoint, and the epochs that it was trained for."""
+    if source.is_file():
+        return None, 0
+    if (source / "checkpoints").is_dir():
+        _, tensors, facts, _ = newest_checkpoint(source / "checkpoints")
+    else:
+        tensors, facts = load_checkpoint(source)
     prefix = "method.transfusion."
-    found: dict[str, Any] = {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
+    found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     return found or None, facts["epoch"]

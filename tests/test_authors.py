@@ -25,6 +25,7 @@ from fastokd.convert import convert
 from fastokd.errors import UserError
 from fastokd.methods import create_method
 from fastokd.models import Student, create_model
+from fastokd.teacher import build_teacher, read_weights
 from tests.conftest import GOLDENS, fill_value, golden, golden_names
 from tests.data.make import write_cifar
 
@@ -392,3 +393,5 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert cli.run_command(["convert", str(path), "--out", str(out), "--student", "1"]) == 0
     assert "(student 1 of 3)" in capsys.readouterr().out
     assert torch.equal(load_file(out)["fc.bias"], alone[1]["fc.bias"])
+    # It serves as a teacher: it says what it knows.
+    assert isinstance(build_teacher(read_weights(out), data), Student)

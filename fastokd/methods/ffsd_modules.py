@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.ops import fusion_step
+from fastokd.ops.fusion_step import fusion_step
 
 
 class DecoderBlock(nn.Module):
