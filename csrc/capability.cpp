@@ -8,13 +8,15 @@
 namespace fastokd {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512bf16"};
 
 bool supported(Capability wanted) {
 #if FASTOKD_X86
   // These ask the operating system too, whether it saves the wide registers.
   __builtin_cpu_init();
   switch (wanted) {
+    case Capability::kAvx512Bf16:
+      return __builtin_cpu_supports("avx512bf16") && supported(Capability::kAvx512);
     case Capability::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -31,6 +33,7 @@ bool supported(Capability wanted) {
 }
 
 Capability best() {
+  if (supported(Capability::kAvx512Bf16)) return Capability::kAvx512Bf16;
   if (supported(Capability::kAvx512)) return Capability::kAvx512;
   return supported(Capability::kAvx2) ? Capability::kAvx2 : Capability::kDefault;
 }
@@ -51,7 +54,7 @@ FASTOKD_EXPORT const char* fastokd_capability() {
 
 // Whether this CPU runs kernels of that name; where it does, they are the ones from now on.
 FASTOKD_EXPORT int fastokd_set_capability(const char* name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const auto wanted = static_cast<fastokd::Capability>(i);
     if (!strcmp(name, fastokd::kNames[i]) && fastokd::supported(wanted)) {
       fastokd::current.store(wanted, std::memory_order_relaxed);

@@ -7,6 +7,7 @@ from fastokd.ops.attention import (
     shifted_map,
 )
 from fastokd.ops.feature_transfer import feature_transfer
+from fastokd.ops.fused_bn_act import fused_bn_act, norm_act
 from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
 from fastokd.ops.peer_attention_distillation import peer_attention_distillation
@@ -17,8 +18,10 @@ __all__ = [
     "attention_map",
     "attention_transfer",
     "feature_transfer",
+    "fused_bn_act",
     "fusion_step",
     "mixture_distillation",
+    "norm_act",
     "peer_attention_distillation",
     "shifted_map",
 ]

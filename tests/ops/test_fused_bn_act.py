@@ -1,0 +1,543 @@
+"""BatchNorm + residual + ReLU as one: PyTorch's numbers, state, NaN and gradients, in C++.
+
+The budget: against float64, the C++ may not err more than PyTorch in the same dtype does, plus a
+rounding. Gradients are compared under each side's own ReLU mask, since a value that is zero but for
+rounding may fall on either side; the masks themselves may differ only there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.errors import UserError
+from fastokd.models.layers import NormAct
+from fastokd.ops import _cpp, fused_bn_act, norm_act
+
+NAMES = ("default", "avx2", "avx512", "avx512bf16")
+LEAVES = ("x", "weight", "bias", "residual")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built() -> None:
+    assert _cpp.ensure_built() is None
+
+
+@pytest.fixture
+def capabilities() -> Iterator[list[str]]:
+    """Those that this processor has; the one that was in force comes back afterwards."""
+    before = _cpp.capability()
+    yield [name for name in NAMES if _cpp.set_capability(name)]
+    _cpp.set_capability(before)
+
+
+@dataclass
+class Case:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor | None
+    grad_y: Tensor
+    relu: bool
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values, maps and vectors alike, in another dtype."""
+        residual = None if self.residual is None else self.residual.to(dtype)
+        vectors = (self.weight.to(dtype), self.bias.to(dtype))
+        return Case(self.x.to(dtype), *vectors, residual, self.grad_y.to(dtype), self.relu)
+
+
+def channels_last(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def draw(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    residual: bool = True,
+    relu: bool = True,
+    mean: float = 0.5,
+) -> Case:
+    g = torch.Generator().manual_seed(sum(shape))
+
+    def values() -> Tensor:
+        return channels_last(torch.randn(shape, generator=g).to(dtype))
+
+    C = shape[1]
+    x = channels_last((values().float() + mean * torch.randn(1, C, 1, 1, generator=g)).to(dtype))
+    weight, bias = torch.randn(C, generator=g), torch.randn(C, generator=g)
+    return Case(x, weight, bias, values() if residual else None, values(), relu)
+
+
+def run(
+    case: Case, impl: str, ask: tuple[str, ...] = LEAVES, batches: int = 1
+) -> dict[str, Tensor | None]:
+    """y, the gradients asked for and the state afterwards."""
+    C = case.x.shape[1]
+    leaves: dict[str, Tensor | None] = {}
+    for name in LEAVES:
+        tensor = getattr(case, name)
+        leaves[name] = None if tensor is None else tensor.detach().requires_grad_(name in ask)
+    vectors = case.weight.dtype
+    state = torch.zeros(C, dtype=vectors), torch.ones(C, dtype=vectors), torch.tensor(3)
+    x, weight, bias, residual = leaves.values()
+    assert x is not None
+    for _ in range(batches):
+        y = fused_bn_act(x, weight, bias, *state, residual_BCHW=residual, relu=case.relu, impl=impl)
+    out: dict[str, Tensor | None] = {"y": y.detach()}
+    if y.requires_grad:
+        y.backward(case.grad_y)
+    for name, leaf in leaves.items():
+        out[f"grad_{name}"] = None if leaf is None else leaf.grad
+    out["running_mean"], out["running_var"], out["num_batches_tracked"] = state
+    return out
+
+
+def exact(case: Case, y: Tensor) -> dict[str, Tensor | None]:
+    """Float64's answer, its gradients under the ReLU mask of ``y``."""
+    wide = case.to(torch.float64)
+    answer = run(wide, "torch")
+    if case.relu:
+        wide.relu = False
+        wide.grad_y = wide.grad_y * ~(y <= 0)
+        answer |= {k: v for k, v in run(wide, "torch").items() if k.startswith("grad")}
+    return answer
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def terms(case: Case) -> dict[str, Tensor]:
+    """How large the terms are whose sum an output is, where they may cancel."""
+    x, grad_y = case.x.double(), case.grad_y.double()
+    over = {"dim": (0, 2, 3), "keepdim": True}
+    mean = x.mean(**over)  # type: ignore[arg-type]
+    std = (x.var(correction=0, **over) + 1e-5).sqrt()  # type: ignore[arg-type]
+    scale = case.weight.double()[:, None, None].abs() / std
+    normalised = (x - mean) / std
+    k = (grad_y * normalised).mean(**over).abs() / std  # type: ignore[arg-type]
+    return {
+        "y": scale * (mean.abs() + std),
+        "running_mean": (0.1 * (mean.abs() + std)).flatten(),
+        "running_var": 0.1 * 4 * std.square().flatten(),  # hundreds of merges in fp32
+        "grad_x": scale * (grad_y.abs().amax(**over) + k * mean.abs()),  # type: ignore[arg-type]
+        "grad_weight": (grad_y * normalised).square().sum((0, 2, 3)).sqrt(),
+        "grad_bias": grad_y.square().sum((0, 2, 3)).sqrt(),
+    }
+
+
+def check_budget(case: Case, fast: dict[str, Tensor | None] | None = None) -> None:
+    fast = fast or run(case, "cpp")
+    plain = run(case, "torch")
+    assert fast["y"] is not None
+    assert plain["y"] is not None
+    fast_exact, plain_exact = exact(case, fast["y"]), exact(case, plain["y"])
+    added = terms(case)
+    for name, value in fast.items():
+        theirs = plain[name]
+        if theirs is None:
+            assert value is None, name
+            continue
+        assert value is not None, name
+        assert value.dtype == theirs.dtype, name
+        assert value.shape == theirs.shape, name
+        assert value.isfinite().all(), name
+        want, theirs_want = fast_exact[name], plain_exact[name]
+        assert want is not None
+        assert theirs_want is not None
+        error, theirs_error = value.double() - want, theirs.double() - theirs_want
+        # A rounding of the result and one of its terms: sums are not taken in PyTorch's order.
+        ulp = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        slack = ulp * want.abs()
+        if name in added:
+            slack = slack + torch.finfo(torch.float32).eps * added[name]
+        assert (error.abs() <= theirs_error.abs().max() + 4 * slack).all(), name
+        assert rms(error) <= 1.05 * rms(theirs_error) + rms(slack), name
+    if case.relu and fast_exact["y"] is not None:
+        differ = (fast["y"] > 0) != (fast_exact["y"] > 0)
+        near = torch.finfo(case.x.dtype).eps * max(1.0, case.x.abs().max().item())
+        assert fast_exact["y"][differ].abs().max().item() < near if differ.any() else True
+
+
+# Channels: one; fewer than a register has; the narrow layers; not a multiple of a register; wide.
+# Rows: the fewest, a ragged few, several blocks (32,768 elements, 128 rows) and a ragged last one.
+SHAPES = [
+    (2, 1, 1, 1),
+    (5, 1, 93, 89),
+    (3, 3, 5, 7),
+    (2, 8, 3, 3),
+    (9, 16, 17, 15),
+    (1, 17, 1, 2),
+    (3, 17, 31, 23),
+    (2, 24, 9, 5),
+    (5, 64, 13, 11),
+    (2, 100, 5, 7),
+    (1, 100, 19, 23),
+    (2, 512, 1, 1),
+    (3, 512, 10, 9),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+class TestBudget:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_every_capability(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, capabilities: list[str]
+    ) -> None:
+        case = draw(shape, dtype)
+        for name in capabilities:
+            _cpp.set_capability(name)
+            check_budget(case)
+
+    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_forms(
+        self, residual: bool, relu: bool, dtype: torch.dtype, capabilities: list[str]
+    ) -> None:
+        """Each form has loops of its own: in a tile's width, in several tiles', in ragged rows."""
+        for shape in ((3, 16, 9, 7), (3, 96, 7, 5)):
+            case = draw(shape, dtype, residual=residual, relu=relu)
+            for name in capabilities:
+                _cpp.set_capability(name)
+                check_budget(case)
+
+    def test_mean_a_thousand_deviations_away(
+        self, dtype: torch.dtype, capabilities: list[str]
+    ) -> None:
+        """A sum of squares would keep none of the variance's digits."""
+        case = draw((8, 16, 24, 24), torch.float32)
+        case.x = channels_last((case.x.double() + 1000).to(dtype))
+        for name in capabilities:
+            _cpp.set_capability(name)
+            if dtype == torch.float32:
+                check_budget(case)
+            fast = run(case if dtype == torch.float32 else half(case), "cpp")
+            want = case.x.double().var((0, 2, 3)) * 0.1 + 0.9
+            assert fast["running_var"] is not None
+            torch.testing.assert_close(fast["running_var"].double(), want, rtol=1e-5, atol=0)
+
+
+def half(case: Case) -> Case:
+    """Maps in bf16, vectors in fp32, as under autocast."""
+    residual = None if case.residual is None else case.residual.bfloat16()
+    x, grad_y = case.x.bfloat16(), case.grad_y.bfloat16()
+    return Case(x, case.weight, case.bias, residual, grad_y, case.relu)
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_shape(C: int, B: int, H: int, W: int, bf16: bool, residual: bool, relu: bool) -> None:
+    shape = (max(B, 2), C, H, W)
+    check_budget(draw(shape, torch.bfloat16 if bf16 else torch.float32, residual, relu))
+
+
+def test_result_does_not_depend_on_threads() -> None:
+    case = draw((6, 16, 40, 40), torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(case, "cpp")
+        torch.set_num_threads(3)
+        three = run(case, "cpp")
+    finally:
+        torch.set_num_threads(before)
+    for name, value in one.items():
+        assert value is not None
+        assert torch.equal(value, three[name]), name  # type: ignore[arg-type]
+
+
+def test_nothing_is_left_unwritten() -> None:
+    """New tensors are NaN here before they are written."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for shape in ((3, 17, 31, 23), (9, 16, 17, 15)):
+            for dtype in (torch.float32, torch.bfloat16):
+                check_budget(draw(shape, dtype))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["x", "residual", "grad_y", "weight", "bias"])
+def test_non_finite_values_go_where_torchs_go(
+    where: str, dtype: torch.dtype, value: float, capabilities: list[str]
+) -> None:
+    case = draw((3, 17, 5, 4), dtype)
+    tensor = getattr(case, where)
+    if tensor.dim() == 4:
+        tensor[1, 3, 2, 1] = tensor[2, 16, 4, 3] = value  # in whole rows, and in the ragged ones
+    else:
+        tensor[3] = value
+    plain = run(case, "torch")
+    for name in capabilities:
+        _cpp.set_capability(name)
+        for key, ours in run(case, "cpp").items():
+            theirs = plain[key]
+            assert ours is not None
+            assert theirs is not None
+            assert torch.equal(ours.isfinite(), theirs.isfinite()), (name, key)
+            if not key.startswith("grad"):
+                assert torch.equal(ours.isnan(), theirs.isnan()), (name, key)
+                assert torch.equal(ours == math.inf, theirs == math.inf), (name, key)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_subset_of_gradients(relu: bool, residual: bool) -> None:
+    case = draw((3, 16, 5, 4), torch.bfloat16, residual=residual, relu=relu)
+    names = LEAVES if residual else LEAVES[:3]
+    everything = run(case, "cpp")
+    for bits in range(2 ** len(names)):
+        ask = tuple(name for i, name in enumerate(names) if bits >> i & 1)
+        out = run(case, "cpp", ask)
+        for name in names:
+            grad = out[f"grad_{name}"]
+            if name in ask:
+                assert grad is not None
+                assert torch.equal(grad, everything[f"grad_{name}"]), (ask, name)  # type: ignore[arg-type]
+            else:
+                assert grad is None
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("form", ["stride 0", "NCHW", "sliced"])
+def test_incoming_gradient_of_any_layout(form: str, relu: bool) -> None:
+    case = draw((3, 16, 5, 4), relu=relu)
+    if form == "stride 0":
+        case.grad_y = torch.tensor(0.7).expand(3, 16, 5, 4)
+    elif form == "NCHW":
+        case.grad_y = case.grad_y.contiguous()
+    else:
+        case.grad_y = torch.randn(3, 16, 5, 8)[..., ::2]
+    check_budget(case)
+
+
+def test_state_over_batches_is_batchnorms() -> None:
+    case = draw((3, 16, 5, 4))
+    ours, theirs = run(case, "cpp", batches=3), run(case, "torch", batches=3)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+    assert ours["num_batches_tracked"] == theirs["num_batches_tracked"] == 6
+
+
+class TestTheHook:
+    def layers(self, **options: object) -> tuple[NormAct, NormAct]:
+        torch.manual_seed(1)
+        plain, fused = NormAct(16), NormAct(16)
+        for layer in (plain, fused):
+            for name, value in options.items():
+                setattr(layer, name, value)
+        fused.fused = norm_act
+        return plain, fused
+
+    @pytest.mark.parametrize("relu", [False, True])
+    def test_under_autocast(self, relu: bool) -> None:
+        """The convolution's map is bf16 and the layer's own state fp32."""
+        plain, fused = self.layers(relu=relu)
+        conv = nn.Conv2d(3, 16, 3, padding=1).to(memory_format=torch.channels_last)
+        images = channels_last(torch.rand(4, 3, 8, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = conv(images)
+            ours, theirs = fused(x, x), plain(x, x)
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"training": False}, "eval mode"),
+            ({"momentum": None}, "momentum"),
+            ({"running_mean": None, "running_var": None}, "running statistics"),
+            ({"weight": None, "bias": None}, "a weight"),
+            ({"float64": True}, "float64"),
+            ({"nchw": True}, "channels-last"),
+            ({"residual": "NCHW"}, "residual"),
+            ({"residual": "float32"}, "residual"),
+            ({"empty": True}, "empty"),
+        ],
+        ids=str,
+    )
+    def test_what_it_leaves_to_torch(self, change: dict[str, object], says: str) -> None:
+        """To the bit, and an explicit request is refused with the reason."""
+        options = {k: v for k, v in change.items() if hasattr(NormAct(1), k)}
+        plain, fused = self.layers(**options)
+        x = channels_last(torch.randn(4, 16, 6, 6)).bfloat16()
+        residual = channels_last(torch.randn(4, 16, 6, 6)).bfloat16()
+        if change.get("float64"):
+            x, residual = x.double(), residual.double()
+            plain, fused = plain.double(), fused.double()
+        if change.get("nchw"):
+            x = x.contiguous()
+        if change.get("residual") == "NCHW":
+            residual = residual.contiguous()
+        if change.get("residual") == "float32":
+            residual = residual.float()
+        if change.get("empty"):
+            x, residual = x[:0], residual[:0]
+        ours, theirs = fused(x, residual), plain(x, residual)
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=0, atol=0)
+        with pytest.raises(UserError, match=says):
+            norm_act(fused, x, residual, impl="cpp")
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x_BCHW": torch.zeros(4, 16)}, "x_BCHW is torch.float32 of shape \\[4, 16\\]"),
+        ({"x_BCHW": torch.zeros(4, 16, 3, 3, dtype=torch.long)}, "x_BCHW is torch.int64"),
+        ({"x_BCHW": torch.zeros(1, 16, 1, 1)}, "one value a channel"),
+        ({"weight_C": torch.zeros(15)}, "weight_C has shape \\[15\\]"),
+        ({"bias_C": torch.zeros(16, 1)}, "bias_C has shape"),
+        ({"running_mean_C": torch.zeros(17)}, "running_mean_C has shape"),
+        ({"running_var_C": None}, "both or neither"),
+        ({"residual_BCHW": torch.zeros(4, 16, 3, 1)}, "residual_BCHW has shape"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Tensor], says: str, impl: str) -> None:
+    vectors = {
+        name: torch.ones(16) for name in ("weight_C", "bias_C", "running_mean_C", "running_var_C")
+    }
+    arguments = {"x_BCHW": channels_last(torch.zeros(4, 16, 3, 3)), **vectors, **change}
+    with pytest.raises(UserError, match=says):
+        fused_bn_act(num_batches_tracked=None, impl=impl, **arguments)  # type: ignore[arg-type]
+
+
+def operands(requires_grad: bool = False, residual: bool = True) -> list[object]:
+    """What the registered operator takes, in order."""
+    case = draw((3, 16, 5, 4))
+    leaves = [case.x, case.weight, case.bias]
+    for leaf in leaves:
+        leaf.requires_grad_(requires_grad)
+    add = case.residual if residual else None
+    return [*leaves, torch.zeros(16), torch.ones(16), torch.tensor(0), add, True, 0.1, 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("position", "bad"),
+    [
+        (0, torch.zeros(3, 16, 5, 4)),  # not channels-last
+        (0, channels_last(torch.zeros(3, 16, 5, 4, dtype=torch.half))),
+        (0, torch.zeros(1, 16, 1, 1)),
+        (1, torch.zeros(15)),
+        (2, torch.zeros(16, dtype=torch.bfloat16)),
+        (3, torch.zeros(32)[::2]),
+        (4, torch.zeros(16, 1)),
+        (5, torch.tensor(0.0)),
+        (5, torch.zeros(0, dtype=torch.long)),
+        (6, torch.zeros(3, 16, 4, 5)),
+        (6, torch.zeros(3, 16, 5, 4, dtype=torch.bfloat16)),
+    ],
+)
+def test_the_operator_itself_refuses(position: int, bad: Tensor) -> None:
+    """The public function has checked by then; whoever calls the operator gets no crash either."""
+    arguments = operands()
+    arguments[position] = bad
+    with pytest.raises(RuntimeError, match="fused_bn_act"):
+        torch.ops.fastokd.fused_bn_act(*arguments)
+
+
+# The checker itself reads the .grad of copies that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck(requires_grad: bool, residual: bool) -> None:
+    arguments = operands(requires_grad, residual)
+    torch.library.opcheck(torch.ops.fastokd.fused_bn_act.default, arguments)
+    x, weight = (a.detach() for a in arguments[:2])  # type: ignore[attr-defined]
+    y, stats = torch.ops.fastokd.fused_bn_act(*operands())
+    backward = torch.ops.fastokd.fused_bn_act_backward.default
+    torch.library.opcheck(
+        backward,
+        (torch.ones_like(y), x, y if residual else None, weight, stats, True, True, residual),
+    )
+
+
+def test_backward_refuses_other_tensors() -> None:
+    x, weight = operands()[:2]
+    y, stats = torch.ops.fastokd.fused_bn_act(*operands())
+    good = [torch.ones_like(y), x, y, weight, stats, True, True, True]
+    for position, bad in ((0, y[:2]), (2, y.bfloat16()), (3, weight[:3]), (4, stats[:3])):  # type: ignore[index]
+        arguments = [*good]
+        arguments[position] = bad
+        with pytest.raises(RuntimeError, match="fused_bn_act"):
+            torch.ops.fastokd.fused_bn_act_backward(*arguments)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiles_into_one_graph(residual: bool) -> None:
+    layer = NormAct(16)
+    layer.fused = norm_act
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    case = draw((3, 16, 5, 4), residual=residual)
+    x = case.x.requires_grad_()
+
+    def loss() -> Tensor:
+        return (layer(x, case.residual) * case.grad_y).sum()
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        layer.load_state_dict(state)
+        value = call()
+        grads = torch.autograd.grad(value, [x, layer.weight, layer.bias])
+        results.append([value.detach(), *grads, *(v.clone() for v in layer.state_dict().values())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+    assert layer.num_batches_tracked == 1
+
+
+def test_changed_state_is_noticed_by_autograd() -> None:
+    """Counters of in-place changes go up, as they do for PyTorch's own in-place operations."""
+    layer = NormAct(16)
+    versions = [b._version for b in layer.buffers()]
+    norm_act(layer, channels_last(torch.randn(2, 16, 3, 3)), None)
+    assert all(b._version > v for b, v in zip(layer.buffers(), versions, strict=True))
+
+
+def test_second_derivative_is_refused() -> None:
+    case = draw((2, 4, 3, 3), residual=False)
+    x = case.x.requires_grad_()
+    y = fused_bn_act(x, case.weight, case.bias, torch.zeros(4), torch.ones(4), None, impl="cpp")
+    (grad,) = torch.autograd.grad((y * case.grad_y).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_torch_impl_is_batchnorm_add_relu() -> None:
+    case = draw((3, 16, 5, 4)).to(torch.float64)
+    layer = nn.BatchNorm2d(16).double()
+    assert case.residual is not None
+    y = F.relu(layer(case.x) + case.residual)
+    ours = fused_bn_act(
+        case.x,
+        torch.ones(16).double(),
+        torch.zeros(16).double(),
+        state_mean := torch.zeros(16).double(),
+        torch.ones(16).double(),
+        None,
+        residual_BCHW=case.residual,
+        impl="torch",
+    )
+    assert torch.equal(ours, y)
+    assert torch.equal(state_mean, layer.running_mean)  # type: ignore[arg-type]
