@@ -8,8 +8,22 @@ from typing import Any
 import torch
 
 from fastokd.device import pick_device, pick_precision
-from fastokd.ops._dispatch import IMPLS, unavailable
+from fastokd.ops import _cpp
+from fastokd.ops._dispatch import IMPLS, choose, unavailable
+from fastokd.ops.fused_bn_act import ON_A_GPU
 from fastokd.optimizers import apex_missing
+
+OPS = (
+    "mixture_distillation",
+    "peer_attention_distillation",
+    "attention_map",
+    "attention_transfer",
+    "attention_diversity",
+    "feature_transfer",
+    "shifted_map",
+    "fusion_step",
+    "fused_bn_act",
+)
 
 OPTIONAL = {
     "nvidia-dali-cuda120": "pip install fastokd[dali-cuda12]",
@@ -23,7 +37,10 @@ OPTIONAL = {
 def diagnose() -> dict[str, Any]:
     """Versions, devices, implementations of the ops and optional packages, each with its reason."""
     device = pick_device("auto")
+    if device.type == "cpu":
+        _cpp.ensure_built()
     impls = {impl: unavailable(impl, device) or "works" for impl in IMPLS}
+    ops = {op: _serving(op, device) for op in OPS}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "torch": torch.__version__,
@@ -32,11 +49,21 @@ def diagnose() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": pick_precision("auto", device),
         "impls": impls,
+        "ops": ops,
         "optional": {
             **{name: _version(name) or f"not installed: {how}" for name, how in OPTIONAL.items()},
             "apex": apex_missing() or "works",
         },
     }
+
+
+def _serving(op: str, device: torch.device) -> str:
+    """What ``impl="auto"`` takes on ``device`` for inputs that every form takes, and why."""
+    refusals = {"cpp": None, "triton": ON_A_GPU if op == "fused_bn_act" else None}
+    chosen = choose(op, "auto", device, refusals)
+    others = {impl: unavailable(impl, device) or refusals[impl] for impl in refusals}
+    reasons = [f"{impl}: {why}" for impl, why in others.items() if impl != chosen and why]
+    return f"{chosen} ({'; '.join(reasons)})" if reasons else chosen
 
 
 def _version(package: str) -> str | None:

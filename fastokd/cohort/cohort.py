@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.loop import run_loop
+from fastokd.cohort.grouped import GroupedStudents
+from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
-from fastokd.models import Student, StudentOutput, create_model, model_info, trunk_shape
+from fastokd.models import Student, StudentOutput, create_model, model_info, model_spec, trunk_shape
+from fastokd.models.layers import NormAct
+from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.normalize import normalize
 
-ENGINES = ("loop",)
+ENGINES = ("loop", "grouped", "vmap")
 
 
 class Cohort(nn.Module):
@@ -29,7 +34,9 @@ class Cohort(nn.Module):
             cohort, network sharing only). The count is of every network, leader included.
         num_classes: C, at least 2.
         sharing: ``"branch"`` or ``"network"``.
-        engine: how the students run; ``"auto"`` chooses.
+        engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"`` or ``"auto"``. All give
+            the same numbers.
+        impl: of the fused norm, as :func:`fastokd.ops.fused_bn_act` takes it.
         mean, std: of the images, for each channel, in units of [0, 1].
         seed: initial weights are a function of it and the student's index alone.
         teacher: a frozen classifier ``[B, 3, H, W] -> [B, C]``, run in eval mode without gradient
@@ -51,6 +58,7 @@ class Cohort(nn.Module):
         *,
         sharing: str = "branch",
         engine: str = "auto",
+        impl: str = "auto",
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
         seed: int = 0,
@@ -67,11 +75,9 @@ class Cohort(nn.Module):
                 f"a branch cohort shares one trunk, but its students are {self.model_names}: "
                 "use one model, or sharing='network'"
             )
-        if engine not in ("auto", *ENGINES):
-            raise UserError(f"engine is {engine!r}: choose auto or {' or '.join(ENGINES)}")
         self.num_classes = num_classes
         self.sharing = sharing
-        self.engine = "loop" if engine == "auto" else engine
+        self.impl = impl
         self.trunk_grad_scale = trunk_grad_scale
         self.model_options = dict(model_options or {})
         self._teacher = None if teacher is None else [_frozen(teacher)]
@@ -94,6 +100,34 @@ class Cohort(nn.Module):
             for student in built:
                 student.keep_stages(self.branch_from, None)
         self.students = nn.ModuleList(built)
+        for module in self.modules():
+            if isinstance(module, NormAct):
+                module.fused = partial(norm_act, impl=impl)
+        self.set_engine(engine)
+
+    def set_engine(self, engine: str) -> None:
+        """Runs the students by another engine from here on; state stays as it is.
+
+        Raises:
+            UserError: an unknown engine, or one that can't take these students, and why.
+        """
+        members = list(self._members())
+        if engine in ("auto", "loop"):
+            self._run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
+                members, self.branch_from
+            )
+        elif engine == "vmap":
+            self._run = VmapStudents(members, self.branch_from)
+        elif engine == "grouped":
+            name, size = self.model_names[0], model_spec(self.model_names[0]).input_size
+            shape: tuple[int, ...] = (3, size, size)
+            if self.sharing == "branch":
+                shape = trunk_shape(name, self.num_classes, **self.model_options)
+            example_BCHW = torch.empty(2, *shape, device="meta")
+            self._run = GroupedStudents(members, self.branch_from, example_BCHW, self.impl)
+        else:
+            raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
+        self.engine = "loop" if engine == "auto" else engine
 
     def _new_student(self, index: int, seed: int) -> Student:
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +177,7 @@ class Cohort(nn.Module):
         if self.trunk is not None:
             trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
             shared_BCHW = _ScaleGradient.apply(trunk_BCHW, self.trunk_grad_scale)
-        outputs: list[StudentOutput] = run_loop(self._members(), shared_BCHW, self.branch_from)
+        outputs = self._run(shared_BCHW)
         extra_logits_EBC = None
         if self._teacher is not None:
             with torch.no_grad():

@@ -48,6 +48,25 @@ class GlobalAveragePool(nn.Module):
         return x_BCHW.mean((2, 3))
 
 
+class Dropout(nn.Dropout):
+    """Dropout of ``[B, width]`` features whose mask may be given.
+
+    ``mask_BD``, where an engine has set it, is what a training forward multiplies by (0, or
+    1 / (1 - p)): masks of all students are drawn at once, so that every engine drops the same.
+    """
+
+    mask_BD: Tensor | None = None
+
+    def __init__(self, p: float, width: int) -> None:
+        super().__init__(p)
+        self.width = width
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if self.training and self.mask_BD is not None:
+            return x_BD * self.mask_BD
+        return super().forward(x_BD)
+
+
 def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size at stride 1."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)

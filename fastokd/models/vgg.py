@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from fastokd.models.layers import NormAct, conv3x3, init_kaiming_fan_out, numbered
+from fastokd.models.layers import Dropout, NormAct, conv3x3, init_kaiming_fan_out, numbered
 from fastokd.models.registry import register_model
 from fastokd.models.student import Student
 
@@ -55,10 +55,10 @@ class VGG(Student):
         self.classifier = nn.Sequential(
             nn.Linear(512, 512),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout, 512),
             nn.Linear(512, 512),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout, 512),
             nn.Linear(512, num_classes),
         )
         self.chain(

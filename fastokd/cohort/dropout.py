@@ -1,0 +1,37 @@
+"""Dropout masks, drawn once a step for all students, so that engines agree to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastokd.models import Student
+from fastokd.models.layers import Dropout
+
+
+class DropoutMasks:
+    """The places where equal students drop features, and their masks ``[S, B, D]``."""
+
+    def __init__(self, students: Sequence[Student]) -> None:
+        self.students = tuple(students)
+        self.sites = {
+            name: module
+            for name, module in students[0].named_modules()
+            if isinstance(module, Dropout) and module.p > 0
+        }
+
+    def draw(self, like: Tensor) -> dict[str, Tensor]:
+        """New masks for a training step over the batch of ``like``; none in eval mode.
+
+        An entry is 0, or 1 / (1 - p).
+        """
+        if not self.students[0].training:
+            return {}
+        size = (len(self.students), like.shape[0])
+        masks = {}
+        for name, site in self.sites.items():
+            u_SBD = torch.rand(*size, site.width, device=like.device)
+            masks[name] = (u_SBD >= site.p).to(like.dtype) / (1 - site.p)
+        return masks

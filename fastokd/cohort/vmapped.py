@@ -1,0 +1,84 @@
+"""The vmap engine: one student's program over stacked parameters and buffers.
+
+It takes any students of equal architecture. Where the input is shared, a convolution over stacked
+weights becomes one dense convolution by vmap's own rule.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from fastokd.cohort.dropout import DropoutMasks
+from fastokd.errors import UserError
+from fastokd.models import Student, StudentOutput
+from fastokd.models.layers import Dropout, NormAct
+
+
+class _Outputs(nn.Module):
+    """A student from a stage on, as a module whose ``forward`` gives all outputs."""
+
+    def __init__(self, student: Student, start: int) -> None:
+        super().__init__()
+        self.student = student
+        self.start = start
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out = self.student.outputs(x_BCHW, self.start)
+        return out.logits_BC, out.features_BD, out.maps
+
+
+class VmapStudents:
+    """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
+
+    Raises:
+        UserError: the students differ.
+    """
+
+    def __init__(self, students: Sequence[Student], start: int) -> None:
+        if len({type(student) for student in students}) > 1:
+            raise UserError("engine='vmap' stacks equal students, not a mixed cohort: use loop")
+        self.students = tuple(students)
+        self.dropout = DropoutMasks(students)
+        self.template = _Outputs(copy.deepcopy(students[0]).to("meta"), start)
+        for module in self.template.modules():
+            if isinstance(module, NormAct):
+                module.fused = None  # it has no batching rule
+
+    def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
+        """The outputs of each student over the shared ``x_BCHW``."""
+        parameters = _stacked([dict(student.named_parameters()) for student in self.students])
+        own = [dict(student.named_buffers()) for student in self.students]
+        buffers = _stacked(own)
+        training = self.students[0].training
+        self.template.train(training)
+
+        def run(state: Any, buffers: Any, masks: dict[str, Tensor], x_BCHW: Tensor) -> Any:
+            for name, mask_BD in masks.items():
+                site = self.template.student.get_submodule(name)
+                assert isinstance(site, Dropout)
+                site.mask_BD = mask_BD
+            named = {f"student.{key}": value for key, value in (state | buffers).items()}
+            return functional_call(self.template, named, (x_BCHW,))
+
+        masks = self.dropout.draw(x_BCHW)
+        logits_SBC, features_SBD, maps = vmap(run, in_dims=(0, 0, 0, None))(
+            parameters, buffers, masks, x_BCHW
+        )
+        if training:
+            with torch.no_grad():
+                for key, stacked in buffers.items():
+                    torch._foreach_copy_([buffer[key] for buffer in own], list(stacked.unbind()))
+        return [
+            StudentOutput(logits_SBC[s], features_SBD[s], tuple(m[s] for m in maps))
+            for s in range(len(self.students))
+        ]
+
+
+def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([state[key] for state in states]) for key in states[0]}
