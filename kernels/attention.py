@@ -8,9 +8,10 @@ u = A / n, n = max(||A||, eps), and g the loss's gradient by u,
     dL/dA = (g - u (u . g)) / n     (no second term where ||A|| < eps)
     dL/dx_pc = 2 / C x_pc dL/dA_p
 
-and the backward is that last line times the incoming gradient. The k-th smallest of u is found bit
-by bit: u is not negative, so its bit patterns are ordered as its values are; each step counts the
-entries below a candidate. No sort, no atomics, no order between programs.
+and the backward is that last line times the incoming gradient. The k-th smallest of u is selected,
+not sorted for: u is not negative, so its bit patterns are ordered as its values are; a small map
+counts for each entry how many are below it, a large one finds the threshold bit by bit, counting
+the entries below a candidate. No atomics, no order between programs.
 """
 
 from __future__ import annotations
@@ -64,11 +65,15 @@ def _target(u_P, r, HW: tl.constexpr, BP: tl.constexpr):
     """(r/2 - u) sign(u - threshold) + r/2, the threshold the (HW // 3)-th smallest of u."""
     # Past the last pixel above every value. NaN needs no care: where one u is, all are.
     pattern_P = tl.where(tl.arange(0, BP) < HW, u_P.to(tl.int32, bitcast=True), 0x7FFFFFFF)
-    found = 0
-    for step in range(30):  # u is at most 1 and a rounding: bits 30 and 31 are never set
-        candidate = found | (1 << (29 - step))
-        below = tl.sum((pattern_P < candidate).to(tl.int32), axis=0)
-        found = tl.where(below < HW // 3, candidate, found)
+    if BP <= 64:  # the largest of those that fewer than HW // 3 are below
+        below_P = tl.sum((pattern_P[None, :] < pattern_P[:, None]).to(tl.int32), axis=1)
+        found = tl.max(tl.where(below_P < HW // 3, pattern_P, 0), axis=0)
+    else:
+        found = 0
+        for step in range(30):  # u is at most 1 and a rounding: bits 30 and 31 are never set
+            candidate = found | (1 << (29 - step))
+            below = tl.sum((pattern_P < candidate).to(tl.int32), axis=0)
+            found = tl.where(below < HW // 3, candidate, found)
     sign_P = (pattern_P > found).to(tl.float32) - (pattern_P < found).to(tl.float32)
     return (r / 2 - u_P) * sign_P + r / 2
 

@@ -7,7 +7,8 @@ A sample is one vector of N numbers, x and y in the same order, u = x / nx, nx =
 
 So three sums a sample are all that a forward needs, one program a sample. The difference of dot
 products cancels where the maps agree; the sums are kept in fp32 lanes of a few dozen terms each and
-added up in float64. Saved are four numbers a sample: 1 / nx, 1 / ny and the two dot products.
+added up in float64. Saved are four numbers a sample: 1 / nx, 1 / ny, u . (u - v) and v . (v - u). The backward
+takes u - v as (x - y nx / ny) / nx: exactly 0 where the maps are the same, fused or not.
 """
 
 from __future__ import annotations
@@ -63,15 +64,17 @@ def backward_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ix = tl.load(saved_ptr + b)
     iy = tl.load(saved_ptr + B + b)
-    u = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32) * ix
-    v = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32) * iy
+    x = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
     g = tl.load(incoming_ptr) * (2.0 * scale)
     if NEED_X:
         along = tl.load(saved_ptr + 2 * B + b)
-        tl.store(gx_ptr + b * N + i, (u - v - u * along) * ix * g, mask=i < N)
+        gx = ((x - y * tl.div_rn(iy, ix)) - x * along) * (ix * ix * g)
+        tl.store(gx_ptr + b * N + i, gx, mask=i < N)
     if NEED_Y:
         along = tl.load(saved_ptr + 3 * B + b)
-        tl.store(gy_ptr + b * N + i, (v - u - v * along) * iy * g, mask=i < N)
+        gy = ((y - x * tl.div_rn(ix, iy)) - y * along) * (iy * iy * g)
+        tl.store(gy_ptr + b * N + i, gy, mask=i < N)
 
 
 def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:

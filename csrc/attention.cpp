@@ -1,0 +1,188 @@
+// The dispatcher's side of FFSD's attention: one sample after another, shared among threads by
+// whole samples, so that no result depends on their number.
+#include "attention_kernel.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "capability.h"
+
+namespace fastokd {
+namespace {
+
+using at::Tensor;
+
+// A map by samples.
+class Map {
+ public:
+  explicit Map(const Tensor& x) : stride_b_(x.stride(0)) {
+    TORCH_CHECK(x.dim() == 4, "a map must be [B, C, H, W]");
+    const auto scalar = x.scalar_type();
+    TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
+                "a map must be float32, bfloat16 or float16, not ", scalar);
+    const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+    first_.type = scalar == at::kFloat      ? Type::kFloat
+                  : scalar == at::kBFloat16 ? Type::kBFloat16
+                                            : Type::kHalf;
+    first_.data = const_cast<void*>(x.const_data_ptr());
+    first_.channels = C;
+    first_.pixels = H * W;
+    first_.stride_p = W > 1 ? x.stride(3) : x.stride(2);
+    first_.stride_c = C > 1 ? x.stride(1) : 1;
+    TORCH_CHECK(H == 1 || W == 1 || x.stride(2) == W * x.stride(3),
+                "a map's pixels must be evenly spaced");
+    TORCH_CHECK(first_.stride_c == 1 || first_.stride_p == 1 || H * W == 1,
+                "a map must be channels-last or channels-first");
+    element_ = x.element_size();
+  }
+
+  MapSample operator[](int64_t b) const {
+    MapSample sample = first_;
+    sample.data = static_cast<char*>(first_.data) + b * stride_b_ * element_;
+    return sample;
+  }
+  int64_t pixels() const { return first_.pixels; }
+  int64_t channels() const { return first_.channels; }
+  // Floats of a padded row of pixels.
+  int64_t row() const { return (first_.pixels + kRowPad - 1) / kRowPad * kRowPad; }
+
+ private:
+  MapSample first_;
+  int64_t stride_b_, element_;
+};
+
+// Calls body(b, scratch) for every sample; scratch: `rows` rows of pixels of the thread's own.
+template <class Body>
+void each_sample(int64_t batch, int64_t rows, int64_t row, Body body) {
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(rows * row);
+    for (int64_t b = begin; b < end; ++b) body(b, scratch.data());
+  });
+}
+
+Tensor total_of(const std::vector<double>& parts, double scale, const Tensor& like) {
+  double total = 0.0;
+  for (const double part : parts) total += part;
+  Tensor loss = at::empty({}, like.options().dtype(at::kFloat));
+  *loss.mutable_data_ptr<float>() = static_cast<float>(total * scale);
+  return loss;
+}
+
+Tensor rows_of(const Tensor& x, bool asked) {
+  const auto options = x.options().dtype(at::kFloat);
+  return asked ? at::empty({x.size(0), x.size(2) * x.size(3)}, options) : at::empty({0}, options);
+}
+
+std::tuple<Tensor, Tensor> attention_map(const Tensor& x_BCHW) {
+  const Map x(x_BCHW);
+  const int64_t B = x_BCHW.size(0), P = x.pixels();
+  Tensor u_BP = rows_of(x_BCHW, true);
+  Tensor r_B = at::empty({B}, u_BP.options());
+  float* const u = u_BP.mutable_data_ptr<float>();
+  float* const r = r_B.mutable_data_ptr<float>();
+  each_sample(B, 1, x.row(), [&](int64_t b, float* a) {
+    FASTOKD_DISPATCH(attention_energy)(x[b], a);
+    r[b] = FASTOKD_DISPATCH(attention_normalise)(a, P);
+    std::copy(a, a + P, u + b * P);
+  });
+  return {u_BP, r_B};
+}
+
+Tensor attention_map_backward(const Tensor& x_BCHW, const Tensor& u_BP, const Tensor& r_B,
+                              const Tensor& grad_BP) {
+  Tensor out_BCHW = at::empty_like(x_BCHW);
+  const Map x(x_BCHW), out(out_BCHW);
+  const int64_t P = x.pixels();
+  const Tensor grad = grad_BP.contiguous();
+  const float* const u = u_BP.const_data_ptr<float>();
+  const float* const r = r_B.const_data_ptr<float>();
+  const float* const g = grad.const_data_ptr<float>();
+  each_sample(x_BCHW.size(0), 2, x.row(), [&](int64_t b, float* scratch) {
+    float *const row_u = scratch, *const row_g = scratch + x.row();
+    std::copy(u + b * P, u + b * P + P, row_u);
+    std::copy(g + b * P, g + b * P + P, row_g);
+    FASTOKD_DISPATCH(attention_gradient)(row_u, r[b], P, x.channels(), row_g);
+    FASTOKD_DISPATCH(attention_scale)(x[b], row_g, 1.0f, out[b]);
+  });
+  return out_BCHW;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_pair(const Tensor& x_BCHW, const Tensor& y_BCHW,
+                                                  bool shift, bool need_x, bool need_y) {
+  const Map x(x_BCHW), y(y_BCHW);
+  TORCH_CHECK(x_BCHW.size(0) == y_BCHW.size(0) && x.pixels() == y.pixels(),
+              "the maps must have one batch and one number of pixels");
+  const int64_t B = x_BCHW.size(0), P = x.pixels(), row = x.row();
+  const double scale = 1.0 / static_cast<double>(std::max<int64_t>(B * P, 1));
+  Tensor sx_BP = rows_of(x_BCHW, need_x), sy_BP = rows_of(y_BCHW, need_y);
+  float* const sx = sx_BP.mutable_data_ptr<float>();
+  float* const sy = sy_BP.mutable_data_ptr<float>();
+  std::vector<double> parts(B);
+  each_sample(B, 4, row, [&](int64_t b, float* scratch) {
+    float *const u = scratch, *const v = u + row, *const target = v + row, *const g = target + row;
+    FASTOKD_DISPATCH(attention_energy)(x[b], u);
+    FASTOKD_DISPATCH(attention_energy)(y[b], v);
+    const float rx = FASTOKD_DISPATCH(attention_normalise)(u, P);
+    const float ry = FASTOKD_DISPATCH(attention_normalise)(v, P);
+    if (shift) FASTOKD_DISPATCH(attention_target)(v, ry, P, target);
+    const float by = static_cast<float>(2.0 * scale);
+    const float* const other = shift ? target : v;
+    parts[b] = FASTOKD_DISPATCH(attention_difference)(u, other, P, by, g);
+    if (need_x) {
+      FASTOKD_DISPATCH(attention_gradient)(u, rx, P, x.channels(), g);
+      std::copy(g, g + P, sx + b * P);
+    }
+    if (need_y) {
+      FASTOKD_DISPATCH(attention_difference)(v, u, P, by, g);
+      FASTOKD_DISPATCH(attention_gradient)(v, ry, P, y.channels(), g);
+      std::copy(g, g + P, sy + b * P);
+    }
+  });
+  return {total_of(parts, scale, x_BCHW), sx_BP, sy_BP};
+}
+
+Tensor attention_pair_backward(const Tensor& x_BCHW, const Tensor& s_BP, const Tensor& incoming) {
+  Tensor out_BCHW = at::empty_like(x_BCHW);
+  const Map x(x_BCHW), out(out_BCHW);
+  const float* const s = s_BP.const_data_ptr<float>();
+  const float factor = *incoming.const_data_ptr<float>();
+  at::parallel_for(0, x_BCHW.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      FASTOKD_DISPATCH(attention_scale)(x[b], s + b * x.pixels(), factor, out[b]);
+    }
+  });
+  return out_BCHW;
+}
+
+Tensor shifted_map(const Tensor& y_BCHW) {
+  Tensor out_BCHW = at::empty_like(y_BCHW);
+  const Map y(y_BCHW), out(out_BCHW);
+  const int64_t P = y.pixels(), row = y.row();
+  each_sample(y_BCHW.size(0), 3, row, [&](int64_t b, float* scratch) {
+    float *const u = scratch, *const target = u + row, *const d = target + row;
+    FASTOKD_DISPATCH(attention_energy)(y[b], u);
+    const float r = FASTOKD_DISPATCH(attention_normalise)(u, P);
+    FASTOKD_DISPATCH(attention_target)(u, r, P, target);
+    FASTOKD_DISPATCH(attention_difference)(target, u, P, r, d);
+    FASTOKD_DISPATCH(attention_shift)(y[b], d, 1.0f / static_cast<float>(y.channels()), out[b]);
+  });
+  return out_BCHW;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
+  m.impl("attention_map", attention_map);
+  m.impl("attention_map_backward", attention_map_backward);
+  m.impl("attention_pair", attention_pair);
+  m.impl("attention_pair_backward", attention_pair_backward);
+  m.impl("shifted_map", shifted_map);
+}
+
+}  // namespace fastokd

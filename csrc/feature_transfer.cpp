@@ -1,0 +1,97 @@
+// The dispatcher's side of FFSD's whole-map transfer: one sample after another.
+#include "feature_transfer_kernel.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "capability.h"
+
+namespace fastokd {
+namespace {
+
+using at::Tensor;
+
+constexpr double kEps = 1e-12;
+
+Type type_of(const Tensor& x, const Tensor& y) {
+  const auto scalar = x.scalar_type();
+  TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
+              "a map must be float32, bfloat16 or float16, not ", scalar);
+  TORCH_CHECK(y.scalar_type() == scalar && y.sizes() == x.sizes() &&
+                  (x.size(0) == 0 || y[0].strides() == x[0].strides()),
+              "the maps must have one shape, dtype and order of memory");
+  TORCH_CHECK(x.size(0) == 0 || x[0].is_non_overlapping_and_dense(), "a sample must be dense");
+  return scalar == at::kFloat      ? Type::kFloat
+         : scalar == at::kBFloat16 ? Type::kBFloat16
+                                   : Type::kHalf;
+}
+
+const void* sample(const Tensor& x, int64_t b) {
+  return static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * x.element_size();
+}
+
+std::tuple<Tensor, Tensor> feature_pair(const Tensor& x, const Tensor& y) {
+  const Type type = type_of(x, y);
+  const int64_t B = x.size(0), N = x.size(1) * x.size(2) * x.size(3);
+  Tensor saved_4B = at::empty({4, B}, x.options().dtype(at::kFloat));
+  float* const saved = saved_4B.mutable_data_ptr<float>();
+  std::vector<double> parts(B);
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      double sums[3];
+      FASTOKD_DISPATCH(feature_sums)(type, sample(x, b), sample(y, b), N, sums);
+      const double rx = std::sqrt(sums[0]), ry = std::sqrt(sums[1]);
+      const double ix = 1.0 / (rx < kEps ? kEps : rx), iy = 1.0 / (ry < kEps ? kEps : ry);
+      const double uu = sums[0] * ix * ix, vv = sums[1] * iy * iy, uv = sums[2] * ix * iy;
+      parts[b] = uu + vv - 2.0 * uv;
+      saved[b] = static_cast<float>(ix);
+      saved[B + b] = static_cast<float>(iy);
+      saved[2 * B + b] = rx < kEps ? 0.0f : static_cast<float>(uu - uv);
+      saved[3 * B + b] = ry < kEps ? 0.0f : static_cast<float>(vv - uv);
+    }
+  });
+  double total = 0.0;
+  for (const double part : parts) total += part;
+  Tensor loss = at::empty({}, saved_4B.options());
+  *loss.mutable_data_ptr<float>() =
+      B * N > 0 ? static_cast<float>(total / static_cast<double>(B * N)) : 0.0f;
+  return {loss, saved_4B};
+}
+
+std::tuple<Tensor, Tensor> feature_pair_backward(const Tensor& x, const Tensor& y,
+                                                 const Tensor& saved_4B, const Tensor& incoming,
+                                                 bool need_x, bool need_y) {
+  const Type type = type_of(x, y);
+  const int64_t B = x.size(0), N = x.size(1) * x.size(2) * x.size(3);
+  Tensor gx = need_x ? at::empty_like(x) : at::empty({0}, x.options());
+  Tensor gy = need_y ? at::empty_like(y) : at::empty({0}, y.options());
+  char* const to_x = need_x ? static_cast<char*>(gx.mutable_data_ptr()) : nullptr;
+  char* const to_y = need_y ? static_cast<char*>(gy.mutable_data_ptr()) : nullptr;
+  const float* const saved = saved_4B.const_data_ptr<float>();
+  const double scale = 2.0 * *incoming.const_data_ptr<float>() / static_cast<double>(B * N);
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const FeatureSample s = {saved[b], saved[B + b], saved[2 * B + b], saved[3 * B + b]};
+      const int64_t at = b * N * x.element_size();
+      FASTOKD_DISPATCH(feature_gradient)(type, sample(x, b), sample(y, b), N, s,
+                                         static_cast<float>(scale), to_x ? to_x + at : nullptr,
+                                         to_y ? to_y + at : nullptr);
+    }
+  });
+  return {gx, gy};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
+  m.impl("feature_pair", feature_pair);
+  m.impl("feature_pair_backward", feature_pair_backward);
+}
+
+}  // namespace fastokd
