@@ -124,7 +124,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
             return path, tensors, facts, faults
     if faults:
         raise UserError(f"no checkpoint of {folder} can be used: {faults[0]}")
-    raise UserError(f"there is no checkpoint in {folder}: the run never finished an epoch")
+    raise UserError(
+        f"there is no checkpoint in {folder}: the run never finished an epoch; remove the folder and start again"
+    )
 
 
 def prune_checkpoints(folder: Path, kind: str, keep: int) -> None:

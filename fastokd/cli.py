@@ -13,6 +13,8 @@ import typer
 
 from fastokd.errors import UserError, unknown_name
 
+INTERRUPTED = 130  # by ^C, as shells have it
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -49,6 +51,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the first epoch.")] = None,
     temperature: Annotated[float | None, typer.Option(help="T of the distillation.")] = None,
     val: Annotated[int | None, typer.Option(help="Images held out of train.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width, of an imagefolder.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     teacher: Annotated[
@@ -75,6 +80,7 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "val": val,
+        "image_size": image_size,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if temperature is not None:
@@ -216,12 +222,14 @@ def run_command(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(list(arguments), prog_name="fastokd", standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name="fastokd", standalone_mode=False)
     except UserError as error:
         if debug:
             traceback.print_exc()
         print(f"fastokd: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
@@ -230,6 +238,8 @@ def run_command(arguments: Sequence[str]) -> int:
             raise
         print(f"fastokd: {error.format_message()}", file=sys.stderr)
         return 2
+    if code == INTERRUPTED:
+        print("fastokd: interrupted; train continues where --resume is added", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -26,6 +26,10 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device is {name!r}: choose auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {name!r}, but this machine has no GPU: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is {name!r}, but this machine's GPUs end at cuda:{torch.cuda.device_count() - 1}"
+        )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
     return device

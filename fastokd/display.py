@@ -31,7 +31,8 @@ class Display:
             disable=quiet or not self.console.is_terminal,
             refresh_per_second=4,
         )
-        left = (session.recipe.epochs - session.epoch) * len(session.stream)
+        self.note = session.data.note
+        left = (session.recipe.epochs - session.epoch) * len(session.stream) - session.batch
         if session.options.max_steps is not None:
             left = min(left, session.options.max_steps - session.step)
         self.task = self.bar.add_task(
@@ -39,6 +40,8 @@ class Display:
         )
 
     def __enter__(self) -> Display:
+        if self.note and not self.quiet:
+            self.console.print(self.note, highlight=False, soft_wrap=True)
         self.bar.start()
         return self
 
@@ -59,7 +62,9 @@ class Display:
             return
         elapsed = time.perf_counter() - self.started
         left = elapsed / (epoch - self.first_epoch) * (self.epochs - epoch)
-        self.console.print(f"{epoch_line(row, self.epochs)}  left {left:.0f} s", highlight=False)
+        line = f"{epoch_line(row, self.epochs)}  left {left:.0f} s"
+        # A log has no width: wrapped at 80 columns, an epoch would be two lines of it.
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

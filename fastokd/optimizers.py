@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastokd.errors import UserError
 
@@ -38,6 +39,14 @@ def create_optimizer(
             group["lr"] = float(group["lr"])
         return FusedSGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov)
     raise UserError(f"optimizer is {kind!r}: choose sgd or apex-sgd")
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Gives a group its learning rate: in place where it is a tensor, which a captured step reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def apex_missing() -> str | None:

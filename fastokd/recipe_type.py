@@ -100,6 +100,8 @@ class Recipe:
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: it must be between 0 and {2**32 - 1}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
         for name in ("weight_decay", "momentum", "ramp_epochs", "warmup_epochs"):
@@ -193,5 +195,5 @@ class Recipe:
             raise UserError(f"this is no recipe of this version: it has {extra}")
         try:
             return Recipe(**{**values, "milestones": tuple(values["milestones"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is no recipe: {error}") from error

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fastokd.checkpoint import (
     newest_checkpoint,
@@ -21,6 +24,9 @@ from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
 from fastokd.teacher import KEPT, STUDENT, student_facts
+
+# Options that the machine's part of the record names: they say how a run ran.
+HOW = ("engine", "impl", "optimizer", "overfit_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +87,27 @@ class RunFolder:
         if session.options.resume:
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
-                print(f"warning: {fault}")
+                print(f"warning: {fault}", file=sys.stderr)
+            if bool(facts.get("overfit_batch")) != session.options.overfit_batch:
+                raise UserError(
+                    f"the run in {self.path} and this one differ in --overfit-batch: resume it as "
+                    "it was, or choose another --out"
+                )
             session.load_state(tensors, facts)
             rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
-            write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
+            with _writing(self.path):
+                write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
             return
-        try:
+        with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the run folder {self.path} can't be made: {error.strerror}"
-            ) from error
-        self._write_json("recipe.json", session.recipe.to_json())
-        self._write_json("environment.json", environment(session.device, session.precision))
-        if session.teacher is not None:
-            facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
-            save_file(session.teacher.state, self.path / KEPT, metadata=facts)
+            self._write_json("recipe.json", session.recipe.to_json())
+            how = {name: getattr(session.options, name) for name in HOW}
+            self._write_json(
+                "environment.json", {**environment(session.device, session.precision), **how}
+            )
+            if session.teacher is not None:
+                facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
+                write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -112,32 +123,47 @@ class RunFolder:
             raise UserError(f"{path} can't be read: {error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs so far; a last line that was cut off is left out."""
+        """The epochs so far; a last line that was cut off is left out.
+
+        Raises:
+            UserError: a line isn't an epoch's.
+        """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = [
+            line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+        ]
+        try:
+            rows = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}; remove the line that is") from error
+        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+            raise UserError(f"{path} is damaged: a line isn't an epoch's; remove it")
+        return rows
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
 
-        The best is chosen on held-out images where the recipe has some, else on the test set.
+        The best is chosen on held-out images where the recipe has some, else on the test set, and
+        of whole epochs alone: a run that was stopped within one ends as one that wasn't.
         """
-        score = _score(row, session.recipe)
+        score = _score(row, session.recipe) if session.batch == 0 else None
         better = score is not None and (session.best is None or score > session.best)
         if better:
             session.best = score
-        with open(self.path / "metrics.jsonl", "ab") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
         tensors, facts = session.state()
         facts["best_on"] = "val" if row.get("val") else "test"
-        for kind, keep in (("last", 2), ("best", 1)):
-            if kind == "last" or better:
-                save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
-                prune_checkpoints(self.checkpoints, kind, keep)
+        facts["overfit_batch"] = session.options.overfit_batch
+        with _writing(self.path):
+            with open(self.path / "metrics.jsonl", "ab") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+            for kind, keep in (("last", 2), ("best", 1)):
+                if kind == "last" or better:
+                    save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
+                    prune_checkpoints(self.checkpoints, kind, keep)
 
     def finish(self, session: Session) -> Run:
         """The student with its plain keys, and the curves."""
@@ -146,10 +172,20 @@ class RunFolder:
         state = session.cohort.student_state(session.kept_student)
         facts = student_facts(session.recipe, session.data, session.kept_student)
         plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(plain, self.path / STUDENT, metadata=facts)
         run = Run(self.path, session.recipe, self.metrics())
-        plot_curves(run.metrics, session.recipe, self.path)
+        with _writing(self.path):
+            write_durably(self.path / STUDENT, save(plain, metadata=facts))
+            plot_curves(run.metrics, session.recipe, self.path)
         return run
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses, in one sentence; what was written before is whole."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the run folder {folder} can't be written: {error}") from error
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ from fastokd.methods import Method, OptimGroup, Progress, create_method, method_
 from fastokd.metrics import Meter
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
-from fastokd.optimizers import create_optimizer
+from fastokd.optimizers import create_optimizer, set_rate
 from fastokd.recipes import Recipe
 from fastokd.teacher import KEPT, Weights, build_teacher, find_teacher
 
@@ -145,6 +145,11 @@ class Session:
         """The context of the forward pass."""
         return autocast(self.device, self.precision)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether ``max_steps`` are taken."""
+        return self.options.max_steps is not None and self.step >= self.options.max_steps
+
     def begin_epoch(self) -> None:
         """Fills what changes from epoch to epoch: ramp and learning rates."""
         recipe = self.recipe
@@ -154,7 +159,7 @@ class Session:
             for group in optimizer.param_groups:
                 rate = recipe.learning_rate(self.epoch, warm_up=group["warm_up"])
                 factor = rate / recipe.lr if group["scheduled"] else 1.0
-                group["lr"].fill_(group["initial_lr"] * factor)
+                set_rate(group, group["initial_lr"] * factor)
 
     def begin_step(self, batch: int) -> None:
         """The method's random draws of this step, a function of (seed, step)."""
@@ -219,8 +224,22 @@ class Session:
         """The reverse of :meth:`state`.
 
         Raises:
-            UserError: the checkpoint is of another recipe; the message names what differs.
+            UserError: the checkpoint is of another recipe or of other data, and what differs; or
+                it holds what no run of its recipe writes.
         """
+        try:
+            self._check_same(facts)
+            self._take(tensors, facts)
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"the checkpoint doesn't hold what its recipe asks for: {why}"
+            ) from error
+
+    def _check_same(self, facts: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another recipe, or of data with other classes or statistics."""
         theirs, ours = facts["recipe"], self.recipe.to_json()
         differing = [
             f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
@@ -230,6 +249,14 @@ class Session:
                 f"the checkpoint is of another recipe: it differs in {', '.join(differing)}; "
                 "resume with the run's own recipe, or choose another --out"
             )
+        for name in ("class_names", "mean", "std"):
+            if facts[name] != list(getattr(self.data, name)):
+                raise UserError(
+                    f"the checkpoint was trained on other data: its {name} differ from those of "
+                    f"the {self.recipe.dataset} here; give the --data-root that it was trained on"
+                )
+
+    def _take(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         for prefix, module in (("cohort.", self.cohort), ("method.", self.method)):
             module.load_state_dict(_below(tensors, prefix))
         optim = _below(tensors, "optim.")
@@ -238,15 +265,15 @@ class Session:
             mine = {p for group in optimizer.param_groups for p in group["params"]}
             for key, value in optim.items():
                 name, _, entry = key.rpartition(":")
-                if by_name[name] in mine:
-                    like = by_name[name] if value.dim() else value
-                    optimizer.state[by_name[name]][entry] = _as(value, like)
+                parameter = by_name[name]
+                if parameter in mine:
+                    optimizer.state[parameter][entry] = _as(value, parameter)
         meter = _below(tensors, "meter.")
         self.meter.totals = {k: v.to(self.device) for k, v in meter.items()}
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.epoch, self.batch, self.step = facts["epoch"], facts["batch"], facts["step"]
+        self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
         self.best = facts["best"]
 
 
@@ -331,5 +358,9 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:
-    """A copy with the device and the memory layout of ``like``."""
+    """A copy on the device of ``like`` and in its memory layout; a count stays a count."""
+    if value.dim() == 0:
+        return value.to(like.device)
+    if value.shape != like.shape:
+        raise ValueError(f"an optimizer's {list(value.shape)} for a parameter {list(like.shape)}")
     return torch.empty_like(like, dtype=value.dtype).copy_(value)

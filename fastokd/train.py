@@ -29,7 +29,7 @@ def training_step(
     loss.total.backward()
     for optimizer in session.optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return out.logits_SBC, loss
 
 
@@ -45,7 +45,7 @@ def train_epoch(session: Session, display: Display) -> dict[str, Any]:
         session.batch += 1
         session.step += 1
         display.step(labels_B.shape[0])
-        if session.step == session.options.max_steps:
+        if session.stopped:
             break
     return session.meter.result()
 
@@ -59,7 +59,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
 
     Raises:
         UserError: data that can't be found, a folder that exists already or can't be written, a
-            checkpoint of another recipe, a loss that is no longer finite.
+            checkpoint of another recipe, a loss that is no longer finite (that epoch is not kept).
     """
     options = replace(options or RunOptions(), **changes)
     folder = RunFolder.claim(recipe, options)
@@ -67,30 +67,30 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     folder.open(session)
 
     with Display(session, options.quiet) as display:
-        while session.epoch < recipe.epochs and session.step != options.max_steps:
-            started, first_step = time.perf_counter(), session.step
+        while session.epoch < recipe.epochs and not session.stopped:
+            started, images = time.perf_counter(), display.images
             train_metrics = train_epoch(session, display)
             seconds = time.perf_counter() - started
+            if not math.isfinite(train_metrics["loss"]):
+                raise UserError(
+                    f"the loss is {train_metrics['loss']} in epoch {session.epoch}: "
+                    f"lower --lr (it is {recipe.lr})"
+                )
             row: dict[str, Any] = {
                 "epoch": session.epoch,
                 "step": session.step,
                 "seconds": seconds,
-                "images_per_second": (session.step - first_step) * recipe.batch_size / seconds,
+                "images_per_second": (display.images - images) / seconds,
                 "lr": recipe.learning_rate(session.epoch),
                 "kd_weight": session.progress.ramp.item(),
                 "train": train_metrics,
             }
-            last = session.step == options.max_steps or session.epoch + 1 == recipe.epochs
+            last = session.stopped or session.epoch + 1 == recipe.epochs
             if last or (session.epoch + 1) % options.eval_every == 0:
                 row |= evaluate_session(session)
             session.finish_epoch()
             folder.record(session, row)
             display.epoch(row)
-            if not math.isfinite(train_metrics["loss"]):
-                raise UserError(
-                    f"the loss is {train_metrics['loss']} in epoch {row['epoch']}: "
-                    f"lower --lr (it is {recipe.lr})"
-                )
     return folder.finish(session)
 
 

@@ -112,6 +112,9 @@ WRONG = [
     (["train", RECIPE, "--temperature", "0"], "temperature is 0.0"),
     (["train", RECIPE, "--temperature", "inf"], "temperature is inf"),
     (["train", RECIPE, "--epochs", "0"], "epochs is 0"),
+    (["train", RECIPE, "--seed", "-1"], "seed is -1"),
+    (["train", RECIPE, "--seed", "99999999999999999"], "seed is 99999999999999999"),
+    (["train", RECIPE, "--image-size", "16"], "image_size is 16"),
     (["train", RECIPE, "--batch-size", "0"], "batch_size is 0"),
     (["train", RECIPE, "--batch-size", "501"], "501"),
     (["train", RECIPE, "--device", "tpu"], "device is 'tpu'"),
@@ -175,3 +178,31 @@ def test_train_evaluate_resume(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert code == 0
     rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     assert json.loads(printed)["test"] == rows[-1]["test"]
+
+
+def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys)
+    assert (code, err) == (0, "")
+    assert "Usage: fastokd" in out
+
+
+def test_interrupted_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastokd.list_models", interrupted)
+    code, _, err = run(capsys, "list", "models")
+    assert code == 130
+    assert "--resume" in err
+
+
+def test_a_log_has_a_line_an_epoch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where the output is no terminal, nothing is wrapped at a width that nobody has."""
+    flags = ["--out", str(tmp_path / "run"), "--students", "2", "--batch-size", "250"]
+    code, printed, _ = run(capsys, "train", RECIPE, *flags, "--max-steps", "1")
+    assert code == 0
+    (line,) = [line for line in printed.splitlines() if line.startswith("epoch")]
+    assert len(line) > 80
+    assert " s" in line.rsplit("left", 1)[1]

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fastokd
+from fastokd import run_folder
+from fastokd import session as session_module
+from fastokd.checkpoint import list_checkpoints, newest_checkpoint
+from fastokd.data import load_dataset
 from fastokd.errors import UserError
+from fastokd.evaluate import evaluate_session
+from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
 from fastokd.run_folder import Run
 from fastokd.session import RunOptions, Session
+from fastokd.train import training_step
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop"}
 
@@ -28,9 +37,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
-    from fastokd.checkpoint import newest_checkpoint
-
     return newest_checkpoint(run.folder / "checkpoints")[1]
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    return newest_checkpoint(run.folder / "checkpoints")[2]
+
+
+def best_of(run: Run) -> list[str]:
+    return [path.name for path in list_checkpoints(run.folder / "checkpoints", "best")]
 
 
 def test_a_run_folder_holds_what_it_should(finished: Run) -> None:
@@ -44,7 +59,9 @@ def test_a_run_folder_holds_what_it_should(finished: Run) -> None:
         "curves.png",
         "curves.svg",
     } <= names
-    rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
@@ -74,6 +91,30 @@ def test_evaluate_gives_the_last_epochs_numbers(finished: Run) -> None:
         assert again["test"] == finished.last["test"]
 
 
+def test_the_kept_student_alone_scores_what_the_run_says(finished: Run) -> None:
+    """A plain model with the kept weights, normalised here, in eval mode, image by image."""
+    data = load_dataset("digits")
+    model = create_model("resnet8", 10).eval()
+    model.load_state_dict(load_file(finished.folder / "student.safetensors"))
+    x_BCHW = data.test.images_NHWC.permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    with torch.no_grad():
+        logits_BC = torch.cat([model(part) for part in ((x_BCHW - mean) / std).split(100)])
+    right = (logits_BC.argmax(1) == data.test.labels_N).double().mean().item()
+    assert right == pytest.approx(finished.last["test"]["leader_top1"], abs=2e-3)
+
+
+def test_evaluating_moves_nothing(tmp_path: Path) -> None:
+    """Nor the running statistics of students, nor those of a method (ONE's gate has some)."""
+    session = Session(small("one/resnet8/digits"), RunOptions(**QUICK))
+    before = {key: value.clone() for key, value in session.state()[0].items()}
+    evaluate_session(session)
+    for key, value in session.state()[0].items():
+        assert torch.equal(value, before[key]), key
+    assert session.cohort.training
+    assert session.method.training
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resumed_is_uninterrupted(finished: Run, tmp_path: Path, stop: int) -> None:
     """Stopped after any step, at an epoch's end or within one, and continued: the same end."""
@@ -86,6 +127,17 @@ def test_resumed_is_uninterrupted(finished: Run, tmp_path: Path, stop: int) -> N
     assert run.last["test"] == finished.last["test"]
     assert [row["epoch"] for row in run.metrics] == [0, 1]
     assert run.last["train"] == finished.last["train"]
+    assert facts_of(run)["best"] == facts_of(finished)["best"]
+    assert best_of(run) == best_of(finished)
+
+
+def test_max_steps_that_are_taken_already_train_nothing(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    fastokd.train(small(), out=tmp_path / "cut", max_steps=2, **QUICK)
+    run = fastokd.train(small(), out=tmp_path / "cut", resume=True, max_steps=1, **QUICK)
+    assert [row["step"] for row in run.metrics] == [2]
+    run = fastokd.train(small(), out=tmp_path / "run", resume=True, **QUICK)
+    assert run.metrics == finished.metrics
 
 
 def test_a_network_cohort_and_lone_students_train(tmp_path: Path) -> None:
@@ -130,6 +182,47 @@ def test_the_schedule_reaches_the_optimizer() -> None:
         assert group["fused"]
 
 
+def test_the_ramp_reaches_the_loss() -> None:
+    session = Session(small(epochs=300), RunOptions(**QUICK))
+    ramp = session.progress.ramp
+    for epoch, weight in ((0, 0.006737947), (40, 0.2865048), (80, 1.0), (299, 1.0)):
+        session.epoch = epoch
+        session.begin_epoch()
+        assert session.progress.ramp is ramp  # in place: a captured step reads this tensor
+        assert ramp.item() == pytest.approx(weight)
+
+
+def test_images_per_second_counts_images(tmp_path: Path) -> None:
+    """A ragged last batch isn't a whole one: 500 images an epoch, in batches of 300 and 200."""
+    run = fastokd.train(small(students=2, batch_size=300, epochs=1), out=tmp_path / "run", **QUICK)
+    assert run.last["images_per_second"] * run.last["seconds"] == pytest.approx(500)
+
+
+def test_rates_of_an_optimizer_that_takes_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA apex's: a stand-in, with its signatures."""
+
+    class FusedSGD(torch.optim.SGD):
+        def zero_grad(self) -> None:  # type: ignore[override]
+            super().zero_grad()
+
+    made = []
+
+    def create(kind: str, groups: list[dict[str, Any]], of: Recipe) -> torch.optim.Optimizer:
+        for group in groups:
+            group["lr"] = float(group["lr"])
+        made.append(FusedSGD(groups, momentum=of.momentum, nesterov=of.nesterov))
+        return made[0]
+
+    monkeypatch.setattr(session_module, "create_optimizer", create)
+    session = Session(small(epochs=300, students=2, batch_size=8), RunOptions(**QUICK))
+    session.epoch = 225
+    session.begin_epoch()
+    session.begin_step(8)
+    training_step(session, *session.stream.batch(0, 0))
+    assert made[0].param_groups[0]["lr"] == pytest.approx(0.001)
+    assert all(p.grad is None for p in session.cohort.parameters())
+
+
 class TestRefusals:
     def test_an_existing_folder_is_never_overwritten(self, finished: Run) -> None:
         before = (finished.folder / "metrics.jsonl").read_bytes()
@@ -166,8 +259,54 @@ class TestRefusals:
         assert "isn't NVIDIA's" in (optimizers.apex_missing() or "")
 
     def test_a_loss_that_is_nan(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="loss is (nan|inf)"):
+        with pytest.raises(UserError, match=r"loss is (nan|inf)"):
             fastokd.train(small(lr=1e30, students=2), out=tmp_path / "run", **QUICK)
+        # What a run writes is JSON, and its weights can be trained on.
+        assert Run.load(tmp_path / "run").metrics == []
+        assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+    @pytest.mark.parametrize(
+        ("tensors", "facts"),
+        [
+            ({"cohort.students.0.fc.weight": torch.zeros(3, 3)}, {}),
+            ({"cohort.more": torch.zeros(1)}, {}),
+            ({"rng.cpu": torch.zeros(3)}, {}),
+            ({"optim.cohort.students.0.fc.weight:momentum_buffer": torch.zeros(1)}, {}),
+            ({"optim.nobody:momentum_buffer": torch.zeros(1)}, {}),
+            ({}, {"epoch": "one"}),
+            ({}, {"recipe": None}),
+            ({}, {"class_names": ["zero", "one"]}),
+            ({}, {"mean": [0.0, 0.0, 0.0]}),
+        ],
+        ids=lambda change: ",".join(change) or None,
+    )
+    def test_a_checkpoint_that_does_not_fit(
+        self, finished: Run, tensors: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        """Whole by its digests, and of another network, other data, or nobody's."""
+        _, whole, known, _ = newest_checkpoint(finished.folder / "checkpoints")
+        session = Session(small(), RunOptions(**QUICK))
+        with pytest.raises(UserError, match="the checkpoint"):
+            session.load_state({**whole, **tensors}, {**known, **facts})
+
+    def test_one_batch_is_not_resumed_as_a_whole_set(self, finished: Run) -> None:
+        with pytest.raises(UserError, match="--overfit-batch"):
+            fastokd.train(small(), out=finished.folder, resume=True, overfit_batch=True, **QUICK)
+
+    @pytest.mark.parametrize("line", ["{", "[]", "\udcff"])
+    def test_metrics_that_are_damaged(self, tmp_path: Path, line: str) -> None:
+        data = f"{line}\n".encode(errors="surrogateescape")
+        (tmp_path / "metrics.jsonl").write_bytes(data)
+        with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+            run_folder.RunFolder(tmp_path).metrics()
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(run_folder, "save_checkpoint", full)
+        with pytest.raises(UserError, match=r"can't be written: .*No space left"):
+            fastokd.train(small(students=2), out=tmp_path / "run", max_steps=1, **QUICK)
 
     @pytest.mark.parametrize("what", ["no-such-run", "."])
     def test_nothing_to_evaluate(self, what: str, tmp_path: Path) -> None:
