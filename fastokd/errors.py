@@ -24,5 +24,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 def _some(names: list[str], most: int = 60) -> str:
     """All of a readable list, the beginning of a long one."""
+    if not names:
+        return "none"
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

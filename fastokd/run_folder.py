@@ -65,8 +65,13 @@ class RunFolder:
                 can't be written.
         """
         path = run_path(recipe, options)
+        with _writing(path):  # a name that is too long is refused where it is looked for
+            return RunFolder._claim(path, options.resume)
+
+    @staticmethod
+    def _claim(path: Path, resume: bool) -> RunFolder:
         folder = RunFolder(path)
-        if options.resume:
+        if resume:
             if not folder.checkpoints.is_dir():
                 raise UserError(f"there is no run to resume in {path}: leave --resume out")
             return folder

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastokd import cli
+from fastokd.device import pick_device
+from fastokd.errors import UserError, unknown_name
 
 RECIPE = "okddip-branch/resnet8/digits"
 
@@ -130,6 +133,7 @@ WRONG = [
     (["train", RECIPE, "--eval-every", "0"], "eval_every is 0"),
     (["train", RECIPE, "--resume"], "no run to resume"),
     (["train", RECIPE, "--warmth", "1"], "--warmth"),
+    (["train", RECIPE, "--out", "x" * 300], "can't be written"),
     (["train"], "recipe"),
     (["evaluate", "nowhere"], "no run or checkpoint"),
     (["list", "recipe"], "did you mean recipes"),
@@ -139,7 +143,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[" ".join(row[0]) for row in WRONG])
+@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[" ".join(row[0])[:80] for row in WRONG])
 def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -180,6 +184,10 @@ def test_train_evaluate_resume(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert json.loads(printed)["test"] == rows[-1]["test"]
 
 
+def test_where_there_is_no_name_none_is_offered() -> None:
+    assert str(unknown_name("option", "warmth", [])) == "unknown option 'warmth': there is none"
+
+
 def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys)
     assert (code, err) == (0, "")
@@ -206,3 +214,11 @@ def test_a_log_has_a_line_an_epoch(capsys: pytest.CaptureFixture[str], tmp_path:
     (line,) = [line for line in printed.splitlines() if line.startswith("epoch")]
     assert len(line) > 80
     assert " s" in line.rsplit("left", 1)[1]
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="'cuda:2', but this machine's GPUs end at cuda:1"):
+        pick_device("cuda:2")

@@ -170,6 +170,12 @@ def test_bf16_trains(tmp_path: Path) -> None:
     assert not any(value.dtype == torch.bfloat16 for value in state_of(run).values())
 
 
+def test_counts_of_an_optimizer_come_back_where_its_parameters_are() -> None:
+    """Adam's ``step``, which a fused step reads on the device."""
+    parameter = torch.empty(2, 3, device="meta")
+    assert session_module._as(torch.tensor(7.0), parameter).device == parameter.device
+
+
 def test_the_schedule_reaches_the_optimizer() -> None:
     session = Session(small(epochs=300), RunOptions(**QUICK))
     for epoch, lr in ((0, 0.1), (149, 0.1), (150, 0.01), (224, 0.01), (225, 0.001), (299, 0.001)):
