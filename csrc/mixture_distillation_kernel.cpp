@@ -9,7 +9,7 @@
 //             d z_n += a_sn g_s,                    d a_sn = sum_c g_s z_n
 //   probs:    D_sn = sum_c q_n r_s:
 //             d z_n += w_s a_sn q_n (r_s - D_sn),   d a_sn = w_s T D_sn
-//   pairwise: as probs, with log q_n - log q_s in the place of r_s.
+//   pairwise: as probs, with log q_n - log q_s in the place of r_s (D_sn less its constant).
 //
 // z stands for logits less their row's maximum throughout: no term depends on it. A sum's log and
 // its division wait for the whole row, so each step is taken for all students before the next.
@@ -24,21 +24,21 @@ void read_row(Sample& x, int n, const Element* from, float top) {
   float *z = x.z[n], *q = n < x.S || x.by_source ? x.q[n] : nullptr;
   float* e = n < x.S ? x.e[n] : nullptr;
   const bool doubled = x.T == 2.0f, tripled = x.T == 3.0f;  // e^z is a power of e^(z / T)
-  Vec total_e{}, total_q{};
+  Total total_e, total_q;
   const float scale = x.scale;
   each_shifted(from, top, x.C, [&](int64_t i, Vec shifted) {
     store(z + i, shifted);
     if (!q) return;
     const Vec root = exp(shifted * scale);
     store(q + i, root);
-    total_q += root;
+    total_q.add(root);
     if (!e) return;
     const Vec power = doubled ? root * root : tripled ? root * root * root : exp(shifted);
     store(e + i, power);
-    total_e += power;
+    total_e.add(power);
   });
-  x.sum_e[n] = sum(total_e);
-  x.sum_q[n] = sum(total_q);
+  x.sum_e[n] = total_e.sum();
+  x.sum_q[n] = total_q.sum();
 }
 
 template <typename Element>
@@ -72,23 +72,25 @@ float mix_logits(Sample& x, int s) {
   return top;
 }
 
-// e^(mixed / temperature), less its maximum; the sum, and that of its products with mixed - z.
-float mixed_powers(const Sample& x, int s, float top, float scale, float* to, float* dot) {
+// e^(mixed / temperature), less its maximum; the sum, and the mean of mixed - z under it.
+float mixed_powers(const Sample& x, int s, float top, float scale, float* to, float* mean) {
   const float *mixed = x.mixed[s], *z = x.z[s];
-  Vec total{}, products{};
+  Total total, products;
   for (int64_t i = 0; i < x.length; i += kLanes) {
     const Vec shifted = load(mixed + i) - top, power = exp(shifted * scale);
     store(to + i, power);
-    total += power;
-    if (dot) products += power * (shifted - load(z + i));
+    total.add(power);
+    if (mean) products.add(power * (shifted - load(z + i)));
   }
-  if (dot) *dot = sum(products);
-  return sum(total);
+  if (mean) *mean = products.sum() / total.sum();
+  return total.sum();
 }
 
 // The gradient in student s's own logits over x.e, t null where it has no target; that in its
-// mixed logits, where `through`, over x.mixed: per_t t ((mixed - z) / T + centre).
-void own_gradient(Sample& x, int s, const float* t, float per_t, bool through, float centre) {
+// mixed logits, where `through`, over x.mixed: w t (r - sum t r), where r is (mixed - top - z) / T
+// but for a constant. A difference of differences: for a one-hot target it is exactly 0.
+void own_gradient(Sample& x, int s, const float* t, float per_t, bool through, float top,
+                  float mean) {
   const float weight = x.args.ce_weight[s] * x.per_sample;
   const float per_e = weight * x.label_mass / x.sum_e[s], per_q = x.kd_scale(s) / x.sum_q[s];
   float *e = x.e[s], *mixed = x.mixed[s];
@@ -99,7 +101,8 @@ void own_gradient(Sample& x, int s, const float* t, float per_t, bool through, f
       const Vec target = load(t + i) * per_t;
       gradient += load(q + i) * per_q - target;
       if (through) {
-        store(mixed + i, target * ((load(mixed + i) - load(z + i)) * scale + centre));
+        const Vec r = (load(mixed + i) - top - load(z + i)) - mean;
+        store(mixed + i, target * (r * scale));
       }
     }
     store(e + i, gradient);
@@ -122,7 +125,7 @@ Vec log_of_mixture(const Sample& x, int s, int64_t i) {
 
 // KL to the mixed probabilities x.target; r over x.r.
 float mixed_probs_kl(Sample& x, int s) {
-  Vec total{};
+  Total total;
   for (int64_t i = 0; i < x.length; i += kLanes) {
     const Vec t = load(x.target[s] + i);
     const VecInt valid = lane_below(int(x.C - i));
@@ -130,38 +133,42 @@ float mixed_probs_kl(Sample& x, int s) {
     const Vec log_t = tiny ? log_of_mixture(x, s, i) : log(t);
     const Vec r = select(valid, log_t - load(x.z[s] + i) * x.scale + x.log_q[s], Vec{});
     store(x.r[s] + i, r);
-    total += t * r;
+    total.add(t * r);
   }
-  return sum(total);
+  return total.sum();
 }
 
-// KL of source n to student s.
-float pair_kl(const Sample& x, int s, int n) {
-  Vec total{};
+// The mean of z_n - z_s under q_n.
+float pair_mean(const Sample& x, int s, int n) {
+  Total total;
   for (int64_t i = 0; i < x.length; i += kLanes) {
-    total += load(x.q[n] + i) * (load(x.z[n] + i) - load(x.z[s] + i));
+    total.add(load(x.q[n] + i) * (load(x.z[n] + i) - load(x.z[s] + i)));
   }
-  return sum(total) / x.sum_q[n] * x.scale + (x.log_q[s] - x.log_q[n]);
+  return total.sum() / x.sum_q[n];
 }
 
 // KL of student s where each source has its own softmax, over x.target.
 float by_source_kl(Sample& x, int s) {
   const Links& heard = x.sources[s];
   const float* rows[kMaxSources];
-  float shares[kMaxSources], kl = 0;
+  float shares[kMaxSources], ratios[kMaxSources], log_ratios[kMaxSources], kl = 0;
   for (int k = 0; k < heard.count; ++k) {
-    rows[k] = x.q[heard.other[k]];
-    shares[k] = heard.share[k] / x.sum_q[heard.other[k]];
+    const int n = heard.other[k];
+    rows[k] = x.q[n];
+    shares[k] = heard.share[k] / x.sum_q[n];
+    ratios[k] = x.sum_q[s] / x.sum_q[n];
   }
   row_mix(x.target[s], nullptr, rows, shares, heard.count, x.length, x.spare);
+  logs(log_ratios, ratios, heard.count);
   const bool probs = x.args.mix == Mix::kProbs;
   if (probs) kl = mixed_probs_kl(x, s);
   for (int k = 0; k < heard.count; ++k) {
     const int n = heard.other[k];
     float& mean = x.pair_mean[n][s];
-    mean = probs ? row_dot(rows[k], x.r[s], x.length) / x.sum_q[n] : pair_kl(x, s, n);
-    if (!probs) kl += heard.share[k] * mean;
-    if (!x.args.detach_targets) x.grad_share[n][s] = x.kd_scale(s) * x.T * mean;
+    mean = probs ? row_dot(rows[k], x.r[s], x.length) / x.sum_q[n] : pair_mean(x, s, n);
+    const float pair = probs ? mean : mean * x.scale + log_ratios[k];
+    if (!probs) kl += heard.share[k] * pair;
+    if (!x.args.detach_targets) x.grad_share[n][s] = x.kd_scale(s) * x.T * pair;
   }
   return kl;
 }
@@ -169,34 +176,36 @@ float by_source_kl(Sample& x, int s) {
 // The losses of all students; their own gradients over x.e, those in mixed logits over x.mixed.
 void students(Sample& x) {
   const bool mixture_ce = x.args.has_mixture_ce, pass = !x.args.detach_targets;
-  float top[kMaxSources], dot[kMaxSources];
-  float sum_t[kMaxSources], log_t[kMaxSources], sum_m[kMaxSources], log_m[kMaxSources];
+  float top[kMaxSources], mean[kMaxSources], sum_t[kMaxSources], sum_m[kMaxSources];
+  float ratio[kMaxSources], log_ratio[kMaxSources], log_m[kMaxSources];
   for (int s = 0; s < x.S; ++s) {
-    sum_t[s] = sum_m[s] = 1.0f;
+    ratio[s] = sum_m[s] = 1.0f;
     if (!x.sources[s].count || (x.by_source && !mixture_ce)) continue;
     top[s] = mix_logits(x, s);
-    if (!x.by_source) sum_t[s] = mixed_powers(x, s, top[s], x.scale, x.target[s], &dot[s]);
+    if (!x.by_source) {
+      sum_t[s] = mixed_powers(x, s, top[s], x.scale, x.target[s], &mean[s]);
+      ratio[s] = x.sum_q[s] / sum_t[s];
+    }
     if (mixture_ce) sum_m[s] = mixed_powers(x, s, top[s], 1.0f, x.powers[s], nullptr);
   }
-  logs(log_t, sum_t, x.S);
+  logs(log_ratio, ratio, x.S);
   logs(log_m, sum_m, x.S);
   for (int s = 0; s < x.S; ++s) {
     x.loss(0, s) = x.cross_entropy(x.z[s], x.log_e[s]);
     x.loss(1, s) = x.loss(2, s) = 0.0f;
     if (!x.sources[s].count) {
-      if (x.asks_gradient) own_gradient(x, s, nullptr, 0.0f, false, 0.0f);
+      if (x.asks_gradient) own_gradient(x, s, nullptr, 0.0f, false, 0.0f, 0.0f);
       continue;
     }
     if (mixture_ce) x.loss(2, s) = x.cross_entropy(x.mixed[s], log_m[s] + top[s]);
-    const float log_ratio = x.log_q[s] - log_t[s], w = x.kd_scale(s);
-    const float kl = x.by_source ? by_source_kl(x, s) : dot[s] / sum_t[s] * x.scale + log_ratio;
-    x.loss(1, s) = x.T * x.T * kl;
+    const float w = x.kd_scale(s);
+    x.loss(1, s) =
+        x.T * x.T * (x.by_source ? by_source_kl(x, s) : mean[s] * x.scale + log_ratio[s]);
     if (!x.asks_gradient) continue;
     if (x.by_source) {
-      own_gradient(x, s, x.target[s], w, false, 0.0f);
+      own_gradient(x, s, x.target[s], w, false, 0.0f, 0.0f);
     } else {
-      const float centre = log_ratio - kl - top[s] * x.scale;
-      own_gradient(x, s, x.target[s], w / sum_t[s], pass, centre);
+      own_gradient(x, s, x.target[s], w / sum_t[s], pass, top[s], mean[s]);
     }
     if (mixture_ce) {
       const float weight = x.args.mixture_weight[s] * x.per_sample;
@@ -212,21 +221,20 @@ void students(Sample& x) {
 void gradient_by_source(Sample& x, int n) {
   const bool pairs = x.args.mix == Mix::kPairwise;
   const Links& listeners = x.listeners[n];
-  const float* rows[kMaxSources + 1];
-  float coefficients[kMaxSources + 1], constant = 0.0f, own = 0.0f;
+  float weights[kMaxSources];
   for (int k = 0; k < listeners.count; ++k) {
-    const int s = listeners.other[k];
-    const float c = x.kd_scale(s) * listeners.share[k] / x.sum_q[n];
-    rows[k] = pairs ? x.z[s] : x.r[s];
-    coefficients[k] = pairs ? -c * x.scale : c;
-    constant += c * ((pairs ? x.log_q[s] - x.log_q[n] : 0.0f) - x.pair_mean[n][s]);
-    own += c * x.scale;
+    const float w = x.kd_scale(listeners.other[k]) * (pairs ? x.scale : 1.0f);
+    weights[k] = w * listeners.share[k] / x.sum_q[n];
   }
-  int count = listeners.count;
-  if (pairs) rows[count] = x.z[n], coefficients[count++] = own;
-  row_mix(x.unused, nullptr, rows, coefficients, count, x.length, x.spare);
   for (int64_t i = 0; i < x.length; i += kLanes) {
-    const Vec gradient = load(x.q[n] + i) * (load(x.unused + i) + constant);
+    const Vec z = load(x.z[n] + i);
+    Vec total{};
+    for (int k = 0; k < listeners.count; ++k) {
+      const int s = listeners.other[k];
+      const Vec r = pairs ? z - load(x.z[s] + i) : load(x.r[s] + i);
+      total += (r - x.pair_mean[n][s]) * weights[k];
+    }
+    const Vec gradient = load(x.q[n] + i) * total;
     store(x.e[n] + i, n < x.S ? load(x.e[n] + i) + gradient : gradient);
   }
 }
@@ -269,7 +277,7 @@ void FASTOKD_KERNEL(mixture_distillation_range)(const MixtureArgs& args, int64_t
     read_rows(x, args.logits, 0, x.S);
     if (x.N > x.S) read_rows(x, args.extra, x.S, x.N);
     logs(x.log_e, x.sum_e, x.S);
-    logs(x.log_q, x.sum_q, x.N);
+    if (x.args.mix == Mix::kProbs) logs(x.log_q, x.sum_q, x.N);
     students(x);
     if (!x.asks_gradient) continue;
     for (int n = 0; n < x.N; ++n) source(x, n);

@@ -28,6 +28,18 @@ inline void each_vector(int64_t classes, float fill, Body body) {
       [=](auto* p, Vec x) { store_part(p + i, x, count); });
 }
 
+// A sum over many vectors, in two levels: its error doesn't grow with a row's length.
+struct Total {
+  Vec low{}, high{};
+  int count = 0;
+
+  void add(Vec x) {
+    low += x;
+    if (++count == 32) high += low, low = Vec{}, count = 0;
+  }
+  float sum() const { return fastokd::sum(high + low); }
+};
+
 // NaNs are passed over: what is computed from them is NaN anyway.
 template <typename T>
 inline float row_max(const T* row, int64_t classes) {
@@ -38,15 +50,15 @@ inline float row_max(const T* row, int64_t classes) {
 }
 
 inline float row_sum(const float* row, int64_t classes) {
-  Vec total{};
-  each_vector(classes, 0.0f, [&](int64_t, auto get, auto) { total += get(row); });
-  return sum(total);
+  Total total;
+  each_vector(classes, 0.0f, [&](int64_t, auto get, auto) { total.add(get(row)); });
+  return total.sum();
 }
 
 inline float row_dot(const float* a, const float* b, int64_t classes) {
-  Vec total{};
-  each_vector(classes, 0.0f, [&](int64_t, auto get, auto) { total += get(a) * get(b); });
-  return sum(total);
+  Total total;
+  each_vector(classes, 0.0f, [&](int64_t, auto get, auto) { total.add(get(a) * get(b)); });
+  return total.sum();
 }
 
 // Calls body(i, x) for each vector of a padded row, x that of a tensor's row less `shift`.

@@ -1,0 +1,142 @@
+"""Drawn calls of mixture_distillation, and the budget that a fast implementation's errors have."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastokd.ops import mixture_distillation
+
+NAMES = ("total", "ce_S", "kd_S", "grad_logits", "grad_extra", "grad_scores")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call; the loss's incoming gradient besides."""
+
+    logits_SBC: Tensor
+    extra_EBC: Tensor | None
+    labels_B: Tensor
+    scores: Tensor
+    ce_weight: float | Tensor = 1.0
+    kd_weight: float | Tensor = 0.7
+    mixture_ce_weight: float | Tensor = 0.0
+    temperature: float | Tensor = 3.0
+    mix: str = "logits"
+    detach_targets: bool = False
+    label_smoothing: float = 0.0
+    incoming: float = 1.0
+    asks: tuple[bool, bool, bool] = (True, True, True)
+
+    def double(self) -> Case:
+        """The same numbers in float64."""
+        return replace(
+            self,
+            logits_SBC=self.logits_SBC.double(),
+            extra_EBC=None if self.extra_EBC is None else self.extra_EBC.double(),
+            scores=self.scores.double(),
+        )
+
+    def run(self, impl: str) -> dict[str, Tensor]:
+        """The losses, and the gradients that are asked for (by the names in ``NAMES``)."""
+        leaves: list[Tensor | None] = []
+        for x, asked in zip((self.logits_SBC, self.extra_EBC, self.scores), self.asks, strict=True):
+            # Detached, not cloned: the strides are part of the case.
+            leaves.append(None if x is None else x.detach().requires_grad_(asked))
+        logits_SBC, extra_EBC, scores = leaves
+        assert logits_SBC is not None
+        assert scores is not None
+        loss = mixture_distillation(
+            logits_SBC,
+            self.labels_B,
+            scores,
+            extra_logits_EBC=extra_EBC,
+            ce_weight=self.ce_weight,
+            kd_weight=self.kd_weight,
+            mixture_ce_weight=self.mixture_ce_weight,
+            temperature=self.temperature,
+            mix=self.mix,  # type: ignore[arg-type]
+            detach_targets=self.detach_targets,
+            label_smoothing=self.label_smoothing,
+            impl=impl,
+        )
+        found = dict(zip(NAMES, loss, strict=False))
+        wanted = {
+            name: leaf
+            for name, leaf in zip(NAMES[3:], leaves, strict=True)
+            if leaf is not None and leaf.requires_grad
+        }
+        if loss.total.requires_grad:
+            incoming = torch.tensor(self.incoming, dtype=loss.total.dtype)
+            gradients = torch.autograd.grad(
+                loss.total, list(wanted.values()), incoming, allow_unused=True
+            )
+            for (name, leaf), gradient in zip(wanted.items(), gradients, strict=True):
+                found[name] = torch.zeros_like(leaf) if gradient is None else gradient
+                assert found[name].dtype == leaf.dtype
+        return {name: x.detach() for name, x in found.items()}
+
+
+def draw(
+    S: int = 3,
+    B: int = 4,
+    C: int = 10,
+    E: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batched: bool = True,
+    soft: bool = False,
+    listens: float = 1.0,
+    padding: int = 0,
+    seed: int = 0,
+    **options: object,
+) -> Case:
+    """Logits with softmaxes neither flat nor one-hot; rows ``padding`` apart; a part of the scores
+    is -inf, a whole row's among them now and then."""
+    g = torch.Generator().manual_seed(hash((S, B, C, E, seed)) % 2**31)
+
+    def rows(count: int) -> Tensor:
+        wide = 2 * torch.randn(count, B, C + padding, generator=g) + torch.randn(1, generator=g)
+        return wide.to(dtype)[..., :C]
+
+    scores = torch.randn(*([B] if batched else []), S, S + E, generator=g)
+    scores = scores.masked_fill(torch.rand(scores.shape, generator=g) > listens, -math.inf)
+    labels_B = torch.randint(C, (B,), generator=g)
+    if B:
+        labels_B[0] = C - 1
+    if soft:
+        labels_B = torch.softmax(torch.randn(B, C, generator=g), -1)
+    return Case(rows(S), rows(E) if E else None, labels_B, scores, **options)  # type: ignore[arg-type]
+
+
+def assert_within_budget(case: Case, impl: str = "cpp") -> None:
+    """Neither one element nor the whole is further from float64 than plain PyTorch's, plus a
+    rounding or two; a gradient of zeros where there should be small ones is far from it."""
+    ours, theirs, exact = case.run(impl), case.run("torch"), case.double().run("torch")
+    assert ours.keys() == exact.keys()
+    fp32 = torch.finfo(torch.float32).eps
+    for name, x in exact.items():
+        if not x.numel():
+            continue
+        error = (ours[name].double() - x).abs()
+        budget = (theirs[name].double() - x).abs()
+        # The incoming gradient meets a bfloat16 that is rounded already.
+        rounding = torch.finfo(ours[name].dtype).eps
+        tolerance = 8 * fp32 * x.abs().max() + rounding * x.abs()
+        # Even where all is 0 there are differences: T^2 log t - log q, and their gradients; T q - t.
+        probabilities = fp32 * float(case.temperature) * max(1.0, abs(case.incoming))
+        logs = probabilities * float(case.temperature)
+        probabilities /= max(case.logits_SBC.shape[1], 1)
+        tolerance = tolerance + (probabilities if name in NAMES[3:5] else 8 * logs)
+        worst = (error - budget - tolerance).max().item()
+        assert worst <= 0, f"{name} is {worst:.3g} beyond the budget of {budget.max().item():.3g}"
+        if name in ("grad_logits", "grad_extra"):  # of the others there are too few
+            limit = 1.5 * _rms(budget) + (2 * fp32 + rounding / 2) * _rms(x) + probabilities / 4
+            assert _rms(error) <= limit, f"{name}: RMS {_rms(error):.3g}, the limit is {limit:.3g}"
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
