@@ -28,5 +28,9 @@ test: lint
 proofs: install
 	$(BIN)/python -m pytest -q -m proof tests
 
+# Each prints its own table; a quiet machine gives the better figures.
+bench: install
+	for claim in bench/bench_*.py; do $(BIN)/python $$claim || exit 1; done
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastokd.ops._library import LIBRARY, define
 
@@ -119,6 +118,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 for _op, _launch in _LAUNCHERS.items():
     LIBRARY.impl(_op, _launch, "CUDA")
+    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # FusedLoss carries it
 
 
 def refusal(
@@ -158,10 +158,7 @@ def call_fused(
     if torch.is_grad_enabled():
         for i, (place, reached) in enumerate(leaves):
             leaf = tensors[place]
-            if leaf is not None and leaf.requires_grad:
-                asked[i] = reached
-                if not reached:
-                    tensors = (*tensors[:place], leaf.detach(), *tensors[place + 1 :])
+            asked[i] = reached and leaf is not None and leaf.requires_grad
     first = tensors[0]
     assert first is not None
     args = (
@@ -174,7 +171,8 @@ def call_fused(
     # Triton's interpreter takes tensors of the CPU, whose operator is the C++ one.
     function = _LAUNCHERS[op] if impl == "triton" and not first.is_cuda else _OPERATORS[op]
     if not any(asked):
-        return function(*args)[:3]
+        total, ce_S, kd_S, *_ = function(*args)
+        return total, ce_S, kd_S
     result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, leaves, *args)
     return result
 
@@ -205,21 +203,24 @@ class FusedLoss(torch.autograd.Function):
         return total, ce_S, kd_S
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # The wrapper costs some microseconds, and only create_graph=True needs it.
-        return (_once if torch.is_grad_enabled() else _multiplied)(ctx, *grads)
+    def backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        gradients: list[Tensor | None] = [None] * ctx.count
+        if grad_total is not None:
+            for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+                if place is not None:
+                    gradients[place[0]] = scaled(saved, grad_total, place[1])
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = [None if x is None else _differentiable_once(x) for x in gradients]
+        return (None, None, *gradients)
 
 
-def _multiplied(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.count
-    if grad_total is not None:
-        for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
-            if place is not None:
-                gradients[place[0]] = scaled(saved, grad_total, place[1])
-    return (None, None, *gradients)
-
-
-_once = once_differentiable(_multiplied)
+def _differentiable_once(gradient: Tensor) -> Tensor:
+    """The gradient, from which a further backward raises: by default it would count as constant."""
+    error = torch._C._functions.DelayedError(
+        b"the fused loss has no second derivative: impl='torch' has", 1
+    )
+    result: Tensor = error(gradient.detach().requires_grad_())
+    return result
 
 
 def scaled(saved: Tensor, grad_total: Tensor, dtype: torch.dtype) -> Tensor:
