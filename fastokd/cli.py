@@ -27,6 +27,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data sets lie.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")]
+Download = Annotated[bool, typer.Option(help="Fetch the data set where it is missing.")]
+Engine = Annotated[str, typer.Option(help="How the students run: auto or loop.")]
+Impl = Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many steps.")]
 
 
 @app.callback()
@@ -42,7 +46,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/RECIPE-seedN.")] = None,
     data_root: DataRoot = None,
-    download: Annotated[bool, typer.Option(help="Fetch the data set where it is missing.")] = False,
+    download: Download = False,
     resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order and augmentation.")] = None,
@@ -59,18 +63,27 @@ def train(
     teacher: Annotated[
         Path | None, typer.Option(help="A run or a student.safetensors, for kd and okddip_kd.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="How the students run: auto or loop.")] = "auto",
-    impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
+    engine: Engine = "auto",
+    impl: Impl = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
     eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    max_steps: MaxSteps = None,
     overfit_batch: Annotated[bool, typer.Option(help="Train on one batch only.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Several runs: 0,1,2.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
+    ] = None,
     print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
 ) -> None:
-    """Train a cohort by a recipe and leave a run folder."""
-    from fastokd.recipes import recipe as resolve
+    """Train a cohort by a recipe and leave a run folder.
+
+    With several --seeds, or several values to a --set: a folder for each run and an index; the same
+    command again goes on with what is missing.
+    """
     from fastokd.session import RunOptions
+    from fastokd.sweep import parse_seeds, parse_settings, plan, run_all, sweep_folder
     from fastokd.train import train as run
 
     changes: dict[str, Any] = {
@@ -85,36 +98,95 @@ def train(
     changes = {name: value for name, value in changes.items() if value is not None}
     if temperature is not None:
         changes["method_options"] = {"temperature": temperature}
-    resolved = resolve(recipe, **changes)
+    if seeds is not None and seed is not None:
+        raise UserError("--seed and --seeds say the same thing: give one of them")
+    settings = parse_settings(set_ or [])
+    planned = plan(recipe, changes, settings, [seed or 0] if seeds is None else parse_seeds(seeds))
+    resolved = planned[0].recipe
     if print_recipe:
-        print(json.dumps(resolved.to_json(), indent=1))
+        for entry in planned:
+            print(json.dumps(entry.recipe.to_json(), indent=1))
         return
     if epochs is not None and not quiet:
         print(
             f"schedule for {epochs} epochs: rate / {1 / resolved.lr_decay:g} before epochs "
             f"{list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
         )
-    done = run(
-        resolved,
-        RunOptions(
-            out=out,
-            data_root=data_root,
-            download=download,
-            device=device,
-            precision=precision,
-            engine=engine,
-            impl=impl,
-            teacher=teacher,
-            resume=resume,
-            max_steps=max_steps,
-            overfit_batch=overfit_batch,
-            optimizer=optimizer,
-            eval_every=eval_every,
-            quiet=quiet,
-        ),
+    options = RunOptions(
+        out=out,
+        data_root=data_root,
+        download=download,
+        device=device,
+        precision=precision,
+        engine=engine,
+        impl=impl,
+        teacher=teacher,
+        resume=resume,
+        max_steps=max_steps,
+        overfit_batch=overfit_batch,
+        optimizer=optimizer,
+        eval_every=eval_every,
+        quiet=quiet,
     )
+    if len(planned) == 1 and seeds is None:
+        done = run(resolved, options)
+        if not quiet:
+            print(f"the run is in {done.folder}")
+        return
+    folder = out or sweep_folder(recipe)
+    run_all(folder, planned, options)
     if not quiet:
-        print(f"the run is in {done.folder}")
+        print(f"the {len(planned)} runs are in {folder}, listed in its index.json")
+
+
+@app.command(epilog="Example: fastokd reproduce table2 --only resnet32 --epochs 30 --seeds 0,1")
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
+    dataset: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of the paper's students.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
+    seeds: Annotated[str, typer.Option(help="A run for each.")] = "0,1,2",
+    val: Annotated[int | None, typer.Option(help="Images held out to choose the epoch.")] = None,
+    only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The runs; runs/TABLE.")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    engine: Engine = "auto",
+    impl: Impl = "auto",
+    max_steps: MaxSteps = None,
+    json_: Json = False,
+    quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
+) -> None:
+    """Train a table of the papers and set it beside what was published.
+
+    The same command again goes on with what is missing.
+    """
+    from rich.console import Console
+
+    from fastokd.report.reproduce import Request, as_table
+    from fastokd.report.reproduce import reproduce as run
+    from fastokd.session import RunOptions
+    from fastokd.sweep import parse_seeds
+
+    request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
+    options = RunOptions(
+        data_root=data_root,
+        download=download,
+        device=device,
+        precision=precision,
+        engine=engine,
+        impl=impl,
+        max_steps=max_steps,
+        quiet=quiet or json_,
+    )
+    done = run(request, out or Path("runs") / table, options)
+    if json_:
+        print(json.dumps(done.to_json()))
+    else:
+        # Where nothing says how wide the output is, 80 columns would fold the numbers.
+        Console(width=None if sys.stdout.isatty() else 120).print(as_table(done))
 
 
 @app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")

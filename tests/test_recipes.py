@@ -214,6 +214,8 @@ def test_what_is_reported_is_scored() -> None:
         ("dml/resnet32/cifar100", {"epochs": 0}, "epochs is 0"),
         ("dml/resnet32/cifar100", {"lr": float("nan")}, "lr is nan"),
         ("dml/resnet32/cifar100", {"method_options": {"temperature": 0.0}}, "temperature is 0"),
+        ("dml/resnet32/cifar100", {"method_options": {"warmth": 1}}, "unknown option of dml"),
+        ("ind/resnet32/cifar100", {"method_options": {"temperature": 1}}, "has no option"),
     ],
 )
 def test_bad_names_are_refused(name: str, changes: dict[str, object], says: str) -> None:

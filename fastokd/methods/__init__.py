@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from fastokd.cohort.output import CohortShape
@@ -56,6 +57,16 @@ def method_class(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def option_names(name: str) -> list[str]:
+    """The options that one method takes, its bases' included."""
+    names: dict[str, None] = {}
+    for owner in method_class(name).__mro__:
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+            names |= {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return sorted(names.keys() - {"impl"})
+
+
 def create_method(name: str, shape: CohortShape, **options: Any) -> Method:
     """A method for a cohort of this shape; an option that it doesn't have is a `UserError`."""
     build = method_class(name)
@@ -74,5 +85,6 @@ __all__ = [
     "create_method",
     "list_methods",
     "method_class",
+    "option_names",
     "ramp_weight",
 ]

@@ -1,0 +1,262 @@
+"""A table of the papers, trained and set beside what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastokd.cells import Cell, cells_of
+from fastokd.errors import UserError
+from fastokd.methods import method_class
+from fastokd.recipes import Recipe, recipe
+from fastokd.report.statistics import Difference, Sample, welch
+from fastokd.report.summary import Summary, summarise
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions
+from fastokd.sweep import Planned, run_all
+
+ANOTHER_TASK = "another task"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell as we have it.
+
+    ``last`` and ``best`` are in the cell's unit, in %. ``difference`` is the best epoch's, the
+    papers' protocol, less the published; None for another task than the paper's. ``caveat`` says
+    why the cell is no reproduction; where it isn't one, there is no ``verdict``.
+    """
+
+    cell: Cell
+    recipe: Recipe
+    last: Sample
+    best: Sample
+    best_on: str
+    difference: Difference | None
+    verdict: str
+    caveat: str
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A table's results, and what they are: ``title`` says epochs and data."""
+
+    title: str
+    notes: tuple[str, ...]
+    results: tuple[Result, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        rows = []
+        for result in self.results:
+            row = dataclasses.asdict(result)
+            row["recipe"] = result.recipe.name
+            rows.append(row)
+        return {"title": self.title, "notes": list(self.notes), "cells": rows}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train of a table, and in what form.
+
+    ``dataset`` and ``model`` stand in for the paper's, ``epochs`` scales its schedule; ``only``
+    keeps the cells whose recipe's name contains it; ``val`` holds images out to choose the best
+    epoch on.
+    """
+
+    table: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    dataset: str | None = None
+    model: str | None = None
+    epochs: int | None = None
+    val: int | None = None
+    only: str = ""
+
+    def cells(self) -> list[Cell]:
+        """The table's cells, those of ``dataset`` alone where the table has some."""
+        cells = [cell for cell in cells_of(self.table) if self.only in cell.recipe]
+        if not cells:
+            names = ", ".join(dict.fromkeys(cell.recipe for cell in cells_of(self.table)))
+            raise UserError(f"--only {self.only!r} leaves no cell of {self.table}: it has {names}")
+        of_it = [cell for cell in cells if cell.recipe.endswith(f"/{self.dataset}")]
+        return of_it or cells
+
+    def recipe(self, cell: Cell, seed: int) -> Recipe:
+        """What is trained for a cell; its name says who is judged, too."""
+        method, model, dataset = cell.recipe.split("/")
+        if self.model is not None and "teacher" not in cell.column:
+            model = self.model
+        changes: dict[str, Any] = {"seed": seed, "epochs": self.epochs, "val": self.val}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return recipe(f"{method}/{model}/{self.dataset or dataset}", **changes)
+
+
+def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
+    """Trains the runs that ``out`` lacks and makes the table.
+
+    Cells that are one training share its runs, whatever they report of it.
+
+    Raises:
+        UserError: an unknown table; whatever training raises. Started again, it goes on.
+    """
+    cells = request.cells()
+    wanted: dict[str, Planned] = {}
+    for cell in cells:
+        for seed in request.seeds:
+            planned = _planned(request.recipe(cell, seed))
+            wanted.setdefault(planned.folder, planned)
+    teachers = {
+        name: _planned(_teacher(request, name))
+        for name in dict.fromkeys(p.recipe.teacher for p in wanted.values() if p.recipe.teacher)
+    }
+    # Teachers before those whom they teach.
+    order = {planned.folder: planned for planned in (*teachers.values(), *wanted.values())}
+    found: dict[str, Run] = {}
+    for planned in order.values():
+        taught_by = teachers.get(planned.recipe.teacher)
+        folder = None if taught_by is None else out / taught_by.folder
+        (run,) = run_all(out, [planned], dataclasses.replace(options, teacher=folder))
+        found[planned.folder] = run
+
+    results = []
+    for cell in cells:
+        judged = [request.recipe(cell, seed) for seed in request.seeds]
+        sums = [summarise(found[_planned(r).folder], r) for r in judged]
+        results.append(_result(cell, judged[0], sums))
+    title = _title(request, results)
+    if options.max_steps is not None:
+        title += f", stopped after {options.max_steps} steps"
+    return Reproduction(title, _notes(results), tuple(results))
+
+
+def _planned(judged: Recipe) -> Planned:
+    """The training under a cell: the same whatever is reported of it."""
+    method, model, dataset = judged.name.split("/")
+    plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
+    trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
+    words = [plain.name.replace("/", "-"), f"{trained.epochs}epochs"]
+    if trained.val:
+        words.append(f"val{trained.val}")
+    return Planned("-".join([*words, f"seed{trained.seed}"]), trained, {"seed": trained.seed})
+
+
+def _teacher(request: Request, name: str) -> Recipe:
+    """One teacher for all seeds, as long trained as its students."""
+    changes = {} if request.epochs is None else {"epochs": request.epochs}
+    return recipe(name, seed=0, **changes)
+
+
+def _result(cell: Cell, judged: Recipe, sums: Sequence[Summary]) -> Result:
+    def in_unit(fractions: list[float]) -> Sample:
+        percent = [100 * value for value in fractions]
+        return Sample.of([100 - v for v in percent] if cell.unit == "error" else percent)
+
+    best = in_unit([s.best for s in sums])
+    caveat = _caveat(cell, judged, sums)
+    difference = None
+    if cell.mean is not None and caveat != ANOTHER_TASK:
+        difference = welch(best, Sample(cell.mean, cell.std, cell.runs))
+    return Result(
+        cell,
+        judged,
+        last=in_unit([s.last for s in sums]),
+        best=best,
+        best_on=sums[0].best_on,
+        difference=difference,
+        verdict=_verdict(cell, difference) if not caveat else "",
+        caveat=caveat,
+    )
+
+
+def _caveat(cell: Cell, judged: Recipe, sums: Sequence[Summary]) -> str:
+    """Why this is no reproduction of the cell, or "" where it is one."""
+    published = recipe(cell.recipe)
+    if (judged.model, judged.dataset) != (published.model, published.dataset):
+        return ANOTHER_TASK
+    if judged.epochs != published.epochs or any(s.last_epoch != published.epochs for s in sums):
+        return "shortened"
+    return "fewer images" if judged.val else ""
+
+
+def _verdict(cell: Cell, difference: Difference | None) -> str:
+    """Nothing is said of what was run once."""
+    if cell.mean is None:
+        return "no number published"
+    if cell.std is None:
+        return "the paper has a single run"
+    if difference is None or difference.interval is None:
+        return "one seed"
+    low, high = difference.interval
+    return "agrees" if low <= 0 <= high else "differs"
+
+
+def _title(request: Request, results: Sequence[Result]) -> str:
+    recipes = [result.recipe for result in results]
+    published = [recipe(result.cell.recipe) for result in results]
+    seeds = f"{len(request.seeds)} seed{'s' if len(request.seeds) > 1 else ''}"
+    what = f"{_data(recipes)}, {seeds}"
+    if request.model is not None:
+        what = f"{request.model} on {what}"
+    if any(result.caveat for result in results):
+        return f"{request.table} in small, no reproduction: {what} (the paper: {_data(published)})"
+    return f"{request.table}, reproduced: {what}"
+
+
+def _data(recipes: Sequence[Recipe]) -> str:
+    """Data and epochs, as a header says them."""
+    names = " and ".join(dict.fromkeys(r.dataset for r in recipes))
+    held_out = max(r.val for r in recipes)
+    apart = f" less {held_out} held out" if held_out else ""
+    return f"{names}{apart}, {_span([r.epochs for r in recipes])} epochs"
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _notes(results: Sequence[Result]) -> tuple[str, ...]:
+    unit = results[0].cell.unit
+    notes = [f"Top-1 {unit} in %, mean ± deviation over seeds; last epoch, and best epoch."]
+    on_test = results[0].best_on == "test"
+    notes.append(
+        "The best epoch is chosen on the test set, as the papers did it: best on test."
+        if on_test
+        else "The best epoch is chosen on held-out images, then scored on the test set."
+    )
+    notes.append("Difference: best less published, with Welch's 95% interval where both have one.")
+    if any(method_class(r.recipe.method).needs.teacher for r in results):
+        notes.append("One teacher, of seed 0, taught the students of all seeds.")
+    return tuple(notes)
+
+
+def as_table(reproduction: Reproduction) -> Table:
+    """What the command prints."""
+    table = Table(title=reproduction.title, caption="\n".join(reproduction.notes))
+    table.add_column("row")
+    table.add_column("column")
+    for name in ("last", f"best on {reproduction.results[0].best_on}", "published", "difference"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    previous = None
+    for result in reproduction.results:
+        cell = result.cell
+        if previous is not None and previous != cell.row:
+            table.add_section()
+        previous = cell.row
+        published = "" if cell.mean is None else str(Sample(cell.mean, cell.std, cell.runs))
+        table.add_row(
+            cell.row,
+            cell.column,
+            str(result.last),
+            str(result.best),
+            published,
+            "" if result.difference is None else str(result.difference),
+            result.caveat or result.verdict,
+        )
+    return table

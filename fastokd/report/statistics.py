@@ -1,0 +1,59 @@
+"""Means, deviations, and how far two of them are apart."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A mean over runs; ``std`` (of a sample, n - 1) is None for a single run."""
+
+    mean: float
+    std: float | None
+    runs: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Sample:
+        """At least one value."""
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return Sample(statistics.mean(values), std, len(values))
+
+    def __str__(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.mean:.2f}{spread}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``value``, and its 95% interval where both sides have a deviation."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:+.2f}"
+        low, high = self.interval
+        return f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def welch(ours: Sample, theirs: Sample) -> Difference:
+    """ours - theirs, with Welch's interval: unequal variances, t at Satterthwaite's freedom."""
+    value = ours.mean - theirs.mean
+    if ours.std is None or theirs.std is None:
+        return Difference(value, None)
+    parts = [side.std**2 / side.runs for side in (ours, theirs) if side.std is not None]
+    variance = sum(parts)
+    if variance == 0:
+        return Difference(value, (value, value))
+    freedom = variance**2 / sum(
+        part**2 / (side.runs - 1) for part, side in zip(parts, (ours, theirs), strict=True)
+    )
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return Difference(value, (value - half, value + half))

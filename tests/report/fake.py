@@ -1,0 +1,66 @@
+"""Training that only writes what a run leaves, for tests of what is made of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastokd.checkpoint import save_checkpoint
+from fastokd.errors import UserError
+from fastokd.recipes import Recipe
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions
+
+Accuracy = Callable[[Recipe, int], float]
+
+
+class FakeTrain:
+    """Stands in for :func:`fastokd.train`; ``accuracy(recipe, epoch)`` is what it measures.
+
+    ``stop_after`` runs it is interrupted, ``stop_at`` epochs into the next.
+    """
+
+    def __init__(self, accuracy: Accuracy, val: bool = False) -> None:
+        self.accuracy = accuracy
+        self.val = val
+        self.calls: list[tuple[str, int, bool]] = []
+        self.teachers: list[Path | None] = []
+        self.stop_after: int | None = None
+        self.stop_at = 0
+
+    def __call__(self, recipe: Recipe, options: RunOptions, **changes: Any) -> Run:
+        options = replace(options, **changes)
+        folder = options.out
+        assert folder is not None
+        if (folder / "recipe.json").exists() != options.resume:
+            raise UserError(f"{folder} exists already and is never overwritten")
+        self.teachers.append(options.teacher)
+        stops = self.stop_after is not None and len(self.calls) == self.stop_after
+        self.calls.append((recipe.name, recipe.seed, options.resume))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        with open(folder / "metrics.jsonl", "a") as file:
+            start = len((folder / "metrics.jsonl").read_text().splitlines())
+            for epoch in range(start, recipe.epochs):
+                if stops and epoch == self.stop_at:
+                    raise KeyboardInterrupt
+                file.write(json.dumps(self.row(recipe, epoch)) + "\n")
+                if epoch == 0:  # one is as good as three hundred
+                    save_checkpoint(folder / "checkpoints/last-000000000", {}, {"epoch": epoch})
+        (folder / "student.safetensors").write_bytes(b"")
+        return Run.load(folder)
+
+    def row(self, recipe: Recipe, epoch: int) -> dict[str, Any]:
+        top1 = self.accuracy(recipe, epoch)
+        test = {
+            "leader_top1": top1 if recipe.has_leader else None,
+            "mean_top1": top1,
+            "student_top1": [top1] * recipe.students,
+            "ensemble_logits_top1": top1 + 0.01,
+        }
+        splits = {"test": test, "val": test} if self.val else {"test": test}
+        return {"epoch": epoch, "step": epoch + 1, **splits}

@@ -1,0 +1,208 @@
+"""A table of the papers: what is trained, what is said of it, and that it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fastokd import sweep
+from fastokd.cells import cells_of, tables
+from fastokd.errors import UserError
+from fastokd.recipes import Recipe
+from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
+from fastokd.report.summary import summarise
+from fastokd.session import RunOptions
+from tests.report.fake import FakeTrain
+
+
+def rising(recipe: Recipe, epoch: int) -> float:
+    """A little better each epoch, best before the last; a little other for each seed."""
+    peak = recipe.epochs - 2
+    return 0.7 + 0.001 * min(epoch, 2 * peak - epoch) / recipe.epochs + 0.001 * recipe.seed
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
+    stand_in = FakeTrain(rising)
+    monkeypatch.setattr(sweep, "train", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("table", tables())
+def test_every_table_is_made(table: str, fake: FakeTrain, tmp_path: Path) -> None:
+    made = reproduce(Request(table, (0,), epochs=3), tmp_path / "t", RunOptions())
+    assert [result.cell for result in made.results] == cells_of(table)
+    trained = [call[:2] for call in fake.calls]
+    assert len(set(trained)) == len(trained)
+    assert "no reproduction" in made.title
+    assert "3 epochs" in made.title
+    assert all(result.caveat == "shortened" for result in made.results)
+    assert all(result.verdict == "" for result in made.results)
+    json.dumps(made.to_json())
+
+
+def test_runs_at_full_length_on_the_papers_data_are_judged(fake: FakeTrain, tmp_path: Path) -> None:
+    published = {cell.column: cell for cell in cells_of("table5")}
+    fake.accuracy = lambda recipe, epoch: (
+        1 - 0.01 * (published["mean"].mean + 0.1 * (recipe.seed - 1)) - (epoch != 150) * 0.02
+    )
+    request = Request("table5", (0, 1, 2))
+    made = reproduce(request, tmp_path / "t", RunOptions())
+    assert made.title == "table5, reproduced: cifar100, 300 epochs, 3 seeds"
+    by_column = {result.cell.column: result for result in made.results}
+    mean = by_column["mean"]
+    assert mean.verdict == "agrees"
+    assert mean.best.mean == pytest.approx(26.35)
+    assert mean.last.mean == pytest.approx(28.35)
+    assert mean.best.std == pytest.approx(0.1)
+    assert mean.difference is not None
+    assert mean.difference.value == pytest.approx(0, abs=1e-9)
+    assert by_column["okddip"].verdict == "differs"
+    text = printed(made)
+    assert "26.35 ± 0.10" in text
+    assert "best on test" in text
+    assert "agrees" in text
+
+
+def printed(made: Reproduction) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(as_table(made))
+    return console.export_text()
+
+
+def test_single_runs_are_not_judged(fake: FakeTrain, tmp_path: Path) -> None:
+    full = reproduce(Request("table4", (0, 1)), tmp_path / "a", RunOptions())
+    assert {result.verdict for result in full.results} == {"the paper has a single run"}
+    assert all(r.difference and r.difference.interval is None for r in full.results)
+    one = reproduce(Request("table5", (3,)), tmp_path / "b", RunOptions())
+    assert {result.verdict for result in one.results} == {"one seed"}
+    figure = reproduce(Request("figure3", (0,), only="@8"), tmp_path / "c", RunOptions())
+    assert {result.verdict for result in figure.results} == {"no number published"}
+
+
+def test_other_data_are_never_compared(fake: FakeTrain, tmp_path: Path) -> None:
+    request = Request("table2", (0,), dataset="digits", model="resnet8", only="resnet32")
+    made = reproduce(request, tmp_path / "t", RunOptions())
+    assert made.title == (
+        "table2 in small, no reproduction: resnet8 on digits, 60 epochs, 1 seed "
+        "(the paper: cifar100, 300 epochs)"
+    )
+    assert all(result.difference is None for result in made.results)
+    assert {result.caveat for result in made.results} == {"another task"}
+    assert {recipe for recipe, _, _ in fake.calls} == {
+        "baseline/resnet8/digits",
+        "ind/resnet8/digits",
+        "dml/resnet8/digits",
+        "cl_ilr/resnet8/digits",
+        "one/resnet8/digits",
+        "okddip-network/resnet8/digits",
+        "okddip-branch/resnet8/digits",
+    }
+
+
+def test_held_out_images_make_it_no_reproduction(fake: FakeTrain, tmp_path: Path) -> None:
+    fake.val = True
+    made = reproduce(Request("table5", (0, 1), val=5000), tmp_path / "t", RunOptions())
+    assert "cifar100 less 5000 held out" in made.title
+    assert "no reproduction" in made.title
+    assert {result.best_on for result in made.results} == {"val"}
+    assert "best on val" in printed(made)
+
+
+def test_the_ensembles_table_shares_the_runs_of_the_students(
+    fake: FakeTrain, tmp_path: Path
+) -> None:
+    reproduce(Request("table2", (0,), only="one/resnet32"), tmp_path / "t", RunOptions())
+    made = reproduce(
+        Request("table4", (0,), only="one-ensemble/resnet32"), tmp_path / "t", RunOptions()
+    )
+    assert len(fake.calls) == 1
+    (result,) = made.results
+    run = next(path for path in (tmp_path / "t").iterdir() if path.is_dir())
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result.last.mean == pytest.approx(100 - 100 * row["test"]["ensemble_logits_top1"])
+
+
+def test_the_teacher_comes_first_and_teaches_all(fake: FakeTrain, tmp_path: Path) -> None:
+    made = reproduce(
+        Request("table6", (0, 1), dataset="cifar100", epochs=2), tmp_path / "t", RunOptions()
+    )
+    assert {result.cell.row for result in made.results} == {"cifar100"}
+    names = [name for name, _, _ in fake.calls]
+    assert names[0] == "baseline/resnet110/cifar100"
+    assert names.count("baseline/resnet110/cifar100") == 2  # as a cell it has both seeds
+    for (name, _, _), teacher in zip(fake.calls, fake.teachers, strict=True):
+        needs = name.startswith(("kd/", "okddip_kd-"))
+        expected = tmp_path / "t" / "baseline-resnet110-cifar100-2epochs-seed0"
+        assert teacher == (expected if needs else None)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1])
+def test_it_goes_on_where_it_was_interrupted(stop_at: int, fake: FakeTrain, tmp_path: Path) -> None:
+    request = Request("table5", (0, 1), epochs=3)
+    fake.stop_after, fake.stop_at = 4, stop_at
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(request, tmp_path / "t", RunOptions())
+    index = json.loads((tmp_path / "t" / "index.json").read_text())
+    assert [entry["state"] for entry in index] == ["done"] * 4 + ["wanted"]
+    stopped = fake.calls[-1]
+    fake.calls.clear()
+    fake.stop_after = None
+    made = reproduce(request, tmp_path / "t", RunOptions())
+    # Without a checkpoint it starts anew; with one it is resumed.
+    assert fake.calls[0] == (*stopped[:2], stop_at > 0)
+    assert len(fake.calls) == 12 - 4
+    for path in (tmp_path / "t").glob("okddip*"):
+        assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
+    fake.calls.clear()
+    assert reproduce(request, tmp_path / "t", RunOptions()) == made
+    assert fake.calls == []
+
+
+def test_a_run_of_another_recipe_is_never_mixed_in(fake: FakeTrain, tmp_path: Path) -> None:
+    request = Request("table5", (0,), epochs=3, only="okddip-branch")
+    reproduce(request, tmp_path / "t", RunOptions())
+    (path,) = (tmp_path / "t").glob("okddip*/recipe.json")
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "lr": 0.2}))
+    with pytest.raises(UserError, match=r"differs in lr \(0.2 there, 0.1 wanted\)"):
+        reproduce(request, tmp_path / "t", RunOptions())
+
+
+def test_the_best_epoch_of_a_validation_split_is_scored_on_test(
+    fake: FakeTrain, tmp_path: Path
+) -> None:
+    from fastokd.recipes import recipe
+
+    r = recipe("dml/resnet8/digits", epochs=3)
+    run = fake(r, RunOptions(out=tmp_path / "run"))
+    rows = [
+        {**row, "val": {"mean_top1": val}, "test": {"mean_top1": test}}
+        for row, val, test in zip(run.metrics, (0.5, 0.9, 0.8), (0.3, 0.6, 0.7), strict=True)
+    ]
+    summary = summarise(dataclasses.replace(run, metrics=rows))
+    assert (summary.best, summary.best_epoch, summary.best_on) == (0.6, 2, "val")
+    assert (summary.last, summary.last_epoch) == (0.7, 3)
+    for row in rows:
+        del row["val"]
+    summary = summarise(dataclasses.replace(run, metrics=rows))
+    assert (summary.best, summary.best_epoch, summary.best_on) == (0.7, 3, "test")
+    with pytest.raises(UserError, match="no measured epoch"):
+        summarise(dataclasses.replace(run, metrics=[]))
+
+
+def test_bad_requests_are_named(tmp_path: Path) -> None:
+    for request, says in (
+        (Request("table9"), "did you mean"),
+        (Request("table2", only="resnet99"), "leaves no cell of table2"),
+        (Request("table3", (0,)), "nothing in this version loads imagenet"),
+        (Request("table2", (0,), dataset="cifar1000"), "did you mean"),
+        (Request("table2", (0,), epochs=0), "epochs is 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            reproduce(request, tmp_path / "t", RunOptions(quiet=True))
