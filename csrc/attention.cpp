@@ -79,6 +79,10 @@ Tensor rows_of(const Tensor& x, bool asked) {
   return asked ? at::empty({x.size(0), x.size(2) * x.size(3)}, options) : at::empty({0}, options);
 }
 
+void copy_row(const float* from, int64_t pixels, int64_t row, float* to) {
+  std::fill(std::copy(from, from + pixels, to), to + row, 0.0f);
+}
+
 std::tuple<Tensor, Tensor> attention_map(const Tensor& x_BCHW) {
   const Map x(x_BCHW);
   const int64_t B = x_BCHW.size(0), P = x.pixels();
@@ -105,8 +109,8 @@ Tensor attention_map_backward(const Tensor& x_BCHW, const Tensor& u_BP, const Te
   const float* const g = grad.const_data_ptr<float>();
   each_sample(x_BCHW.size(0), 2, x.row(), [&](int64_t b, float* scratch) {
     float *const row_u = scratch, *const row_g = scratch + x.row();
-    std::copy(u + b * P, u + b * P + P, row_u);
-    std::copy(g + b * P, g + b * P + P, row_g);
+    copy_row(u + b * P, P, x.row(), row_u);
+    copy_row(g + b * P, P, x.row(), row_g);
     FASTOKD_DISPATCH(attention_gradient)(row_u, r[b], P, x.channels(), row_g);
     FASTOKD_DISPATCH(attention_scale)(x[b], row_g, 1.0f, out[b]);
   });

@@ -1,4 +1,8 @@
 // The dispatcher's side of FFSD's whole-map transfer: one sample after another.
+//
+// With u = x / nx and v = y / ny, |u - v|^2 = u.u + v.v - 2 u.v = (|x - y|^2 - (nx - ny)^2) / (nx ny)
+// and u . (u - v) = (|u - v|^2 + u.u - v.v) / 2. The first form cancels where the maps agree, the
+// second where their norms differ: each serves where it doesn't.
 #include "feature_transfer_kernel.h"
 
 #include <ATen/Parallel.h>
@@ -44,16 +48,20 @@ std::tuple<Tensor, Tensor> feature_pair(const Tensor& x, const Tensor& y) {
   std::vector<double> parts(B);
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      double sums[3];
+      double sums[4];
       FASTOKD_DISPATCH(feature_sums)(type, sample(x, b), sample(y, b), N, sums);
       const double rx = std::sqrt(sums[0]), ry = std::sqrt(sums[1]);
       const double ix = 1.0 / (rx < kEps ? kEps : rx), iy = 1.0 / (ry < kEps ? kEps : ry);
-      const double uu = sums[0] * ix * ix, vv = sums[1] * iy * iy, uv = sums[2] * ix * iy;
-      parts[b] = uu + vv - 2.0 * uv;
+      const double uu = sums[0] * ix * ix, vv = sums[1] * iy * iy;
+      const double gap = (rx - ry) * (rx - ry);
+      const bool alike = rx >= kEps && ry >= kEps && gap < 0.25 * rx * ry;
+      double apart = alike ? (sums[3] - gap) * ix * iy : uu + vv - 2.0 * sums[2] * ix * iy;
+      if (apart < 0.0) apart = 0.0;  // a rounding; a NaN goes through
+      parts[b] = apart;
       saved[b] = static_cast<float>(ix);
       saved[B + b] = static_cast<float>(iy);
-      saved[2 * B + b] = rx < kEps ? 0.0f : static_cast<float>(uu - uv);
-      saved[3 * B + b] = ry < kEps ? 0.0f : static_cast<float>(vv - uv);
+      saved[2 * B + b] = rx < kEps ? 0.0f : static_cast<float>((apart + uu - vv) / 2.0);
+      saved[3 * B + b] = ry < kEps ? 0.0f : static_cast<float>((apart + vv - uu) / 2.0);
     }
   });
   double total = 0.0;

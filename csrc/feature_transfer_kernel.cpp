@@ -1,5 +1,5 @@
-// |u - v|^2 = u.u + v.v - 2 u.v cancels where the maps agree: the dot products are taken in fp32
-// lanes of at most kBlock / kLanes / 2 terms, and those are added up in double.
+// Differences of these sums cancel: they are taken in fp32 lanes of at most kBlock / kLanes / 2
+// terms, and the lanes are added up in double.
 #include "feature_transfer_kernel.h"
 
 #include "vec.h"
@@ -16,11 +16,12 @@ inline double sum_double(Vec x) {
 }
 
 struct Sums {
-  Vec xx, yy, xy;
+  Vec xx, yy, xy, dd;
   void add(Vec x, Vec y) {
     xx += x * x;
     yy += y * y;
     xy += x * y;
+    dd += (x - y) * (x - y);
   }
 };
 
@@ -28,7 +29,7 @@ template <class T>
 void sums_typed(const void* x_any, const void* y_any, int64_t n, double* sums) {
   const T* const x = static_cast<const T*>(x_any);
   const T* const y = static_cast<const T*>(y_any);
-  sums[0] = sums[1] = sums[2] = 0.0;
+  sums[0] = sums[1] = sums[2] = sums[3] = 0.0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = start + kBlock < n ? start + kBlock : n;
     Sums even{}, odd{};
@@ -48,6 +49,7 @@ void sums_typed(const void* x_any, const void* y_any, int64_t n, double* sums) {
     sums[0] += sum_double(even.xx + odd.xx);
     sums[1] += sum_double(even.yy + odd.yy);
     sums[2] += sum_double(even.xy + odd.xy);
+    sums[3] += sum_double(even.dd + odd.dd);
   }
 }
 

@@ -11,7 +11,7 @@ struct FeatureSample {
   float ix, iy, along_x, along_y;
 };
 
-// x . x, y . y and x . y.
+// x . x, y . y, x . y and (x - y) . (x - y).
 FASTOKD_DECLARE(void, feature_sums, Type type, const void* x, const void* y, int64_t n,
                 double* sums);
 

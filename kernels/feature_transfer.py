@@ -3,12 +3,15 @@
 A sample is one vector of N numbers, x and y in the same order, u = x / nx, nx = max(||x||, eps):
 
     loss = scale sum |u - v|^2,   |u - v|^2 = u.u + v.v - 2 u.v
+                                            = (|x - y|^2 - (nx - ny)^2) / (nx ny)
     dL/dx = 2 scale ((u - v) - u (u . (u - v))) / nx     (no second term where ||x|| < eps)
+    u . (u - v) = (|u - v|^2 + u.u - v.v) / 2
 
-So three sums a sample are all that a forward needs, one program a sample. The difference of dot
-products cancels where the maps agree; the sums are kept in fp32 lanes of a few dozen terms each and
-added up in float64. Saved are four numbers a sample: 1 / nx, 1 / ny, u . (u - v) and v . (v - u). The backward
-takes u - v as (x - y nx / ny) / nx: exactly 0 where the maps are the same, fused or not.
+So four sums a sample are all that a forward needs, one program a sample. The first form cancels
+where the maps agree, the second where their norms differ: each serves where it doesn't. The sums
+are kept in fp32 lanes of a few dozen terms each and added up in float64. Saved are four numbers a
+sample: 1 / nx, 1 / ny, u . (u - v) and v . (v - u). The backward takes u - v as
+(x - y nx / ny) / nx: exactly 0 where the maps are the same, whatever gets fused.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ def forward_kernel(
     xx = tl.zeros([BLOCK], tl.float32)
     yy = tl.zeros([BLOCK], tl.float32)
     xy = tl.zeros([BLOCK], tl.float32)
+    dd = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
@@ -38,21 +42,26 @@ def forward_kernel(
         xx += x * x
         yy += y * y
         xy += x * y
+        dd += (x - y) * (x - y)
     sxx = tl.sum(xx.to(tl.float64), axis=0)
     syy = tl.sum(yy.to(tl.float64), axis=0)
     sxy = tl.sum(xy.to(tl.float64), axis=0)
+    sdd = tl.sum(dd.to(tl.float64), axis=0)
     rx = tl.sqrt(sxx)
     ry = tl.sqrt(syy)
     ix = 1.0 / tl.where(rx < _EPS, _EPS, rx)
     iy = 1.0 / tl.where(ry < _EPS, _EPS, ry)
     uu = sxx * ix * ix
     vv = syy * iy * iy
-    uv = sxy * ix * iy
-    tl.store(loss_ptr + b, (uu + vv - 2.0 * uv) * scale)
+    gap = (rx - ry) * (rx - ry)
+    alike = (rx >= _EPS) & (ry >= _EPS) & (gap < 0.25 * rx * ry)
+    apart = tl.where(alike, (sdd - gap) * ix * iy, uu + vv - 2.0 * sxy * ix * iy)
+    apart = tl.where(apart < 0.0, 0.0, apart)  # a rounding; a NaN goes through
+    tl.store(loss_ptr + b, apart * scale)
     tl.store(saved_ptr + b, ix)
     tl.store(saved_ptr + B + b, iy)
-    tl.store(saved_ptr + 2 * B + b, tl.where(rx < _EPS, 0.0, uu - uv))
-    tl.store(saved_ptr + 3 * B + b, tl.where(ry < _EPS, 0.0, vv - uv))
+    tl.store(saved_ptr + 2 * B + b, tl.where(rx < _EPS, 0.0, (apart + uu - vv) / 2))
+    tl.store(saved_ptr + 3 * B + b, tl.where(ry < _EPS, 0.0, (apart + vv - uu) / 2))
 
 
 @triton.jit
