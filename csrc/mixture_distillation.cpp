@@ -134,7 +134,7 @@ struct Call {
   void read_labels(const Tensor& labels, int64_t B, int64_t C) {
     check_plain(labels, "labels");
     const bool hard = labels.dim() == 1;
-    TORCH_CHECK(labels.size(0) == B && (hard || (labels.dim() == 2 && labels.size(1) == C)),
+    TORCH_CHECK(labels.dim() > 0 && labels.size(0) == B && (hard || (labels.dim() == 2 && labels.size(1) == C)),
                 "labels has shape ", labels.sizes(), ": it must be [", B, "] or [", B, ", ", C, "]");
     if (hard) {
       TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), "labels is ",

@@ -26,6 +26,11 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     return f"it needs a GPU (the tensors are on {device.type}) or TRITON_INTERPRET=1"
 
 
+# As torch.compiler.assume_constant_result does, which would import the compiler: a compiled step
+# takes the answer for granted, and doesn't trace the search for the library.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose(op: str, impl: str, device: torch.device, refusals: Mapping[str, str | None]) -> str:
     """The implementation that serves this call.
 

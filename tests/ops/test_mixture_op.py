@@ -1,0 +1,243 @@
+"""The fused loss as an operator: registration, autograd, compilation, dispatch, bad arguments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastokd.errors import UserError
+from fastokd.ops import _cpp, mixture_distillation
+from tests.ops.mixture_cases import draw
+
+pytestmark = pytest.mark.usefixtures("cpp_ops")
+OP = torch.ops.fastokd.mixture_distillation.default
+
+
+def arguments(
+    S: int = 3, B: int = 4, C: int = 10, E: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Arguments of the operator, in its order."""
+    case = draw(S, B, C, E, dtype=dtype)
+    return {
+        "logits_SBC": case.logits_SBC.clone(),
+        "extra_EBC": case.extra_EBC,
+        "labels": case.labels_B,
+        "scores": case.scores,
+        "ce_weight_S": None,
+        "kd_weight_S": torch.ones(S),
+        "mixture_ce_weight_S": None,
+        "temperature_0d": torch.tensor(3.0),
+        "ce_weight": 1.0,
+        "kd_weight": 1.0,
+        "mixture_ce_weight": 0.0,
+        "temperature": 1.0,
+        "mix": "logits",
+        "detach_targets": False,
+        "label_smoothing": 0.0,
+        "grad_logits": True,
+        "grad_extra": True,
+        "grad_scores": True,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own copies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asks", [(True, True, True), (False, False, False)])
+def test_opcheck(dtype: torch.dtype, asks: tuple[bool, bool, bool]) -> None:
+    args = arguments(dtype=dtype) | dict(
+        zip(("grad_logits", "grad_extra", "grad_scores"), asks, strict=True)
+    )
+    torch.library.opcheck(OP, tuple(args.values()))
+    unbatched = args | {"extra_EBC": None, "scores": torch.zeros(3, 3)}
+    unbatched["logits_SBC"] = unbatched["logits_SBC"].requires_grad_()
+    torch.library.opcheck(OP, tuple(unbatched.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"logits_SBC": torch.zeros(3, 4)}, "logits_SBC has 2 dimensions"),
+        ({"logits_SBC": torch.zeros(3, 4, 10, dtype=torch.float64)}, "logits_SBC is Double"),
+        ({"logits_SBC": torch.zeros(3, 10, 4).mT}, "stride 4 between classes"),
+        ({"logits_SBC": torch.zeros(0, 4, 10)}, "from 1 to 16 sources"),
+        ({"logits_SBC": torch.zeros(16, 4, 10)}, "from 1 to 16 sources"),
+        ({"logits_SBC": torch.zeros(3, 4, 10).to_sparse()}, "(?s).*[Ss]parse"),
+        ({"extra_EBC": torch.zeros(1, 4, 11)}, "extra_EBC has shape"),
+        ({"extra_EBC": torch.zeros(1, 5, 10)}, "extra_EBC has shape"),
+        ({"extra_EBC": torch.zeros(4, 10)}, "extra_EBC has 2 dimensions"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, "labels has shape"),
+        ({"labels": torch.zeros(4)}, "class ids must be integers"),
+        ({"labels": torch.zeros(4, 9)}, "labels has shape"),
+        ({"labels": torch.zeros(4, 10, dtype=torch.long)}, "labels is Long"),
+        ({"labels": torch.tensor(1)}, "labels has shape"),
+        ({"scores": torch.zeros(3, 3)}, "scores has shape"),
+        ({"scores": torch.zeros(3, 4, 4)}, "scores has shape"),
+        ({"scores": torch.zeros(4)}, "scores has shape"),
+        ({"scores": torch.zeros(3, 4, dtype=torch.long)}, "scores is Long"),
+        ({"kd_weight_S": torch.ones(2)}, "kd_weight_S has shape"),
+        ({"ce_weight_S": torch.ones(3, 1)}, "ce_weight_S has shape"),
+        ({"temperature_0d": torch.ones(3)}, "temperature_0d must be a scalar"),
+        ({"mix": "means"}, "mix is means"),
+    ],
+)
+def test_the_operator_checks_what_it_is_given(change: dict[str, object], says: str) -> None:
+    """Called past the public function it raises; it never reads what isn't there."""
+    call = tuple((arguments() | change).values())
+    with pytest.raises(RuntimeError, match=says):
+        OP(*call)
+
+
+def leaves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    case = draw(3, 4, 10, 1, dtype=dtype)
+    assert case.extra_EBC is not None
+    return (
+        case.logits_SBC.requires_grad_(),
+        case.extra_EBC.requires_grad_(),
+        case.scores.requires_grad_(),
+        case.labels_B,
+    )
+
+
+def total(z: Tensor, extra: Tensor, scores: Tensor, labels_B: Tensor, **options: Any) -> Tensor:
+    return mixture_distillation(z, labels_B, scores, extra_logits_EBC=extra, **options).total
+
+
+def test_every_subset_of_gradients() -> None:
+    z, extra, scores, labels_B = leaves()
+    full = torch.autograd.grad(total(z, extra, scores, labels_B), [z, extra, scores])
+    for asks in itertools.product([False, True], repeat=3):
+        chosen = [
+            x.detach().requires_grad_(asked)
+            for x, asked in zip((z, extra, scores), asks, strict=True)
+        ]
+        loss = total(*chosen, labels_B)
+        assert loss.requires_grad == any(asks)
+        wanted = [x for x in chosen if x.requires_grad]
+        expected = [x for x, asked in zip(full, asks, strict=True) if asked]
+        found = torch.autograd.grad(loss, wanted) if wanted else ()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_detached_targets_have_no_gradient() -> None:
+    z, extra, scores, labels_B = leaves()
+    gradients = torch.autograd.grad(
+        total(z, extra, scores, labels_B, detach_targets=True),
+        [z, extra, scores],
+        allow_unused=True,
+    )
+    assert gradients[0] is not None
+    assert gradients[1:] == (None, None)
+    assert not total(z.detach(), extra, scores, labels_B, detach_targets=True).requires_grad
+
+
+def test_no_grad_and_inference() -> None:
+    z, extra, scores, labels_B = leaves()
+    with torch.no_grad():
+        assert not total(z, extra, scores, labels_B).requires_grad
+    with torch.inference_mode():
+        assert total(z, extra, scores, labels_B).isfinite()
+
+
+def test_a_retained_graph_gives_the_same_gradient_again() -> None:
+    z, extra, scores, labels_B = leaves()
+    loss = total(z, extra, scores, labels_B)
+    first = torch.autograd.grad(loss, [z, scores], retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.mul_(7)  # what the caller does with its gradient is its own affair
+    scaled = torch.autograd.grad(loss * 2, [z, scores], retain_graph=True)
+    second = torch.autograd.grad(loss, [z, scores])
+    for once, twice, again in zip(kept, scaled, second, strict=True):
+        assert torch.equal(once, again)
+        torch.testing.assert_close(2 * once, twice)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_accumulate() -> None:
+    z, extra, scores, labels_B = leaves()
+    for _ in range(3):
+        total(z, extra, scores, labels_B).backward()
+    (once,) = torch.autograd.grad(total(z, extra, scores, labels_B), [z])
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, 3 * once)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    z, extra, scores, labels_B = leaves()
+    (gradient,) = torch.autograd.grad(total(z, extra, scores, labels_B), [z], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: impl='torch' has"):
+        (gradient.square().sum() + z.sum()).backward()
+
+
+def test_half_precision_survives_the_grad_scaler() -> None:
+    """At B 256, C 1,000 most gradients are below fp16's smallest number until they are scaled."""
+    case = draw(4, 256, 1000, dtype=torch.float16, incoming=65536.0, asks=(True, False, False))
+    case = replace(case, logits_SBC=4 * case.logits_SBC, kd_weight=0.001)
+    ours, exact = case.run("cpp")["grad_logits"], case.double().run("torch")["grad_logits"]
+    unscaled = (exact / 65536.0).half()
+    assert (unscaled == 0).float().mean() > 0.3
+    assert (ours == 0).float().mean() < 0.01
+    error = (ours.double() - exact).square().mean().sqrt()
+    assert error < 1e-3 * exact.square().mean().sqrt()
+
+
+def test_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(z: Tensor, extra: Tensor, scores: Tensor, labels_B: Tensor, w: Tensor) -> Tensor:
+        loss = mixture_distillation(
+            z, labels_B, scores, extra_logits_EBC=extra, kd_weight=w, temperature=2.0, impl="cpp"
+        )
+        return loss.total * 3 + loss.kd_S.sum()
+
+    monkeypatch.setattr(_cpp, "_library", None)  # the search for the library isn't traced
+    compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True, backend="aot_eager")
+    z, extra, scores, labels_B = leaves(torch.bfloat16)
+    for w in (torch.tensor(0.3), torch.tensor(0.9)):
+        wanted = torch.autograd.grad(step(z, extra, scores, labels_B, w), [z, extra, scores])
+        loss = compiled(z, extra, scores, labels_B, w)
+        for found, exact in zip(torch.autograd.grad(loss, [z, extra, scores]), wanted, strict=True):
+            torch.testing.assert_close(found, exact)
+
+
+def test_auto_takes_what_it_can_and_says_why_not() -> None:
+    z, _, scores, labels_B = leaves()
+    scores = scores[..., :3].detach()
+
+    def refused(reason: str, **change: Any) -> None:
+        call = {"logits_SBC": z, "labels_B": labels_B, "scores": scores} | change
+        with pytest.raises(UserError, match=reason):
+            mixture_distillation(**call, impl="cpp")
+        mixture_distillation(**call)
+
+    assert "FusedLoss" in str(mixture_distillation(z, labels_B, scores).total.grad_fn)
+    refused("float64", scores=scores.double())
+    refused("10 elements apart", logits_SBC=torch.zeros(3, 4, 100)[..., ::10])
+    refused("17 sources", logits_SBC=torch.zeros(17, 4, 10), scores=torch.zeros(17, 17))
+    refused("labels_B asks for gradient", labels_B=torch.rand(4, 10, requires_grad=True))
+
+
+def test_threads_change_nothing() -> None:
+    case = draw(4, 67, 300, 1, batched=False)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(case.run("cpp"))
+    torch.set_num_threads(before)
+    for found in results[1:]:
+        for name, x in found.items():
+            assert torch.equal(x, results[0][name])
+
+
+def test_denormals_stay_on() -> None:
+    """A library linked with -ffast-math would turn them off for the whole process."""
+    assert _cpp.load() is None
+    assert torch.tensor(1e-40).mul(1.0).item() > 0
+    assert math.ldexp(1.0, -1074) > 0
