@@ -1,0 +1,148 @@
+"""Divergences, losses and gradients of the mixture-distillation kernel, given its sums.
+
+``mix`` holds a student's mixing weights, or their logarithms where probabilities are mixed;
+UNHEARD where it doesn't listen.
+"""
+
+import triton
+import triton.language as tl
+from fastokd.kernels._mixture_sums import LOG2E, UNHEARD, has_target, mixed_row, share
+from fastokd.kernels._tiles import PAD
+
+
+@triton.jit
+def log_probs(rows, tops, totals, inv_T):
+    """Each source's log softmax at T."""
+    out = ()
+    for n in tl.static_range(len(rows)):
+        out += ((rows[n] - tops[n]) * inv_T - tl.log(totals[n]),)
+    return out
+
+
+@triton.jit
+def log_target(log_p, log_mix):
+    """log sum_n mix_n p_n, never through an underflowed sum."""
+    top = tl.zeros_like(log_p[0]) + PAD
+    for n in tl.static_range(len(log_p)):
+        heard = log_mix[n] != UNHEARD
+        top = tl.where(heard, tl.maximum(top, log_p[n] + log_mix[n]), top)
+    total = tl.zeros_like(top)
+    for n in tl.static_range(len(log_p)):
+        term = tl.where(log_mix[n] != UNHEARD, log_p[n] + log_mix[n], PAD)
+        total += tl.exp2((term - top) * LOG2E)
+    return top + tl.log(total)
+
+
+@triton.jit
+def targets(log_p, log_q, mix, MIX: tl.constexpr):
+    """A student's target probabilities, and for each source log of target over student.
+
+    Each pair is a target of its own where ``MIX`` is pairwise; their mixture is what the student's
+    gradient sees.
+    """
+    ratios = ()
+    if MIX == "probs":
+        log_t = log_target(log_p, mix)
+        target = tl.exp2(log_t * LOG2E)
+        for _ in tl.static_range(len(log_p)):
+            ratios += (log_t - log_q,)
+    else:
+        target = tl.zeros_like(log_q)
+        for n in tl.static_range(len(log_p)):
+            more = target + mix[n] * tl.exp2(log_p[n] * LOG2E)
+            target = tl.where(mix[n] != UNHEARD, more, target)
+            ratios += (log_p[n] - log_q,)
+    return target, ratios
+
+
+@triton.jit
+def source_terms(log_p, log_q, mix, MIX: tl.constexpr):
+    """The tiles that a student's K_n sum over; none for mixtures of logits."""
+    out = ()
+    if len(log_p) > 0:
+        _, ratios = targets(log_p, log_q, mix, MIX)
+    for n in tl.static_range(len(log_p)):
+        out += (tl.exp2(log_p[n] * LOG2E) * ratios[n],)
+    return out
+
+
+@triton.jit
+def store_loss(
+    loss_ptr, mix, stats, source_sums, T, b, s,
+    S: tl.constexpr, MIX: tl.constexpr, MIXTURE_CE: tl.constexpr,
+):  # fmt: skip
+    """One student's three losses."""
+    B = tl.num_programs(0)
+    at = loss_ptr + s * B + b
+    taught = has_target(mix)
+    tl.store(at, stats[9] * tl.log(stats[1]) - stats[3])
+    if MIX == "logits":
+        kl = stats[6] / stats[5] - tl.log(stats[5] / stats[2])
+    else:
+        kl = 0.0 * T
+        for n in tl.static_range(len(mix)):
+            more = kl + share(mix[n], MIX) * source_sums[n]
+            kl = tl.where(mix[n] != UNHEARD, more, kl)
+    tl.store(at + S * B, tl.where(taught, T * T * kl, 0.0))
+    mixture = 0.0 * T
+    if MIXTURE_CE:
+        mixture = stats[9] * tl.log(stats[7]) - stats[8]
+    tl.store(at + 2 * S * B, tl.where(taught, mixture, 0.0))
+
+
+@triton.jit
+def send_gradients(
+    grads, rows, z, log_p, log_q, y, mix, stats, source_sums, ce, kd, mixture, T, s,
+    MIX: tl.constexpr, MIXTURE_CE: tl.constexpr, DETACH: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Adds what student s, whose row is ``z``, sends to each row.
+
+    Returns besides what it sends to its mixture of logits. ``ce``, ``kd`` and ``mixture`` are one
+    sample's shares of the student's weights.
+    """
+    MIXED: tl.constexpr = MIXTURE_CE or (MIX == "logits" and not DETACH)
+    PAIRED: tl.constexpr = MIX != "logits" and not DETACH
+    inv_T = 1.0 / T
+    k = inv_T * LOG2E
+    kd = tl.where(has_target(mix), kd * T, 0.0)
+    d = z - stats[0]
+    direct = tl.exp2(d * LOG2E) * (ce * stats[9] / stats[1]) - ce * y
+    direct += tl.exp2(d * k) * (kd / stats[2])
+    if MIX == "logits" or MIXTURE_CE:
+        u = mixed_row(rows, mix, MIX) - stats[4]
+    mixed_grad = tl.zeros_like(d)
+    if MIX == "logits":
+        target = tl.exp2(u * k) * (kd / stats[5])
+        direct -= target
+        if not DETACH:
+            # log t/q - KL: the logarithms of the sums cancel.
+            mixed_grad = target * ((u - d) * inv_T - stats[6] / stats[5])
+    else:
+        target, ratios = targets(log_p, log_q, mix, MIX)
+        direct -= kd * target
+    if MIXTURE_CE:
+        mixed_grad += tl.exp2(u * LOG2E) * (mixture * stats[9] / stats[7]) - mixture * y
+    sent = ()
+    for n in tl.static_range(len(rows)):
+        grad = grads[n]
+        if MIXED or PAIRED:
+            g = mixed_grad
+            if PAIRED:
+                g += kd * tl.exp2(log_p[n] * LOG2E) * (ratios[n] - source_sums[n])
+            # Not as mixed_row says it, lest the masks live from there to here.
+            grad = tl.where(mix[n] > 1.5, grad, grad + share(mix[n], MIX) * g)
+        if n >= FIRST and n < FIRST + COUNT:
+            grad = tl.where(s == n, grad + direct, grad)
+        sent += (grad,)
+    return sent, mixed_grad
+
+
+@triton.jit
+def products(rows, mixed_grad, NEEDED: tl.constexpr):
+    """The tiles that the gradient to a student's mixing weights sums over."""
+    out = ()
+    if NEEDED:
+        for n in tl.static_range(len(rows)):
+            out += (mixed_grad * rows[n],)
+    return out

@@ -1,0 +1,86 @@
+"""What the kernels share: joint reductions, and rows read and written at their full width."""
+
+import triton
+import triton.language as tl
+
+# Fills the columns past a row's end. Finite, so that 0 * PAD is 0, yet exp(PAD - max) is 0.
+PAD = tl.constexpr(-1e30)
+
+
+@triton.jit
+def sums(tiles):
+    """The sum of each tile, all in one exchange between the warps instead of one each."""
+    if len(tiles) == 0:
+        return ()
+    elif len(tiles) == 1:
+        return (tl.sum(tiles[0], 0),)
+    else:
+        pairs = ()
+        for i in tl.static_range(len(tiles) // 2):
+            pairs += (tl.join(tiles[2 * i], tiles[2 * i + 1]),)
+        if len(tiles) % 2 == 1:
+            pairs += (tl.join(tiles[len(tiles) - 1], tiles[len(tiles) - 1]),)
+        joint = sums(pairs)
+        parts = ()
+        for i in tl.static_range(len(tiles) // 2):
+            left, right = tl.split(joint[i])
+            parts += (left, right)
+        if len(tiles) % 2 == 1:
+            last, _ = tl.split(joint[len(tiles) // 2])
+            parts += (last,)
+        return parts
+
+
+@triton.jit
+def maxima(tiles):
+    """The maximum of each tile, NaN ignored, as ``sums``."""
+    if len(tiles) == 0:
+        return ()
+    elif len(tiles) == 1:
+        return (tl.max(tiles[0], 0),)
+    else:
+        pairs = ()
+        for i in tl.static_range(len(tiles) // 2):
+            pairs += (tl.join(tiles[2 * i], tiles[2 * i + 1]),)
+        if len(tiles) % 2 == 1:
+            pairs += (tl.join(tiles[len(tiles) - 1], tiles[len(tiles) - 1]),)
+        joint = maxima(pairs)
+        parts = ()
+        for i in tl.static_range(len(tiles) // 2):
+            left, right = tl.split(joint[i])
+            parts += (left, right)
+        if len(tiles) % 2 == 1:
+            last, _ = tl.split(joint[len(tiles) // 2])
+            parts += (last,)
+        return parts
+
+
+@triton.jit
+def load_rows(
+    ptr, row_stride, batch_stride, b, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr
+):
+    """``ROWS`` rows of sample ``b`` in fp32, PAD past column C.
+
+    Strides count VEC elements each, so that the compiler knows every row's alignment without
+    specialising on a number that may depend on the batch.
+    """
+    width: tl.constexpr = (C + VEC - 1) // VEC * VEC
+    out = ()
+    for i in tl.static_range(ROWS):
+        row = ptr + (i * row_stride.to(tl.int64) + b * batch_stride) * VEC
+        x = tl.load(row + cols, mask=cols < width, other=0.0).to(tl.float32)
+        out += (tl.where(cols < C, x, PAD),)
+    return out
+
+
+@triton.jit
+def store_rows(ptr, pitch, b, cols, tiles, C: tl.constexpr, VEC: tl.constexpr):
+    """The counterpart of ``load_rows`` for rows as ``empty_gradient`` lays them out.
+
+    The padding of a padded row is overwritten.
+    """
+    width: tl.constexpr = (C + VEC - 1) // VEC * VEC
+    B = tl.num_programs(0).to(tl.int64)
+    for i in tl.static_range(len(tiles)):
+        row = ptr + (i * B + b) * pitch * VEC
+        tl.store(row + cols, tiles[i].to(ptr.dtype.element_ty), mask=cols < width)

@@ -1,0 +1,364 @@
+"""The one distillation loss on a GPU: losses and every gradient from one launch.
+
+For student s and sample b, with a = softmax(scores) and sources n (students first, then extras),
+z a source's logits, M = sum_n a_sn z_n, p_n = softmax(z_n / T), q_s = p_s, t_s the target
+(softmax(M / T), sum_n a_sn p_n, or each p_n for itself) and y the smoothed labels:
+
+    ce_s = -sum_c y log softmax(z_s)                 d ce / d z_s = mass(y) softmax(z_s) - y
+    kd_s = T^2 KL(t_s || q_s)                        d kd / d z_s = T (q_s - t_s)
+      logits    d kd / d M   = T t (log t/q - KL)    then d z_n += a_sn dM, d a_sn = dM . z_n
+      probs     d kd / d z_n = T a_sn p_n (log t/q - K_n),   K_n = sum_c p_n log t/q
+      pairwise  d kd / d z_n = T a_sn p_n (log p_n/q - K_n), K_n = KL(p_n || q_s)
+                d kd / d a_sn = T^2 K_n (both; kd = T^2 sum_n a_sn K_n)
+    mixture_s = CE(M, y)                             d / d M = mass(y) softmax(M) - y
+    d scores_sn = a_sn (d a_sn - sum_m a_sm d a_sm)
+
+One program serves one sample. Where all its rows fit the registers, each logit is read once and
+each gradient written once; else the classes go by in blocks: one sweep for the stats, one for the
+K_n (probs and pairwise; their gradient needs sums that need the softmaxes' sums), one that writes
+the gradients. Nothing depends on another program, and nothing is specialised on the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastokd.kernels import _layout as layout
+from fastokd.kernels._attention import attention_gradients, attention_scores
+from fastokd.kernels._launch import plan, warp_size
+from fastokd.kernels._layout import Weight, empty_gradient, row_layout
+from fastokd.kernels._mixture import (
+    log_probs,
+    products,
+    send_gradients,
+    source_terms,
+    store_loss,
+)
+from fastokd.kernels._mixture_sums import (
+    UNHEARD,
+    block_log_sums,
+    block_stats,
+    entries,
+    labels_tile,
+    merge_log_sums,
+    merge_stats,
+    mixing_weights,
+    no_log_sums,
+    no_stats,
+    of_student,
+    pick,
+    share,
+    unpacked,
+    with_entries,
+    with_student,
+)
+from fastokd.kernels._reduce import reduce, weight
+from fastokd.kernels._tiles import load_rows, store_rows, sums
+from torch import Tensor
+
+# Students in one loop: each selects its row among as many, and masks are registers too.
+GROUP = tl.constexpr(8)
+
+
+@triton.jit
+def _block(
+    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, cols,
+    S: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    Z_VEC: tl.constexpr, X_VEC: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """Every row and the labels over a block of classes."""
+    rows = load_rows(z_ptr, z_s, z_b, b, cols, S, C, Z_VEC)
+    if E > 0:
+        rows += load_rows(x_ptr, x_s, x_b, b, cols, E, C, X_VEC)
+    return rows, labels_tile(label_ptr, label_b, b, cols, smoothing, C, SOFT)
+
+
+@triton.jit
+def _zeros(like, N: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out += (tl.zeros_like(like),)
+    return out
+
+
+_UNSPECIALISED = ["z_s", "z_b", "x_s", "x_b", "gz_b", "gx_b", "label_b"]
+_UNSPECIALISED += ["score_b", "score_s", "score_n", "key_b", "key_p", "key_d"]
+_UNSPECIALISED += ["ce_stride", "kd_stride", "mixture_stride"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def mixture_distillation_kernel(
+    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b,
+    score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d,
+    ce_ptr, ce_stride, ce_number, kd_ptr, kd_stride, kd_number,
+    mixture_ptr, mixture_stride, mixture_number, T_ptr, T_number, smoothing,
+    loss_ptr, gz_ptr, gz_b, gx_ptr, gx_b, gscore_ptr, gkey_ptr,
+    S: tl.constexpr, E: tl.constexpr, C: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    MIX: tl.constexpr, MIXTURE_CE: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
+    Z_VEC: tl.constexpr, X_VEC: tl.constexpr, GZ_VEC: tl.constexpr, GX_VEC: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, D_TILE: tl.constexpr,
+):  # fmt: skip
+    """One sample a program. Scores come from ``score_ptr``, or where D > 0 from P queries and keys.
+
+    The mixing weights and, between sweeps, the K_n and the stats are tiles and vectors spread over
+    the threads, from which a student's entries are taken as its turn comes: S x N numbers don't
+    fit one thread's registers.
+    """
+    N: tl.constexpr = S + E
+    USES_M: tl.constexpr = MIX == "logits" or MIXTURE_CE
+    GRAD_MIX: tl.constexpr = gscore_ptr is not None or gkey_ptr is not None
+    GRADIENTS: tl.constexpr = GRAD_MIX or gz_ptr is not None or gx_ptr is not None
+    DOTS: tl.constexpr = GRAD_MIX and (MIXTURE_CE or (MIX == "logits" and not DETACH))
+    RESIDENT: tl.constexpr = BLOCK >= C
+    # How many K_n a student has.
+    PAIRS: tl.constexpr = 0 if MIX == "logits" else N
+    b, B = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    T = weight((T_ptr, 0, T_number), 0)
+    inv_T = 1.0 / T
+    ce = (ce_ptr, ce_stride, ce_number)
+    kd = (kd_ptr, kd_stride, kd_number)
+    mixture = (mixture_ptr, mixture_stride, mixture_number)
+    row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    inside = (row < S) & (column < N)
+    cols = tl.arange(0, BLOCK)
+
+    if RESIDENT:  # asked for first, to be on the way while the scores are worked out
+        rows, y = _block(
+            z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, cols,
+            S, E, C, Z_VEC, X_VEC, SOFT,
+        )  # fmt: skip
+    if D > 0:
+        scores = attention_scores(
+            score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d, b, P, D, TILE, D_TILE
+        )  # fmt: skip
+    else:
+        at = score_ptr + b * score_b + row * score_s + column * score_n
+        scores = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+    mix_tile = mixing_weights(scores, MIX)
+    mix_flat = tl.reshape(mix_tile, [TILE * TILE])
+    k_flat = tl.zeros([TILE * TILE], tl.float32)
+    grad_flat = tl.zeros([TILE * TILE], tl.float32)
+    if RESIDENT:
+        grads, log_p = _zeros(y, N), ()
+        if PAIRS > 0:
+            tops, totals = block_log_sums(rows, inv_T)
+            log_p = log_probs(rows, tops, totals, inv_T)
+        for s0 in tl.static_range(0, S, GROUP):
+            for s in range(s0, min(s0 + GROUP, S)):
+                z, log_q = pick(rows[0:S], s, s0, GROUP), pick(log_p[0:S], s, s0, GROUP)
+                mix = entries(mix_flat, s, N, TILE)
+                stats = block_stats(z, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                k = sums(source_terms(log_p, log_q, mix, MIX))
+                k_flat = with_entries(k_flat, s, k, TILE)
+                store_loss(loss_ptr, mix, stats, k, T, b, s, S, MIX, MIXTURE_CE)
+                if GRADIENTS:
+                    grads, mixed_grad = send_gradients(
+                        grads, rows, z, log_p, log_q, y, mix, stats, k,
+                        weight(ce, s) / B, weight(kd, s) / B, weight(mixture, s) / B, T, s,
+                        MIX, MIXTURE_CE, DETACH, s0, GROUP,
+                    )  # fmt: skip
+                    dots = sums(products(rows, mixed_grad, DOTS))
+                    grad_flat = with_entries(grad_flat, s, dots, TILE)
+        if gz_ptr is not None:
+            store_rows(gz_ptr, gz_b, b, cols, grads[0:S], C, GZ_VEC)
+        if gx_ptr is not None:
+            store_rows(gx_ptr, gx_b, b, cols, grads[S:N], C, GX_VEC)
+    else:
+        stats = no_stats(TILE)
+        log_sums = no_log_sums(TILE)
+        for c0 in range(0, C, BLOCK):
+            rows, y = _block(
+                z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
+                S, E, C, Z_VEC, X_VEC, SOFT,
+            )  # fmt: skip
+            more = no_stats(TILE)
+            for s in range(S):
+                mix = entries(mix_flat, s, N if USES_M else 0, TILE)
+                z = pick(rows[0:S], s, 0, S)
+                found = block_stats(z, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                more = with_student(more, s, found, TILE)
+            stats = merge_stats(stats, more, inv_T)
+            if PAIRS > 0:
+                tops, totals = block_log_sums(rows, inv_T)
+                log_sums = merge_log_sums(log_sums, tops, totals, inv_T, TILE)
+        if PAIRS > 0:
+            for c0 in range(0, C, BLOCK):
+                rows, y = _block(
+                    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
+                    S, E, C, Z_VEC, X_VEC, SOFT,
+                )  # fmt: skip
+                tops, totals = unpacked(log_sums[0], N, TILE), unpacked(log_sums[1], N, TILE)
+                log_p = log_probs(rows, tops, totals, inv_T)
+                for s in range(S):
+                    terms = source_terms(
+                        log_p, pick(log_p[0:S], s, 0, S), entries(mix_flat, s, N, TILE), MIX
+                    )
+                    k_flat = with_entries(k_flat, s, sums(terms), TILE)
+        for s in range(S):
+            store_loss(
+                loss_ptr, entries(mix_flat, s, N, TILE), of_student(stats, s, TILE),
+                entries(k_flat, s, PAIRS, TILE), T, b, s, S, MIX, MIXTURE_CE,
+            )  # fmt: skip
+        if GRADIENTS:
+            for c0 in range(0, C, BLOCK):
+                rows, y = _block(
+                    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
+                    S, E, C, Z_VEC, X_VEC, SOFT,
+                )  # fmt: skip
+                tops = unpacked(log_sums[0], PAIRS, TILE)
+                totals = unpacked(log_sums[1], PAIRS, TILE)
+                grads, log_p = _zeros(y, N), log_probs(rows[0:PAIRS], tops, totals, inv_T)
+                for s in range(S):
+                    grads, mixed_grad = send_gradients(
+                        grads, rows, pick(rows[0:S], s, 0, S), log_p, pick(log_p[0:S], s, 0, S), y,
+                        entries(mix_flat, s, N, TILE),
+                        of_student(stats, s, TILE), entries(k_flat, s, PAIRS, TILE),
+                        weight(ce, s) / B, weight(kd, s) / B, weight(mixture, s) / B, T, s,
+                        MIX, MIXTURE_CE, DETACH, 0, S,
+                    )  # fmt: skip
+                    dots = sums(products(rows, mixed_grad, DOTS))
+                    grad_flat = with_entries(grad_flat, s, dots, TILE)
+                if gz_ptr is not None:
+                    store_rows(gz_ptr, gz_b, b, c0 + cols, grads[0:S], C, GZ_VEC)
+                if gx_ptr is not None:
+                    store_rows(gx_ptr, gx_b, b, c0 + cols, grads[S:N], C, GX_VEC)
+
+    if GRAD_MIX:
+        grad_mix = tl.reshape(grad_flat, [TILE, TILE])
+        if PAIRS > 0 and not DETACH:
+            k_tile = tl.reshape(k_flat, [TILE, TILE])
+            grad_mix += weight(kd, tl.minimum(row, S - 1)) / B * T * T * k_tile
+        mix_tile = tl.reshape(mix_flat, [TILE, TILE])
+        heard, mix_tile = mix_tile != UNHEARD, share(mix_tile, MIX)
+        part = tl.where(heard, mix_tile * grad_mix, 0.0)
+        total = tl.sum(part, 1)[:, None]
+        grad_scores = tl.where(heard, part - mix_tile * total, 0.0)
+        if D > 0:
+            attention_gradients(
+                grad_scores, score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d,
+                gscore_ptr, gkey_ptr, b, P, D, TILE, D_TILE,
+            )  # fmt: skip
+        else:
+            at = gscore_ptr + b * (S * N) + row * N + column
+            tl.store(at, grad_scores.to(gscore_ptr.dtype.element_ty), mask=inside)
+
+
+class Scores(NamedTuple):
+    """A tensor and its strides over samples, then students and sources, or peers and d."""
+
+    tensor: Tensor | None
+    sample: int
+    first: int
+    second: int
+
+
+class Loss(NamedTuple):
+    """What makes the loss, beside the tensors it is of."""
+
+    ce: Weight
+    kd: Weight
+    mixture: Weight
+    temperature: tuple[Tensor | None, float]
+    mix: str
+    detach: bool
+    smoothing: float
+
+
+def run(
+    logits_SBC: Tensor,
+    extra_EBC: Tensor | None,
+    labels: Tensor,
+    scores: Scores,
+    key: Scores,
+    loss: Loss,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """Launches the kernel; returns the per-sample losses ``[3, S, B]``.
+
+    With a ``key``, ``scores`` is the query. ``gradients`` is where those of logits, extras, scores
+    (or query) and key go, None where not asked for.
+    """
+    S, B, C = logits_SBC.shape
+    N = S + (0 if extra_EBC is None else extra_EBC.shape[0])
+    gz, gx, g_scores, g_key = gradients
+    losses_3SB = logits_SBC.new_empty((3, S, B), dtype=torch.float32)
+    if B == 0:
+        return losses_3SB
+    z, x, gz_rows, gx_rows = (
+        (0, 0, 1) if rows is None else row_layout(rows) for rows in (logits_SBC, extra_EBC, gz, gx)
+    )
+    P, D = (0, 0) if key.tensor is None else key.tensor.shape[1:]
+    block, warps = plan(N, C, loss.mix != "logits", warp_size())
+    tile = triton.next_power_of_2(N)
+    with torch.cuda.device_of(logits_SBC):
+        mixture_distillation_kernel[(B,)](
+            logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), *scores, *key,
+            *loss.ce, *loss.kd, *loss.mixture, *loss.temperature, loss.smoothing,
+            losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
+            S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
+            loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
+            block, tile, 4096 // tile**2 if tile > 8 else 64,
+            num_warps=warps,
+        )  # fmt: skip
+    return losses_3SB
+
+
+def launch(
+    logits_SBC: Tensor,
+    extra_EBC: Tensor | None,
+    labels: Tensor,
+    scores: Tensor,
+    ce_weight_S: Tensor | None,
+    kd_weight_S: Tensor | None,
+    mixture_ce_weight_S: Tensor | None,
+    temperature_0d: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    mixture_ce_weight: float,
+    temperature: float,
+    mix: str,
+    detach_targets: bool,
+    label_smoothing: float,
+    grad_logits: bool,
+    grad_extra: bool,
+    grad_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``fastokd::mixture_distillation`` in two launches, the second a reduction over the batch.
+
+    Returns:
+        total, ce_S and kd_S (fp32), then gradients for an incoming gradient of 1: of logits and
+        extras in fp32 where those are fp16 and else in their dtype, of scores in fp32; ``[0]``
+        where not asked for.
+    """
+    batched = scores.dim() == 3
+    none = logits_SBC.new_empty(0, dtype=torch.float32)
+    loss = Loss(
+        layout.weight(ce_weight_S, ce_weight),
+        layout.weight(kd_weight_S, kd_weight),
+        layout.weight(mixture_ce_weight_S, mixture_ce_weight),
+        (temperature_0d, float(temperature)),
+        mix,
+        detach_targets,
+        float(label_smoothing),
+    )
+    gz = empty_gradient(logits_SBC) if grad_logits else None
+    gx = empty_gradient(extra_EBC) if grad_extra and extra_EBC is not None else None
+    g_scores = None
+    if grad_scores:
+        B, S = logits_SBC.shape[1], logits_SBC.shape[0]
+        g_scores = none.new_empty((B, S, scores.shape[-1]))
+    losses_3SB = run(
+        logits_SBC,
+        extra_EBC,
+        labels,
+        Scores(scores, *(scores.stride() if batched else (0, *scores.stride()))),
+        Scores(None, 0, 0, 0),
+        loss,
+        (gz, gx, g_scores, None),
+    )
+    total, ce_S, kd_S, summed = reduce(losses_3SB, *loss[:3], None if batched else g_scores)
+    gradients = (none if g is None else g for g in (gz, gx, g_scores if batched else summed))
+    return total, ce_S, kd_S, *gradients

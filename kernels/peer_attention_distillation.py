@@ -1,0 +1,72 @@
+"""OKDDip's loss from the peers' queries and keys, on a GPU: the scores are made in the kernel.
+
+    scores_ab = query_a . key_b    between peers; 0 from the leader (the last student where there is
+                                   one more than peers) to each peer; -inf to the leader
+    d query_a = sum_b d scores_ab key_b,    d key_b = sum_a d scores_ab query_a
+
+The rest, kernel included, is ``mixture_distillation.py``'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from fastokd.kernels import _layout as layout
+from fastokd.kernels._layout import empty_gradient
+from fastokd.kernels._reduce import reduce
+from fastokd.kernels.mixture_distillation import Loss, Scores, run
+from torch import Tensor
+
+
+def launch(
+    logits_SBC: Tensor,
+    labels: Tensor,
+    query_BPd: Tensor,
+    key_BPd: Tensor,
+    ce_weight_S: Tensor | None,
+    kd_weight_S: Tensor | None,
+    temperature_0d: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    temperature: float,
+    mix: str,
+    detach_targets: bool,
+    label_smoothing: float,
+    grad_logits: bool,
+    grad_query: bool,
+    grad_key: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``fastokd::peer_attention_distillation`` in two launches, the second a reduction.
+
+    Returns:
+        total, ce_S and kd_S (fp32), then gradients for an incoming gradient of 1: of the logits in
+        fp32 where they are fp16 and else in their dtype, of query and key in fp32; ``[0]`` where
+        not asked for.
+    """
+    none = logits_SBC.new_empty(0, dtype=torch.float32)
+    loss = Loss(
+        layout.weight(ce_weight_S, ce_weight),
+        layout.weight(kd_weight_S, kd_weight),
+        layout.weight(None, 0.0),
+        (temperature_0d, float(temperature)),
+        mix,
+        detach_targets,
+        float(label_smoothing),
+    )
+    gradients = (
+        empty_gradient(logits_SBC) if grad_logits else None,
+        None,
+        none.new_empty(query_BPd.shape) if grad_query else None,
+        none.new_empty(key_BPd.shape) if grad_key else None,
+    )
+    losses_3SB = run(
+        logits_SBC,
+        None,
+        labels,
+        Scores(query_BPd, *query_BPd.stride()),
+        Scores(key_BPd, *key_BPd.stride()),
+        loss,
+        gradients,
+    )
+    total, ce_S, kd_S, _ = reduce(losses_3SB, *loss[:3], None)
+    gz, _, g_query, g_key = (none if g is None else g for g in gradients)
+    return total, ce_S, kd_S, gz, g_query, g_key

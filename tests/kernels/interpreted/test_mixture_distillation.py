@@ -1,0 +1,177 @@
+"""The Triton kernel of mixture_distillation against float64, by error budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fastokd.kernels import mixture_distillation as kernel
+
+from tests.ops.mixture_cases import Case, assert_within_budget, draw
+
+INF = math.inf
+MIXES = ("logits", "probs", "pairwise")
+
+
+def check(case: Case) -> None:
+    assert_within_budget(case, "triton")
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in blocks of 32, as if they were too many for the registers."""
+    monkeypatch.setattr(kernel, "plan", lambda *_: (32, 1))
+
+
+# Two classes; ten; one hundred in few threads; one thousand, and past it a ragged row.
+@pytest.mark.parametrize("C", [2, 10, 100, 1003])
+def test_classes(C: int) -> None:
+    check(draw(S=3, B=2, C=C, listens=0.8, incoming=0.37))
+
+
+# One student alone, up to the paper's largest group, and all that fits; two loops from 9 students.
+@pytest.mark.parametrize(("S", "E"), [(1, 0), (1, 1), (2, 3), (8, 0), (9, 7), (16, 0)])
+def test_students_and_extras(S: int, E: int) -> None:
+    check(draw(S=S, B=1, E=E, listens=0.7))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("detach", [False, True])
+def test_mixes(mix: str, detach: bool) -> None:
+    options = {"mix": mix, "detach_targets": detach, "label_smoothing": 0.1, "temperature": 1.7}
+    check(draw(B=2, C=21, E=1, listens=0.7, mixture_ce_weight=0.3, **options))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_sweeps(mix: str, sweeps: None) -> None:
+    """Three full blocks and a ragged one, soft labels, gradients of one matrix of scores."""
+    options = {"mix": mix, "soft": True, "batched": False, "label_smoothing": 0.2}
+    check(draw(B=2, C=101, E=1, listens=0.7, mixture_ce_weight=0.3, **options))
+
+
+def test_sweeps_of_a_detached_target(sweeps: None) -> None:
+    check(draw(B=3, C=64, detach_targets=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", [0, 6])
+def test_half_precision_and_padded_rows(dtype: torch.dtype, padding: int) -> None:
+    check(draw(S=4, B=3, C=10, E=2, dtype=dtype, padding=padding, incoming=1.9))
+
+
+def test_loss_scale() -> None:
+    """Under a GradScaler at B 256: each gradient is a 256th, most below fp16's smallest number."""
+    share = 3 / 256
+    weights = {"ce_weight": share, "kd_weight": 0.7 * share, "incoming": 65536.0}
+    case = draw(S=4, B=3, C=1000, dtype=torch.float16, **weights)
+    check(case)
+    saved = kernel.launch(
+        case.logits_SBC, None, case.labels_B, case.scores, None, None, None, None,
+        share, 0.7 * share, 0.0, 3.0, "logits", False, 0.0, True, False, False,
+    )[3]  # fmt: skip
+    assert saved.dtype == torch.float32
+    assert (saved.abs() < torch.finfo(torch.float16).smallest_normal).float().mean() > 0.9
+
+
+def test_weights_and_temperature_on_the_device() -> None:
+    check(
+        draw(
+            B=2,
+            ce_weight=torch.tensor([1.0, 0.5, 2.0]),
+            kd_weight=torch.tensor(0.7),
+            mixture_ce_weight=torch.tensor([1.0, 0.0, 0.0]),
+            temperature=torch.tensor(2.5),
+        )
+    )
+
+
+def test_strides() -> None:
+    """Logits that lie [B, S, C], labels from a wider tensor, one row of scores for all."""
+    case = draw(S=3, B=3, C=12, E=1)
+    logits_SBC = case.logits_SBC.transpose(0, 1).contiguous().transpose(0, 1)
+    labels_B = case.labels_B[:, None].expand(-1, 2).contiguous()[:, 0]
+    scores = case.scores[:, :1].expand(-1, 3, -1)
+    check(replace(case, logits_SBC=logits_SBC, labels_B=labels_B, scores=scores))
+
+
+@pytest.mark.parametrize("asks", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_one_at_a_time(asks: tuple[bool, bool, bool]) -> None:
+    check(draw(B=1, E=1, asks=asks))
+
+
+def test_no_gradient() -> None:
+    check(draw(B=1, asks=(False, False, False)))
+
+
+def test_empty_batch() -> None:
+    found = draw(B=0, E=1, mixture_ce_weight=1.0).run("triton")
+    assert found["total"] == 0
+    assert found["kd_S"].tolist() == [0, 0, 0]
+    assert found["grad_scores"].shape == (0, 3, 4)
+    assert found["grad_logits"].shape == (3, 0, 10)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_unheard_source_may_be_nan(mix: str) -> None:
+    case = draw(S=3, B=2, E=1, mix=mix, mixture_ce_weight=0.5)
+    case.scores[:, :, 3] = -INF
+    assert case.extra_EBC is not None
+    clean = case.run("triton")
+    case.extra_EBC.fill_(math.nan)
+    found = case.run("triton")
+    for name, x in clean.items():
+        assert torch.equal(found[name], x), name
+    assert (found["grad_extra"] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, of the interpreter
+def test_failed_student_apart_fails_alone(sweeps: None) -> None:
+    case = draw(S=3, B=1, C=40)
+    case.scores[:, :, 2] = -INF
+    case.scores[:, 2] = -INF
+    case.logits_SBC[2] = math.nan
+    found = case.run("triton")
+    assert found["grad_logits"][:2].isfinite().all()
+    assert found["ce_S"].isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_row_without_sources_has_no_target(mix: str) -> None:
+    case = draw(B=2, mix=mix, mixture_ce_weight=0.5)
+    case.scores[:, 1] = -INF
+    check(case)
+    found = case.run("triton")
+    assert found["kd_S"][1] == 0
+    assert (found["grad_scores"][:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**40])
+def test_label_out_of_range_is_nan_for_its_sample(label: int) -> None:
+    case = draw(B=3, C=10)
+    case.labels_B[1] = label
+    found = case.run("triton")
+    assert found["total"].isnan()
+    assert found["grad_logits"][:, 1].isnan().all()
+    assert found["grad_logits"][:, [0, 2]].isfinite().all()
+    assert found["grad_scores"].isfinite().all()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_shift_changes_nothing(mix: str) -> None:
+    case = draw(B=1, C=100, mix=mix)
+    # Multiples of 1/8, which stay exact.
+    case = replace(case, logits_SBC=(case.logits_SBC * 8).round() / 8)
+    before, after = (
+        case.run("triton"),
+        replace(case, logits_SBC=case.logits_SBC + 128).run("triton"),
+    )
+    for name, x in before.items():
+        torch.testing.assert_close(after[name], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_saturated_logits(mix: str) -> None:
+    case = draw(B=2, mix=mix)
+    check(replace(case, logits_SBC=case.logits_SBC * 1e4))
