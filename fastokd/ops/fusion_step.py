@@ -108,6 +108,8 @@ def _refusals(maps_BCHW: Sequence[Tensor], bn: nn.BatchNorm2d) -> dict[str, str 
         reason = "it needs a norm with weights, running statistics and a momentum"
     elif first.dtype == torch.float64:
         reason = "float64 is for impl='torch'"
+    elif bn.weight.dtype != torch.float32 or bn.running_mean.dtype != torch.float32:
+        reason = "it needs a norm in float32"
     elif any(x.stride() != first.stride() or x.shape[1] != C for x in maps_BCHW):
         reason = "the maps differ in width or layout"
     elif (C > 1 and first.stride(1) != 1) or not even_pixels(first):
