@@ -1,8 +1,33 @@
-"""How many classes at a time and how many warps: what fits the registers without spilling."""
+"""What the launchers of the fused loss share: its options, and what fits the registers."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
+from fastokd.kernels._layout import Weight
+from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """A tensor and its strides over samples, then students and sources, or peers and d."""
+
+    tensor: Tensor | None
+    sample: int
+    first: int
+    second: int
+
+
+class Loss(NamedTuple):
+    """What makes the loss, beside the tensors it is of."""
+
+    ce: Weight
+    kd: Weight
+    mixture: Weight
+    temperature: tuple[Tensor | None, float]
+    mix: str
+    detach: bool
+    smoothing: float
 
 
 def warp_size() -> int:

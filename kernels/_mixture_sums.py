@@ -19,13 +19,17 @@ STATS = tl.constexpr(10)
 
 
 @triton.jit
-def labels_tile(label_ptr, label_stride, b, cols, smoothing, C: tl.constexpr, SOFT: tl.constexpr):
-    """The smoothed label distribution over the block's classes; NaN where the id is no class."""
+def labels_tile(labels, b, cols, C: tl.constexpr, SOFT: tl.constexpr):
+    """The smoothed label distribution over the block's classes; NaN where the id is no class.
+
+    ``labels`` is a pointer, its stride over samples and the smoothing.
+    """
+    smoothing = labels[2]
     if SOFT:
-        y = tl.load(label_ptr + b * label_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
+        y = tl.load(labels[0] + b * labels[1] + cols, mask=cols < C, other=0.0).to(tl.float32)
         y = (1.0 - smoothing) * y + smoothing / C
     else:
-        label = tl.load(label_ptr + b * label_stride)
+        label = tl.load(labels[0] + b * labels[1])
         base = tl.where((label >= 0) & (label < C), smoothing / C, float("nan"))
         y = tl.where(cols == label, 1.0 - smoothing, 0.0) + base
     return tl.where(cols < C, y, 0.0)

@@ -56,18 +56,17 @@ def maxima(tiles):
 
 
 @triton.jit
-def load_rows(
-    ptr, row_stride, batch_stride, b, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr
-):
+def load_rows(of, b, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr):
     """``ROWS`` rows of sample ``b`` in fp32, PAD past column C.
 
-    Strides count VEC elements each, so that the compiler knows every row's alignment without
-    specialising on a number that may depend on the batch.
+    ``of`` is a pointer and the strides of a row and of a sample. They count VEC elements each, so
+    that the compiler knows every row's alignment without specialising on a number that may depend
+    on the batch.
     """
     width: tl.constexpr = (C + VEC - 1) // VEC * VEC
     out = ()
     for i in tl.static_range(ROWS):
-        row = ptr + (i * row_stride.to(tl.int64) + b * batch_stride) * VEC
+        row = of[0] + (i * of[1].to(tl.int64) + b * of[2]) * VEC
         x = tl.load(row + cols, mask=cols < width, other=0.0).to(tl.float32)
         out += (tl.where(cols < C, x, PAD),)
     return out

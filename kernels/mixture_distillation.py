@@ -21,40 +21,13 @@ the gradients. Nothing depends on another program, and nothing is specialised on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from fastokd.kernels import _layout as layout
+from fastokd.kernels import _layout, _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
-from fastokd.kernels._launch import plan, warp_size
-from fastokd.kernels._layout import Weight, empty_gradient, row_layout
-from fastokd.kernels._mixture import (
-    log_probs,
-    products,
-    send_gradients,
-    source_terms,
-    store_loss,
-)
-from fastokd.kernels._mixture_sums import (
-    UNHEARD,
-    block_log_sums,
-    block_stats,
-    entries,
-    labels_tile,
-    merge_log_sums,
-    merge_stats,
-    mixing_weights,
-    no_log_sums,
-    no_stats,
-    of_student,
-    pick,
-    share,
-    unpacked,
-    with_entries,
-    with_student,
-)
+from fastokd.kernels._launch import Loss, Scores, plan, warp_size
+from fastokd.kernels._layout import empty_gradient, row_layout
 from fastokd.kernels._reduce import reduce, weight
 from fastokd.kernels._tiles import load_rows, store_rows, sums
 from torch import Tensor
@@ -65,15 +38,14 @@ GROUP = tl.constexpr(8)
 
 @triton.jit
 def _block(
-    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, cols,
-    S: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    z, x, labels, b, cols, S: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     Z_VEC: tl.constexpr, X_VEC: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Every row and the labels over a block of classes."""
-    rows = load_rows(z_ptr, z_s, z_b, b, cols, S, C, Z_VEC)
+    """Every row and the labels over a block of classes; tensors come with their strides."""
+    rows = load_rows(z, b, cols, S, C, Z_VEC)
     if E > 0:
-        rows += load_rows(x_ptr, x_s, x_b, b, cols, E, C, X_VEC)
-    return rows, labels_tile(label_ptr, label_b, b, cols, smoothing, C, SOFT)
+        rows += load_rows(x, b, cols, E, C, X_VEC)
+    return rows, _mixture_sums.labels_tile(labels, b, cols, C, SOFT)
 
 
 @triton.jit
@@ -115,9 +87,10 @@ def mixture_distillation_kernel(
     RESIDENT: tl.constexpr = BLOCK >= C
     # How many K_n a student has.
     PAIRS: tl.constexpr = 0 if MIX == "logits" else N
-    b, B = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    b, part = tl.program_id(0).to(tl.int64), 1.0 / tl.num_programs(0)
     T = weight((T_ptr, 0, T_number), 0)
     inv_T = 1.0 / T
+    z, x, labels = (z_ptr, z_s, z_b), (x_ptr, x_s, x_b), (label_ptr, label_b, smoothing)
     ce = (ce_ptr, ce_stride, ce_number)
     kd = (kd_ptr, kd_stride, kd_number)
     mixture = (mixture_ptr, mixture_stride, mixture_number)
@@ -126,10 +99,7 @@ def mixture_distillation_kernel(
     cols = tl.arange(0, BLOCK)
 
     if RESIDENT:  # asked for first, to be on the way while the scores are worked out
-        rows, y = _block(
-            z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, cols,
-            S, E, C, Z_VEC, X_VEC, SOFT,
-        )  # fmt: skip
+        rows, y = _block(z, x, labels, b, cols, S, E, C, Z_VEC, X_VEC, SOFT)
     if D > 0:
         scores = attention_scores(
             score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d, b, P, D, TILE, D_TILE
@@ -137,90 +107,88 @@ def mixture_distillation_kernel(
     else:
         at = score_ptr + b * score_b + row * score_s + column * score_n
         scores = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-    mix_tile = mixing_weights(scores, MIX)
+    mix_tile = _mixture_sums.mixing_weights(scores, MIX)
     mix_flat = tl.reshape(mix_tile, [TILE * TILE])
     k_flat = tl.zeros([TILE * TILE], tl.float32)
     grad_flat = tl.zeros([TILE * TILE], tl.float32)
     if RESIDENT:
         grads, log_p = _zeros(y, N), ()
         if PAIRS > 0:
-            tops, totals = block_log_sums(rows, inv_T)
-            log_p = log_probs(rows, tops, totals, inv_T)
+            tops, totals = _mixture_sums.block_log_sums(rows, inv_T)
+            log_p = _mixture.log_probs(rows, tops, totals, inv_T)
         for s0 in tl.static_range(0, S, GROUP):
             for s in range(s0, min(s0 + GROUP, S)):
-                z, log_q = pick(rows[0:S], s, s0, GROUP), pick(log_p[0:S], s, s0, GROUP)
-                mix = entries(mix_flat, s, N, TILE)
-                stats = block_stats(z, rows, mix, y, inv_T, MIX, MIXTURE_CE)
-                k = sums(source_terms(log_p, log_q, mix, MIX))
-                k_flat = with_entries(k_flat, s, k, TILE)
-                store_loss(loss_ptr, mix, stats, k, T, b, s, S, MIX, MIXTURE_CE)
+                own = _mixture_sums.pick(rows[0:S], s, s0, GROUP)
+                log_q = _mixture_sums.pick(log_p[0:S], s, s0, GROUP)
+                mix = _mixture_sums.entries(mix_flat, s, N, TILE)
+                stats = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
+                k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
+                _mixture.store_loss(loss_ptr, mix, stats, k, T, b, s, S, MIX, MIXTURE_CE)
                 if GRADIENTS:
-                    grads, mixed_grad = send_gradients(
-                        grads, rows, z, log_p, log_q, y, mix, stats, k,
-                        weight(ce, s) / B, weight(kd, s) / B, weight(mixture, s) / B, T, s,
+                    grads, mixed_grad = _mixture.send_gradients(
+                        grads, rows, own, log_p, log_q, y, mix, stats, k,
+                        weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part, T, s,
                         MIX, MIXTURE_CE, DETACH, s0, GROUP,
                     )  # fmt: skip
-                    dots = sums(products(rows, mixed_grad, DOTS))
-                    grad_flat = with_entries(grad_flat, s, dots, TILE)
+                    dots = sums(_mixture.products(rows, mixed_grad, DOTS))
+                    grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
         if gz_ptr is not None:
             store_rows(gz_ptr, gz_b, b, cols, grads[0:S], C, GZ_VEC)
         if gx_ptr is not None:
             store_rows(gx_ptr, gx_b, b, cols, grads[S:N], C, GX_VEC)
     else:
-        stats = no_stats(TILE)
-        log_sums = no_log_sums(TILE)
+        stats = _mixture_sums.no_stats(TILE)
+        log_sums = _mixture_sums.no_log_sums(TILE)
         for c0 in range(0, C, BLOCK):
-            rows, y = _block(
-                z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
-                S, E, C, Z_VEC, X_VEC, SOFT,
-            )  # fmt: skip
-            more = no_stats(TILE)
+            rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+            more = _mixture_sums.no_stats(TILE)
             for s in range(S):
-                mix = entries(mix_flat, s, N if USES_M else 0, TILE)
-                z = pick(rows[0:S], s, 0, S)
-                found = block_stats(z, rows, mix, y, inv_T, MIX, MIXTURE_CE)
-                more = with_student(more, s, found, TILE)
-            stats = merge_stats(stats, more, inv_T)
+                mix = _mixture_sums.entries(mix_flat, s, N if USES_M else 0, TILE)
+                own = _mixture_sums.pick(rows[0:S], s, 0, S)
+                found = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                more = _mixture_sums.with_student(more, s, found, TILE)
+            stats = _mixture_sums.merge_stats(stats, more, inv_T)
             if PAIRS > 0:
-                tops, totals = block_log_sums(rows, inv_T)
-                log_sums = merge_log_sums(log_sums, tops, totals, inv_T, TILE)
+                tops, totals = _mixture_sums.block_log_sums(rows, inv_T)
+                log_sums = _mixture_sums.merge_log_sums(log_sums, tops, totals, inv_T, TILE)
         if PAIRS > 0:
             for c0 in range(0, C, BLOCK):
-                rows, y = _block(
-                    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
-                    S, E, C, Z_VEC, X_VEC, SOFT,
-                )  # fmt: skip
-                tops, totals = unpacked(log_sums[0], N, TILE), unpacked(log_sums[1], N, TILE)
-                log_p = log_probs(rows, tops, totals, inv_T)
+                rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+                tops, totals = (
+                    _mixture_sums.unpacked(log_sums[0], N, TILE),
+                    _mixture_sums.unpacked(log_sums[1], N, TILE),
+                )
+                log_p = _mixture.log_probs(rows, tops, totals, inv_T)
                 for s in range(S):
-                    terms = source_terms(
-                        log_p, pick(log_p[0:S], s, 0, S), entries(mix_flat, s, N, TILE), MIX
+                    terms = _mixture.source_terms(
+                        log_p,
+                        _mixture_sums.pick(log_p[0:S], s, 0, S),
+                        _mixture_sums.entries(mix_flat, s, N, TILE),
+                        MIX,
                     )
-                    k_flat = with_entries(k_flat, s, sums(terms), TILE)
+                    k_flat = _mixture_sums.with_entries(k_flat, s, sums(terms), TILE)
         for s in range(S):
-            store_loss(
-                loss_ptr, entries(mix_flat, s, N, TILE), of_student(stats, s, TILE),
-                entries(k_flat, s, PAIRS, TILE), T, b, s, S, MIX, MIXTURE_CE,
+            _mixture.store_loss(
+                loss_ptr, _mixture_sums.entries(mix_flat, s, N, TILE), _mixture_sums.of_student(stats, s, TILE),
+                _mixture_sums.entries(k_flat, s, PAIRS, TILE), T, b, s, S, MIX, MIXTURE_CE,
             )  # fmt: skip
         if GRADIENTS:
             for c0 in range(0, C, BLOCK):
-                rows, y = _block(
-                    z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b, smoothing, b, c0 + cols,
-                    S, E, C, Z_VEC, X_VEC, SOFT,
-                )  # fmt: skip
-                tops = unpacked(log_sums[0], PAIRS, TILE)
-                totals = unpacked(log_sums[1], PAIRS, TILE)
-                grads, log_p = _zeros(y, N), log_probs(rows[0:PAIRS], tops, totals, inv_T)
+                rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+                tops = _mixture_sums.unpacked(log_sums[0], PAIRS, TILE)
+                totals = _mixture_sums.unpacked(log_sums[1], PAIRS, TILE)
+                grads, log_p = _zeros(y, N), _mixture.log_probs(rows[0:PAIRS], tops, totals, inv_T)
                 for s in range(S):
-                    grads, mixed_grad = send_gradients(
-                        grads, rows, pick(rows[0:S], s, 0, S), log_p, pick(log_p[0:S], s, 0, S), y,
-                        entries(mix_flat, s, N, TILE),
-                        of_student(stats, s, TILE), entries(k_flat, s, PAIRS, TILE),
-                        weight(ce, s) / B, weight(kd, s) / B, weight(mixture, s) / B, T, s,
+                    grads, mixed_grad = _mixture.send_gradients(
+                        grads, rows, _mixture_sums.pick(rows[0:S], s, 0, S), log_p, _mixture_sums.pick(log_p[0:S], s, 0, S), y,
+                        _mixture_sums.entries(mix_flat, s, N, TILE),
+                        _mixture_sums.of_student(stats, s, TILE), _mixture_sums.entries(k_flat, s, PAIRS, TILE),
+                        weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part, T, s,
                         MIX, MIXTURE_CE, DETACH, 0, S,
                     )  # fmt: skip
-                    dots = sums(products(rows, mixed_grad, DOTS))
-                    grad_flat = with_entries(grad_flat, s, dots, TILE)
+                    dots = sums(_mixture.products(rows, mixed_grad, DOTS))
+                    grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
                 if gz_ptr is not None:
                     store_rows(gz_ptr, gz_b, b, c0 + cols, grads[0:S], C, GZ_VEC)
                 if gx_ptr is not None:
@@ -230,12 +198,12 @@ def mixture_distillation_kernel(
         grad_mix = tl.reshape(grad_flat, [TILE, TILE])
         if PAIRS > 0 and not DETACH:
             k_tile = tl.reshape(k_flat, [TILE, TILE])
-            grad_mix += weight(kd, tl.minimum(row, S - 1)) / B * T * T * k_tile
+            grad_mix += weight(kd, tl.minimum(row, S - 1)) * part * T * T * k_tile
         mix_tile = tl.reshape(mix_flat, [TILE, TILE])
-        heard, mix_tile = mix_tile != UNHEARD, share(mix_tile, MIX)
-        part = tl.where(heard, mix_tile * grad_mix, 0.0)
-        total = tl.sum(part, 1)[:, None]
-        grad_scores = tl.where(heard, part - mix_tile * total, 0.0)
+        heard, mix_tile = mix_tile != _mixture_sums.UNHEARD, _mixture_sums.share(mix_tile, MIX)
+        grad_mix = tl.where(heard, mix_tile * grad_mix, 0.0)
+        total = tl.sum(grad_mix, 1)[:, None]
+        grad_scores = tl.where(heard, grad_mix - mix_tile * total, 0.0)
         if D > 0:
             attention_gradients(
                 grad_scores, score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d,
@@ -244,27 +212,6 @@ def mixture_distillation_kernel(
         else:
             at = gscore_ptr + b * (S * N) + row * N + column
             tl.store(at, grad_scores.to(gscore_ptr.dtype.element_ty), mask=inside)
-
-
-class Scores(NamedTuple):
-    """A tensor and its strides over samples, then students and sources, or peers and d."""
-
-    tensor: Tensor | None
-    sample: int
-    first: int
-    second: int
-
-
-class Loss(NamedTuple):
-    """What makes the loss, beside the tensors it is of."""
-
-    ce: Weight
-    kd: Weight
-    mixture: Weight
-    temperature: tuple[Tensor | None, float]
-    mix: str
-    detach: bool
-    smoothing: float
 
 
 def run(
@@ -336,9 +283,9 @@ def launch(
     batched = scores.dim() == 3
     none = logits_SBC.new_empty(0, dtype=torch.float32)
     loss = Loss(
-        layout.weight(ce_weight_S, ce_weight),
-        layout.weight(kd_weight_S, kd_weight),
-        layout.weight(mixture_ce_weight_S, mixture_ce_weight),
+        _layout.weight(ce_weight_S, ce_weight),
+        _layout.weight(kd_weight_S, kd_weight),
+        _layout.weight(mixture_ce_weight_S, mixture_ce_weight),
         (temperature_0d, float(temperature)),
         mix,
         detach_targets,

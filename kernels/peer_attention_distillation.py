@@ -10,10 +10,11 @@ The rest, kernel included, is ``mixture_distillation.py``'s.
 from __future__ import annotations
 
 import torch
-from fastokd.kernels import _layout as layout
+from fastokd.kernels import _layout
+from fastokd.kernels._launch import Loss, Scores
 from fastokd.kernels._layout import empty_gradient
 from fastokd.kernels._reduce import reduce
-from fastokd.kernels.mixture_distillation import Loss, Scores, run
+from fastokd.kernels.mixture_distillation import run
 from torch import Tensor
 
 
@@ -44,9 +45,9 @@ def launch(
     """
     none = logits_SBC.new_empty(0, dtype=torch.float32)
     loss = Loss(
-        layout.weight(ce_weight_S, ce_weight),
-        layout.weight(kd_weight_S, kd_weight),
-        layout.weight(None, 0.0),
+        _layout.weight(ce_weight_S, ce_weight),
+        _layout.weight(kd_weight_S, kd_weight),
+        _layout.weight(None, 0.0),
         (temperature_0d, float(temperature)),
         mix,
         detach_targets,
