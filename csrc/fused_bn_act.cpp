@@ -1,105 +1,22 @@
 // The dispatcher's side of fused_bn_act: shapes, threads, autograd. The loops and the equations
 // are in fused_bn_act_kernel.
-#include "fused_bn_act_kernel.h"
+#include "fused_bn_act_blocks.h"
 
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
-
-#include "capability.h"
 
 namespace fastokd {
 namespace {
 
-using at::Tensor;
-using bn_act::Affine;
-using bn_act::Kernels;
-using bn_act::Mask;
-using bn_act::Rows;
+using namespace bn_act;
 using std::optional;
 
 // What forward keeps for backward: rows of a [4, C] tensor.
 enum Stat { kMean, kInvStd, kScale, kShift, kStats };
-
-// Rows in blocks whose bounds depend on the shape alone, so that a result does not depend on the
-// number of threads: partial sums are of a block, and are added in the blocks' order.
-struct Blocks {
-  const Kernels* kernels;
-  Rows all;
-  int64_t step;   // rows of a block
-  int64_t count;  // blocks
-
-  explicit Blocks(const Tensor& x_BCHW) {
-    const bool bf16 = x_BCHW.scalar_type() == at::kBFloat16;
-    kernels = FASTOKD_DISPATCH(bn_act_kernels)(bf16 ? Type::kBFloat16 : Type::kFloat,
-                                               capability() == Capability::kAvx512Bf16);
-    constexpr int64_t kElements = 1 << 15, kRows = 128, kMost = 256;
-    const int64_t channels = x_BCHW.size(1);
-    const int64_t rows = x_BCHW.numel() / channels;
-    all = {rows, channels, std::lcm(channels, kernels->tile)};
-    step = std::max({kElements / channels, kRows, (rows + kMost - 1) / kMost});
-    const int64_t group = all.width / channels;
-    step = (step + group - 1) / group * group;
-    count = (rows + step - 1) / step;
-  }
-
-  // A block's first element.
-  const void* at(const void* base, int64_t block) const {
-    return base ? static_cast<const char*>(base) + offset(block) : nullptr;
-  }
-  void* at(void* base, int64_t block) const {
-    return base ? static_cast<char*>(base) + offset(block) : nullptr;
-  }
-  int64_t offset(int64_t block) const { return block * step * all.channels * kernels->element; }
-
-  // Calls body(block, its rows) for every block. The same
-  // blocks fall to the same thread each time: what it has just read is still in its cache, the
-  // last of it most likely, so a second pass goes `backwards`.
-  template <class Body>
-  void each(bool backwards, Body body) const {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = backwards ? begin + end - 1 - i : i;
-        Rows rows = all;
-        rows.count = std::min(step, all.count - block * step);
-        body(block, rows);
-      }
-    });
-  }
-};
-
-// A channel's values side by side `width` times, as the kernels read them.
-float* repeated(float* to, const float* from, const Rows& rows) {
-  for (int64_t lane = 0; lane < rows.width; lane += rows.channels) {
-    std::copy(from, from + rows.channels, to + lane);
-  }
-  return to;
-}
-
-void check_map(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast), "fused_bn_act: ",
-              name, " must be a channels-last map");
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-              "fused_bn_act: ", name, " must be float32 or bfloat16, not ", x.scalar_type());
-}
-
-void check_channels(const Tensor& x, int64_t channels, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 1 &&
-                  x.size(0) == channels,
-              "fused_bn_act: ", name, " must be contiguous float32 of shape [", channels, "]");
-}
-
-void check_like(const Tensor& other, const Tensor& x, const char* name) {
-  check_map(other, name);
-  TORCH_CHECK(other.sizes() == x.sizes() && other.scalar_type() == x.scalar_type(),
-              "fused_bn_act: ", name, " must have x's shape and dtype");
-}
 
 // Where a channel's mean is not finite, whether it is infinite or NaN: the plain sum tells, and is
 // what running_mean then holds in PyTorch too.
@@ -197,9 +114,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const void* const add = residual ? residual->const_data_ptr() : nullptr;
   void* const y_data = y.mutable_data_ptr();
   blocks.each(true, [&](int64_t block, Rows rows) {
-    blocks.kernels->normalise(rows, blocks.at(x.const_data_ptr(), block),
-                              blocks.at(add, block), blocks.at(y_data, block), affine,
-                              relu);
+    blocks.kernels->normalise(rows, blocks.at(x.const_data_ptr(), block), blocks.at(add, block),
+                              blocks.at(y_data, block), affine, relu);
   });
   return {y, stats};
 }
@@ -216,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
   TORCH_CHECK(stats.scalar_type() == at::kFloat && stats.is_contiguous() && stats.dim() == 2 &&
                   stats.size(0) == kStats && stats.size(1) == C,
               "fused_bn_act: stats are not forward's");
+  TORCH_CHECK(x.numel() > C, "fused_bn_act: more than one value a channel is needed");
   const Tensor grad_y = grad_y_any.contiguous(at::MemoryFormat::ChannelsLast);
   check_like(grad_y, x, "grad_y");
   if (y) check_like(*y, x, "y");
@@ -272,13 +189,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
     const float* const slope = repeated(lanes.data() + 3 * width, slopes.data(), blocks.all);
     const float* const offset = repeated(lanes.data() + 4 * width, offsets.data(), blocks.all);
     void* const to = grad_x.mutable_data_ptr();
-      // The first pass has written the masked gradient where a residual wants it: read that.
+    // The first pass has written the masked gradient where a residual wants it: read that.
     const Mask left = masked ? Mask::kNone : mask;
     if (masked) grad = masked;
     blocks.each(true, [&](int64_t block, Rows rows) {
-      blocks.kernels->grad_input(rows, left, blocks.at(grad, block),
-                                 blocks.at(from, block), blocks.at(sign, block),
-                                 blocks.at(to, block), affine, slope, offset);
+      blocks.kernels->grad_input(rows, left, blocks.at(grad, block), blocks.at(from, block),
+                                 blocks.at(sign, block), blocks.at(to, block), affine, slope,
+                                 offset);
     });
   }
   return {grad_x, grad_weight, grad_bias, grad_residual};

@@ -31,6 +31,16 @@ FASTOKD_INLINE void for_tiles(int64_t rows, int64_t width, Body body) {
   }
 }
 
+// Elements between what is read and what is asked for from memory: the processor's own prefetching
+// stops at the end of a page.
+constexpr int64_t kAhead = 1024;
+
+template <class V, class E>
+FASTOKD_INLINE V fetch(const E* p) {
+  __builtin_prefetch(p + kAhead);
+  return V::load(p);
+}
+
 // T groups of lanes side by side: a tile of one value a channel, or of sums.
 template <class V, int T>
 struct Tile {
@@ -59,7 +69,7 @@ FASTOKD_INLINE void merge_rows(const E* x, int64_t stride, int64_t seen, const T
   for (int t = 0; t < T; ++t) {
     V v[G];
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) v[g] = V::load(x + g * stride + t * V::kLanes);
+    for (int g = 0; g < G; ++g) v[g] = fetch<V>(x + g * stride + t * V::kLanes);
     V m = v[0];
 #pragma GCC unroll 8
     for (int g = 1; g < G; ++g) m = m + v[g];
@@ -105,8 +115,8 @@ void normalise_rows(const E* x, const E* residual, E* y, int64_t rows, int64_t w
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const int64_t p = at + t * V::kLanes;
-        V v = fma(V::load(x + p), a.at[t], b.at[t]);
-        if constexpr (kResidual) v = v + V::load(residual + p);
+        V v = fma(fetch<V>(x + p), a.at[t], b.at[t]);
+        if constexpr (kResidual) v = v + fetch<V>(residual + p);
         if constexpr (kRelu) v = relu(v);
         v.store(y + p);
       }
@@ -119,7 +129,7 @@ void normalise_rows(const E* x, const E* residual, E* y, int64_t rows, int64_t w
 template <Mask kMask, class V, class E>
 FASTOKD_INLINE V masked_gradient(V grad, V x, const E* y, V scale, V shift) {
   if constexpr (kMask == Mask::kFromX) return keep(fma(x, scale, shift), grad);
-  if constexpr (kMask == Mask::kFromY) return keep(V::load(y), grad);
+  if constexpr (kMask == Mask::kFromY) return keep(fetch<V>(y), grad);
   return grad;
 }
 
@@ -135,8 +145,8 @@ void reduce_rows(const E* grad_y, const E* x, const E* y, E* masked, int64_t row
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const int64_t p = at + t * V::kLanes;
-        const V v = V::load(x + p);
-        const V g = masked_gradient<kMask>(V::load(grad_y + p), v, y + p, a.at[t], b.at[t]);
+        const V v = fetch<V>(x + p);
+        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y + p, a.at[t], b.at[t]);
         if constexpr (kWrite) g.store(masked + p);
         g_sum.at[t] = g_sum.at[t] + g;
         gx_sum.at[t] = fma(g, v - mean.at[t], gx_sum.at[t]);
@@ -158,8 +168,8 @@ void grad_input_rows(const E* grad_y, const E* x, const E* y, E* grad_x, int64_t
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const int64_t p = at + t * V::kLanes;
-        const V v = V::load(x + p);
-        const V g = masked_gradient<kMask>(V::load(grad_y + p), v, y + p, a.at[t], b.at[t]);
+        const V v = fetch<V>(x + p);
+        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y + p, a.at[t], b.at[t]);
         fma(g, a.at[t], fma(v, k.at[t], c.at[t])).store(grad_x + p);
       }
     }
@@ -228,9 +238,11 @@ struct Loops {
 
   static void normalise(Rows r, const void* x, const void* residual, void* y, Affine affine,
                         bool relu) {
-    const auto run = residual ? (relu ? normalise_as<true, true> : normalise_as<true, false>)
-                              : (relu ? normalise_as<false, true> : normalise_as<false, false>);
-    run(r, x, residual, y, affine);
+    static constexpr decltype(&normalise_as<false, false>) kForms[2][2] = {
+        {normalise_as<false, false>, normalise_as<false, true>},
+        {normalise_as<true, false>, normalise_as<true, true>},
+    };
+    kForms[residual != nullptr][relu](r, x, residual, y, affine);
   }
 
   template <Mask kMask, bool kWrite>
@@ -261,12 +273,13 @@ struct Loops {
 
   static void reduce(Rows r, Mask mask, const void* grad_y, const void* x, const void* y,
                      void* masked, Affine affine, float* scratch, double* sum_g, double* sum_gx) {
-    const auto run =
-        mask == Mask::kNone ? (masked ? reduce_as<Mask::kNone, true> : reduce_as<Mask::kNone, false>)
-        : mask == Mask::kFromX
-            ? (masked ? reduce_as<Mask::kFromX, true> : reduce_as<Mask::kFromX, false>)
-            : (masked ? reduce_as<Mask::kFromY, true> : reduce_as<Mask::kFromY, false>);
-    run(r, grad_y, x, y, masked, affine, scratch, sum_g, sum_gx);
+    static constexpr decltype(&reduce_as<Mask::kNone, false>) kForms[3][2] = {
+        {reduce_as<Mask::kNone, false>, reduce_as<Mask::kNone, true>},
+        {reduce_as<Mask::kFromX, false>, reduce_as<Mask::kFromX, true>},
+        {reduce_as<Mask::kFromY, false>, reduce_as<Mask::kFromY, true>},
+    };
+    kForms[static_cast<int>(mask)][masked != nullptr](r, grad_y, x, y, masked, affine, scratch,
+                                                      sum_g, sum_gx);
   }
 
   template <Mask kMask>
@@ -282,10 +295,9 @@ struct Loops {
 
   static void grad_input(Rows r, Mask mask, const void* grad_y, const void* x, const void* y,
                          void* grad_x, Affine affine, const float* slope, const float* offset) {
-    const auto run = mask == Mask::kNone    ? grad_input_as<Mask::kNone>
-                     : mask == Mask::kFromX ? grad_input_as<Mask::kFromX>
-                                            : grad_input_as<Mask::kFromY>;
-    run(r, grad_y, x, y, grad_x, affine, slope, offset);
+    static constexpr decltype(&grad_input_as<Mask::kNone>) kForms[3] = {
+        grad_input_as<Mask::kNone>, grad_input_as<Mask::kFromX>, grad_input_as<Mask::kFromY>};
+    kForms[static_cast<int>(mask)](r, grad_y, x, y, grad_x, affine, slope, offset);
   }
 
   static constexpr Kernels kTable = {kTile,     sizeof(E), stats,

@@ -26,13 +26,11 @@ NAMES = ("default", "avx2", "avx512", "avx512bf16")
 LEAVES = ("x", "weight", "bias", "residual")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _built() -> None:
-    assert _cpp.ensure_built() is None
+pytestmark = pytest.mark.usefixtures("cpp_ops")
 
 
 @pytest.fixture
-def capabilities() -> Iterator[list[str]]:
+def capabilities(cpp_ops: None) -> Iterator[list[str]]:
     """Those that this processor has; the one that was in force comes back afterwards."""
     before = _cpp.capability()
     yield [name for name in NAMES if _cpp.set_capability(name)]
