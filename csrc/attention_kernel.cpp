@@ -11,6 +11,11 @@ namespace {
 
 constexpr float kEps = 1e-12f;
 
+// Bytes ahead of a map's reader. Sixteen pixels are read by as many instructions, each of which
+// strides: the processor's own prefetchers lose that thread, and a map from memory takes up to twice
+// the time.
+constexpr int64_t kAhead = 4096;
+
 #if defined(__AVX512F__)
 #define FASTOKD_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define FASTOKD_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
@@ -56,6 +61,7 @@ inline Vec squares(const T* p, int64_t n) {
   Vec total{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kAhead);
     const Vec x = load(p + i);
     total += x * x;
   }
