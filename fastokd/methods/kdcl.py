@@ -19,12 +19,12 @@ from fastokd.errors import UserError
 from fastokd.methods.base import Needs, Progress
 from fastokd.methods.kd import only_the_teacher
 from fastokd.methods.kdcl_targets import (
-    at_least_fp32,
     covariance_weights,
     error_covariance,
     linear_scores,
     min_logits,
     naive_scores,
+    weighted_logits,
 )
 from fastokd.methods.scored import ScoredMethod
 
@@ -84,9 +84,7 @@ class KDCL(ScoredMethod):
         if self.target == "min_logit":
             return min_logits(logits_SBC, labels_B)[None]
         if self.target == "general":
-            # Not a mixture of the softmax kind: these weights may be negative.
-            weights_S = self.weights_S.to(at_least_fp32(logits_SBC))
-            return torch.tensordot(weights_S, logits_SBC.to(weights_S.dtype), dims=1)[None]
+            return weighted_logits(self.weights_S, logits_SBC)[None]
         return None
 
     @torch.no_grad()

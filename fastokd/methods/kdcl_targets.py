@@ -32,6 +32,13 @@ def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
     return scores_BS[:, None].expand(-1, S, -1)
 
 
+def weighted_logits(weights_S: Tensor, logits_SBC: Tensor) -> Tensor:
+    """``[B, C]``: sum of w_s z_s, no mixture of the softmax kind: w may be negative."""
+    dtype = at_least_fp32(logits_SBC)
+    with torch.autocast(logits_SBC.device.type, enabled=False):
+        return torch.tensordot(weights_S.to(dtype), logits_SBC.to(dtype), dims=1)
+
+
 def min_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
     """``[B, C]``: each student's logits less its true class's, the smallest over students."""
     return relative_logits(logits_SBC, labels_B).amin(0)
@@ -50,8 +57,14 @@ def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
     and without a look at the numbers from the host: a step that doesn't descend is taken back and
     eta halved; after one that does, eta is Barzilai and Borwein's. CE is convex in a.
     """
-    dtype = at_least_fp32(logits_SBC)
-    relative_BSC = relative_logits(logits_SBC.to(dtype), labels_B).permute(1, 0, 2).contiguous()
+    with torch.autocast(logits_SBC.device.type, enabled=False):
+        return _solve(logits_SBC.to(at_least_fp32(logits_SBC)), labels_B, steps)
+
+
+def _solve(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
+    """:func:`linear_scores` in the dtype that it is given."""
+    dtype = logits_SBC.dtype
+    relative_BSC = relative_logits(logits_SBC, labels_B).permute(1, 0, 2).contiguous()
 
     def ce_and_gradient(log_a_BS: Tensor) -> tuple[Tensor, Tensor]:
         mixed_BC = torch.einsum("bs,bsc->bc", log_a_BS.exp(), relative_BSC)

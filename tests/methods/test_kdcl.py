@@ -20,6 +20,7 @@ from fastokd.methods.kdcl_targets import (
     linear_scores,
     min_logits,
     naive_scores,
+    weighted_logits,
 )
 
 
@@ -173,3 +174,14 @@ def test_targets_carry_no_gradient(target: str) -> None:
     expected = z.softmax(2) - F.one_hot(labels_B, 10)
     expected = expected + 3 * ((z / 3).softmax(2) - (target_BC / 3).softmax(1))
     torch.testing.assert_close(out.logits_SBC.grad, expected / 4)
+
+
+def test_the_solver_keeps_its_precision_under_autocast() -> None:
+    z_SBC, labels_B = logits_and_labels(3, 6, 10, 3.0, torch.float32)
+    alone = linear_scores(z_SBC, labels_B, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_scores(z_SBC, labels_B, 100), alone)
+        weights_S = torch.tensor([1.1, -0.2, 0.1])
+        mixed_BC = weighted_logits(weights_S, z_SBC)
+    expected_BC = 1.1 * z_SBC[0] - 0.2 * z_SBC[1] + 0.1 * z_SBC[2]
+    torch.testing.assert_close(mixed_BC, expected_BC)

@@ -211,3 +211,22 @@ def test_clilr_and_one_are_branches() -> None:
     for name in ("cl_ilr", "one"):
         with pytest.raises(UserError, match="no network form: choose branch"):
             create_method(name, Cohort(("resnet8", 2), 10, sharing="network").shape)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_bf16_changes_a_loss_by_its_rounding_alone(name: str) -> None:
+    needs = method_class(name).needs
+    teacher = Cohort(("resnet8", 1), 10).student(0)
+    cohort = Cohort(("resnet8", 3), 10, sharing=needs.sharing[0], teacher=teacher)
+    method = create_method(name, cohort.shape)
+    images, labels_B = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    progress = Progress.start()
+    progress.draws = method.draw(8, torch.Generator().manual_seed(0))
+    totals = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = method(cohort(images), labels_B, progress)
+        loss.total.backward()
+        assert loss.total.dtype == torch.float32
+        totals.append(loss.total.detach())
+    torch.testing.assert_close(totals[0], totals[1], rtol=5e-3, atol=0)
