@@ -269,7 +269,7 @@ class Session:
                 if parameter in mine:
                     optimizer.state[parameter][entry] = _as(value, parameter)
         meter = _below(tensors, "meter.")
-        self.meter.totals = {k: v.to(self.device) for k, v in meter.items()}
+        self.meter.totals = {k: v.to(self.device, copy=True) for k, v in meter.items()}
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -360,7 +360,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _as(value: Tensor, like: Tensor) -> Tensor:
     """A copy on the device of ``like`` and in its memory layout; a count stays a count."""
     if value.dim() == 0:
-        return value.to(like.device)
+        return value.to(like.device, copy=True)
     if value.shape != like.shape:
         raise ValueError(f"an optimizer's {list(value.shape)} for a parameter {list(like.shape)}")
     return torch.empty_like(like, dtype=value.dtype).copy_(value)

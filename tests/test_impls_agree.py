@@ -24,7 +24,7 @@ def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tenso
     method.to(dtype)
     stream = BatchStream(data.train, 50, seed=0, augment=Augment(2), shuffle=True)
     optimizer = torch.optim.SGD(
-        [*cohort.parameters(), *method.parameters()], lr=0.02, momentum=0.9, nesterov=True
+        [*cohort.parameters(), *method.parameters()], lr=0.002, momentum=0.9, nesterov=True
     )
     losses = []
     for step in range(20):
