@@ -1,0 +1,95 @@
+"""The launches that are compiled for every target, and what is asked of each.
+
+A case for another kernel: a name, a function that calls its launcher with tensors of the CPU, and
+the targets that it is compiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tests.proofs.offline import TARGETS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch. ``rows``: how many rows a program holds, where its rows are aligned; else None."""
+
+    launch: Callable[[], object]
+    rows: int | None = None
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def rows(count: int, B: int, C: int, dtype: torch.dtype, pitch: int) -> Tensor:
+    return torch.zeros(count, B, pitch, dtype=dtype)[..., :C]
+
+
+def mixture(
+    S: int,
+    E: int,
+    C: int,
+    *,
+    B: int = 3,
+    dtype: torch.dtype = torch.float32,
+    pitch: int = 0,
+    mix: str = "logits",
+    mixture_ce: float = 0.0,
+    detach: bool = False,
+    soft: bool = False,
+) -> None:
+    """The mixture of S students and E extras with every gradient; ``pitch``: rows are so far apart."""
+    from fastokd.kernels.mixture_distillation import launch
+
+    logits_SBC = rows(S, B, C, dtype, pitch or C)
+    extra_EBC = rows(E, B, C, dtype, pitch or C) if E else None
+    labels = torch.zeros(B, C) if soft else torch.zeros(B, dtype=torch.long)
+    launch(
+        logits_SBC, extra_EBC, labels, torch.zeros(B, S, S + E), None, torch.ones(()), None, None,
+        1.0, 1.0, mixture_ce, 3.0, mix, detach, 0.0, True, bool(E), True,
+    )  # fmt: skip
+
+
+def peers(S: int, C: int, width: int) -> None:
+    """OKDDip's S students, the leader among them, with every gradient."""
+    from fastokd.kernels.peer_attention_distillation import launch
+
+    query_BPd = torch.zeros(3, S - 1, width)
+    launch(
+        rows(S, 3, C, torch.float32, C), torch.zeros(3, dtype=torch.long), query_BPd, query_BPd,
+        None, torch.ones(()), None, 1.0, 1.0, 3.0, "logits", False, 0.0, True, True, True,
+    )  # fmt: skip
+
+
+TWO = ("sm_90", "gfx942")
+CASES: dict[str, Case] = {}
+for C in (10, 100, 1000):
+    for S in (2, 4, 5, 8, 16):
+        CASES[f"logits S{S} C{C}"] = Case(partial(mixture, S, 0, C), S)
+for S, E in ((3, 1), (9, 7)):
+    CASES[f"logits S{S} E{E} C1000"] = Case(partial(mixture, S, E, 1000), S + E)
+for mix in ("probs", "pairwise"):
+    for S, C in ((4, 100), (4, 1000), (5, 1000), (8, 1000), (16, 1000)):
+        CASES[f"{mix} S{S} C{C}"] = Case(partial(mixture, S, 0, C, mix=mix), S)
+for S, C, width in ((4, 100, 8), (4, 1000, 64), (8, 1000, 64), (16, 1000, 64)):
+    CASES[f"query/key S{S} C{C} d{width}"] = Case(partial(peers, S, C, width), S)
+# ONE's ensemble term; FFSD's detached targets; soft labels.
+CASES["mixture ce S4 C1000"] = Case(partial(mixture, 4, 0, 1000, mixture_ce=1.0), 4, TWO)
+CASES["mixture ce S5 C1000"] = Case(partial(mixture, 5, 0, 1000, mixture_ce=1.0), 5, TWO)
+FFSD = partial(mixture, 4, 0, 1000, mix="pairwise", detach=True)
+CASES["pairwise detached S4 C1000"] = Case(FFSD, 4, TWO)
+CASES["soft labels S4 C1000"] = Case(partial(mixture, 4, 0, 1000, soft=True), 4, TWO)
+# Half precision: rows padded to a multiple of 16 bytes, and as they come where that is aligned.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+for C, pitch in ((10, 16), (100, 104), (1000, 1000)):
+    for name, dtype in HALF.items():
+        CASES[f"logits {name} S4 C{C} in rows of {pitch}"] = Case(
+            partial(mixture, 4, 0, C, dtype=dtype, pitch=pitch), 4, TWO
+        )
+# Two sweeps over many classes, and three where probabilities are mixed.
+for mix, S in (("logits", 4), ("logits", 16), ("probs", 4), ("pairwise", 4)):
+    CASES[f"{mix} S{S} C22000"] = Case(partial(mixture, S, 0, 22000, mix=mix), S, TWO)

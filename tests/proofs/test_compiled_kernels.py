@@ -1,0 +1,79 @@
+"""Machine code of every kernel, for GPUs that aren't here: no spills, wide accesses, no atomics.
+
+``python -m tests.proofs.test_compiled_kernels`` prints the table of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from tests.proofs.kernel_cases import CASES, mixture
+from tests.proofs.offline import Facts, compiling_for, facts
+
+JOBS = [(name, target) for name, case in CASES.items() for target in case.targets]
+Compiled = dict[tuple[str, str], "Future[list[Facts]]"]
+
+
+def _facts(name: str, target: str) -> list[Facts]:
+    return facts(CASES[name].launch, target)
+
+
+def compile_all() -> tuple[ProcessPoolExecutor, Compiled]:
+    # The interpreter's flag would make these kernels uncompilable.
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    return pool, {job: pool.submit(_facts, *job) for job in JOBS}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    pool, found = compile_all()
+    yield found
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("name", "target"), JOBS)
+def test_machine_code(name: str, target: str, compiled: Compiled) -> None:
+    case, kernels = CASES[name], compiled[name, target].result()
+    assert kernels
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel
+        assert kernel.atomics == 0, kernel
+        assert kernel.registers <= 255, kernel
+    if case.rows is not None and case.rows <= 4:
+        main = kernels[0]
+        for accesses in ("loads", "stores"):
+            width = main.width(accesses)
+            assert width == 16 or (width == 8 and main.registers <= 128), main
+
+
+@pytest.mark.proof
+def test_another_batch_does_not_recompile() -> None:
+    with compiling_for("sm_90") as kernels:
+        for B in (1, 2, 16, 17, 256):
+            mixture(2, 1, 10, B=B, pitch=12)
+    assert len(kernels) == 10
+    assert len({id(kernel) for kernel in kernels}) == 2
+
+
+def _table() -> None:
+    pool, found = compile_all()
+    print("| launch | target | warps | registers | spills | loads | stores |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, target), future in found.items():
+        main = future.result()[0]
+        print(
+            f"| {name} | {target} | {main.warps} | {main.registers} | {main.spills} "
+            f"| {main.width('loads')} B | {main.width('stores')} B |",
+            flush=True,
+        )
+    pool.shutdown()
+
+
+if __name__ == "__main__":
+    _table()

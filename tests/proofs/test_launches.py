@@ -1,0 +1,114 @@
+"""Launches and bytes of OKDDip's whole loss head, eager as in reference/ and fused: counted.
+
+``python -m tests.proofs.test_launches`` prints the figures of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastokd.ops import _mixture_op
+from fastokd.reference.common import ReferenceOutputs
+from fastokd.reference.okddip import ReferenceTwoLevel
+from tests.proofs.offline import compiling_for
+
+B, C, S, WIDTH = 256, 1000, 4, 64
+# Dispatched, but nothing is launched (the last is a look at a number that lies on the CPU).
+FREE = ("detach", "empty", "new_empty", "new_empty_strided", "_unsafe_view", "_local_scalar_dense")
+
+
+class Count(TorchDispatchMode):
+    """Operators that launch a kernel, and the bytes of their arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func._schema.name.split("::")[1] not in FREE:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.launches += 1
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+@dataclass(frozen=True)
+class Head:
+    launches: int
+    bytes: int
+
+
+def inputs() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    logits = [torch.randn(B, C, requires_grad=True) for _ in range(S)]
+    query_BPd, key_BPd = (torch.randn(B, S - 1, WIDTH, requires_grad=True) for _ in range(2))
+    return logits, torch.randint(C, (B,)), query_BPd, key_BPd
+
+
+def eager() -> Head:
+    logits, labels_B, query_BPd, key_BPd = inputs()
+
+    class Reference(ReferenceTwoLevel):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        peers = S - 1  # type: ignore[assignment]
+
+        def attention(self, peer_features: list[Tensor]) -> Tensor:
+            return torch.softmax(torch.bmm(query_BPd, key_BPd.transpose(1, 2)), dim=2)
+
+    with Count() as count:
+        out = ReferenceOutputs(logits, logits, None)
+        total = Reference().losses(out, labels_B, 0.5).total
+        torch.autograd.grad(total, [*logits, query_BPd, key_BPd])
+    return Head(count.launches, count.bytes)
+
+
+def fused() -> Head:
+    """The two kernels of the forward, their bytes by design, and what the backward dispatches."""
+    from fastokd.kernels.peer_attention_distillation import launch
+
+    logits, labels_B, query_BPd, key_BPd = inputs()
+    logits_SBC = torch.stack(logits).detach().requires_grad_()
+    args = (
+        logits_SBC, labels_B, query_BPd, key_BPd, None, None, None,
+        1.0, 0.5, 3.0, "logits", False, 0.0, True, True, True,
+    )  # fmt: skip
+    with compiling_for("sm_90") as kernels:
+        result = launch(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+    rows = 2 * logits_SBC.numel() * 4  # logits in, gradients out
+    scores = 2 * 2 * query_BPd.numel() * 4 * 2  # queries and keys in (twice) and out
+    losses = 2 * 3 * S * B * 4  # out, and in again
+    leaves = ((0, True), (2, True), (3, True))
+    with Count() as count:
+        # An incoming gradient that isn't 1: on a GPU it is never looked at.
+        total = 2.0 * _mixture_op.FusedLoss.apply(lambda *_: result, leaves, *args)[0]
+        torch.autograd.grad(total, args[:1] + args[2:4])
+    # Less the 2.0 and its backward.
+    backward, there = count.launches - 2, count.bytes - 6 * 4
+    return Head(len(kernels) + backward, rows + scores + losses + labels_B.numel() * 8 + there)
+
+
+@pytest.mark.proof
+def test_launches() -> None:
+    before, after = eager(), fused()
+    # Loss and reduction; a multiply each for logits, queries and keys; the incoming gradient of 1.
+    assert after.launches == 6
+    assert before.launches > 25 * after.launches
+    assert before.bytes > 12 * after.bytes
+
+
+if __name__ == "__main__":
+    for name, head in (("eager", eager()), ("fused", fused())):
+        print(f"{name}: {head.launches} launches, {head.bytes / 1e6:.1f} MB")
+    print(f"logits in, gradients out: {2 * S * B * C * 4 / 1e6:.1f} MB")
