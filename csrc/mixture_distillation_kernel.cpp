@@ -13,7 +13,7 @@
 //
 // z stands for logits less their row's maximum throughout: no term depends on it. A sum's log and
 // its division wait for the whole row, so each step is taken for all students before the next.
-#include "mixture_sample.h"
+#include "mixture_cohort.h"
 
 namespace fastokd {
 namespace {
@@ -268,19 +268,23 @@ void source(Sample& x, int n) {
   for (int k = 0; with && k < count; ++k) x.grad_share[n][listeners.other[k]] += dots[k];
 }
 
+void any_sample(Sample& x) {
+  x.read_links();
+  read_rows(x, x.args.logits, 0, x.S);
+  if (x.N > x.S) read_rows(x, x.args.extra, x.S, x.N);
+  logs(x.log_e, x.sum_e, x.S);
+  if (x.args.mix == Mix::kProbs) logs(x.log_q, x.sum_q, x.N);
+  students(x);
+  for (int n = 0; x.asks_gradient && n < x.N; ++n) source(x, n);
+}
+
 }  // namespace
 
 void FASTOKD_KERNEL(mixture_distillation_range)(const MixtureArgs& args, int64_t begin, int64_t end,
                                                 float* scratch) {
   for (int64_t b = begin; b < end; ++b) {
     Sample x(args, scratch, b);
-    read_rows(x, args.logits, 0, x.S);
-    if (x.N > x.S) read_rows(x, args.extra, x.S, x.N);
-    logs(x.log_e, x.sum_e, x.S);
-    if (x.args.mix == Mix::kProbs) logs(x.log_q, x.sum_q, x.N);
-    students(x);
-    if (!x.asks_gradient) continue;
-    for (int n = 0; n < x.N; ++n) source(x, n);
+    if (!cohort(x)) any_sample(x);
     if (x.asks_scores) x.write_scores();
   }
 }

@@ -47,7 +47,8 @@ struct MixtureArgs {
 // Floats of scratch memory, aligned to 64 bytes, that a thread needs: rows as Sample lays them out.
 static inline int64_t mixture_distillation_scratch(const MixtureArgs& args) {
   const int64_t sources = args.students + args.extras;
-  return (args.classes + 15) / 16 * 16 * (2 + 3 * sources + 4 * args.students);
+  const int64_t row = args.classes > args.width ? args.classes : args.width;
+  return (row + 15) / 16 * 16 * (2 + 3 * sources + 4 * args.students);
 }
 
 FASTOKD_DECLARE(void, mixture_distillation_range, const MixtureArgs& args, int64_t begin,

@@ -37,10 +37,13 @@ struct Sample {
 
   float sum_e[kMaxSources], log_e[kMaxSources], sum_q[kMaxSources], log_q[kMaxSources];
   Links sources[kMaxSources], listeners[kMaxSources];
-  // Of source n and student s that listens to it, in this order: log a_sn, D_sn, d total / d a_sn.
+  // Of source n and student s, in this order: a_sn, 0 where s doesn't listen, and whether it does;
+  // where it does also log a_sn, D_sn and d total / d a_sn.
+  float share[kMaxSources][kMaxSources], hears[kMaxSources][kMaxSources];
   float log_share[kMaxSources][kMaxSources], pair_mean[kMaxSources][kMaxSources];
   float grad_share[kMaxSources][kMaxSources];
-  int64_t label;                               // -1: soft labels, or an id out of range
+  float has_target[kMaxSources];
+  int64_t label;     // -1: soft labels, or an id out of range
   float label_mass;  // the sum of the smoothed labels; NaN for an id out of range
 
   Sample(const MixtureArgs& a, float* scratch, int64_t index)
@@ -69,6 +72,12 @@ struct Sample {
     }
     read_label();
     read_scores();
+  }
+
+  static bool is_set(float mask) {
+    int32_t bits;
+    memcpy(&bits, &mask, sizeof bits);
+    return bits;
   }
 
   float& loss(int term, int s) const { return args.losses[(term * S + s) * args.batch + b]; }
@@ -100,11 +109,10 @@ struct Sample {
 
   // The shares: softmax over sources, students side by side in a vector.
   void read_scores() {
-    float scores[kMaxSources][kMaxSources], shares[kMaxSources][kMaxSources];
+    float scores[kMaxSources][kMaxSources];
     for (int n = 0; n < N; ++n) {
       for (int s = 0; s < S; s += kLanes) store(scores[n] + s, Vec{});
       for (int s = 0; s < S; ++s) scores[n][s] = score(s, n);
-      sources[n].count = listeners[n].count = 0;
     }
     for (int s = 0; s < S; s += kLanes) {
       Vec top = splat(-kInfinity), total{};
@@ -112,22 +120,30 @@ struct Sample {
       for (int n = 0; n < N; ++n) {
         const Vec score = load(scores[n] + s);
         // A NaN is heard, and makes all of its student's shares NaN.
-        const Vec share = exp(select(score == splat(-kInfinity), splat(kPadding), score - top));
-        store(shares[n] + s, share);
-        total += share;
+        const VecInt silent = score == splat(-kInfinity);
+        const Vec power = exp(select(silent, splat(kPadding), score - top));
+        store(share[n] + s, power);
+        store(hears[n] + s, as_float(~silent));
+        total += power;
       }
       const Vec log_total = args.mix == Mix::kProbs ? log(total) : Vec{};
+      const VecInt nobody = total == Vec{};
       for (int n = 0; n < N; ++n) {
-        store(shares[n] + s, load(shares[n] + s) / total);
+        store(share[n] + s, select(nobody, Vec{}, load(share[n] + s) / total));
         store(log_share[n] + s, load(scores[n] + s) - top - log_total);
+        store(grad_share[n] + s, Vec{});
       }
+      store(has_target + s, as_float(~nobody));
     }
+  }
+
+  void read_links() {
+    for (int n = 0; n < N; ++n) sources[n].count = listeners[n].count = 0;
     for (int n = 0; n < N; ++n) {
       for (int s = 0; s < S; ++s) {
-        grad_share[n][s] = 0.0f;
-        if (scores[n][s] == -kInfinity) continue;
-        sources[s].add(n, shares[n][s]);
-        listeners[n].add(s, shares[n][s]);
+        if (!is_set(hears[n][s])) continue;
+        sources[s].add(n, share[n][s]);
+        listeners[n].add(s, share[n][s]);
       }
     }
   }
@@ -153,32 +169,39 @@ struct Sample {
   }
 
   // From the gradient in the shares, that in the scores; then in the queries and keys.
-  void write_scores() const {
+  void write_scores() {
     float gradient[kMaxSources][kMaxSources];
-    for (int s = 0; s < S; ++s) {
-      const Links& heard = sources[s];
-      float mean = 0;
-      for (int k = 0; k < heard.count; ++k) mean += heard.share[k] * grad_share[heard.other[k]][s];
-      for (int n = 0; n < N; ++n) gradient[s][n] = 0.0f;
-      for (int k = 0; k < heard.count; ++k) {
-        const int n = heard.other[k];
-        gradient[s][n] = heard.share[k] * (grad_share[n][s] - mean);
+    for (int s = 0; s < S; s += kLanes) {
+      Vec mean{};
+      for (int n = 0; n < N; ++n) {
+        // What isn't heard stays out of a NaN, too.
+        const VecInt heard = as_int(load(hears[n] + s));
+        const Vec value = load(share[n] + s) * load(grad_share[n] + s);
+        mean += as_float(as_int(value) & heard);
       }
-      float* to = args.grad_scores + (b * S + s) * N;
-      for (int n = 0; args.grad_scores && n < N; ++n) to[n] = gradient[s][n];
+      for (int n = 0; n < N; ++n) {
+        const Vec value = load(share[n] + s) * (load(grad_share[n] + s) - mean);
+        store(gradient[n] + s, as_float(as_int(value) & as_int(load(hears[n] + s))));
+      }
+    }
+    for (int s = 0; args.grad_scores && s < S; ++s) {
+      for (int n = 0; n < N; ++n) args.grad_scores[(b * S + s) * N + n] = gradient[n][s];
     }
     const int P = args.peers;
     const int64_t D = args.width, first = b * P * D;
     for (int p = 0; p < P; ++p) {
-      for (int64_t d = 0; args.grad_query && d < D; ++d) {
-        float total = 0;
-        for (int n = 0; n < P; ++n) total += gradient[p][n] * args.key[first + n * D + d];
-        args.grad_query[first + p * D + d] = total;
+      const float *keys[kMaxSources], *queries[kMaxSources];
+      float of_query[kMaxSources];
+      for (int n = 0; n < P; ++n) {
+        keys[n] = args.key + first + n * D;
+        queries[n] = args.query + first + n * D;
+        of_query[n] = gradient[n][p];
       }
-      for (int64_t d = 0; args.grad_key && d < D; ++d) {
-        float total = 0;
-        for (int n = 0; n < P; ++n) total += gradient[n][p] * args.query[first + n * D + d];
-        args.grad_key[first + p * D + d] = total;
+      if (args.grad_query) {
+        row_mix(args.grad_query + first + p * D, nullptr, keys, of_query, P, D, spare);
+      }
+      if (args.grad_key) {
+        row_mix(args.grad_key + first + p * D, nullptr, queries, gradient[p], P, D, spare);
       }
     }
   }

@@ -153,6 +153,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
 
 
+def extra_flags() -> list[str]:
+    """``$FASTOKD_CXXFLAGS``, for every unit and the link (the proofs build with sanitizers)."""
+    return os.environ.get("FASTOKD_CXXFLAGS", "").split()
+
+
 def sources() -> list[Path]:
     """Every C++ file of the package, headers included."""
     folder = Path(fastokd.csrc.__path__[0])
@@ -163,7 +168,8 @@ def _folder() -> Path:
     """Where libraries of this torch, these flags and these sources lie."""
     digest = hashlib.sha256()
     abi = torch.compiled_with_cxx11_abi()
-    digest.update(repr((torch.__version__, abi, COMMON, GLUE, KERNEL, CAPABILITIES)).encode())
+    flags = (COMMON, GLUE, KERNEL, CAPABILITIES, extra_flags())
+    digest.update(repr((torch.__version__, abi, flags)).encode())
     for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return cache_root() / f"cpp-{digest.hexdigest()[:20]}"
@@ -226,12 +232,13 @@ def _compile(compiler: str, work: Path) -> Path:
             units = [(f"{source.stem}.o", [*GLUE, *x86, abi, *include])]
         for name, flags in units:
             objects.append(str(work / name))
-            commands.append([compiler, *COMMON, *flags, "-c", str(source), "-o", objects[-1]])
+            flags = [*COMMON, *flags, *extra_flags()]
+            commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(_run, commands))
     library = work / "ops.so"
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-fopenmp"]
-    _run([compiler, "-shared", *objects, *libraries, "-o", str(library)])
+    _run([compiler, "-shared", *extra_flags(), *objects, *libraries, "-o", str(library)])
     return library
 
 

@@ -1,0 +1,106 @@
+"""OKDDip's loss head in C++ against the eager head of reference/, forward and backward.
+
+    python bench/bench_mixture_distillation.py [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+
+Three peers and a leader, T = 3, fp32 on both sides, from logits, queries and keys to the gradients of
+all three: the attention's product is in both, the projections are in neither. Both run in turn in one
+process, after they have been found equal; a ratio is the median of the rounds' ratios. The rows
+``from separate students`` also stack four tensors of logits and split the gradient, as a cohort of
+separate networks does. ``bound`` is what the bytes take at the speed of a copy (every logit read once,
+every gradient written once); the exponentials, at T = 3 two a logit, one of the student's and one of its
+target's, since e^z is a cube, take ``exp_ms`` (in the JSON) at the speed of torch.exp.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.turns import Clock, Row, in_turn, main, summary
+from fastokd.ops import peer_attention_distillation
+from fastokd.reference.okddip import ReferenceTwoLevel
+
+STUDENTS, PEERS, TEMPERATURE, KD_WEIGHT = 4, 3, 3.0, 0.8
+Step = Callable[[], list[Tensor]]
+
+
+def eager_head(logits: list[Tensor], query: Tensor, key: Tensor, labels_B: Tensor) -> Tensor:
+    """The published loop's, with the attention from queries and keys as they are."""
+    head = SimpleNamespace(
+        peers=PEERS,
+        temperature=TEMPERATURE,
+        mix_probs=False,
+        detach=False,
+        has_leader=True,
+        attention=lambda features: F.softmax(torch.bmm(query, key.mT), dim=2),
+    )
+    out = SimpleNamespace(logits=logits, features=logits)
+    losses = ReferenceTwoLevel.losses(head, out, labels_B, KD_WEIGHT)  # type: ignore[arg-type]
+    return losses.total
+
+
+def head_row(B: int, C: int, separate: bool, rounds: int, clock: Clock) -> Row:
+    g = torch.Generator().manual_seed(0)
+    logits_SBC = 3 * torch.randn(STUDENTS, B, C, generator=g)
+    logits = [x.clone().requires_grad_() for x in logits_SBC]
+    logits_SBC.requires_grad_()
+    query, key = ((0.3 * torch.randn(B, PEERS, 32, generator=g)).requires_grad_() for _ in range(2))
+    labels_B = torch.randint(C, (B,), generator=g)
+
+    def cpp() -> list[Tensor]:
+        leaves = logits if separate else [logits_SBC]
+        loss = peer_attention_distillation(
+            torch.stack(logits) if separate else logits_SBC,
+            labels_B,
+            query,
+            key,
+            kd_weight=KD_WEIGHT,
+            temperature=TEMPERATURE,
+            impl="cpp",
+        )
+        return [loss.total.detach(), *torch.autograd.grad(loss.total, [*leaves, query, key])]
+
+    def eager() -> list[Tensor]:
+        total = eager_head(logits, query, key, labels_B)
+        return [total.detach(), *torch.autograd.grad(total, [*logits, query, key])]
+
+    ours, theirs = cpp(), eager()
+    if not separate:
+        theirs[1:-2] = [torch.stack(theirs[1:-2])]
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+    source = torch.ones(1 << 14)  # in the nearest caches
+    powers, target = torch.empty_like(source), torch.empty_like(logits_SBC)
+    times = in_turn(
+        {
+            "eager": eager,
+            "cpp": cpp,
+            "copy": lambda: target.copy_(logits_SBC.detach()),
+            "exp": lambda: torch.exp(source, out=powers),
+        },
+        rounds,
+        clock,
+    )
+    row = summary(f"OKDDip B {B} C {C}{' from separate students' if separate else ''}", times)
+    row["bound_ms"] = row.pop("copy_ms")
+    row["exp_ms"] = statistics.median(times["exp"]) * 2 * logits_SBC.numel() / source.numel()
+    row["eager_best_ms"], row["cpp_best_ms"] = min(times["eager"]), min(times["cpp"])
+    return row
+
+
+def rows_of(rounds: int, clock: Clock) -> list[Row]:
+    return [
+        head_row(B, C, separate, rounds, clock)
+        for separate in (False, True)
+        for B, C in ((256, 1000), (128, 100), (128, 10))
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", rows_of)

@@ -1,0 +1,57 @@
+"""AddressSanitizer and UBSan over the tests of the C++ ops, on each instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastokd.ops import _cpp
+
+OPS = Path(__file__).parent.parent / "ops"
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+
+def library(name: str) -> str:
+    """The compiler's own runtime, which must be there before Python's first allocation."""
+    compiler = _cpp.find_compiler()
+    assert compiler is not None
+    run = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+@pytest.mark.proof
+def test_the_ops_are_clean_under_sanitizers(tmp_path: Path, cpp_ops: None) -> None:
+    tests = sorted(
+        str(path)
+        for path in OPS.glob("test_*.py")
+        if "cpp_ops" in path.read_text() or "_cpp.ensure_built" in path.read_text()
+        if path.name != "test_cpp_build.py"
+    )
+    assert tests
+    # Its compiler and its fake tensors are not what is tested here, and are slow under it.
+    deselected = "not opcheck and not compile and not interpreter"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", deselected, *tests],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "FASTOKD_CACHE": str(tmp_path),
+            "FASTOKD_CXXFLAGS": FLAGS,
+            "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
+            "ASAN_OPTIONS": "detect_leaks=0,abort_on_error=0",
+            "OMP_NUM_THREADS": "2",
+        },
+    )
+    said = run.stdout[-4000:] + run.stderr[-4000:]
+    assert run.returncode == 0, said
+    assert "passed" in run.stdout
+    assert "Sanitizer" not in said
+    assert "runtime error" not in said
