@@ -149,6 +149,8 @@ def _method_options(method: str) -> dict[str, Any]:
     """What the papers set, written out so that ``recipe.json`` says it."""
     if method in ("baseline", "ind"):
         return {}
+    if method == "kdcl":
+        return {"temperature": TEMPERATURE, "target": "min_logit"}
     return {"temperature": 2.0 if method == "ffsd" else TEMPERATURE}
 
 

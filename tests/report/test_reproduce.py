@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fastokd import sweep
 from fastokd.cells import cells_of, tables
+from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
@@ -206,3 +207,21 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             reproduce(request, tmp_path / "t", RunOptions(quiet=True))
+
+
+def test_the_command_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing stands in here: a step of real training, then the table of it again without any."""
+    command = ["reproduce", "table5", "--only", "okddip_mean", "--dataset", "digits"]
+    command += ["--model", "resnet8", "--seeds", "0", "--max-steps", "1"]
+    command += ["--out", str(tmp_path / "t"), "--device", "cpu", "--engine", "loop"]
+    assert run_command([*command, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["title"].endswith("stopped after 1 steps")
+    (cell,) = made["cells"]
+    assert cell["recipe"] == "okddip_mean-branch/resnet8/digits"
+    assert 0 < cell["best"]["mean"] <= 100
+    checkpoints = sorted((tmp_path / "t").glob("*/checkpoints/*"))
+    changed = [path.stat().st_mtime_ns for path in checkpoints]
+    assert run_command(command) == 0
+    assert "no reproduction" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in checkpoints] == changed
