@@ -25,7 +25,7 @@ _BLOCK = 4096
 _EPS = tl.constexpr(1e-12)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def forward_kernel(
     x_ptr, y_ptr, loss_ptr, saved_ptr, scale, x_stride_b, y_stride_b, B,
     N: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def forward_kernel(
     tl.store(saved_ptr + 3 * B + b, tl.where(ry < _EPS, 0.0, (apart + vv - uu) / 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def backward_kernel(
     x_ptr, y_ptr, saved_ptr, incoming_ptr, gx_ptr, gy_ptr, scale, x_stride_b, y_stride_b, B,
     N: tl.constexpr, BLOCK: tl.constexpr, NEED_X: tl.constexpr, NEED_Y: tl.constexpr,

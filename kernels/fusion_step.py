@@ -30,7 +30,7 @@ import triton.language as tl
 from fastokd.kernels._maps import strides
 from torch import Tensor
 
-STRETCHES = 128  # at most: they are merged as one tile
+STRETCHES = 128  # at most, a power of two: they are merged as one tile
 _BN = 32
 _BC = 64
 
@@ -52,10 +52,10 @@ def _map_tile(x_ptr, stride_b, stride_p, n, inside, c, HW: tl.constexpr, C: tl.c
     ).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "TILES"])
 def conv_kernel(
-    maps, weight_ptr, z_ptr, mean_ptr, m2_ptr, stride_b, stride_p, N,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr,
+    maps, weight_ptr, z_ptr, mean_ptr, m2_ptr, stride_b, stride_p, N, TILES,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, STATS: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     stretch = tl.program_id(0)
@@ -96,12 +96,11 @@ def conv_kernel(
         tl.store(m2_ptr + stretch * (C * M) + k, m2_C, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "LENGTH"])
 def normalise_kernel(
     z_ptr, mean_ptr, m2_ptr, gamma_ptr, beta_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    y_ptr, saved_ptr, momentum, eps, N,
-    K: tl.constexpr, S: tl.constexpr, LENGTH: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr,
+    y_ptr, saved_ptr, momentum, eps, N, S, LENGTH,
+    K: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(1) * BC + tl.arange(0, BC)
     s = tl.arange(0, BS)
@@ -150,10 +149,10 @@ def _hidden(z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, N, k, listed_K, K:
     return tl.where(y_NK <= 0.0, 0.0, dy_NK), xhat_NK, gamma_K * rstd_K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "TILES"])
 def reduce_kernel(
-    z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, part_ptr, N,
-    K: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, part_ptr, N, S, TILES,
+    K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     stretch = tl.program_id(0)
     k = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -168,13 +167,12 @@ def reduce_kernel(
     tl.store(part_ptr + (S + stretch) * K + k, gx_K, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "TILES"])
 def gradient_kernel(
     maps, z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, part_ptr, affine_ptr, dw_ptr, dz_ptr,
-    stride_b, stride_p, N,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
-    TILES: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    NEED_DZ: tl.constexpr,
+    stride_b, stride_p, N, S, TILES,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    BS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, NEED_DZ: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = C * M
     stretch = tl.program_id(0)
@@ -238,7 +236,7 @@ def _conv(
     mean_SK, m2_SK = (out_BKHW, out_BKHW) if parts_2SK is None else parts_2SK
     conv_kernel[(S, len(maps) * triton.cdiv(C, BC))](
         tuple(maps), weight_K133, out_BKHW, mean_SK, m2_SK, *strides(maps[0])[:2], B * H * W,
-        H, W, C, len(maps), TILES, _BN, BC, parts_2SK is not None, parts_2SK is None, num_warps=4,
+        TILES, H, W, C, len(maps), _BN, BC, parts_2SK is not None, parts_2SK is None, num_warps=4,
     )  # fmt: skip
 
 
@@ -264,8 +262,7 @@ def fusion_step(
     BC = min(triton.next_power_of_2(K), 32)
     normalise_kernel[(triton.cdiv(N, 128), triton.cdiv(K, BC))](
         z_BKHW, *parts_2SK, gamma_K, beta_K, running_mean_K, running_var_K, num_batches_tracked,
-        y_BKHW, saved_2K, momentum, eps, N, K, S, TILES * _BN, triton.next_power_of_2(S), 128, BC,
-        num_warps=4,
+        y_BKHW, saved_2K, momentum, eps, N, S, TILES * _BN, K, STRETCHES, 128, BC, num_warps=4,
     )  # fmt: skip
     return y_BKHW, z_BKHW, saved_2K
 
@@ -293,10 +290,10 @@ def fusion_step_backward(
     dy_BKHW = dy_BKHW.contiguous(memory_format=torch.channels_last)
     BC = min(triton.next_power_of_2(C), _BC)
     affine = (z_BKHW, dy_BKHW, saved_2K, gamma_K, beta_K, parts_2SK)
-    reduce_kernel[(S, triton.cdiv(K, BC))](*affine, N, K, S, TILES, _BN, BC, num_warps=4)
+    reduce_kernel[(S, triton.cdiv(K, BC))](*affine, N, S, TILES, K, _BN, BC, num_warps=4)
     gradient_kernel[(S, len(maps) * triton.cdiv(C, BC))](
-        tuple(maps), *affine, affine_2K, dw_SK9, dz_BKHW, *strides(maps[0])[:2], N, H, W, C,
-        len(maps), S, TILES, triton.next_power_of_2(S), _BN, BC, need_maps, num_warps=4,
+        tuple(maps), *affine, affine_2K, dw_SK9, dz_BKHW, *strides(maps[0])[:2], N, S, TILES,
+        H, W, C, len(maps), STRETCHES, _BN, BC, need_maps, num_warps=4,
     )  # fmt: skip
     dmaps_BKHW = torch.empty_like(z_BKHW) if need_maps else new(0)
     if need_maps:
