@@ -21,7 +21,15 @@ from tests.proofs.offline import compiling_for
 
 B, C, S, WIDTH = 256, 1000, 4, 64
 # Dispatched, but nothing is launched (the last is a look at a number that lies on the CPU).
-FREE = ("detach", "empty", "new_empty", "new_empty_strided", "_unsafe_view", "_local_scalar_dense")
+FREE = (
+    "detach",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "_local_scalar_dense",
+)
 
 
 class Count(TorchDispatchMode):
