@@ -116,7 +116,7 @@ class Session:
         self.cohort.to(self.device).to(memory_format=torch.channels_last)
         self.method.to(self.device)
         self.optimizers = self._optimizers()
-        self.progress = Progress.start(self.device)
+        self.progress = Progress.start(self.device, dtype=torch.float32)
         self.meter = Meter(recipe.students, recipe.has_leader)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:

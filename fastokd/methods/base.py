@@ -58,9 +58,15 @@ class Progress:
     draws: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def start(device: torch.device | str = "cpu", ramp: float = 1.0) -> Progress:
-        """The first epoch."""
-        return Progress(torch.zeros((), device=device), torch.tensor(ramp, device=device))
+    def start(
+        device: torch.device | str = "cpu",
+        ramp: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+    ) -> Progress:
+        """The first epoch. The ramp's ``dtype`` must not round it below the cohort's own."""
+        return Progress(
+            torch.zeros((), device=device), torch.tensor(ramp, device=device, dtype=dtype)
+        )
 
 
 @dataclass(frozen=True)

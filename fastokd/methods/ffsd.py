@@ -111,7 +111,7 @@ class FFSD(Method):
             "fusion_maps": fusion.detach(),
             "decoder_maps": decoders.detach(),
         }
-        return MethodLoss(total + progress.ramp * maps, parts)
+        return MethodLoss(total + progress.ramp.to(maps.dtype) * maps, parts)
 
     def _logit_losses(
         self, out: CohortOutput, fusion_BC: Tensor, labels_B: Tensor

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress
+from fastokd.methods.base import MethodLoss, Needs, Progress
 from fastokd.methods.scored import ScoredMethod
+from fastokd.ops.peer_attention_distillation import peer_attention_distillation
 
 
 class TwoLevel(ScoredMethod):
@@ -81,10 +82,21 @@ class OKDDip(TwoLevel):
         self.query = _projection(widths, dim)
         self.key = _projection(widths, dim)
 
-    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+    def projections(self, out: CohortOutput) -> tuple[Tensor, Tensor]:
+        """The peers' queries and keys, ``[B, P, d]`` each."""
         features = out.features[: self.peers]
-        query_BPd, key_BPd = _project(self.query, features), _project(self.key, features)
+        return _project(self.query, features), _project(self.key, features)
+
+    def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
+        query_BPd, key_BPd = self.projections(out)
         return query_BPd @ key_BPd.mT
+
+    def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        """The loss of :meth:`scores`, which the op computes from queries and keys itself."""
+        loss = peer_attention_distillation(
+            out.logits_SBC, labels_B, *self.projections(out), **self.settings(progress)
+        )
+        return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
 
 
 def _projection(widths: Sequence[int], dim: int) -> nn.Linear | nn.ModuleDict:

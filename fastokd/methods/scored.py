@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,18 +58,24 @@ class ScoredMethod(Method):
         """The weight of the mixtures' own cross-entropy, for each student."""
         return 0.0
 
+    def settings(self, progress: Progress) -> dict[str, Any]:
+        """What every call of the loss takes, whatever its scores."""
+        return {
+            "kd_weight": progress.ramp * self.kd_weight if self.ramped else self.kd_weight,
+            "temperature": self.temperature,
+            "mix": self.mix,
+            "detach_targets": self.detach_targets,
+            "impl": self.impl,
+        }
+
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
         loss = mixture_distillation(
             out.logits_SBC,
             labels_B,
             self.scores(out, labels_B, progress),
             extra_logits_EBC=self.extras(out, labels_B),
-            kd_weight=progress.ramp * self.kd_weight if self.ramped else self.kd_weight,
             mixture_ce_weight=self.mixture_ce_weight(),
-            temperature=self.temperature,
-            mix=self.mix,
-            detach_targets=self.detach_targets,
-            impl=self.impl,
+            **self.settings(progress),
         )
         return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
 

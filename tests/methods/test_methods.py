@@ -9,6 +9,7 @@ from torch import Tensor
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.methods import Progress, create_method, list_methods, method_class, ramp_weight
+from fastokd.ops import mixture_distillation
 
 
 def train(
@@ -57,12 +58,12 @@ def test_distillation_changes_the_leader() -> None:
 
 
 def test_cross_entropy_changes_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastokd.methods import scored
+    from fastokd.methods import okddip
 
     whole = leader(train("okddip")[0])
-    loss = scored.mixture_distillation
+    loss = okddip.peer_attention_distillation
     monkeypatch.setattr(
-        scored, "mixture_distillation", lambda *a, **k: loss(*a, **{**k, "ce_weight": 0.0})
+        okddip, "peer_attention_distillation", lambda *a, **k: loss(*a, **{**k, "ce_weight": 0.0})
     )
     assert not torch.allclose(whole, leader(train("okddip")[0]))
 
@@ -230,3 +231,15 @@ def test_bf16_changes_a_loss_by_its_rounding_alone(name: str) -> None:
         assert loss.total.dtype == torch.float32
         totals.append(loss.total.detach())
     torch.testing.assert_close(totals[0], totals[1], rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["okddip", "okddip_no_two_level"])
+def test_the_loss_from_queries_and_keys_is_that_of_the_scores(name: str) -> None:
+    cohort = Cohort(("resnet8", 4), 10).double()
+    method = create_method(name, cohort.shape).double()
+    out, labels_B = cohort(torch.randn(6, 3, 8, 8).double()), torch.randint(10, (6,))
+    loss = method(out, labels_B, Progress.start(ramp=0.4))
+    scores = method.scores(out, labels_B, Progress.start())
+    expected = mixture_distillation(out.logits_SBC, labels_B, scores, kd_weight=0.4)
+    torch.testing.assert_close(loss.total, expected.total)
+    torch.testing.assert_close(loss.parts["kd_S"], expected.kd_S)
