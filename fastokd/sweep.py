@@ -191,6 +191,7 @@ def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:
     """
     assert options.out is not None
     folder = RunFolder(options.out)
+    options = dataclasses.replace(options, resume=False)
     if not (options.out / "recipe.json").is_file():
         return train(wanted, options)
     found = folder.recipe()

@@ -75,7 +75,8 @@ def test_the_command_trains_goes_on_and_refuses(
     command = ["train", DIGITS, "--seeds", "0,1", "--epochs", "2", "--out", str(out)]
     assert run_command(command) == 0
     assert run_command(command) == 0
-    assert [seed for _, seed, _ in fake.calls] == [0, 1]
+    assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # says nothing new
+    assert [seed for _, seed, _ in fake.calls] == [0, 1, 2]
     assert "index.json" in capsys.readouterr().out
     other = tmp_path / "other"
     other.mkdir()
