@@ -82,6 +82,7 @@ struct Cohort {
   bool find_sums() {
     Vec high[4][S] = {};
     int64_t i = 0;
+    const int64_t ahead = x.b + 1 < x.args.batch ? x.args.logits.sample_stride : 0;
     const float scale = x.scale, T = x.T;
     while (i < x.C) {
       Vec total_e[S] = {}, total_q[S] = {}, total_t[S] = {}, products[S] = {};
@@ -90,7 +91,11 @@ struct Cohort {
       for (; i < stop; i += kLanes) {
         const int count = x.C - i < kLanes ? int(x.C - i) : kLanes;
         Vec z[S];
-        for (int s = 0; s < S; ++s) z[s] = shifted(s, i, count);
+        for (int s = 0; s < S; ++s) {
+          z[s] = shifted(s, i, count);
+          // A row is a page, and no prefetcher crosses to the next sample's.
+          __builtin_prefetch(rows[s] + i + ahead);
+        }
         for (int s = 0; s < S; ++s) {
           const Vec q = exp(z[s] * scale);
           store(x.q[s] + i, q);
@@ -150,11 +155,15 @@ struct Cohort {
     const int64_t out_stride = x.args.batch * x.C;
     Vec dots[S][S] = {};
     const float T = x.T;
+    Out* next = to && x.b + 1 < x.args.batch ? to + x.C : nullptr;
     each_column(x.C, [&](int64_t i, int count) {
       const Vec here = select(lane_below(int(x.label - i)), Vec{}, splat(1.0f));
       const Vec label = select(lane_below(int(x.label - i) + 1), here, Vec{});
       Vec z[S], base[S], g[S];
-      for (int s = 0; s < S; ++s) z[s] = shifted(s, i, count);
+      for (int s = 0; s < S; ++s) {
+        z[s] = shifted(s, i, count);
+        if (next) __builtin_prefetch(next + s * out_stride + i, 1);
+      }
       for (int s = 0; s < S; ++s) {
         const Vec q = load(x.q[s] + i), t = load(x.mixed[s] + i);
         const Vec r = (mixed(s, z) - z[s]) - mean[s];

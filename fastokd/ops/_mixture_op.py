@@ -118,7 +118,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 for _op, _launch in _LAUNCHERS.items():
     LIBRARY.impl(_op, _launch, "CUDA")
-    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # FusedLoss carries it
+    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
 
 
 def refusal(
@@ -170,7 +170,8 @@ def call_fused(
     )
     # Triton's interpreter takes tensors of the CPU, whose operator is the C++ one.
     function = _LAUNCHERS[op] if impl == "triton" and not first.is_cuda else _OPERATORS[op]
-    if not any(asked):
+    # C++ carries its own gradients; a compiler must see what becomes of them.
+    if not any(asked) or (impl == "cpp" and not torch.compiler.is_compiling()):
         total, ce_S, kd_S, *_ = function(*args)
         return total, ce_S, kd_S
     result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, leaves, *args)
@@ -179,6 +180,8 @@ def call_fused(
 
 class FusedLoss(torch.autograd.Function):
     """``total, ce_S, kd_S`` of an operator whose gradients come with it.
+
+    (csrc/mixture_autograd.cpp is its twin for the CPU, which costs a step less.)
 
     ``args`` are the operator's arguments, the three flags that ask for gradients last; ``leaves``
     say which arguments they are about, in the order in which their gradients are returned.

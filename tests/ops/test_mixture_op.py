@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-from fastokd.ops import _cpp, mixture_distillation
+from fastokd.ops import _cpp, _mixture_op, mixture_distillation
 from tests.ops.mixture_cases import draw
 
 pytestmark = pytest.mark.usefixtures("cpp_ops")
@@ -94,6 +94,17 @@ def test_the_operator_checks_what_it_is_given(change: dict[str, object], says: s
         OP(*call)
 
 
+@pytest.fixture(params=["cpp", "triton"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """C++ carries its own gradients, Triton's are carried in Python: here both those of the CPU's
+    operator."""
+    if request.param == "triton":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setitem(_mixture_op._LAUNCHERS, "mixture_distillation", OP)
+    name: str = request.param
+    return name
+
+
 def leaves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     case = draw(3, 4, 10, 1, dtype=dtype)
     assert case.extra_EBC is not None
@@ -106,18 +117,19 @@ def leaves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def total(z: Tensor, extra: Tensor, scores: Tensor, labels_B: Tensor, **options: Any) -> Tensor:
+    """The loss; ``options`` hold the implementation."""
     return mixture_distillation(z, labels_B, scores, extra_logits_EBC=extra, **options).total
 
 
-def test_every_subset_of_gradients() -> None:
+def test_every_subset_of_gradients(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
-    full = torch.autograd.grad(total(z, extra, scores, labels_B), [z, extra, scores])
+    full = torch.autograd.grad(total(z, extra, scores, labels_B, impl=impl), [z, extra, scores])
     for asks in itertools.product([False, True], repeat=3):
         chosen = [
             x.detach().requires_grad_(asked)
             for x, asked in zip((z, extra, scores), asks, strict=True)
         ]
-        loss = total(*chosen, labels_B)
+        loss = total(*chosen, labels_B, impl=impl)
         assert loss.requires_grad == any(asks)
         wanted = [x for x in chosen if x.requires_grad]
         expected = [x for x, asked in zip(full, asks, strict=True) if asked]
@@ -125,29 +137,31 @@ def test_every_subset_of_gradients() -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_detached_targets_have_no_gradient() -> None:
+def test_detached_targets_have_no_gradient(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
     gradients = torch.autograd.grad(
-        total(z, extra, scores, labels_B, detach_targets=True),
+        total(z, extra, scores, labels_B, detach_targets=True, impl=impl),
         [z, extra, scores],
         allow_unused=True,
     )
     assert gradients[0] is not None
     assert gradients[1:] == (None, None)
-    assert not total(z.detach(), extra, scores, labels_B, detach_targets=True).requires_grad
+    assert not total(
+        z.detach(), extra, scores, labels_B, detach_targets=True, impl=impl
+    ).requires_grad
 
 
-def test_no_grad_and_inference() -> None:
+def test_no_grad_and_inference(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
     with torch.no_grad():
-        assert not total(z, extra, scores, labels_B).requires_grad
+        assert not total(z, extra, scores, labels_B, impl=impl).requires_grad
     with torch.inference_mode():
-        assert total(z, extra, scores, labels_B).isfinite()
+        assert total(z, extra, scores, labels_B, impl=impl).isfinite()
 
 
-def test_a_retained_graph_gives_the_same_gradient_again() -> None:
+def test_a_retained_graph_gives_the_same_gradient_again(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
-    loss = total(z, extra, scores, labels_B)
+    loss = total(z, extra, scores, labels_B, impl=impl)
     first = torch.autograd.grad(loss, [z, scores], retain_graph=True)
     kept = [x.clone() for x in first]
     for x in first:
@@ -161,27 +175,29 @@ def test_a_retained_graph_gives_the_same_gradient_again() -> None:
         loss.backward()
 
 
-def test_gradients_accumulate() -> None:
+def test_gradients_accumulate(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
     for _ in range(3):
-        total(z, extra, scores, labels_B).backward()
-    (once,) = torch.autograd.grad(total(z, extra, scores, labels_B), [z])
+        total(z, extra, scores, labels_B, impl=impl).backward()
+    (once,) = torch.autograd.grad(total(z, extra, scores, labels_B, impl=impl), [z])
     assert z.grad is not None
     torch.testing.assert_close(z.grad, 3 * once)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_refused(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
-    (gradient,) = torch.autograd.grad(total(z, extra, scores, labels_B), [z], create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        total(z, extra, scores, labels_B, impl=impl), [z], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no second derivative: impl='torch' has"):
         (gradient.square().sum() + z.sum()).backward()
 
 
-def test_half_precision_survives_the_grad_scaler() -> None:
+def test_half_precision_survives_the_grad_scaler(impl: str) -> None:
     """At B 256, C 1,000 most gradients are below fp16's smallest number until they are scaled."""
     case = draw(4, 256, 1000, dtype=torch.float16, incoming=65536.0, asks=(True, False, False))
     case = replace(case, logits_SBC=4 * case.logits_SBC, kd_weight=0.001)
-    ours, exact = case.run("cpp")["grad_logits"], case.double().run("torch")["grad_logits"]
+    ours, exact = case.run(impl)["grad_logits"], case.double().run("torch")["grad_logits"]
     unscaled = (exact / 65536.0).half()
     assert (unscaled == 0).float().mean() > 0.3
     assert (ours == 0).float().mean() < 0.01
@@ -216,7 +232,9 @@ def test_auto_takes_what_it_can_and_says_why_not() -> None:
             mixture_distillation(**call, impl="cpp")
         mixture_distillation(**call)
 
-    assert "FusedLoss" in str(mixture_distillation(z, labels_B, scores).total.grad_fn)
+    grad_fn = mixture_distillation(z, labels_B, scores).total.grad_fn
+    assert grad_fn is not None
+    assert "Carried" in grad_fn.name()
     refused("float64", scores=scores.double())
     refused("10 elements apart", logits_SBC=torch.zeros(3, 4, 100)[..., ::10])
     refused("17 sources", logits_SBC=torch.zeros(17, 4, 10), scores=torch.zeros(17, 17))

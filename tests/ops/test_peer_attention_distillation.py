@@ -134,7 +134,6 @@ def test_scores_are_the_papers(cpp_ops: None) -> None:
     assert (scores[:, 3, :3] == 0).all()
     assert scores[:, :, 3].isneginf().all()
     ours = peer_attention_distillation(logits_SBC, labels_B, query, key)
-    assert "FusedLoss" not in str(ours.total.grad_fn)
     torch.testing.assert_close(ours, mixture_distillation(logits_SBC, labels_B, scores))
 
 
