@@ -127,9 +127,9 @@ void normalise_rows(const E* x, const E* residual, E* y, int64_t rows, int64_t w
 // The gradient that reaches the normalised map: dy where the ReLU let y through. kFromX repeats
 // the forward's arithmetic to the bit, and so finds the forward's sign.
 template <Mask kMask, class V, class E>
-FASTOKD_INLINE V masked_gradient(V grad, V x, const E* y, V scale, V shift) {
+FASTOKD_INLINE V masked_gradient(V grad, V x, const E* y, int64_t at, V scale, V shift) {
   if constexpr (kMask == Mask::kFromX) return keep(fma(x, scale, shift), grad);
-  if constexpr (kMask == Mask::kFromY) return keep(fetch<V>(y), grad);
+  if constexpr (kMask == Mask::kFromY) return keep(fetch<V>(y + at), grad);
   return grad;
 }
 
@@ -146,7 +146,7 @@ void reduce_rows(const E* grad_y, const E* x, const E* y, E* masked, int64_t row
       for (int t = 0; t < T; ++t) {
         const int64_t p = at + t * V::kLanes;
         const V v = fetch<V>(x + p);
-        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y + p, a.at[t], b.at[t]);
+        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y, p, a.at[t], b.at[t]);
         if constexpr (kWrite) g.store(masked + p);
         g_sum.at[t] = g_sum.at[t] + g;
         gx_sum.at[t] = fma(g, v - mean.at[t], gx_sum.at[t]);
@@ -169,7 +169,7 @@ void grad_input_rows(const E* grad_y, const E* x, const E* y, E* grad_x, int64_t
       for (int t = 0; t < T; ++t) {
         const int64_t p = at + t * V::kLanes;
         const V v = fetch<V>(x + p);
-        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y + p, a.at[t], b.at[t]);
+        const V g = masked_gradient<kMask>(fetch<V>(grad_y + p), v, y, p, a.at[t], b.at[t]);
         fma(g, a.at[t], fma(v, k.at[t], c.at[t])).store(grad_x + p);
       }
     }
