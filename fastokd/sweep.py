@@ -189,10 +189,11 @@ def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:
     Raises:
         UserError: the folder holds a run of another recipe.
     """
-    assert options.out is not None
-    folder = RunFolder(options.out)
+    out = options.out
+    assert out is not None
+    folder = RunFolder(out)
     options = dataclasses.replace(options, resume=False)
-    if not (options.out / "recipe.json").is_file():
+    if not (out / "recipe.json").is_file():
         return train(wanted, options)
     found = folder.recipe()
     if found != wanted:
@@ -201,13 +202,12 @@ def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:
             f"{k} ({theirs[k]} there, {ours[k]} wanted)" for k in ours if theirs[k] != ours[k]
         ]
         raise UserError(
-            f"{options.out} holds another run: it differs in {', '.join(differing)}; choose "
-            "another --out"
+            f"{out} holds another run: it differs in {', '.join(differing)}; choose another --out"
         )
     if _is_done(folder, wanted, options):
-        return Run.load(options.out)
+        return Run.load(out)
     if not list_checkpoints(folder.checkpoints):
-        shutil.rmtree(options.out)
+        shutil.rmtree(out)
         return train(wanted, options)
     return train(wanted, dataclasses.replace(options, resume=True))
 
