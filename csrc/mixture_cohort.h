@@ -52,6 +52,8 @@ struct Cohort {
       rows[s] = static_cast<const Element*>(from.data) + s * from.source_stride +
                 x.b * from.sample_stride;
       for (int n = 0; n < S; ++n) share[n][s] = x.share[n][s];
+      // A student without a target as if it listened to itself: its KL and its gradient are 0.
+      if (!Sample::is_set(x.has_target[s])) share[s][s] = 1.0f;
     }
   }
 

@@ -9,15 +9,6 @@ from fastokd.kernels._layout import Weight
 from torch import Tensor
 
 
-class Scores(NamedTuple):
-    """A tensor and its strides over samples, then students and sources, or peers and d."""
-
-    tensor: Tensor | None
-    sample: int
-    first: int
-    second: int
-
-
 class Loss(NamedTuple):
     """What makes the loss, beside the tensors it is of."""
 
@@ -42,13 +33,21 @@ def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
 
     A thread holds ``each`` classes of every source twice, as logits and as their gradient, and
     twice more where probabilities are mixed. ``block`` is at least C where the rows then fit the
-    registers.
+    registers. Where there are many sources, more threads share the score tiles too.
     """
+    wide = warp == 32
     if pairs:
-        each, limit = (8, 2048) if N <= 4 else (4, 1024) if N <= 8 else (1, 256)
+        each = (8 if wide else 4) if N <= 4 else (4 if wide else 2) if N <= 8 else 1
+        limit = 2048 if N <= 4 else 1024 if N <= 8 else 256
     else:
-        each, limit = (8, 2048) if (5 if warp == 32 else 4) >= N else (4, 1024)
+        few = N <= 4 or (wide and N == 5)
+        each, limit = (8, 2048) if few else (4, 1024)
     block = max(triton.next_power_of_2(C), 4 * warp)
     if block > limit:
         block = min(limit, 1024)
-    return block, max(block // (each * warp), 2 if N > 8 else 1)
+    return block, max(block // (each * warp), (2 if wide else 4) if N > 8 else 1)
+
+
+def compiler_options(warps: int, warp: int) -> dict[str, int]:
+    """``num_warps``; and NVIDIA's compiler shan't spill to save registers that are free."""
+    return {"num_warps": warps, "maxnreg": 255} if warp == 32 else {"num_warps": warps}

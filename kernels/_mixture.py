@@ -67,27 +67,29 @@ def source_terms(log_p, log_q, mix, MIX: tl.constexpr):
 
 
 @triton.jit
-def store_loss(
-    loss_ptr, mix, stats, source_sums, T, b, s,
-    S: tl.constexpr, MIX: tl.constexpr, MIXTURE_CE: tl.constexpr,
+def store_losses(
+    loss_ptr, mix_tile, stats, k_tile, T, b,
+    S: tl.constexpr, TILE: tl.constexpr, MIX: tl.constexpr, MIXTURE_CE: tl.constexpr,
 ):  # fmt: skip
-    """One student's three losses."""
+    """All students' three losses, from vectors of their stats and tiles of weights and K_n."""
+    s = tl.arange(0, TILE)
+    # Past the last student the sums are 0; their logarithms aren't taken.
+    one = tl.where(s < S, 0.0, 1.0)
+    heard = mix_tile != UNHEARD
+    taught = tl.max(heard.to(tl.int32), 1) > 0
+    ce = stats[9] * tl.log(stats[1] + one) - stats[3]
+    mixture = tl.zeros_like(ce)
+    if MIXTURE_CE:
+        mixture += stats[9] * tl.log(stats[7] + one) - stats[8]
+    if MIX == "logits":
+        kl = stats[6] / (stats[5] + one) - tl.log((stats[5] + one) / (stats[2] + one))
+    else:
+        kl = tl.sum(tl.where(heard, share(mix_tile, MIX) * k_tile, 0.0), 1)
     B = tl.num_programs(0)
     at = loss_ptr + s * B + b
-    taught = has_target(mix)
-    tl.store(at, stats[9] * tl.log(stats[1]) - stats[3])
-    if MIX == "logits":
-        kl = stats[6] / stats[5] - tl.log(stats[5] / stats[2])
-    else:
-        kl = 0.0 * T
-        for n in tl.static_range(len(mix)):
-            more = kl + share(mix[n], MIX) * source_sums[n]
-            kl = tl.where(mix[n] != UNHEARD, more, kl)
-    tl.store(at + S * B, tl.where(taught, T * T * kl, 0.0))
-    mixture = 0.0 * T
-    if MIXTURE_CE:
-        mixture = stats[9] * tl.log(stats[7]) - stats[8]
-    tl.store(at + 2 * S * B, tl.where(taught, mixture, 0.0))
+    tl.store(at, ce, mask=s < S)
+    tl.store(at + S * B, tl.where(taught, T * T * kl, 0.0), mask=s < S)
+    tl.store(at + 2 * S * B, tl.where(taught, mixture, 0.0), mask=s < S)
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def send_gradients(
             if PAIRED:
                 g += kd * tl.exp2(log_p[n] * LOG2E) * (ratios[n] - source_sums[n])
             # Not as mixed_row says it, lest the masks live from there to here.
-            grad = tl.where(mix[n] > 1.5, grad, grad + share(mix[n], MIX) * g)
+            grad = tl.where(mix[n] > 1.0, grad, grad + share(mix[n], MIX) * g)
         if n >= FIRST and n < FIRST + COUNT:
             grad = tl.where(s == n, grad + direct, grad)
         sent += (grad,)

@@ -26,14 +26,15 @@ import triton
 import triton.language as tl
 from fastokd.kernels import _layout, _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
-from fastokd.kernels._launch import Loss, Scores, plan, warp_size
+from fastokd.kernels._launch import Loss, compiler_options, plan, warp_size
 from fastokd.kernels._layout import empty_gradient, row_layout
 from fastokd.kernels._reduce import reduce, weight
 from fastokd.kernels._tiles import load_rows, store_rows, sums
 from torch import Tensor
 
-# Students in one loop: each selects its row among as many, and masks are registers too.
-GROUP = tl.constexpr(8)
+# The most students in one loop past 8 sources: each selects its row among as many, and masks live
+# in registers too.
+GROUP = tl.constexpr(16)
 
 
 @triton.jit
@@ -57,14 +58,14 @@ def _zeros(like, N: tl.constexpr):
 
 
 _UNSPECIALISED = ["z_s", "z_b", "x_s", "x_b", "gz_b", "gx_b", "label_b"]
-_UNSPECIALISED += ["score_b", "score_s", "score_n", "key_b", "key_p", "key_d"]
+_UNSPECIALISED += ["score_b", "score_s", "score_n"]
 _UNSPECIALISED += ["ce_stride", "kd_stride", "mixture_stride"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def mixture_distillation_kernel(
     z_ptr, z_s, z_b, x_ptr, x_s, x_b, label_ptr, label_b,
-    score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d,
+    score_ptr, score_b, score_s, score_n, key_ptr,
     ce_ptr, ce_stride, ce_number, kd_ptr, kd_stride, kd_number,
     mixture_ptr, mixture_stride, mixture_number, T_ptr, T_number, smoothing,
     loss_ptr, gz_ptr, gz_b, gx_ptr, gx_b, gscore_ptr, gkey_ptr,
@@ -85,6 +86,8 @@ def mixture_distillation_kernel(
     GRADIENTS: tl.constexpr = GRAD_MIX or gz_ptr is not None or gx_ptr is not None
     DOTS: tl.constexpr = GRAD_MIX and (MIXTURE_CE or (MIX == "logits" and not DETACH))
     RESIDENT: tl.constexpr = BLOCK >= C
+    LOOPS: tl.constexpr = 1 if N <= 8 else (S + GROUP - 1) // GROUP
+    EACH: tl.constexpr = (S + LOOPS - 1) // LOOPS
     # How many K_n a student has.
     PAIRS: tl.constexpr = 0 if MIX == "logits" else N
     b, part = tl.program_id(0).to(tl.int64), 1.0 / tl.num_programs(0)
@@ -101,35 +104,33 @@ def mixture_distillation_kernel(
     if RESIDENT:  # asked for first, to be on the way while the scores are worked out
         rows, y = _block(z, x, labels, b, cols, S, E, C, Z_VEC, X_VEC, SOFT)
     if D > 0:
-        scores = attention_scores(
-            score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d, b, P, D, TILE, D_TILE
-        )  # fmt: skip
+        scores = attention_scores(score_ptr, key_ptr, b, P, D, TILE, D_TILE)
     else:
         at = score_ptr + b * score_b + row * score_s + column * score_n
         scores = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-    mix_tile = _mixture_sums.mixing_weights(scores, MIX)
-    mix_flat = tl.reshape(mix_tile, [TILE * TILE])
+    mix_flat = tl.reshape(_mixture_sums.mixing_weights(scores, MIX), [TILE * TILE])
     k_flat = tl.zeros([TILE * TILE], tl.float32)
     grad_flat = tl.zeros([TILE * TILE], tl.float32)
+    stats = _mixture_sums.no_stats(TILE)
     if RESIDENT:
         grads, log_p = _zeros(y, N), ()
         if PAIRS > 0:
             tops, totals = _mixture_sums.block_log_sums(rows, inv_T)
             log_p = _mixture.log_probs(rows, tops, totals, inv_T)
-        for s0 in tl.static_range(0, S, GROUP):
-            for s in range(s0, min(s0 + GROUP, S)):
-                own = _mixture_sums.pick(rows[0:S], s, s0, GROUP)
-                log_q = _mixture_sums.pick(log_p[0:S], s, s0, GROUP)
+        for s0 in tl.static_range(0, S, EACH):
+            for s in range(s0, min(s0 + EACH, S)):
+                own = _mixture_sums.pick(rows[0:S], s, s0, EACH)
+                log_q = _mixture_sums.pick(log_p[0:S], s, s0, EACH)
                 mix = _mixture_sums.entries(mix_flat, s, N, TILE)
-                stats = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                found = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                stats = _mixture_sums.with_student(stats, s, found, TILE)
                 k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
                 k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
-                _mixture.store_loss(loss_ptr, mix, stats, k, T, b, s, S, MIX, MIXTURE_CE)
                 if GRADIENTS:
                     grads, mixed_grad = _mixture.send_gradients(
-                        grads, rows, own, log_p, log_q, y, mix, stats, k,
+                        grads, rows, own, log_p, log_q, y, mix, found, k,
                         weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part, T, s,
-                        MIX, MIXTURE_CE, DETACH, s0, GROUP,
+                        MIX, MIXTURE_CE, DETACH, s0, EACH,
                     )  # fmt: skip
                     dots = sums(_mixture.products(rows, mixed_grad, DOTS))
                     grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
@@ -138,7 +139,6 @@ def mixture_distillation_kernel(
         if gx_ptr is not None:
             store_rows(gx_ptr, gx_b, b, cols, grads[S:N], C, GX_VEC)
     else:
-        stats = _mixture_sums.no_stats(TILE)
         log_sums = _mixture_sums.no_log_sums(TILE)
         for c0 in range(0, C, BLOCK):
             rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
@@ -155,24 +155,14 @@ def mixture_distillation_kernel(
         if PAIRS > 0:
             for c0 in range(0, C, BLOCK):
                 rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
-                tops, totals = (
-                    _mixture_sums.unpacked(log_sums[0], N, TILE),
-                    _mixture_sums.unpacked(log_sums[1], N, TILE),
-                )
+                tops = _mixture_sums.unpacked(log_sums[0], N, TILE)
+                totals = _mixture_sums.unpacked(log_sums[1], N, TILE)
                 log_p = _mixture.log_probs(rows, tops, totals, inv_T)
                 for s in range(S):
-                    terms = _mixture.source_terms(
-                        log_p,
-                        _mixture_sums.pick(log_p[0:S], s, 0, S),
-                        _mixture_sums.entries(mix_flat, s, N, TILE),
-                        MIX,
-                    )
-                    k_flat = _mixture_sums.with_entries(k_flat, s, sums(terms), TILE)
-        for s in range(S):
-            _mixture.store_loss(
-                loss_ptr, _mixture_sums.entries(mix_flat, s, N, TILE), _mixture_sums.of_student(stats, s, TILE),
-                _mixture_sums.entries(k_flat, s, PAIRS, TILE), T, b, s, S, MIX, MIXTURE_CE,
-            )  # fmt: skip
+                    log_q = _mixture_sums.pick(log_p[0:S], s, 0, S)
+                    mix = _mixture_sums.entries(mix_flat, s, N, TILE)
+                    k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
+                    k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
         if GRADIENTS:
             for c0 in range(0, C, BLOCK):
                 rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
@@ -181,9 +171,11 @@ def mixture_distillation_kernel(
                 grads, log_p = _zeros(y, N), _mixture.log_probs(rows[0:PAIRS], tops, totals, inv_T)
                 for s in range(S):
                     grads, mixed_grad = _mixture.send_gradients(
-                        grads, rows, _mixture_sums.pick(rows[0:S], s, 0, S), log_p, _mixture_sums.pick(log_p[0:S], s, 0, S), y,
+                        grads, rows, _mixture_sums.pick(rows[0:S], s, 0, S),
+                        log_p, _mixture_sums.pick(log_p[0:S], s, 0, S), y,
                         _mixture_sums.entries(mix_flat, s, N, TILE),
-                        _mixture_sums.of_student(stats, s, TILE), _mixture_sums.entries(k_flat, s, PAIRS, TILE),
+                        _mixture_sums.of_student(stats, s, TILE),
+                        _mixture_sums.entries(k_flat, s, PAIRS, TILE),
                         weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part, T, s,
                         MIX, MIXTURE_CE, DETACH, 0, S,
                     )  # fmt: skip
@@ -194,21 +186,21 @@ def mixture_distillation_kernel(
                 if gx_ptr is not None:
                     store_rows(gx_ptr, gx_b, b, c0 + cols, grads[S:N], C, GX_VEC)
 
+    k_tile = tl.reshape(k_flat, [TILE, TILE])
+    mix_tile = tl.reshape(mix_flat, [TILE, TILE])
+    _mixture.store_losses(loss_ptr, mix_tile, stats, k_tile, T, b, S, TILE, MIX, MIXTURE_CE)
     if GRAD_MIX:
         grad_mix = tl.reshape(grad_flat, [TILE, TILE])
         if PAIRS > 0 and not DETACH:
-            k_tile = tl.reshape(k_flat, [TILE, TILE])
             grad_mix += weight(kd, tl.minimum(row, S - 1)) * part * T * T * k_tile
-        mix_tile = tl.reshape(mix_flat, [TILE, TILE])
         heard, mix_tile = mix_tile != _mixture_sums.UNHEARD, _mixture_sums.share(mix_tile, MIX)
         grad_mix = tl.where(heard, mix_tile * grad_mix, 0.0)
         total = tl.sum(grad_mix, 1)[:, None]
         grad_scores = tl.where(heard, grad_mix - mix_tile * total, 0.0)
         if D > 0:
             attention_gradients(
-                grad_scores, score_ptr, score_b, score_s, score_n, key_ptr, key_b, key_p, key_d,
-                gscore_ptr, gkey_ptr, b, P, D, TILE, D_TILE,
-            )  # fmt: skip
+                grad_scores, score_ptr, key_ptr, gscore_ptr, gkey_ptr, b, P, D, TILE, D_TILE
+            )
         else:
             at = gscore_ptr + b * (S * N) + row * N + column
             tl.store(at, grad_scores.to(gscore_ptr.dtype.element_ty), mask=inside)
@@ -218,15 +210,15 @@ def run(
     logits_SBC: Tensor,
     extra_EBC: Tensor | None,
     labels: Tensor,
-    scores: Scores,
-    key: Scores,
+    scores: Tensor,
+    key: Tensor | None,
     loss: Loss,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> Tensor:
     """Launches the kernel; returns the per-sample losses ``[3, S, B]``.
 
-    With a ``key``, ``scores`` is the query. ``gradients`` is where those of logits, extras, scores
-    (or query) and key go, None where not asked for.
+    With a ``key``, ``scores`` is the query, both contiguous. ``gradients`` is where those of
+    logits, extras, scores (or query) and key go, None where not asked for.
     """
     S, B, C = logits_SBC.shape
     N = S + (0 if extra_EBC is None else extra_EBC.shape[0])
@@ -237,18 +229,20 @@ def run(
     z, x, gz_rows, gx_rows = (
         (0, 0, 1) if rows is None else row_layout(rows) for rows in (logits_SBC, extra_EBC, gz, gx)
     )
-    P, D = (0, 0) if key.tensor is None else key.tensor.shape[1:]
-    block, warps = plan(N, C, loss.mix != "logits", warp_size())
+    P, D = (0, 0) if key is None else key.shape[1:]
+    strides = scores.stride() if scores.dim() == 3 else (0, *scores.stride())
+    warp = warp_size()
+    block, warps = plan(N, C, loss.mix != "logits", warp)
     tile = triton.next_power_of_2(N)
     with torch.cuda.device_of(logits_SBC):
         mixture_distillation_kernel[(B,)](
-            logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), *scores, *key,
+            logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
             *loss.ce, *loss.kd, *loss.mixture, *loss.temperature, loss.smoothing,
             losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
             S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
             loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
             block, tile, 4096 // tile**2 if tile > 8 else 64,
-            num_warps=warps,
+            **compiler_options(warps, warp),
         )  # fmt: skip
     return losses_3SB
 
@@ -301,8 +295,8 @@ def launch(
         logits_SBC,
         extra_EBC,
         labels,
-        Scores(scores, *(scores.stride() if batched else (0, *scores.stride()))),
-        Scores(None, 0, 0, 0),
+        scores,
+        None,
         loss,
         (gz, gx, g_scores, None),
     )

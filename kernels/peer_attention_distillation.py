@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from fastokd.kernels import _layout
-from fastokd.kernels._launch import Loss, Scores
+from fastokd.kernels._launch import Loss
 from fastokd.kernels._layout import empty_gradient
 from fastokd.kernels._reduce import reduce
 from fastokd.kernels.mixture_distillation import run
@@ -63,8 +63,8 @@ def launch(
         logits_SBC,
         None,
         labels,
-        Scores(query_BPd, *query_BPd.stride()),
-        Scores(key_BPd, *key_BPd.stride()),
+        query_BPd.contiguous(),
+        key_BPd.contiguous(),
         loss,
         gradients,
     )

@@ -65,6 +65,14 @@ def test_within_budget(capability: str, C: int, mix: str, dtype: torch.dtype) ->
     )
 
 
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("S", [3, 5])  # rows side by side, and one after another
+def test_many_classes(S: int) -> None:
+    """ImageNet-21k: sums over that many classes keep their accuracy."""
+    for mix in ("logits", "probs", "pairwise"):
+        assert_within_budget(draw(S, 2, 22_000, mix=mix))
+
+
 @st.composite
 def calls(d: st.DrawFn) -> dict[str, Any]:
     """Arguments of ``draw``."""
