@@ -77,9 +77,16 @@ class Session:
     ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
     """
 
-    def __init__(self, recipe: Recipe, options: RunOptions, *, training: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: RunOptions,
+        *,
+        training: bool = True,
+        data: DatasetSplits | None = None,
+    ) -> None:
         """``training=False``: to be evaluated alone, which needs neither teacher nor held-out
-        images."""
+        images. ``data`` stands in for the recipe's (a benchmark's drawn images)."""
         self.recipe = recipe
         self.options = options
         self.device = pick_device(options.device)
@@ -88,7 +95,9 @@ class Session:
         self.epoch, self.batch, self.step = 0, 0, 0
         self.best: float | None = None
 
-        self.data = load_splits(recipe, options, self.device)
+        if data is None:
+            data = load_splits(recipe, options, self.device)
+        self.data = data.to(self.device)
         stream = BatchStream(
             self.data.train,
             recipe.batch_size,
