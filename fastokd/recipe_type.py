@@ -12,7 +12,7 @@ import torch
 from fastokd.data import list_datasets
 from fastokd.data.stream import keyed_generator
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import method_class, option_names
+from fastokd.methods import check_options, method_class
 from fastokd.models import model_spec
 
 # What a run is judged by, and what its best epoch is chosen by.
@@ -108,16 +108,9 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
-        options = option_names(self.method)
-        for name in self.method_options:
-            if not options:
-                raise UserError(
-                    f"{self.method} has no option {name!r}, nor any other: leave it out"
-                )
-            if name not in options:
-                raise unknown_name(f"option of {self.method}", name, options)
+        check_options(self.method, self.method_options)
         temperature = self.method_options.get("temperature", 1.0)
-        if not (math.isfinite(temperature) and temperature > 0):
+        if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
 
     def _check_students(self) -> None:

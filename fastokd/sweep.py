@@ -13,7 +13,7 @@ from typing import Any
 
 from fastokd.checkpoint import list_checkpoints, write_durably
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import option_names
+from fastokd.methods import option_defaults
 from fastokd.recipes import Recipe, recipe
 from fastokd.report.summary import summarise
 from fastokd.run_folder import Run, RunFolder
@@ -68,7 +68,7 @@ def resolve(name: str, changes: Mapping[str, Any], settings: Mapping[str, Any]) 
     """
     base = recipe(name)
     fields = {f.name for f in dataclasses.fields(Recipe)} - {"name", "method_options"}
-    of_method = option_names(base.method)
+    of_method = option_defaults(base.method)
     merged: dict[str, Any] = dict(changes)
     options = dict(merged.pop("method_options", {}))
     for key, value in settings.items():

@@ -215,6 +215,16 @@ def test_what_is_reported_is_scored() -> None:
         ("dml/resnet32/cifar100", {"lr": float("nan")}, "lr is nan"),
         ("dml/resnet32/cifar100", {"method_options": {"temperature": 0.0}}, "temperature is 0"),
         ("dml/resnet32/cifar100", {"method_options": {"warmth": 1}}, "unknown option of dml"),
+        ("dml/resnet32/cifar100", {"method_options": {"temperature": "hot"}}, "is 'hot': it must"),
+        ("dml/resnet32/cifar100", {"method_options": {"temperature": True}}, "is True: it must"),
+        ("dml/resnet32/cifar100", {"method_options": {"kd_weight": -1}}, "is -1: it must"),
+        ("dml/resnet32/cifar100", {"method_options": {"detach_targets": 1}}, "true or false"),
+        ("dml/resnet32/cifar100", {"method_options": {"mix": 3}}, "must be a word, such as logits"),
+        (
+            "okddip-branch/resnet32/cifar100",
+            {"method_options": {"attention_dim": 0.5}},
+            "attention_dim is 0.5: it must be a whole number",
+        ),
         ("ind/resnet32/cifar100", {"method_options": {"temperature": 1}}, "has no option"),
     ],
 )

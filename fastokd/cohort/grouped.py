@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
@@ -38,7 +39,7 @@ class GroupedStudents:
         self, students: Sequence[Student], start: int, x_BCHW: Tensor, impl: str = "auto"
     ) -> None:
         """``x_BCHW``: an example of the shared input on the meta device."""
-        if len({type(student) for student in students}) > 1:
+        if not are_alike(students):
             raise UserError("engine='grouped' stacks equal students, not a mixed cohort: use loop")
         self.students = tuple(students)
         self.start = start

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks
 from fastokd.models import Student, StudentOutput
 from fastokd.models.layers import Dropout
@@ -18,8 +19,7 @@ class LoopStudents:
         self.students = tuple(students)
         self.start = start
         # Unequal students have no common places; their dropout draws for itself.
-        equal = len({type(student) for student in students}) == 1
-        self.dropout = DropoutMasks(students) if equal else None
+        self.dropout = DropoutMasks(students) if are_alike(students) else None
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
@@ -41,7 +42,7 @@ class VmapStudents:
     """
 
     def __init__(self, students: Sequence[Student], start: int) -> None:
-        if len({type(student) for student in students}) > 1:
+        if not are_alike(students):
             raise UserError("engine='vmap' stacks equal students, not a mixed cohort: use loop")
         self.students = tuple(students)
         self.dropout = DropoutMasks(students)

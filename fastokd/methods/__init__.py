@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastokd.cohort.output import CohortShape
@@ -57,23 +59,55 @@ def method_class(name: str) -> type[Method]:
     return _METHODS[name]
 
 
-def option_names(name: str) -> list[str]:
-    """The options that one method takes, its bases' included."""
-    names: dict[str, None] = {}
-    for owner in method_class(name).__mro__:
+def option_defaults(name: str) -> dict[str, Any]:
+    """The options that one method takes, its bases' included, and what each is if left out."""
+    defaults: dict[str, Any] = {}
+    for owner in reversed(method_class(name).__mro__):
         if "__init__" in vars(owner):
             parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-            names |= {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return sorted(names.keys() - {"impl"})
+            defaults |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    defaults.pop("impl", None)
+    return dict(sorted(defaults.items()))
 
 
-def create_method(name: str, shape: CohortShape, **options: Any) -> Method:
-    """A method for a cohort of this shape; an option that it doesn't have is a `UserError`."""
-    build = method_class(name)
-    try:
-        return build(shape, **options)
-    except TypeError as error:
-        raise UserError(f"the method {name!r} can't take {options}: {error}") from error
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that a method doesn't have, and values that can't be one.
+
+    Raises:
+        UserError: names the option, its value and what it may be.
+    """
+    defaults = option_defaults(name)
+    for option, value in options.items():
+        if not defaults:
+            raise UserError(f"{name} has no option {option!r}, nor any other: leave it out")
+        if option not in defaults:
+            raise unknown_name(f"option of {name}", option, defaults)
+        default = defaults[option]
+        if value is None and default is None:
+            continue
+        if isinstance(default, bool):
+            fits, what = isinstance(value, bool), "true or false"
+        elif isinstance(default, str):
+            fits, what = isinstance(value, str), f"a word, such as {default}"
+        elif isinstance(default, float):
+            fits = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            what = "a finite number, at least 0"
+        else:
+            fits, what = isinstance(value, int) and value >= 1, "a whole number, at least 1"
+        if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise UserError(f"{option} is {value!r}: it must be {what}")
+
+
+def create_method(name: str, shape: CohortShape, *, impl: str = "auto", **options: Any) -> Method:
+    """A method for a cohort of this shape.
+
+    ``impl``: of its loss, as :func:`fastokd.ops.mixture_distillation` takes it.
+
+    Raises:
+        UserError: an unknown method or option, or a shape that it has no form for.
+    """
+    check_options(name, options)
+    return method_class(name)(shape, **{"impl": impl, **options})
 
 
 __all__ = [
@@ -82,9 +116,10 @@ __all__ = [
     "Needs",
     "OptimGroup",
     "Progress",
+    "check_options",
     "create_method",
     "list_methods",
     "method_class",
-    "option_names",
+    "option_defaults",
     "ramp_weight",
 ]

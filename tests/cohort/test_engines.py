@@ -128,6 +128,8 @@ def test_a_shared_input_is_one_dense_convolution() -> None:
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])
-def test_a_mixed_cohort_is_refused_with_what_would_work(engine: str) -> None:
+@pytest.mark.parametrize("other", ["wrn_16_2", "resnet20"])
+def test_a_mixed_cohort_is_refused_with_what_would_work(engine: str, other: str) -> None:
+    """Also where both are of one class: another depth is another network."""
     with pytest.raises(UserError, match="mixed cohort: use loop"):
-        Cohort(["resnet8", "wrn_16_2"], 10, sharing="network", engine=engine)
+        Cohort(["resnet8", other], 10, sharing="network", engine=engine)

@@ -105,7 +105,7 @@ def test_bad_choices_are_named() -> None:
         create_method("okddip", Cohort(("resnet8", 1), 10).shape)
     with pytest.raises(UserError, match="no branch form"):
         create_method("baseline", Cohort(("resnet8", 1), 10).shape)
-    with pytest.raises(UserError, match="'okddip' can't take"):
+    with pytest.raises(UserError, match="unknown option of okddip 'warmth'"):
         create_method("okddip", Cohort(("resnet8", 2), 10).shape, warmth=1)
     assert {"baseline", "ind", "okddip"} <= set(list_methods())
 
