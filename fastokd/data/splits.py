@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastokd.data.stream import Augment, BatchStream, keyed_generator
+from fastokd.data.order import keyed_generator
+from fastokd.data.stream import Augment, BatchStream
 from fastokd.errors import UserError
 
 

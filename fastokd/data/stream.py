@@ -6,7 +6,6 @@ Every draw comes from a generator on the CPU that is keyed on (seed, epoch) for 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastokd.data.order import BatchOrder, keyed_generator
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,12 +50,6 @@ class Draws(NamedTuple):
     flip_B: Tensor
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator that is a function of ``key`` alone, the same on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
 class BatchStream:
     """The batches of one split, epoch after epoch.
 
@@ -71,9 +65,7 @@ class BatchStream:
         rank, world_size: this process and how many there are.
 
     Raises:
-        UserError: an empty split; a batch below 1, or, shuffled or with ``drop_last``, larger than
-            the split; a shuffled batch that ``world_size`` doesn't divide; a reflected padding as
-            large as the image.
+        UserError: as :class:`BatchOrder`; a reflected padding as large as the image.
     """
 
     def __init__(
@@ -88,37 +80,23 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        assert 0 <= rank < world_size
-        N = len(split)
-        if N == 0:
-            raise UserError("the split is empty: give it at least one image")
-        if batch_size < 1:
-            raise UserError(f"batch size is {batch_size}: it must be at least 1")
-        if batch_size > N and (shuffle or drop_last):
-            raise UserError(
-                f"batch size is {batch_size}, but there are {N} images: choose at most {N}"
-            )
-        if shuffle and batch_size % world_size:
-            raise UserError(
-                f"batch size is {batch_size}, which {world_size} ranks can't share evenly: "
-                f"choose a multiple of {world_size}"
-            )
+        self.order = BatchOrder(
+            len(split),
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
         self.split = split
-        self.batch_size = batch_size
-        self.seed = seed
         self.augment = augment
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
-        self._order: tuple[int, Tensor] | None = None
         if augment is not None:
             self._prepare(augment)
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        N = len(self.split)
-        return N // self.batch_size if self.drop_last else -(-N // self.batch_size)
+        return len(self.order)
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on."""
@@ -131,9 +109,9 @@ class BatchStream:
         Without shuffling and augmentation they are views of the split.
         """
         images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
-        if not self.shuffle and self.augment is None:
-            start, stop = self._range(index)
-            return images_NHWC[start:stop], labels_N[start:stop]
+        if not self.order.shuffle and self.augment is None:
+            span = self.order.span(index)
+            return images_NHWC[span], labels_N[span]
         draws = self.draws(epoch, index)
         if self.augment is None:
             index_B = self._move(draws.index_B)
@@ -151,37 +129,16 @@ class BatchStream:
 
     def draws(self, epoch: int, index: int) -> Draws:
         """What makes batch ``index`` of ``epoch`` on this rank."""
-        start, stop = self._range(index)
-        index_B = (
-            self._epoch_order(epoch)[start:stop] if self.shuffle else torch.arange(start, stop)
-        )
         augment = self.augment or Augment(crop_padding=0, flip=False)
         # Drawn for the whole batch and then sliced, so that ranks agree with one process.
-        first = index * self.batch_size
-        B = min(self.batch_size, len(self.split) - first)
-        mine = slice(start - first, stop - first)
-        generator = keyed_generator(self.seed, epoch, index)
+        B, mine = self.order.size(index), self.order.share(index)
+        generator = self.order.generator(epoch, index)
         corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
         flip_B = torch.randint(2, (B,), generator=generator)
         if not augment.flip:
             flip_B = torch.zeros_like(flip_B)
+        index_B = self.order.samples(epoch, index)
         return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
-
-    def _range(self, index: int) -> tuple[int, int]:
-        """Where batch ``index`` of this rank begins and ends in the epoch's order."""
-        assert 0 <= index < len(self)
-        first = index * self.batch_size
-        B = min(self.batch_size, len(self.split) - first)
-        return (
-            first + self.rank * B // self.world_size,
-            first + (self.rank + 1) * B // self.world_size,
-        )
-
-    def _epoch_order(self, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
-            generator = keyed_generator(self.seed, epoch, "order")
-            self._order = (epoch, torch.randperm(len(self.split), generator=generator))
-        return self._order[1]
 
     def _move(self, small: Tensor) -> Tensor:
         device = self.split.labels_N.device
