@@ -12,7 +12,7 @@ from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint, write_durably
 from fastokd.data.cifar import LAYOUTS
 from fastokd.errors import UserError
-from fastokd.teacher import read_weights
+from fastokd.student_file import read_weights
 
 
 def convert(

@@ -23,7 +23,8 @@ from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
-from fastokd.teacher import KEPT, STUDENT, student_facts
+from fastokd.student_file import STUDENT, student_facts
+from fastokd.teacher import KEPT
 
 # Options that the machine's part of the record names: they say how a run ran.
 HOW = ("engine", "impl", "optimizer", "overfit_batch")

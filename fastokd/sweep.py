@@ -18,7 +18,7 @@ from fastokd.recipes import Recipe, recipe
 from fastokd.report.summary import summarise
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions
-from fastokd.teacher import STUDENT
+from fastokd.student_file import STUDENT
 from fastokd.train import train
 
 INDEX = "index.json"

@@ -25,7 +25,8 @@ from fastokd.convert import convert
 from fastokd.errors import UserError
 from fastokd.methods import create_method
 from fastokd.models import Student, create_model
-from fastokd.teacher import build_teacher, read_weights
+from fastokd.student_file import read_weights
+from fastokd.teacher import build_teacher
 from tests.conftest import GOLDENS, fill_value, golden, golden_names
 from tests.data.make import write_cifar
 

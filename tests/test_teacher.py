@@ -19,7 +19,8 @@ from fastokd.evaluate import evaluate
 from fastokd.recipes import recipe
 from fastokd.run_folder import Run
 from fastokd.session import RunOptions
-from fastokd.teacher import build_teacher, find_teacher, read_weights, student_facts
+from fastokd.student_file import read_weights, student_facts
+from fastokd.teacher import build_teacher, find_teacher
 from fastokd.train import train
 
 KD = "kd/resnet8/digits"
