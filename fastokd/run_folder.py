@@ -1,4 +1,4 @@
-"""A run's folder: recipe, environment, metrics, checkpoints, the student, the curves."""
+"""A run's folder: recipe, environment, metrics, checkpoints, the student, the report."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.device import environment
 from fastokd.errors import UserError
+from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
 from fastokd.student_file import STUDENT, student_facts
@@ -172,16 +173,21 @@ class RunFolder:
                     prune_checkpoints(self.checkpoints, kind, keep)
 
     def finish(self, session: Session) -> Run:
-        """The student with its plain keys, and the curves."""
-        from fastokd.report.plots import plot_curves
+        """The student with its publisher's keys, and the report with its plots."""
+        from fastokd.report.page import report
 
         state = session.cohort.student_state(session.kept_student)
         facts = student_facts(session.recipe, session.data, session.kept_student)
-        plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        member = session.cohort.students[session.kept_student]
+        assert isinstance(member, Student)
+        plain = {
+            member.published_key(key): value.detach().cpu().contiguous()
+            for key, value in state.items()
+        }
         run = Run(self.path, session.recipe, self.metrics())
         with _writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
-            plot_curves(run.metrics, session.recipe, self.path)
+            report([self.path])
         return run
 
 

@@ -52,16 +52,30 @@ class Weights:
             raise UserError(f"{self.path} doesn't say its model: take a run's {STUDENT}")
         return self.facts["model"]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the model's constructor."""
+        return dict(json.loads(self.facts.get("model_options", "{}")))
+
+    def about(self) -> dict[str, Any]:
+        """All that it says of itself, for JSON."""
+        names = ("class_names", "mean", "std", "input_size", "eval_resize", "student", "role")
+        return {
+            "model": self.model,
+            "model_options": self.options,
+            **{name: self.fact(name) for name in names},
+        }
+
     def build(self) -> Student:
-        """The network with these weights, in eval mode.
+        """The network with these weights, in eval mode; their keys ours or the publisher's.
 
         Raises:
             UserError: the weights don't fit the model that the file names.
         """
-        options = json.loads(self.facts.get("model_options", "{}"))
-        model = create_model(self.model, len(self.fact("class_names")), **options)
+        model = create_model(self.model, len(self.fact("class_names")), **self.options)
+        ours = {model.published_key(key): key for key in model.state_dict()}
         try:
-            model.load_state_dict(self.state)
+            model.load_state_dict({ours.get(key, key): v for key, v in self.state.items()})
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"{self.path} is no {self.model}: {first}") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.data.order import BatchOrder, keyed_generator
+from fastokd.data.order import BatchOrder
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,52 +1,285 @@
-"""The curves of a run as pictures."""
+"""The pictures of a report, a function each."""
 
 from __future__ import annotations
 
+import io
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastokd.recipes import Recipe
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastokd.report.pools import Pool, Row
+
+# What is drawn in this colour follows the page's text, light or dark.
+INK = "#010203"
+CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 
 
-def plot_curves(rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> None:
-    """Draws loss, accuracy of each student and diversity over epochs.
+def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
+    """The figures that these runs allow, by name, each with a title of its own.
 
-    Leaves ``curves.png`` and ``curves.svg`` in ``folder``.
+    ``loss``, ``accuracy`` (every student's where there is one pool), ``diversity`` (OKDDip's
+    Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
+    ``attention`` (who listens to whom, over the epochs).
     """
+    drawn = {
+        "loss": _loss(pools),
+        "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
+        "diversity": _diversity(pools),
+        "group_size": _group_size(pools),
+        "attention": _attention(pools),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element whose text and axes have the page's colour."""
+    import matplotlib
+
+    # Text stays text: it can be searched, and a page prints it in its own font. A fixed salt
+    # makes the same figure the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastokd"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """``path`` with ``.svg`` and ``.png`` behind it, black on white."""
+    svg = as_svg(figure).replace("currentColor", "black")
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    head, rest = svg.split(">", 1)
+    path.with_name(f"{path.name}.svg").write_text(f"{head}>{ground}{rest}", encoding="utf-8")
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=120, facecolor="white")
+
+
+def _canvas(width: float, height: float) -> Figure:
     # A canvas of its own: no display, and no state shared with a caller's figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, diversity = figure.subplots(1, 3)
-    epochs = [row["epoch"] + 1 for row in rows]
-    loss.plot(epochs, [row["train"]["loss"] for row in rows])
-    loss.set(title="training loss, all students", xlabel="epoch", yscale="log")
+    return figure
 
-    measured = [row for row in rows if "test" in row]
-    at = [row["epoch"] + 1 for row in measured]
+
+def _finish(figure: Figure) -> Figure:
+    """Lines, ticks and text in the colour that follows the page."""
+    for axes in figure.axes:
+        axes.tick_params(colors=INK, which="both")
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(INK)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.get_frame().set_alpha(0)
+            for text in legend.get_texts():
+                text.set_color(INK)
+    return figure
+
+
+def _plot(axes: Any, pool: Pool, value: Callable[[Row], float | None], **style: Any) -> bool:
+    """A mean curve with its deviation over seeds; False where there is nothing to draw."""
+    epochs, means, deviations = pool.curve(value)
+    if not epochs:
+        return False
+    (line,) = axes.plot(epochs, means, marker="." if len(epochs) < 3 else None, **style)
+    if any(deviations):
+        low = [m - d for m, d in zip(means, deviations, strict=True)]
+        high = [m + d for m, d in zip(means, deviations, strict=True)]
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    return True
+
+
+def _colour(index: int) -> str:
+    return CYCLE[index % len(CYCLE)]
+
+
+def _draw_loss(axes: Any, pools: Sequence[Pool]) -> None:
+    for index, pool in enumerate(pools):
+        _plot(axes, pool, lambda row: row["train"]["loss"], color=_colour(index), label=pool.label)
+    axes.set(title="training loss, all students", xlabel="epoch", yscale="log")
+
+
+def _loss(pools: Sequence[Pool]) -> Figure:
+    figure = _canvas(6, 4)
+    axes = figure.subplots()
+    _draw_loss(axes, pools)
+    if len(pools) > 1:
+        axes.legend(fontsize="small")
+    return _finish(figure)
+
+
+def _draw_students(axes: Any, pool: Pool) -> None:
+    recipe = pool.recipe
+
+    def top1_of(student: int) -> Callable[[Row], float | None]:
+        return lambda row: _test(row, lambda test: 100 * test["student_top1"][student])
+
     for student in range(recipe.students):
         leader = recipe.has_leader and student == recipe.students - 1
-        accuracy.plot(
-            at,
-            [100 * row["test"]["student_top1"][student] for row in measured],
+        _plot(
+            axes,
+            pool,
+            top1_of(student),
             label="leader" if leader else f"student {student}",
-            color="black" if leader else None,
+            color=INK if leader else _colour(student),
             linewidth=2 if leader else 1,
         )
     if recipe.students > 1:
-        ensemble = [100 * row["test"]["ensemble_top1"] for row in measured]
-        accuracy.plot(at, ensemble, "--", label="ensemble", color="gray")
-    accuracy.set(title=f"test top-1, {recipe.dataset} (%)", xlabel="epoch")
-    accuracy.legend(fontsize="small")
+        _plot(
+            axes,
+            pool,
+            lambda row: _test(row, lambda test: 100 * test["ensemble_top1"]),
+            label="ensemble",
+            color="gray",
+            linestyle="--",
+        )
+    axes.set(title=f"test top-1, {recipe.dataset} (%)", xlabel="epoch")
+    axes.legend(fontsize="small")
 
-    spread = [row["test"]["diversity"] for row in measured]
-    if any(value is not None for value in spread):
-        diversity.plot(at, spread)
-    else:
-        diversity.text(0.5, 0.5, "needs two peers", ha="center", transform=diversity.transAxes)
-    diversity.set(title="diversity of the peers, test", xlabel="epoch")
-    figure.suptitle(recipe.name)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"curves.{suffix}", dpi=120)
+
+def _students(pool: Pool) -> Figure:
+    figure = _canvas(6, 4)
+    _draw_students(figure.subplots(), pool)
+    return _finish(figure)
+
+
+def _accuracy(pools: Sequence[Pool]) -> Figure:
+    figure = _canvas(6, 4)
+    axes = figure.subplots()
+
+    def reported(pool: Pool) -> Callable[[Row], float | None]:
+        return lambda row: _test(row, lambda test: 100 * pool.recipe.score(test))
+
+    for index, pool in enumerate(pools):
+        _plot(
+            axes,
+            pool,
+            reported(pool),
+            label=f"{pool.label}, {pool.recipe.reported}",
+            color=_colour(index),
+        )
+    axes.set(title="test top-1, as reported (%)", xlabel="epoch")
+    axes.legend(fontsize="small")
+    return _finish(figure)
+
+
+def _draw_diversity(axes: Any, pools: Sequence[Pool]) -> bool:
+    drawn = [
+        _plot(
+            axes,
+            pool,
+            lambda row: _test(row, lambda test: test["diversity"]),
+            color=_colour(index),
+            label=pool.label,
+        )
+        for index, pool in enumerate(pools)
+    ]
+    axes.set(title="diversity of the peers, test", xlabel="epoch")
+    return any(drawn)
+
+
+def _diversity(pools: Sequence[Pool]) -> Figure | None:
+    figure = _canvas(6, 4)
+    axes = figure.subplots()
+    if not _draw_diversity(axes, pools):
+        return None
+    if len(pools) > 1:
+        axes.legend(fontsize="small")
+    return _finish(figure)
+
+
+def _group_size(pools: Sequence[Pool]) -> Figure | None:
+    """Error of the last epoch over the number of networks; for methods with two sizes at least."""
+    by_method: dict[str, list[Pool]] = {}
+    for pool in pools:
+        recipe = pool.recipe
+        key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
+        by_method.setdefault(key, []).append(pool)
+    figure = _canvas(6, 4)
+    axes = figure.subplots()
+    for index, (label, members) in enumerate(by_method.items()):
+        by_size = {pool.recipe.students: pool for pool in members}
+        if len(by_size) < 2:
+            continue
+        sizes = sorted(by_size)
+        samples = [by_size[size].last() for size in sizes]
+        axes.errorbar(
+            sizes,
+            [100 - sample.mean for sample in samples],
+            yerr=[sample.std or 0.0 for sample in samples],
+            marker="o",
+            capsize=3,
+            color=_colour(index),
+            label=label,
+        )
+    if not axes.has_data():
+        return None
+    axes.set(title="test error, last epoch (%)", xlabel="networks, leader included")
+    axes.legend(fontsize="small")
+    return _finish(figure)
+
+
+def _attention(pools: Sequence[Pool]) -> Figure | None:
+    """Mean mixing weights on the test set: a row for each listener and source, epochs to the right."""
+    shown = []
+    for pool in pools:
+        matrices = {
+            row["epoch"] + 1: [
+                r["test"]["attention"]
+                for run in pool.runs
+                for r in run.metrics
+                if r["epoch"] == row["epoch"] and "attention" in r.get("test", {})
+            ]
+            for row in pool.runs[0].metrics
+            if "attention" in row.get("test", {})
+        }
+        if matrices:
+            shown.append((pool, matrices))
+    if not shown:
+        return None
+    lines = max(
+        len(next(iter(m.values()))[0]) * len(next(iter(m.values()))[0][0]) for _, m in shown
+    )
+    figure = _canvas(6, len(shown) * (1.2 + 0.22 * lines))
+    panels = figure.subplots(len(shown), squeeze=False)[:, 0]
+    for axes, (pool, matrices) in zip(panels, shown, strict=True):
+        epochs = sorted(matrices)
+        first = matrices[epochs[0]][0]
+        cells = [
+            (s, n)
+            for s in range(len(first))
+            for n in range(len(first[0]))
+            if _heard(matrices, s, n)
+        ]
+        weights = [
+            [statistics.mean(matrix[s][n] for matrix in matrices[epoch]) for epoch in epochs]
+            for s, n in cells
+        ]
+        picture = axes.imshow(weights, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        step = max(1, len(epochs) // 8)
+        axes.set_xticks(range(0, len(epochs), step), [str(e) for e in epochs[::step]])
+        axes.set_yticks(
+            range(len(cells)), [f"{_who(pool, s)} to {n}" for s, n in cells], fontsize=7
+        )
+        axes.set(title=f"who listens to whom: {pool.label}", xlabel="epoch")
+        bar = figure.colorbar(picture, ax=axes)
+        bar.ax.tick_params(colors=INK)
+    return _finish(figure)
+
+
+def _heard(matrices: dict[int, list[Any]], s: int, n: int) -> bool:
+    """Whether the source ever has a weight there: the leader has none."""
+    return any(matrix[s][n] for found in matrices.values() for matrix in found)
+
+
+def _who(pool: Pool, student: int) -> str:
+    leader = pool.recipe.has_leader and student == pool.recipe.students - 1
+    return "leader" if leader else str(student)
+
+
+def _test(row: Row, value: Callable[[Any], float | None]) -> float | None:
+    return value(row["test"]) if "test" in row else None

@@ -1,0 +1,92 @@
+"""The commands about what a run leaves: look at it, compare it, take the student away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
+Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page.")] = None,
+) -> None:
+    """Write a page about one run, or several compared; its plots beside it."""
+    from fastokd.report.page import report as write
+
+    print(f"the page is {write(runs, out)}")
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="A run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    json_: Json = False,
+) -> None:
+    """Say what two runs differ in: recipe, versions, results."""
+    from fastokd.report.difference import diff_runs
+
+    found = diff_runs(first, second)
+    if json_:
+        print(json.dumps(found))
+        return
+    for part, values in found.items():
+        print(f"{part}:" if values else f"{part}: the same")
+        for name, (ours, theirs) in values.items():
+            print(f"  {name}: {ours} | {theirs}")
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint or a student.safetensors.")],
+    to: Annotated[
+        str, typer.Option(help="safetensors, torchvision, timm, onnx, torch-export or hub.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder; SOURCE/export/FORMAT.")] = None,
+    student: Student = None,
+    best: Best = False,
+    data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
+) -> None:
+    """Turn a run's student into a file of another library, and check it there."""
+    from fastokd.export import export as turn
+    from fastokd.session import RunOptions
+
+    done = turn(
+        source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
+    )
+    print("\n".join([*done.lines, f"the export is in {done.folder}"]))
+
+
+def predict(
+    student: Annotated[Path, typer.Argument(help="A run, an export or a student.safetensors.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    top: Annotated[int, typer.Option(help="How many classes.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Say what a student sees in pictures of your own."""
+    from fastokd.predict import predict as look
+
+    found = look(student, images, top=top)
+    if json_:
+        rows = [
+            {"image": str(p.image), "classes": p.classes, "probabilities": p.probabilities}
+            for p in found
+        ]
+        print(json.dumps(rows))
+        return
+    for prediction in found:
+        print(prediction.image)
+        for name, share in zip(prediction.classes, prediction.probabilities, strict=True):
+            print(f"  {100 * share:5.1f} %  {name}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them to the program."""
+    app.command(epilog="Example: fastokd report runs/* -o report.html")(report)
+    app.command(epilog="Example: fastokd diff runs/a runs/b")(diff)
+    app.command(epilog="Example: fastokd export runs/RUN --to onnx")(export)
+    app.command(epilog="Example: fastokd predict runs/RUN picture.jpg")(predict)

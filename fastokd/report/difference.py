@@ -1,0 +1,56 @@
+"""What two runs differ in: recipe, versions, results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastokd.report.summary import summarise
+from fastokd.run_folder import Run
+
+
+def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:
+    """``{"recipe": {name: [first, second]}, "environment": ..., "results": ...}``.
+
+    Recipe and environment hold what differs; results hold the reported accuracy, last and best
+    epoch, of both.
+
+    Raises:
+        UserError: a folder is no run, or has no measured epoch.
+    """
+    runs = [Run.load(Path(first)), Run.load(Path(second))]
+    recipes = [run.recipe.to_json() for run in runs]
+    return {
+        "recipe": _differing(*recipes),
+        "environment": _differing(*(_environment(run) for run in runs)),
+        "results": _both(*(_results(run) for run in runs)),
+    }
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    path = run.folder / "environment.json"
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def _results(run: Run) -> dict[str, Any]:
+    found = summarise(run)
+    last = next(row for row in reversed(run.metrics) if "test" in row)["test"]
+    return {
+        "reported": run.recipe.reported,
+        "last epoch": found.last_epoch,
+        "last top-1": found.last,
+        "best epoch": found.best_epoch,
+        "best top-1": found.best,
+        "ensemble top-1": last["ensemble_top1"],
+        "diversity": last["diversity"],
+        "seconds": round(sum(row["seconds"] for row in run.metrics), 1),
+    }
+
+
+def _both(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [ours.get(name), theirs.get(name)] for name in {**ours, **theirs}}
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: pair for name, pair in _both(ours, theirs).items() if pair[0] != pair[1]}

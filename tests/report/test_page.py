@@ -1,0 +1,163 @@
+"""The page about runs: what it holds, and that a real browser shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastokd.cli import run_command
+from fastokd.errors import UserError
+from fastokd.recipes import recipe
+from fastokd.report.difference import diff_runs
+from fastokd.report.page import report
+from fastokd.report.plots import draw_all
+from fastokd.report.pools import pool_runs
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions
+from tests.report.fake import FakeTrain
+
+EPOCHS = 3
+
+
+def make(folder: Path, name: str, *seeds: int, **changes: object) -> list[Path]:
+    """Runs of one recipe: every seed a tenth of a point better than the one before."""
+    fake = FakeTrain(lambda recipe, epoch: 0.5 + epoch / 10 + recipe.seed / 1000)
+    made = []
+    for seed in seeds:
+        resolved = recipe(name, seed=seed, epochs=EPOCHS, **changes)
+        out = folder / f"{name.replace('/', '-')}-seed{seed}"
+        fake(resolved, RunOptions(out=out))
+        made.append(out)
+    return made
+
+
+class Elements(HTMLParser):
+    """The ids of a page, and every address that it would fetch."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag in ("figure", "table"):
+            self.ids.append(values.get("id") or "")
+        for name in ("src", "href", "xlink:href"):
+            value = values.get(name)
+            if value and not value.startswith(("#", "data:")):
+                self.fetched.append(value)
+
+
+def test_one_run_has_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
+    (run,) = make(tmp_path, "okddip-branch/resnet8/digits", 0)
+    out = report([run])
+    assert out == run / "report.html"
+    found = Elements(out.read_text())
+    assert found.ids == ["results", "loss", "accuracy", "diversity", "attention"]
+    assert found.fetched == []
+    for name in found.ids[1:]:
+        assert (run / f"report-{name}.png").stat().st_size > 1000
+        assert "<svg" in (run / f"report-{name}.svg").read_text()
+    assert "currentColor" not in (run / "report-loss.svg").read_text()
+
+
+def test_seeds_are_pooled_and_group_sizes_plotted(tmp_path: Path) -> None:
+    runs = make(tmp_path, "okddip-branch/resnet8/digits", 0, 1, 2)
+    runs += make(tmp_path, "okddip-branch@3/resnet8/digits", 0)
+    runs += make(tmp_path, "baseline/resnet8/digits", 0)
+    out = report([tmp_path], tmp_path / "all.html")
+    page = out.read_text()
+    assert "3 recipes compared" in page
+    assert "group_size" in Elements(page).ids
+    assert "70.10 ± 0.10" in page  # seeds 0, 1, 2 at 70.0, 70.1 and 70.2
+    assert len(pool_runs([Run.load(run) for run in runs])) == 3
+
+
+def test_a_cell_of_the_papers_stands_beside_ours_and_says_that_it_is_short(tmp_path: Path) -> None:
+    make(tmp_path, "okddip-branch/resnet32/cifar100", 0, 1)
+    page = report([tmp_path], tmp_path / "cell.html").read_text()
+    assert "table2, resnet32, okddip_branch" in page
+    assert "shortened, no reproduction" in page
+    assert f"{EPOCHS} of 300" in page
+
+
+def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "a", "dml/resnet8/digits", 0)
+    make(tmp_path / "b", "dml/resnet8/digits", 0, lr=0.05)
+    pools = pool_runs([Run.load(p.parent) for p in sorted(tmp_path.glob("*/*/recipe.json"))])
+    assert [pool.label for pool in pools] == [
+        "dml/resnet8/digits lr=0.1",
+        "dml/resnet8/digits lr=0.05",
+    ]
+    assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
+
+
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+    (run,) = make(tmp_path, "baseline/resnet8/digits", 0)
+    hostile = dataclasses.replace(Run.load(run).recipe, name="<script>alert(1)</script>")
+    pool = dataclasses.replace(
+        pool_runs([Run.load(run)])[0], label="<script>alert(1)</script>", recipe=hostile
+    )
+    from fastokd.report.page import _page  # what makes the page of pools
+
+    assert "<script" not in _page([pool], {})
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [(["nowhere"], "no run in nowhere"), (["twice", "twice"], "same seed")],
+)
+def test_what_cannot_be_shown_is_said(
+    runs: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made,) = make(tmp_path, "baseline/resnet8/digits", 0)
+    made.rename(tmp_path / "twice")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        report(runs)
+
+
+def test_a_difference_names_recipe_and_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = make(tmp_path, "dml/resnet8/digits", 0, 3)
+    found = diff_runs(first, second)
+    assert found["recipe"] == {"seed": [0, 3]}
+    assert found["results"]["last top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
+    assert run_command(["diff", str(first), str(second)]) == 0
+    assert "seed: 0 | 3" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
+    make(tmp_path, "okddip-branch/resnet8/digits", 0, 1)
+    make(tmp_path, "okddip-branch@3/resnet8/digits", 0)
+    page = report([tmp_path], tmp_path / "all.html")
+    # Measured by the browser itself, on a phone's width: what has no height isn't shown.
+    probe = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify("
+        "[...document.querySelectorAll('figure svg')].map(s => "
+        "[s.parentNode.id, Math.round(s.getBoundingClientRect().height)])) + "
+        "' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script></body>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probed.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*)</title>", done.stdout)
+    assert title is not None
+    shown = dict(re.findall(r'\["(\w+)",(\d+)\]', title.group(1)))
+    assert set(shown) == {"loss", "accuracy", "diversity", "group_size", "attention"}
+    assert all(int(height) > 100 for height in shown.values()), shown
+    assert "wide false" in title.group(1)

@@ -1,0 +1,184 @@
+"""Every export is read back by the library that it is for, and says what the student says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastokd.cli import run_command
+from fastokd.data import load_dataset
+from fastokd.errors import UserError
+from fastokd.export import FORMATS, export
+from fastokd.export import export as module
+from fastokd.predict import predict
+from fastokd.recipes import recipe
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions
+from fastokd.student_file import read_weights
+from fastokd.train import train
+
+SHORT = RunOptions(max_steps=2, quiet=True, engine="loop", precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("export") / "run"
+    return train(recipe("baseline/resnet18/digits", batch_size=8), SHORT, out=out)
+
+
+@pytest.fixture(scope="module")
+def resnet8(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("export") / "run"
+    return train(recipe("okddip-branch@3/resnet8/digits"), SHORT, out=out)
+
+
+@pytest.fixture(scope="module", name="images_BCHW")
+def fixture_images() -> torch.Tensor:
+    digits = load_dataset("digits")
+    assert digits.val is not None
+    normal = (digits.val.images_NHWC[:5].float() / 255 - digits.mean[0]) / digits.std[0]
+    return normal.permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_each_format_gives_the_students_logits(
+    to: str, resnet18: Run, images_BCHW: torch.Tensor, tmp_path: Path
+) -> None:
+    """Loaded here by hand, by nothing of ours; five images where the export saw two."""
+    done = export(resnet18.folder, to, tmp_path / to)
+    about = json.loads((done.folder / "student.json").read_text())
+    file = done.folder / about["file"]
+    assert about["class_names"] == [str(digit) for digit in range(10)]
+    assert about["input_size"] == 32
+    with torch.no_grad():
+        wanted = read_weights(resnet18.folder).build()(images_BCHW)
+        if to == "onnx":
+            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            got = torch.from_numpy(session.run(["logits"], {"images": images_BCHW.numpy()})[0])
+        elif to == "torch-export":
+            got = torch.export.load(file).module()(images_BCHW)
+        else:
+            if to == "torchvision":
+                net = torchvision.models.resnet18(num_classes=10)
+                net.load_state_dict(torch.load(file, weights_only=True))
+            elif to == "timm":
+                net = timm.create_model("resnet18", num_classes=10, checkpoint_path=str(file))
+            elif to == "hub":
+                net = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
+                assert "library_name: timm" in (done.folder / "README.md").read_text()
+            else:
+                net = torchvision.models.resnet18(num_classes=10)
+                net.load_state_dict(load_file(file))
+            got = net.eval()(images_BCHW)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_the_student_that_is_taken_is_named_and_why(resnet8: Run, tmp_path: Path) -> None:
+    assert "the leader of okddip" in export(resnet8.folder, "safetensors").lines[0]
+    peer = export(resnet8.folder, "hub", tmp_path / "peer", student=1)
+    assert "peer 1 of okddip" in peer.lines[0]
+    card = (peer.folder / "README.md").read_text()
+    assert "peer 1 of okddip" in card
+    top1 = resnet8.last["test"]["student_top1"]
+    assert f"{100 * top1[1]:.2f} %" in card
+    kept = json.loads((peer.folder / "student.json").read_text())
+    assert kept["student"] == 1
+
+
+def test_an_export_that_says_something_else_is_not_kept(
+    resnet8: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = FORMATS["torch-export"]
+    monkeypatch.setitem(
+        FORMATS,
+        "torch-export",
+        form._replace(read=lambda weights, path: lambda x: form.read(weights, path)(x) * 1.01),
+    )
+    with pytest.raises(UserError, match="gives other logits"):
+        export(resnet8.folder, "torch-export", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_no_number_are_not_kept(resnet8: Run) -> None:
+    nan = torch.full((2, 10), torch.nan)
+    with pytest.raises(UserError, match="gives other logits"):
+        module._compare(nan, torch.ones(2, 10), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "coreml"], "unknown format 'coreml'"),
+        (["--to", "torchvision"], "no network of torchvision"),
+        (["--to", "timm"], "no network of timm"),
+        (["--to", "hub", "--student", "3"], "student is 3"),
+        (["--to", "hub", "--out", "."], "exists already"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, resnet8: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["export", str(resnet8.folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_sees_a_picture(resnet8: Run, tmp_path: Path) -> None:
+    """As the held-out images are seen: the same pixels give the same probabilities."""
+    digits = load_dataset("digits")
+    image = digits.test.images_NHWC[7]
+    wide = np.zeros((32, 40, 3), np.uint8)  # the centre square is what counts
+    wide[:, 4:36] = image.numpy()
+    Image.fromarray(wide).save(tmp_path / "seven.png")
+    (seen,) = predict(resnet8.folder, [tmp_path / "seven.png"], top=3)
+    normal = (image.float() / 255 - digits.mean[0]) / digits.std[0]
+    with torch.no_grad():
+        logits = read_weights(resnet8.folder).build()(normal.permute(2, 0, 1)[None])
+    best = logits.softmax(1)[0].topk(3)
+    assert seen.classes == tuple(str(index) for index in best.indices.tolist())
+    assert seen.probabilities == pytest.approx(best.values.tolist(), abs=1e-6)
+    exported = export(resnet8.folder, "hub", tmp_path / "hub").folder
+    assert predict(exported, [tmp_path / "seven.png"], top=3) == [seen]
+
+
+def test_a_centre_crop_is_of_a_larger_picture(resnet8: Run, tmp_path: Path) -> None:
+    """ImageNet's form: the shorter side to 40, the middle 32 of it."""
+    file = tmp_path / "student.safetensors"
+    weights = read_weights(resnet8.folder)
+    from safetensors.torch import save_file
+
+    save_file(weights.state, file, {**weights.facts, "eval_resize": "40"})
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.fromarray(noise[4:36, 4:36]).save(tmp_path / "middle.png")
+    (whole,) = predict(file, [tmp_path / "noise.png"])
+    (middle,) = predict(resnet8.folder, [tmp_path / "middle.png"])
+    assert whole.probabilities == pytest.approx(middle.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), [("none.png", "there is no picture"), ("text.png", "can't be read")]
+)
+def test_what_is_no_picture_is_said(
+    image: str, message: str, resnet8: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    assert run_command(["predict", str(resnet8.folder), str(tmp_path / image)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_student_of_another_library_keeps_that_librarys_keys(tmp_path: Path) -> None:
+    name = "baseline/timm:mobilenetv3_small_050/digits"
+    done = train(recipe(name, batch_size=8), dataclasses.replace(SHORT, max_steps=1),
+                 out=tmp_path / "run")  # fmt: skip
+    net = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    net.load_state_dict(load_file(done.folder / "student.safetensors"))
