@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastokd.cli_bench import bench
 from fastokd.errors import UserError, unknown_name
 
 INTERRUPTED = 130  # by ^C, as shells have it
@@ -31,6 +32,9 @@ Download = Annotated[bool, typer.Option(help="Fetch the data set where it is mis
 Engine = Annotated[str, typer.Option(help="How the students run: auto or loop.")]
 Impl = Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many steps.")]
+
+
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
