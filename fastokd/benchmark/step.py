@@ -9,7 +9,6 @@ FLOPs that have to be done, not those that were.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,44 +118,95 @@ def step_flops(of: Recipe) -> float:
     return 6.0 * step_macs(of) * of.batch_size
 
 
-def time_steps(specs: Sequence[Spec], steps: int) -> list[StepTiming]:
-    """Times several loops in turn, one step of each a round, with the peak's products in between.
+class InTurn:
+    """Several loops, each in a process of its own, stepped in turn.
+
+    A round is one step of each and, in :data:`PEAKS` of them, a product for the peak::
+
+        with InTurn(specs) as loops:
+            for _ in range(20):
+                loops.round()
+            timings = loops.timings()
 
     Raises:
-        UserError: fewer than one step; what a loop's own construction raises.
+        UserError: what a loop's own construction raises; fewer than one thread.
     """
-    if steps < 1:
-        raise UserError(f"steps is {steps}: it must be at least 1")
-    threads = specs[0].threads
-    if threads is not None and threads < 1:
-        raise UserError(f"threads is {threads}: it must be at least 1")
-    workers: list[Worker] = []
-    try:
-        for spec in specs:
-            worker = Worker(spec)
-            workers.append(worker)  # at once: it is closed though the next one fails
+
+    def __init__(self, specs: Sequence[Spec]) -> None:
+        threads = specs[0].threads
         if threads is not None:
+            if threads < 1:
+                raise UserError(f"threads is {threads}: it must be at least 1")
             torch.set_num_threads(threads)
+        self.specs = tuple(specs)
+        self.seconds: list[list[float]] = [[] for _ in specs]
+        self.workers: list[Worker] = []
+        try:
+            for spec in specs:
+                worker = Worker(spec)
+                self.workers.append(worker)  # at once: it is ended though the next one fails
+        except BaseException:
+            self.close()
+            raise
         device = pick_device(specs[0].device)
-        precisions = [worker.facts["precision"] for worker in workers]
-        peaks = {precision: MatmulPeak(device, precision) for precision in precisions}
-        rounds = {round(i * (steps - 1) / (PEAKS - 1)) for i in range(PEAKS)}
-        seconds: list[list[float]] = [[] for _ in workers]
-        for i in range(steps):
-            for taken, worker in zip(seconds, workers, strict=True):
-                taken.append(worker.step())
-            if i in rounds:
-                for peak in peaks.values():
-                    for _ in range(math.ceil(PEAKS / len(rounds))):
-                        peak.measure()
+        self.precisions = [worker.facts["precision"] for worker in self.workers]
+        self.peaks = {name: MatmulPeak(device, name) for name in {*self.precisions}}
+        self.peaks_taken = 0
+
+    def first(self) -> None:
+        """One step of the first loop."""
+        self.seconds[0].append(self.workers[0].step())
+
+    def others(self) -> None:
+        """One step of each other loop, and a product while the peak isn't known."""
+        for taken, worker in zip(self.seconds[1:], self.workers[1:], strict=True):
+            taken.append(worker.step())
+        if self.peaks_taken < PEAKS:
+            self._peak()
+
+    def round(self) -> None:
+        """One step of each."""
+        self.first()
+        self.others()
+
+    def _peak(self) -> None:
+        self.peaks_taken += 1
+        for peak in self.peaks.values():
+            peak.measure()
+
+    def timings(self) -> list[StepTiming]:
+        """What was measured, a loop each."""
+        while self.peaks_taken < PEAKS:
+            self._peak()
+        columns = zip(self.specs, self.seconds, self.precisions, self.workers, strict=True)
         return [
             StepTiming(
-                spec, tuple(taken), peaks[precision].best, worker.peak_memory(), worker.facts
+                spec,
+                tuple(seconds),
+                self.peaks[precision].best,
+                worker.peak_memory(),
+                worker.facts,
             )
-            for spec, taken, worker, precision in zip(
-                specs, seconds, workers, precisions, strict=True
-            )
+            for spec, seconds, precision, worker in columns
         ]
-    finally:
-        for worker in workers:
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for worker in self.workers:
             worker.close()
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def time_steps(specs: Sequence[Spec], steps: int) -> list[StepTiming]:
+    """Times several loops in turn, ``steps`` steps of each."""
+    if steps < 1:
+        raise UserError(f"steps is {steps}: it must be at least 1")
+    with InTurn(specs) as loops:
+        for _ in range(steps):
+            loops.round()
+        return loops.timings()
