@@ -38,8 +38,8 @@ bench: install
 	mkdir -p build
 	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_step_*.py' \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=build/steps.json bench
-	for claim in $(filter-out bench/bench_step_%,$(wildcard bench/bench_*.py)); do \
-		$(BIN)/python $$claim || exit 1; done
+	for claim in $(filter-out bench_step_%,$(basename $(notdir $(wildcard bench/bench_*.py)))); do \
+		$(BIN)/python -m bench.$$claim || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
