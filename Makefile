@@ -28,13 +28,18 @@ test: lint
 proofs: install
 	$(BIN)/python -m pytest -q -m proof --ignore=tests/proofs tests
 
-# Each prints its own table; a quiet machine gives the better figures.
 # The compile matrix for GPUs that are not there; its length on 2 cores is not known yet.
 proofs-compiled: install
 	$(BIN)/python -m pytest -q tests/proofs
 
+# Training steps against the published loops, then each kernel against its eager form. Each prints
+# its own table; only a quiet machine gives figures.
 bench: install
-	for claim in bench/bench_*.py; do $(BIN)/python $$claim || exit 1; done
+	mkdir -p build
+	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_step_*.py' \
+		--benchmark-columns=median,iqr,rounds --benchmark-json=build/steps.json bench
+	for claim in $(filter-out bench_step_%,$(basename $(notdir $(wildcard bench/bench_*.py)))); do \
+		$(BIN)/python -m bench.$$claim || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

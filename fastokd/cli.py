@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd import cli_student
+from fastokd.cli_bench import bench
 from fastokd.errors import UserError, unknown_name
 
 INTERRUPTED = 130  # by ^C, as shells have it
@@ -27,14 +28,15 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data sets lie.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, tf32 or fp32.")]
 Download = Annotated[bool, typer.Option(help="Fetch the data set where it is missing.")]
-Engine = Annotated[str, typer.Option(help="How the students run: auto or loop.")]
+Engine = Annotated[str, typer.Option(help="How the students run: auto, loop, grouped or vmap.")]
 Impl = Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many steps.")]
 
 
 cli_student.register(app)
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -70,6 +72,15 @@ def train(
     engine: Engine = "auto",
     impl: Impl = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Forward and loss through torch.compile."),
+    ] = None,
+    memory_format: Annotated[str, typer.Option(help="auto, channels_last or contiguous.")] = "auto",
+    capture: Annotated[bool, typer.Option(help="The whole step as a CUDA graph.")] = False,
+    accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
     eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
     max_steps: MaxSteps = None,
     overfit_batch: Annotated[bool, typer.Option(help="Train on one batch only.")] = False,
@@ -129,6 +140,12 @@ def train(
         max_steps=max_steps,
         overfit_batch=overfit_batch,
         optimizer=optimizer,
+        compile=compile_,
+        memory_format=memory_format,
+        capture=capture,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        ema=ema,
         eval_every=eval_every,
         quiet=quiet,
     )

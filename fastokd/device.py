@@ -13,7 +13,8 @@ import torch
 
 from fastokd.errors import UserError
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
+CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,7 +41,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name not in PRECISIONS:
         raise UserError(f"precision is {name!r}: choose {', '.join(PRECISIONS)}")
     if name == "tf32" and device.type != "cuda":
-        raise UserError("precision is 'tf32', which only GPUs have: choose bf16 or fp32")
+        raise UserError("precision is 'tf32', which only GPUs have: choose bf16, fp16 or fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -58,9 +59,14 @@ def set_matmul_precision(precision: str) -> None:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The context in which the cohort and the method run."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=True)
+    if precision in CASTS:
+        return torch.autocast(device.type, CASTS[precision], cache_enabled=True)
     return nullcontext()
+
+
+def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Scales fp16 losses, whose gradients would underflow; with any other precision it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+class DataFileError(UserError):
+    """A file of the data set vanished or changed while it was read; the batches before it were
+    whole, so that a run may be continued from the one that it stopped at."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that no registry holds, with the nearest names offered."""
     names = sorted(known)

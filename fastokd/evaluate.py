@@ -111,7 +111,7 @@ def evaluate_published(
 def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:
     """Scores the cohort as it stands on the held-out splits."""
     splits = {"val": session.data.val, "test": session.data.test}
-    return {
+    results = {
         name: measure(
             session.cohort,
             session.method,
@@ -122,3 +122,28 @@ def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:
         for name, split in splits.items()
         if split is not None
     }
+    if session.average is not None:
+        lone, nobody = _averaged(session)
+        for name, split in splits.items():
+            if split is not None:
+                stream = evaluation_stream(split)
+                alone = measure(lone, nobody, stream, False, session.autocast)
+                results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
+    return results
+
+
+def _averaged(session: Session) -> tuple[Cohort, Method]:
+    """The kept student with its averaged weights, as a cohort of one."""
+    name = session.recipe.models[session.kept_student]
+    lone = Cohort(
+        (name, 1),
+        session.cohort.num_classes,
+        sharing="network",
+        impl=session.cohort.impl,
+        mean=session.data.mean,
+        std=session.data.std,
+        model_options=session.recipe.model_options,
+    )
+    lone.students[0].load_state_dict(session.kept_state())
+    lone.to(session.device).set_memory_format(session.cohort.memory_format)
+    return lone, create_method("baseline", lone.shape)

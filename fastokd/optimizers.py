@@ -27,7 +27,8 @@ def create_optimizer(
             groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
         )
     if kind == "adam":
-        return torch.optim.Adam(groups, fused=True)
+        # Captured in a graph, it must count its steps on the device.
+        return torch.optim.Adam(groups, fused=True, capturable=groups[0]["lr"].is_cuda)
     if kind == "apex-sgd":
         reason = apex_missing()
         if reason is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save
 
 from fastokd.checkpoint import (
+    list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -24,11 +25,11 @@ from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
+from fastokd.state import check_recipe
 from fastokd.student_file import STUDENT, student_facts
 from fastokd.teacher import KEPT
 
-# Options that the machine's part of the record names: they say how a run ran.
-HOW = ("engine", "impl", "optimizer", "overfit_batch")
+ENVIRONMENT = "environment.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +90,49 @@ class RunFolder:
             raise UserError(f"the run folder {path} can't be made: {parent} can't be written")
         return folder
 
+    def as_begun(self, options: RunOptions) -> RunOptions:
+        """The options of a run that goes on here as it was begun; others are left as they are.
+
+        Raises:
+            UserError: something is asked for that differs from what the run was begun with.
+        """
+        path = self.path / ENVIRONMENT
+        if not options.resume or not path.is_file():
+            return options
+        try:
+            begun = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} can't be read: {error}") from error
+        return options.as_begun(begun, self.path)
+
     def open(self, session: Session) -> None:
-        """Starts the folder, or brings the session to where the folder's run stopped."""
-        if session.options.resume:
+        """Starts the folder, or brings the session to where the folder's run stopped.
+
+        A run that was killed before its first checkpoint starts again.
+        """
+        if session.options.resume and list_checkpoints(self.checkpoints):
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
                 print(f"warning: {fault}", file=sys.stderr)
-            if bool(facts.get("overfit_batch")) != session.options.overfit_batch:
-                raise UserError(
-                    f"the run in {self.path} and this one differ in --overfit-batch: resume it as "
-                    "it was, or choose another --out"
-                )
             session.load_state(tensors, facts)
             rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
             with _writing(self.path):
                 write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
             return
+        if session.options.resume and (self.path / "recipe.json").is_file():
+            check_recipe(session, self.recipe().to_json())
         with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._write_json("recipe.json", session.recipe.to_json())
-            how = {name: getattr(session.options, name) for name in HOW}
-            self._write_json(
-                "environment.json", {**environment(session.device, session.precision), **how}
-            )
+            self.write_environment(session)
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+
+    def write_environment(self, session: Session) -> None:
+        """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
+        facts = environment(session.device, session.precision)
+        self._write_json(ENVIRONMENT, {**facts, **session.how()})
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -161,7 +179,6 @@ class RunFolder:
             session.best = score
         tensors, facts = session.state()
         facts["best_on"] = "val" if row.get("val") else "test"
-        facts["overfit_batch"] = session.options.overfit_batch
         with _writing(self.path):
             with open(self.path / "metrics.jsonl", "ab") as file:
                 file.write(_line(row))
@@ -176,7 +193,7 @@ class RunFolder:
         """The student with its publisher's keys, and the report with its plots."""
         from fastokd.report.page import report
 
-        state = session.cohort.student_state(session.kept_student)
+        state = session.kept_state()
         facts = student_facts(session.recipe, session.data, session.kept_student)
         member = session.cohort.students[session.kept_student]
         assert isinstance(member, Student)

@@ -1,74 +1,48 @@
-"""A run's parts, built from a recipe, and their state as one flat set of tensors."""
+"""Everything that trains, and where it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort import Cohort
+from fastokd.allocator import keep_freed_memory
+from fastokd.cohort import Choice
 from fastokd.data import (
     Augment,
     BatchStream,
     DatasetSplits,
     Split,
-    list_datasets,
-    load_dataset,
 )
-from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
+from fastokd.data.stream import keyed_generator
+from fastokd.device import (
+    autocast,
+    gradient_scaler,
+    pick_device,
+    pick_precision,
+    set_matmul_precision,
+)
+from fastokd.ema import LeaderAverage
 from fastokd.errors import UserError
-from fastokd.methods import Method, OptimGroup, Progress, create_method, method_class, ramp_weight
+from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
-from fastokd.optimizers import create_optimizer, set_rate
+from fastokd.optimizers import set_rate
+from fastokd.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
 from fastokd.recipes import Recipe
-from fastokd.teacher import KEPT, Weights, build_teacher, find_teacher
+from fastokd.run_options import KEPT, RunOptions
+from fastokd.state import as_state, load_state, state_of
+from fastokd.step import StepProgram
+from fastokd.teacher import KEPT as KEPT_TEACHER
+from fastokd.teacher import Weights, find_teacher
 
 EVAL_BATCH = 512
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where and how a recipe runs; nothing here decides what is learnt but the precision.
-
-    Attributes:
-        out: the run folder; None for ``runs/`` and the recipe's name.
-        data_root: where data sets lie. ``download`` fetches the ones that can be had.
-        teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
-            for the default folder of the recipe that trains it.
-        resume: continue the run in ``out``.
-        max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
-            again, a check that a set-up can learn at all.
-        optimizer: ``"sgd"``, or ``"apex-sgd"`` where NVIDIA apex is installed.
-        eval_every: epochs between evaluations; the last epoch is always evaluated.
-        quiet: no progress bar and no lines.
-    """
-
-    out: Path | None = None
-    data_root: Path | None = None
-    download: bool = False
-    device: str = "auto"
-    precision: str = "auto"
-    engine: str = "auto"
-    impl: str = "auto"
-    teacher: Path | None = None
-    resume: bool = False
-    max_steps: int | None = None
-    overfit_batch: bool = False
-    optimizer: str = "sgd"
-    eval_every: int = 1
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+__all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
 
 
 class Session:
@@ -92,6 +66,8 @@ class Session:
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
+        if training and self.device.type == "cpu":
+            keep_freed_memory()
         self.epoch, self.batch, self.step = 0, 0, 0
         self.best: float | None = None
 
@@ -104,7 +80,7 @@ class Session:
             seed=recipe.seed,
             augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip),
             shuffle=True,
-            drop_last=False,
+            drop_last=self._too_small_a_rest(),
         )
         self.stream = RepeatedBatch(stream) if options.overfit_batch else stream
         if self.device.type == "cpu" and options.impl in ("auto", "cpp"):
@@ -114,7 +90,7 @@ class Session:
         torch.manual_seed(recipe.seed)
         self.teacher: Weights | None = None
         if training and method_class(recipe.method).needs.teacher:
-            kept = run_path(recipe, options) / KEPT if options.resume else None
+            kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
             self.teacher = find_teacher(recipe, options.teacher, kept)
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
         if training and self.method.needs.heldout and self.data.val is None:
@@ -122,33 +98,49 @@ class Session:
                 f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
                 "has none apart: hold some out, for example with --val 5000"
             )
-        self.cohort.to(self.device).to(memory_format=torch.channels_last)
+        self.cohort.to(self.device)
         self.method.to(self.device)
-        self.optimizers = self._optimizers()
+        self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
+        self.scaler = gradient_scaler(self.device, self.precision)
+        self.average: LeaderAverage | None = None
+        if options.ema is not None:
+            self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
         self.meter = Meter(recipe.students, recipe.has_leader)
+        self._draws: dict[int, dict[str, Tensor]] = {}
+        self.settled = options.engine != "auto"
+        self.adopt(Choice.of(options.engine, options.compile, options.memory_format))
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimizer for each kind that is asked for; rates are device tensors."""
-        groups = [OptimGroup(list(self.cohort.parameters())), *self.method.optim_groups()]
-        by_kind: dict[str, list[dict[str, Any]]] = {}
-        for group in groups:
-            lr = self.recipe.lr if group.lr is None else group.lr
-            decay = self.recipe.weight_decay if group.weight_decay is None else group.weight_decay
-            by_kind.setdefault(group.optimizer, []).append(
-                {
-                    "params": group.parameters,
-                    "lr": torch.tensor(lr, device=self.device),
-                    "weight_decay": decay,
-                    "initial_lr": lr,
-                    "scheduled": group.scheduled,
-                    "warm_up": group.warm_up,
-                }
+    def adopt(self, choice: Choice) -> None:
+        """Runs the students as ``choice`` says from the next step on; state stays as it is.
+
+        Raises:
+            UserError: an engine that can't take these students, and why.
+        """
+        self.cohort.set_engine(choice.engine)
+        self.cohort.set_memory_format(choice.torch_memory_format)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        # A fused optimizer walks through both as they lie in memory.
+                        state[key] = as_state(value, parameter)
+        self.choice = choice
+        self.step_program = StepProgram(self)
+
+    def _too_small_a_rest(self) -> bool:
+        """Whether an epoch's last batch is too small for the method's norms: it is left out."""
+        needs, size = method_class(self.recipe.method).needs, self.recipe.batch_size
+        if size < needs.min_batch:
+            raise UserError(
+                f"batch_size is {size}, but {self.recipe.method} normalises over a batch of at "
+                f"least {needs.min_batch}"
             )
-        return [
-            create_optimizer(self.options.optimizer if kind == "sgd" else kind, groups, self.recipe)
-            for kind, groups in by_kind.items()
-        ]
+        return 0 < len(self.data.train) % size < needs.min_batch
+
+    def parts_of(self, batch: int) -> int:
+        """In how many parts a batch is taken."""
+        return max(1, min(self.options.accumulate, batch // self.method.needs.min_batch))
 
     def autocast(self) -> Any:
         """The context of the forward pass."""
@@ -171,10 +163,19 @@ class Session:
                 set_rate(group, group["initial_lr"] * factor)
 
     def begin_step(self, batch: int) -> None:
-        """The method's random draws of this step, a function of (seed, step)."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        """The method's random draws of this step, a function of (seed, step).
+
+        Batches of one size share their tensors, which a captured step reads again and again.
+        """
+        generator = keyed_generator(self.recipe.seed, "draws", self.step)
         draws = self.method.draw(batch, generator)
-        self.progress.draws = {name: value.to(self.device) for name, value in draws.items()}
+        kept = self._draws.setdefault(batch, {})
+        for name, value in draws.items():
+            if name in kept:
+                kept[name].copy_(value)
+            else:
+                kept[name] = value.to(self.device, copy=True)
+        self.progress.draws = kept
 
     def finish_epoch(self) -> None:
         """Moves on to the next epoch; an epoch that was cut short is left to be continued."""
@@ -193,114 +194,31 @@ class Session:
         """The student that is taken away, as the recipe says."""
         return self.recipe.kept_student
 
-    def _named_parameters(self) -> dict[Tensor, str]:
-        return {
-            parameter: f"{where}.{name}"
-            for where, module in (("cohort", self.cohort), ("method", self.method))
-            for name, parameter in module.named_parameters()
-        }
+    def kept_state(self) -> dict[str, Tensor]:
+        """The kept student alone under its plain keys: its average where there is one."""
+        if self.average is not None:
+            return self.average.state
+        return self.cohort.student_state(self.kept_student)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained, the method's own included."""
+        return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+
+    def how(self) -> dict[str, Any]:
+        """How the run runs, as :meth:`RunOptions.as_begun` takes it up again."""
+        how = {name: getattr(self.options, name) for name in KEPT}
+        how |= {"device": str(self.device), "precision": self.precision}
+        if self.settled:
+            how |= dataclasses.asdict(self.choice)
+        return how
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a resumed run needs: tensors by name, and plain facts.
-
-        Optimizer state is kept under its parameter's name, so that it fits any engine.
-        """
-        tensors = {f"cohort.{k}": v for k, v in self.cohort.state_dict().items()}
-        tensors |= {f"method.{k}": v for k, v in self.method.state_dict().items()}
-        names = self._named_parameters()
-        for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    if isinstance(value, Tensor):
-                        tensors[f"optim.{names[parameter]}:{key}"] = value
-        tensors |= {f"meter.{k}": v for k, v in self.meter.totals.items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        facts = {
-            "recipe": self.recipe.to_json(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "best": self.best,
-            "class_names": list(self.data.class_names),
-            "mean": list(self.data.mean),
-            "std": list(self.data.std),
-        }
-        return tensors, facts
+        """All that a resumed run needs (``fastokd/state.py``)."""
+        return state_of(self)
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The reverse of :meth:`state`.
-
-        Raises:
-            UserError: the checkpoint is of another recipe or of other data, and what differs; or
-                it holds what no run of its recipe writes.
-        """
-        try:
-            self._check_same(facts)
-            self._take(tensors, facts)
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise UserError(
-                f"the checkpoint doesn't hold what its recipe asks for: {why}"
-            ) from error
-
-    def _check_same(self, facts: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another recipe, or of data with other classes or statistics."""
-        theirs, ours = facts["recipe"], self.recipe.to_json()
-        differing = [
-            f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
-        ]
-        if differing:
-            raise UserError(
-                f"the checkpoint is of another recipe: it differs in {', '.join(differing)}; "
-                "resume with the run's own recipe, or choose another --out"
-            )
-        for name in ("class_names", "mean", "std"):
-            if facts[name] != list(getattr(self.data, name)):
-                raise UserError(
-                    f"the checkpoint was trained on other data: its {name} differ from those of "
-                    f"the {self.recipe.dataset} here; give the --data-root that it was trained on"
-                )
-
-    def _take(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        for prefix, module in (("cohort.", self.cohort), ("method.", self.method)):
-            module.load_state_dict(_below(tensors, prefix))
-        optim = _below(tensors, "optim.")
-        by_name = {name: parameter for parameter, name in self._named_parameters().items()}
-        for optimizer in self.optimizers:
-            mine = {p for group in optimizer.param_groups for p in group["params"]}
-            for key, value in optim.items():
-                name, _, entry = key.rpartition(":")
-                parameter = by_name[name]
-                if parameter in mine:
-                    optimizer.state[parameter][entry] = _as(value, parameter)
-        meter = _below(tensors, "meter.")
-        self.meter.totals = {k: v.to(self.device, copy=True) for k, v in meter.items()}
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
-        self.best = facts["best"]
-
-
-class RepeatedBatch:
-    """The first batch of a stream, as often as the stream has batches (``--overfit-batch``)."""
-
-    def __init__(self, stream: BatchStream) -> None:
-        self.count = len(stream)
-        self.only = stream.batch(0, 0)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same images and labels, whatever the epoch."""
-        del epoch
-        for _ in range(start_batch, self.count):
-            yield self.only
+        """The reverse of :meth:`state`; raises as :func:`fastokd.state.load_state`."""
+        load_state(self, tensors, facts)
 
 
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
@@ -308,68 +226,7 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
     return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
 
 
-def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
-    """The recipe's data on the device."""
-    if recipe.dataset not in list_datasets():
-        raise UserError(
-            f"{recipe.name} can't be trained yet: nothing in this version loads {recipe.dataset}"
-        )
-    data = load_dataset(
-        recipe.dataset,
-        options.data_root,
-        val=recipe.val,
-        seed=0,
-        download=options.download,
-        image_size=recipe.image_size,
-    )
-    return data.to(device)
-
-
-def build_cohort(
-    recipe: Recipe, data: DatasetSplits, options: RunOptions, teacher: Weights | None = None
-) -> tuple[Cohort, Method]:
-    """The cohort and the method, on the CPU, with weights that the seed decides."""
-    needs = method_class(recipe.method).needs
-    frozen: nn.Module | None = None
-    if teacher is not None:
-        with torch.random.fork_rng(devices=[]):
-            frozen = build_teacher(teacher, data)
-    cohort = Cohort(
-        recipe.models,
-        len(data.class_names),
-        sharing=recipe.sharing,
-        engine=options.engine,
-        # The norm has no Triton form: on a GPU the compiler fuses it.
-        impl="auto" if options.impl == "triton" else options.impl,
-        mean=data.mean,
-        std=data.std,
-        seed=recipe.seed,
-        teacher=frozen,
-        trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
-        model_options=recipe.model_options,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed * 1_000_003 + 999_983)
-        method = create_method(
-            recipe.method, cohort.shape, impl=options.impl, **recipe.method_options
-        )
-    return cohort, method
-
-
 def evaluation_stream(split: Split) -> BatchStream:
     """Every image once, in order, as it is."""
     batch = min(EVAL_BATCH, len(split))
     return BatchStream(split, batch, seed=0, augment=None, shuffle=False, drop_last=False)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _as(value: Tensor, like: Tensor) -> Tensor:
-    """A copy on the device of ``like`` and in its memory layout; a count stays a count."""
-    if value.dim() == 0:
-        return value.to(like.device, copy=True)
-    if value.shape != like.shape:
-        raise ValueError(f"an optimizer's {list(value.shape)} for a parameter {list(like.shape)}")
-    return torch.empty_like(like, dtype=value.dtype).copy_(value)

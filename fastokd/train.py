@@ -8,29 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
-from fastokd.methods import MethodLoss
 from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
+from fastokd.step import training_step
 
-
-def training_step(
-    session: Session, images_BHWC: Tensor, labels_B: Tensor
-) -> tuple[Tensor, MethodLoss]:
-    """One step: one forward, one loss, one backward, one update. Nothing is read back."""
-    with session.autocast():
-        out = session.cohort(images_BHWC)
-        loss = session.method(out, labels_B, session.progress)
-    loss.total.backward()
-    for optimizer in session.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return out.logits_SBC, loss
+__all__ = ["resume", "train", "train_epoch", "training_step"]
 
 
 def train_epoch(session: Session, display: Display) -> dict[str, Any]:
@@ -63,7 +49,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     """
     options = replace(options or RunOptions(), **changes)
     folder = RunFolder.claim(recipe, options)
-    session = Session(recipe, options)
+    session = Session(recipe, folder.as_begun(options))
     folder.open(session)
 
     with Display(session, options.quiet) as display:

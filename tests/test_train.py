@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastokd
-from fastokd import run_folder
-from fastokd import session as session_module
+from fastokd import parts, run_folder
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
@@ -22,6 +21,7 @@ from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
 from fastokd.run_folder import Run
 from fastokd.session import RunOptions, Session
+from fastokd.state import as_state
 from fastokd.train import training_step
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop"}
@@ -173,7 +173,7 @@ def test_bf16_trains(tmp_path: Path) -> None:
 def test_counts_of_an_optimizer_come_back_where_its_parameters_are() -> None:
     """Adam's ``step``, which a fused step reads on the device."""
     parameter = torch.empty(2, 3, device="meta")
-    assert session_module._as(torch.tensor(7.0), parameter).device == parameter.device
+    assert as_state(torch.tensor(7.0), parameter).device == parameter.device
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:
@@ -219,7 +219,7 @@ def test_rates_of_an_optimizer_that_takes_numbers(monkeypatch: pytest.MonkeyPatc
         made.append(FusedSGD(groups, momentum=of.momentum, nesterov=of.nesterov))
         return made[0]
 
-    monkeypatch.setattr(session_module, "create_optimizer", create)
+    monkeypatch.setattr(parts, "create_optimizer", create)
     session = Session(small(epochs=300, students=2, batch_size=8), RunOptions(**QUICK))
     session.epoch = 225
     session.begin_epoch()

@@ -103,6 +103,7 @@ class Cohort(nn.Module):
         for module in self.modules():
             if isinstance(module, NormAct):
                 module.fused = partial(norm_act, impl=impl)
+        self.memory_format = torch.channels_last
         self.set_engine(engine)
 
     def set_engine(self, engine: str) -> None:
@@ -114,20 +115,29 @@ class Cohort(nn.Module):
         members = list(self._members())
         if engine in ("auto", "loop"):
             self._run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
-                members, self.branch_from
+                members, self.branch_from, self._example()
             )
         elif engine == "vmap":
             self._run = VmapStudents(members, self.branch_from)
         elif engine == "grouped":
-            name, size = self.model_names[0], model_spec(self.model_names[0]).input_size
-            shape: tuple[int, ...] = (3, size, size)
-            if self.sharing == "branch":
-                shape = trunk_shape(name, self.num_classes, **self.model_options)
-            example_BCHW = torch.empty(2, *shape, device="meta")
-            self._run = GroupedStudents(members, self.branch_from, example_BCHW, self.impl)
+            self._run = GroupedStudents(members, self.branch_from, self._example(), self.impl)
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
         self.engine = "loop" if engine == "auto" else engine
+
+    def _example(self) -> Tensor:
+        """What all students read, on the meta device, at the first one's own size."""
+        name = self.model_names[0]
+        size = model_spec(name).input_size
+        shape: tuple[int, ...] = (3, size, size)
+        if self.sharing == "branch":
+            shape = trunk_shape(name, self.num_classes, **self.model_options)
+        return torch.empty(2, *shape, device="meta")
+
+    def set_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Keeps weights and maps in this layout from here on."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
 
     def _new_student(self, index: int, seed: int) -> Student:
         with torch.random.fork_rng(devices=[]):
@@ -171,6 +181,7 @@ class Cohort(nn.Module):
         ``[B, 3, H, W]``, taken as normalised already.
         """
         x_BCHW = normalize(images, self.scale_C, self.shift_C, _compute_dtype(self.scale_C))
+        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
         trunk_BCHW: Tensor | None = None
         trunk_maps: tuple[Tensor, ...] = ()
         shared_BCHW = x_BCHW

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data.order import BatchOrder
+from fastokd.data.order import keyed_generator as keyed_generator
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ class Augment:
         crop_padding: pixels added on every side before the crop to the original size.
         padding_mode: ``"zeros"`` (black) or ``"reflect"`` (the border pixel isn't repeated).
         flip: False where a mirrored image is another thing (digits).
+        resized_crop: of images on disk, a random area is cropped and resized instead.
     """
 
     crop_padding: int = 4
     padding_mode: Literal["zeros", "reflect"] = "zeros"
     flip: bool = True
+    resized_crop: bool = False
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
@@ -65,7 +68,8 @@ class BatchStream:
         rank, world_size: this process and how many there are.
 
     Raises:
-        UserError: as :class:`BatchOrder`; a reflected padding as large as the image.
+        UserError: as :class:`BatchOrder`; a reflected padding as large as the image; a
+            ``resized_crop``.
     """
 
     def __init__(
@@ -80,6 +84,11 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if augment is not None and augment.resized_crop:
+            raise UserError(
+                "images in memory are cropped with padding: set resized_crop to false; a folder of "
+                "images is streamed from disk with it"
+            )
         self.order = BatchOrder(
             len(split),
             batch_size,

@@ -25,6 +25,7 @@ class Needs:
     peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
     ``heldout``: it measures the students on images held out of train after each epoch.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
+    ``min_batch``: images that its own norms need; an epoch's smaller last batch is left out.
     """
 
     sharing: tuple[str, ...] = ("branch", "network")
@@ -35,6 +36,7 @@ class Needs:
     teacher: bool = False
     heldout: bool = False
     divide_trunk_gradient: bool = False
+    min_batch: int = 1
 
 
 class MethodLoss(NamedTuple):
@@ -123,7 +125,10 @@ class Method(nn.Module):
         return [OptimGroup(parameters)] if parameters else []
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
-        """The random tensors of one step, on the CPU; they come back as ``progress.draws``."""
+        """The random tensors of one step, on the CPU; they come back as ``progress.draws``.
+
+        Their first dimension is the batch, so that a batch can be taken in parts.
+        """
         del batch, generator
         return {}
 

@@ -26,7 +26,7 @@ class ONE(ScoredMethod):
     and gate in both.
     """
 
-    needs = Needs(sharing=("branch",), trunk=True)
+    needs = Needs(sharing=("branch",), trunk=True, min_batch=2)
 
     once_S: Tensor
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.shared import FirstConv
 from fastokd.errors import UserError
 from fastokd.models import model_spec
 
@@ -111,20 +112,29 @@ def test_eval_mode_agrees_and_moves_no_statistics(engine: str) -> None:
     torch.testing.assert_close(cohort.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_shared_input_is_one_dense_convolution() -> None:
+@pytest.mark.parametrize("engine", ["loop", "grouped"])
+def test_a_shared_input_is_one_dense_convolution(engine: str) -> None:
     """The first convolution of every branch, its shortcut, and a network cohort's stem."""
     for sharing, dense in (("branch", 2), ("network", 1)):
         cohort = Cohort(("resnet8", 4), 10, sharing=sharing)
-        cohort.set_engine("grouped")
+        cohort.set_engine(engine)
         with torch.profiler.profile(record_shapes=True) as profile:
             cohort(torch.randn(2, 3, 32, 32))
-        convs = [e for e in profile.events() if e.name == "aten::convolution"]
-        trunk = 0 if sharing == "network" else 6
-        wide = [e for e in convs if e.input_shapes[1][0] != e.input_shapes[0][1]]
-        assert len(convs) == (9 if sharing == "network" else trunk + 3)
-        shared = [e for e in wide if e.input_shapes[1][1] == e.input_shapes[0][1]]
-        stacked = [e for e in shared if e.input_shapes[1][0] >= 4 * 16]
+        convs = [e.input_shapes[:2] for e in profile.events() if e.name == "aten::convolution"]
+        trunk, rest = (0, 8) if sharing == "network" else (6, 1)
+        assert len(convs) == trunk + dense + rest * (4 if engine == "loop" else 1)
+        # As many inputs as one student's, as many outputs as all four students'.
+        stacked = [w for x, w in convs if w[1] == x[1] and w[0] == 4 * (16 if rest == 8 else 64)]
         assert len(stacked) == dense
+
+
+def test_what_a_shared_convolution_gave_is_used_once_and_let_go() -> None:
+    cohort = Cohort(("resnet8", 2), 10)
+    images = torch.randn(2, 3, 32, 32)
+    cohort(images)
+    firsts = [m for m in cohort.modules() if isinstance(m, FirstConv)]
+    assert len(firsts) == 4
+    assert all(first.given_BCHW is None for first in firsts)
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])

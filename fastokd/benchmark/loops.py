@@ -1,0 +1,212 @@
+"""The two programs that are timed: ours, and the published loop of ``fastokd/reference/``.
+
+Both take the same images, labels and ramp. Ours starts from uint8 images, as in a run; the
+published loop is given them normalised, which its loader did outside of the step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastokd import reference
+from fastokd.benchmark.synthetic import drawn_splits, drawn_teacher, num_classes
+from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
+from fastokd.errors import UserError
+from fastokd.models import create_model
+from fastokd.recipes import Recipe
+from fastokd.recipes import recipe as named_recipe
+from fastokd.session import RunOptions, Session
+from fastokd.train import training_step
+
+LOOPS: dict[str, type[reference.ReferenceCohort]] = {
+    "baseline": reference.ReferenceIndependent,
+    "ind": reference.ReferenceIndependent,
+    "dml": reference.ReferenceDML,
+    "cl_ilr": reference.ReferenceCLILR,
+    "one": reference.ReferenceONE,
+    "okddip": reference.ReferenceOKDDip,
+    "okddip_random": reference.ReferenceRandom,
+    "okddip_entropy": reference.ReferenceEntropy,
+    "okddip_mean": reference.ReferenceMean,
+    "okddip_symmetric": reference.ReferenceSymmetric,
+    "okddip_no_two_level": reference.ReferenceNoTwoLevel,
+    "kd": reference.ReferenceKD,
+    "okddip_kd": reference.ReferenceOKDDipKD,
+    "kdcl": reference.ReferenceKDCL,
+}
+# The options of a method, as its loop spells them; the rest are spelt the same.
+SPELT: dict[str, dict[Any, dict[str, bool]]] = {
+    "detach_targets": {True: {"detach": True}, False: {"detach": False}},
+    "mix": {"logits": {}, "probs": {"mix_probs": True}, "pairwise": {"pairwise": True}},
+}
+SAME = ("temperature", "target", "linear_steps")
+
+
+class Loop(Protocol):
+    """What is timed: ``step`` trains once on the same batch again; ``facts`` says how."""
+
+    device: torch.device
+    precision: str
+
+    def step(self) -> Tensor: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+
+class OurLoop:
+    """``fastokd train``'s own step on drawn data."""
+
+    def __init__(self, of: Recipe, options: RunOptions) -> None:
+        data = drawn_splits(of)
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = drawn_teacher(of, data, Path(folder))
+            options = RunOptions(**{**vars(options), "teacher": teacher, "quiet": True})
+            self.session = Session(of, options, data=data)
+        session = self.session
+        self.device, self.precision = session.device, session.precision
+        self.images_BHWC = session.data.train.images_NHWC
+        self.labels_B = session.data.train.labels_N
+        session.epoch = int(of.ramp_epochs)  # the ramp's end: every term has its whole weight
+        session.cohort.train()
+        session.method.train()
+        session.begin_epoch()
+
+    def step(self) -> Tensor:
+        """One step; the total loss, still on the device."""
+        self.session.begin_step(len(self.labels_B))
+        _, loss = training_step(self.session, self.images_BHWC, self.labels_B)
+        self.session.step += 1
+        return loss.total.detach()
+
+    def facts(self) -> dict[str, Any]:
+        """The engine, and what served each op of ours: seen in one more step."""
+        with _FusedOps() as seen:
+            self.step()
+        fast = "triton" if self.device.type == "cuda" else "cpp"
+        losses = seen.names - {"fused_bn_act"}
+        impls = dict.fromkeys(sorted(losses), fast) or {"mixture_distillation": "torch"}
+        impls["fused_bn_act"] = fast if "fused_bn_act" in seen.names else "torch"
+        return {"engine": self.session.cohort.engine, "impls": impls}
+
+
+class _FusedOps(TorchDispatchMode):
+    """Notes the operators of this package; a backward of one isn't an op of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastokd":
+            self.names.add(func._schema.name.split("::")[1].removesuffix("_backward"))
+        return func(*args, **(kwargs or {}))
+
+
+class PublishedLoop:
+    """The published loop: eager, float32, channels first; with ``precision="bf16"`` what one adds
+    by hand, autocast and channels-last."""
+
+    def __init__(self, of: Recipe, options: RunOptions) -> None:
+        self.device = pick_device(options.device)
+        self.precision = pick_precision(
+            "fp32" if options.precision == "auto" else options.precision, self.device
+        )
+        set_matmul_precision(self.precision)
+        torch.manual_seed(of.seed)
+        self.of = of
+        data = drawn_splits(of)
+        self.model = _build(of, num_classes(of)).to(self.device)
+        images = data.train.images_NHWC.permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+        self.x_BCHW = ((images - mean) / std).contiguous().to(self.device)
+        self.labels_B = data.train.labels_N.to(self.device)
+        if self.precision == "bf16":
+            self.model.to(memory_format=torch.channels_last)
+            self.x_BCHW = self.x_BCHW.contiguous(memory_format=torch.channels_last)
+        self.optimizers: list[torch.optim.Optimizer]
+        if isinstance(self.model, reference.ReferenceFFSD):
+            self.lambdas = reference.Lambdas(
+                **{
+                    name.removeprefix("lambda_"): value
+                    for name, value in of.method_options.items()
+                    if name.startswith("lambda_")
+                }
+            )
+            self.optimizers = reference.ffsd_optimizers(self.model, of.lr, of.weight_decay)
+        else:
+            assert isinstance(self.model, reference.ReferenceCohort)
+            self.optimizers = self.model.optimizers(
+                lr=of.lr,
+                momentum=of.momentum,
+                nesterov=of.nesterov,
+                weight_decay=of.weight_decay,
+            )
+
+    def step(self) -> Tensor:
+        """One step of the loop as its file has it, the forward under autocast in bf16."""
+        losses = self.losses()
+        for loss, optimizers in losses:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        return torch.stack([loss.detach() for loss, _ in losses]).sum()
+
+    def losses(self) -> list[tuple[Tensor, list[torch.optim.Optimizer]]]:
+        """What each backward starts from, and the optimizers that step after it."""
+        with autocast(self.device, self.precision):
+            if isinstance(self.model, reference.ReferenceFFSD):
+                out = reference.ffsd_losses(
+                    self.model,
+                    self.x_BCHW,
+                    self.labels_B,
+                    self.lambdas,
+                    self.of.method_options["temperature"],
+                )
+                each = [*out.students, out.leader, out.fusion, *out.decoders.values()]
+                pairs = zip(each, self.optimizers, strict=True)
+                return [(loss, [optimizer]) for loss, optimizer in pairs]
+            assert isinstance(self.model, reference.ReferenceCohort)
+            outputs = self.model.outputs(self.x_BCHW)
+            return [(self.model.losses(outputs, self.labels_B, 1.0).total, self.optimizers)]
+
+    def facts(self) -> dict[str, Any]:
+        """It has no engine, and none of our ops."""
+        return {"engine": "reference", "impls": {}}
+
+
+def _build(of: Recipe, classes: int) -> nn.Module:
+    """The published loop's networks, with the recipe's options."""
+    for option in of.model_options:
+        raise _not_in_the_loop(of, option)
+    if of.method == "ffsd":
+        return reference.ReferenceFFSD(of.model, classes, of.students)
+    # By the constructor: a mixed cohort has a name for each student.
+    names: Any = of.model if "+" not in of.model else of.models
+    loop = LOOPS[of.method](names, classes, of.students, of.sharing)
+    for option, value in of.method_options.items():
+        if option not in SPELT and option not in SAME:
+            raise _not_in_the_loop(of, option)
+        spelt: dict[str, Any] = SPELT[option][value] if option in SPELT else {option: value}
+        for attribute, setting in spelt.items():
+            setattr(loop, attribute, setting)
+    if isinstance(loop, (reference.ReferenceKD, reference.ReferenceOKDDipKD)):
+        teacher = named_recipe(of.teacher)
+        loop.set_teacher(create_model(teacher.model, classes, **teacher.model_options))
+    if isinstance(loop, reference.ReferenceRandom):
+        loop.belief_BPP = torch.rand(of.batch_size, loop.peers, loop.peers)
+    return loop
+
+
+def _not_in_the_loop(of: Recipe, option: str) -> UserError:
+    return UserError(
+        f"{of.name} sets {option}, which the published loop doesn't take: time another recipe "
+        "against it"
+    )

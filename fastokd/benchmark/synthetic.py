@@ -1,0 +1,60 @@
+"""Drawn images, labels and teachers: what a step is timed on where no data set is at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastokd.data import DatasetSplits, Split
+from fastokd.methods import method_class
+from fastokd.models import create_model
+from fastokd.recipes import Recipe, recipe
+from fastokd.teacher import STUDENT
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "imagenet": 1000}
+# An image folder has the classes that its user has; ImageNet's number stands for them.
+FOLDER_CLASSES = 1000
+
+
+def num_classes(of: Recipe) -> int:
+    """C of the recipe's data set, known without the data."""
+    return CLASSES.get(of.dataset, FOLDER_CLASSES)
+
+
+def drawn_splits(of: Recipe, seed: int = 0) -> DatasetSplits:
+    """One batch of noise and labels in the recipe's shape, as each of its splits."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (of.batch_size, of.image_size, of.image_size, 3)
+    classes = num_classes(of)
+    split = Split(
+        torch.randint(256, shape, dtype=torch.uint8, generator=generator),
+        torch.randint(classes, shape[:1], generator=generator),
+    )
+    names = tuple(str(label) for label in range(classes))
+    # The channels' own mean and deviation: uniform noise, normalised like any other images.
+    return DatasetSplits(of.dataset, names, (0.5,) * 3, (0.289,) * 3, split, split, split)
+
+
+def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
+    """An untrained teacher's file in ``folder``, where the method asks for one: it costs the same
+    as a trained one."""
+    if not method_class(of.method).needs.teacher:
+        return None
+    teacher = recipe(of.teacher)
+    network = create_model(teacher.model, len(data.class_names), **teacher.model_options)
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    facts = {
+        "model_options": teacher.model_options,
+        "class_names": data.class_names,
+        "mean": data.mean,
+        "std": data.std,
+        "input_size": of.image_size,
+        "eval_resize": of.eval_resize,
+        "student": 0,
+    }
+    said = {name: json.dumps(value) for name, value in facts.items()}
+    save_file(state, folder / STUDENT, {"model": teacher.model, **said})
+    return folder / STUDENT

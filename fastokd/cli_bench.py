@@ -1,0 +1,66 @@
+"""The commands ``bench`` and ``plan``: nothing but parsing and printing."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Students = Annotated[int | None, typer.Option(help="Networks, leader included.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+
+bench = typer.Typer(
+    rich_markup_mode=None,
+    epilog="Example: fastokd bench step okddip-branch/resnet32/cifar100 --steps 20",
+    help="Time training steps, against the published loops too.",
+)
+
+
+@bench.command(epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json")
+def step(
+    recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
+    batch_size: BatchSize = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 20,
+    students: Students = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")] = "auto",
+    engine: Annotated[str, typer.Option(help="How the students run; auto measures.")] = "auto",
+    impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; all cores.")] = None,
+    reference: Annotated[
+        bool,
+        typer.Option(help="Time the published loop instead: fp32 unless --precision bf16."),
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Time a recipe's training step on drawn images; nothing is downloaded or written."""
+    from fastokd.benchmark.step import time_steps
+    from fastokd.benchmark.worker import Spec
+
+    spec = Spec(
+        _resolved(recipe, batch_size=batch_size, students=students),
+        "reference" if reference else "fastokd",
+        device=device,
+        precision=precision,
+        engine=engine,
+        impl=impl,
+        threads=threads,
+    )
+    (timing,) = time_steps([spec], steps)
+    _print(timing.to_json(), json_)
+
+
+def _resolved(name: str, **changes: Any) -> Any:
+    from fastokd.recipes import recipe
+
+    return recipe(name, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name}: {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -1,0 +1,148 @@
+"""Batches decoded by NVIDIA DALI: one pipeline, on the CPU or, decoding included, on a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastokd.data.broken import first_broken
+from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
+from fastokd.data.views import centre_windows, windows_of_boxes
+
+# Batches that are decoded ahead.
+AHEAD = 2
+# Of a GPU's JPEGs, the share that its hardware decoder takes; the rest is decoded by its cores.
+HARDWARE_LOAD = 0.75
+
+
+def why_not() -> str | None:
+    """Why DALI can't serve here; None where it can."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return f"{error}; install fastokd[dali-cuda12] or fastokd[dali-cuda13]"
+    return None
+
+
+def version() -> str:
+    """DALI's version."""
+    import nvidia.dali
+
+    return str(nvidia.dali.__version__)
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """Operators, the pipeline's decorator and constants; untyped, as their stubs lack half."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    return fn, pipeline_def, types
+
+
+def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int) -> Any:
+    """File names, windows and flips in; uint8 ``[B, H, W, 3]`` and the files' sizes out.
+
+    Nothing in it is random: what is drawn comes in, so that any batch can be made again.
+    """
+    fn, pipeline_def, types = _dali()
+    on_gpu = split.device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=(split.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=AHEAD,
+    )
+    def pipeline() -> Any:
+        path, start, shape, roi_start, roi_end, flip = fn.external_source(
+            source=source,
+            num_outputs=6,
+            dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2, types.INT32],
+            ndim=[1, 1, 1, 1, 1, 0],
+        )
+        encoded = fn.io.file.read(path)
+        options = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
+        images = fn.decoders.image_slice(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            start=start,
+            shape=shape,
+            axis_names="HW",
+            output_type=types.RGB,
+            # As torchvision: a photograph isn't turned by its camera's note.
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            **options,
+        )
+        images = fn.resize(
+            images,
+            size=[split.view.image_size] * 2,
+            roi_start=roi_start,
+            roi_end=roi_end,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return fn.flip(images, horizontal=flip), encoded.shape()
+
+    return pipeline()
+
+
+def decode(
+    split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
+    # Of what the pipeline was fed and hasn't given back yet, oldest first.
+    fed: deque[DiskBatch] = deque()
+    root = os.fsencode(split.root) + b"/"
+
+    def source() -> Iterator[Any]:
+        for plan in plans:
+            fed.append(plan)
+            if len(plan.index_B):
+                yield _inputs(split, plan, root)
+
+    pipeline = _pipeline(split, source(), batch, workers)
+    stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
+    while True:
+        try:
+            images, sizes = pipeline.run(stream)
+        except StopIteration:
+            yield from (_empty(split, plan) for plan in fed)
+            return
+        except RuntimeError as error:
+            raise first_broken(split, _indices(fed), error) from error
+        while not len(fed[0].index_B):
+            yield _empty(split, fed.popleft())
+        plan = fed[0]
+        # A part of a file may decode well though its end is gone.
+        if not np.array_equal(sizes.as_array()[:, 0], split.bytes_N[plan.index_B].numpy()):
+            raise first_broken(split, _indices(fed), None)
+        fed.popleft()
+        yield torch.from_dlpack(images.as_tensor()), labels_of(split, plan)
+
+
+def _indices(fed: Iterable[DiskBatch]) -> Iterator[int]:
+    return (index for plan in fed for index in plan.index_B.tolist())
+
+
+def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
+    if plan.box_B4 is None:
+        windows = centre_windows(split.sizes_N2[plan.index_B], split.view)
+    else:
+        windows = windows_of_boxes(plan.box_B4)
+    paths = [
+        np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[plan.index_B.numpy()]
+    ]
+    return paths, *windows, plan.flip_B.numpy().astype(np.int32)
+
+
+def _empty(split: DiskSplit, plan: DiskBatch) -> tuple[Tensor, Tensor]:
+    """A rank's share of a last batch that is smaller than the ranks are many."""
+    size = split.view.image_size
+    images_BHWC = torch.empty(0, size, size, 3, dtype=torch.uint8, device=split.device)
+    return images_BHWC, labels_of(split, plan)

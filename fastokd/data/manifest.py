@@ -1,0 +1,140 @@
+"""What ``fastokd prepare`` found in a folder of images: every file, its class, size and faults.
+
+``manifest.jsonl``: a header (a JSON object), then a JSON list a file:
+``[split, path, class id, height, width, bytes, fault]``. A file with a fault is quarantined: it is
+listed, and no run reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastokd.errors import UserError
+
+MANIFEST = "manifest.jsonl"
+VERSION = 1
+
+
+class Entry(NamedTuple):
+    """One file: ``path`` from the set's root; ``label`` is -1 where no class is known; ``fault`` is
+    "" for an image that can be read."""
+
+    split: str
+    path: str
+    label: int
+    height: int
+    width: int
+    bytes: int
+    fault: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared folder.
+
+    Attributes:
+        root: where the images' paths begin.
+        classes: names in torchvision's order; an entry's label counts in it.
+        mean, std: of the channels of train's images, in [0, 1].
+        entries: in torchvision's order, split by split; files with faults among them.
+        notes: what was found that is no image's fault: folders in the wrong place.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+
+    def usable(self, split: str) -> list[Entry]:
+        """The images of one split that can be read."""
+        return [entry for entry in self.entries if entry.split == split and not entry.fault]
+
+    def quarantined(self, *splits: str) -> list[Entry]:
+        """The files with a fault, of ``splits`` or of all."""
+        return [e for e in self.entries if e.fault and (not splits or e.split in splits)]
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> Path:
+    """Writes ``folder/manifest.jsonl``, whole or not at all; returns its path.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    path = folder / MANIFEST
+    header = {
+        "fastokd_manifest": VERSION,
+        # A folder that is moved keeps its manifest.
+        "root": "."
+        if manifest.root.resolve() == folder.resolve()
+        else str(manifest.root.resolve()),
+        "files": len(manifest.entries),
+        "classes": manifest.classes,
+        "mean": manifest.mean,
+        "std": manifest.std,
+        "notes": manifest.notes,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="ascii") as file:
+            try:
+                file.write(json.dumps(header) + "\n")
+                file.writelines(json.dumps(entry) + "\n" for entry in manifest.entries)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"the manifest can't be written to {folder} ({error.strerror or error}): "
+            "give a folder that can be with --out"
+        ) from error
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in ``folder``.
+
+    Raises:
+        UserError: there is none, or it isn't whole.
+    """
+    path = folder / MANIFEST
+    try:
+        with open(path, encoding="ascii") as file:
+            header = json.loads(next(file, "null"))
+            entries = tuple(Entry(*json.loads(line)) for line in file)
+        return _checked(header, entries, folder)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} isn't prepared: run `fastokd prepare {folder}` once, which looks at every "
+            "image"
+        ) from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): make it again with `fastokd prepare`"
+        ) from error
+
+
+def _checked(header: Any, entries: tuple[Entry, ...], folder: Path) -> Manifest:
+    if header["fastokd_manifest"] != VERSION:
+        raise ValueError(f"version {header['fastokd_manifest']}, and this fastokd reads {VERSION}")
+    if len(entries) != header["files"]:
+        raise ValueError(f"{len(entries)} of {header['files']} files")
+    classes = tuple(header["classes"])
+    for entry in entries:
+        known = 0 <= entry.label < len(classes)
+        if not entry.fault and not (known and min(entry.height, entry.width, entry.bytes) > 0):
+            raise ValueError(f"a line that can't be: {list(entry)}")
+    mean, std = (tuple(float(value) for value in header[name]) for name in ("mean", "std"))
+    return Manifest((folder / header["root"]), classes, mean, std, entries, tuple(header["notes"]))

@@ -1,0 +1,121 @@
+"""Which part of an image is seen, at what size: drawn at random to train, fixed to be tested."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastokd.errors import UserError
+
+# torchvision's RandomResizedCrop at its defaults.
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class View:
+    """Sizes of what a model sees of an image on disk.
+
+    Attributes:
+        image_size: height and width.
+        eval_resize: to be tested, the shorter side is resized to this before the centre crop; 0 for
+            ``image_size``.
+    """
+
+    image_size: int = 224
+    eval_resize: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}: it must be at least 1")
+        if self.eval_resize and self.eval_resize < self.image_size:
+            raise UserError(
+                f"eval_resize is {self.eval_resize}, which has no room for image_size "
+                f"{self.image_size}: choose at least that, or 0"
+            )
+
+    @property
+    def resize(self) -> int:
+        """The shorter side before the centre crop."""
+        return self.eval_resize or self.image_size
+
+
+class Windows(NamedTuple):
+    """For each image of a batch: what is decoded (whole pixels), and which part of that becomes the
+    output (fractions of a pixel). Rows of (top, left) and (height, width)."""
+
+    start_B2: np.ndarray
+    shape_B2: np.ndarray
+    roi_start_B2: np.ndarray
+    roi_end_B2: np.ndarray
+
+
+def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
+    """Boxes (top, left, height, width), int64 ``[B, 4]``, as ``RandomResizedCrop`` draws them.
+
+    Ten times an area (of 8% to 100%) and a ratio are drawn; the first box that fits is taken, at a
+    uniform place; else the largest centred one of a permitted ratio.
+    """
+    B = len(sizes_B2)
+    height_B, width_B = sizes_B2.double().unbind(1)
+    area_BT, ratio_BT = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64)
+    place_2B = torch.rand(2, B, generator=generator, dtype=torch.float64)
+    area_BT = (AREA[0] + (AREA[1] - AREA[0]) * area_BT) * (height_B * width_B)[:, None]
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio_BT = torch.exp(low + (high - low) * ratio_BT)
+    w_BT, h_BT = (area_BT * ratio_BT).sqrt().round(), (area_BT / ratio_BT).sqrt().round()
+    fits_BT = (w_BT > 0) & (w_BT <= width_B[:, None]) & (h_BT > 0) & (h_BT <= height_B[:, None])
+    first_B1 = fits_BT.long().argmax(1, keepdim=True)
+    w_B, h_B = w_BT.gather(1, first_B1)[:, 0], h_BT.gather(1, first_B1)[:, 0]
+    top_B, left_B = (place_2B[0] * (height_B - h_B + 1)), (place_2B[1] * (width_B - w_B + 1))
+    box_B4 = torch.stack((top_B.floor(), left_B.floor(), h_B, w_B), 1)
+    return torch.where(fits_BT.any(1, keepdim=True), box_B4, _widest(height_B, width_B)).long()
+
+
+def _widest(height_B: Tensor, width_B: Tensor) -> Tensor:
+    """The largest centred box whose ratio is permitted."""
+    ratio_B = width_B / height_B
+    w_B = torch.where(ratio_B > RATIO[1], (height_B * RATIO[1]).round(), width_B)
+    h_B = torch.where(ratio_B < RATIO[0], (width_B / RATIO[0]).round(), height_B)
+    return torch.stack(
+        ((height_B - h_B).div(2).floor(), (width_B - w_B).div(2).floor(), h_B, w_B), 1
+    )
+
+
+def windows_of_boxes(box_B4: Tensor) -> Windows:
+    """A box is decoded, and all of it becomes the output."""
+    box = box_B4.numpy()
+    shape_B2 = box[:, 2:].astype(np.int32)
+    end_B2 = shape_B2.astype(np.float32)
+    return Windows(box[:, :2].astype(np.int32), shape_B2, np.zeros_like(end_B2), end_B2)
+
+
+def centre_windows(sizes_B2: Tensor, view: View) -> Windows:
+    """The shorter side to ``view.resize``, then the centre of ``image_size``, as one resampling.
+
+    Only the source pixels that the crop's filter reads are decoded. Sizes and corners are rounded
+    as torchvision's ``Resize`` and ``CenterCrop`` round them.
+    """
+    sizes = sizes_B2.numpy().astype(np.int64)
+    short_B1 = sizes.min(1, keepdims=True)
+    resized_B2 = np.where(sizes == short_B1, view.resize, view.resize * sizes // short_B1)
+    corner_B2 = np.round((resized_B2 - view.image_size) / 2)
+    scale_B2 = sizes / resized_B2
+    from_B2 = corner_B2 * scale_B2
+    to_B2 = from_B2 + view.image_size * scale_B2
+    # A triangular filter is as wide as the step of the resampling, and at least a pixel.
+    reach_B2 = np.maximum(scale_B2, 1) + 1
+    start_B2 = np.clip(np.floor(from_B2 - reach_B2), 0, None)
+    stop_B2 = np.minimum(np.ceil(to_B2 + reach_B2), sizes)
+    return Windows(
+        start_B2.astype(np.int32),
+        (stop_B2 - start_B2).astype(np.int32),
+        (from_B2 - start_B2).astype(np.float32),
+        (to_B2 - start_B2).astype(np.float32),
+    )

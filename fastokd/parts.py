@@ -1,0 +1,107 @@
+"""A run's parts, built from a recipe: data, cohort, method, optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort import Cohort
+from fastokd.data import BatchStream, DatasetSplits, list_datasets, load_dataset
+from fastokd.errors import UserError
+from fastokd.methods import Method, OptimGroup, create_method, method_class
+from fastokd.optimizers import create_optimizer
+from fastokd.recipes import Recipe
+from fastokd.run_options import RunOptions
+from fastokd.teacher import Weights, build_teacher
+
+
+def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
+    """The recipe's data on the device."""
+    if recipe.dataset not in list_datasets():
+        raise UserError(
+            f"{recipe.name} can't be trained yet: nothing in this version loads {recipe.dataset}"
+        )
+    data = load_dataset(
+        recipe.dataset,
+        options.data_root,
+        val=recipe.val,
+        seed=0,
+        download=options.download,
+        image_size=recipe.image_size,
+    )
+    return data.to(device)
+
+
+def build_cohort(
+    recipe: Recipe, data: DatasetSplits, options: RunOptions, teacher: Weights | None = None
+) -> tuple[Cohort, Method]:
+    """The cohort and the method, on the CPU, with weights that the seed decides."""
+    needs = method_class(recipe.method).needs
+    frozen: nn.Module | None = None
+    if teacher is not None:
+        with torch.random.fork_rng(devices=[]):
+            frozen = build_teacher(teacher, data)
+    cohort = Cohort(
+        recipe.models,
+        len(data.class_names),
+        sharing=recipe.sharing,
+        # The norm has no Triton form: on a GPU the compiler fuses it.
+        impl="auto" if options.impl == "triton" else options.impl,
+        mean=data.mean,
+        std=data.std,
+        seed=recipe.seed,
+        teacher=frozen,
+        trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
+        model_options=recipe.model_options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed * 1_000_003 + 999_983)
+        method = create_method(
+            recipe.method, cohort.shape, impl=options.impl, **recipe.method_options
+        )
+    return cohort, method
+
+
+def build_optimizers(
+    cohort: Cohort, method: Method, recipe: Recipe, options: RunOptions, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """One optimizer for each kind that is asked for; rates are device tensors."""
+    groups = [OptimGroup(list(cohort.parameters())), *method.optim_groups()]
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        lr = recipe.lr if group.lr is None else group.lr
+        decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
+        by_kind.setdefault(group.optimizer, []).append(
+            {
+                "params": group.parameters,
+                "lr": torch.tensor(lr, device=device),
+                "weight_decay": decay,
+                "initial_lr": lr,
+                "scheduled": group.scheduled,
+                "warm_up": group.warm_up,
+            }
+        )
+    return [
+        create_optimizer(options.optimizer if kind == "sgd" else kind, groups, recipe)
+        for kind, groups in by_kind.items()
+    ]
+
+
+class RepeatedBatch:
+    """The first batch of a stream, as often as the stream has batches (``--overfit-batch``)."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.count = len(stream)
+        self.only = stream.batch(0, 0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same images and labels, whatever the epoch."""
+        del epoch
+        for _ in range(start_batch, self.count):
+            yield self.only

@@ -1,0 +1,122 @@
+"""Where and how a recipe runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastokd.errors import UserError
+
+# What a resumed run keeps as it was: these decide its numbers, or their last bits.
+KEPT = (
+    "device",
+    "precision",
+    "engine",
+    "compile",
+    "memory_format",
+    "capture",
+    "impl",
+    "optimizer",
+    "accumulate",
+    "clip_norm",
+    "ema",
+    "overfit_batch",
+)
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a recipe runs: the machine's part, and the few habits of the step.
+
+    Attributes:
+        out: the run folder; None for ``runs/`` and the recipe's name.
+        data_root: where data sets lie. ``download`` fetches the ones that can be had.
+        device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        precision: ``"auto"`` (bf16 where the device has instructions for it, else fp32),
+            ``"bf16"``, ``"fp16"`` (with a loss scale that adapts), ``"tf32"`` (GPUs), ``"fp32"``.
+        engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"``, or ``"auto"``, which
+            measures where a run is long enough to gain by it (``docs/performance.md``).
+        compile: whether forward and loss go through ``torch.compile``; None leaves it to
+            ``engine="auto"``, and is False beside a named engine.
+        memory_format: of maps and weights: ``"channels_last"``, ``"contiguous"``, or ``"auto"``.
+        capture: the whole step as one CUDA graph.
+        impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
+            for the default folder of the recipe that trains it.
+        resume: continue the run in ``out``, as it was begun.
+        max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
+            again, a check that a set-up can learn at all.
+        optimizer: ``"sgd"``, or ``"apex-sgd"`` where NVIDIA apex is installed.
+        accumulate: a batch is taken in so many parts, whose gradients add up to the batch's; only
+            BatchNorm sees the parts.
+        clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
+        ema: decay of a running average of the kept student's weights; None for none.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        quiet: no progress bar and no lines.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    out: Path | None = None
+    data_root: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+    engine: str = "auto"
+    compile: bool | None = None
+    memory_format: str = "auto"
+    capture: bool = False
+    impl: str = "auto"
+    teacher: Path | None = None
+    resume: bool = False
+    max_steps: int | None = None
+    overfit_batch: bool = False
+    optimizer: str = "sgd"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema: float | None = None
+    eval_every: int = 1
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "eval_every", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.memory_format not in MEMORY_FORMATS:
+            raise UserError(
+                f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
+            )
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
+
+    def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
+        """These options for a run that ``begun`` describes: what isn't asked for is as it was.
+
+        Raises:
+            UserError: something is asked for that differs; both values are named.
+        """
+        default = RunOptions()
+        known = [name for name in KEPT if name in begun]
+        differing = [
+            f"{_flag(name)} ({begun[name]} there, {getattr(self, name)} here)"
+            for name in known
+            if getattr(self, name) not in (getattr(default, name), begun[name])
+        ]
+        if differing:
+            raise UserError(
+                f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
+                "leave that out to resume it as it was, or choose another --out"
+            )
+        return replace(self, **{name: begun[name] for name in known})
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,85 @@
+"""The check that comes before a timing: it holds for our step, and sees one that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastokd.benchmark import loops
+from fastokd.benchmark.equality import agreement
+from fastokd.recipes import recipe
+from fastokd.session import RunOptions
+
+NAMES = (
+    "okddip-branch/resnet8/cifar100",
+    "okddip-network@2/resnet8/cifar100",
+    "ffsd/resnet8/cifar100",
+    "okddip_kd-branch/resnet8/cifar100",
+    "okddip_random-branch/resnet8/cifar100",
+    "dml/resnet8/cifar100",
+    "one/resnet8/cifar100",
+)
+
+
+def found(name: str, precision: str, **changes: Any) -> Any:
+    settings = {"batch_size": 8, **changes}
+    return agreement(recipe(name, **settings), RunOptions(precision=precision, impl="torch"))
+
+
+@pytest.fixture(autouse=True)
+def _small_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher of eight layers says as much here as one of 110."""
+    for module in ("synthetic", "loops"):
+        name = "recipe" if module == "synthetic" else "named_recipe"
+        monkeypatch.setattr(
+            f"fastokd.benchmark.{module}.{name}",
+            lambda of: recipe(of.replace("resnet110", "resnet8")),
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_step_is_the_published_one(name: str) -> None:
+    assert found(name, "fp32").holds
+
+
+def test_and_so_it_is_in_bf16() -> None:
+    assert found(NAMES[0], "bf16").holds
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_wrong_temperature_is_seen(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = loops.Session
+
+    class Wrong(session):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.method.temperature = 2.0
+
+    monkeypatch.setattr(loops, "Session", Wrong)
+    assert not found("okddip-branch/resnet8/cifar100", precision).holds
+
+
+def test_a_wrong_ramp_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = loops.OurLoop
+
+    class Wrong(ours):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.session.progress.ramp.fill_(0.8)
+
+    monkeypatch.setattr("fastokd.benchmark.equality.OurLoop", Wrong)
+    assert not found("okddip-branch/resnet8/cifar100", "fp32").holds
+
+
+def test_the_timed_loops_learn(cpp_ops: None) -> None:
+    """Both fit their one batch, so neither times a step that does nothing."""
+    of = recipe("okddip-branch/resnet8/digits", batch_size=8)
+    for loop in (
+        loops.OurLoop(of, RunOptions()),
+        loops.PublishedLoop(of, RunOptions()),
+        loops.PublishedLoop(of, RunOptions(precision="bf16")),
+    ):
+        losses = torch.stack([loop.step() for _ in range(6)])
+        assert losses[-1] < 0.8 * losses[0]
