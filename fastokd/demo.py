@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastokd.data import DatasetSplits, load_dataset
+from fastokd.errors import UserError
 from fastokd.recipes import recipe
+from fastokd.report.page import report
 from fastokd.run_folder import Run
 from fastokd.session import RunOptions
+from fastokd.sweep import parse_seeds
 from fastokd.train import train
 
 
@@ -24,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--epochs", type=int, default=None)
     arguments = parser.parse_args()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds = parse_seeds(arguments.seeds)
     out = _unused(arguments.out)
 
     started = time.perf_counter()
@@ -41,7 +45,9 @@ def main() -> None:
 
     neighbours = nearest_neighbours(load_dataset("digits", None))
     Console().print(_table(runs, neighbours))
-    print(f"{time.perf_counter() - started:.0f} s in all; the runs, with curves.png, are in {out}")
+    folders = [run.folder for of_kind in runs.values() for run in of_kind]
+    page = report(folders, out / "report.html")
+    print(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
 
 
 def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
@@ -92,4 +98,7 @@ def _unused(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"fastokd: {error}")

@@ -27,4 +27,4 @@ def test_the_leader_reaches_98_percent(
     runs = [Run.load(tmp_path / "demo" / f"okddip-seed{seed}") for seed in range(3)]
     leaders = [run.last["test"]["leader_top1"] for run in runs]
     assert sum(leaders) / 3 >= 0.98, leaders
-    assert all((run.folder / "curves.png").is_file() for run in runs)
+    assert all((run.folder / "report-accuracy.png").is_file() for run in runs)

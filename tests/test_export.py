@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from fastokd.cli import run_command
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
-from fastokd.export import FORMATS, export
-from fastokd.export import export as module
+from fastokd.export import FORMATS, checked, export
 from fastokd.predict import predict
 from fastokd.recipes import recipe
 from fastokd.run_folder import Run
@@ -112,7 +111,7 @@ def test_an_export_that_says_something_else_is_not_kept(
 def test_logits_that_are_no_number_are_not_kept(resnet8: Run) -> None:
     nan = torch.full((2, 10), torch.nan)
     with pytest.raises(UserError, match="gives other logits"):
-        module._compare(nan, torch.ones(2, 10), "onnx")
+        checked._compare(nan, torch.ones(2, 10), "onnx")
 
 
 @pytest.mark.parametrize(

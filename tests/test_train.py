@@ -56,8 +56,12 @@ def test_a_run_folder_holds_what_it_should(finished: Run) -> None:
         "metrics.jsonl",
         "checkpoints",
         "student.safetensors",
-        "curves.png",
-        "curves.svg",
+        "report.html",
+        *(
+            f"report-{name}.{suffix}"
+            for name in ("loss", "accuracy", "diversity", "attention")
+            for suffix in ("png", "svg")
+        ),
     } <= names
     rows = [
         json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()

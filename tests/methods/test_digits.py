@@ -37,7 +37,7 @@ def check(done: Run) -> None:
     assert second["mean_top1"] > max(first["mean_top1"], 0.2)
     assert (done.last["test"]["leader_top1"] is not None) == done.recipe.has_leader
     assert (done.folder / "student.safetensors").is_file()
-    assert (done.folder / "curves.png").is_file()
+    assert (done.folder / "report.html").is_file()
 
 
 @pytest.fixture(scope="module")

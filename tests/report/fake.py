@@ -55,12 +55,23 @@ class FakeTrain:
         return Run.load(folder)
 
     def row(self, recipe: Recipe, epoch: int) -> dict[str, Any]:
-        top1 = self.accuracy(recipe, epoch)
+        top1, S = self.accuracy(recipe, epoch), recipe.students
         test = {
             "leader_top1": top1 if recipe.has_leader else None,
             "mean_top1": top1,
-            "student_top1": [top1] * recipe.students,
+            "student_top1": [top1] * S,
+            "ensemble_top1": top1 + 0.005,
             "ensemble_logits_top1": top1 + 0.01,
+            "diversity": 0.01 / (epoch + 1) if S - recipe.has_leader > 1 else None,
         }
+        if recipe.has_leader:
+            test["attention"] = [[1 / (S - 1)] * (S - 1) + [0.0]] * S
         splits = {"test": test, "val": test} if self.val else {"test": test}
-        return {"epoch": epoch, "step": epoch + 1, **splits}
+        return {
+            "epoch": epoch,
+            "step": epoch + 1,
+            "seconds": 2.0,
+            "images_per_second": 250.0,
+            "train": {"loss": 2.0 / (epoch + 1)},
+            **splits,
+        }
