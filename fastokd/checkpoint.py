@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,51 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in payload.items()}
     payload[MANIFEST] = json.dumps(digests, indent=1).encode()
+    with _beside(path) as beside:
+        for name, data in payload.items():
+            write_durably(beside / name, data)
+
+
+def link_checkpoint(source: Path, path: Path) -> None:
+    """The checkpoint ``source`` once more under the name ``path``, without its bytes twice.
+
+    Raises:
+        OSError: as :func:`save_checkpoint`.
+    """
+    with _beside(path) as beside:
+        for name in (TENSORS, FACTS, MANIFEST):
+            try:
+                os.link(source / name, beside / name)
+            except OSError:  # noqa: PERF203 (a file system without links)
+                shutil.copyfile(source / name, beside / name)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of ``path`` at once, or is gone."""
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    away = path.with_name(f".{path.name}.old{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        for name, data in payload.items():
-            write_durably(beside / name, data)
+        yield beside
+        sync_folder(beside)
         if path.exists():
-            shutil.rmtree(path)
+            os.rename(path, away)
         os.rename(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(away, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What writers that were killed have left; nobody else may be writing in ``folder``."""
+    for path in [*folder.glob(".*.tmp*"), *folder.glob(".*.old*")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ import typer
 from fastokd import cli_student
 from fastokd.cli_bench import bench
 from fastokd.errors import UserError, unknown_name
+from fastokd.interruption import Interrupted
 
 INTERRUPTED = 130  # by ^C, as shells have it
 
@@ -82,6 +83,12 @@ def train(
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
     eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
+    save_every_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; after each epoch in any case.")
+    ] = None,
+    save_every_minutes: Annotated[
+        float | None, typer.Option(help="Minutes between checkpoints.")
+    ] = 15.0,
     max_steps: MaxSteps = None,
     overfit_batch: Annotated[bool, typer.Option(help="Train on one batch only.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Several runs: 0,1,2.")] = None,
@@ -147,6 +154,8 @@ def train(
         clip_norm=clip_norm,
         ema=ema,
         eval_every=eval_every,
+        save_every_steps=save_every_steps,
+        save_every_minutes=save_every_minutes,
         quiet=quiet,
     )
     if len(planned) == 1 and seeds is None:
@@ -321,6 +330,12 @@ def run_command(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"fastokd: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(
+            f"fastokd: stopped by {stop.signal}; the run is saved, --resume continues it",
+            file=sys.stderr,
+        )
+        return stop.code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except typer.Exit as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ from fastokd.session import RunOptions, Session, evaluation_stream
 
 @torch.no_grad()
 def measure(
-    cohort: Cohort, method: Method, stream: BatchStream, has_leader: bool, context: Any
+    cohort: Cohort,
+    method: Method,
+    stream: BatchStream,
+    has_leader: bool,
+    context: Any,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Metrics over every image of ``stream``, in eval mode; the mode is restored after."""
+    """Metrics over every image of ``stream``, in eval mode; the mode is restored after.
+
+    ``between`` is called between two batches and may raise.
+    """
     was_training = cohort.training, method.training
     cohort.eval()
     method.eval()
@@ -34,6 +43,7 @@ def measure(
                 out = cohort(images_BHWC)
                 watched = method.diagnostics(out)
             meter.update(out.logits_SBC, labels_B, watched)
+            between()
     finally:
         cohort.train(was_training[0])
         method.train(was_training[1])
@@ -108,8 +118,10 @@ def evaluate_published(
     }
 
 
-def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:
-    """Scores the cohort as it stands on the held-out splits."""
+def evaluate_session(
+    session: Session, between: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """Scores the cohort as it stands on the held-out splits; ``between`` as :func:`measure`."""
     splits = {"val": session.data.val, "test": session.data.test}
     results = {
         name: measure(
@@ -118,6 +130,7 @@ def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:
             evaluation_stream(split),
             session.recipe.has_leader,
             session.autocast,
+            between,
         )
         for name, split in splits.items()
         if split is not None
@@ -127,7 +140,7 @@ def evaluate_session(session: Session) -> dict[str, dict[str, Any]]:
         for name, split in splits.items():
             if split is not None:
                 stream = evaluation_stream(split)
-                alone = measure(lone, nobody, stream, False, session.autocast)
+                alone = measure(lone, nobody, stream, False, session.autocast, between)
                 results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
     return results
 

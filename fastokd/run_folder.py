@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 from safetensors.torch import save
 
 from fastokd.checkpoint import (
+    link_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    remove_leftovers,
     save_checkpoint,
     write_durably,
 )
@@ -58,6 +61,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock: int | None = None
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
@@ -78,7 +82,7 @@ class RunFolder:
             if not folder.checkpoints.is_dir():
                 raise UserError(f"there is no run to resume in {path}: leave --resume out")
             return folder
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not _is_free(path):
             raise UserError(
                 f"{path} exists already and is never overwritten: add --resume to continue it, "
                 "or choose another --out"
@@ -109,7 +113,19 @@ class RunFolder:
         """Starts the folder, or brings the session to where the folder's run stopped.
 
         A run that was killed before its first checkpoint starts again.
+
+        Raises:
+            UserError: another process is at work in the folder.
         """
+        with _writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if not session.options.resume:
+            # Another run may have come and gone since the folder was found free.
+            RunFolder._claim(self.path, False)
+        with _writing(self.path):
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
         if session.options.resume and list_checkpoints(self.checkpoints):
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
@@ -122,12 +138,34 @@ class RunFolder:
         if session.options.resume and (self.path / "recipe.json").is_file():
             check_recipe(session, self.recipe().to_json())
         with _writing(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._write_json("recipe.json", session.recipe.to_json())
             self.write_environment(session)
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+
+    def _take_lock(self) -> None:
+        """Locks the folder until :meth:`close`; the lock of a process that died is gone with it.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(
+                f"another run is at work in {self.path}: wait for it, or choose another --out"
+            ) from error
+        except OSError as error:  # a file system without locks
+            print(f"warning: {self.path} can't be locked: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_environment(self, session: Session) -> None:
         """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
@@ -177,17 +215,30 @@ class RunFolder:
         better = score is not None and (session.best is None or score > session.best)
         if better:
             session.best = score
-        tensors, facts = session.state()
-        facts["best_on"] = "val" if row.get("val") else "test"
         with _writing(self.path):
             with open(self.path / "metrics.jsonl", "ab") as file:
                 file.write(_line(row))
                 file.flush()
                 os.fsync(file.fileno())
-            for kind, keep in (("last", 2), ("best", 1)):
-                if kind == "last" or better:
-                    save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
-                    prune_checkpoints(self.checkpoints, kind, keep)
+            self.save(session, best_on="val" if row.get("val") else "test", better=better)
+
+    def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
+        """A checkpoint of the session as it stands; the best one too where it is ``better``."""
+        tensors, facts = session.state()
+        if best_on is not None:
+            facts["best_on"] = best_on
+        last = self.checkpoints / f"last-{session.step:09d}"
+        with _writing(self.path):
+            # The best one first: a run that is killed in between repeats the epoch, and writes
+            # both.
+            if better:
+                best = self.checkpoints / f"best-{session.step:09d}"
+                save_checkpoint(best, tensors, facts)
+                prune_checkpoints(self.checkpoints, "best", 1)
+                link_checkpoint(best, last)
+            else:
+                save_checkpoint(last, tensors, facts)
+            prune_checkpoints(self.checkpoints, "last", 2)
 
     def finish(self, session: Session) -> Run:
         """The student with its publisher's keys, and the report with its plots."""
@@ -206,6 +257,13 @@ class RunFolder:
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
             report([self.path])
         return run
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a run may start there: an empty folder, or one where a run got no further."""
+    if not path.is_dir():
+        return False
+    return all(entry.name == "checkpoints" and not any(entry.iterdir()) for entry in path.iterdir())
 
 
 @contextmanager

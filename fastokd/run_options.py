@@ -56,6 +56,8 @@ class RunOptions:
         clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
         ema: decay of a running average of the kept student's weights; None for none.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
+            never. It is saved after every epoch, and where a signal stops the run.
         quiet: no progress bar and no lines.
 
     Raises:
@@ -81,13 +83,17 @@ class RunOptions:
     clip_norm: float | None = None
     ema: float | None = None
     eval_every: int = 1
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = 15.0
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "eval_every", "accumulate"):
+        for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.save_every_minutes is not None and not self.save_every_minutes > 0:
+            raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
         if self.memory_format not in MEMORY_FORMATS:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"

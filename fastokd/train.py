@@ -11,6 +11,7 @@ from typing import Any
 from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
+from fastokd.interruption import Keeper, StopRequest
 from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
@@ -19,7 +20,7 @@ from fastokd.step import training_step
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 
 
-def train_epoch(session: Session, display: Display) -> dict[str, Any]:
+def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str, Any]:
     """The rest of one epoch; the training metrics of all of it."""
     session.cohort.train()
     session.method.train()
@@ -31,6 +32,7 @@ def train_epoch(session: Session, display: Display) -> dict[str, Any]:
         session.batch += 1
         session.step += 1
         display.step(labels_B.shape[0])
+        keeper.stepped()
         if session.stopped:
             break
     return session.meter.result()
@@ -46,38 +48,50 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     Raises:
         UserError: data that can't be found, a folder that exists already or can't be written, a
             checkpoint of another recipe, a loss that is no longer finite (that epoch is not kept).
+        Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     folder.open(session)
 
-    with Display(session, options.quiet) as display:
-        while session.epoch < recipe.epochs and not session.stopped:
-            started, images = time.perf_counter(), display.images
-            train_metrics = train_epoch(session, display)
-            seconds = time.perf_counter() - started
-            if not math.isfinite(train_metrics["loss"]):
-                raise UserError(
-                    f"the loss is {train_metrics['loss']} in epoch {session.epoch}: "
-                    f"lower --lr (it is {recipe.lr})"
-                )
-            row: dict[str, Any] = {
-                "epoch": session.epoch,
-                "step": session.step,
-                "seconds": seconds,
-                "images_per_second": (display.images - images) / seconds,
-                "lr": recipe.learning_rate(session.epoch),
-                "kd_weight": session.progress.ramp.item(),
-                "train": train_metrics,
-            }
-            last = session.stopped or session.epoch + 1 == recipe.epochs
-            if last or (session.epoch + 1) % options.eval_every == 0:
-                row |= evaluate_session(session)
-            session.finish_epoch()
-            folder.record(session, row)
-            display.epoch(row)
-    return folder.finish(session)
+    try:
+        with StopRequest() as stop, Display(session, options.quiet) as display:
+            keeper = Keeper(
+                lambda: folder.save(session),
+                stop,
+                options.save_every_steps,
+                options.save_every_minutes,
+            )
+            while session.epoch < recipe.epochs and not session.stopped:
+                started, images = time.perf_counter(), display.images
+                train_metrics = train_epoch(session, display, keeper)
+                seconds = time.perf_counter() - started
+                if not math.isfinite(train_metrics["loss"]):
+                    raise UserError(
+                        f"the loss is {train_metrics['loss']} in epoch {session.epoch}: "
+                        f"lower --lr (it is {recipe.lr})"
+                    )
+                row: dict[str, Any] = {
+                    "epoch": session.epoch,
+                    "step": session.step,
+                    "seconds": seconds,
+                    "images_per_second": (display.images - images) / seconds,
+                    "lr": recipe.learning_rate(session.epoch),
+                    "kd_weight": session.progress.ramp.item(),
+                    "train": train_metrics,
+                }
+                last = session.stopped or session.epoch + 1 == recipe.epochs
+                if last or (session.epoch + 1) % options.eval_every == 0:
+                    row |= evaluate_session(session, keeper)
+                session.finish_epoch()
+                folder.record(session, row)
+                display.epoch(row)
+                keeper.saved()
+                keeper()
+        return folder.finish(session)
+    finally:
+        folder.close()
 
 
 def resume(folder: Path, **changes: Any) -> Run:

@@ -1,0 +1,109 @@
+"""Signals that ask a run to stop: it finishes its step, saves, and leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(SystemExit):
+    """A run stopped because it was asked to; its state is saved.
+
+    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM.
+    """
+
+    code: int
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal = signal.Signals(signum).name
+
+
+class StopRequest:
+    """Listens for the signals while it is entered; a second one exits at once.
+
+    ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
+    somebody else's handler is in place, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                before = signal.getsignal(signum)
+                if before in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[signum] = before
+                    signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, before in self._before.items():
+            signal.signal(signum, before)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
+        self.received = signum
+
+
+class Keeper:
+    """Called between two steps: saves when it is time, and where a signal came saves and stops.
+
+    Args:
+        save: writes a checkpoint.
+        stop: listens for signals.
+        every_steps, every_minutes: how often to save within an epoch; None for never.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], None],
+        stop: StopRequest,
+        every_steps: int | None,
+        every_minutes: float | None,
+    ) -> None:
+        self.save = save
+        self.stop = stop
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.saved()
+
+    def saved(self) -> None:
+        """Counts from here on: a checkpoint was written."""
+        self._steps, self._time = 0, time.monotonic()
+
+    def stepped(self) -> None:
+        """One step was taken."""
+        self._steps += 1
+        self()
+
+    def __call__(self) -> None:
+        """A moment between two steps, or two batches of an evaluation.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+        """
+        by_steps = self.every_steps is not None and self._steps >= self.every_steps
+        passed = (time.monotonic() - self._time) / 60
+        by_time = self.every_minutes is not None and passed >= self.every_minutes
+        if by_steps or by_time or self.stop.received is not None:
+            self.save()
+            self.saved()
+        if self.stop.received is not None:
+            raise Interrupted(self.stop.received)
