@@ -20,6 +20,7 @@ from fastokd.checkpoint import (
     save_checkpoint,
     write_durably,
 )
+from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.models import Student
@@ -133,6 +134,12 @@ class RunFolder:
         """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
         facts = environment(session.device, session.precision)
         self._write_json(ENVIRONMENT, {**facts, **session.how()})
+
+    def settled(self, session: Session, timings: list[Timing]) -> None:
+        """Keeps the choice of engine, and what it was chosen by."""
+        with _writing(self.path):
+            self._write_json("tuning.json", {"timings": [timing.to_json() for timing in timings]})
+            self.write_environment(session)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())

@@ -15,6 +15,7 @@ from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
 from fastokd.step import training_step
+from fastokd.tuning import tune
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 
@@ -51,6 +52,11 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     folder.open(session)
+    if not session.settled:
+        steps = len(session.stream) * (recipe.epochs - session.epoch) - session.batch
+        if options.max_steps is not None:
+            steps = min(steps, options.max_steps - session.step)
+        folder.settled(session, tune(session, steps, _silent if options.quiet else print))
 
     with Display(session, options.quiet) as display:
         while session.epoch < recipe.epochs and not session.stopped:
@@ -78,6 +84,10 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
             folder.record(session, row)
             display.epoch(row)
     return folder.finish(session)
+
+
+def _silent(text: str) -> None:
+    del text
 
 
 def resume(folder: Path, **changes: Any) -> Run:
