@@ -11,6 +11,7 @@ from typing import Any
 from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
+from fastokd.out_of_memory import saying_what_fits
 from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
@@ -27,7 +28,8 @@ def train_epoch(session: Session, display: Display) -> dict[str, Any]:
     session.begin_epoch()
     for images_BHWC, labels_B in session.stream.batches(session.epoch, session.batch):
         session.begin_step(labels_B.shape[0])
-        logits_SBC, loss = training_step(session, images_BHWC, labels_B)
+        with saying_what_fits(session, images_BHWC, labels_B):
+            logits_SBC, loss = training_step(session, images_BHWC, labels_B)
         session.meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
         session.batch += 1
         session.step += 1
@@ -58,7 +60,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
             steps = min(steps, options.max_steps - session.step)
         folder.settled(session, tune(session, steps, _silent if options.quiet else print))
 
-    with Display(session, options.quiet) as display:
+    with Display(session, options.quiet) as display, folder.keeping(session):
         while session.epoch < recipe.epochs and not session.stopped:
             started, images = time.perf_counter(), display.images
             train_metrics = train_epoch(session, display)

@@ -44,6 +44,8 @@ TIMED_STEPS = 3
 HOPELESS = 3.0
 # What compiling a cohort takes at least: shorter runs don't try.
 COMPILE_SECONDS = 60.0
+# Nobody waits longer than this, however long the run.
+PATIENCE = 600.0
 # The two fastest engines are tried compiled.
 COMPILED = 2
 
@@ -189,7 +191,7 @@ def time_compiled(session: Session, choice: Choice, steps: int, best_ms: float) 
         "accumulate": session.options.accumulate,
         "teacher": None if session.teacher is None else str(session.teacher.path),
     }
-    answer, why = ask([sys.executable, "-m", "fastokd.tuning_worker"], job, budget)
+    answer, why = ask([sys.executable, "-m", "fastokd.tuning_worker"], job, min(budget, PATIENCE))
     if answer is None:
         return Timing(choice, note=why)
     return Timing(choice, answer["step_ms"], answer["compile_seconds"])
@@ -217,7 +219,7 @@ def ask(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return None, f"killed after {seconds:.0f} s, all that it could save"
+        return None, f"killed after {seconds:.0f} s"
     if process.returncode != 0:
         lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
         return None, f"it failed: {lines[-1][:200]}"

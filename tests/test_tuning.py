@@ -176,6 +176,15 @@ def test_compiling_must_pay_for_itself() -> None:
     assert "could save 30 s" in short.note
 
 
+@pytest.mark.proof
+def test_a_compiled_candidate_answers_from_its_own_process() -> None:
+    session = Session(small(batch_size=4), RunOptions(**AUTO, compile=True))
+    timing = time_compiled(session, Choice("loop", True), 10**6, 10**3)
+    assert timing.note == ""
+    assert timing.step_ms is not None
+    assert timing.compile_seconds > 1
+
+
 def test_a_candidate_that_takes_too_long_is_killed_with_all_that_it_started() -> None:
     spawns = "import subprocess as s; s.run(['sleep', '600'])"
     started = time.monotonic()

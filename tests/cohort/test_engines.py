@@ -127,6 +127,18 @@ def test_a_shared_input_is_one_dense_convolution(engine: str) -> None:
         assert sorted((w for w in weights if w in dense), key=str) == dense
 
 
+@pytest.mark.parametrize("engine", ["grouped", "vmap"])
+def test_engines_take_bf16(engine: str) -> None:
+    cohort = Cohort(("resnet8", 2), 10).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs = cohort(images).logits_SBC
+        cohort.set_engine(engine)
+        ours = cohort(images).logits_SBC
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def test_what_a_shared_convolution_gave_is_used_once_and_let_go() -> None:
     cohort = Cohort(("resnet8", 2), 10)
     images = torch.randn(2, 3, 32, 32)
