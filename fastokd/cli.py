@@ -13,6 +13,7 @@ import typer
 
 from fastokd import cli_student
 from fastokd.cli_bench import bench
+from fastokd.cli_prepare import Loader, Workers, prepare
 from fastokd.errors import UserError, unknown_name
 
 INTERRUPTED = 130  # by ^C, as shells have it
@@ -37,6 +38,7 @@ MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many ste
 
 cli_student.register(app)
 app.add_typer(bench, name="bench")
+app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet")(prepare)
 
 
 @app.callback()
@@ -81,6 +83,8 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
+    loader: Loader = "auto",
+    workers: Workers = 0,
     eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
     max_steps: MaxSteps = None,
     overfit_batch: Annotated[bool, typer.Option(help="Train on one batch only.")] = False,
@@ -146,6 +150,8 @@ def train(
         accumulate=accumulate,
         clip_norm=clip_norm,
         ema=ema,
+        loader=loader,
+        workers=workers,
         eval_every=eval_every,
         quiet=quiet,
     )
@@ -218,13 +224,17 @@ def evaluate(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    loader: Loader = "auto",
+    workers: Workers = 0,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
     from fastokd.session import RunOptions
 
-    options = RunOptions(data_root=data_root, device=device, precision=precision)
+    options = RunOptions(
+        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
+    )
     results = score(run, dataset=dataset, model=model, options=options)
     if json_:
         print(json.dumps(results))

@@ -22,7 +22,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
-from fastokd.errors import UserError
+from fastokd.errors import DataFileError, UserError
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
@@ -195,6 +195,18 @@ class RunFolder:
                 if kind == "last" or better:
                     save_checkpoint(self.checkpoints / f"{kind}-{session.step:09d}", tensors, facts)
                     prune_checkpoints(self.checkpoints, kind, keep)
+
+    @contextmanager
+    def keeping(self, session: Session) -> Iterator[None]:
+        """Leaves a checkpoint of the last step where a file of the data set stops the run."""
+        try:
+            yield
+        except DataFileError:
+            tensors, facts = session.state()
+            with _writing(self.path):
+                save_checkpoint(self.checkpoints / f"last-{session.step:09d}", tensors, facts)
+                prune_checkpoints(self.checkpoints, "last", 2)
+            raise
 
     def finish(self, session: Session) -> Run:
         """The student with its publisher's keys, and the report with its plots."""
