@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd import cli_student
-from fastokd.cli_bench import bench
+from fastokd.cli_bench import bench, plan
 from fastokd.cli_prepare import Loader, Workers, prepare
 from fastokd.errors import UserError, unknown_name
 
@@ -38,6 +38,7 @@ MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many ste
 
 cli_student.register(app)
 app.add_typer(bench, name="bench")
+app.command(epilog="Example: fastokd plan okddip-branch/resnet32/cifar100 --device h100")(plan)
 app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet")(prepare)
 
 

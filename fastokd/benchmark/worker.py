@@ -30,7 +30,7 @@ from fastokd.session import RunOptions
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,
-    "reference": PublishedLoop,
+    "reference": PublishedLoop.drawn,
 }
 
 
