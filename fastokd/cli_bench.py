@@ -27,6 +27,12 @@ def step(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")] = "auto",
     engine: Annotated[str, typer.Option(help="How the students run; auto measures.")] = "auto",
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Through torch.compile; auto tries it on GPUs."
+        ),
+    ] = None,
     impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Of the CPU; all cores.")] = None,
     reference: Annotated[
@@ -45,6 +51,7 @@ def step(
         device=device,
         precision=precision,
         engine=engine,
+        compile=compile_,
         impl=impl,
         threads=threads,
     )

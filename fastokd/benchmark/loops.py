@@ -6,6 +6,7 @@ published loop is given them normalised, which its loader did outside of the ste
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,10 @@ from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
 from fastokd.session import RunOptions, Session
 from fastokd.train import training_step
+from fastokd.tuning import tune
+
+# Steps of CIFAR's recipes.
+LONG_RUN = 300 * 391
 
 LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "baseline": reference.ReferenceIndependent,
@@ -74,9 +79,8 @@ class OurLoop:
         data = drawn_splits(of, batch)
         with tempfile.TemporaryDirectory() as folder:
             teacher = drawn_teacher(of, data, Path(folder))
-            options = RunOptions(**{**vars(options), "teacher": teacher, "quiet": True})
-            self.session = Session(of, options, data=data)
-        session = self.session
+            options = dataclasses.replace(options, teacher=teacher, quiet=True)
+            session = self.session = Session(of, options, data=data)
         self.device, self.precision = session.device, session.precision
         self.images_BHWC = batch.images_NHWC.to(self.device)
         self.labels_B = batch.labels_N.to(self.device)
@@ -92,6 +96,11 @@ class OurLoop:
         self.session.step += 1
         return loss.total.detach()
 
+    def choose(self) -> dict[str, Any]:
+        """What ``engine="auto"`` takes for a long run of this recipe, as options."""
+        tune(self.session, LONG_RUN)
+        return dataclasses.asdict(self.session.choice)
+
     def facts(self) -> dict[str, Any]:
         """The engine, and what served each op of ours: seen in one more step."""
         with _FusedOps() as seen:
@@ -100,7 +109,8 @@ class OurLoop:
         losses = seen.names - {"fused_bn_act"}
         impls = dict.fromkeys(sorted(losses), fast) or {"mixture_distillation": "torch"}
         impls["fused_bn_act"] = fast if "fused_bn_act" in seen.names else "torch"
-        return {"engine": self.session.cohort.engine, "impls": impls}
+        choice = self.session.choice
+        return {"engine": choice.engine, "way": str(choice), "impls": impls}
 
 
 class _FusedOps(TorchDispatchMode):
@@ -197,7 +207,7 @@ class PublishedLoop:
 
     def facts(self) -> dict[str, Any]:
         """It has no engine, and none of our ops."""
-        return {"engine": "reference", "impls": {}}
+        return {"engine": "reference", "way": "the published loop", "impls": {}}
 
 
 def published_networks(of: Recipe, classes: int) -> nn.Module:
