@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from fastokd import cli_student
-from fastokd.cli_bench import bench
+from fastokd.cli_bench import bench, plan
+from fastokd.cli_prepare import Loader, Workers, prepare
 from fastokd.errors import UserError, unknown_name
 from fastokd.interruption import Interrupted
 
@@ -38,6 +39,8 @@ MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many ste
 
 cli_student.register(app)
 app.add_typer(bench, name="bench")
+app.command(epilog="Example: fastokd plan okddip-branch/resnet32/cifar100 --device h100")(plan)
+app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet")(prepare)
 
 
 @app.callback()
@@ -82,6 +85,8 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
+    loader: Loader = "auto",
+    workers: Workers = 0,
     eval_every: Annotated[int, typer.Option(help="Epochs between evaluations.")] = 1,
     save_every_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; after each epoch in any case.")
@@ -153,6 +158,8 @@ def train(
         accumulate=accumulate,
         clip_norm=clip_norm,
         ema=ema,
+        loader=loader,
+        workers=workers,
         eval_every=eval_every,
         save_every_steps=save_every_steps,
         save_every_minutes=save_every_minutes,
@@ -227,13 +234,17 @@ def evaluate(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    loader: Loader = "auto",
+    workers: Workers = 0,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
     from fastokd.session import RunOptions
 
-    options = RunOptions(data_root=data_root, device=device, precision=precision)
+    options = RunOptions(
+        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
+    )
     results = score(run, dataset=dataset, model=model, options=options)
     if json_:
         print(json.dumps(results))

@@ -27,6 +27,12 @@ def step(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")] = "auto",
     engine: Annotated[str, typer.Option(help="How the students run; auto measures.")] = "auto",
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Through torch.compile; auto tries it on GPUs."
+        ),
+    ] = None,
     impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Of the CPU; all cores.")] = None,
     reference: Annotated[
@@ -45,11 +51,32 @@ def step(
         device=device,
         precision=precision,
         engine=engine,
+        compile=compile_,
         impl=impl,
         threads=threads,
     )
     (timing,) = time_steps([spec], steps)
     _print(timing.to_json(), json_)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
+    device: Annotated[str, typer.Option(help="h100, h200, a100, rtx4090 or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="They share the batch.")] = 1,
+    batch_size: BatchSize = None,
+    students: Students = None,
+    json_: Json = False,
+) -> None:
+    """Say what a recipe needs of a machine that need not be there: memory, launches, hours.
+
+    Counted on tensors without values, then modelled; no data, no GPU. docs/plan.md has what is
+    assumed.
+    """
+    from fastokd.plan.plan import plan as planned
+    from fastokd.plan.table import lines
+
+    found = planned(_resolved(recipe, batch_size=batch_size, students=students), device, gpus)
+    print(json.dumps(found) if json_ else "\n".join(lines(found)))
 
 
 def _resolved(name: str, **changes: Any) -> Any:

@@ -32,11 +32,9 @@ class Display:
             refresh_per_second=4,
         )
         self.note = session.data.note
-        left = (session.recipe.epochs - session.epoch) * len(session.stream) - session.batch
-        if session.options.max_steps is not None:
-            left = min(left, session.options.max_steps - session.step)
+        left = max(session.steps_left, 1)
         self.task = self.bar.add_task(
-            "train", total=max(left, 1), epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
+            "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
         )
 
     def __enter__(self) -> Display:

@@ -11,7 +11,7 @@ import torch
 from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream, load_dataset
+from fastokd.data import BatchStream, DiskStream, load_dataset
 from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
 from fastokd.errors import UserError
 from fastokd.methods import Method, create_method
@@ -24,7 +24,7 @@ from fastokd.session import RunOptions, Session, evaluation_stream
 def measure(
     cohort: Cohort,
     method: Method,
-    stream: BatchStream,
+    stream: BatchStream | DiskStream,
     has_leader: bool,
     context: Any,
     between: Callable[[], None] = lambda: None,
@@ -96,7 +96,13 @@ def evaluate_published(
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     set_matmul_precision(precision)
-    data = load_dataset(dataset, options.data_root, download=options.download).to(device)
+    data = load_dataset(
+        dataset,
+        options.data_root,
+        download=options.download,
+        loader=options.loader,
+        workers=options.workers,
+    ).to(device)
     if len(data.class_names) != published.num_classes:
         raise UserError(
             f"{path} knows {published.num_classes} classes, and {dataset} has "

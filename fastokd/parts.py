@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream, DatasetSplits, list_datasets, load_dataset
-from fastokd.errors import UserError
+from fastokd.data import BatchStream, DatasetSplits, DiskStream, load_dataset
 from fastokd.methods import Method, OptimGroup, create_method, method_class
 from fastokd.optimizers import create_optimizer
 from fastokd.recipes import Recipe
@@ -20,10 +19,6 @@ from fastokd.teacher import Weights, build_teacher
 
 def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
     """The recipe's data on the device."""
-    if recipe.dataset not in list_datasets():
-        raise UserError(
-            f"{recipe.name} can't be trained yet: nothing in this version loads {recipe.dataset}"
-        )
     data = load_dataset(
         recipe.dataset,
         options.data_root,
@@ -31,6 +26,10 @@ def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> Da
         seed=0,
         download=options.download,
         image_size=recipe.image_size,
+        eval_resize=recipe.eval_resize,
+        streamed=recipe.resized_crop,
+        loader=options.loader,
+        workers=options.workers,
     )
     return data.to(device)
 
@@ -93,7 +92,7 @@ def build_optimizers(
 class RepeatedBatch:
     """The first batch of a stream, as often as the stream has batches (``--overfit-batch``)."""
 
-    def __init__(self, stream: BatchStream) -> None:
+    def __init__(self, stream: BatchStream | DiskStream) -> None:
         self.count = len(stream)
         self.only = stream.batch(0, 0)
 

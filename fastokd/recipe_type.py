@@ -10,15 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastokd.data import list_datasets
-from fastokd.data.stream import keyed_generator
+from fastokd.data.order import keyed_generator
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import check_options, method_class
 from fastokd.models import model_spec
 
 # What a run is judged by, and what its best epoch is chosen by.
 Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
-# Sets whose recipes are written though nothing loads them yet.
-PLANNED_DATASETS = ("imagenet",)
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses what can't be trained, in one sentence."""
         needs = method_class(self.method).needs
-        known = [*list_datasets(), *PLANNED_DATASETS]
-        if self.dataset not in known:
-            raise unknown_name("dataset", self.dataset, known)
+        if self.dataset not in list_datasets():
+            raise unknown_name("dataset", self.dataset, list_datasets())
         if self.sharing not in needs.sharing:
             raise UserError(
                 f"{self.method} has no {self.sharing} form: choose {' or '.join(needs.sharing)}"

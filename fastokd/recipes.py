@@ -23,7 +23,7 @@ from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import list_methods, method_class
 from fastokd.models import model_spec
-from fastokd.recipe_type import PLANNED_DATASETS, Recipe
+from fastokd.recipe_type import Recipe
 
 # Where a method with two forms was published in one.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -78,9 +78,8 @@ def _parse(name: str) -> _Name:
     text, model, dataset = parts
     for student in model.split("+"):
         model_spec(student)
-    known = [*list_datasets(), *PLANNED_DATASETS]
-    if dataset not in known:
-        raise unknown_name("dataset", dataset, known)
+    if dataset not in list_datasets():
+        raise unknown_name("dataset", dataset, list_datasets())
     text, at, count = text.partition("@")
     if at and not count.isdecimal():
         raise UserError(f"{name!r} asks for {count!r} students: write a number after the @")
@@ -208,16 +207,9 @@ def _on_dataset(cifar: Recipe) -> Recipe:
 
 
 def list_recipes() -> list[str]:
-    """The recipes with a name of their own: the papers' cells and the demo's.
-
-    The cells of a data set that nothing loads yet are left out.
-    """
+    """The recipes with a name of their own: the papers' cells and the demo's."""
     demo = ["baseline/resnet8/digits", "okddip-branch/resnet8/digits"]
-    return [
-        name
-        for name in dict.fromkeys([*published_recipes(), *demo])
-        if name.split("/")[2] in list_datasets()
-    ]
+    return list(dict.fromkeys([*published_recipes(), *demo]))
 
 
 __all__ = ["Recipe", "list_recipes", "recipe"]

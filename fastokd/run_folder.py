@@ -23,8 +23,9 @@ from fastokd.checkpoint import (
     save_checkpoint,
     write_durably,
 )
+from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
-from fastokd.errors import UserError
+from fastokd.errors import DataFileError, UserError
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.session import RunOptions, Session, run_path
@@ -172,6 +173,12 @@ class RunFolder:
         facts = environment(session.device, session.precision)
         self._write_json(ENVIRONMENT, {**facts, **session.how()})
 
+    def settled(self, session: Session, timings: list[Timing]) -> None:
+        """Keeps the choice of engine, and what it was chosen by."""
+        with _writing(self.path):
+            self._write_json("tuning.json", {"timings": [timing.to_json() for timing in timings]})
+            self.write_environment(session)
+
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
 
@@ -239,6 +246,15 @@ class RunFolder:
             else:
                 save_checkpoint(last, tensors, facts)
             prune_checkpoints(self.checkpoints, "last", 2)
+
+    @contextmanager
+    def keeping(self, session: Session) -> Iterator[None]:
+        """Leaves a checkpoint of the last step where a file of the data set stops the run."""
+        try:
+            yield
+        except DataFileError:
+            self.save(session)
+            raise
 
     def finish(self, session: Session) -> Run:
         """The student with its publisher's keys, and the report with its plots."""

@@ -19,6 +19,7 @@ KEPT = (
     "memory_format",
     "capture",
     "impl",
+    "loader",
     "optimizer",
     "accumulate",
     "clip_norm",
@@ -44,6 +45,8 @@ class RunOptions:
             ``engine="auto"``, and is False beside a named engine.
         memory_format: of maps and weights: ``"channels_last"``, ``"contiguous"``, or ``"auto"``.
         capture: the whole step as one CUDA graph.
+        loader: who decodes images on disk: ``"dali"``, ``"torchvision"``, or ``"auto"`` (DALI where
+            it is installed). ``workers``: its threads or processes; 0 for this process's cores.
         impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
         teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
             for the default folder of the recipe that trains it.
@@ -74,6 +77,8 @@ class RunOptions:
     memory_format: str = "auto"
     capture: bool = False
     impl: str = "auto"
+    loader: str = "auto"
+    workers: int = 0
     teacher: Path | None = None
     resume: bool = False
     max_steps: int | None = None
@@ -94,6 +99,8 @@ class RunOptions:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}: it must be at least 0")
         if self.memory_format not in MEMORY_FORMATS:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"

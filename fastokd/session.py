@@ -15,9 +15,11 @@ from fastokd.data import (
     Augment,
     BatchStream,
     DatasetSplits,
+    DiskSplit,
+    DiskStream,
     Split,
 )
-from fastokd.data.stream import keyed_generator
+from fastokd.data.order import keyed_generator
 from fastokd.device import (
     autocast,
     gradient_scaler,
@@ -74,11 +76,12 @@ class Session:
         if data is None:
             data = load_splits(recipe, options, self.device)
         self.data = data.to(self.device)
-        stream = BatchStream(
-            self.data.train,
+        stream = self.data.train.stream(
             recipe.batch_size,
             seed=recipe.seed,
-            augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip),
+            augment=Augment(
+                recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+            ),
             shuffle=True,
             drop_last=self._too_small_a_rest(),
         )
@@ -151,6 +154,14 @@ class Session:
         """Whether ``max_steps`` are taken."""
         return self.options.max_steps is not None and self.step >= self.options.max_steps
 
+    @property
+    def steps_left(self) -> int:
+        """Steps until the recipe's end, or until ``max_steps`` are taken."""
+        left = (self.recipe.epochs - self.epoch) * len(self.stream) - self.batch
+        if self.options.max_steps is not None:
+            left = min(left, self.options.max_steps - self.step)
+        return left
+
     def begin_epoch(self) -> None:
         """Fills what changes from epoch to epoch: ramp and learning rates."""
         recipe = self.recipe
@@ -186,8 +197,7 @@ class Session:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def _heldout(self) -> tuple[Tensor, Tensor] | None:
-        val = self.data.val
-        return None if val is None else (val.images_NHWC, val.labels_N)
+        return None if self.data.val is None else self.data.val.read()
 
     @property
     def kept_student(self) -> int:
@@ -208,6 +218,7 @@ class Session:
         """How the run runs, as :meth:`RunOptions.as_begun` takes it up again."""
         how = {name: getattr(self.options, name) for name in KEPT}
         how |= {"device": str(self.device), "precision": self.precision}
+        how["loader"] = self.data.loader
         if self.settled:
             how |= dataclasses.asdict(self.choice)
         return how
@@ -226,7 +237,6 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
     return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
 
 
-def evaluation_stream(split: Split) -> BatchStream:
+def evaluation_stream(split: Split | DiskSplit) -> BatchStream | DiskStream:
     """Every image once, in order, as it is."""
-    batch = min(EVAL_BATCH, len(split))
-    return BatchStream(split, batch, seed=0, augment=None, shuffle=False, drop_last=False)
+    return split.stream(min(EVAL_BATCH, len(split)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.interruption import Keeper, StopRequest
+from fastokd.out_of_memory import saying_what_fits
 from fastokd.recipes import Recipe
 from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
 from fastokd.step import training_step
+from fastokd.tuning import tune
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 
@@ -27,7 +30,8 @@ def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str,
     session.begin_epoch()
     for images_BHWC, labels_B in session.stream.batches(session.epoch, session.batch):
         session.begin_step(labels_B.shape[0])
-        logits_SBC, loss = training_step(session, images_BHWC, labels_B)
+        with saying_what_fits(session, images_BHWC, labels_B):
+            logits_SBC, loss = training_step(session, images_BHWC, labels_B)
         session.meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
         session.batch += 1
         session.step += 1
@@ -53,10 +57,12 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     options = replace(options or RunOptions(), **changes)
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
-    folder.open(session)
-
-    try:
-        with StopRequest() as stop, Display(session, options.quiet) as display:
+    say = _silent if options.quiet else print
+    with closing(folder), StopRequest() as stop:
+        folder.open(session)
+        if not session.settled:
+            folder.settled(session, tune(session, session.steps_left, say))
+        with Display(session, options.quiet) as display, folder.keeping(session):
             keeper = Keeper(
                 lambda: folder.save(session),
                 stop,
@@ -90,8 +96,10 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
                 keeper.saved()
                 keeper()
         return folder.finish(session)
-    finally:
-        folder.close()
+
+
+def _silent(text: str) -> None:
+    del text
 
 
 def resume(folder: Path, **changes: Any) -> Run:

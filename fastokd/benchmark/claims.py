@@ -144,7 +144,7 @@ def measure(claim: Claim, run: Progressed, **settings: Any) -> Outcome:
         UserError: the programs don't agree, or one of them can't be built.
     """
     of = recipe(claim.recipe, batch_size=claim.batch_size)
-    ours = Spec(of, precision=claim.ours, **settings)
+    ours = Spec(of, precision=claim.ours, **settings).settled()
     theirs = Spec(of, "reference", precision=claim.theirs, **settings)
     found = agreement(of, ours.options())
     if not found.holds:

@@ -58,8 +58,8 @@ def agreement(of: Recipe, options: RunOptions) -> Agreement:
     """
     of = dataclasses.replace(of, batch_size=min(of.batch_size, BATCH))
     ours = OurLoop(of, options)
-    plain = PublishedLoop(of, dataclasses.replace(options, precision=ours.precision))
-    exact = PublishedLoop(of, dataclasses.replace(options, precision="fp32"))
+    plain = PublishedLoop.drawn(of, dataclasses.replace(options, precision=ours.precision))
+    exact = PublishedLoop.drawn(of, dataclasses.replace(options, precision="fp32"))
     with torch.no_grad():
         for parameter in ours.session.cohort.parameters():
             if parameter.dim() == 2:

@@ -6,6 +6,7 @@ published loop is given them normalised, which its loader did outside of the ste
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd import reference
-from fastokd.benchmark.synthetic import drawn_splits, drawn_teacher, num_classes
+from fastokd.benchmark.synthetic import (
+    MEAN,
+    STD,
+    drawn_batch,
+    drawn_splits,
+    drawn_teacher,
+    num_classes,
+)
 from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
 from fastokd.errors import UserError
 from fastokd.models import create_model
@@ -23,6 +31,10 @@ from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
 from fastokd.session import RunOptions, Session
 from fastokd.train import training_step
+from fastokd.tuning import tune
+
+# Steps of CIFAR's recipes.
+LONG_RUN = 300 * 391
 
 LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "baseline": reference.ReferenceIndependent,
@@ -63,15 +75,15 @@ class OurLoop:
     """``fastokd train``'s own step on drawn data."""
 
     def __init__(self, of: Recipe, options: RunOptions) -> None:
-        data = drawn_splits(of)
+        batch = drawn_batch(of)
+        data = drawn_splits(of, batch)
         with tempfile.TemporaryDirectory() as folder:
             teacher = drawn_teacher(of, data, Path(folder))
-            options = RunOptions(**{**vars(options), "teacher": teacher, "quiet": True})
-            self.session = Session(of, options, data=data)
-        session = self.session
+            options = dataclasses.replace(options, teacher=teacher, quiet=True)
+            session = self.session = Session(of, options, data=data)
         self.device, self.precision = session.device, session.precision
-        self.images_BHWC = session.data.train.images_NHWC
-        self.labels_B = session.data.train.labels_N
+        self.images_BHWC = batch.images_NHWC.to(self.device)
+        self.labels_B = batch.labels_N.to(self.device)
         session.epoch = int(of.ramp_epochs)  # the ramp's end: every term has its whole weight
         session.cohort.train()
         session.method.train()
@@ -84,6 +96,11 @@ class OurLoop:
         self.session.step += 1
         return loss.total.detach()
 
+    def choose(self) -> dict[str, Any]:
+        """What ``engine="auto"`` takes for a long run of this recipe, as options."""
+        tune(self.session, LONG_RUN)
+        return dataclasses.asdict(self.session.choice)
+
     def facts(self) -> dict[str, Any]:
         """The engine, and what served each op of ours: seen in one more step."""
         with _FusedOps() as seen:
@@ -92,7 +109,8 @@ class OurLoop:
         losses = seen.names - {"fused_bn_act"}
         impls = dict.fromkeys(sorted(losses), fast) or {"mixture_distillation": "torch"}
         impls["fused_bn_act"] = fast if "fused_bn_act" in seen.names else "torch"
-        return {"engine": self.session.cohort.engine, "impls": impls}
+        choice = self.session.choice
+        return {"engine": choice.engine, "way": str(choice), "impls": impls}
 
 
 class _FusedOps(TorchDispatchMode):
@@ -109,35 +127,29 @@ class _FusedOps(TorchDispatchMode):
 
 
 class PublishedLoop:
-    """The published loop: eager, float32, channels first; with ``precision="bf16"`` what one adds
-    by hand, autocast and channels-last."""
+    """The published loop over one batch: eager, float32, channels first; with
+    ``precision="bf16"`` what one adds by hand, autocast and channels-last."""
 
-    def __init__(self, of: Recipe, options: RunOptions) -> None:
-        self.device = pick_device(options.device)
-        self.precision = pick_precision(
-            "fp32" if options.precision == "auto" else options.precision, self.device
-        )
-        set_matmul_precision(self.precision)
-        torch.manual_seed(of.seed)
+    def __init__(
+        self, of: Recipe, model: nn.Module, x_BCHW: Tensor, labels_B: Tensor, precision: str
+    ) -> None:
+        """``x_BCHW`` normalised, on the device of ``model`` (:func:`published_networks`)."""
         self.of = of
-        data = drawn_splits(of)
-        self.model = _build(of, num_classes(of)).to(self.device)
-        images = data.train.images_NHWC.permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
-        self.x_BCHW = ((images - mean) / std).contiguous().to(self.device)
-        self.labels_B = data.train.labels_N.to(self.device)
-        if self.precision == "bf16":
-            self.model.to(memory_format=torch.channels_last)
-            self.x_BCHW = self.x_BCHW.contiguous(memory_format=torch.channels_last)
+        self.precision = precision
+        self.device = x_BCHW.device
+        self.labels_B = labels_B
+        by_hand = precision == "bf16"
+        layout = torch.channels_last if by_hand else torch.contiguous_format
+        self.model = model.to(memory_format=torch.channels_last) if by_hand else model
+        self.x_BCHW = x_BCHW.contiguous(memory_format=layout)
         self.optimizers: list[torch.optim.Optimizer]
         if isinstance(self.model, reference.ReferenceFFSD):
-            self.lambdas = reference.Lambdas(
-                **{
-                    name.removeprefix("lambda_"): value
-                    for name, value in of.method_options.items()
-                    if name.startswith("lambda_")
-                }
-            )
+            lambdas = {
+                name.removeprefix("lambda_"): value
+                for name, value in of.method_options.items()
+                if name.startswith("lambda_")
+            }
+            self.lambdas = reference.Lambdas(**lambdas)
             self.optimizers = reference.ffsd_optimizers(self.model, of.lr, of.weight_decay)
         else:
             assert isinstance(self.model, reference.ReferenceCohort)
@@ -148,8 +160,24 @@ class PublishedLoop:
                 weight_decay=of.weight_decay,
             )
 
+    @staticmethod
+    def drawn(of: Recipe, options: RunOptions) -> PublishedLoop:
+        """On drawn images, in float32 unless bf16 is asked for."""
+        device = pick_device(options.device)
+        asked = "fp32" if options.precision == "auto" else options.precision
+        precision = pick_precision(asked, device)
+        set_matmul_precision(precision)
+        torch.manual_seed(of.seed)
+        batch = drawn_batch(of)
+        model = published_networks(of, num_classes(of)).to(device)
+        images = batch.images_NHWC.permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+        x_BCHW = ((images - mean) / std).to(device)
+        return PublishedLoop(of, model, x_BCHW, batch.labels_N.to(device), precision)
+
     def step(self) -> Tensor:
-        """One step of the loop as its file has it, the forward under autocast in bf16."""
+        """One step of the loop as its file has it, the forward under autocast in bf16; the total
+        loss, or the first network's where each has its own."""
         losses = self.losses()
         for loss, optimizers in losses:
             for optimizer in optimizers:
@@ -157,7 +185,7 @@ class PublishedLoop:
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-        return torch.stack([loss.detach() for loss, _ in losses]).sum()
+        return losses[0][0].detach()
 
     def losses(self) -> list[tuple[Tensor, list[torch.optim.Optimizer]]]:
         """What each backward starts from, and the optimizers that step after it."""
@@ -179,10 +207,10 @@ class PublishedLoop:
 
     def facts(self) -> dict[str, Any]:
         """It has no engine, and none of our ops."""
-        return {"engine": "reference", "impls": {}}
+        return {"engine": "reference", "way": "the published loop", "impls": {}}
 
 
-def _build(of: Recipe, classes: int) -> nn.Module:
+def published_networks(of: Recipe, classes: int) -> nn.Module:
     """The published loop's networks, with the recipe's options."""
     for option in of.model_options:
         raise _not_in_the_loop(of, option)

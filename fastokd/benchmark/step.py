@@ -74,7 +74,7 @@ class StepTiming:
             else facts["device_name"],
             "how": (
                 f"{kind}: median of {len(self.seconds)} steps, quartiles {low:.4g} to {high:.4g} "
-                f"ms, {facts['precision']}, batch {self.spec.recipe.batch_size}, optimizer "
+                f"ms, {facts['way']}, {facts['precision']}, batch {self.spec.recipe.batch_size}, optimizer "
                 f"included; peak {self.peak_flops / 1e9:.4g} GFLOP/s is the best of {PEAKS} "
                 f"products in between; torch {torch.__version__}"
             ),
@@ -138,11 +138,11 @@ class InTurn:
             if threads < 1:
                 raise UserError(f"threads is {threads}: it must be at least 1")
             torch.set_num_threads(threads)
-        self.specs = tuple(specs)
+        self.specs = tuple(spec.settled() for spec in specs)
         self.seconds: list[list[float]] = [[] for _ in specs]
         self.workers: list[Worker] = []
         try:
-            for spec in specs:
+            for spec in self.specs:
                 worker = Worker(spec)
                 self.workers.append(worker)  # at once: it is ended though the next one fails
         except BaseException:

@@ -18,24 +18,29 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "i
 # An image folder has the classes that its user has; ImageNet's number stands for them.
 FOLDER_CLASSES = 1000
 
+# The channels' own mean and deviation: uniform noise, normalised like any other images.
+MEAN, STD = (0.5, 0.5, 0.5), (0.289, 0.289, 0.289)
+
 
 def num_classes(of: Recipe) -> int:
     """C of the recipe's data set, known without the data."""
     return CLASSES.get(of.dataset, FOLDER_CLASSES)
 
 
-def drawn_splits(of: Recipe, seed: int = 0) -> DatasetSplits:
-    """One batch of noise and labels in the recipe's shape, as each of its splits."""
+def drawn_batch(of: Recipe, seed: int = 0) -> Split:
+    """One batch of noise and labels in the recipe's shape."""
     generator = torch.Generator().manual_seed(seed)
     shape = (of.batch_size, of.image_size, of.image_size, 3)
-    classes = num_classes(of)
-    split = Split(
+    return Split(
         torch.randint(256, shape, dtype=torch.uint8, generator=generator),
-        torch.randint(classes, shape[:1], generator=generator),
+        torch.randint(num_classes(of), shape[:1], generator=generator),
     )
-    names = tuple(str(label) for label in range(classes))
-    # The channels' own mean and deviation: uniform noise, normalised like any other images.
-    return DatasetSplits(of.dataset, names, (0.5,) * 3, (0.289,) * 3, split, split, split)
+
+
+def drawn_splits(of: Recipe, batch: Split) -> DatasetSplits:
+    """The batch as each split of the recipe's data set."""
+    names = tuple(str(label) for label in range(num_classes(of)))
+    return DatasetSplits(of.dataset, names, MEAN, STD, batch, batch, batch)
 
 
 def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:

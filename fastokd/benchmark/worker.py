@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +30,7 @@ from fastokd.session import RunOptions
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,
-    "reference": PublishedLoop,
+    "reference": PublishedLoop.drawn,
 }
 
 
@@ -43,14 +43,37 @@ class Spec:
     device: str = "auto"
     precision: str = "auto"
     engine: str = "auto"
+    compile: bool | None = None
+    memory_format: str = "auto"
     impl: str = "auto"
     threads: int | None = None
 
     def options(self) -> RunOptions:
-        """As a run would take them."""
+        """As a run would take them; but on a CPU, where compiling takes minutes and hasn't paid,
+        it is tried only where it is asked for."""
+        compiled = self.compile
+        if compiled is None and pick_device(self.device).type == "cpu":
+            compiled = False
         return RunOptions(
-            device=self.device, precision=self.precision, engine=self.engine, impl=self.impl
+            device=self.device,
+            precision=self.precision,
+            engine=self.engine,
+            compile=compiled,
+            memory_format=self.memory_format,
+            impl=self.impl,
         )
+
+    def settled(self) -> Spec:
+        """With the engine that ``"auto"`` chooses, measured in a process of its own: what the
+        trials leave in memory isn't the step's.
+
+        Raises:
+            UserError: what the loop's own construction raises.
+        """
+        if self.loop != "fastokd" or self.engine != "auto":
+            return self
+        with Worker(self) as worker:
+            return replace(self, **worker.facts["choice"])
 
 
 class Worker:
@@ -133,6 +156,9 @@ def serve(text: str, say: Callable[[dict[str, Any]], None]) -> None:
     try:
         memory = PeakMemory(pick_device(spec.device))
         loop = LOOPS[spec.loop](spec.recipe, spec.options())
+        if isinstance(loop, OurLoop) and spec.engine == "auto":
+            say({"choice": loop.choose()})
+            return
         # The first step makes what is kept between steps; the second is looked at op by op.
         loop.step()
         facts = loop.facts()

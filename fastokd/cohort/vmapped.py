@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
 
 from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks
@@ -49,11 +50,22 @@ class VmapStudents:
         self.template = _Outputs(copy.deepcopy(students[0]).to("meta"), start)
         for module in self.template.modules():
             if isinstance(module, NormAct):
-                module.fused = None  # it has no batching rule
+                module.fused = _norm_act  # the fused op has no batching rule
+        # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
+        self.cast = {
+            f"{path}.{name}" if path else name
+            for path, module in self.template.student.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+            for name, _ in module.named_parameters(recurse=False)
+        }
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
         parameters = _stacked([dict(student.named_parameters()) for student in self.students])
+        kind = x_BCHW.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            parameters |= {key: parameters[key].to(dtype) for key in self.cast}
         own = [dict(student.named_buffers()) for student in self.students]
         buffers = _stacked(own)
         training = self.students[0].training
@@ -79,6 +91,15 @@ class VmapStudents:
             StudentOutput(logits_SBC[s], features_SBD[s], tuple(m[s] for m in maps))
             for s in range(len(self.students))
         ]
+
+
+def _norm_act(module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
+    """The three operations as they are; on a CPU vmap's rule for norms takes one dtype alone."""
+    narrow = x_BCHW.device.type == "cpu" and x_BCHW.dtype in (torch.bfloat16, torch.float16)
+    y_BCHW = nn.BatchNorm2d.forward(module, x_BCHW.float() if narrow else x_BCHW).to(x_BCHW.dtype)
+    if residual_BCHW is not None:
+        y_BCHW = y_BCHW + residual_BCHW
+    return F.relu(y_BCHW) if module.relu else y_BCHW
 
 
 def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""Data sets in memory, and the batches that a run draws from them."""
+"""Data sets, in memory and on disk, and the batches that a run draws from them."""
 
+from fastokd.data.disk import DiskSplit, DiskStream
 from fastokd.data.registry import list_datasets, load_dataset
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.stream import Augment, BatchStream, Draws
@@ -8,6 +9,8 @@ __all__ = [
     "Augment",
     "BatchStream",
     "DatasetSplits",
+    "DiskSplit",
+    "DiskStream",
     "Draws",
     "Split",
     "list_datasets",

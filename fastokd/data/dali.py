@@ -108,22 +108,31 @@ def decode(
 
     pipeline = _pipeline(split, source(), batch, workers)
     stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
-    while True:
-        try:
-            images, sizes = pipeline.run(stream)
-        except StopIteration:
-            yield from (_empty(split, plan) for plan in fed)
-            return
-        except RuntimeError as error:
-            raise first_broken(split, _indices(fed), error) from error
-        while not len(fed[0].index_B):
-            yield _empty(split, fed.popleft())
-        plan = fed[0]
-        # A part of a file may decode well though its end is gone.
-        if not np.array_equal(sizes.as_array()[:, 0], split.bytes_N[plan.index_B].numpy()):
-            raise first_broken(split, _indices(fed), None)
-        fed.popleft()
-        yield torch.from_dlpack(images.as_tensor()), labels_of(split, plan)
+    failed: RuntimeError | None = None
+    try:
+        while True:
+            try:
+                images, sizes = pipeline.run(stream)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                # Its traceback would keep the pipeline alive.
+                failed = error.with_traceback(None)
+            if failed is not None:
+                raise first_broken(split, _indices(fed), failed)
+            while not len(fed[0].index_B):
+                yield _empty(split, fed.popleft())
+            plan = fed[0]
+            # A part of a file may decode well though its end is gone.
+            if not np.array_equal(sizes.as_array()[:, 0], split.bytes_N[plan.index_B].numpy()):
+                raise first_broken(split, _indices(fed), None)
+            fed.popleft()
+            yield torch.from_dlpack(images.as_tensor()), labels_of(split, plan)
+        yield from (_empty(split, plan) for plan in fed)
+    finally:
+        # Its threads end here and not when garbage is collected, which may be in a forked process:
+        # that has none of them and would wait for ever.
+        del pipeline
 
 
 def _indices(fed: Iterable[DiskBatch]) -> Iterator[int]:

@@ -47,6 +47,8 @@ def load_digits_splits() -> DatasetSplits:
         class_names=tuple(str(digit) for digit in range(10)),
         mean=MEAN,
         std=STD,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
         note="committed split of scikit-learn's digits",
-        **splits,
     )

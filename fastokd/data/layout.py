@@ -59,7 +59,7 @@ def find_layout(root: Path, ground_truth: Path | None = None) -> Layout:
         folder = root / split
         if not folder.is_dir():
             continue
-        if any(entry.is_dir() for entry in os.scandir(folder)):
+        if _folders(folder):
             _add_held_out(layout, root, split)
         elif split == "val":
             flat_val = True
@@ -77,6 +77,17 @@ def find_layout(root: Path, ground_truth: Path | None = None) -> Layout:
     return layout
 
 
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Directly in it."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_file() and is_image(e.name))
+
+
 def _images_below(folder: Path) -> list[Path]:
     """In torchvision's order: by folder, then by name."""
     return [
@@ -89,7 +100,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _add_train(layout: Layout, root: Path) -> None:
     train = root / "train"
-    names = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    names = _folders(train)
     below = {name: _images_below(train / name) for name in names}
     layout.classes = [name for name in names if below[name]]
     for name in names:
@@ -109,7 +120,7 @@ def _add_train(layout: Layout, root: Path) -> None:
 
 def _add_held_out(layout: Layout, root: Path, split: str) -> None:
     labels = {name: label for label, name in enumerate(layout.classes)}
-    for name in sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir()):
+    for name in _folders(root / split):
         below = _images_below(root / split / name)
         if name not in labels and below:
             layout.notes.append(f"{split}/{name}: train/ has no such class")
@@ -138,17 +149,14 @@ def _add_class(
 
 
 def _add_strays(layout: Layout, root: Path, split: str, fault: str) -> None:
-    for entry in sorted(os.scandir(root / split), key=lambda entry: entry.name):
-        if entry.is_file() and is_image(entry.name):
-            path = Path(entry.path).relative_to(root).as_posix()
-            layout.files.append((split or "none", path, -1))
-            layout.faults[path] = fault
+    for name in _images_in(root / split):
+        path = f"{split}/{name}" if split else name
+        layout.files.append((split or "none", path, -1))
+        layout.faults[path] = fault
 
 
 def _add_flat(layout: Layout, root: Path, ground_truth: Path | None) -> None:
-    names = sorted(
-        entry.name for entry in os.scandir(root / "val") if entry.is_file() and is_image(entry.name)
-    )
+    names = _images_in(root / "val")
     if not names:
         return
     labels = {name: label for label, name in enumerate(layout.classes)}

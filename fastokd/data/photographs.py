@@ -50,13 +50,15 @@ def write_photographs(
     train: int = 20,
     val: int = 5,
     size: tuple[int, int] = (500, 375),
+    spread: float = 0.2,
     quality: int = 90,
     seed: int = 0,
 ) -> Path:
     """``root/train/n000.../*.JPEG`` and ``root/val/...``; returns ``root``.
 
     Class c shows one of the photographs in a hue of its own, so that it can be learnt. Images are a
-    function of the arguments; sides vary by up to a fifth around ``size`` (width, height).
+    function of the arguments; sides vary by a share of up to ``spread`` around ``size`` (width,
+    height).
     """
     generator = np.random.default_rng(seed)
     sources = photographs()
@@ -65,7 +67,7 @@ def write_photographs(
             folder = root / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for index in range(count):
-                sides = generator.uniform(0.8, 1.2, 2)
+                sides = generator.uniform(1 - spread, 1 + spread, 2)
                 shape = int(size[0] * sides[0]), int(size[1] * sides[1])
                 image = crop(generator, sources[label % len(sources)], shape)
                 tint(image, label / classes).save(

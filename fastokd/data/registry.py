@@ -11,7 +11,9 @@ from fastokd.data.cifar import load_cifar
 from fastokd.data.digits import load_digits_splits
 from fastokd.data.fashion_mnist import load_fashion_mnist
 from fastokd.data.folder import load_folder
+from fastokd.data.prepared import load_prepared
 from fastokd.data.splits import DatasetSplits, stratified_split
+from fastokd.data.views import View
 from fastokd.errors import UserError, unknown_name
 
 
@@ -20,7 +22,10 @@ class _Request(NamedTuple):
 
     root: Path | None
     download: bool
-    image_size: int
+    view: View
+    streamed: bool
+    loader: str
+    workers: int
 
 
 _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
@@ -28,8 +33,21 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "cifar100": lambda ask: load_cifar("cifar100", ask.root, download=ask.download),
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
-    "imagefolder": lambda ask: load_folder(ask.root, image_size=ask.image_size),
+    "imagefolder": lambda ask: (
+        _prepared("imagefolder", ask)
+        if ask.streamed
+        else load_folder(ask.root, image_size=ask.view.image_size)
+    ),
+    "imagenet": lambda ask: _prepared("imagenet", ask),
 }
+# Height and width, and the shorter side before a held-out image's centre crop, where the set
+# leaves no choice or none is made.
+_VIEWS = {"imagenet": View(224, 256)}
+_CHOOSABLE = ("imagefolder", "imagenet")
+
+
+def _prepared(name: str, ask: _Request) -> DatasetSplits:
+    return load_prepared(name, ask.root, view=ask.view, loader=ask.loader, workers=ask.workers)
 
 
 def list_datasets() -> list[str]:
@@ -44,9 +62,13 @@ def load_dataset(
     val: int = 0,
     seed: int = 0,
     download: bool = False,
-    image_size: int = 32,
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+    streamed: bool = False,
+    loader: str = "auto",
+    workers: int = 0,
 ) -> DatasetSplits:
-    """A data set in memory, on the CPU, as uint8 ``[N, H, W, 3]``.
+    """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as the files of it.
 
     Args:
         name: as in :func:`list_datasets`.
@@ -56,17 +78,28 @@ def load_dataset(
             folders with ``val/`` and ``test/``, come with a validation split of their own.
         seed: of the choice of those images.
         download: fetches what is missing into ``root`` (CIFAR, Fashion-MNIST).
-        image_size: height and width of the images of an ``imagefolder``; the others have 32.
+        image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
+            ``imagenet`` (224); the others have 32.
+        eval_resize: of sets on disk, the shorter side before the centre crop of a held-out image;
+            0 for ``image_size``.
+        streamed: an ``imagefolder`` is left on disk, as ``imagenet`` is.
+        loader: who decodes images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
+        workers: threads of DALI or processes of torchvision; 0 for this process's cores.
 
     Raises:
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
-            a ``val`` that can't be held out.
+            a ``val`` that can't be held out; a loader that can't be had.
     """
     if name not in _LOADERS:
         raise unknown_name("dataset", name, _LOADERS)
-    if image_size != 32 and name != "imagefolder":
+    if image_size not in (None, 32) and name not in _CHOOSABLE:
         raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
-    splits = _LOADERS[name](_Request(root, download, image_size))
+    usual = _VIEWS.get(name, View(32))
+    view = View(
+        usual.image_size if image_size is None else image_size,
+        usual.eval_resize if eval_resize is None else eval_resize,
+    )
+    splits = _LOADERS[name](_Request(root, download, view, streamed, loader, workers))
     if val == 0:
         return splits
     if splits.val is not None:

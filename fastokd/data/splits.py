@@ -1,4 +1,4 @@
-"""A data set in memory: its splits, and how a validation split is held out of train."""
+"""A data set's splits, in memory or on disk, and how a validation split is held out of train."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastokd.data.disk import DiskSplit
 from fastokd.data.order import keyed_generator
 from fastokd.data.stream import Augment, BatchStream
 from fastokd.errors import UserError
@@ -47,6 +48,10 @@ class Split:
         """The samples at ``indices_M``, in that order."""
         return Split(self.images_NHWC[indices_M], self.labels_N[indices_M])
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All images and labels."""
+        return self.images_NHWC, self.labels_N
+
     def stream(
         self,
         batch_size: int,
@@ -81,16 +86,18 @@ class DatasetSplits:
         mean, std: of the channels, for images in [0, 1].
         train, val, test: ``val`` is None where nothing is held out.
         note: what a reader of the results should know about the splits, or "".
+        loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
     """
 
     name: str
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    val: Split | None
-    test: Split
+    train: Split | DiskSplit
+    val: Split | DiskSplit | None
+    test: Split | DiskSplit
     note: str = ""
+    loader: str = "memory"
 
     @property
     def num_classes(self) -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastokd.data.order import BatchOrder
-from fastokd.data.order import keyed_generator as keyed_generator
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:

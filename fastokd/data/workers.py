@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -89,27 +90,31 @@ def decode(
             sampler=parts(),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_settle,
             # Else each epoch would draw from the global generator, and a resumed one once more.
             generator=torch.Generator(),
         )
     )
     size = split.view.image_size
     pinned = split.device.type == "cuda"
-    part = next(made, None)
-    while part is not None or planned:
-        plan = planned.popleft()
-        B = len(plan.index_B)
-        images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
-        filled = 0
-        while filled < B:
-            if isinstance(part, str):
-                raise DataFileError(part)
-            assert part is not None
-            images_BHWC[filled : filled + len(part)] = part
-            filled += len(part)
-            part = next(made, None)
-        yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, plan)
+    try:
+        part = next(made, None)
+        while part is not None or planned:
+            plan = planned.popleft()
+            B = len(plan.index_B)
+            images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+            filled = 0
+            while filled < B:
+                if isinstance(part, str):
+                    raise DataFileError(part)
+                assert part is not None
+                images_BHWC[filled : filled + len(part)] = part
+                filled += len(part)
+                part = next(made, None)
+            yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, plan)
+    finally:
+        # The workers end here, not when an error's traceback is collected.
+        del made
 
 
 def _parts(plan: DiskBatch) -> Iterator[_Part]:
@@ -120,7 +125,11 @@ def _parts(plan: DiskBatch) -> Iterator[_Part]:
         yield _Part(index[some], boxes[some], flips[some])
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """^C reaches the whole group; the main process ends its workers."""
+def _settle(worker: int) -> None:
+    """Before a worker's first part."""
     del worker
+    # ^C reaches the whole group; the main process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
+    # threads that are not here.
+    gc.freeze()

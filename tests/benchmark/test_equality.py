@@ -78,8 +78,8 @@ def test_the_timed_loops_learn(cpp_ops: None) -> None:
     of = recipe("okddip-branch/resnet8/digits", batch_size=8)
     for loop in (
         loops.OurLoop(of, RunOptions()),
-        loops.PublishedLoop(of, RunOptions()),
-        loops.PublishedLoop(of, RunOptions(precision="bf16")),
+        loops.PublishedLoop.drawn(of, RunOptions()),
+        loops.PublishedLoop.drawn(of, RunOptions(precision="bf16")),
     ):
         losses = torch.stack([loop.step() for _ in range(6)])
         assert losses[-1] < 0.8 * losses[0]

@@ -75,17 +75,20 @@ def test_the_command_prints_the_facts_and_nothing_else(capfd: pytest.CaptureFixt
     assert 1e6 < found["peak_memory_bytes"] < 1e9
     assert found["impls"] == {"mixture_distillation": "torch", "fused_bn_act": "torch"}
     assert found["how"].startswith("measured-cpu: median of 2 steps")
+    assert f"{found['engine']}, eager, " in found["how"]
     assert "fp32" in found["how"]
 
 
 def test_both_loops_in_turn(cpp_ops: None) -> None:
     of = recipe(TINY, batch_size=4)
     ours, theirs = time_steps(
-        [Spec(of, threads=1, precision="bf16"), Spec(of, "reference", threads=1)], 3
+        [Spec(of, threads=1, precision="bf16", engine="grouped"), Spec(of, "reference", threads=1)],
+        3,
     )
     assert [len(timing.seconds) for timing in (ours, theirs)] == [3, 3]
     assert ours.facts["impls"] == {"peer_attention_distillation": "cpp", "fused_bn_act": "cpp"}
     assert ours.facts["precision"] == "bf16"
+    assert ours.facts["engine"] == "grouped"
     assert theirs.facts["engine"] == "reference"
     assert theirs.facts["impls"] == {}
     assert theirs.facts["precision"] == "fp32"

@@ -115,17 +115,28 @@ def test_eval_mode_agrees_and_moves_no_statistics(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["loop", "grouped"])
 def test_a_shared_input_is_one_dense_convolution(engine: str) -> None:
     """The first convolution of every branch, its shortcut, and a network cohort's stem."""
-    for sharing, dense in (("branch", 2), ("network", 1)):
+    branch = [[4 * 64, 32, 1, 1], [4 * 64, 32, 3, 3]]
+    for sharing, dense in (("branch", branch), ("network", [[4 * 16, 3, 3, 3]])):
         cohort = Cohort(("resnet8", 4), 10, sharing=sharing)
         cohort.set_engine(engine)
         with torch.profiler.profile(record_shapes=True) as profile:
             cohort(torch.randn(2, 3, 32, 32))
-        convs = [e.input_shapes[:2] for e in profile.events() if e.name == "aten::convolution"]
+        weights = [e.input_shapes[1] for e in profile.events() if e.name == "aten::convolution"]
         trunk, rest = (0, 8) if sharing == "network" else (6, 1)
-        assert len(convs) == trunk + dense + rest * (4 if engine == "loop" else 1)
-        # As many inputs as one student's, as many outputs as all four students'.
-        stacked = [w for x, w in convs if w[1] == x[1] and w[0] == 4 * (16 if rest == 8 else 64)]
-        assert len(stacked) == dense
+        assert len(weights) == trunk + len(dense) + rest * (4 if engine == "loop" else 1)
+        assert sorted((w for w in weights if w in dense), key=str) == dense
+
+
+@pytest.mark.parametrize("engine", ["grouped", "vmap"])
+def test_engines_take_bf16(engine: str) -> None:
+    cohort = Cohort(("resnet8", 2), 10).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs = cohort(images).logits_SBC
+        cohort.set_engine(engine)
+        ours = cohort(images).logits_SBC
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 def test_what_a_shared_convolution_gave_is_used_once_and_let_go() -> None:

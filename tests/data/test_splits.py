@@ -69,7 +69,14 @@ def test_to_moves_every_split(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert list_datasets() == ["cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder"]
+    assert list_datasets() == [
+        "cifar10",
+        "cifar100",
+        "digits",
+        "fashion_mnist",
+        "imagefolder",
+        "imagenet",
+    ]
     with pytest.raises(UserError, match="unknown dataset 'cifar-10': did you mean cifar10"):
         load_dataset("cifar-10")
 

@@ -1,0 +1,46 @@
+"""The command ``prepare``: nothing but parsing and printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastokd.errors import UserError
+
+Loader = Annotated[str, typer.Option(help="Images on disk: auto, dali or torchvision.")]
+Workers = Annotated[int, typer.Option(help="Its threads or processes; 0: one a core.")]
+
+
+def prepare(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds train/; or imagenet.")],
+    data_root: Annotated[Path | None, typer.Option(help="ImageNet's folder.")] = None,
+    val_labels: Annotated[
+        Path | None, typer.Option(help="The ground truth of a flat val/; found where it's usual.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the manifest goes; the folder.")] = None,
+    workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at every image of a folder once, and write down what a run will read.
+
+    Files that can't be decoded are quarantined and listed. Mean and deviation are measured.
+    """
+    from fastokd.prepare import prepare as run
+
+    imagenet = str(folder) == "imagenet"
+    if imagenet and data_root is None:
+        raise UserError("imagenet needs to know where its files are: give --data-root DIR")
+    if not imagenet and data_root is not None:
+        raise UserError(f"{folder} is the folder: leave --data-root out")
+    done = run(
+        data_root if imagenet and data_root else folder,
+        ground_truth=val_labels,
+        out=out,
+        imagenet=imagenet,
+        workers=workers,
+        quiet=json_,
+    )
+    print(json.dumps(done.to_json()) if json_ else "\n".join(done.lines()))

@@ -1,0 +1,101 @@
+"""Which engine is the fastest here: what is tried, what it measured, and the choice.
+
+Nothing is assumed: grouped convolutions and compiled code win on some machines and lose on others.
+This file knows no session; :mod:`fastokd.tuning` measures with one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastokd.cohort.choice import FORMATS, Choice
+
+# The most that a choice is expected to take off a step: what a trial may cost is weighed with it.
+SAVABLE = 0.3
+# A choice must beat the plain loop by more than timings scatter.
+MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one candidate measured, or why it has no figure.
+
+    ``final``: a longer run wouldn't try it again. ``compile_seconds``: before its first step.
+    """
+
+    choice: Choice
+    step_ms: float | None = None
+    compile_seconds: float = 0.0
+    note: str = ""
+    final: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Timing:
+        return Timing(**{**values, "choice": Choice(**values["choice"])})
+
+
+def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]:
+    """Every engine in every layout that isn't named already; the plain loop first."""
+    formats = list(FORMATS) if memory_format == "auto" else [memory_format]
+    return [Choice(engine, False, layout) for layout in formats for engine in engines]
+
+
+def pick(timings: Sequence[Timing], steps: int) -> Choice:
+    """The fastest for a run of so many steps, compiling included; the first where none is clearly
+    faster."""
+    known = [timing for timing in timings if timing.step_ms is not None]
+    if not known:
+        return timings[0].choice
+
+    def cost(timing: Timing) -> float:
+        assert timing.step_ms is not None
+        return timing.step_ms * steps + 1e3 * timing.compile_seconds
+
+    best = min(known, key=cost)
+    default = known[0]
+    return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice
+
+
+def table(timings: Sequence[Timing], chosen: Choice) -> str:
+    """The measurements as lines of text; the chosen one is marked."""
+    lines = ["  engine, how, layout                  ms a step"]
+    for timing in timings:
+        mark = "*" if timing.choice == chosen else " "
+        took = "" if timing.step_ms is None else f"{timing.step_ms:9.1f}"
+        compiled = f"  (compiled in {timing.compile_seconds:.0f} s)" * bool(timing.compile_seconds)
+        note = f"  {timing.note}" if timing.note else ""
+        lines.append(f"{mark} {timing.choice!s:36}{took}{compiled}{note}")
+    return "\n".join(lines)
+
+
+class TimingCache:
+    """Timings of one machine and one kind of step, in a file of their own below ``root``."""
+
+    def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, sort_keys=True)
+        self.key = json.loads(text)
+        self.path = root / "engines" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+    def read(self) -> list[Timing]:
+        """What is known; nothing where the file is missing, damaged or another version's."""
+        try:
+            found = json.loads(self.path.read_bytes())
+            if found["key"] != self.key:
+                return []
+            return [Timing.from_json(values) for values in found["timings"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def content(self, timings: Sequence[Timing]) -> bytes:
+        """What to write to ``path``."""
+        rows = [timing.to_json() for timing in timings]
+        return (json.dumps({"key": self.key, "timings": rows}, indent=1) + "\n").encode()

@@ -1,0 +1,87 @@
+"""Prepared folders of images as data sets: ImageNet, and any folder that is streamed from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastokd.data import dali, files
+from fastokd.data.disk import DiskSplit
+from fastokd.data.manifest import Manifest, read_manifest
+from fastokd.data.splits import DatasetSplits
+from fastokd.data.views import View
+from fastokd.errors import UserError
+
+LOADERS = ("auto", "dali", "torchvision")
+# What students of ImageNet are trained with everywhere; so they work in torchvision as they are.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def pick_loader(name: str) -> str:
+    """``"auto"`` is DALI where it is installed, else torchvision.
+
+    Raises:
+        UserError: an unknown loader; DALI asked for where it can't be had, and why.
+    """
+    if name not in LOADERS:
+        raise UserError(f"loader is {name!r}: choose {', '.join(LOADERS)}")
+    if name == "torchvision":
+        return name
+    reason = dali.why_not()
+    if reason is None:
+        return "dali"
+    if name == "dali":
+        raise UserError(f"loader is 'dali', which isn't here: {reason}")
+    return "torchvision"
+
+
+def load_prepared(
+    name: str, root: Path | None, *, view: View, loader: str = "auto", workers: int = 0
+) -> DatasetSplits:
+    """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
+
+    ImageNet is tested on ``val/``. Any other folder is tested on ``test/`` and validated on
+    ``val/``; without ``test/``, ``val/`` is the test split.
+
+    Raises:
+        UserError: a folder that isn't prepared, or no image left to train or to test on; a loader
+            that can't be had.
+    """
+    root = files.need_root(name, root)
+    manifest = read_manifest(root)
+    picked = pick_loader(loader)
+    with_test = name != "imagenet" and any(e.split == "test" for e in manifest.entries)
+    held_out = {"test": "test", "val": "val"} if with_test else {"test": "val"}
+    splits = {}
+    for split, folder in {"train": "train", **held_out}.items():
+        entries = manifest.usable(folder)
+        if entries:
+            splits[split] = DiskSplit.of(entries, manifest.root, view, picked, workers)
+        elif split != "val":
+            raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
+    published = name == "imagenet"
+    return DatasetSplits(
+        name=name,
+        class_names=manifest.classes,
+        mean=IMAGENET_MEAN if published else manifest.mean,
+        std=IMAGENET_STD if published else manifest.std,
+        train=splits["train"],
+        val=splits.get("val"),
+        test=splits["test"],
+        note=_note(manifest, picked, ("train", *held_out.values())),
+        loader=picked,
+    )
+
+
+def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
+    parts = [f"images are decoded by {loader}{f' {dali.version()}' if loader == 'dali' else ''}"]
+    if "test" not in folders:
+        parts.append("test is val/")
+    quarantined = manifest.quarantined(*folders)
+    if quarantined:
+        first = quarantined[0]
+        parts.append(
+            f"{len(quarantined)} of {sum(e.split in folders for e in manifest.entries):,} files are "
+            f"quarantined and not read (the first: {first.path}, {first.fault})"
+        )
+    return "; ".join(parts)

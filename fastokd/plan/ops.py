@@ -1,0 +1,206 @@
+"""What one dispatched operator is: its kind, FLOPs, bytes, matrix products and GPU launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+# Dispatched, but nothing runs: allocation, and questions about a tensor.
+FREE = {
+    "detach",
+    "device",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "_local_scalar_dense",
+    "_reshape_alias",
+    "resize_",
+    "lift_fresh",
+}
+# How often an operator passes over its inputs, as its algorithm must: a norm reads once for the
+# statistics and once to normalise, its backward once for the sums and once for the gradient.
+READS = {
+    "native_batch_norm": 2,
+    "_native_batch_norm_legit": 2,
+    "native_batch_norm_backward": 2,
+    "fused_bn_act": 2,
+    "fused_bn_act_backward": 2,
+    "_log_softmax": 2,
+    "_softmax": 2,
+}
+NORMS = {name for name in READS if "norm" in name or "bn" in name}
+REDUCTIONS = {
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmin",
+    "argmax",
+    "topk",
+    "linalg_vector_norm",
+    "norm",
+    "mse_loss",
+    "nll_loss_forward",
+    "_log_softmax",
+    "_softmax",
+    "_softmax_backward_data",
+    "_log_softmax_backward_data",
+    "avg_pool2d",
+    "max_pool2d_with_indices",
+}
+# Tensors that one launch of torch's multi-tensor kernels takes, by the number of lists, and the
+# blocks of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
+TENSORS_A_LAUNCH = (110, 64, 48, 36, 30)
+BLOCKS_A_LAUNCH, BLOCK = 320, 65536
+# Kernels of ours that are more than one launch: the loss of every sample, then their sum.
+FUSED_LAUNCHES = {"mixture_distillation": 2, "peer_attention_distillation": 2}
+
+
+@dataclass(frozen=True)
+class Product:
+    """``count`` matrix products ``[m, k] @ [k, n]``; a convolution is one over its windows."""
+
+    m: int
+    n: int
+    k: int
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Two a multiply-accumulate."""
+        return 2 * self.m * self.n * self.k * self.count
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator of a step.
+
+    ``phase``: forward, backward or optimizer. ``layer``: the module that it belongs to, or "".
+    ``kind``: product, norm, reduction, pointwise, loss or optimizer. ``bytes``: what it must read
+    and write. ``launches``: the kernels that it is on a GPU.
+    """
+
+    name: str
+    phase: str
+    layer: str
+    kind: str
+    flops: int
+    bytes: int
+    launches: int
+    products: tuple[Product, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+
+def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str) -> Op | None:
+    """The operator as an :class:`Op`; None where nothing runs."""
+    name = func._schema.name.split("::")[1]
+    if func.is_view or name in FREE or func.namespace in ("prim", "profiler"):
+        return None
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    read, written = _bytes(tensors), _bytes(results)
+    if name.endswith("_") and not name.endswith("__") and not results:
+        written = read
+    products = _products(func, args, out)
+    flops = sum(product.flops for product in products)
+    widest = max([*tensors, *results], key=lambda x: x.numel(), default=None)
+    return Op(
+        name,
+        phase,
+        layer,
+        _kind(name, func.namespace, bool(products), phase),
+        flops,
+        read * READS.get(name, 1) + written,
+        _launches(func, name, args),
+        products,
+        torch.float32 if widest is None else widest.dtype,
+    )
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Each memory once, though it is seen through several views."""
+    seen = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in tensors}
+    return sum(_elements(x) * x.element_size() for x in seen.values())
+
+
+def _elements(x: Tensor) -> int:
+    """What is really there of an expanded tensor."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride != 0)
+
+
+def _kind(name: str, namespace: str, has_products: bool, phase: str) -> str:
+    if phase == "optimizer":
+        return "optimizer"
+    if has_products:
+        return "product"
+    if name in NORMS:
+        return "norm"
+    if namespace == "fastokd":
+        return "loss"
+    return "reduction" if name in REDUCTIONS else "pointwise"
+
+
+def _launches(func: Any, name: str, args: Any) -> int:
+    if name.startswith(("_foreach_", "_fused_")):
+        lists = [x for x in args if isinstance(x, (list, tuple)) and len(x)]
+        lists = [x for x in lists if isinstance(x[0], Tensor) and x[0].dim() > 0]
+        if not lists:
+            return 1
+        tensors = len(lists[0])
+        blocks = sum(math.ceil(x.numel() / BLOCK) for x in lists[0])
+        limit = TENSORS_A_LAUNCH[min(len(lists), 5) - 1]
+        return max(math.ceil(tensors / limit), math.ceil(blocks / BLOCKS_A_LAUNCH))
+    if func is aten.convolution_backward.default:
+        return sum(args[10])
+    if func.namespace == "fastokd":
+        return FUSED_LAUNCHES.get(name, 1)
+    return 1
+
+
+def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:
+    """The matrix products of convolutions and linear layers, forward and backward."""
+    if func is aten.convolution.default:
+        x, weight, transposed, groups = args[0], args[1], args[6], args[8]
+        return (_convolution(x, weight, out, transposed, groups),)
+    if func is aten.convolution_backward.default:
+        grad, x, weight = args[0], args[1], args[2]
+        transposed, groups, wanted = args[7], args[9], args[10]
+        forward = _convolution(x, weight, grad, transposed, groups)
+        rows, outputs, window = forward.m, forward.n, forward.k
+        taps = weight.shape[2:].numel()
+        inputs = window // taps
+        found = []
+        if wanted[0]:
+            found.append(Product(rows, inputs, outputs * taps, groups))
+        if wanted[1]:
+            found.append(Product(window, outputs, rows, groups))
+        return tuple(found)
+    if func.overloadpacket in flop_registry:
+        shapes = [x.shape for x in args if isinstance(x, Tensor)][-2:]
+        if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) and len(shapes[0]) in (2, 3):
+            a, b = shapes
+            return (Product(a[-2], b[-1], a[-1], a[0] if len(a) == 3 else 1),)
+    return ()
+
+
+def _convolution(x: Tensor, weight: Tensor, y: Tensor, transposed: bool, groups: int) -> Product:
+    taps = weight.shape[2:].numel()
+    if transposed:  # as many windows as inputs, each spread over its outputs
+        pixels = x.shape[0] * x.shape[2:].numel()
+        return Product(pixels, weight.shape[1], weight.shape[0] // groups * taps, groups)
+    pixels = y.shape[0] * y.shape[2:].numel()
+    return Product(pixels, weight.shape[0] // groups, weight.shape[1] * taps, groups)

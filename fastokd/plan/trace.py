@@ -1,0 +1,283 @@
+"""One training step on fake tensors: every operator that it dispatches, and the memory that lives.
+
+Fake tensors have shapes and no values, so neither data nor a GPU nor much memory is needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastokd.benchmark.loops import PublishedLoop, published_networks
+from fastokd.benchmark.synthetic import num_classes
+from fastokd.cohort import Cohort
+from fastokd.errors import UserError
+from fastokd.methods import OptimGroup, Progress, create_method, method_class
+from fastokd.models import create_model
+from fastokd.optimizers import create_optimizer
+from fastokd.plan.ops import Op, describe
+from fastokd.recipes import Recipe
+from fastokd.recipes import recipe as named_recipe
+from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass
+class Step:
+    """What one step dispatched.
+
+    Attributes:
+        ops: in the order in which they ran.
+        parameter_bytes: weights and running statistics; ``gradient_bytes`` of what is trained;
+            ``state_bytes`` of the optimizers.
+        activation_bytes: what the forward leaves for the backward.
+        peak_bytes: the most that lived at once, everything counted.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    parameters: int = 0
+    parameter_bytes: int = 0
+    gradient_bytes: int = 0
+    state_bytes: int = 0
+    activation_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Executed FLOPs of convolutions and linear layers."""
+        return sum(op.flops for op in self.ops)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the operators read and write."""
+        return sum(op.bytes for op in self.ops)
+
+
+class _Record(TorchDispatchMode):
+    """Notes each operator, whose layer it is, and what memory lives."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.step = Step()
+        self.phase = "forward"
+        self.names = names
+        self.layers: list[str] = []
+        self.layer_of_node: dict[int, str] = {}
+        self.alive: dict[int, Any] = {}
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        layer = self._layer()
+        out = func(*args, **kwargs)
+        op = describe(func, args, kwargs, out, self.phase, layer)
+        if op is not None:
+            self.step.ops.append(op)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.hold(x)
+        return out
+
+    def hold(self, x: Tensor) -> None:
+        """Counts a tensor's memory until it is freed."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed(_: Any) -> None:
+            if self.alive.pop(key, None) is not None:
+                self.live -= size
+
+        self.alive[key] = weakref.ref(storage, freed)
+
+    def _layer(self) -> str:
+        """In the backward, the layer of the forward's node with the same number."""
+        if self.phase == "forward":
+            layer = self.layers[-1] if self.layers else ""
+            self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, layer)
+            return layer
+        if self.phase == "backward":
+            node = torch._C._current_autograd_node()
+            return "" if node is None else self.layer_of_node.get(node._sequence_nr(), "")
+        return ""
+
+    @contextmanager
+    def named_layers(self) -> Iterator[None]:
+        """Follows which module runs."""
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            above = self.layers[-1] if self.layers else ""
+            self.layers.append(self.names.get(module, above or type(module).__name__))
+
+        def leave(module: nn.Module, _args: Any, _out: Any) -> None:
+            self.layers.pop()
+
+        hooks = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
+    """Our step over ``batch`` images; ``norm_impl`` is ``"torch"`` for a GPU, where the compiler
+    fuses the norm, and ``"auto"`` for a CPU.
+
+    Raises:
+        UserError: an engine that can't take the recipe's students.
+    """
+    classes = num_classes(of)
+    needs = method_class(of.method).needs
+    with torch.device("meta"):
+        cohort = Cohort(
+            of.models,
+            classes,
+            sharing=of.sharing,
+            engine=engine,
+            impl=norm_impl,
+            teacher=_teacher(of, classes) if needs.teacher else None,
+            trunk_grad_scale=1 / of.students if needs.divide_trunk_gradient else 1.0,
+            model_options=of.model_options,
+        )
+        method = create_method(of.method, cohort.shape, **of.method_options)
+    with FakeTensorMode():
+        modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
+        for module in modules:
+            _materialise(module, torch.contiguous_format if module is method else CHANNELS_LAST)
+        size = of.image_size
+        images_BHWC = torch.empty(batch, size, size, 3, dtype=torch.uint8)
+        labels_B = torch.zeros(batch, dtype=torch.long)
+        progress = Progress.start("cpu", dtype=torch.float32)
+        progress.draws = method.draw(batch, torch.Generator())
+        optimizers = _optimizers(
+            of, [OptimGroup(list(cohort.parameters())), *method.optim_groups()]
+        )
+        record = _Record(_names(cohort, method))
+        # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
+        bf16 = precision == "bf16" and engine != "vmap"
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with record, autocast, record.named_layers():
+            total = method(cohort(images_BHWC), labels_B, progress).total
+        return _finish(record, modules, optimizers, [(total, optimizers)])
+
+
+def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:
+    """The published loop's step; ``foreach``: its optimizers as torch has them on a GPU.
+
+    Raises:
+        UserError: KDCL's loop, and a recipe whose options the published loop doesn't take.
+    """
+    if of.method == "kdcl":
+        raise UserError("the published KDCL reads values: its targets are searched one by one")
+    classes = num_classes(of)
+    with torch.device("meta"):
+        model = published_networks(of, classes)
+    with FakeTensorMode():
+        modules = [model]
+        if isinstance(model, (ReferenceKD, ReferenceOKDDipKD)):
+            modules += model._teacher
+        for module in modules:
+            _materialise(module, torch.contiguous_format)
+        if of.method == "okddip_random":
+            peers = of.students - 1
+            setattr(model, "belief_BPP", torch.rand(batch, peers, peers))  # noqa: B010
+        x_BCHW = torch.empty(batch, 3, of.image_size, of.image_size)
+        loop = PublishedLoop(of, model, x_BCHW, torch.zeros(batch, dtype=torch.long), precision)
+        for optimizer in loop.optimizers:
+            for group in optimizer.param_groups:
+                group["foreach"] = foreach
+        record = _Record({module: name for name, module in model.named_modules()})
+        with record, record.named_layers():
+            losses = loop.losses()
+        return _finish(record, modules, loop.optimizers, losses)
+
+
+def _finish(
+    record: _Record,
+    modules: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    losses: list[tuple[Tensor, list[torch.optim.Optimizer]]],
+) -> Step:
+    """Backwards and updates; what is kept, counted."""
+    step = record.step
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    step.parameters = sum(p.numel() for p in trained)
+    step.activation_bytes = record.live
+    with record:
+        for loss, its_optimizers in losses:
+            record.phase = "backward"
+            loss.backward()
+            record.phase = "optimizer"
+            for optimizer in its_optimizers:
+                optimizer.step()
+    step.parameter_bytes = sum(
+        x.untyped_storage().nbytes()
+        for module in modules
+        for x in [*module.parameters(), *module.buffers()]
+    )
+    step.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    step.state_bytes = sum(
+        x.numel() * x.element_size()
+        for state in states
+        for x in state.values()
+        if isinstance(x, Tensor)
+    )
+    # The states are made in this first step; from the second on they live through all of it.
+    step.peak_bytes = record.peak + step.parameter_bytes + step.state_bytes
+    return step
+
+
+def _materialise(module: nn.Module, layout: torch.memory_format) -> None:
+    """Fake tensors on the CPU in place of those on meta."""
+    for part in module.modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in tables:
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                fake = torch.empty(value.shape, dtype=value.dtype)
+                if value.dim() == 4:
+                    fake = fake.contiguous(memory_format=layout)
+                if isinstance(value, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+                tensors[name] = fake
+
+
+def _teacher(of: Recipe, classes: int) -> nn.Module:
+    teacher = named_recipe(of.teacher)
+    return create_model(teacher.model, classes, **teacher.model_options)
+
+
+def _names(cohort: nn.Module, method: nn.Module) -> dict[nn.Module, str]:
+    """Modules by name; the stacked layers of an engine by their first student's."""
+    named = {module: f"method.{name}" for name, module in method.named_modules()}
+    return {**named, **{module: name for name, module in cohort.named_modules()}}
+
+
+def _optimizers(of: Recipe, groups: list[OptimGroup]) -> list[torch.optim.Optimizer]:
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        settings = {"params": group.parameters, "lr": torch.tensor(of.lr), "weight_decay": 1e-4}
+        kinds.setdefault(group.optimizer, []).append(settings)
+    return [create_optimizer(kind, given, of) for kind, given in kinds.items()]

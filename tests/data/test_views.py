@@ -1,0 +1,98 @@
+"""What is seen of an image: torchvision's random boxes, and its centre."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from fastokd.data.order import keyed_generator
+from fastokd.data.views import View, centre_windows, random_boxes
+from fastokd.errors import UserError
+
+N = 4000
+
+
+def theirs(height: int, width: int, count: int) -> np.ndarray:
+    """Boxes that torchvision draws."""
+    crop, image = RandomResizedCrop(8), [torch.empty(3, height, width)]
+    drawn = [crop.make_params(image) for _ in range(count)]
+    return np.array([[d["top"], d["left"], d["height"], d["width"]] for d in drawn])
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 120)])
+def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    """Every number of a box, and its area; the narrow image often takes the fall-back."""
+    sizes_B2 = torch.tensor([[height, width]]).expand(N, 2)
+    ours = random_boxes(sizes_B2, keyed_generator("boxes", height)).numpy()
+    expected = theirs(height, width, N)
+    for a, b in zip(
+        (*ours.T, ours[:, 2] * ours[:, 3]),
+        (*expected.T, expected[:, 2] * expected[:, 3]),
+        strict=True,
+    ):
+        assert ks_2samp(a, b).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (2, 3), (375, 500)])
+def test_boxes_lie_within(size: tuple[int, int]) -> None:
+    box_B4 = random_boxes(torch.tensor([size]).expand(500, 2), keyed_generator(0))
+    assert (box_B4[:, :2] >= 0).all()
+    assert (box_B4[:, 2:] > 0).all()
+    assert (box_B4[:, :2] + box_B4[:, 2:] <= torch.tensor(size)).all()
+
+
+def test_an_image_of_no_permitted_ratio_gives_its_largest_centred_box() -> None:
+    """As torchvision: 4:3 at most, 3:4 at least."""
+    sizes = torch.tensor([[30, 1200], [1200, 30]])
+    boxes = random_boxes(sizes, keyed_generator(0))
+    assert boxes.tolist() == [[0, 580, 30, 40], [580, 0, 40, 30]]
+    crop = RandomResizedCrop(8)
+    for size, box in zip(sizes.tolist(), boxes.tolist(), strict=True):
+        drawn = crop.make_params([torch.empty(3, *size)])
+        assert [drawn["top"], drawn["left"], drawn["height"], drawn["width"]] == box
+
+
+def test_a_sample_s_box_depends_on_its_own_size_alone() -> None:
+    sizes = torch.randint(20, 500, (40, 2))
+    other = sizes.clone()
+    other[7] = torch.tensor([33, 44])
+    first, second = (random_boxes(s, keyed_generator(1)) for s in (sizes, other))
+    same = (first == second).all(1)
+    assert same.sum() == 39
+    assert not same[7]
+
+
+@pytest.mark.parametrize("view", [View(224, 256), View(64, 73), View(32, 0), View(7, 8)])
+def test_the_centre_s_corner_is_torchvisions(view: View) -> None:
+    """The decoded window, scaled, holds exactly the crop that Resize and CenterCrop take."""
+    sizes = torch.tensor([[375, 500], [500, 375], [256, 256], [300, 301], [640, 257]])
+    windows = centre_windows(sizes, view)
+    for row, (height, width) in enumerate(sizes.tolist()):
+        short = min(height, width)
+        resized = [
+            view.resize if side == short else int(view.resize * side / short)
+            for side in (height, width)
+        ]
+        for axis, (side, target) in enumerate(zip((height, width), resized, strict=True)):
+            corner = round((target - view.image_size) / 2.0)
+            start = float(windows.start_B2[row, axis])
+            first = start + windows.roi_start_B2[row, axis]
+            last = start + windows.roi_end_B2[row, axis]
+            assert first == pytest.approx(corner * side / target, abs=1e-3)
+            assert last - first == pytest.approx(view.image_size * side / target, abs=1e-3)
+            assert start >= 0
+            assert start + windows.shape_B2[row, axis] <= side
+            assert math.ceil(last) <= start + windows.shape_B2[row, axis] + 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"), [((0, 0), "image_size is 0"), ((64, 32), "no room for image_size 64")]
+)
+def test_bad_sizes_are_named(sizes: tuple[int, int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        View(*sizes)

@@ -1,0 +1,198 @@
+"""``fastokd plan``: for every recipe, on every device, without data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastokd.cli import run_command
+from fastokd.errors import UserError
+from fastokd.methods import list_methods
+from fastokd.plan import devices
+from fastokd.plan.devices import GPUS, Cpu
+from fastokd.plan.ops import Op, Product
+from fastokd.plan.plan import layers, plan
+from fastokd.plan.roofline import fuse, gradient_traffic, launches, student_traffic, terms
+from fastokd.plan.trace import trace_ours, trace_reference
+from fastokd.recipes import recipe
+
+TINY = "okddip-branch/resnet8/cifar100"
+
+
+def op(kind: str, phase: str = "forward", **settings: int) -> Op:
+    values = {"flops": 0, "bytes": 8, "launches": 1, **settings}
+    return Op(kind, phase, "", kind, **values)
+
+
+@pytest.mark.parametrize("method", [m for m in list_methods() if m != "ffsd"])
+def test_every_method_is_traced(method: str) -> None:
+    form = "" if method in ("baseline", "cl_ilr", "one") else "-network"
+    of = (
+        recipe(f"{method}{form}/resnet8/digits")
+        if method != "ind"
+        else recipe("ind/resnet8/digits")
+    )
+    ours = trace_ours(of, 4, "loop", "bf16", "torch")
+    assert ours.parameters > 0
+    if method == "kdcl":
+        with pytest.raises(UserError, match="reads values"):
+            trace_reference(of, 4)
+    else:
+        # With one loss and one update, a step is about as long as the published one's at most,
+        # autocast's conversions included.
+        assert launches(ours.ops) < 1.1 * launches(trace_reference(of, 4).ops)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "okddip-network/resnet34/imagenet",
+        "okddip-branch/densenet_40_12/cifar10",
+        "okddip-branch/vgg16/cifar100",
+        "ffsd/googlenet/cifar100",
+        "okddip-network/resnet20+wrn_16_2+resnet20/cifar100",
+    ],
+)
+def test_every_kind_of_student_is_traced(name: str) -> None:
+    of = recipe(name)
+    step = trace_ours(of, 8, "loop", "bf16", "torch")
+    assert step.peak_bytes > step.activation_bytes > 0
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plan", TINY, "--device", "a100", "--gpus", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batch_size_per_gpu"] == 64
+    counted, modelled = found["counted"], found["modelled"]
+    assert counted["fits"]
+    assert counted["launches_eager"]["grouped"] < counted["launches_eager"]["reference"]
+    assert sum(row["flops"] for row in counted["layers"]) == counted["executed_flops"]
+    assert sum(row["bytes"] for row in counted["layers"]) == counted["bytes"]
+    ways = modelled["ways"]
+    assert ways["grouped compiled"]["kernels"] < ways["grouped"]["kernels"]
+    assert ways["grouped compiled"]["graph_replays"] == 2
+    for way in ways.values():
+        assert way["device_ms"] == pytest.approx(sum(way["terms_ms"].values()))
+    # Half of the gradients out and half in, in a ring of two.
+    assert modelled["gradient_traffic_bytes"] == counted["gradient_bytes"]
+    assert modelled["hours"] == pytest.approx(
+        300 * 391 * 128 / modelled["images_per_second"] / 3600
+    )
+    assert run_command(["plan", TINY, "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "counted\n" in text
+    assert "modelled: data sheet\n" in text
+    assert "students on GPUs" in text
+
+
+def test_an_engine_that_cant_serve_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = "okddip-network/resnet8+resnet20+resnet8/cifar100"
+    counts = plan(recipe(mixed, batch_size=4), "h100")["counted"]["launches_eager"]
+    assert isinstance(counts["loop"], int)
+    assert isinstance(counts["grouped"], str)
+
+
+def test_what_doesnt_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = devices._gpu("small", 1, 1, 1, 1e-3, 1)
+    monkeypatch.setitem(GPUS, "rtx4090", small)
+    assert not plan(recipe(TINY), "rtx4090")["counted"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--device h1000", "h100"),
+        ("--gpus 0", "gpus is 0: it must be at least 1"),
+        ("--batch-size 0", "batch_size is 0"),
+        ("--batch-size 4 --gpus 8", "a batch has 4 images"),
+        ("--device cpu --gpus 2", "the device is cpu"),
+    ],
+)
+def test_bad_input(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cpu, "calibrated", staticmethod(lambda precision: cpu()))
+    assert run_command(["plan", TINY, *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fusion() -> None:
+    """Two runs of three between products; the second reduces once; a phase ends a run."""
+    ops = [
+        *[op("pointwise")] * 3,
+        op("product"),
+        op("pointwise"),
+        op("norm"),
+        op("pointwise"),
+        op("pointwise", "backward"),
+        op("product", "backward", launches=2),
+        op("optimizer", "optimizer"),
+    ]
+    fused = fuse(ops)
+    assert [(o.kind, o.launches) for o in fused] == [
+        ("fused", 1),
+        ("product", 1),
+        ("fused", 2),
+        ("fused", 1),
+        ("product", 2),
+        ("optimizer", 1),
+    ]
+    assert sum(o.bytes for o in fused) == sum(o.bytes for o in ops)
+    assert launches(ops) == 11
+
+
+def test_the_roofline_is_the_slower_of_both() -> None:
+    h100 = GPUS["h100"]
+    arithmetic = Op("mm", "forward", "", "product", int(989.4e12), 1, 1, (), torch.bfloat16)
+    memory = op("pointwise", bytes=int(3.35e12))
+    tiny = op("pointwise", launches=3)
+    assert h100.seconds(arithmetic) == pytest.approx(1.0)
+    assert h100.seconds(memory) == pytest.approx(1.0)
+    assert h100.seconds(tiny) == pytest.approx(3 * h100.kernel_seconds)
+    found = terms([arithmetic, memory, tiny], h100)
+    assert sum(found.values()) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_traffic() -> None:
+    h100 = GPUS["h100"]
+    assert gradient_traffic(8000, 1, h100).bytes == 0
+    assert gradient_traffic(8000, 4, h100).bytes == 2 * 3 / 4 * 8000
+    of = recipe(TINY, batch_size=10)
+    across = student_traffic(of, exchanged=656, trunk_bytes=1000, gpus=2, device=h100)
+    # Half of everything is elsewhere; there and back, four bytes each; and the trunk's ring.
+    assert across.bytes == 2 * (4 * 10 * 656 / 2) + 1000
+    assert across.seconds == across.bytes / h100.link
+
+
+def test_layers_of_all_students_stand_together() -> None:
+    step = trace_ours(recipe(TINY), 4, "loop", "bf16", "torch")
+    names = [row["layer"] for row in layers(step.ops)]
+    assert "students.*.layer3.0.conv2" in names
+    assert len(names) == len(set(names))
+
+
+def cpu() -> Cpu:
+    """A CPU that copies 1 B/s in cache and half of it beyond, and multiplies at 1 FLOP/s."""
+    rates = {torch.float32: [1.0, 0.5], torch.bfloat16: [1.0, 0.5]}
+    return Cpu("fp32", 0.25, [1000, 2000], rates, 1 << 30)
+
+
+def test_a_cpu_copies_at_the_rate_of_the_working_set() -> None:
+    machine = cpu()
+    rates = [machine.copy_rate(size, torch.float32) for size in (10, 1000, 1500, 2000, 9999)]
+    assert rates == [1.0, 1.0, 0.75, 0.5, 0.5]
+    assert machine.seconds(op("pointwise", bytes=100)) == 100.25
+
+
+def test_a_cpus_products_are_measured_in_cache() -> None:
+    machine = cpu()
+    product = Product(4096, 16, 144)
+    seconds = machine.product_seconds(product, torch.float32)
+    ((cut, dtype),) = machine.products
+    assert (cut.n, cut.k, dtype) == (16, 144, torch.float32)
+    assert 4 * (cut.m * 144 + 144 * 16 + cut.m * 16) <= devices.CACHED_BYTES
+    assert seconds > 0
+    # Depthwise windows have no arithmetic to speak of.
+    assert machine.product_seconds(Product(4096, 1, 9, 128), torch.float32) == 0
