@@ -27,6 +27,7 @@ constexpr int kLanes = 4;
 // GCC and Clang vectors: + - * / and comparisons work lane by lane, a * b + c becomes an FMA.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecUnsigned __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecShort __attribute__((vector_size(2 * kLanes)));
 
 constexpr float kInfinity = __builtin_inff();
@@ -222,7 +223,7 @@ inline Vec exp(Vec x) {
 // log x within 2 ulp for normal x > 0; NaN stays; anything for the rest.
 inline Vec log(Vec x) {
   // x = 2^n (1 + f), the mantissa in [sqrt(1/2), sqrt(2)).
-  const VecInt bits = as_int(x) - 0x3f3504f3;
+  const VecInt bits = (VecInt)((VecUnsigned)x - 0x3f3504f3u);  // a negative x's wraps around
   const Vec n = __builtin_convertvector(bits >> 23, Vec);
   const Vec f = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
   Vec poly = splat(-0.07634500414133072f);

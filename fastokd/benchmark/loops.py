@@ -77,6 +77,7 @@ class OurLoop:
     def __init__(self, of: Recipe, options: RunOptions) -> None:
         batch = drawn_batch(of)
         data = drawn_splits(of, batch)
+        of = dataclasses.replace(of, resized_crop=False)  # the loader's work, not the step's
         with tempfile.TemporaryDirectory() as folder:
             teacher = drawn_teacher(of, data, Path(folder))
             options = dataclasses.replace(options, teacher=teacher, quiet=True)

@@ -13,23 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastokd.cohort.convs import student_conv
 from fastokd.models import Student
 from fastokd.models.layers import NormAct
-
-
-class FirstConv(nn.Conv2d):
-    """A student's convolution of a shared input. Its output may be given, once.
-
-    It has the state of the ``nn.Conv2d`` that it stands for, under the same keys.
-    """
-
-    given_BCHW: Tensor | None = None
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        given_BCHW, self.given_BCHW = self.given_BCHW, None
-        return super().forward(x_BCHW) if given_BCHW is None else given_BCHW
 
 
 class SharedConvs:
@@ -40,7 +27,7 @@ class SharedConvs:
 
     def __init__(self, students: Sequence[Student], start: int, x_BCHW: Tensor) -> None:
         self.sites = [
-            [_first(student, name) for student in students]
+            [student_conv(student, name) for student in students]
             for name in readers(students[0], start, x_BCHW)
         ]
 
@@ -49,14 +36,9 @@ class SharedConvs:
         for convs in self.sites:
             first = convs[0]
             biases = [conv.bias for conv in convs if conv.bias is not None]
-            y_BCHW = F.conv2d(
-                x_BCHW,
-                torch.cat([conv.weight for conv in convs]),
-                torch.cat(biases) if biases else None,
-                first.stride,
-                first.padding,
-                first.dilation,
-            )
+            weight = torch.cat([conv.weight for conv in convs])
+            bias = torch.cat(biases) if biases else None
+            y_BCHW = first.convolve(x_BCHW, weight, bias)
             for conv, part_BCHW in zip(convs, y_BCHW.chunk(len(convs), dim=1), strict=True):
                 # What follows wants dense maps.
                 conv.given_BCHW = part_BCHW.contiguous(memory_format=_layout(x_BCHW))
@@ -79,19 +61,6 @@ def readers(student: Student, start: int, x_BCHW: Tensor) -> list[str]:
     with torch.no_grad():
         template.outputs(x_BCHW, start)
     return found
-
-
-def _first(student: Student, name: str) -> FirstConv:
-    """The convolution ``name`` of ``student``, which is made a :class:`FirstConv` in its place."""
-    conv = student.get_submodule(name)
-    if isinstance(conv, FirstConv):
-        return conv
-    assert isinstance(conv, nn.Conv2d)
-    first = FirstConv.__new__(FirstConv)
-    first.__dict__.update(conv.__dict__)
-    parent, _, child = name.rpartition(".")
-    setattr(student.get_submodule(parent), child, first)
-    return first
 
 
 def _layout(x_BCHW: Tensor) -> torch.memory_format:

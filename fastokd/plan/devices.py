@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -110,6 +110,8 @@ def best_seconds(run: Callable[[], object], repeats: int = 5, least: float = 2e-
 
 # What a matrix product is cut to along its longest side: half of a second-level cache.
 CACHED_BYTES = 1 << 19
+# Working sets of the copies: from the nearest cache to far beyond the last.
+SIZES = tuple(1 << power for power in range(14, 29, 2))
 
 
 @dataclass
@@ -129,14 +131,13 @@ class Cpu:
     products: dict[tuple[Product, torch.dtype], float] = field(default_factory=dict)
 
     @staticmethod
-    def calibrated(precision: str) -> Cpu:
+    def calibrated(precision: str, sizes: Sequence[int] = SIZES) -> Cpu:
         """Measures copies and the cost of an operator; products as they are asked for."""
-        sizes = [1 << power for power in range(14, 29, 2)]
         dtypes = {torch.float32, DTYPES[precision]}
         rates = {dtype: [_copy_rate(size, dtype) for size in sizes] for dtype in dtypes}
         a = torch.ones(8, requires_grad=True)
         overhead = best_seconds(lambda: a * a)
-        return Cpu(precision, overhead, sizes, rates, _memory())
+        return Cpu(precision, overhead, list(sizes), rates, _memory())
 
     def seconds(self, op: Op) -> float:
         """Products at the rate of the same product in cache, bytes at the rate of a copy of as many."""
@@ -186,8 +187,5 @@ def _copy_rate(size: int, dtype: torch.dtype) -> float:
     return size / best_seconds(a.neg)
 
 
-@lru_cache(maxsize=1)
 def _memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

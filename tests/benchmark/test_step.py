@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
+from fastokd.benchmark.loops import OurLoop
 from fastokd.benchmark.step import StepTiming, step_flops, step_macs, time_steps
 from fastokd.benchmark.worker import Spec, Worker
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.facts import __file__ as FACTS
 from fastokd.recipes import recipe
+from fastokd.session import RunOptions
 
 TINY = "okddip-branch/resnet8/digits"
 KEYS = {
@@ -92,6 +94,13 @@ def test_both_loops_in_turn(cpp_ops: None) -> None:
     assert theirs.facts["engine"] == "reference"
     assert theirs.facts["impls"] == {}
     assert theirs.facts["precision"] == "fp32"
+
+
+def test_images_that_a_run_streams_from_disk_are_drawn() -> None:
+    of = recipe("okddip-network@2/resnet18/imagenet", batch_size=2, image_size=64)
+    loop = OurLoop(of, RunOptions(engine="loop", precision="fp32", impl="torch"))
+    assert loop.images_BHWC.shape == (2, 64, 64, 3)
+    assert loop.step().isfinite()
 
 
 def test_quartiles() -> None:

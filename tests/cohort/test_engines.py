@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
-from fastokd.cohort.shared import FirstConv
+from fastokd.cohort.convs import StudentConv
 from fastokd.errors import UserError
 from fastokd.models import model_spec
 
@@ -143,9 +143,9 @@ def test_what_a_shared_convolution_gave_is_used_once_and_let_go() -> None:
     cohort = Cohort(("resnet8", 2), 10)
     images = torch.randn(2, 3, 32, 32)
     cohort(images)
-    firsts = [m for m in cohort.modules() if isinstance(m, FirstConv)]
-    assert len(firsts) == 4
-    assert all(first.given_BCHW is None for first in firsts)
+    convs = [m for m in cohort.modules() if isinstance(m, StudentConv)]
+    assert len(convs) > 4
+    assert all(conv.given_BCHW is None for conv in convs)
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])

@@ -1,0 +1,209 @@
+"""Images a second: DALI against torchvision's loader on photographs, memory against it on CIFAR.
+
+    python bench/bench_loader.py --cores 2
+
+Every loader runs in turn, ``--rounds`` times, on the same files and the same cores; the rate is that
+of the batches after a first quarter, when workers and caches are warm. Beside them, what the disk
+alone and the JPEG decoder alone would give on these cores: no loader that decodes whole images can be
+faster. Random-resized crops need not decode whole images, and DALI doesn't.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from fastokd.allocator import keep_freed_memory
+from fastokd.data import Augment, Split, dali
+from fastokd.data.manifest import read_manifest
+from fastokd.data.photographs import write_photographs
+from fastokd.data.prepared import IMAGENET_MEAN, IMAGENET_STD, load_prepared
+from fastokd.data.views import View
+from fastokd.prepare import prepare
+
+BATCH = 64
+CIFAR_BATCH = 128
+REPEATS = 6
+
+
+def rate(batches: Iterable[Any], images: int) -> float:
+    """Images a second after the first quarter of ``images``."""
+    seen, began, first = 0, 0.0, 0
+    for batch in batches:
+        seen += len(batch[1])
+        if not began and seen >= images // 4:
+            began, first = time.perf_counter(), seen
+    return (seen - first) / (time.perf_counter() - began)
+
+
+def ours(root: Path, loader: str, cores: int) -> Callable[[], float]:
+    """A streamed split, its files repeated."""
+    split = load_prepared("imagenet", root, view=View(224, 256), loader=loader, workers=cores).train
+    many = split.select(torch.arange(len(split)).repeat(REPEATS))
+    stream = many.stream(BATCH, augment=Augment(0, resized_crop=True), shuffle=True)
+    return lambda: rate(stream.batches(0), len(many))
+
+
+def torchvisions(root: Path, cores: int, *, floats: bool) -> Callable[[], float]:
+    """ImageFolder, RandomResizedCrop and flip; with ``floats`` cast and normalised too, as
+    torchvision's own reference trains."""
+    steps: list[Any] = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    if floats:
+        steps += [v2.ToDtype(torch.float, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    see = v2.Compose(steps)
+    folder = ImageFolder(root / "train", transform=see)
+    many = Subset(folder, list(range(len(folder))) * REPEATS)
+    loader = DataLoader(many, BATCH, shuffle=True, num_workers=cores)
+    return lambda: rate(loader, len(many))
+
+
+def alone(root: Path, cores: int, work: Callable[[Path], object]) -> Callable[[], float]:
+    """One piece of work on every file, by as many threads."""
+    manifest = read_manifest(root)
+    paths = [root / entry.path for entry in manifest.usable("train")] * REPEATS
+
+    def measure() -> float:
+        with ThreadPoolExecutor(cores) as pool:
+            began = time.perf_counter()
+            for _ in pool.map(work, paths, chunksize=BATCH):
+                pass
+            return len(paths) / (time.perf_counter() - began)
+
+    return measure
+
+
+def decoded(path: Path) -> None:
+    """The whole image, nothing else."""
+    with Image.open(path) as image:
+        image.load()
+
+
+class Pictures(Dataset[Any]):
+    """CIFAR as torchvision has it and the papers' loops read it: a PIL image at a time, cropped,
+    mirrored, cast and normalised."""
+
+    def __init__(self, pixels_NHW3: np.ndarray) -> None:
+        self.pixels = pixels_NHW3
+        self.see = v2.Compose(
+            [
+                v2.RandomCrop(32, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float, scale=True),
+                v2.Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.see(Image.fromarray(self.pixels[index])), index % 10
+
+
+def cifar(cores: int) -> dict[str, Callable[[], float]]:
+    """50,000 drawn images in memory; torchvision's loader sees 6,400 of them a round."""
+    images = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
+    stream = Split(images, torch.arange(50_000) % 10).stream(
+        CIFAR_BATCH, augment=Augment(4), shuffle=True
+    )
+    few = Pictures(images[:6400].numpy())
+    loader = DataLoader(few, CIFAR_BATCH, shuffle=True, num_workers=cores)
+    return {
+        "CIFAR in memory": lambda: rate(stream.batches(0), 50_000),
+        f"CIFAR, torchvision, {cores} workers": lambda: rate(loader, len(few)),
+    }
+
+
+def measured(
+    calls: dict[str, Callable[[], float]], rounds: int
+) -> Iterator[tuple[str, list[float]]]:
+    """Each call's rates, one of each a round."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            rates[name].append(call())
+    yield from rates.items()
+
+
+def main() -> None:
+    """Measures, prints a table and may write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=Path, help="photographs to use again, or to be made there")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    torch.set_num_threads(args.cores)
+    keep_freed_memory()  # as every run on a CPU begins
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.images or Path(folder) / "photographs"
+        if not root.exists():
+            write_photographs(root, classes=8, train=32, val=1, spread=0.0)
+            prepare(root, quiet=True)
+        calls = {
+            f"DALI, {args.cores} threads": ours(root, "dali", args.cores),
+            f"torchvision's reference, {args.cores} workers": torchvisions(
+                root, args.cores, floats=True
+            ),
+            f"the same left as bytes, {args.cores} workers": torchvisions(
+                root, args.cores, floats=False
+            ),
+            f"fastokd's torchvision, {args.cores} workers": ours(root, "torchvision", args.cores),
+            "decoding alone": alone(root, args.cores, decoded),
+            "the disk alone (cached)": alone(root, args.cores, Path.read_bytes),
+            **cifar(args.cores),
+        }
+        size = sum(f.stat().st_size for f in (root / "train").rglob("*.JPEG")) // 256
+        rows = [
+            {
+                "what": name,
+                "images_per_second": statistics.median(rates),
+                "low": min(rates),
+                "high": max(rates),
+            }
+            for name, rates in measured(calls, args.rounds)
+        ]
+    by = {row["what"]: row["images_per_second"] for row in rows}
+    names = list(by)
+    ratios = {
+        "DALI / torchvision's reference": by[names[0]] / by[names[1]],
+        "DALI / the same left as bytes": by[names[0]] / by[names[2]],
+        "DALI / decoding alone": by[names[0]] / by[names[4]],
+        "memory / torchvision on CIFAR": by[names[6]] / by[names[7]],
+    }
+    print(f"{'measured-cpu':42} images/s  (lowest to highest of {args.rounds} rounds)")
+    for row in rows:
+        print(
+            f"{row['what']:42} {row['images_per_second']:8,.0f}  ({row['low']:,.0f} to {row['high']:,.0f})"
+        )
+    for name, ratio in ratios.items():
+        print(f"{name:42} {ratio:8.2f}")
+    print(
+        f"500x375 JPEGs of {size / 1024:.0f} KiB to 224x224, batches of {BATCH}; torch "
+        f"{torch.__version__}, torchvision {torchvision.__version__}, DALI {dali.version()}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

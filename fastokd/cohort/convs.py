@@ -1,0 +1,56 @@
+"""The convolutions of a cohort's students, as the engines want them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.models import Student
+from fastokd.ops.conv_weight_grad import conv2d, suits
+
+
+class StudentConv(nn.Conv2d):
+    """An ``nn.Conv2d`` with its state under its keys, whose output may be given, once.
+
+    ``suited``: narrow enough for a weight gradient of ours.
+    """
+
+    given_BCHW: Tensor | None = None
+    suited = False
+    impl = "auto"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        given_BCHW, self.given_BCHW = self.given_BCHW, None
+        if given_BCHW is not None:
+            return given_BCHW
+        if not self.suited:
+            return super().forward(x_BCHW)
+        return self.convolve(x_BCHW, self.weight, self.bias)
+
+    def convolve(self, x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """This convolution with another weight, of any number of outputs."""
+        if self.suited:
+            stride, padding = self.stride[0], int(self.padding[0])
+            return conv2d(x_BCHW, weight, bias, stride, padding, impl=self.impl)
+        return F.conv2d(x_BCHW, weight, bias, self.stride, self.padding, self.dilation)
+
+
+def student_conv(student: Student, name: str) -> StudentConv:
+    """The convolution ``name`` of ``student``, which is made a :class:`StudentConv` in its place."""
+    conv = student.get_submodule(name)
+    if isinstance(conv, StudentConv):
+        return conv
+    assert isinstance(conv, nn.Conv2d)
+    ours = StudentConv.__new__(StudentConv)
+    ours.__dict__.update(conv.__dict__)
+    ours.suited = suits(conv)
+    parent, _, child = name.rpartition(".")
+    setattr(student.get_submodule(parent), child, ours)
+    return ours
+
+
+def narrow_convs(student: Student, impl: str) -> None:
+    """Gives the narrow convolutions of ``student`` a weight gradient of ours."""
+    for name, module in list(student.named_modules()):
+        if type(module) is nn.Conv2d and suits(module):
+            student_conv(student, name).impl = impl

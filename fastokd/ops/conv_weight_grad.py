@@ -1,0 +1,113 @@
+"""A convolution whose weight gradient is computed here, for narrow layers in bfloat16 on a CPU.
+
+Forward and the gradient with respect to the input are torch's. The gradient of the weight,
+
+    grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
+
+is what torch does least well at 16 to 64 channels: it is summed in float32 and returned so, where
+torch rounds it to bfloat16. It pays on a CPU with AVX-512 BF16; elsewhere torch's is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastokd.ops import _cpp
+from fastokd.ops._dispatch import unavailable
+from fastokd.ops._library import define
+
+# Wider inputs don't fit into the L1 cache, and torch is good at them.
+WIDEST_INPUT = 64
+WIDEST_OUTPUT = 512
+
+
+def suits(conv: nn.Conv2d) -> bool:
+    """Whether the layer is one that the C++ takes, wherever it runs."""
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    square = isinstance(padding, tuple) and len({*kernel}) == len({*stride}) == len({*padding}) == 1
+    return (
+        square
+        and kernel[0] in (1, 3)
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.in_channels % 16 == conv.out_channels % 16 == 0
+        and conv.in_channels <= WIDEST_INPUT
+    )
+
+
+def conv2d(
+    x_BCHW: Tensor,
+    weight_OCKK: Tensor,
+    bias_O: Tensor | None,
+    stride: int,
+    padding: int,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """``F.conv2d`` of a layer that :func:`suits`; the C++ gradient where it can serve.
+
+    ``x_BCHW``: ``[B, C, H, W]``; ``weight_OCKK``: float32 (as under autocast) or x's dtype. The C++
+    takes bfloat16 in channels-last, in training. It is differentiable once.
+    """
+    if impl == "torch" or not _fast(x_BCHW, weight_OCKK):
+        return F.conv2d(x_BCHW, weight_OCKK, bias_O, stride, padding)
+    y_BCHW: Tensor = _Conv2d.apply(x_BCHW, weight_OCKK, stride, padding)
+    return y_BCHW if bias_O is None else y_BCHW + bias_O.to(y_BCHW.dtype)[:, None, None]
+
+
+def _fast(x_BCHW: Tensor, weight_OCKK: Tensor) -> bool:
+    return (
+        x_BCHW.dtype == torch.bfloat16
+        and x_BCHW.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and weight_OCKK.requires_grad
+        and weight_OCKK.shape[0] <= WIDEST_OUTPUT
+        and not torch.compiler.is_compiling()
+        and x_BCHW.is_contiguous(memory_format=torch.channels_last)
+        and unavailable("cpp", x_BCHW.device) is None
+        and _cpp.capability() == "avx512bf16"
+    )
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        narrow = weight.to(x_BCHW.dtype)
+        ctx.save_for_backward(x_BCHW, narrow)
+        ctx.geometry = stride, padding
+        ctx.dtype = weight.dtype
+        return F.conv2d(x_BCHW, narrow, None, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x_BCHW, weight = ctx.saved_tensors
+        stride, padding = ctx.geometry
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad_y, x_BCHW, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
+                1, [True, False, False],
+            )[0]  # fmt: skip
+        grad_w = torch.ops.fastokd.conv_weight_grad(
+            grad_y, x_BCHW, weight.shape[2], stride, padding
+        )
+        return grad_x, grad_w.to(ctx.dtype), None, None
+
+
+def _fake(grad_y: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    shape = (grad_y.shape[1], kernel, kernel, x.shape[1])
+    return x.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+define(
+    "conv_weight_grad(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor",
+    _fake,
+)

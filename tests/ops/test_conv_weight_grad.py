@@ -1,0 +1,158 @@
+"""The weight gradient of narrow convolutions against float64, and where it isn't used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.cohort import Cohort
+from fastokd.models.layers import NormAct
+from fastokd.ops import _cpp
+from fastokd.ops.conv_weight_grad import conv2d, suits
+
+LAST = torch.channels_last
+
+# (B, C, O, H, W, kernel, stride, padding), and why.
+CASES = {
+    "first stage": (3, 16, 16, 32, 32, 3, 1, 1),
+    "second stage": (2, 32, 32, 16, 16, 3, 1, 1),
+    "third stage": (5, 64, 64, 8, 8, 3, 1, 1),
+    "between stages": (3, 16, 32, 32, 32, 3, 2, 1),
+    "four branches' first": (2, 32, 256, 16, 16, 3, 2, 1),
+    "their shortcut": (2, 32, 256, 16, 16, 1, 2, 0),
+    "a wide shortcut": (2, 64, 128, 8, 8, 1, 1, 0),
+    "a narrow shortcut": (2, 16, 16, 6, 6, 1, 1, 0),
+    "odd sides": (2, 48, 16, 7, 5, 3, 1, 1),
+    "odd sides, stride 2": (1, 16, 48, 9, 11, 3, 2, 1),
+    "no padding": (2, 16, 16, 5, 6, 3, 1, 0),
+    "one place": (2, 16, 16, 1, 1, 3, 1, 1),
+    "many rows a strip": (1, 16, 16, 70, 3, 3, 1, 1),
+    "no image": (0, 16, 16, 8, 8, 3, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def bf16(cpp_ops: None) -> None:
+    if not _cpp.set_capability("avx512bf16"):
+        pytest.skip("this CPU has no AVX-512 BF16: the kernel runs nowhere else")
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16().contiguous(memory_format=LAST)
+
+
+def step(x: Tensor, w: Tensor, b: Tensor | None, y_grad: Tensor, geometry: tuple[int, int], **how):  # type: ignore[no-untyped-def]
+    """The output and the gradients of x, weight and bias."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w, b) if t is not None]
+    y = conv2d(*leaves, *[None] * (3 - len(leaves)), *geometry, **how)
+    y.backward(y_grad)
+    return y, *[leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_nearer_to_float64_than_torchs(case: str) -> None:
+    B, C, outputs, H, W, kernel, stride, padding = CASES[case]
+    x, w = (
+        drawn(B, C, H, W),
+        (0.1 * torch.randn(outputs, C, kernel, kernel)).contiguous(memory_format=LAST),
+    )
+    shape = F.conv2d(x.float(), w, None, stride, padding).shape
+    y_grad = drawn(*shape)
+    y, x_grad, w_grad = step(x, w, None, y_grad, (stride, padding))
+    assert y.grad_fn is not None
+    assert "_Conv2d" in type(y.grad_fn).__name__
+    wide = (x.double(), w.bfloat16().double())
+    _, _, exact = step(*wide, None, y_grad.double(), (stride, padding), impl="torch")
+    ty, tx_grad, _ = step(x, w.bfloat16(), None, y_grad, (stride, padding), impl="torch")
+    assert torch.equal(y, ty)
+    assert torch.equal(x_grad, tx_grad)
+    assert w_grad.dtype == torch.float32
+    assert w_grad.shape == w.shape
+    # Float32 sums of B * OH * OW exact products.
+    bound = 1e-5 * (y_grad.numel() / outputs) ** 0.5 + 1e-6
+    torch.testing.assert_close(w_grad.double(), exact, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    x, w, y_grad = drawn(3, 16, 8, 8), torch.randn(16, 16, 3, 3), drawn(3, 16, 8, 8)
+    expected = step(x, w, None, y_grad, (1, 1))[2]
+    torch.set_num_threads(threads)
+    try:
+        found = step(x, w, None, y_grad, (1, 1))[2]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_bias_and_a_strided_gradient() -> None:
+    x, w, b = drawn(2, 16, 8, 8), torch.randn(32, 16, 3, 3), torch.randn(32)
+    y_grad = drawn(1, 32, 1, 1).expand(2, 32, 8, 8)
+    _, _, w_grad, b_grad = step(x, w, b, y_grad, (1, 1))
+    wide = [t.double() for t in (x, w.bfloat16(), b, y_grad)]
+    _, _, w_exact, b_exact = step(*wide[:3], wide[3], (1, 1), impl="torch")
+    torch.testing.assert_close(w_grad.double(), w_exact, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(b_grad.double(), b_exact, rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_left_to_torch() -> None:
+    """Wide, grouped, odd or ragged layers; other dtypes and layouts; no gradient; other CPUs."""
+    for unsuited in (
+        nn.Conv2d(128, 128, 3, padding=1),
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.Conv2d(16, 16, 5, padding=2),
+        nn.Conv2d(16, 16, (1, 3)),
+        nn.Conv2d(16, 16, 3, dilation=2),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.Conv2d(16, 16, 3, padding="same"),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+    ):
+        assert not suits(unsuited)
+    x, w = drawn(2, 16, 4, 4), torch.randn(16, 16, 3, 3, requires_grad=True)
+
+    def fast(x: Tensor, w: Tensor) -> bool:
+        return "_Conv2d" in type(conv2d(x, w, None, 1, 1).grad_fn).__name__
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(x, w)
+        assert not fast(x.contiguous(), w)
+        with torch.no_grad():
+            assert not fast(x, w)
+        assert not fast(x.clone().requires_grad_(), w.detach())
+        _cpp.set_capability("avx512")
+        assert not fast(x, w)
+    assert not fast(x.float(), w)
+
+
+def test_a_cohorts_narrow_convolutions_use_it() -> None:
+    cohort = Cohort(("resnet8", 2), 10)
+    plain = Cohort(("resnet8", 2), 10, impl="torch")
+    plain.load_state_dict(cohort.state_dict())
+    images = torch.randn(8, 3, 32, 32)
+    grads = []
+    for one in (cohort, plain):
+        for module in one.modules():
+            if isinstance(module, NormAct):
+                module.fused = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = one(images.contiguous(memory_format=LAST)).logits_SBC.float().square().mean()
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        calls = sum(event.name == "fastokd::conv_weight_grad" for event in profile.events())
+        assert calls == (9 if one is cohort else 0)
+        grads.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm()
+
+
+def test_the_operator_refuses_what_it_cannot_take() -> None:
+    op = torch.ops.fastokd.conv_weight_grad
+    x, y = drawn(2, 16, 4, 4), drawn(2, 16, 4, 4)
+    assert op(y, x, 3, 1, 1).shape == (16, 16, 3, 3)
+    for bad in ((y.float(), x, 3, 1, 1), (y, x, 5, 1, 2), (y, x, 3, 2, 1), (y[:1], x, 3, 1, 1)):
+        with pytest.raises(RuntimeError):
+            op(*bad)
+    torch.library.opcheck(op, (y, x, 3, 1, 1), test_utils=("test_schema", "test_faketensor"))
