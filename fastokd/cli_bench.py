@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +14,53 @@ BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 
 bench = typer.Typer(
     rich_markup_mode=None,
-    epilog="Example: fastokd bench step okddip-branch/resnet32/cifar100 --steps 20",
-    help="Time training steps, against the published loops too.",
+    epilog="Example: fastokd bench --only okddip_branch",
 )
+
+
+@bench.callback(invoke_without_command=True)
+def claims(
+    context: typer.Context,
+    only: Annotated[str, typer.Option(help="Claims whose name contains this.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Rounds of each claim.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    gpu_report: Annotated[
+        Path | None, typer.Option(help="Write all that the GPU columns need into this file.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Time training steps against the published loops, in turn; without a command: every claim.
+
+    Each pair is found equal first. Only a quiet machine gives figures.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from fastokd.benchmark import claims as known
+    from fastokd.errors import unknown_name
+
+    chosen = [claim for claim in known.CLAIMS.values() if only in claim.name]
+    if not chosen:
+        raise unknown_name("claim", only, known.CLAIMS)
+    if gpu_report is not None:
+        _gpu_report(gpu_report, chosen, steps, device)
+        return
+    outcomes = [
+        known.measure(claim, known.rounds(steps or claim.steps), device=device) for claim in chosen
+    ]
+    if json_:
+        print(json.dumps([outcome.to_json() for outcome in outcomes]))
+    else:
+        print(known.table(outcomes))
+        print(outcomes[0].ours.to_json()["how"])
+
+
+def _gpu_report(path: Path, chosen: list[Any], steps: int | None, device: str) -> None:
+    from fastokd.benchmark.gpu_report import gpu_report
+    from fastokd.checkpoint import write_durably
+
+    found = gpu_report(chosen, device=device, steps=steps or 50, say=print)
+    write_durably(path, json.dumps(found, indent=1).encode())
+    print(f"{found['note']}; written to {path}")
 
 
 @bench.command(epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json")
