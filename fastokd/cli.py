@@ -16,6 +16,7 @@ from fastokd.cli_bench import bench, plan
 from fastokd.cli_prepare import Loader, Workers, prepare
 from fastokd.errors import UserError, unknown_name
 from fastokd.interruption import Interrupted
+from fastokd.methods import register_method
 
 INTERRUPTED = 130  # by ^C, as shells have it
 
@@ -46,9 +47,12 @@ app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    method: Annotated[
+        str | None, typer.Option(help="A method of your own that a run was trained by.")
+    ] = None,
 ) -> None:
     """Options of every command."""
-    del debug  # read by main(), which sees errors after the commands are gone
+    del debug, method  # read by run_command(), before the command and after its errors
 
 
 @app.command(epilog="Example: fastokd train okddip-branch/resnet32/cifar100 --data-root data")
@@ -64,6 +68,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the first epoch.")] = None,
     temperature: Annotated[float | None, typer.Option(help="T of the distillation.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A method of your own in the recipe's: package.module:Class.")
+    ] = None,
     val: Annotated[int | None, typer.Option(help="Images held out of train.")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Height and width, of an imagefolder.")
@@ -119,6 +126,7 @@ def train(
         "students": students,
         "batch_size": batch_size,
         "lr": lr,
+        "method": method,
         "val": val,
         "image_size": image_size,
     }
@@ -330,11 +338,28 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
+def _own_methods(arguments: list[str]) -> list[str]:
+    """Loads every ``--method package.module:Class``; the arguments without them, but train's own."""
+    left: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option != "--method":
+            left.append(word)
+            continue
+        name = value if equals else next(words, "")
+        register_method(name)
+        if "train" in arguments:
+            left += ["--method", name]
+    return left
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        arguments = _own_methods(arguments)
         code = app(list(arguments) or ["--help"], prog_name="fastokd", standalone_mode=False)
     except UserError as error:
         if debug:

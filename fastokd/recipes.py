@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from fastokd.cells import published_recipes
 from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import list_methods, method_class
+from fastokd.methods import list_methods, method_class, option_defaults
 from fastokd.models import model_spec
 from fastokd.recipe_type import Recipe
 
@@ -47,13 +47,19 @@ def recipe(name: str, **changes: Any) -> Recipe:
     """The recipe called ``name``, with fields of :class:`Recipe` replaced.
 
     ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it;
-    options of the method are given as ``method_options``.
+    options of the method are given as ``method_options``; ``method`` puts another in the named
+    one's place, in its form, as one that :func:`fastokd.methods.register_method` has made known.
 
     Raises:
         UserError: an unknown method, model, data set or form, with the nearest names; a field that
             a recipe doesn't have.
     """
-    base = _published(name, _parse(name))
+    parsed = _parse(name)
+    method = changes.pop("method", None)
+    if method is not None:
+        parsed = parsed._replace(method=method)
+        name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
+    base = _published(name, parsed)
     fields = [field.name for field in dataclasses.fields(Recipe)]
     for change in changes:
         if change not in fields:
@@ -146,11 +152,12 @@ def _students(method: str) -> int:
 
 def _method_options(method: str) -> dict[str, Any]:
     """What the papers set, written out so that ``recipe.json`` says it."""
-    if method in ("baseline", "ind"):
-        return {}
+    options: dict[str, Any] = {}
+    if "temperature" in option_defaults(method):
+        options["temperature"] = 2.0 if method == "ffsd" else TEMPERATURE
     if method == "kdcl":
-        return {"temperature": TEMPERATURE, "target": "min_logit"}
-    return {"temperature": 2.0 if method == "ffsd" else TEMPERATURE}
+        options["target"] = "min_logit"
+    return options
 
 
 def _model_options(name: _Name) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -47,13 +48,41 @@ _METHODS: dict[str, type[Method]] = {
 }
 
 
+def register_method(name: str) -> type[Method]:
+    """Makes a class of somebody's own a method by its name, ``package.module:Class``.
+
+    Its module is imported, so this is only for names that the user gave: a recipe that was found in
+    a file runs no code.
+
+    Raises:
+        UserError: there is no such module or class, or it is no :class:`Method`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--method {name} can't be loaded: {error}; name it as package.module:Class, and run "
+            "where Python finds the package"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"--method {name} is no subclass of fastokd.methods.Method: make it one")
+    _METHODS[name] = found
+    return found
+
+
 def list_methods() -> list[str]:
-    """The names that recipes take."""
-    return sorted(_METHODS)
+    """The names that recipes take; those of :func:`register_method` aren't among them."""
+    return sorted(name for name in _METHODS if ":" not in name)
 
 
 def method_class(name: str) -> type[Method]:
     """The class of one method; an unknown name raises and offers the nearest ones."""
+    if name not in _METHODS and ":" in name:
+        raise UserError(
+            f"the method {name} is somebody's own code, which a recipe doesn't load by itself: add "
+            f"--method {name}"
+        )
     if name not in _METHODS:
         raise unknown_name("method", name, _METHODS)
     return _METHODS[name]
@@ -122,4 +151,5 @@ __all__ = [
     "method_class",
     "option_defaults",
     "ramp_weight",
+    "register_method",
 ]
