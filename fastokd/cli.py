@@ -108,6 +108,11 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
     ] = None,
+    show_augmentation: Annotated[
+        bool, typer.Option(help="Leave a batch as the students see it, augmentation.png.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Tell TensorBoard, in the run folder.")] = False,
+    wandb: Annotated[bool, typer.Option(help="Tell Weights & Biases.")] = False,
     print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
 ) -> None:
@@ -171,6 +176,9 @@ def train(
         eval_every=eval_every,
         save_every_steps=save_every_steps,
         save_every_minutes=save_every_minutes,
+        show_augmentation=show_augmentation,
+        tensorboard=tensorboard,
+        wandb=wandb,
         quiet=quiet,
     )
     if len(planned) == 1 and seeds is None:

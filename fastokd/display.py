@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastokd.watchers import Watcher
 
 if TYPE_CHECKING:
     from fastokd.session import Session
 
 
 class Display:
-    """Shows epoch, images/s and time left; one line an epoch with what was measured."""
+    """Shows epoch, images/s and time left; one line an epoch with what was measured.
 
-    def __init__(self, session: Session, quiet: bool) -> None:
+    ``others`` are told every epoch too.
+    """
+
+    def __init__(self, session: Session, quiet: bool, others: Sequence[Watcher] = ()) -> None:
+        self.others = others
         self.epochs = session.recipe.epochs
         self.first_epoch = session.epoch
         self.quiet = quiet
@@ -45,6 +52,8 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+        for watcher in self.others:
+            watcher.close()
 
     def step(self, images: int) -> None:
         """One step was queued; nothing is read from the device."""
@@ -54,6 +63,8 @@ class Display:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch was measured."""
+        for watcher in self.others:
+            watcher.row(row)
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:

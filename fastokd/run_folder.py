@@ -212,6 +212,17 @@ class RunFolder:
             raise UserError(f"{path} is damaged: a line isn't an epoch's; remove it")
         return rows
 
+    def show_batch(self, session: Session) -> Path:
+        """Leaves the next batch as a picture, cropped and flipped as it is trained on."""
+        from torchvision.utils import make_grid, save_image
+
+        images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
+        images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
+        path = self.path / "augmentation.png"
+        with _writing(self.path):
+            save_image(make_grid(images_BCHW, nrow=8), path)
+        return path
+
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
 

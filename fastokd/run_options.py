@@ -61,6 +61,8 @@ class RunOptions:
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
             never. It is saved after every epoch, and where a signal stops the run.
+        show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
+        tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
         quiet: no progress bar and no lines.
 
     Raises:
@@ -90,6 +92,9 @@ class RunOptions:
     eval_every: int = 1
     save_every_steps: int | None = None
     save_every_minutes: float | None = 15.0
+    show_augmentation: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:

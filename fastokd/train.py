@@ -19,6 +19,7 @@ from fastokd.run_folder import Run, RunFolder
 from fastokd.session import RunOptions, Session
 from fastokd.step import training_step
 from fastokd.tuning import tune
+from fastokd.watchers import check_installed, watchers
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 
@@ -55,14 +56,19 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
+    asked = {"tensorboard": options.tensorboard, "wandb": options.wandb}
+    check_installed(**asked)
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     say = _silent if options.quiet else print
     with closing(folder), StopRequest() as stop:
         folder.open(session)
+        if options.show_augmentation:
+            say(f"a batch as the students see it: {folder.show_batch(session)}")
+        others = watchers(recipe, folder.path, session.step, **asked)
         if not session.settled:
             folder.settled(session, tune(session, session.steps_left, say))
-        with Display(session, options.quiet) as display, folder.keeping(session):
+        with Display(session, options.quiet, others) as display, folder.keeping(session):
             keeper = Keeper(
                 lambda: folder.save(session),
                 stop,

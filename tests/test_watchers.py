@@ -1,0 +1,59 @@
+"""TensorBoard and the picture of a batch are of what the run does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastokd.errors import UserError
+from fastokd.recipes import recipe
+from fastokd.run_folder import Run
+from fastokd.session import RunOptions, Session
+from fastokd.train import train
+from fastokd.watchers import scalars
+
+SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
+OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
+
+
+def test_tensorboard_says_what_metrics_say(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(SMALL, OPTIONS, out=out, tensorboard=True, max_steps=3)
+    # What the half epoch had said is replaced when it is whole.
+    train(SMALL, OPTIONS, out=out, tensorboard=True, resume=True)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    for row in Run.load(out).metrics:
+        for name, value in scalars(row):
+            told = {event.step: event.value for event in events.Scalars(name)}
+            assert told[row["step"]] == pytest.approx(value, rel=1e-6), name
+    assert "test/leader_top1" in events.Tags()["scalars"]
+    assert "train/kd_S/0" in events.Tags()["scalars"]
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+    )
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(SMALL, OPTIONS, out=tmp_path / "run", wandb=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_is_the_first_batch(tmp_path: Path) -> None:
+    train(SMALL, OPTIONS, out=tmp_path / "run", show_augmentation=True, max_steps=1)
+    picture = np.asarray(Image.open(tmp_path / "run/augmentation.png"))
+    session = Session(SMALL, OPTIONS)
+    images, _ = session.stream.batch(0, 0)
+    # Two pixels between the images: the second of the second row.
+    tile = picture[36:68, 36:68]
+    assert np.abs(tile.astype(int) - images[9].numpy()).max() <= 1
