@@ -1,11 +1,18 @@
-// The dispatcher's side of a convolution's weight gradient: images are shared out among threads,
-// whose sums are added in their order.
+// The dispatcher's side of a convolution whose weight gradient is ours: images are shared out among
+// threads, whose sums are added in their order. All else is torch's.
 #include "conv_weight_grad_kernel.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "capability.h"
 
@@ -76,8 +83,61 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
 #endif
 }
 
+Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  return at::conv2d(x, weight.to(x.scalar_type()), {}, {stride, stride}, {padding, padding});
+}
+
+// The weight may be wider than x, as under autocast; its gradient then is too.
+struct NarrowConv : torch::autograd::Function<NarrowConv> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                        const Tensor& weight, int64_t stride, int64_t padding) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor narrow = weight.to(x.scalar_type());
+    ctx->save_for_backward({x, narrow});
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dtype"] = weight.scalar_type();
+    return narrow_conv2d(x, narrow, stride, padding);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const int64_t stride = ctx->saved_data["stride"].toInt();
+    const int64_t padding = ctx->saved_data["padding"].toInt();
+    TORCH_CHECK(!grads[0].requires_grad(), "narrow_conv2d is differentiable once");
+    const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
+    Tensor grad_x, grad_w;
+    if (ctx->needs_input_grad(0)) {
+      grad_x = std::get<0>(at::convolution_backward(
+          grad_y, x, weight, c10::nullopt, {stride, stride}, {padding, padding}, {1, 1}, false,
+          {0, 0}, 1, {true, false, false}));
+    }
+    if (ctx->needs_input_grad(1)) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      grad_w = conv_weight_grad(grad_y, x, weight.size(2), stride, padding)
+                   .to(ctx->saved_data["dtype"].toScalarType());
+    }
+    return {grad_x, grad_w, Tensor(), Tensor()};
+  }
+};
+
+Tensor narrow_conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride,
+                              int64_t padding) {
+  return NarrowConv::apply(x, weight, stride, padding);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastokd, CPU, m) { m.impl("conv_weight_grad", conv_weight_grad); }
+TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
+  m.impl("narrow_conv2d", narrow_conv2d);
+  m.impl("conv_weight_grad", conv_weight_grad);
+}
+
+TORCH_LIBRARY_IMPL(fastokd, AutogradCPU, m) {
+  m.impl("narrow_conv2d", narrow_conv2d_autograd);
+  m.impl("conv_weight_grad", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace fastokd

@@ -40,12 +40,21 @@ def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
         each = (8 if wide else 4) if N <= 4 else (4 if wide else 2) if N <= 8 else 1
         limit = 2048 if N <= 4 else 1024 if N <= 8 else 256
     else:
-        few = N <= 4 or (wide and N == 5)
-        each, limit = (8, 2048) if few else (4, 1024)
+        each, limit = (8, 2048) if N <= 4 or (wide and N == 5) else (4, 1024)
     block = max(triton.next_power_of_2(C), 4 * warp)
-    if block > limit:
-        block = min(limit, 1024)
+    if N > 8 and block > limit:  # between sweeps there is more to keep
+        if pairs:
+            return (256 if wide else 512), 8
+        return 512, (8 if wide else 4)
+    block = min(block, 1024) if block > limit else block
+    if N > 8 and not wide and block > 256:
+        return block, 8
     return block, max(block // (each * warp), (2 if wide else 4) if N > 8 else 1)
+
+
+def query_columns(tile: int, warp: int) -> int:
+    """Columns of queries and keys that a program multiplies at once, for a tile of peers."""
+    return 64 if tile <= 8 else (16 if warp == 32 else 4)
 
 
 def compiler_options(warps: int, warp: int) -> dict[str, int]:

@@ -22,14 +22,13 @@ def log_probs(rows, tops, totals, inv_T):
 @triton.jit
 def log_target(log_p, log_mix):
     """log sum_n mix_n p_n, never through an underflowed sum."""
-    top = tl.zeros_like(log_p[0]) + PAD
+    terms, top = (), tl.zeros_like(log_p[0]) + PAD
     for n in tl.static_range(len(log_p)):
-        heard = log_mix[n] != UNHEARD
-        top = tl.where(heard, tl.maximum(top, log_p[n] + log_mix[n]), top)
+        terms += (tl.where(log_mix[n] != UNHEARD, log_p[n] + log_mix[n], PAD),)
+        top = tl.maximum(top, terms[n])
     total = tl.zeros_like(top)
     for n in tl.static_range(len(log_p)):
-        term = tl.where(log_mix[n] != UNHEARD, log_p[n] + log_mix[n], PAD)
-        total += tl.exp2((term - top) * LOG2E)
+        total += tl.exp2((terms[n] - top) * LOG2E)
     return top + tl.log(total)
 
 
@@ -126,6 +125,9 @@ def send_gradients(
     if MIXTURE_CE:
         mixed_grad += tl.exp2(u * LOG2E) * (mixture * stats[9] / stats[7]) - mixture * y
     sent = ()
+    # The student again, in words of which the compiler can't know that they are the same, lest the
+    # masks that picked its row live until here.
+    same = s + tl.program_id(1)
     for n in tl.static_range(len(rows)):
         grad = grads[n]
         if MIXED or PAIRED:
@@ -135,7 +137,7 @@ def send_gradients(
             # Not as mixed_row says it, lest the masks live from there to here.
             grad = tl.where(mix[n] > 1.0, grad, grad + share(mix[n], MIX) * g)
         if n >= FIRST and n < FIRST + COUNT:
-            grad = tl.where(s == n, grad + direct, grad)
+            grad = tl.where(same == n, grad + direct, grad)
         sent += (grad,)
     return sent, mixed_grad
 

@@ -56,20 +56,35 @@ def mixing_weights(scores, MIX: tl.constexpr):
 @triton.jit
 def entries(flat, s, N: tl.constexpr, TILE: tl.constexpr):
     """Student s's N numbers in a flattened score tile, each in a register of its own."""
-    cell = tl.arange(0, TILE * TILE)
+    column = tl.arange(0, TILE * TILE) - s * TILE
     parts = ()
     for n in tl.static_range(N):
-        parts += (tl.where(cell == s * TILE + n, flat, 0.0),)
+        parts += (tl.where(column == n, flat, 0.0),)
     return sums(parts)
+
+
+@triton.jit
+def entries_of_two(one, two, s, N: tl.constexpr, TILE: tl.constexpr):
+    """``entries`` of two score tiles, one mask serving both."""
+    column = tl.arange(0, TILE * TILE) - s * TILE
+    parts = ()
+    for n in tl.static_range(N):
+        parts += (tl.where(column == n, one, 0.0), tl.where(column == n, two, 0.0))
+    found = sums(parts)
+    first, second = (), ()
+    for n in tl.static_range(N):
+        first += (found[2 * n],)
+        second += (found[2 * n + 1],)
+    return first, second
 
 
 @triton.jit
 def with_entries(flat, s, values, TILE: tl.constexpr):
     """A flattened score tile with numbers added to student s's row."""
-    # In halves, lest the compiler see entries()'s masks in these and keep them from there to here.
-    column = (tl.arange(0, TILE * TILE) - s * TILE).to(tl.float32) * 0.5
+    # Counted down, lest the compiler see entries()'s masks in these and keep them all the while.
+    column = s * TILE - tl.arange(0, TILE * TILE)
     for n in tl.static_range(len(values)):
-        flat += tl.where(column == n * 0.5, values[n], 0.0)
+        flat += tl.where(column == -n, values[n], 0.0)
     return flat
 
 

@@ -14,6 +14,8 @@ def sums(tiles):
         return ()
     elif len(tiles) == 1:
         return (tl.sum(tiles[0], 0),)
+    elif len(tiles) > 8:  # more would need too many registers at once
+        return sums(tiles[0:8]) + sums(tiles[8:])
     else:
         pairs = ()
         for i in tl.static_range(len(tiles) // 2):
@@ -38,6 +40,8 @@ def maxima(tiles):
         return ()
     elif len(tiles) == 1:
         return (tl.max(tiles[0], 0),)
+    elif len(tiles) > 8:  # more would need too many registers at once
+        return maxima(tiles[0:8]) + maxima(tiles[8:])
     else:
         pairs = ()
         for i in tl.static_range(len(tiles) // 2):
@@ -56,8 +60,8 @@ def maxima(tiles):
 
 
 @triton.jit
-def load_rows(of, b, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr):
-    """``ROWS`` rows of sample ``b`` in fp32, PAD past column C.
+def load_rows(of, b, c0, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr):
+    """``ROWS`` rows of sample ``b`` in fp32 from column ``c0`` on, PAD past column C.
 
     ``of`` is a pointer and the strides of a row and of a sample. They count VEC elements each, so
     that the compiler knows every row's alignment without specialising on a number that may depend
@@ -65,21 +69,23 @@ def load_rows(of, b, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.constexp
     """
     width: tl.constexpr = (C + VEC - 1) // VEC * VEC
     out = ()
-    for i in tl.static_range(ROWS):
-        row = of[0] + (i * of[1].to(tl.int64) + b * of[2]) * VEC
-        x = tl.load(row + cols, mask=cols < width, other=0.0).to(tl.float32)
-        out += (tl.where(cols < C, x, PAD),)
+    # Row by row from c0, lest a sweep's loop keep every row's address in registers.
+    row = of[0] + c0 + b * of[2] * VEC
+    for _ in tl.static_range(ROWS):
+        x = tl.load(row + cols, mask=c0 + cols < width, other=0.0).to(tl.float32)
+        out += (tl.where(c0 + cols < C, x, PAD),)
+        row += of[1].to(tl.int64) * VEC
     return out
 
 
 @triton.jit
-def store_rows(ptr, pitch, b, cols, tiles, C: tl.constexpr, VEC: tl.constexpr):
+def store_rows(ptr, pitch, b, c0, cols, tiles, C: tl.constexpr, VEC: tl.constexpr):
     """The counterpart of ``load_rows`` for rows as ``empty_gradient`` lays them out.
 
     The padding of a padded row is overwritten.
     """
     width: tl.constexpr = (C + VEC - 1) // VEC * VEC
-    B = tl.num_programs(0).to(tl.int64)
+    row = ptr + c0 + b * pitch * VEC
     for i in tl.static_range(len(tiles)):
-        row = ptr + (i * B + b) * pitch * VEC
-        tl.store(row + cols, tiles[i].to(ptr.dtype.element_ty), mask=cols < width)
+        tl.store(row + cols, tiles[i].to(ptr.dtype.element_ty), mask=c0 + cols < width)
+        row += tl.num_programs(0).to(tl.int64) * pitch * VEC

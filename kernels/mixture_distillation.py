@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from fastokd.kernels import _layout, _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
-from fastokd.kernels._launch import Loss, compiler_options, plan, warp_size
+from fastokd.kernels._launch import Loss, compiler_options, plan, query_columns, warp_size
 from fastokd.kernels._layout import empty_gradient, row_layout
 from fastokd.kernels._reduce import reduce, weight
 from fastokd.kernels._tiles import load_rows, store_rows, sums
@@ -34,19 +34,19 @@ from torch import Tensor
 
 # The most students in one loop past 8 sources: each selects its row among as many, and masks live
 # in registers too.
-GROUP = tl.constexpr(16)
+GROUP = tl.constexpr(8)
 
 
 @triton.jit
 def _block(
-    z, x, labels, b, cols, S: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    z, x, labels, b, c0, cols, S: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     Z_VEC: tl.constexpr, X_VEC: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Every row and the labels over a block of classes; tensors come with their strides."""
-    rows = load_rows(z, b, cols, S, C, Z_VEC)
+    """Every row and the labels over a block of classes from c0 on; tensors come with their strides."""
+    rows = load_rows(z, b, c0, cols, S, C, Z_VEC)
     if E > 0:
-        rows += load_rows(x, b, cols, E, C, X_VEC)
-    return rows, _mixture_sums.labels_tile(labels, b, cols, C, SOFT)
+        rows += load_rows(x, b, c0, cols, E, C, X_VEC)
+    return rows, _mixture_sums.labels_tile(labels, b, c0 + cols, C, SOFT)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def mixture_distillation_kernel(
     GRADIENTS: tl.constexpr = GRAD_MIX or gz_ptr is not None or gx_ptr is not None
     DOTS: tl.constexpr = GRAD_MIX and (MIXTURE_CE or (MIX == "logits" and not DETACH))
     RESIDENT: tl.constexpr = BLOCK >= C
-    LOOPS: tl.constexpr = 1 if N <= 8 else (S + GROUP - 1) // GROUP
+    LOOPS: tl.constexpr = 1 if N <= 8 or not RESIDENT else (S + GROUP - 1) // GROUP
     EACH: tl.constexpr = (S + LOOPS - 1) // LOOPS
     # How many K_n a student has.
     PAIRS: tl.constexpr = 0 if MIX == "logits" else N
@@ -102,7 +102,7 @@ def mixture_distillation_kernel(
     cols = tl.arange(0, BLOCK)
 
     if RESIDENT:  # asked for first, to be on the way while the scores are worked out
-        rows, y = _block(z, x, labels, b, cols, S, E, C, Z_VEC, X_VEC, SOFT)
+        rows, y = _block(z, x, labels, b, 0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
     if D > 0:
         scores = attention_scores(score_ptr, key_ptr, b, P, D, TILE, D_TILE)
     else:
@@ -135,60 +135,71 @@ def mixture_distillation_kernel(
                     dots = sums(_mixture.products(rows, mixed_grad, DOTS))
                     grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
         if gz_ptr is not None:
-            store_rows(gz_ptr, gz_b, b, cols, grads[0:S], C, GZ_VEC)
+            store_rows(gz_ptr, gz_b, b, 0, cols, grads[0:S], C, GZ_VEC)
         if gx_ptr is not None:
-            store_rows(gx_ptr, gx_b, b, cols, grads[S:N], C, GX_VEC)
+            store_rows(gx_ptr, gx_b, b, 0, cols, grads[S:N], C, GX_VEC)
     else:
         log_sums = _mixture_sums.no_log_sums(TILE)
         for c0 in range(0, C, BLOCK):
-            rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+            rows, y = _block(z, x, labels, b, c0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
             more = _mixture_sums.no_stats(TILE)
-            for s in range(S):
-                mix = _mixture_sums.entries(mix_flat, s, N if USES_M else 0, TILE)
-                own = _mixture_sums.pick(rows[0:S], s, 0, S)
-                found = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
-                more = _mixture_sums.with_student(more, s, found, TILE)
+            for s0 in tl.static_range(0, S, EACH):
+                for s in range(s0, min(s0 + EACH, S)):
+                    mix = _mixture_sums.entries(mix_flat, s, N if USES_M else 0, TILE)
+                    own = _mixture_sums.pick(rows[0:S], s, s0, EACH)
+                    found = _mixture_sums.block_stats(own, rows, mix, y, inv_T, MIX, MIXTURE_CE)
+                    more = _mixture_sums.with_student(more, s, found, TILE)
             stats = _mixture_sums.merge_stats(stats, more, inv_T)
             if PAIRS > 0:
                 tops, totals = _mixture_sums.block_log_sums(rows, inv_T)
                 log_sums = _mixture_sums.merge_log_sums(log_sums, tops, totals, inv_T, TILE)
         if PAIRS > 0:
             for c0 in range(0, C, BLOCK):
-                rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+                rows, y = _block(z, x, labels, b, c0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
                 tops = _mixture_sums.unpacked(log_sums[0], N, TILE)
                 totals = _mixture_sums.unpacked(log_sums[1], N, TILE)
                 log_p = _mixture.log_probs(rows, tops, totals, inv_T)
-                for s in range(S):
-                    log_q = _mixture_sums.pick(log_p[0:S], s, 0, S)
-                    mix = _mixture_sums.entries(mix_flat, s, N, TILE)
-                    k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
-                    k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
+                for s0 in tl.static_range(0, S, EACH):
+                    for s in range(s0, min(s0 + EACH, S)):
+                        log_q = _mixture_sums.pick(log_p[0:S], s, s0, EACH)
+                        mix = _mixture_sums.entries(mix_flat, s, N, TILE)
+                        k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
+                        k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
+        # Here, to have fewer addresses in registers afterwards.
+        _mixture.store_losses(
+            loss_ptr, tl.reshape(mix_flat, [TILE, TILE]), stats, tl.reshape(k_flat, [TILE, TILE]),
+            T, b, S, TILE, MIX, MIXTURE_CE,
+        )  # fmt: skip
         if GRADIENTS:
             for c0 in range(0, C, BLOCK):
-                rows, y = _block(z, x, labels, b, c0 + cols, S, E, C, Z_VEC, X_VEC, SOFT)
+                rows, y = _block(z, x, labels, b, c0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
                 tops = _mixture_sums.unpacked(log_sums[0], PAIRS, TILE)
                 totals = _mixture_sums.unpacked(log_sums[1], PAIRS, TILE)
                 grads, log_p = _zeros(y, N), _mixture.log_probs(rows[0:PAIRS], tops, totals, inv_T)
-                for s in range(S):
-                    grads, mixed_grad = _mixture.send_gradients(
-                        grads, rows, _mixture_sums.pick(rows[0:S], s, 0, S),
-                        log_p, _mixture_sums.pick(log_p[0:S], s, 0, S), y,
-                        _mixture_sums.entries(mix_flat, s, N, TILE),
-                        _mixture_sums.of_student(stats, s, TILE),
-                        _mixture_sums.entries(k_flat, s, PAIRS, TILE),
-                        weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part, T, s,
-                        MIX, MIXTURE_CE, DETACH, 0, S,
-                    )  # fmt: skip
-                    dots = sums(_mixture.products(rows, mixed_grad, DOTS))
-                    grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
+                for s0 in tl.static_range(0, S, EACH):
+                    for s in range(s0, min(s0 + EACH, S)):
+                        if PAIRS > 0:
+                            mix, k = _mixture_sums.entries_of_two(mix_flat, k_flat, s, N, TILE)
+                        else:
+                            mix, k = _mixture_sums.entries(mix_flat, s, N, TILE), ()
+                        grads, mixed_grad = _mixture.send_gradients(
+                            grads, rows, _mixture_sums.pick(rows[0:S], s, s0, EACH),
+                            log_p, _mixture_sums.pick(log_p[0:S], s, s0, EACH), y,
+                            mix, _mixture_sums.of_student(stats, s, TILE), k,
+                            weight(ce, s) * part, weight(kd, s) * part, weight(mixture, s) * part,
+                            T, s, MIX, MIXTURE_CE, DETACH, s0, EACH,
+                        )  # fmt: skip
+                        dots = sums(_mixture.products(rows, mixed_grad, DOTS))
+                        grad_flat = _mixture_sums.with_entries(grad_flat, s, dots, TILE)
                 if gz_ptr is not None:
-                    store_rows(gz_ptr, gz_b, b, c0 + cols, grads[0:S], C, GZ_VEC)
+                    store_rows(gz_ptr, gz_b, b, c0, cols, grads[0:S], C, GZ_VEC)
                 if gx_ptr is not None:
-                    store_rows(gx_ptr, gx_b, b, c0 + cols, grads[S:N], C, GX_VEC)
+                    store_rows(gx_ptr, gx_b, b, c0, cols, grads[S:N], C, GX_VEC)
 
     k_tile = tl.reshape(k_flat, [TILE, TILE])
     mix_tile = tl.reshape(mix_flat, [TILE, TILE])
-    _mixture.store_losses(loss_ptr, mix_tile, stats, k_tile, T, b, S, TILE, MIX, MIXTURE_CE)
+    if RESIDENT:
+        _mixture.store_losses(loss_ptr, mix_tile, stats, k_tile, T, b, S, TILE, MIX, MIXTURE_CE)
     if GRAD_MIX:
         grad_mix = tl.reshape(grad_flat, [TILE, TILE])
         if PAIRS > 0 and not DETACH:
@@ -241,7 +252,7 @@ def run(
             losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
             S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
             loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
-            block, tile, 4096 // tile**2 if tile > 8 else 64,
+            block, tile, query_columns(tile, warp),
             **compiler_options(warps, warp),
         )  # fmt: skip
     return losses_3SB

@@ -10,11 +10,8 @@ torch rounds it to bfloat16. It pays on a CPU with AVX-512 BF16; elsewhere torch
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastokd.ops import _cpp
@@ -57,7 +54,7 @@ def conv2d(
     """
     if impl == "torch" or not _fast(x_BCHW, weight_OCKK):
         return F.conv2d(x_BCHW, weight_OCKK, bias_O, stride, padding)
-    y_BCHW: Tensor = _Conv2d.apply(x_BCHW, weight_OCKK, stride, padding)
+    y_BCHW: Tensor = torch.ops.fastokd.narrow_conv2d(x_BCHW, weight_OCKK, stride, padding)
     return y_BCHW if bias_O is None else y_BCHW + bias_O.to(y_BCHW.dtype)[:, None, None]
 
 
@@ -75,38 +72,17 @@ def _fast(x_BCHW: Tensor, weight_OCKK: Tensor) -> bool:
     )
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        narrow = weight.to(x_BCHW.dtype)
-        ctx.save_for_backward(x_BCHW, narrow)
-        ctx.geometry = stride, padding
-        ctx.dtype = weight.dtype
-        return F.conv2d(x_BCHW, narrow, None, stride, padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x_BCHW, weight = ctx.saved_tensors
-        stride, padding = ctx.geometry
-        grad_y = grad_y.contiguous(memory_format=torch.channels_last)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad_y, x_BCHW, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
-                1, [True, False, False],
-            )[0]  # fmt: skip
-        grad_w = torch.ops.fastokd.conv_weight_grad(
-            grad_y, x_BCHW, weight.shape[2], stride, padding
-        )
-        return grad_x, grad_w.to(ctx.dtype), None, None
-
-
 def _fake(grad_y: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     shape = (grad_y.shape[1], kernel, kernel, x.shape[1])
     return x.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
+def _fake_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
+
+
+# Its autograd is C++ too (csrc/conv_weight_grad.cpp): a network calls it once a layer.
+define("narrow_conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
 define(
     "conv_weight_grad(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor",
     _fake,

@@ -156,7 +156,7 @@ def test_more_ranks_than_images_of_the_last_batch(root: Path, loader: str) -> No
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("fault", ["gone", "cut", "changed", "empty"])
+@pytest.mark.parametrize("fault", ["gone", "cut", "grown", "changed", "empty"])
 def test_a_file_that_rots_is_named_after_the_batches_before_it(
     root: Path, tmp_path: Path, loader: str, fault: str
 ) -> None:
@@ -169,8 +169,10 @@ def test_a_file_that_rots_is_named_after_the_batches_before_it(
     if fault == "gone":
         victim.unlink()
     elif fault == "cut":
-        # A crop at the top would decode well without the end.
         victim.write_bytes(content[:-400])
+    elif fault == "grown":
+        # It decodes as before, and isn't what was prepared; as a crop above a cut would.
+        victim.write_bytes(content + b"more")
     elif fault == "changed":
         victim.write_bytes(b"x" * len(content))
     else:

@@ -48,7 +48,8 @@ def root(tmp_path: Path) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(folder / "exif.JPEG", exif=exif)
-    (folder / "cut.JPEG").write_bytes(whole[: len(whole) // 2])
+    for split in ("train", "val"):  # whose colours are counted, and whose aren't
+        (root / split / folder.name / "cut.JPEG").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.JPEG").write_bytes(b"")
     (folder / "text.JPEG").write_text("not an image")
     image.save(folder / "gif.JPEG", "GIF")
@@ -61,6 +62,7 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, workers: int) ->
     done = prepare(root, workers=workers, quiet=True)
     folder = "train/n00000000/"
     faults = {entry.path: entry.fault for entry in done.manifest.quarantined()}
+    assert faults.pop("val/n00000000/cut.JPEG").startswith(BAD["cut.JPEG"])
     assert set(faults) == {folder + name for name in BAD}
     for name, fault in BAD.items():
         assert faults[folder + name].startswith(fault), name
@@ -69,7 +71,7 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, workers: int) ->
     for loader in ("dali", "torchvision"):
         splits = load_dataset("imagenet", root, image_size=32, eval_resize=37, loader=loader)
         assert isinstance(splits.train, DiskSplit)
-        assert "5 of 24 files are quarantined" in splits.note
+        assert "6 of 25 files are quarantined" in splits.note
         names = {splits.train.path(i).name for i in range(len(splits.train))}
         assert set(GOOD) <= names
         assert not set(BAD) & names
@@ -79,6 +81,7 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, workers: int) ->
 def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
     for name in BAD:
         (root / "train" / "n00000000" / name).unlink()
+    (root / "val" / "n00000000" / "cut.JPEG").unlink()
     manifest = prepare(root, quiet=True).manifest
     theirs = ImageFolder(root / "train")
     entries = manifest.usable("train")
@@ -123,6 +126,7 @@ def test_folders_and_files_in_the_wrong_place(root: Path) -> None:
 
 def flatten(root: Path) -> list[tuple[str, str]]:
     """``val/`` as ILSVRC ships it, its images in an order that mixes the classes."""
+    (root / "val" / "n00000000" / "cut.JPEG").unlink()
     images = sorted((root / "val").rglob("*.JPEG"), key=lambda path: path.name[::-1])
     truth = []
     for number, image in enumerate(images, start=1):
@@ -290,9 +294,9 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command(["prepare", "imagenet", "--data-root", str(root), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["images"] == {"train": 15, "val": 4, "test": 0}
-    assert len(facts["quarantined"]) == 5
+    assert len(facts["quarantined"]) == 6
     assert cli.run_command(["prepare", str(root)]) == 0
-    assert "quarantined, 5 files that no run will read:" in capsys.readouterr().out
+    assert "quarantined, 6 files that no run will read:" in capsys.readouterr().out
     assert cli.run_command(["prepare", "imagenet"]) == 2
     assert "give --data-root DIR" in capsys.readouterr().err
     assert cli.run_command(["prepare", str(root), "--data-root", str(root)]) == 2
