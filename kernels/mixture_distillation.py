@@ -86,7 +86,9 @@ def mixture_distillation_kernel(
     GRADIENTS: tl.constexpr = GRAD_MIX or gz_ptr is not None or gx_ptr is not None
     DOTS: tl.constexpr = GRAD_MIX and (MIXTURE_CE or (MIX == "logits" and not DETACH))
     RESIDENT: tl.constexpr = BLOCK >= C
-    LOOPS: tl.constexpr = 1 if N <= 8 or not RESIDENT else (S + GROUP - 1) // GROUP
+    LOOPS: tl.constexpr = (
+        1 if N <= 8 or not RESIDENT else (S + GROUP - 1) // GROUP if E == 0 else (S + 2) // 3
+    )
     EACH: tl.constexpr = (S + LOOPS - 1) // LOOPS
     # How many K_n a student has.
     PAIRS: tl.constexpr = 0 if MIX == "logits" else N
