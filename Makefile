@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test proofs proofs-compiled bench lint clean
+.PHONY: install demo test proofs bench lint clean
 
 install: $(STAMP)
 
@@ -23,17 +23,12 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not proof" --ignore=tests/proofs tests
+	$(BIN)/python -m pytest -q -m "not proof" tests
 
 proofs: install
-	$(BIN)/python -m pytest -q -m proof --ignore=tests/proofs tests
+	$(BIN)/python -m pytest -q -m proof tests
 
-# The compile matrix for GPUs that are not there; its length on 2 cores is not known yet.
-proofs-compiled: install
-	$(BIN)/python -m pytest -q tests/proofs
-
-# Training steps against the published loops, then each kernel against its eager form. Each prints
-# its own table; only a quiet machine gives figures.
+# Each prints its own table; a quiet machine gives the better figures.
 bench: install
 	mkdir -p build
 	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_step_*.py' \

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import pytest
 
 from tests.proofs.kernel_cases import CASES, mixture
-from tests.proofs.offline import Facts, compiling_for, facts
+from tests.proofs.offline import TARGETS, Facts, compiling_for, facts
 
 JOBS = [(name, target) for name, case in CASES.items() for target in case.targets]
 Compiled = dict[tuple[str, str], "Future[list[Facts]]"]
@@ -63,15 +63,21 @@ def test_another_batch_does_not_recompile() -> None:
 
 def _table() -> None:
     pool, found = compile_all()
-    print("| launch | target | warps | registers | spills | loads | stores |")
-    print("|---|---|---|---|---|---|---|")
-    for (name, target), future in found.items():
-        main = future.result()[0]
-        print(
-            f"| {name} | {target} | {main.warps} | {main.registers} | {main.spills} "
-            f"| {main.width('loads')} B | {main.width('stores')} B |",
-            flush=True,
+    print(f"| launch | warps | registers on {', '.join(TARGETS)} | spills | loads | stores |")
+    print("|---|---|---|---|---|---|")
+    for name, case in CASES.items():
+        of = {target: found[name, target].result()[0] for target in case.targets}
+        registers = ", ".join(str(of[t].registers) if t in of else "-" for t in TARGETS)
+        warps, spills, loads, stores = (
+            ", ".join(dict.fromkeys(str(fact(kernel)) for kernel in of.values()))
+            for fact in (
+                lambda kernel: kernel.warps,
+                lambda kernel: kernel.spills,
+                lambda kernel: f"{kernel.width('loads')} B",
+                lambda kernel: f"{kernel.width('stores')} B",
+            )
         )
+        print(f"| {name} | {warps} | {registers} | {spills} | {loads} | {stores} |", flush=True)
     pool.shutdown()
 
 

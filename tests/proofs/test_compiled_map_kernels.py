@@ -1,6 +1,6 @@
 """Machine code of the kernels on maps, for GPUs that aren't here.
 
-``python -m tests.proofs.test_compiled_map_kernels`` prints the table of docs/map_kernels.md.
+``python -m tests.proofs.test_compiled_map_kernels`` prints the table of docs/kernels.md.
 """
 
 from __future__ import annotations

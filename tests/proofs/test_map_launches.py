@@ -1,6 +1,6 @@
 """Launches and bytes of FFSD's map losses and fusion step, eager as in reference/ and fused: counted.
 
-``python -m tests.proofs.test_map_launches`` prints the figures of docs/map_kernels.md.
+``python -m tests.proofs.test_map_launches`` prints the figures of docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 from fastokd.ops import _cpp
 
 OPS = Path(__file__).parent.parent / "ops"
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+# -O1 comes last and so counts: it finds the same and compiles in half the time.
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
 
 
 def library(name: str) -> str:
@@ -43,15 +44,17 @@ def test_the_ops_are_clean_under_sanitizers(tmp_path: Path, cpp_ops: None) -> No
         check=False,
         env={
             **os.environ,
-            "FASTOKD_CACHE": str(tmp_path),
+            "FASTOKD_CACHE": str(tmp_path / "cache"),
             "FASTOKD_CXXFLAGS": FLAGS,
             "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
-            "ASAN_OPTIONS": "detect_leaks=0,abort_on_error=0",
+            # Into files, since pytest captures what a process says before it dies.
+            "ASAN_OPTIONS": f"detect_leaks=0,abort_on_error=0,log_path={tmp_path}/said",
+            "UBSAN_OPTIONS": f"print_stacktrace=1,log_path={tmp_path}/said",
             "OMP_NUM_THREADS": "2",
         },
     )
-    said = run.stdout[-4000:] + run.stderr[-4000:]
+    reports = [path.read_text() for path in tmp_path.glob("said*")]
+    said = run.stdout[-4000:] + run.stderr[-4000:] + "".join(reports)
+    assert not reports, said
     assert run.returncode == 0, said
     assert "passed" in run.stdout
-    assert "Sanitizer" not in said
-    assert "runtime error" not in said
