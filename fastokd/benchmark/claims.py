@@ -70,6 +70,7 @@ CLAIMS = {
             batch_size=16,
             at_least=2.5,
             share=0.78,
+            steps=6,
         ),
         Claim(
             "by_hand",

@@ -29,7 +29,8 @@ from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
 from fastokd.session import RunOptions, Session
 
 SLACK, TINY, LOSS_TINY, FLOOR = 2.0, 1e-2, 1e-3, 0.05
-BATCH = 16
+# Of small images, and of large ones, where float64 takes its time.
+BATCH, LARGE_BATCH = 16, 4
 # Fresh classifiers give flat softmaxes, in which a wrong distillation term hardly shows.
 SHARPER = 8.0
 
@@ -56,7 +57,8 @@ def agreement(of: Recipe, options: RunOptions) -> Agreement:
     Raises:
         UserError: what either raises when it is built.
     """
-    of = dataclasses.replace(of, batch_size=min(of.batch_size, BATCH))
+    most = BATCH if of.image_size <= 64 else LARGE_BATCH
+    of = dataclasses.replace(of, batch_size=min(of.batch_size, most))
     ours = OurLoop(of, options)
     plain = PublishedLoop.drawn(of, dataclasses.replace(options, precision=ours.precision))
     exact = PublishedLoop.drawn(of, dataclasses.replace(options, precision="fp32"))

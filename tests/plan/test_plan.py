@@ -194,5 +194,8 @@ def test_a_cpus_products_are_measured_in_cache() -> None:
     assert (cut.n, cut.k, dtype) == (16, 144, torch.float32)
     assert 4 * (cut.m * 144 + 144 * 16 + cut.m * 16) <= devices.CACHED_BYTES
     assert seconds > 0
+    # The gradient of a narrow layer's weight: a long sum, cut too.
+    assert machine.product_seconds(Product(144, 16, 1 << 17), torch.float32) > 0
+    assert {(144, 16)} == {(p.m, p.n) for p, _ in machine.products if p.m == 144}
     # Depthwise windows have no arithmetic to speak of.
     assert machine.product_seconds(Product(4096, 1, 9, 128), torch.float32) == 0
