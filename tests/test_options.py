@@ -35,7 +35,7 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
     shutil.copytree(halfway.folder, tmp_path / "run")
     fastokd.train(small(), out=tmp_path / "run", resume=True, max_steps=3, quiet=True)
     facts = newest_checkpoint(tmp_path / "run" / "checkpoints")[2]
-    assert facts["how"] == {
+    begun = {
         "device": "cpu",
         "precision": "fp32",
         "engine": "grouped",
@@ -49,6 +49,7 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
         "ema": 0.9,
         "overfit_batch": False,
     }
+    assert begun.items() <= facts["how"].items()
 
 
 @pytest.mark.parametrize(

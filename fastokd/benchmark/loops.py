@@ -107,9 +107,10 @@ class OurLoop:
         with _FusedOps() as seen:
             self.step()
         fast = "triton" if self.device.type == "cuda" else "cpp"
-        losses = seen.names - {"fused_bn_act"}
-        impls = dict.fromkeys(sorted(losses), fast) or {"mixture_distillation": "torch"}
-        impls["fused_bn_act"] = fast if "fused_bn_act" in seen.names else "torch"
+        impls = dict.fromkeys(sorted(seen.names), fast)
+        if not seen.names & {"mixture_distillation", "peer_attention_distillation"}:
+            impls["mixture_distillation"] = "torch"
+        impls.setdefault("fused_bn_act", "torch")
         choice = self.session.choice
         return {"engine": choice.engine, "way": str(choice), "impls": impls}
 

@@ -1,6 +1,6 @@
 """Folders of images, one folder a class, decoded once into memory.
 
-For sets that fit there at the size they are trained at; ImageNet is streamed instead.
+For sets that fit there at the size they are trained at; others are streamed (``prepared.py``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def load_folder(root: Path | None, *, image_size: int) -> DatasetSplits:
     if total > MAX_BYTES:
         raise UserError(
             f"{root} at {image_size}x{image_size} takes {total / 2**30:.1f} GiB of memory, and at "
-            f"most {MAX_BYTES / 2**30:.0f} are taken: choose a smaller image_size"
+            f"most {MAX_BYTES / 2**30:.0f} are taken: choose a smaller image_size, or stream it from "
+            "disk with --set resized_crop=true --set crop_padding=0"
         )
     splits = {name: decode(listing, image_size) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])

@@ -108,8 +108,8 @@ def best_seconds(run: Callable[[], object], repeats: int = 5, least: float = 2e-
     return min(times)
 
 
-# What a matrix product is cut to along its longest side: about the second-level caches.
-CACHED_BYTES = 1 << 21
+# What a matrix product is cut to along its longest side: half of a second-level cache.
+CACHED_BYTES = 1 << 19
 # Working sets of the copies: from the nearest cache to far beyond the last.
 SIZES = tuple(1 << power for power in range(14, 29, 2))
 
@@ -164,24 +164,10 @@ class Cpu:
         m, n, k = _cut(product, torch.tensor([], dtype=dtype).element_size())
         key = (Product(m, n, k), dtype)
         if key not in self.products:
-            self.products[key] = 2 * m * n * k / best_seconds(_multiply(m, n, k, dtype))
+            a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
+            out = torch.empty(m, n, dtype=dtype)
+            self.products[key] = 2 * m * n * k / best_seconds(lambda: torch.mm(a, b, out=out))
         return product.flops / self.products[key]
-
-
-def _multiply(m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[], object]:
-    """``[m, k] @ [k, n]`` by the library that runs the convolutions: as a 1x1 convolution, or, where
-    the sum is the longest side, as the gradient of its weight."""
-    if k <= m:
-        x, weight = torch.ones(1, k, m, 1, dtype=dtype), torch.ones(n, k, 1, 1, dtype=dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return lambda: torch.conv2d(x, weight)
-    x, grad = (
-        torch.ones(1, channels, k, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        for channels in (m, n)
-    )
-    weight = torch.ones(n, m, 1, 1, dtype=dtype)
-    rest = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
-    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, *rest)
 
 
 def _cut(product: Product, size: int) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.methods import OptimGroup, Progress, create_method, method_class
 from fastokd.models import create_model
+from fastokd.ops import conv_weight_grad
 from fastokd.optimizers import create_optimizer
 from fastokd.plan.ops import Op, describe
 from fastokd.recipes import Recipe
@@ -175,9 +176,22 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
         bf16 = precision == "bf16" and engine != "vmap"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with record, autocast, record.named_layers():
-            total = method(cohort(images_BHWC), labels_B, progress).total
-        return _finish(record, modules, optimizers, [(total, optimizers)])
+        with torchs_convolutions():
+            with record, autocast, record.named_layers():
+                total = method(cohort(images_BHWC), labels_B, progress).total
+            return _finish(record, modules, optimizers, [(total, optimizers)])
+
+
+@contextmanager
+def torchs_convolutions() -> Iterator[None]:
+    """The C++ gradient of a narrow convolution reads values, which fake tensors don't have: within,
+    the layer is torch's, of the same arithmetic."""
+    fast = conv_weight_grad._fast
+    conv_weight_grad._fast = lambda *_: False
+    try:
+        yield
+    finally:
+        conv_weight_grad._fast = fast
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
-from fastokd.plan.trace import trace_ours, trace_reference
+from fastokd.plan.trace import torchs_convolutions, trace_ours, trace_reference
 from fastokd.recipes import recipe
 from fastokd.session import RunOptions
 
@@ -42,7 +42,7 @@ def test_our_step_is_counted_as_it_runs(name: str, engine: str, cpp_ops: None) -
     loop = OurLoop(of, RunOptions(engine=engine, precision="bf16"))
     session = loop.session
     session.begin_step(of.batch_size)
-    with Real() as real:
+    with torchs_convolutions(), Real() as real:
         with session.autocast():
             out = session.cohort(loop.images_BHWC)
             loss = session.method(out, loop.labels_B, session.progress)
