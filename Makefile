@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test proofs bench lint clean
+.PHONY: install demo test proofs test-faults bench lint clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ test: lint
 
 proofs: install
 	$(BIN)/python -m pytest -q -m proof tests
+
+# Three hundred kills, each resumed: minutes to an hour.
+test-faults: install
+	$(BIN)/python -m tests.faults.kill --kills 300
 
 # Each prints its own table; a quiet machine gives the better figures.
 bench: install

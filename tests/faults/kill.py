@@ -120,12 +120,12 @@ def kill_and_resume(
             child = in_a_child(lambda where=folder: begin_or_resume(where))
             deadline = time.monotonic() + draw.uniform(0, 1.1 * length)
             # Half of the kills wait for the next write, and come at a random moment of it.
-            in_write, further = draw.random() < 0.5, draw.uniform(0, 0.01)
+            in_write, further = draw.random() < 0.5, draw.uniform(0, 0.003)
             done, status = 0, 0
             while not done and (
                 time.monotonic() < deadline or (in_write and not is_writing(folder))
             ):
-                time.sleep(0.0003)
+                time.sleep(0.0001)
                 done, status = os.waitpid(child, os.WNOHANG)
             if in_write and not done:
                 time.sleep(further)
