@@ -271,4 +271,5 @@ def test_a_foreign_branch_cohort() -> None:
         output = cohort(x_BCHW)
         alone = cohort.student(1).eval()(x_BCHW)
     assert cohort.shape.trunk_channels == 256
-    assert torch.equal(output.logits_SBC[1], alone)
+    # What both students read is one convolution in the cohort, which rounds otherwise.
+    torch.testing.assert_close(output.logits_SBC[1], alone)
