@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -88,13 +87,38 @@ def test_epochs_scale_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     assert (values["milestones"], values["ramp_epochs"]) == ([15, 22], 8.0)
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    for command in ("train", "evaluate", "list", "model-info", "doctor"):
-        done = subprocess.run(
-            [sys.executable, "-m", "fastokd.cli", command, "--help"], capture_output=True, text=True
-        )
-        assert done.returncode == 0
-        assert f"Example: fastokd {command}" in done.stdout
+COMMANDS = [
+    "bench",
+    "convert",
+    "diff",
+    "doctor",
+    "evaluate",
+    "export",
+    "list",
+    "model-info",
+    "plan",
+    "predict",
+    "prepare",
+    "report",
+    "reproduce",
+    "train",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run_command([command, "--help"]) == 0
+    assert f"Example: fastokd {command}" in capsys.readouterr().out
+
+
+def test_no_command_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_command(["--help"]) == 0
+    listed = re.findall(
+        r"^  (\S+)  +\S", capsys.readouterr().out.split("Commands:")[1], re.MULTILINE
+    )
+    assert sorted(listed) == COMMANDS
 
 
 WRONG = [
