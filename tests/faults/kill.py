@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -101,11 +102,41 @@ def begin_or_resume(folder: Path) -> None:
     train(RECIPE, OPTIONS, out=folder, resume=begun)
 
 
+def wait_for_the_moment(
+    child: int, folder: Path, length: float, draw: random.Random
+) -> tuple[int, int]:
+    """Until the child shall be killed; what ``waitpid`` says of it.
+
+    Half of the moments are any, within the length of a run; the others are within its first, second,
+    ... or twelfth write from now on.
+    """
+    deadline = time.monotonic() + draw.uniform(0, 1.1 * length)
+    in_a_write, writes, further = draw.random() < 0.5, draw.randrange(12), draw.uniform(0, 0.003)
+    done, status, begun, was_writing = 0, 0, 0, True
+    while not done:
+        if in_a_write:
+            writing = is_writing(folder)
+            begun += writing and not was_writing
+            was_writing = writing
+            if begun > writes:
+                time.sleep(further)
+                return os.waitpid(child, os.WNOHANG)
+        elif time.monotonic() >= deadline:
+            break
+        time.sleep(0.0001)
+        done, status = os.waitpid(child, os.WNOHANG)
+    return done, status
+
+
 def kill_and_resume(
     kills: int, seed: int, place: Path, say: Callable[[str], None] = print
 ) -> Outcome:
     """Kills until so many kills are done, each run to its end."""
     _cpp.ensure_built()
+    # What every child would import: seconds each time.
+    for name in ("sklearn.datasets", "matplotlib.backends.backend_agg", "torchvision"):
+        importlib.import_module(name)
+    importlib.import_module("fastokd.report.page")
     whole = place / "whole"
     started = time.monotonic()
     _, status = os.waitpid(in_a_child(lambda: begin_or_resume(whole)), 0)
@@ -118,18 +149,7 @@ def kill_and_resume(
         folder = place / f"run{outcome.runs}"
         while True:
             child = in_a_child(lambda where=folder: begin_or_resume(where))
-            deadline = time.monotonic() + draw.uniform(0, 1.1 * length)
-            # Half of the kills wait for the next write, and come at a random moment of it.
-            in_write, further = draw.random() < 0.5, draw.uniform(0, 0.003)
-            done, status = 0, 0
-            while not done and (
-                time.monotonic() < deadline or (in_write and not is_writing(folder))
-            ):
-                time.sleep(0.0001)
-                done, status = os.waitpid(child, os.WNOHANG)
-            if in_write and not done:
-                time.sleep(further)
-                done, status = os.waitpid(child, os.WNOHANG)
+            done, status = wait_for_the_moment(child, folder, length, draw)
             if done and status == 0:
                 break
             if done:
