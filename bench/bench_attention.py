@@ -1,6 +1,6 @@
 """FFSD's map losses in C++ against their eager form in reference/, forward and backward.
 
-    python bench/bench_attention.py [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+    python -m bench.bench_attention [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 fp32 channels-last maps of ResNet-32's three stages at batch 128. Both programs run in turn on the
 same maps, after they have been found equal; a ratio is the median of the rounds' ratios. The last row

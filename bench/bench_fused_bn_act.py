@@ -1,6 +1,6 @@
 """fused_bn_act against PyTorch's BatchNorm + add + ReLU: alone, and inside a ResNet-32 step.
 
-    python bench/bench_fused_bn_act.py [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+    python -m bench.bench_fused_bn_act [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Both run in turn on the same bf16 channels-last maps, forward and backward, after they have been
 found equal; a ratio is the median of the rounds' ratios, its spread their quartiles. ``bound`` is
@@ -12,52 +12,19 @@ work ``--threads 1 --cpu-time`` counts the seconds on a core instead of the wall
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.turns import Clock, Row, in_turn, main, summary
 from fastokd.models import create_model
 from fastokd.models.layers import NormAct
-from fastokd.ops import _cpp, norm_act
+from fastokd.ops import norm_act
 
 # What the claim names, then the other stages of the CIFAR ResNets and one of ResNet-18's last.
 SHAPES = [(64, 64, 56, 56), (128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 512, 7, 7)]
-
-Row = dict[str, str | float]
-
-
-clock = time.perf_counter
-
-
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Each call's times in milliseconds, one of each a round, after three rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 3):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if i >= 3:
-                times[name].append(1e3 * (clock() - start))
-    return times
-
-
-def summary(what: str, times: dict[str, list[float]]) -> Row:
-    ratios = [a / b for a, b in zip(times["torch"], times["cpp"], strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    return {
-        "what": what,
-        **{f"{name}_ms": statistics.median(values) for name, values in times.items()},
-        "ratio": ratio,
-        "ratio_low": low,
-        "ratio_high": high,
-    }
 
 
 def check_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -67,7 +34,7 @@ def check_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert off.float().mean() < 0.01, f"{off.float().mean():.1%} of the values differ"
 
 
-def layer_row(shape: tuple[int, int, int, int], residual: bool, rounds: int) -> Row:
+def layer_row(shape: tuple[int, int, int, int], residual: bool, rounds: int, clock: Clock) -> Row:
     """One layer alone, forward and backward."""
     g = torch.Generator().manual_seed(0)
 
@@ -90,11 +57,12 @@ def layer_row(shape: tuple[int, int, int, int], residual: bool, rounds: int) -> 
     target = torch.empty_like(grad_y)
     times = in_turn(
         {
-            "torch": lambda: step(layers["torch"]),
+            "eager": lambda: step(layers["torch"]),
             "cpp": lambda: step(layers["cpp"]),
             "copy": lambda: target.copy_(grad_y),
         },
         rounds,
+        clock,
     )
     B, C, H, W = shape
     row = summary(f"{C}x{H}x{W} B {B}{' + residual' if residual else ''}", times)
@@ -105,7 +73,7 @@ def layer_row(shape: tuple[int, int, int, int], residual: bool, rounds: int) -> 
     return row
 
 
-def step_row(rounds: int, batch_size: int = 128) -> Row:
+def step_row(rounds: int, clock: Clock, batch_size: int = 128) -> Row:
     """A whole training step of ResNet-32 under bf16 autocast, SGD included."""
     model = create_model("resnet32", num_classes=100).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
@@ -127,45 +95,14 @@ def step_row(rounds: int, batch_size: int = 128) -> Row:
 
     theirs, ours = loss("torch").item(), loss("cpp").item()
     assert abs(theirs - ours) < 0.02 * theirs, (theirs, ours)
-    times = in_turn({"torch": lambda: step("torch"), "cpp": lambda: step("cpp")}, rounds)
+    times = in_turn({"eager": lambda: step("torch"), "cpp": lambda: step("cpp")}, rounds, clock)
     return summary(f"ResNet-32 step, B {batch_size}", times)
 
 
-def table(rows: list[Row]) -> str:
-    lines = [f"{'measured-cpu':32} torch ms   cpp ms  ratio (quartiles)   bound ms"]
-    for row in rows:
-        bound = f"{row['bound_ms']:9.3f}" if "bound_ms" in row else ""
-        lines.append(
-            f"{row['what']:32} {row['torch_ms']:8.3f} {row['cpp_ms']:8.3f}  {row['ratio']:5.2f} "
-            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) {bound}"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.cpu_time:
-        global clock
-        clock = time.process_time
-    reason = _cpp.ensure_built()
-    if reason is not None:
-        raise SystemExit(reason)
-    rows = [layer_row(s, residual, args.rounds) for residual in (False, True) for s in SHAPES]
-    rows.append(step_row(args.rounds))
-    print(table(rows))
-    print(
-        f"torch {torch.__version__}, {args.threads} threads, {_cpp.capability()}"
-        f", {'CPU' if args.cpu_time else 'wall'} time"
-    )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+def rows_of(rounds: int, clock: Clock) -> list[Row]:
+    rows = [layer_row(s, residual, rounds, clock) for residual in (False, True) for s in SHAPES]
+    return [*rows, step_row(rounds, clock)]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__ or "", rows_of)

@@ -1,6 +1,6 @@
 """The fusion step in C++ against concat, depthwise convolution, BatchNorm and ReLU in PyTorch.
 
-    python bench/bench_fusion_step.py [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+    python -m bench.bench_fusion_step [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Last maps of ResNet-32 at batch 128 in channels-last: two students' (FFSD's fusion, whose maps carry
 no gradient) and the leader's (its transfusion, whose map does). Forward and backward, both programs

@@ -1,6 +1,6 @@
 """Images a second: DALI against torchvision's loader on photographs, memory against it on CIFAR.
 
-    python bench/bench_loader.py --cores 2
+    python -m bench.bench_loader --cores 2
 
 Every loader runs in turn, ``--rounds`` times, on the same files and the same cores; the rate is that
 of the batches after a first quarter, when workers and caches are warm. Beside them, what the disk

@@ -1,6 +1,6 @@
 """OKDDip's loss head in C++ against the eager head of reference/, forward and backward.
 
-    python bench/bench_mixture_distillation.py [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+    python -m bench.bench_mixture_distillation [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Three peers and a leader, T = 3, fp32 on both sides, from logits, queries and keys to the gradients of
 all three: the attention's product is in both, the projections are in neither. Both run in turn in one

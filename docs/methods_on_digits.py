@@ -118,7 +118,7 @@ are taught by the baseline of seed 0, a network of their own size.
 
 {chr(10).join(rows)}
 
-Measured on {where['cpu'] or 'a CPU'}, fp32, torch {where['torch']}. Made and kept by
+measured-cpu on {where['cpu'] or 'a CPU'}, fp32, torch {where['torch']}. Made and kept by
 
     python docs/methods_on_digits.py
 """

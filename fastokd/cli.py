@@ -13,7 +13,19 @@ import typer
 
 from fastokd import cli_student
 from fastokd.cli_bench import bench, plan
-from fastokd.cli_prepare import Loader, Workers, prepare
+from fastokd.cli_options import (
+    DataRoot,
+    Device,
+    Download,
+    Engine,
+    Impl,
+    Json,
+    Loader,
+    MaxSteps,
+    Precision,
+    Workers,
+)
+from fastokd.cli_prepare import prepare
 from fastokd.errors import UserError, unknown_name
 from fastokd.interruption import Interrupted
 from fastokd.methods import register_method
@@ -27,15 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a cohort of students that teach each other, and keep the leader.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where the data sets lie.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, tf32 or fp32.")]
-Download = Annotated[bool, typer.Option(help="Fetch the data set where it is missing.")]
-Engine = Annotated[str, typer.Option(help="How the students run: auto, loop, grouped or vmap.")]
-Impl = Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")]
-MaxSteps = Annotated[int | None, typer.Option(help="Stop a run after so many steps.")]
 
 
 cli_student.register(app)
@@ -242,48 +245,6 @@ def reproduce(
         Console(width=None if sys.stdout.isatty() else 120).print(as_table(done))
 
 
-@app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
-    dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
-    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    loader: Loader = "auto",
-    workers: Workers = 0,
-    json_: Json = False,
-) -> None:
-    """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
-    from fastokd.evaluate import evaluate as score
-    from fastokd.session import RunOptions
-
-    options = RunOptions(
-        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
-    )
-    results = score(run, dataset=dataset, model=model, options=options)
-    if json_:
-        print(json.dumps(results))
-        return
-    for split, metrics in results.items():
-        for name, value in metrics.items():
-            print(f"{split} {name}: {_rounded(value)}")
-
-
-@app.command(epilog="Example: fastokd convert modelleader_best.pth --out resnet32.safetensors")
-def convert(
-    source: Annotated[Path, typer.Argument(help="An author's .pth; a run or its student, back.")],
-    out: Annotated[Path | None, typer.Option(help="The new file; beside the source.")] = None,
-    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
-    student: Annotated[int | None, typer.Option(help="Which student; the leader.")] = None,
-    paper: Annotated[str, typer.Option(help="Back to whose format: FFSD or OKDDip.")] = "FFSD",
-) -> None:
-    """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
-    from fastokd.convert import convert as turn
-
-    print("\n".join(turn(source, out, model=model, student=student, paper=paper)))
-
-
 @app.command(name="list", epilog="Example: fastokd list recipes --json")
 def list_(
     what: Annotated[str, typer.Argument(help="models, methods, datasets or recipes.")],
@@ -338,12 +299,6 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
                 print(f"  {key}: {inner}")
         else:
             print(f"{name}: {value}")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def _own_methods(arguments: list[str]) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from fastokd.cli_options import Json
+
 Students = Annotated[int | None, typer.Option(help="Networks, leader included.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 

@@ -10,9 +10,6 @@ import typer
 
 from fastokd.errors import UserError
 
-Loader = Annotated[str, typer.Option(help="Images on disk: auto, dali or torchvision.")]
-Workers = Annotated[int, typer.Option(help="Its threads or processes; 0: one a core.")]
-
 
 def prepare(
     folder: Annotated[Path, typer.Argument(help="The folder that holds train/; or imagenet.")],

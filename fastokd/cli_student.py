@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from fastokd.cli_options import DataRoot, Device, Json, Loader, Precision, Workers
+
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
 
@@ -84,9 +85,61 @@ def predict(
             print(f"  {100 * share:5.1f} %  {name}")
 
 
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
+    dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
+    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    loader: Loader = "auto",
+    workers: Workers = 0,
+    json_: Json = False,
+) -> None:
+    """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
+    from fastokd.evaluate import evaluate as score
+    from fastokd.session import RunOptions
+
+    options = RunOptions(
+        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
+    )
+    results = score(run, dataset=dataset, model=model, options=options)
+    if json_:
+        print(json.dumps(results))
+        return
+    for split, metrics in results.items():
+        for name, value in metrics.items():
+            print(f"{split} {name}: {_rounded(value)}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="An author's .pth; a run or its student, back.")],
+    out: Annotated[Path | None, typer.Option(help="The new file; beside the source.")] = None,
+    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
+    student: Annotated[int | None, typer.Option(help="Which student; the leader.")] = None,
+    paper: Annotated[str, typer.Option(help="Back to whose format: FFSD or OKDDip.")] = "FFSD",
+) -> None:
+    """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
+    from fastokd.convert import convert as turn
+
+    print("\n".join(turn(source, out, model=model, student=student, paper=paper)))
+
+
 def register(app: typer.Typer) -> None:
     """Adds them to the program."""
     app.command(epilog="Example: fastokd report runs/* -o report.html")(report)
     app.command(epilog="Example: fastokd diff runs/a runs/b")(diff)
     app.command(epilog="Example: fastokd export runs/RUN --to onnx")(export)
     app.command(epilog="Example: fastokd predict runs/RUN picture.jpg")(predict)
+    app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")(
+        evaluate
+    )
+    app.command(epilog="Example: fastokd convert modelleader_best.pth --out resnet32.safetensors")(
+        convert
+    )
