@@ -172,10 +172,12 @@ def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match="another run is at work"):
-            train(SMALL, OPTIONS, out=out)
-        assert not (out / "recipe.json").exists()
-        holder.kill()
+        try:
+            with pytest.raises(UserError, match="another run is at work"):
+                train(SMALL, OPTIONS, out=out)
+            assert not (out / "recipe.json").exists()
+        finally:
+            holder.kill()
     # A dead process holds nothing.
     train(SMALL, OPTIONS, out=out, max_steps=1)
 

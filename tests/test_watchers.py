@@ -32,6 +32,7 @@ def test_tensorboard_says_what_metrics_say(tmp_path: Path) -> None:
     for row in Run.load(out).metrics:
         for name, value in scalars(row):
             told = {event.step: event.value for event in events.Scalars(name)}
+            assert set(told) <= {row["step"] for row in Run.load(out).metrics}
             assert told[row["step"]] == pytest.approx(value, rel=1e-6), name
     assert "test/leader_top1" in events.Tags()["scalars"]
     assert "train/kd_S/0" in events.Tags()["scalars"]

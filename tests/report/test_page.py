@@ -78,7 +78,12 @@ def test_seeds_are_pooled_and_group_sizes_plotted(tmp_path: Path) -> None:
     assert "3 recipes compared" in page
     assert "group_size" in Elements(page).ids
     assert "70.10 ± 0.10" in page  # seeds 0, 1, 2 at 70.0, 70.1 and 70.2
-    assert len(pool_runs([Run.load(run) for run in runs])) == 3
+    pools = pool_runs([Run.load(run) for run in runs])
+    assert len(pools) == 3
+    epochs, means, deviations = pools[0].curve(lambda row: 100 * row["test"]["mean_top1"])
+    assert epochs == [1, 2, 3]
+    assert means == pytest.approx([50.1, 60.1, 70.1])
+    assert deviations == pytest.approx([0.1, 0.1, 0.1])
 
 
 def test_a_cell_of_the_papers_stands_beside_ours_and_says_that_it_is_short(tmp_path: Path) -> None:
