@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastokd.allocator import keep_freed_memory
 from fastokd.data import Augment, Split, dali
 from fastokd.data.manifest import read_manifest
 from fastokd.data.photographs import write_photographs
 from fastokd.data.prepared import IMAGENET_MEAN, IMAGENET_STD, load_prepared
 from fastokd.data.views import View
 from fastokd.prepare import prepare
+from fastokd.training.allocator import keep_freed_memory
 
 BATCH = 64
 CIFAR_BATCH = 128

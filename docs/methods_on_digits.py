@@ -19,7 +19,7 @@ from fastokd.device import environment, pick_device
 from fastokd.recipes import recipe
 from fastokd.report.statistics import Sample
 from fastokd.report.summary import summarise
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 from fastokd.sweep import parse_seeds, run_or_resume
 
 HERE = Path(__file__).parent

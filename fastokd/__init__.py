@@ -10,8 +10,8 @@ from fastokd.errors import UserError
 from fastokd.methods import Method, MethodLoss, list_methods
 from fastokd.models import list_models
 from fastokd.recipes import Recipe, list_recipes, recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 from fastokd.evaluate import evaluate  # isort: skip
 from fastokd.train import train  # isort: skip

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd import cli_student
-from fastokd.cli_bench import bench, plan
-from fastokd.cli_options import (
+from fastokd.commands import student as cli_student
+from fastokd.commands.bench import bench, plan
+from fastokd.commands.options import (
     DataRoot,
     Device,
     Download,
@@ -25,10 +25,10 @@ from fastokd.cli_options import (
     Precision,
     Workers,
 )
-from fastokd.cli_prepare import prepare
+from fastokd.commands.prepare import prepare
 from fastokd.errors import UserError, unknown_name
-from fastokd.interruption import Interrupted
 from fastokd.methods import register_method
+from fastokd.training.interruption import Interrupted
 
 INTERRUPTED = 130  # by ^C, as shells have it
 
@@ -124,9 +124,9 @@ def train(
     With several --seeds, or several values to a --set: a folder for each run and an index; the same
     command again goes on with what is missing.
     """
-    from fastokd.session import RunOptions
     from fastokd.sweep import parse_seeds, parse_settings, plan, run_all, sweep_folder
     from fastokd.train import train as run
+    from fastokd.training.session import RunOptions
 
     changes: dict[str, Any] = {
         "epochs": epochs,
@@ -223,8 +223,8 @@ def reproduce(
 
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
-    from fastokd.session import RunOptions
     from fastokd.sweep import parse_seeds
+    from fastokd.training.session import RunOptions
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
     options = RunOptions(

@@ -11,7 +11,7 @@ from fastokd.device import pick_device, pick_precision
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import IMPLS, choose, unavailable
 from fastokd.ops.fused_bn_act import ON_A_GPU
-from fastokd.optimizers import apex_missing
+from fastokd.training.optimizers import apex_missing
 
 OPS = (
     "mixture_distillation",

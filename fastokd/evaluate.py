@@ -17,7 +17,7 @@ from fastokd.errors import UserError
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
 from fastokd.recipes import Recipe
-from fastokd.session import RunOptions, Session, evaluation_stream
+from fastokd.training.session import RunOptions, Session, evaluation_stream
 
 
 @torch.no_grad()

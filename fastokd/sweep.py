@@ -16,10 +16,10 @@ from fastokd.errors import UserError, unknown_name
 from fastokd.methods import option_defaults
 from fastokd.recipes import Recipe, recipe
 from fastokd.report.summary import summarise
-from fastokd.run_folder import Run, RunFolder
-from fastokd.session import RunOptions
 from fastokd.student_file import STUDENT
 from fastokd.train import train
+from fastokd.training.run_folder import Run, RunFolder
+from fastokd.training.session import RunOptions
 
 INDEX = "index.json"
 

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastokd.display import Display
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
-from fastokd.interruption import Keeper, StopRequest
-from fastokd.out_of_memory import saying_what_fits
 from fastokd.recipes import Recipe
-from fastokd.run_folder import Run, RunFolder
-from fastokd.session import RunOptions, Session
-from fastokd.step import training_step
-from fastokd.tuning import tune
-from fastokd.watchers import check_installed, watchers
+from fastokd.training.display import Display
+from fastokd.training.interruption import Keeper, StopRequest
+from fastokd.training.out_of_memory import saying_what_fits
+from fastokd.training.run_folder import Run, RunFolder
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.step import training_step
+from fastokd.training.tuning import tune
+from fastokd.training.watchers import check_installed, watchers
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 

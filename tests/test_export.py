@@ -21,10 +21,10 @@ from fastokd.errors import UserError
 from fastokd.export import FORMATS, checked, export
 from fastokd.predict import predict
 from fastokd.recipes import recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
 from fastokd.student_file import read_weights
 from fastokd.train import train
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 SHORT = RunOptions(max_steps=2, quiet=True, engine="loop", precision="fp32", device="cpu")
 

@@ -13,8 +13,8 @@ import fastokd
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe, recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions, Session
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions, Session
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop"}
 

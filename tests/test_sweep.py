@@ -10,8 +10,8 @@ import pytest
 from fastokd import sweep
 from fastokd.cli import run_command
 from fastokd.errors import UserError
-from fastokd.session import RunOptions
 from fastokd.sweep import parse_seeds, parse_settings, plan, resolve, run_all
+from fastokd.training.session import RunOptions
 from tests.report.fake import FakeTrain
 
 DIGITS = "okddip-branch/resnet8/digits"

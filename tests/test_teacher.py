@@ -17,11 +17,11 @@ from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.recipes import recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
 from fastokd.student_file import read_weights, student_facts
 from fastokd.teacher import build_teacher, find_teacher
 from fastokd.train import train
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 KD = "kd/resnet8/digits"
 SHORT = RunOptions(max_steps=2, quiet=True, engine="loop", precision="fp32", device="cpu")
@@ -96,7 +96,7 @@ def test_the_default_folder_is_found(
 def test_the_default_folder_is_where_its_recipe_trains() -> None:
     r = recipe("kd/resnet32/cifar100")
     default = teacher.default_path(r)
-    from fastokd.session import run_path
+    from fastokd.training.session import run_path
 
     assert run_path(recipe(r.teacher), RunOptions()) == default
 

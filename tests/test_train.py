@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import fastokd
-from fastokd import parts, run_folder
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions, Session
-from fastokd.state import as_state
 from fastokd.train import training_step
+from fastokd.training import parts, run_folder
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.state import as_state
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop"}
 
@@ -263,7 +263,7 @@ class TestRefusals:
             fastokd.train(small(), out=tmp_path / "run", optimizer="apex-sgd", **QUICK)
 
     def test_apex_of_another_make(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fastokd import optimizers
+        from fastokd.training import optimizers
 
         monkeypatch.setattr(optimizers.metadata, "version", lambda name: "0.9.10dev")
         assert "isn't NVIDIA's" in (optimizers.apex_missing() or "")

@@ -26,7 +26,7 @@ from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
-from fastokd.session import RunOptions, Session
+from fastokd.training.session import RunOptions, Session
 
 SLACK, TINY, LOSS_TINY, FLOOR = 2.0, 1e-2, 1e-3, 0.05
 # Of small images, and of large ones, where float64 takes its time.

@@ -29,9 +29,9 @@ from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
-from fastokd.session import RunOptions, Session
 from fastokd.train import training_step
-from fastokd.tuning import tune
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.tuning import tune
 
 # Steps of CIFAR's recipes.
 LONG_RUN = 300 * 391

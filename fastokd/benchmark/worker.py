@@ -26,7 +26,7 @@ from fastokd.benchmark.peak import synchronize
 from fastokd.device import pick_device
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,

@@ -1,7 +1,7 @@
 """Which engine is the fastest here: what is tried, what it measured, and the choice.
 
 Nothing is assumed: grouped convolutions and compiled code win on some machines and lose on others.
-This file knows no session; :mod:`fastokd.tuning` measures with one.
+This file knows no session; :mod:`fastokd.training.tuning` measures with one.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from fastokd.checkpoint import sync_folder, write_durably
 from fastokd.errors import UserError, unknown_name
 from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.export.hub import HUB
-from fastokd.run_folder import RunFolder
-from fastokd.session import RunOptions, evaluation_stream, load_splits
 from fastokd.student_file import Weights, read_weights
+from fastokd.training.run_folder import RunFolder
+from fastokd.training.session import RunOptions, evaluation_stream, load_splits
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}
 ABOUT = "student.json"

@@ -19,8 +19,8 @@ from fastokd.export.formats import (
     write_safetensors,
 )
 from fastokd.models import Student
-from fastokd.run_folder import RunFolder
 from fastokd.student_file import Weights
+from fastokd.training.run_folder import RunFolder
 
 FILE = "model.safetensors"
 TIMM = """```python

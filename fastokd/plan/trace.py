@@ -24,11 +24,11 @@ from fastokd.errors import UserError
 from fastokd.methods import OptimGroup, Progress, create_method, method_class
 from fastokd.models import create_model
 from fastokd.ops import conv_weight_grad
-from fastokd.optimizers import create_optimizer
 from fastokd.plan.ops import Op, describe
 from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
 from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
+from fastokd.training.optimizers import create_optimizer
 
 CHANNELS_LAST = torch.channels_last
 

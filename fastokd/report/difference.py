@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.report.summary import summarise
-from fastokd.run_folder import Run
+from fastokd.training.run_folder import Run
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:

@@ -15,7 +15,7 @@ from fastokd.recipes import recipe
 from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.statistics import Sample, welch
-from fastokd.run_folder import Run
+from fastokd.training.run_folder import Run
 
 CAPTIONS = {
     "loss": "The loss that is trained, summed over the students.",

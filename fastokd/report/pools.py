@@ -12,7 +12,7 @@ from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.report.statistics import Sample
 from fastokd.report.summary import summarise
-from fastokd.run_folder import Run
+from fastokd.training.run_folder import Run
 
 Row = dict[str, Any]
 

@@ -16,9 +16,9 @@ from fastokd.methods import method_class
 from fastokd.recipes import Recipe, recipe
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.summary import Summary, summarise
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
 from fastokd.sweep import Planned, run_all
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 ANOTHER_TASK = "another task"
 

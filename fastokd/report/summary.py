@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
-from fastokd.run_folder import Run
+from fastokd.training.run_folder import Run
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from fastokd.benchmark import loops
 from fastokd.benchmark.equality import agreement
 from fastokd.recipes import recipe
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 
 NAMES = (
     "okddip-branch/resnet8/cifar100",

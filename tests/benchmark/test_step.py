@@ -15,7 +15,7 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.facts import __file__ as FACTS
 from fastokd.recipes import recipe
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 
 TINY = "okddip-branch/resnet8/digits"
 KEYS = {

@@ -22,7 +22,7 @@ from fastokd.errors import DataFileError
 from fastokd.models import create_model
 from fastokd.prepare import prepare
 from fastokd.recipes import Recipe, list_recipes, recipe
-from fastokd.session import RunOptions, Session
+from fastokd.training.session import RunOptions, Session
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}
 

@@ -9,9 +9,9 @@ import pytest
 
 from fastokd.methods import list_methods, method_class
 from fastokd.recipes import recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
 from fastokd.train import train
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 QUICK = RunOptions(device="cpu", precision="fp32", engine="loop", eval_every=2, quiet=True)
 # FFSD's two epochs are in test_ffsd.py; baseline's are the teacher's.

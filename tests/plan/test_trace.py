@@ -13,7 +13,7 @@ from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
 from fastokd.plan.trace import torchs_convolutions, trace_ours, trace_reference
 from fastokd.recipes import recipe
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 
 TINY = "okddip-branch/resnet8/cifar100"
 

@@ -11,8 +11,8 @@ from typing import Any
 from fastokd.checkpoint import save_checkpoint
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 
 Accuracy = Callable[[Recipe, int], float]
 

@@ -18,8 +18,8 @@ from fastokd.report.difference import diff_runs
 from fastokd.report.page import report
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
-from fastokd.run_folder import Run
-from fastokd.session import RunOptions
+from fastokd.training.run_folder import Run
+from fastokd.training.session import RunOptions
 from tests.report.fake import FakeTrain
 
 EPOCHS = 3

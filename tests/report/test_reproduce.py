@@ -17,7 +17,7 @@ from fastokd.errors import UserError
 from fastokd.recipes import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
 from fastokd.report.summary import summarise
-from fastokd.session import RunOptions
+from fastokd.training.session import RunOptions
 from tests.report.fake import FakeTrain
 
 

@@ -12,8 +12,8 @@ import torch
 
 from fastokd.data import DatasetSplits, Split
 from fastokd.recipes import Recipe
-from fastokd.session import RunOptions, Session
-from fastokd.tuning import TIMED_STEPS, time_steps
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.tuning import TIMED_STEPS, time_steps
 
 
 def work(job: dict[str, Any]) -> dict[str, float]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastokd.captured import CapturedStep
 from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, Progress
+from fastokd.training.captured import CapturedStep
 
 if TYPE_CHECKING:
-    from fastokd.session import Session
+    from fastokd.training.session import Session
 
 Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, MethodLoss]]
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.captured import WARM_UP_STEPS
 from fastokd.checkpoint import write_durably
 from fastokd.cohort.autotuner import (
     SAVABLE,
@@ -34,9 +33,10 @@ from fastokd.cohort.cohort import ENGINES
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.ops._cpp import cache_root
-from fastokd.session import Session
-from fastokd.step import training_step
-from fastokd.untouched import untouched
+from fastokd.training.captured import WARM_UP_STEPS
+from fastokd.training.session import Session
+from fastokd.training.step import training_step
+from fastokd.training.untouched import untouched
 
 # Of each candidate: one to warm up, and these.
 TIMED_STEPS = 3
@@ -191,7 +191,9 @@ def time_compiled(session: Session, choice: Choice, steps: int, best_ms: float) 
         "accumulate": session.options.accumulate,
         "teacher": None if session.teacher is None else str(session.teacher.path),
     }
-    answer, why = ask([sys.executable, "-m", "fastokd.tuning_worker"], job, min(budget, PATIENCE))
+    answer, why = ask(
+        [sys.executable, "-m", "fastokd.training.tuning_worker"], job, min(budget, PATIENCE)
+    )
     if answer is None:
         return Timing(choice, note=why)
     return Timing(choice, answer["step_ms"], answer["compile_seconds"])

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastokd.session import Session
-from fastokd.state import as_state
+from fastokd.training.session import Session
+from fastokd.training.state import as_state
 
 
 @contextmanager

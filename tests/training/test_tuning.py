@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import fastokd
-from fastokd import tuning
 from fastokd.cohort import Choice
 from fastokd.cohort.autotuner import Timing, TimingCache, pick, table
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.recipes import Recipe, recipe
-from fastokd.session import RunOptions, Session
-from fastokd.step import training_step
-from fastokd.tuning import ask, time_compiled, tune
-from fastokd.untouched import untouched
+from fastokd.training import tuning
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.step import training_step
+from fastokd.training.tuning import ask, time_compiled, tune
+from fastokd.training.untouched import untouched
 
 AUTO: dict[str, Any] = {"quiet": True, "precision": "fp32", "impl": "torch", "ema": 0.9}
 LAST = {"compile": False, "memory_format": "channels_last"}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastokd.watchers import Watcher
+from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
-    from fastokd.session import Session
+    from fastokd.training.session import Session
 
 
 class Display:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.allocator import keep_freed_memory
 from fastokd.cohort import Choice
 from fastokd.data import (
     Augment,
@@ -27,20 +26,21 @@ from fastokd.device import (
     pick_precision,
     set_matmul_precision,
 )
-from fastokd.ema import LeaderAverage
 from fastokd.errors import UserError
 from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
-from fastokd.optimizers import set_rate
-from fastokd.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
 from fastokd.recipes import Recipe
-from fastokd.run_options import KEPT, RunOptions
-from fastokd.state import as_state, load_state, state_of
-from fastokd.step import StepProgram
 from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import Weights, find_teacher
+from fastokd.training.allocator import keep_freed_memory
+from fastokd.training.ema import LeaderAverage
+from fastokd.training.optimizers import set_rate
+from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
+from fastokd.training.run_options import KEPT, RunOptions
+from fastokd.training.state import as_state, load_state, state_of
+from fastokd.training.step import StepProgram
 
 EVAL_BATCH = 512
 
@@ -224,11 +224,11 @@ class Session:
         return how
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a resumed run needs (``fastokd/state.py``)."""
+        """All that a resumed run needs (``fastokd/training/state.py``)."""
         return state_of(self)
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The reverse of :meth:`state`; raises as :func:`fastokd.state.load_state`."""
+        """The reverse of :meth:`state`; raises as :func:`fastokd.training.state.load_state`."""
         load_state(self, tensors, facts)
 
 

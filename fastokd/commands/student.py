@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.cli_options import DataRoot, Device, Json, Loader, Precision, Workers
+from fastokd.commands.options import DataRoot, Device, Json, Loader, Precision, Workers
 
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
@@ -54,7 +54,7 @@ def export(
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
     from fastokd.export import export as turn
-    from fastokd.session import RunOptions
+    from fastokd.training.session import RunOptions
 
     done = turn(
         source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
@@ -98,7 +98,7 @@ def evaluate(
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
-    from fastokd.session import RunOptions
+    from fastokd.training.session import RunOptions
 
     options = RunOptions(
         data_root=data_root, device=device, precision=precision, loader=loader, workers=workers

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastokd.ema import LeaderAverage
 from fastokd.errors import UserError
+from fastokd.training.ema import LeaderAverage
 
 if TYPE_CHECKING:
-    from fastokd.session import Session
+    from fastokd.training.session import Session
 
 
 def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:

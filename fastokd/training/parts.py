@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DatasetSplits, DiskStream, load_dataset
 from fastokd.methods import Method, OptimGroup, create_method, method_class
-from fastokd.optimizers import create_optimizer
 from fastokd.recipes import Recipe
-from fastokd.run_options import RunOptions
 from fastokd.teacher import Weights, build_teacher
+from fastokd.training.optimizers import create_optimizer
+from fastokd.training.run_options import RunOptions
 
 
 def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:

@@ -19,11 +19,11 @@ from fastokd import train as training
 from fastokd.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
-from fastokd.interruption import Interrupted, Keeper, StopRequest
 from fastokd.recipes import recipe
-from fastokd.run_folder import Run, RunFolder
-from fastokd.session import RunOptions
 from fastokd.train import train
+from fastokd.training.interruption import Interrupted, Keeper, StopRequest
+from fastokd.training.run_folder import Run, RunFolder
+from fastokd.training.session import RunOptions
 
 # The module, which the function hides.
 loop = sys.modules["fastokd.train"]
@@ -108,7 +108,7 @@ def test_a_signal_during_an_evaluation_is_heard(
 def test_a_second_signal_ends_at_once() -> None:
     code = (
         "import os, signal\n"
-        "from fastokd.interruption import StopRequest\n"
+        "from fastokd.training.interruption import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('on', flush=True)\n"
@@ -148,7 +148,7 @@ def test_state_is_saved_every_so_many_steps(
 
 def test_state_is_saved_every_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("fastokd.interruption.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastokd.training.interruption.time.monotonic", lambda: clock[0])
     saves: list[float] = []
     keeper = Keeper(lambda: saves.append(clock[0]), StopRequest(), None, 0.5)
     for _ in range(10):
@@ -162,7 +162,7 @@ def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from fastokd.run_folder import RunFolder\n"
+        "from fastokd.training.run_folder import RunFolder\n"
         f"folder = RunFolder(Path({str(out)!r}))\n"
         "folder.path.mkdir()\n"
         "folder._take_lock()\n"

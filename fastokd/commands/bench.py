@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.cli_options import Json
+from fastokd.commands.options import Json
 
 Students = Annotated[int | None, typer.Option(help="Networks, leader included.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]

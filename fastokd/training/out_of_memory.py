@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastokd.cohort import Choice
 from fastokd.errors import UserError
-from fastokd.session import Session
+from fastokd.training.session import Session
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastokd
-from fastokd.captured import CapturedStep
 from fastokd.cohort import Choice
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe, recipe
-from fastokd.session import RunOptions, Session
-from fastokd.step import training_step
+from fastokd.training.captured import CapturedStep
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.step import training_step
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 

@@ -28,10 +28,10 @@ from fastokd.device import environment
 from fastokd.errors import DataFileError, UserError
 from fastokd.models import Student
 from fastokd.recipes import Recipe
-from fastokd.session import RunOptions, Session, run_path
-from fastokd.state import check_recipe
 from fastokd.student_file import STUDENT, student_facts
 from fastokd.teacher import KEPT
+from fastokd.training.session import RunOptions, Session, run_path
+from fastokd.training.state import check_recipe
 
 ENVIRONMENT = "environment.json"
 

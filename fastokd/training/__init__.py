@@ -1,0 +1,1 @@
+"""What trains: a session, its step, and what a run leaves behind."""
