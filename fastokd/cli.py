@@ -94,6 +94,9 @@ def train(
     capture: Annotated[bool, typer.Option(help="The whole step as a CUDA graph.")] = False,
     accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    skip_nonfinite: Annotated[
+        int, typer.Option(help="Steps that may be left out because a value isn't finite.")
+    ] = 0,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
     loader: Loader = "auto",
     workers: Workers = 0,
@@ -173,6 +176,7 @@ def train(
         capture=capture,
         accumulate=accumulate,
         clip_norm=clip_norm,
+        skip_nonfinite=skip_nonfinite,
         ema=ema,
         loader=loader,
         workers=workers,

@@ -36,6 +36,7 @@ from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import Weights, find_teacher
 from fastokd.training.allocator import keep_freed_memory
 from fastokd.training.ema import LeaderAverage
+from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
 from fastokd.training.run_options import KEPT, RunOptions
@@ -50,7 +51,8 @@ __all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
 class Session:
     """Everything that trains: data, cohort, method, optimizers, progress.
 
-    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
+    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps, those that were
+    skipped included.
     """
 
     def __init__(
@@ -106,6 +108,9 @@ class Session:
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
+        self.guard = Guard(self.device)
+        # Steps of this run that weren't taken, by leave of ``skip_nonfinite``.
+        self.skipped = 0
         self.average: LeaderAverage | None = None
         if options.ema is not None:
             self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
