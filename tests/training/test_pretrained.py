@@ -180,6 +180,6 @@ def test_a_run_from_a_run_and_on_without_it(tmp_path: Path) -> None:
     again = train(tuned, SHORT, out=run.folder, resume=True, max_steps=2)
     assert again.last["step"] == 2
     assert "fc.weight" in same(read_weights(run.folder).state, theirs)
+    other = dataclasses.replace(SHORT, init=("other.pth",))
     with pytest.raises(UserError, match="--init"):
-        other = dataclasses.replace(SHORT, init=("other.pth",))
         train(tuned, other, out=run.folder, resume=True, max_steps=3)
