@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
