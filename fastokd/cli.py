@@ -83,6 +83,10 @@ def train(
     teacher: Annotated[
         Path | None, typer.Option(help="A run or a student.safetensors, for kd and okddip_kd.")
     ] = None,
+    init: Annotated[
+        list[str] | None,
+        typer.Option(help="Trained weights to begin from; one for all, or one a student."),
+    ] = None,
     engine: Engine = "auto",
     impl: Impl = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
@@ -164,6 +168,7 @@ def train(
         engine=engine,
         impl=impl,
         teacher=teacher,
+        init=tuple(init or ()),
         resume=resume,
         max_steps=max_steps,
         overfit_batch=overfit_batch,

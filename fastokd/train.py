@@ -61,6 +61,8 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     say = _silent if options.quiet else print
+    for note in session.began_from:
+        say(note)
     with closing(folder), StopRequest() as stop:
         folder.open(session)
         if options.show_augmentation:

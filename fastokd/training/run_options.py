@@ -25,6 +25,7 @@ KEPT = (
     "clip_norm",
     "ema",
     "overfit_batch",
+    "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
@@ -50,6 +51,8 @@ class RunOptions:
         impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
         teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
             for the default folder of the recipe that trains it.
+        init: what the students begin from: a run, a checkpoint, a ``student.safetensors`` or a state
+            dict (``.pth``); one for all, or one for each (``fastokd/training/pretrained.py``).
         resume: continue the run in ``out``, as it was begun.
         max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
             again, a check that a set-up can learn at all.
@@ -82,6 +85,7 @@ class RunOptions:
     loader: str = "auto"
     workers: int = 0
     teacher: Path | None = None
+    init: tuple[str, ...] = ()
     resume: bool = False
     max_steps: int | None = None
     overfit_batch: bool = False
@@ -122,6 +126,7 @@ class RunOptions:
             UserError: something is asked for that differs; both values are named.
         """
         default = RunOptions()
+        begun = {**begun, "init": tuple(begun.get("init", ()))}
         known = [name for name in KEPT if name in begun]
         differing = [
             f"{_flag(name)} ({begun[name]} there, {getattr(self, name)} here)"
