@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py    # as many at once as there are cores
 
 Runs what isn't kept yet, seed by seed, and keeps each finished run's metrics in docs/fashion_mnist/.
-It can be killed at any time and started again. `--page` writes the page and its pictures.
+It can be killed at any time and started again. docs/results_page.py writes the page.
 """
 
 from __future__ import annotations
