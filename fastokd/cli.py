@@ -26,7 +26,7 @@ from fastokd.commands.options import (
     Workers,
 )
 from fastokd.commands.prepare import prepare
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import DISK, UserError, unknown_name
 from fastokd.methods import register_method
 from fastokd.training.interruption import Interrupted
 
@@ -344,6 +344,11 @@ def run_command(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return stop.code
+    except OSError as error:
+        if debug or error.errno not in DISK:
+            raise
+        print(f"fastokd: the disk can't be written: {error}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except typer.Exit as stop:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastokd.errors import warn
 from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
@@ -53,7 +55,15 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         for watcher in self.others:
-            watcher.close()
+            self._tell(watcher, watcher.close)
+
+    def _tell(self, watcher: Watcher, what: Callable[[], None]) -> None:
+        """Those who can't be told are told no more; the run doesn't need them."""
+        try:
+            what()
+        except OSError as error:
+            warn(f"{type(watcher).__name__} is told no more: {error}")
+            self.others = [other for other in self.others if other is not watcher]
 
     def step(self, images: int) -> None:
         """One step was queued; nothing is read from the device."""
@@ -63,8 +73,8 @@ class Display:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch was measured."""
-        for watcher in self.others:
-            watcher.row(row)
+        for watcher in list(self.others):
+            self._tell(watcher, partial(watcher.row, row))
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastokd.errors import DiskError, warn
 from fastokd.training.guard import READ_EVERY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -119,11 +120,18 @@ class Keeper:
 
         Raises:
             Interrupted: a signal came; the state is saved.
+            DiskError: a signal came, and the state can't be saved. Without one the run goes on.
         """
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
         if by_steps or by_time or self.stop.received is not None:
-            self.save_now()
+            try:
+                self.save_now()
+            except DiskError as error:
+                if self.stop.received is not None:
+                    raise
+                warn(f"{error}; training goes on, and saves when it is time again")
+                self.saved()
         if self.stop.received is not None:
             raise Interrupted(self.stop.received)

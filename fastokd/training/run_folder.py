@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,12 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
-from fastokd.errors import DataFileError, UserError
+from fastokd.errors import DataFileError, DiskError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, student_facts
 from fastokd.teacher import KEPT
+from fastokd.training.metric_lines import MetricLines
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
 
@@ -62,7 +62,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.lines = MetricLines(path / "metrics.jsonl")
         self._lock: int | None = None
+        # Whether the newest steps couldn't be saved.
+        self._behind = False
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
@@ -130,11 +133,11 @@ class RunFolder:
         if session.options.resume and list_checkpoints(self.checkpoints):
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
-                print(f"warning: {fault}", file=sys.stderr)
+                warn(fault)
             session.load_state(tensors, facts)
             rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
             with _writing(self.path):
-                write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
+                self.lines.replace(rows)
             return
         if session.options.resume and (self.path / "recipe.json").is_file():
             check_recipe(session, self.recipe().to_json())
@@ -160,7 +163,7 @@ class RunFolder:
                 f"another run is at work in {self.path}: wait for it, or choose another --out"
             ) from error
         except OSError as error:  # a file system without locks
-            print(f"warning: {self.path} can't be locked: {error}", file=sys.stderr)
+            warn(f"{self.path} can't be locked: {error}")
 
     def close(self) -> None:
         """Lets go of the folder."""
@@ -193,24 +196,8 @@ class RunFolder:
             raise UserError(f"{path} can't be read: {error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs so far; a last line that was cut off is left out.
-
-        Raises:
-            UserError: a line isn't an epoch's.
-        """
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        lines = [
-            line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
-        ]
-        try:
-            rows = [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; remove the line that is") from error
-        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
-            raise UserError(f"{path} is damaged: a line isn't an epoch's; remove it")
-        return rows
+        """The epochs so far; raises as :meth:`MetricLines.read`."""
+        return self.lines.read()
 
     def show_batch(self, session: Session) -> Path:
         """Leaves the next batch as a picture, cropped and flipped as it is trained on."""
@@ -230,33 +217,46 @@ class RunFolder:
         of whole epochs alone: a run that was stopped within one ends as one that wasn't.
         """
         score = _score(row, session.recipe) if session.batch == 0 else None
-        better = score is not None and (session.best is None or score > session.best)
+        before = session.best
+        better = score is not None and (before is None or score > before)
         if better:
             session.best = score
-        with _writing(self.path):
-            with open(self.path / "metrics.jsonl", "ab") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
+        self.lines.add(row)
+        try:
             self.save(session, best_on="val" if row.get("val") else "test", better=better)
+        except DiskError as error:
+            if better and not self._best(session).is_dir():
+                session.best = before  # the best that is kept
+            warn(f"{error}; training goes on, and saves when it is time again")
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """A checkpoint of the session as it stands; the best one too where it is ``better``."""
+        """A checkpoint of the session as it stands; the best one too where it is ``better``.
+
+        The lines of its epochs come before it: a resumed run doesn't train them again.
+
+        Raises:
+            DiskError: the disk refuses; what was written before is whole.
+        """
         tensors, facts = session.state()
         if best_on is not None:
             facts["best_on"] = best_on
-        last = self.checkpoints / f"last-{session.step:09d}"
+        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
+        self._behind = True
         with _writing(self.path):
+            self.lines.write()
             # The best one first: a run that is killed in between repeats the epoch, and writes
             # both.
             if better:
-                best = self.checkpoints / f"best-{session.step:09d}"
                 save_checkpoint(best, tensors, facts)
                 prune_checkpoints(self.checkpoints, "best", 1)
                 link_checkpoint(best, last)
             else:
                 save_checkpoint(last, tensors, facts)
             prune_checkpoints(self.checkpoints, "last", 2)
+        self._behind = False
+
+    def _best(self, session: Session) -> Path:
+        return self.checkpoints / f"best-{session.step:09d}"
 
     @contextmanager
     def keeping(self, save: Callable[[], None]) -> Iterator[None]:
@@ -264,11 +264,19 @@ class RunFolder:
         try:
             yield
         except DataFileError:
-            save()
+            try:
+                save()
+            except DiskError as error:
+                warn(str(error))
             raise
 
     def finish(self, session: Session) -> Run:
-        """The student with its publisher's keys, and the report with its plots."""
+        """The student with its publisher's keys, and the report with its plots.
+
+        Raises:
+            DiskError: the student can't be written, or the last steps couldn't be saved and still
+                can't. A report that can't is warned of.
+        """
         from fastokd.report.page import report
 
         state = session.kept_state()
@@ -279,10 +287,15 @@ class RunFolder:
             member.published_key(key): value.detach().cpu().contiguous()
             for key, value in state.items()
         }
-        run = Run(self.path, session.recipe, self.metrics())
+        if self._behind:
+            self.save(session)
         with _writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
+        run = Run(self.path, session.recipe, self.metrics())
+        try:
             report([self.path])
+        except DiskError as error:
+            warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
 
 
@@ -299,11 +312,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the run folder {folder} can't be written: {error}") from error
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
+        raise DiskError(
+            f"the run folder {folder} can't be written: {error}; what it held before is whole"
+        ) from error
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
