@@ -317,6 +317,21 @@ def _own_methods(arguments: list[str]) -> list[str]:
     return left
 
 
+def _usage_error(error: Any, arguments: Sequence[str]) -> str:
+    """What typer says of a command line, with the value that it is about and where to look."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = context.command_path if context is not None else "fastokd"
+    kinds = {"integer": "a whole number", "number": "a number", "float": "a number"}
+    message = str(getattr(error, "message", ""))
+    kind = next((what for word, what in kinds.items() if f"valid {word}" in message), None)
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if kind and option in getattr(parameter, "opts", ()):
+            return f"{option} is {value if equals else following!r}: it must be {kind}"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    return f"{said}; `{command} --help` has an example"
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence."""
     debug = "--debug" in arguments
@@ -343,7 +358,7 @@ def run_command(arguments: Sequence[str]) -> int:
         # typer carries its own copy of click, whose usage errors have no public name.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        print(f"fastokd: {error.format_message()}", file=sys.stderr)
+        print(f"fastokd: {_usage_error(error, arguments)}", file=sys.stderr)
         return 2
     if code == INTERRUPTED:
         print("fastokd: interrupted; train continues where --resume is added", file=sys.stderr)

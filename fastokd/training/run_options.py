@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastokd.data.prepared import LOADERS
 from fastokd.errors import UserError
 
 # What a resumed run keeps as it was: these decide its numbers, or their last bits.
@@ -106,6 +107,8 @@ class RunOptions:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}: it must be at least 0")
+        if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
+            raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
         if self.memory_format not in MEMORY_FORMATS:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
@@ -133,7 +136,13 @@ class RunOptions:
                 f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
-        return replace(self, **{name: begun[name] for name in known})
+        try:
+            return replace(self, **{name: begun[name] for name in known})
+        except TypeError as error:
+            raise UserError(
+                f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
+                "damaged, remove it to resume with the options given"
+            ) from error
 
 
 def _flag(name: str) -> str:

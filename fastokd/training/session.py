@@ -91,6 +91,7 @@ class Session:
         # Every op is asked again with its arguments; here only so that no folder is made first.
         choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)
+        self._check_fit()
         self.teacher: Weights | None = None
         if training and method_class(recipe.method).needs.teacher:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
@@ -140,6 +141,19 @@ class Session:
                 f"least {needs.min_batch}"
             )
         return 0 < len(self.data.train) % size < needs.min_batch
+
+    def _check_fit(self) -> None:
+        """Refuses options that this recipe has no use for."""
+        options, recipe = self.options, self.recipe
+        if options.accumulate > recipe.batch_size:
+            raise UserError(
+                f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
+                "choose at most as many"
+            )
+        if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+            raise UserError(
+                f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            )
 
     def parts_of(self, batch: int) -> int:
         """In how many parts a batch is taken."""
