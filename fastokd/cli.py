@@ -83,6 +83,10 @@ def train(
     teacher: Annotated[
         Path | None, typer.Option(help="A run or a student.safetensors, for kd and okddip_kd.")
     ] = None,
+    init: Annotated[
+        list[str] | None,
+        typer.Option(help="Trained weights to begin from; one for all, or one a student."),
+    ] = None,
     engine: Engine = "auto",
     impl: Impl = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
@@ -94,6 +98,9 @@ def train(
     capture: Annotated[bool, typer.Option(help="The whole step as a CUDA graph.")] = False,
     accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    skip_nonfinite: Annotated[
+        int, typer.Option(help="Steps that may be left out because a value isn't finite.")
+    ] = 0,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
     loader: Loader = "auto",
     workers: Workers = 0,
@@ -164,6 +171,7 @@ def train(
         engine=engine,
         impl=impl,
         teacher=teacher,
+        init=tuple(init or ()),
         resume=resume,
         max_steps=max_steps,
         overfit_batch=overfit_batch,
@@ -173,6 +181,7 @@ def train(
         capture=capture,
         accumulate=accumulate,
         clip_norm=clip_norm,
+        skip_nonfinite=skip_nonfinite,
         ema=ema,
         loader=loader,
         workers=workers,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
-from fastokd.ops._mixture_op import call_fused, refusal
+from fastokd.ops._mixture_op import EAGER_LOSSES, call_fused, in_one_call, refusal
 
 Mix = Literal["logits", "probs", "pairwise"]
 Weight = float | Sequence[float] | Tensor
@@ -78,6 +79,20 @@ def mixture_distillation(
         UserError: shapes that don't fit, a weight that asks for gradient, T <= 0, an ``impl`` that
             can't serve the call.
     """
+    if in_one_call(impl, logits_SBC):
+        ce_S, ce_number = as_argument(ce_weight)
+        kd_S, kd_number = as_argument(kd_weight)
+        mixture_S, mixture_number = as_argument(mixture_ce_weight)
+        temperature_0d, temperature_number = as_argument(temperature)
+        with suppress(RuntimeError):
+            return MixtureLoss._make(
+                EAGER_LOSSES["mixture_distillation"](
+                    logits_SBC, extra_logits_EBC, labels_B, scores,
+                    ce_S, kd_S, mixture_S, temperature_0d,
+                    ce_number, kd_number, mixture_number, temperature_number,
+                    mix, detach_targets, label_smoothing,
+                )
+            )  # fmt: skip
     check_logits(logits_SBC, labels_B)
     check_options(temperature, mix, label_smoothing)
     _check_sources(logits_SBC, scores, extra_logits_EBC)
@@ -118,6 +133,11 @@ def mixture_distillation(
             ((0, True), (1, to_targets), (3, to_targets)),
         )
     )
+
+
+def as_argument(value: Weight) -> tuple[Tensor | None, Weight]:
+    """A weight or temperature as an operator takes it: a tensor, and a number that multiplies it."""
+    return (value, 1.0) if isinstance(value, Tensor) else (None, value)
 
 
 def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:

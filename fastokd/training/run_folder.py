@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -280,12 +280,12 @@ class RunFolder:
             prune_checkpoints(self.checkpoints, "last", 2)
 
     @contextmanager
-    def keeping(self, session: Session) -> Iterator[None]:
+    def keeping(self, save: Callable[[], None]) -> Iterator[None]:
         """Leaves a checkpoint of the last step where a file of the data set stops the run."""
         try:
             yield
         except DataFileError:
-            self.save(session)
+            save()
             raise
 
     def finish(self, session: Session) -> Run:

@@ -26,6 +26,7 @@ KEPT = (
     "clip_norm",
     "ema",
     "overfit_batch",
+    "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
@@ -51,6 +52,8 @@ class RunOptions:
         impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
         teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
             for the default folder of the recipe that trains it.
+        init: what the students begin from: a run, a checkpoint, a ``student.safetensors`` or a state
+            dict (``.pth``); one for all, or one for each (``fastokd/training/pretrained.py``).
         resume: continue the run in ``out``, as it was begun.
         max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
             again, a check that a set-up can learn at all.
@@ -58,6 +61,7 @@ class RunOptions:
         accumulate: a batch is taken in so many parts, whose gradients add up to the batch's; only
             BatchNorm sees the parts.
         clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
+        skip_nonfinite: so many steps in all that aren't finite are left out, rather than stopped at.
         ema: decay of a running average of the kept student's weights; None for none.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
@@ -83,12 +87,14 @@ class RunOptions:
     loader: str = "auto"
     workers: int = 0
     teacher: Path | None = None
+    init: tuple[str, ...] = ()
     resume: bool = False
     max_steps: int | None = None
     overfit_batch: bool = False
     optimizer: str = "sgd"
     accumulate: int = 1
     clip_norm: float | None = None
+    skip_nonfinite: int = 0
     ema: float | None = None
     eval_every: int = 1
     save_every_steps: int | None = None
@@ -105,8 +111,9 @@ class RunOptions:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
-        if self.workers < 0:
-            raise UserError(f"workers is {self.workers}: it must be at least 0")
+        for name in ("workers", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
             raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
         if self.memory_format not in MEMORY_FORMATS:
@@ -125,6 +132,7 @@ class RunOptions:
             UserError: something is asked for that differs; both values are named.
         """
         default = RunOptions()
+        begun = {**begun, "init": tuple(begun.get("init", ()))}
         known = [name for name in KEPT if name in begun]
         differing = [
             f"{_flag(name)} ({begun[name]} there, {getattr(self, name)} here)"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastokd.checkpoint import list_checkpoints
 from fastokd.cohort import Choice
 from fastokd.data import (
     Augment,
@@ -36,8 +37,10 @@ from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import Weights, find_teacher
 from fastokd.training.allocator import keep_freed_memory
 from fastokd.training.ema import LeaderAverage
+from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
+from fastokd.training.pretrained import begin_from
 from fastokd.training.run_options import KEPT, RunOptions
 from fastokd.training.state import as_state, load_state, state_of
 from fastokd.training.step import StepProgram
@@ -50,7 +53,8 @@ __all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
 class Session:
     """Everything that trains: data, cohort, method, optimizers, progress.
 
-    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
+    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps, those that were
+    skipped included.
     """
 
     def __init__(
@@ -97,6 +101,11 @@ class Session:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
             self.teacher = find_teacher(recipe, options.teacher, kept)
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
+        self.began_from: list[str] = []
+        if training and options.init and not _has_checkpoints(recipe, options):
+            files = [Path(name) for name in options.init]
+            names = self.data.class_names
+            self.began_from = begin_from(self.cohort, files, names, recipe.kept_student)
         if training and self.method.needs.heldout and self.data.val is None:
             raise UserError(
                 f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
@@ -107,6 +116,9 @@ class Session:
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
+        self.guard = Guard(self.device)
+        # Steps of this run that weren't taken, by leave of ``skip_nonfinite``.
+        self.skipped = 0
         self.average: LeaderAverage | None = None
         if options.ema is not None:
             self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
@@ -249,6 +261,11 @@ class Session:
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
     """Where a run lies: ``out``, or ``runs/`` and the recipe's name."""
     return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
+
+
+def _has_checkpoints(recipe: Recipe, options: RunOptions) -> bool:
+    """Whether the run goes on from a state of its own, whatever it was begun from."""
+    return options.resume and bool(list_checkpoints(run_path(recipe, options) / "checkpoints"))
 
 
 def evaluation_stream(split: Split | DiskSplit) -> BatchStream | DiskStream:
