@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastokd.training.guard import READ_EVERY
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -69,6 +71,8 @@ class Keeper:
         save: writes a checkpoint.
         stop: listens for signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
+        check: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
+            steps; it may take the run back, or raise.
     """
 
     def __init__(
@@ -77,11 +81,25 @@ class Keeper:
         stop: StopRequest,
         every_steps: int | None,
         every_minutes: float | None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.save = save
+        self._check = check
         self.stop = stop
         self.every_steps = every_steps
         self.every_minutes = every_minutes
+        self._unchecked = 0
+        self.saved()
+
+    def check(self) -> None:
+        """Whether the steps so far were taken."""
+        self._unchecked = 0
+        self._check()
+
+    def save_now(self) -> None:
+        """A checkpoint of the steps that were taken."""
+        self.check()
+        self.save()
         self.saved()
 
     def saved(self) -> None:
@@ -91,6 +109,9 @@ class Keeper:
     def stepped(self) -> None:
         """One step was taken."""
         self._steps += 1
+        self._unchecked += 1
+        if self._unchecked >= READ_EVERY:
+            self.check()
         self()
 
     def __call__(self) -> None:
@@ -103,7 +124,6 @@ class Keeper:
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
         if by_steps or by_time or self.stop.received is not None:
-            self.save()
-            self.saved()
+            self.save_now()
         if self.stop.received is not None:
             raise Interrupted(self.stop.received)

@@ -37,6 +37,7 @@ from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import Weights, find_teacher
 from fastokd.training.allocator import keep_freed_memory
 from fastokd.training.ema import LeaderAverage
+from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
 from fastokd.training.pretrained import begin_from
@@ -52,7 +53,8 @@ __all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
 class Session:
     """Everything that trains: data, cohort, method, optimizers, progress.
 
-    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
+    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps, those that were
+    skipped included.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Session:
         # Every op is asked again with its arguments; here only so that no folder is made first.
         choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)
+        self._check_fit()
         self.teacher: Weights | None = None
         if training and method_class(recipe.method).needs.teacher:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
@@ -113,6 +116,9 @@ class Session:
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
+        self.guard = Guard(self.device)
+        # Steps of this run that weren't taken, by leave of ``skip_nonfinite``.
+        self.skipped = 0
         self.average: LeaderAverage | None = None
         if options.ema is not None:
             self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
@@ -147,6 +153,19 @@ class Session:
                 f"least {needs.min_batch}"
             )
         return 0 < len(self.data.train) % size < needs.min_batch
+
+    def _check_fit(self) -> None:
+        """Refuses options that this recipe has no use for."""
+        options, recipe = self.options, self.recipe
+        if options.accumulate > recipe.batch_size:
+            raise UserError(
+                f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
+                "choose at most as many"
+            )
+        if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+            raise UserError(
+                f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            )
 
     def parts_of(self, batch: int) -> int:
         """In how many parts a batch is taken."""

@@ -39,6 +39,7 @@ def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "batch": session.batch,
         "step": session.step,
         "best": session.best,
+        "skipped": session.skipped,
         "class_names": list(session.data.class_names),
         "mean": list(session.data.mean),
         "std": list(session.data.std),
@@ -115,6 +116,8 @@ def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -
         torch.cuda.set_rng_state(tensors["rng.cuda"], session.device)
     session.epoch, session.batch, session.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
     session.best = facts["best"]
+    session.skipped = int(facts.get("skipped", 0))
+    session.guard.forget()
 
 
 def _named_parameters(session: Session) -> dict[Tensor, str]:
