@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastokd.distributed.agreement import Agreement
+from fastokd.distributed.launch import joined
+from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.recipes import Recipe
 from fastokd.training.display import Display
-from fastokd.training.interruption import Keeper, StopRequest
+from fastokd.training.interruption import ECHO, Keeper, StopRequest
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.run_folder import Run, RunFolder
 from fastokd.training.session import RunOptions, Session
@@ -36,11 +39,11 @@ def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str,
         session.meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
         session.batch += 1
         session.step += 1
-        display.step(labels_B.shape[0])
+        display.step(labels_B.shape[0] * session.ranks.data.size)
         keeper.stepped()
         if session.stopped:
             break
-    return session.meter.result()
+    return session.meter.result(session.ranks)
 
 
 def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
@@ -56,12 +59,20 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
+    with joined(options.device, options.capture):
+        return _train(recipe, options)
+
+
+def _train(recipe: Recipe, options: RunOptions) -> Run:
+    """The run of this process, or this process's part of it."""
+    if not speaks():
+        options = replace(options, quiet=True, tensorboard=False, wandb=False)
     asked = {"tensorboard": options.tensorboard, "wandb": options.wandb}
     check_installed(**asked)
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     say = _silent if options.quiet else print
-    with closing(folder), StopRequest() as stop:
+    with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
         folder.open(session)
         if options.show_augmentation:
             say(f"a batch as the students see it: {folder.show_batch(session)}")
@@ -74,6 +85,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
                 stop,
                 options.save_every_steps,
                 options.save_every_minutes,
+                Agreement(session.ranks),
             )
             while session.epoch < recipe.epochs and not session.stopped:
                 started, images = time.perf_counter(), display.images

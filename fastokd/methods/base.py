@@ -26,6 +26,7 @@ class Needs:
     ``heldout``: it measures the students on images held out of train after each epoch.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
     ``min_batch``: images that its own norms need; an epoch's smaller last batch is left out.
+    ``running_statistics``: it reads its norms' running statistics while it trains.
     """
 
     sharing: tuple[str, ...] = ("branch", "network")
@@ -37,6 +38,7 @@ class Needs:
     heldout: bool = False
     divide_trunk_gradient: bool = False
     min_batch: int = 1
+    running_statistics: bool = False
 
 
 class MethodLoss(NamedTuple):
@@ -131,6 +133,14 @@ class Method(nn.Module):
         """
         del batch, generator
         return {}
+
+    def belongs_to(self, name: str) -> int | None:
+        """The student beside whom the method's state ``name`` is trained; None: by all together.
+
+        Where students are trained by several processes, it is in that student's alone.
+        """
+        del name
+        return None
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
         """What a method renews between epochs; ``heldout`` are images and labels."""

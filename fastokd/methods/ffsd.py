@@ -47,7 +47,9 @@ class FFSD(Method):
             don't double in height and width from stage to stage.
     """
 
-    needs = Needs(sharing=("network",), min_students=3, leader=True, maps=True)
+    needs = Needs(
+        sharing=("network",), min_students=3, leader=True, maps=True, running_statistics=True
+    )
 
     pairs_SN: Tensor
     fusion_1N: Tensor
@@ -182,6 +184,12 @@ class FFSD(Method):
             + attention_transfer(x_BCHW, y_BCHW.detach(), impl=self.impl)
             for x_BCHW, y_BCHW in zip(decoded, maps[:-1], strict=True)
         )
+
+    def belongs_to(self, name: str) -> int:
+        """Each decoder is its student's; fusion module, transfusion and the rest the leader's."""
+        part, _, rest = name.partition(".")
+        owner = rest.partition(".")[0]
+        return int(owner) if part == "decoders" and owner != LEADER else self.peers
 
     def optim_groups(self) -> Iterable[OptimGroup]:
         """The transfusion as the leader; the fusion module decays less; the decoders have Adam."""

@@ -11,6 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
+ECHO = 10.0
 
 
 class Interrupted(SystemExit):
@@ -27,14 +29,17 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Listens for the signals while it is entered; a second one exits at once.
+    """Listens for the signals while it is entered; a second one exits at once, if it comes more
+    than ``echo`` seconds after the first.
 
     ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
     somebody else's handler is in place, nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, echo: float = 0.0) -> None:
+        self.echo = echo
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -57,9 +62,11 @@ class StopRequest:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = signum, now
+        elif now - self._since >= self.echo:
             os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
-        self.received = signum
 
 
 class Keeper:
@@ -69,6 +76,8 @@ class Keeper:
         save: writes a checkpoint.
         stop: listens for signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
+        agree: turns what this rank wishes, (whether it is time to save, the signal or 0), into what
+            all ranks do at this same moment.
     """
 
     def __init__(
@@ -77,11 +86,13 @@ class Keeper:
         stop: StopRequest,
         every_steps: int | None,
         every_minutes: float | None,
+        agree: Callable[[bool, int], tuple[bool, int]] = lambda due, signum: (due, signum),
     ) -> None:
         self.save = save
         self.stop = stop
         self.every_steps = every_steps
         self.every_minutes = every_minutes
+        self.agree = agree
         self.saved()
 
     def saved(self) -> None:
@@ -102,8 +113,9 @@ class Keeper:
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
-        if by_steps or by_time or self.stop.received is not None:
+        by_time, signum = self.agree(by_time, self.stop.received or 0)
+        if by_steps or by_time or signum:
             self.save()
             self.saved()
-        if self.stop.received is not None:
-            raise Interrupted(self.stop.received)
+        if signum:
+            raise Interrupted(signum)

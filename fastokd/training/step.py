@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastokd.distributed.replicas import Replicas
 from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, Progress
 from fastokd.training.captured import CapturedStep
@@ -43,11 +45,14 @@ class StepProgram:
         UserError: a captured step is asked for where there is no GPU.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, alone: bool = False) -> None:
         self.session = session
         self.forward: Forward = self._forward
         if session.choice.compile:
             self.forward = torch.compile(self._forward, dynamic=False)
+        self.replicas: Replicas | None = None
+        if session.ranks.data.size > 1 and not alone:
+            self.forward = self.replicas = Replicas(session, self.forward)
         self.captured: CapturedStep | None = None
         if session.options.capture:
             if session.device.type != "cuda":
@@ -84,16 +89,21 @@ class StepProgram:
             logits_SBC, loss = self.forward(images_BHWC, labels_B, session.progress)
             session.scaler.scale(loss.total).backward()
             return logits_SBC, loss
-        done = []
+        done: list[tuple[Tensor, MethodLoss]] = []
         for images, labels, progress in _parts(images_BHWC, labels_B, session.progress, parts):
-            logits, loss = self.forward(images, labels, progress)
-            share = labels.shape[0] / B
-            # Losses are means over the batch: each part counts by its images.
-            session.scaler.scale(loss.total * share).backward()
+            with self._sending(last=len(done) + 1 == parts):
+                logits, loss = self.forward(images, labels, progress)
+                share = labels.shape[0] / B
+                # Losses are means over the batch: each part counts by its images.
+                session.scaler.scale(loss.total * share).backward()
             scaled = {name: value * share for name, value in loss.parts.items()}
             done.append((logits.detach(), MethodLoss(loss.total.detach() * share, scaled)))
         logits_SBC = torch.cat([logits for logits, _ in done], dim=1)
         return logits_SBC, _summed([loss for _, loss in done])
+
+    def _sending(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients go to the other ranks with the last part, where there are any."""
+        return nullcontext() if last or self.replicas is None else self.replicas.apart()
 
     def update(self) -> None:
         """The optimizers' step by the gradients as they are; then there are none."""
