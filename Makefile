@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test proofs test-faults bench lint clean
+.PHONY: install demo test proofs test-faults bench lint docs clean
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ test: lint
 
 proofs: install
 	$(BIN)/python -m pytest -q -m proof tests
+
+# The site, in build/docs; a warning is an error.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "the site is in build/docs/index.html"
 
 # Three hundred kills, each resumed: minutes to an hour.
 test-faults: install

@@ -3,8 +3,8 @@
     python -m bench.bench_attention [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 fp32 channels-last maps of ResNet-32's three stages at batch 128. Both programs run in turn on the
-same maps, after they have been found equal; a ratio is the median of the rounds' ratios. The last row
-is every map loss of one FFSD step with two students and a leader, decoders and fusion not included.
+same maps, after they have been found equal; a ratio is the median of the rounds' ratios. ``over and
+over`` a round makes ten calls of each in a row, ``in turn`` one. The last row is every map loss of one FFSD step with two students and a leader, decoders and fusion not included.
 ``bound`` is the time that the bytes alone would take at the speed of a copy in the same run: forward
 reads both maps, backward reads what it differentiates and writes the gradient.
 """
@@ -40,9 +40,14 @@ def draw(seed: int) -> Maps:
 
 
 def row(
-    what: str, step: Callable[[bool], tuple[Tensor, ...]], nbytes: int, rounds: int, clock: Clock
+    what: str,
+    step: Callable[[bool], tuple[Tensor, ...]],
+    nbytes: int,
+    rounds: int,
+    clock: Clock,
+    calls: int = 1,
 ) -> Row:
-    """``step(fast)`` gives the loss and the gradients."""
+    """``step(fast)`` gives the loss and the gradients; so many calls in a row."""
     for mine, other in zip(step(True), step(False), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
     source = torch.ones(1 << 22)
@@ -55,15 +60,16 @@ def row(
         },
         rounds,
         clock,
+        calls,
     )
-    found = summary(what, times)
+    found = summary(f"{what}, {'over and over' if calls > 1 else 'in turn'}", times)
     found["bound_ms"] = statistics.median(times["copy"]) * nbytes / (2 * source.nbytes)
     found["bytes"] = nbytes
     del found["copy_ms"]
     return found
 
 
-def loss_row(name: str, stage: int, rounds: int, clock: Clock) -> Row:
+def loss_row(name: str, stage: int, calls: int, rounds: int, clock: Clock) -> Row:
     """One loss on one stage's maps, differentiated in the first."""
     _, slow, fast, passes = next(entry for entry in LOSSES if entry[0] == name)
     x, y = draw(0)[stage].requires_grad_(), draw(1)[stage]
@@ -73,7 +79,7 @@ def loss_row(name: str, stage: int, rounds: int, clock: Clock) -> Row:
         return loss.detach(), *torch.autograd.grad(loss, x)
 
     shape = "x".join(map(str, STAGES[stage]))
-    return row(f"{name} {shape} B {BATCH}", step, passes * x.nbytes, rounds, clock)
+    return row(f"{name} {shape}", step, passes * x.nbytes, rounds, clock, calls)
 
 
 def step_row(rounds: int, clock: Clock) -> Row:
@@ -103,8 +109,9 @@ def step_row(rounds: int, clock: Clock) -> Row:
 
 
 def rows_of(rounds: int, clock: Clock) -> list[Row]:
-    rows = [loss_row(name, stage, rounds, clock) for name, *_ in LOSSES[:2] for stage in range(3)]
-    rows.append(loss_row("attention_diversity", 2, rounds, clock))
+    losses = [(name, stage) for name, *_ in LOSSES[:2] for stage in range(3)]
+    losses.append(("attention_diversity", 2))
+    rows = [loss_row(*loss, calls, rounds, clock) for loss in losses for calls in (10, 1)]
     rows.append(step_row(rounds, clock))
     return rows
 

@@ -4,8 +4,9 @@
 
 Three peers and a leader, T = 3, fp32 on both sides, from logits, queries and keys to the gradients of
 all three: the attention's product is in both, the projections are in neither. Both run in turn in one
-process, after they have been found equal; a ratio is the median of the rounds' ratios. The rows
-``from separate students`` also stack four tensors of logits and split the gradient, as a cohort of
+process, after they have been found equal; a ratio is the median of the rounds' ratios. ``over and
+over`` a round makes ten calls of each in a row, ``in turn`` one, which begins with what the other has
+left in the caches. The rows ``separate`` also stack four tensors of logits and split the gradient, as a cohort of
 separate networks does. ``bound`` is what the bytes take at the speed of a copy (every logit read once,
 every gradient written once); the exponentials, at T = 3 two a logit, one of the student's and one of its
 target's, since e^z is a cube, take ``exp_ms`` (in the JSON) at the speed of torch.exp.
@@ -44,7 +45,7 @@ def eager_head(logits: list[Tensor], query: Tensor, key: Tensor, labels_B: Tenso
     return losses.total
 
 
-def head_row(B: int, C: int, separate: bool, rounds: int, clock: Clock) -> Row:
+def head_row(B: int, C: int, separate: bool, calls: int, rounds: int, clock: Clock) -> Row:
     g = torch.Generator().manual_seed(0)
     logits_SBC = 3 * torch.randn(STUDENTS, B, C, generator=g)
     logits = [x.clone().requires_grad_() for x in logits_SBC]
@@ -86,19 +87,24 @@ def head_row(B: int, C: int, separate: bool, rounds: int, clock: Clock) -> Row:
         },
         rounds,
         clock,
+        calls,
     )
-    row = summary(f"OKDDip B {B} C {C}{' from separate students' if separate else ''}", times)
-    row["bound_ms"] = row.pop("copy_ms")
-    row["exp_ms"] = statistics.median(times["exp"]) * 2 * logits_SBC.numel() / source.numel()
-    row["eager_best_ms"], row["cpp_best_ms"] = min(times["eager"]), min(times["cpp"])
-    return row
+    separately = ", separate" if separate else ""
+    found = summary(
+        f"B {B} C {C}{separately}, {'over and over' if calls > 1 else 'in turn'}", times
+    )
+    found["bound_ms"] = found.pop("copy_ms")
+    found["exp_ms"] = statistics.median(times["exp"]) * 2 * logits_SBC.numel() / source.numel()
+    found["eager_best_ms"], found["cpp_best_ms"] = min(times["eager"]), min(times["cpp"])
+    return found
 
 
 def rows_of(rounds: int, clock: Clock) -> list[Row]:
     return [
-        head_row(B, C, separate, rounds, clock)
+        head_row(B, C, separate, calls, rounds, clock)
         for separate in (False, True)
         for B, C in ((256, 1000), (128, 100), (128, 10))
+        for calls in (10, 1)
     ]
 
 

@@ -18,16 +18,24 @@ Clock = Callable[[], float]
 
 
 def in_turn(
-    calls: dict[str, Callable[[], object]], rounds: int, clock: Clock
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Clock, calls_in_a_row: int = 1
 ) -> dict[str, list[float]]:
-    """Each call's times in milliseconds, one of each a round, after three rounds of warm-up."""
+    """Each call's times in milliseconds, one of each a round, after three rounds of warm-up.
+
+    With ``calls_in_a_row`` above 1 a round makes so many calls of each in a row and takes their median: what a
+    call takes over and over, its code and data near, as pytest-benchmark measures; with 1 what it
+    takes after another program has had the caches, as within a training step.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
         for name, call in calls.items():
-            start = clock()
-            call()
+            once = []
+            for _ in range(calls_in_a_row):
+                start = clock()
+                call()
+                once.append(1e3 * (clock() - start))
             if i >= 3:
-                times[name].append(1e3 * (clock() - start))
+                times[name].append(statistics.median(once))
     return times
 
 

@@ -1,24 +1,21 @@
 // The dispatcher's side of mixture_distillation and peer_attention_distillation: checks, threads
 // and the sums over the batch. The schemas, and what they promise, are in ops/_mixture_op.py.
-#include "mixture_distillation_kernel.h"
-
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <tuple>
 
 #include "capability.h"
+#include "mixture_distillation_kernel.h"
+#include "mixture_op.h"
 
 namespace fastokd {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -48,14 +45,18 @@ SourceRows rows_of(const Tensor& x, const char* name) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), type_of(x, name)};
 }
 
-Tensor new_float(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions(at::kFloat)); }
+// Not through the dispatcher, which costs more than the memory does.
+Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
+  return Tensor(at::detail::empty_cpu(shape, type));
+}
+
+Tensor new_float(at::IntArrayRef shape) { return new_tensor(shape, at::kFloat); }
 
 // For a half in float, otherwise in its own type.
 Tensor row_gradient(const Tensor& x, bool asked, void*& data, Type& type) {
   if (!asked) return new_float({0});
   Tensor gradient =
-      at::empty(x.sizes(), x.scalar_type() == at::kHalf ? at::TensorOptions(at::kFloat)
-                                                        : at::TensorOptions(x.scalar_type()));
+      new_tensor(x.sizes(), x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
   data = gradient.mutable_data_ptr();
   type = type_of(gradient, "gradient");
   return gradient;
@@ -100,7 +101,7 @@ struct Scratch {
 // What both operators have in common; `hold` keeps converted inputs alive.
 struct Call {
   MixtureArgs args{};
-  Tensor total, ce_S, kd_S, losses, hold[5];
+  Tensor total, ce_S, kd_S, hold[3];
 
   Call(const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels,
        const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
@@ -127,8 +128,8 @@ struct Call {
     read_weight(&args.temperature, temperature_0d, temperature, 1, "temperature_0d");
     args.mix = mix_of(mix);
     args.detach_targets = detach_targets;
-    losses = new_float({3, S, B});
-    args.losses = losses.mutable_data_ptr<float>();
+    static thread_local Scratch losses;
+    args.losses = losses.take((3 * S * B + 15) / 16 * 16);
   }
 
   void read_labels(const Tensor& labels, int64_t B, int64_t C) {
@@ -139,7 +140,7 @@ struct Call {
     if (hard) {
       TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), "labels is ",
                   labels.scalar_type(), ": class ids must be integers");
-      hold[0] = labels.to(at::kLong).contiguous();
+      hold[0] = (labels.scalar_type() == at::kLong ? labels : labels.to(at::kLong)).contiguous();
       args.labels = hold[0].const_data_ptr<int64_t>();
     } else {
       hold[0] = as_float(labels, "labels").contiguous();
@@ -201,14 +202,15 @@ Tensor sum_of_samples(const Tensor& x_BSN) {
   return sum_SN;
 }
 
-Six mixture_distillation(const Tensor& logits_SBC, const OptionalTensor& extra_EBC,
-                         const Tensor& labels, const Tensor& scores,
-                         const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
-                         const OptionalTensor& mixture_ce_weight_S,
-                         const OptionalTensor& temperature_0d, double ce_weight, double kd_weight,
-                         double mixture_ce_weight, double temperature, std::string_view mix,
-                         bool detach_targets, double label_smoothing, bool grad_logits,
-                         bool grad_extra, bool grad_scores) {
+}  // namespace
+
+LossAndGradients mixture_distillation(
+    const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels,
+    const Tensor& scores, const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
+    const OptionalTensor& mixture_ce_weight_S, const OptionalTensor& temperature_0d,
+    double ce_weight, double kd_weight, double mixture_ce_weight, double temperature,
+    std::string_view mix, bool detach_targets, double label_smoothing, bool grad_logits,
+    bool grad_extra, bool grad_scores) {
   Call call(logits_SBC, extra_EBC, labels, ce_weight_S, kd_weight_S, temperature_0d, ce_weight,
             kd_weight, temperature, mix, detach_targets, label_smoothing);
   MixtureArgs& args = call.args;
@@ -240,14 +242,12 @@ Six mixture_distillation(const Tensor& logits_SBC, const OptionalTensor& extra_E
   return {call.total, call.ce_S, call.kd_S, of_logits, of_extra, of_scores};
 }
 
-Six peer_attention_distillation(const Tensor& logits_SBC, const Tensor& labels,
-                                const Tensor& query_BPd, const Tensor& key_BPd,
-                                const OptionalTensor& ce_weight_S,
-                                const OptionalTensor& kd_weight_S,
-                                const OptionalTensor& temperature_0d, double ce_weight,
-                                double kd_weight, double temperature, std::string_view mix,
-                                bool detach_targets, double label_smoothing, bool grad_logits,
-                                bool grad_query, bool grad_key) {
+LossAndGradients peer_attention_distillation(
+    const Tensor& logits_SBC, const Tensor& labels, const Tensor& query_BPd,
+    const Tensor& key_BPd, const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
+    const OptionalTensor& temperature_0d, double ce_weight, double kd_weight, double temperature,
+    std::string_view mix, bool detach_targets, double label_smoothing, bool grad_logits,
+    bool grad_query, bool grad_key) {
   Call call(logits_SBC, std::nullopt, labels, ce_weight_S, kd_weight_S, temperature_0d, ce_weight,
             kd_weight, temperature, mix, detach_targets, label_smoothing);
   MixtureArgs& args = call.args;
@@ -271,7 +271,6 @@ Six peer_attention_distillation(const Tensor& logits_SBC, const Tensor& labels,
   return {call.total, call.ce_S, call.kd_S, of_logits, of_query, of_key};
 }
 
-}  // namespace
 }  // namespace fastokd
 
 TORCH_LIBRARY_IMPL(fastokd, CPU, m) {

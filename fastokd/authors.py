@@ -213,7 +213,7 @@ def save(
     write_durably(Path(path), buffer.getvalue())
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
     """The file's content, built of tensors and plain values alone."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -235,9 +235,15 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
 
 
+def is_plain(key: Any, value: Any) -> bool:
+    """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
+
+
 def _weights(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """The paper, the state dict without ``module.``, and all that stands beside it."""
-    content = _unpickled(path)
+    content = unpickled(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     paper = "FFSD" if "weight" in content else "OKDDip"
@@ -248,8 +254,7 @@ def _weights(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
             f"'state_dict', and it has {some([repr(key) for key in content])}"
         )
     for key, value in weights.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        if not isinstance(key, str) or not plain or value.is_meta or value.is_quantized:
+        if not is_plain(key, value):
             raise UserError(f"{path} has {key!r} among its weights, which is no plain tensor")
     if all(key.startswith("module.") for key in weights):
         weights = {key.removeprefix("module."): value for key, value in weights.items()}

@@ -84,6 +84,10 @@ def train(
     teacher: Annotated[
         Path | None, typer.Option(help="A run or a student.safetensors, for kd and okddip_kd.")
     ] = None,
+    init: Annotated[
+        list[str] | None,
+        typer.Option(help="Trained weights to begin from; one for all, or one a student."),
+    ] = None,
     engine: Engine = "auto",
     impl: Impl = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd (fused) or apex-sgd.")] = "sgd",
@@ -95,6 +99,9 @@ def train(
     capture: Annotated[bool, typer.Option(help="The whole step as a CUDA graph.")] = False,
     accumulate: Annotated[int, typer.Option(help="Take a batch in so many parts.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    skip_nonfinite: Annotated[
+        int, typer.Option(help="Steps that may be left out because a value isn't finite.")
+    ] = 0,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the leader.")] = None,
     loader: Loader = "auto",
     workers: Workers = 0,
@@ -177,6 +184,7 @@ def train(
         engine=engine,
         impl=impl,
         teacher=teacher,
+        init=tuple(init or ()),
         resume=resume,
         max_steps=max_steps,
         overfit_batch=overfit_batch,
@@ -186,6 +194,7 @@ def train(
         capture=capture,
         accumulate=accumulate,
         clip_norm=clip_norm,
+        skip_nonfinite=skip_nonfinite,
         ema=ema,
         loader=loader,
         workers=workers,
@@ -337,6 +346,21 @@ def _own_methods(arguments: list[str]) -> list[str]:
     return left
 
 
+def _usage_error(error: Any, arguments: Sequence[str]) -> str:
+    """What typer says of a command line, with the value that it is about and where to look."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = context.command_path if context is not None else "fastokd"
+    kinds = {"integer": "a whole number", "number": "a number", "float": "a number"}
+    message = str(getattr(error, "message", ""))
+    kind = next((what for word, what in kinds.items() if f"valid {word}" in message), None)
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if kind and option in getattr(parameter, "opts", ()):
+            return f"{option} is {value if equals else following!r}: it must be {kind}"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    return f"{said}; `{command} --help` has an example"
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence."""
     debug = "--debug" in arguments
@@ -364,7 +388,7 @@ def run_command(arguments: Sequence[str]) -> int:
         # typer carries its own copy of click, whose usage errors have no public name.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        print(f"fastokd: {error.format_message()}", file=sys.stderr)
+        print(f"fastokd: {_usage_error(error, arguments)}", file=sys.stderr)
         return 2
     if code == INTERRUPTED:
         print("fastokd: interrupted; train continues where --resume is added", file=sys.stderr)

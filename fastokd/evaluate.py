@@ -84,7 +84,7 @@ def evaluate(
     elif path.exists():
         tensors, facts = load_checkpoint(path)
     else:
-        raise UserError(f"there is no run or checkpoint at {path}")
+        raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
     session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions(), training=False)
     session.load_state(tensors, facts)
     return evaluate_session(session)

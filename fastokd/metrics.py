@@ -44,27 +44,37 @@ class Meter:
         self.peers = students - 1 if has_leader else students
         self.totals: dict[str, Tensor] = {}
 
-    def _add(self, name: str, value: Tensor) -> None:
+    def _add(self, name: str, value: Tensor, untaken: Tensor | None = None) -> None:
         value = value.detach().double()
+        if untaken is not None:
+            value = value.masked_fill(untaken, 0.0)
         self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     @torch.no_grad()
     def update(
-        self, logits_SBC: Tensor, labels_B: Tensor, averages: dict[str, Tensor] | None = None
+        self,
+        logits_SBC: Tensor,
+        labels_B: Tensor,
+        averages: dict[str, Tensor] | None = None,
+        untaken: Tensor | None = None,
     ) -> None:
-        """Counts one batch; ``averages`` are batch means (a loss, an attention matrix)."""
+        """Counts one batch; ``averages`` are batch means (a loss, an attention matrix).
+
+        Where the 0-d ``untaken`` isn't 0 it counts for nothing.
+        """
+        untaken = None if untaken is None else untaken != 0
         logits_SBC = logits_SBC.detach().float()
         peers_PBC = logits_SBC[: self.peers]
         probs_PBC = F.softmax(peers_PBC, dim=2)
         ensembles_2BC = torch.stack([probs_PBC.mean(0), peers_PBC.mean(0)])
         rank_SB = label_rank(torch.cat([logits_SBC, ensembles_2BC]), labels_B)
-        self._add("top1", (rank_SB < 1).sum(1))
-        self._add("top5", (rank_SB < 5).sum(1))
-        self._add("count", torch.full((), labels_B.shape[0], device=labels_B.device))
+        self._add("top1", (rank_SB < 1).sum(1), untaken)
+        self._add("top5", (rank_SB < 5).sum(1), untaken)
+        self._add("count", torch.full((), labels_B.shape[0], device=labels_B.device), untaken)
         if self.peers > 1:
-            self._add("diversity", peer_diversity(probs_PBC))
+            self._add("diversity", peer_diversity(probs_PBC), untaken)
         for name, value in (averages or {}).items():
-            self._add(f"mean.{name}", value * labels_B.shape[0])
+            self._add(f"mean.{name}", value * labels_B.shape[0], untaken)
 
     def result(self, ranks: Ranks | None = None) -> dict[str, Any]:
         """Reads the totals, those of all ``ranks``: fractions from 0 to 1, plain numbers and lists."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.recipes import Recipe
 from fastokd.training.display import Display
 from fastokd.training.interruption import ECHO, Keeper, StopRequest
+from fastokd.training.nonfinite import settle
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.run_folder import Run, RunFolder
 from fastokd.training.session import RunOptions, Session
@@ -32,18 +34,28 @@ def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str,
     session.cohort.train()
     session.method.train()
     session.begin_epoch()
-    for images_BHWC, labels_B in session.stream.batches(session.epoch, session.batch):
+    for images_BHWC, labels_B in batches(session, keeper):
         session.begin_step(labels_B.shape[0])
         with saying_what_fits(session, images_BHWC, labels_B):
             logits_SBC, loss = training_step(session, images_BHWC, labels_B)
-        session.meter.update(logits_SBC, labels_B, {"loss": loss.total, **loss.parts})
+        losses = {"loss": loss.total, **loss.parts}
+        session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
         session.batch += 1
         session.step += 1
         display.step(labels_B.shape[0] * session.ranks.data.size)
         keeper.stepped()
-        if session.stopped:
-            break
     return session.meter.result(session.ranks)
+
+
+def batches(session: Session, keeper: Keeper) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rest of one epoch, and again what comes after a step that wasn't taken."""
+    while session.batch < len(session.stream) and not session.stopped:
+        for batch in session.stream.batches(session.epoch, session.batch):
+            index = session.batch
+            yield batch
+            if session.stopped or session.batch != index + 1:
+                break
+        keeper.check()
 
 
 def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
@@ -55,7 +67,8 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
 
     Raises:
         UserError: data that can't be found, a folder that exists already or can't be written, a
-            checkpoint of another recipe, a loss that is no longer finite (that epoch is not kept).
+            checkpoint of another recipe, a step that isn't finite (it isn't taken, and the state
+            before it is saved).
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
@@ -72,6 +85,8 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
     say = _silent if options.quiet else print
+    for note in session.began_from:
+        say(note)
     with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
         folder.open(session)
         if options.show_augmentation:
@@ -79,23 +94,20 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
         others = watchers(recipe, folder.path, session.step, **asked)
         if not session.settled:
             folder.settled(session, tune(session, session.steps_left, say))
-        with Display(session, options.quiet, others) as display, folder.keeping(session):
-            keeper = Keeper(
-                lambda: folder.save(session),
-                stop,
-                options.save_every_steps,
-                options.save_every_minutes,
-                Agreement(session.ranks),
-            )
+        keeper = Keeper(
+            lambda: folder.save(session),
+            stop,
+            options.save_every_steps,
+            options.save_every_minutes,
+            check=lambda: settle(session, lambda: folder.save(session)),
+            agree=Agreement(session.ranks),
+        )
+        keeping = folder.keeping(session, keeper.save_now)
+        with Display(session, options.quiet, others) as display, keeping:
             while session.epoch < recipe.epochs and not session.stopped:
                 started, images = time.perf_counter(), display.images
                 train_metrics = train_epoch(session, display, keeper)
                 seconds = time.perf_counter() - started
-                if not math.isfinite(train_metrics["loss"]):
-                    raise UserError(
-                        f"the loss is {train_metrics['loss']} in epoch {session.epoch}: "
-                        f"lower --lr (it is {recipe.lr})"
-                    )
                 row: dict[str, Any] = {
                     "epoch": session.epoch,
                     "step": session.step,
@@ -103,6 +115,7 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
                     "images_per_second": (display.images - images) / seconds,
                     "lr": recipe.learning_rate(session.epoch),
                     "kd_weight": session.progress.ramp.item(),
+                    "skipped_steps": session.skipped,
                     "train": train_metrics,
                 }
                 last = session.stopped or session.epoch + 1 == recipe.epochs

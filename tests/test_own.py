@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 from fastokd.cli import run_command
@@ -47,11 +49,15 @@ def test_own_data_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 noise = generator.integers(0, 99, (40, 48, 3)) + 100 * label
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index}.jpg")
     (tmp_path / "pictures/val/cat/0.jpg").rename(tmp_path / "my-cat.jpg")
-    train, predict, export = commands("your-data.md")
+    weights = torchvision.models.resnet18(num_classes=1000).state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    train, predict, export, tune, tune_foreign = commands("your-data.md")
     run(train, "--batch-size", "4", *SHORT)
     run(predict)
     run(export)
     assert (tmp_path / "runs/pictures/export/onnx/resnet20.onnx").is_file()
+    for arguments in (tune, tune_foreign):
+        run(arguments, "--batch-size", "4", *SHORT)
 
 
 def test_an_own_method_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

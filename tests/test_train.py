@@ -268,13 +268,6 @@ class TestRefusals:
         monkeypatch.setattr(optimizers.metadata, "version", lambda name: "0.9.10dev")
         assert "isn't NVIDIA's" in (optimizers.apex_missing() or "")
 
-    def test_a_loss_that_is_nan(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"loss is (nan|inf)"):
-            fastokd.train(small(lr=1e30, students=2), out=tmp_path / "run", **QUICK)
-        # What a run writes is JSON, and its weights can be trained on.
-        assert Run.load(tmp_path / "run").metrics == []
-        assert not any((tmp_path / "run" / "checkpoints").iterdir())
-
     @pytest.mark.parametrize(
         ("tensors", "facts"),
         [

@@ -128,6 +128,10 @@ class Ranks:
         dist.gather_object(value, box, dst=0, group=self.side)
         return box
 
+    def largest(self, value: Tensor) -> None:
+        """Makes a tensor on the device the largest of all ranks', without the host's waiting."""
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.ops import _cpp
 from fastokd.ops._library import LIBRARY, define
 
 MAX_SOURCES = 16
@@ -99,6 +100,18 @@ define(
     "Tensor grad_logits_SBC, Tensor grad_query_BPd, Tensor grad_key_BPd)",
     _peer_fake,
 )
+# The same as an eager step on the CPU calls it: with its gradients, in C++ alone.
+LIBRARY.define(
+    "mixture_loss(Tensor logits_SBC, Tensor? extra_EBC, Tensor labels, Tensor scores, "
+    f"{_WEIGHTS} Tensor? mixture_ce_weight_S, Tensor? temperature_0d, "
+    "float ce_weight, float kd_weight, float mixture_ce_weight, float temperature, "
+    f"{_OPTIONS[:-2]}) -> (Tensor total, Tensor ce_S, Tensor kd_S)"
+)
+LIBRARY.define(
+    "peer_attention_loss(Tensor logits_SBC, Tensor labels, Tensor query_BPd, Tensor key_BPd, "
+    f"{_WEIGHTS} Tensor? temperature_0d, float ce_weight, float kd_weight, float temperature, "
+    f"{_OPTIONS[:-2]}) -> (Tensor total, Tensor ce_S, Tensor kd_S)"
+)
 
 
 def _launcher(op: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -119,6 +132,27 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 for _op, _launch in _LAUNCHERS.items():
     LIBRARY.impl(_op, _launch, "CUDA")
     LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
+
+EAGER_LOSSES: dict[str, Callable[..., Any]] = {
+    "mixture_distillation": torch.ops.fastokd.mixture_loss.default,
+    "peer_attention_distillation": torch.ops.fastokd.peer_attention_loss.default,
+}
+"""What an eager step on the CPU calls, see ``in_one_call``."""
+
+
+def in_one_call(impl: str, logits_SBC: Tensor) -> bool:
+    """Whether ``EAGER_LOSSES`` may be tried: C++ checks, computes and carries the gradients.
+
+    Between two calls of the loss a whole step empties the caches: Python's checks would then take
+    longer than the kernel. Where the C++ refuses, with a RuntimeError, they are made after all, and
+    say why in a sentence or choose another implementation.
+    """
+    return (
+        impl in ("auto", "cpp")
+        and logits_SBC.is_cpu
+        and _cpp.load() is None
+        and not torch.compiler.is_compiling()
+    )
 
 
 def refusal(
@@ -170,8 +204,7 @@ def call_fused(
     )
     # Triton's interpreter takes tensors of the CPU, whose operator is the C++ one.
     function = _LAUNCHERS[op] if impl == "triton" and not first.is_cuda else _OPERATORS[op]
-    # C++ carries its own gradients; a compiler must see what becomes of them.
-    if not any(asked) or (impl == "cpp" and not torch.compiler.is_compiling()):
+    if not any(asked):
         total, ce_S, kd_S, *_ = function(*args)
         return total, ce_S, kd_S
     result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(function, leaves, *args)
@@ -181,7 +214,7 @@ def call_fused(
 class FusedLoss(torch.autograd.Function):
     """``total, ce_S, kd_S`` of an operator whose gradients come with it.
 
-    (csrc/mixture_autograd.cpp is its twin for the CPU, which costs a step less.)
+    (csrc/mixture_autograd.cpp is its twin for eager steps on the CPU, which costs a step less.)
 
     ``args`` are the operator's arguments, the three flags that ask for gradients last; ``leaves``
     say which arguments they are about, in the order in which their gradients are returned.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
-from fastokd.ops._mixture_op import call_fused, refusal
+from fastokd.ops._mixture_op import EAGER_LOSSES, call_fused, in_one_call, refusal
 
 Mix = Literal["logits", "probs", "pairwise"]
 Weight = float | Sequence[float] | Tensor
@@ -78,6 +79,20 @@ def mixture_distillation(
         UserError: shapes that don't fit, a weight that asks for gradient, T <= 0, an ``impl`` that
             can't serve the call.
     """
+    if in_one_call(impl, logits_SBC):
+        ce_S, ce_number = as_argument(ce_weight)
+        kd_S, kd_number = as_argument(kd_weight)
+        mixture_S, mixture_number = as_argument(mixture_ce_weight)
+        temperature_0d, temperature_number = as_argument(temperature)
+        with suppress(RuntimeError):
+            return MixtureLoss._make(
+                EAGER_LOSSES["mixture_distillation"](
+                    logits_SBC, extra_logits_EBC, labels_B, scores,
+                    ce_S, kd_S, mixture_S, temperature_0d,
+                    ce_number, kd_number, mixture_number, temperature_number,
+                    mix, detach_targets, label_smoothing,
+                )
+            )  # fmt: skip
     check_logits(logits_SBC, labels_B)
     check_options(temperature, mix, label_smoothing)
     _check_sources(logits_SBC, scores, extra_logits_EBC)
@@ -120,6 +135,11 @@ def mixture_distillation(
     )
 
 
+def as_argument(value: Weight) -> tuple[Tensor | None, Weight]:
+    """A weight or temperature as an operator takes it: a tensor, and a number that multiplies it."""
+    return (value, 1.0) if isinstance(value, Tensor) else (None, value)
+
+
 def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
     """Raises where logits or labels have a shape or dtype that doesn't fit."""
     if logits_SBC.dim() != 3 or not logits_SBC.is_floating_point() or logits_SBC.shape[2] < 1:
@@ -136,10 +156,15 @@ def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
         )
 
 
-def check_options(temperature: float | Tensor, mix: str, label_smoothing: float) -> None:
-    """Raises where an option is out of range; reads no tensor's values."""
+def check_mix(mix: str) -> None:
+    """Raises where ``mix`` is none."""
     if mix not in ("logits", "probs", "pairwise"):
         raise UserError(f"mix is {mix!r}: choose logits, probs or pairwise")
+
+
+def check_options(temperature: float | Tensor, mix: str, label_smoothing: float) -> None:
+    """Raises where an option is out of range; reads no tensor's values."""
+    check_mix(mix)
     if not 0.0 <= label_smoothing < 1.0:
         raise UserError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
     if isinstance(temperature, Tensor):

@@ -8,17 +8,19 @@ The rest is ``mixture_distillation``.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
-from fastokd.ops._mixture_op import call_fused, refusal
+from fastokd.ops._mixture_op import EAGER_LOSSES, call_fused, in_one_call, refusal
 from fastokd.ops.mixture_distillation import (
     Mix,
     MixtureLoss,
     Weight,
+    as_argument,
     check_logits,
     check_options,
     mixture_distillation,
@@ -55,6 +57,18 @@ def peer_attention_distillation(
     Raises:
         UserError: as ``mixture_distillation``, and where queries and keys don't fit.
     """
+    if in_one_call(impl, logits_SBC):
+        ce_S, ce_number = as_argument(ce_weight)
+        kd_S, kd_number = as_argument(kd_weight)
+        temperature_0d, temperature_number = as_argument(temperature)
+        with suppress(RuntimeError):
+            return MixtureLoss._make(
+                EAGER_LOSSES["peer_attention_distillation"](
+                    logits_SBC, labels_B, query_BPd, key_BPd,
+                    ce_S, kd_S, temperature_0d, ce_number, kd_number, temperature_number,
+                    mix, detach_targets, label_smoothing,
+                )
+            )  # fmt: skip
     check_logits(logits_SBC, labels_B)
     check_options(temperature, mix, label_smoothing)
     S, B, _ = logits_SBC.shape

@@ -48,12 +48,16 @@ def as_svg(figure: Figure) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
+def on_white(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element that stands alone, black on white."""
+    svg = as_svg(figure).replace("currentColor", "black")
+    head, rest = svg.split(">", 1)
+    return f'{head}><rect width="100%" height="100%" fill="white"/>{rest}'
+
+
 def save(figure: Figure, path: Path) -> None:
     """``path`` with ``.svg`` and ``.png`` behind it, black on white."""
-    svg = as_svg(figure).replace("currentColor", "black")
-    ground = '<rect width="100%" height="100%" fill="white"/>'
-    head, rest = svg.split(">", 1)
-    path.with_name(f"{path.name}.svg").write_text(f"{head}>{ground}{rest}", encoding="utf-8")
+    path.with_name(f"{path.name}.svg").write_text(on_white(figure), encoding="utf-8")
     figure.savefig(path.with_name(f"{path.name}.png"), dpi=120, facecolor="white")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastokd.training.guard import READ_EVERY
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
 ECHO = 10.0
@@ -76,6 +78,8 @@ class Keeper:
         save: writes a checkpoint.
         stop: listens for signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
+        check: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
+            steps; it may take the run back, or raise.
         agree: turns what this rank wishes, (whether it is time to save, the signal or 0), into what
             all ranks do at this same moment.
     """
@@ -86,13 +90,27 @@ class Keeper:
         stop: StopRequest,
         every_steps: int | None,
         every_minutes: float | None,
+        check: Callable[[], None] = lambda: None,
         agree: Callable[[bool, int], tuple[bool, int]] = lambda due, signum: (due, signum),
     ) -> None:
         self.save = save
+        self._check = check
         self.stop = stop
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.agree = agree
+        self._unchecked = 0
+        self.saved()
+
+    def check(self) -> None:
+        """Whether the steps so far were taken."""
+        self._unchecked = 0
+        self._check()
+
+    def save_now(self) -> None:
+        """A checkpoint of the steps that were taken."""
+        self.check()
+        self.save()
         self.saved()
 
     def saved(self) -> None:
@@ -102,6 +120,9 @@ class Keeper:
     def stepped(self) -> None:
         """One step was taken."""
         self._steps += 1
+        self._unchecked += 1
+        if self._unchecked >= READ_EVERY:
+            self.check()
         self()
 
     def __call__(self) -> None:
@@ -115,7 +136,6 @@ class Keeper:
         by_time = self.every_minutes is not None and passed >= self.every_minutes
         by_time, signum = self.agree(by_time, self.stop.received or 0)
         if by_steps or by_time or signum:
-            self.save()
-            self.saved()
+            self.save_now()
         if signum:
             raise Interrupted(signum)

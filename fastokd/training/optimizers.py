@@ -42,6 +42,36 @@ def create_optimizer(
     raise UserError(f"optimizer is {kind!r}: choose sgd or apex-sgd")
 
 
+def made_ready(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Gives momentum its zeros; what a step by ``optimizer`` writes that the flag can't hold back.
+
+    Torch's fused SGD makes its momentum in the first step, and where that one isn't taken leaves it
+    as the memory was.
+    """
+    written: list[Tensor] = []
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                written += [parameter, state["momentum_buffer"]]
+        else:
+            written += group["params"]
+    return [] if _reads_flag(optimizer) else written
+
+
+def step_unless(optimizer: torch.optim.Optimizer, untaken: Tensor) -> None:
+    """The optimizer's step, which a fused one leaves out where the 0-d ``untaken`` isn't 0."""
+    if _reads_flag(optimizer):
+        optimizer.found_inf = untaken  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def _reads_flag(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def set_rate(group: dict[str, Any], rate: float) -> None:
     """Gives a group its learning rate: in place where it is a tensor, which a captured step reads."""
     if isinstance(group["lr"], Tensor):

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
 
 ENVIRONMENT = "environment.json"
+# Of every split that was measured.
+MEASURED = {
+    *("leader_top1", "mean_top1", "student_top1", "ensemble_top1", "ensemble_logits_top1"),
+    "diversity",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +116,28 @@ class RunFolder:
         return first(lambda: self._as_begun(options))
 
     def _as_begun(self, options: RunOptions) -> RunOptions:
-        path = self.path / ENVIRONMENT
-        if not options.resume or not path.is_file():
+        if not options.resume or not (self.path / ENVIRONMENT).is_file():
             return options
+        if (self.path / "recipe.json").is_file():
+            self.recipe()  # what can't be read is said before anything is trained
+        return options.as_begun(self.environment(), self.path)
+
+    def environment(self) -> dict[str, Any]:
+        """What the run's numbers depend on beside its recipe; empty where nobody wrote it.
+
+        Raises:
+            UserError: the file isn't what a run writes.
+        """
+        path = self.path / ENVIRONMENT
         try:
-            begun = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} can't be read: {error}") from error
-        return options.as_begun(begun, self.path)
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is no environment of a run: put it back or remove it")
+        return found
 
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
@@ -215,8 +234,10 @@ class RunFolder:
             raise UserError(f"{self.path} is no run folder: it has no recipe.json")
         try:
             return Recipe.from_json(json.loads(path.read_bytes()))
-        except ValueError as error:
-            raise UserError(f"{path} can't be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} can't be read ({error}): put back the one that the run wrote"
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; a last line that was cut off is left out.
@@ -234,7 +255,7 @@ class RunFolder:
             rows = [json.loads(line) for line in lines]
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}; remove the line that is") from error
-        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+        if not all(map(_is_epoch, rows)):
             raise UserError(f"{path} is damaged: a line isn't an epoch's; remove it")
         return rows
 
@@ -299,13 +320,13 @@ class RunFolder:
             prune_checkpoints(self.checkpoints, "last", 2)
 
     @contextmanager
-    def keeping(self, session: Session) -> Iterator[None]:
+    def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
         """Leaves a checkpoint of the last step where a file of the data set stops the run."""
         try:
             yield
         except DataFileError:
             if session.ranks.size == 1:  # the others are within the step that this one can't take
-                self.save(session)
+                save()
             raise
 
     def finish(self, session: Session) -> Run:
@@ -348,6 +369,16 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _line(row: dict[str, Any]) -> bytes:
     return (json.dumps(row) + "\n").encode()
+
+
+def _is_epoch(row: Any) -> bool:
+    """Whether a line has what every reader takes for granted."""
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+        return False
+    if type(row.get("step", 0)) is not int or not isinstance(row.get("seconds", 0), (int, float)):
+        return False
+    splits = [row[name] for name in ("val", "test") if row.get(name) is not None]
+    return all(isinstance(split, dict) and split.keys() >= MEASURED for split in splits)
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastokd.data.prepared import LOADERS
 from fastokd.errors import UserError
 
 # What a resumed run keeps as it was: these decide its numbers, or their last bits.
@@ -26,6 +27,7 @@ KEPT = (
     "ema",
     "overfit_batch",
     "sync_bn",
+    "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
@@ -51,6 +53,8 @@ class RunOptions:
         impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
         teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
             for the default folder of the recipe that trains it.
+        init: what the students begin from: a run, a checkpoint, a ``student.safetensors`` or a state
+            dict (``.pth``); one for all, or one for each (``fastokd/training/pretrained.py``).
         resume: continue the run in ``out``, as it was begun.
         max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
             again, a check that a set-up can learn at all.
@@ -58,6 +62,7 @@ class RunOptions:
         accumulate: a batch is taken in so many parts, whose gradients add up to the batch's; only
             BatchNorm sees the parts.
         clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
+        skip_nonfinite: so many steps in all that aren't finite are left out, rather than stopped at.
         ema: decay of a running average of the kept student's weights; None for none.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
@@ -86,12 +91,14 @@ class RunOptions:
     loader: str = "auto"
     workers: int = 0
     teacher: Path | None = None
+    init: tuple[str, ...] = ()
     resume: bool = False
     max_steps: int | None = None
     overfit_batch: bool = False
     optimizer: str = "sgd"
     accumulate: int = 1
     clip_norm: float | None = None
+    skip_nonfinite: int = 0
     ema: float | None = None
     eval_every: int = 1
     save_every_steps: int | None = None
@@ -110,8 +117,11 @@ class RunOptions:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
-        if self.workers < 0:
-            raise UserError(f"workers is {self.workers}: it must be at least 0")
+        for name in ("workers", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
+            raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
         if self.memory_format not in MEMORY_FORMATS:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
@@ -128,6 +138,7 @@ class RunOptions:
             UserError: something is asked for that differs; both values are named.
         """
         default = RunOptions()
+        begun = {**begun, "init": tuple(begun.get("init", ()))}
         known = [name for name in KEPT if name in begun]
         differing = [
             f"{_flag(name)} ({begun[name]} there, {getattr(self, name)} here)"
@@ -139,7 +150,13 @@ class RunOptions:
                 f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
-        return replace(self, **{name: begun[name] for name in known})
+        try:
+            return replace(self, **{name: begun[name] for name in known})
+        except TypeError as error:
+            raise UserError(
+                f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
+                "damaged, remove it to resume with the options given"
+            ) from error
 
 
 def _flag(name: str) -> str:

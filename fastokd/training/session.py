@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastokd.checkpoint import list_checkpoints
 from fastokd.cohort import Choice
 from fastokd.data import (
     Augment,
@@ -27,7 +28,7 @@ from fastokd.device import (
     set_matmul_precision,
 )
 from fastokd.distributed.launch import device_here
-from fastokd.distributed.ranks import Line, Ranks
+from fastokd.distributed.ranks import Line, Ranks, first
 from fastokd.distributed.state import gathered, mine, share_state
 from fastokd.distributed.sync_norm import synchronise
 from fastokd.errors import UserError
@@ -40,8 +41,10 @@ from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import Weights, find_teacher
 from fastokd.training.allocator import keep_freed_memory
 from fastokd.training.ema import LeaderAverage
+from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
+from fastokd.training.pretrained import begin_from
 from fastokd.training.run_options import KEPT, RunOptions
 from fastokd.training.state import as_state, load_state, state_of
 from fastokd.training.step import StepProgram
@@ -54,7 +57,8 @@ __all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
 class Session:
     """Everything that trains: data, cohort, method, optimizers, progress.
 
-    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps taken.
+    ``epoch`` and ``batch`` are where the next step is; ``step`` counts all steps, those that were
+    skipped included.
     """
 
     def __init__(
@@ -99,11 +103,17 @@ class Session:
         # Every op is asked again with its arguments; here only so that no folder is made first.
         choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)
+        self._check_fit()
         self.teacher: Weights | None = None
         if training and method_class(recipe.method).needs.teacher:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
-            self.teacher = find_teacher(recipe, options.teacher, kept)
+            self.teacher = self.ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
+        self.began_from: list[str] = []
+        if training and options.init and not _has_checkpoints(recipe, options):
+            files = [Path(name) for name in options.init]
+            names = self.data.class_names
+            self.began_from = begin_from(self.cohort, files, names, recipe.kept_student)
         if training and self.method.needs.heldout and self.data.val is None:
             raise UserError(
                 f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
@@ -116,6 +126,9 @@ class Session:
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
+        self.guard = Guard(self.device)
+        # Steps of this run that weren't taken, by leave of ``skip_nonfinite``.
+        self.skipped = 0
         self.average: LeaderAverage | None = None
         if options.ema is not None:
             self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
@@ -143,6 +156,7 @@ class Session:
                         state[key] = as_state(value, parameter)
         self.choice = choice
         self.step_program = StepProgram(self, alone=alone)
+        self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
 
     def _too_small_a_rest(self) -> bool:
         """Whether an epoch's last batch is too small for the method's norms: it is left out."""
@@ -155,6 +169,19 @@ class Session:
                 f"at least {needs.min_batch}"
             )
         return 0 < len(self.data.train) % size // ranks < needs.min_batch
+
+    def _check_fit(self) -> None:
+        """Refuses options that this recipe has no use for."""
+        options, recipe = self.options, self.recipe
+        if options.accumulate > recipe.batch_size:
+            raise UserError(
+                f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
+                "choose at most as many"
+            )
+        if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+            raise UserError(
+                f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            )
 
     def parts_of(self, batch: int) -> int:
         """In how many parts a batch is taken."""
@@ -260,6 +287,12 @@ class Session:
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
     """Where a run lies: ``out``, or ``runs/`` and the recipe's name."""
     return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
+
+
+def _has_checkpoints(recipe: Recipe, options: RunOptions) -> bool:
+    """Whether the run goes on from a state of its own, whatever it was begun from."""
+    where = run_path(recipe, options) / "checkpoints"
+    return options.resume and first(lambda: bool(list_checkpoints(where)))
 
 
 def evaluation_stream(

@@ -39,6 +39,7 @@ def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "batch": session.batch,
         "step": session.step,
         "best": session.best,
+        "skipped": session.skipped,
         "class_names": list(session.data.class_names),
         "mean": list(session.data.mean),
         "std": list(session.data.std),
@@ -119,6 +120,8 @@ def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     session.best = facts["best"]
     if "rng.cpu" not in tensors:
         session.ranks.seed_global(session.recipe.seed, session.step)
+    session.skipped = int(facts.get("skipped", 0))
+    session.guard.forget()
 
 
 def _named_parameters(session: Session) -> dict[Tensor, str]:

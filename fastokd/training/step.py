@@ -3,28 +3,34 @@
     images_BHWC, labels_B -> cohort -> method -> backward -> clip -> optimizers -> average
 
 A step is made of tensors that stay where they are (parameters, ramp, rates, draws), so it can be
-compiled, or captured whole as a CUDA graph, and still sees every epoch's values.
+compiled, or captured whole as a CUDA graph, and still sees every epoch's values. It is taken whole,
+or not at all where something in it isn't finite (``guard.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from fastokd.distributed.replicas import Replicas
 from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, Progress
 from fastokd.training.captured import CapturedStep
+from fastokd.training.guard import Held
+from fastokd.training.optimizers import made_ready, step_unless
 
 if TYPE_CHECKING:
     from fastokd.training.session import Session
 
-Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, MethodLoss]]
+Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
+# The smallest normal number of fp16: a loss scale below it can't be what a gradient overflows by.
+SMALLEST_SCALE = 2.0**-14
 
 
 def training_step(
@@ -47,9 +53,9 @@ class StepProgram:
 
     def __init__(self, session: Session, *, alone: bool = False) -> None:
         self.session = session
-        self.forward: Forward = self._forward
+        self.forward: Forward = self.eager
         if session.choice.compile:
-            self.forward = torch.compile(self._forward, dynamic=False)
+            self.forward = torch.compile(self.eager, dynamic=False)
         self.replicas: Replicas | None = None
         if session.ranks.data.size > 1 and not alone:
             self.forward = self.replicas = Replicas(session, self.forward)
@@ -61,43 +67,65 @@ class StepProgram:
                     "leave --capture out"
                 )
             self.captured = CapturedStep(self.run)
+        self._held: tuple[Held, Held] | None = None
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
+        self.session.guard.begin()
         if self.captured is not None:
             return self.captured(images_BHWC, labels_B)
         return self.run(images_BHWC, labels_B)
 
     def run(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
         """The step itself."""
+        for held in self.held:
+            held.take()
         out = self.gradients(images_BHWC, labels_B)
         self.update()
+        self.session.guard.counted()
         return out
 
-    def _forward(
+    @property
+    def held(self) -> tuple[Held, Held]:
+        """What a step writes in place and no optimizer holds back: the norms' statistics, the rest."""
+        if self._held is None:
+            session = self.session
+            modules = [*session.cohort.modules(), *session.method.modules()]
+            norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+            statistics = [
+                x for m in norms for x in (m.running_mean, m.running_var) if x is not None
+            ]
+            known = {id(x) for x in statistics}
+            rest = [x for m in (session.cohort, session.method) for x in m.buffers()]
+            if session.average is not None:
+                rest += session.average.state.values()
+            for optimizer in session.optimizers:
+                rest += made_ready(optimizer)
+            self._held = Held(statistics), Held(x for x in rest if id(x) not in known)
+        return self._held
+
+    def eager(
         self, images_BHWC: Tensor, labels_B: Tensor, progress: Progress
-    ) -> tuple[Tensor, MethodLoss]:
+    ) -> tuple[Tensor, Tensor | None, MethodLoss]:
+        """The forward as it is written: the students' logits, a teacher's, the loss."""
         with self.session.autocast():
             out = self.session.cohort(images_BHWC)
             loss = self.session.method(out, labels_B, progress)
-        return out.logits_SBC, loss
+        return out.logits_SBC, out.extra_logits_EBC, loss
 
     def gradients(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
         """Forward and backward of the batch, in one part or in as many as the options say."""
-        session, B = self.session, labels_B.shape[0]
-        parts = session.parts_of(B)
-        if parts == 1:
-            logits_SBC, loss = self.forward(images_BHWC, labels_B, session.progress)
-            session.scaler.scale(loss.total).backward()
-            return logits_SBC, loss
-        done: list[tuple[Tensor, MethodLoss]] = []
-        for images, labels, progress in _parts(images_BHWC, labels_B, session.progress, parts):
-            with self._sending(last=len(done) + 1 == parts):
-                logits, loss = self.forward(images, labels, progress)
-                share = labels.shape[0] / B
-                # Losses are means over the batch: each part counts by its images.
-                session.scaler.scale(loss.total * share).backward()
+        session, done, taken = self.session, [], 0.0
+        for images, labels, progress, share in self.parts(images_BHWC, labels_B):
+            taken += share
+            with self._sending(last=taken > 1 - share / 2):
+                logits_SBC, extra_EBC, loss = self.forward(images, labels, progress)
+                whole = share == 1
+                session.scaler.scale(loss.total if whole else loss.total * share).backward()
+            session.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
+            if whole:
+                return logits_SBC, loss
             scaled = {name: value * share for name, value in loss.parts.items()}
-            done.append((logits.detach(), MethodLoss(loss.total.detach() * share, scaled)))
+            done.append((logits_SBC.detach(), MethodLoss(loss.total.detach() * share, scaled)))
         logits_SBC = torch.cat([logits for logits, _ in done], dim=1)
         return logits_SBC, _summed([loss for _, loss in done])
 
@@ -105,29 +133,69 @@ class StepProgram:
         """Gradients go to the other ranks with the last part, where there are any."""
         return nullcontext() if last or self.replicas is None else self.replicas.apart()
 
+    def parts(
+        self, images_BHWC: Tensor, labels_B: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Progress, float]]:
+        """The batch in nearly equal parts, each with its part of the draws, and its share: losses
+        are means over the batch, so each part counts by its images."""
+        progress, B = self.session.progress, labels_B.shape[0]
+        parts = self.session.parts_of(B)
+        if parts == 1:
+            yield images_BHWC, labels_B, progress, 1.0
+            return
+        drawn = {name: value.tensor_split(parts) for name, value in progress.draws.items()}
+        for index, (images, labels) in enumerate(
+            zip(images_BHWC.tensor_split(parts), labels_B.tensor_split(parts), strict=True)
+        ):
+            draws = {name: values[index] for name, values in drawn.items()}
+            share = labels.shape[0] / B
+            yield images, labels, dataclasses.replace(progress, draws=draws), share
+
     def update(self) -> None:
         """The optimizers' step by the gradients as they are; then there are none."""
-        session = self.session
+        session, guard, scaler = self.session, self.session.guard, self.session.scaler
+        statistics, rest = self.held
+        norm: Tensor | None = None
         if session.options.clip_norm is not None:
             for optimizer in session.optimizers:
-                session.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(session.parameters(), session.options.clip_norm)
+                scaler.unscale_(optimizer)
+            norm = clip_grad_norm_(session.parameters(), session.options.clip_norm)
+        guard.check(statistics.look())
+        if scaler.is_enabled():
+            untaken = self._scaled()
+        else:
+            guard.check([norm, *(p.grad for p in session.parameters())])
+            guard.agree()
+            untaken = guard.fault
         for optimizer in session.optimizers:
-            session.scaler.step(optimizer)
+            step_unless(optimizer, untaken)
             optimizer.zero_grad()
-        session.scaler.update()
         if session.average is not None:
             session.average.update()
+        statistics.put_back(untaken)
+        rest.put_back(untaken)
 
+    def _scaled(self) -> Tensor:
+        """fp16's part: unscales, sets the next scale, and says whether the step is left out.
 
-def _parts(images: Tensor, labels: Tensor, progress: Progress, parts: int) -> Any:
-    """The batch in nearly equal parts, each with its part of the draws."""
-    drawn = {name: value.tensor_split(parts) for name, value in progress.draws.items()}
-    for index, pair in enumerate(
-        zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-    ):
-        draws = {name: values[index] for name, values in drawn.items()}
-        yield *pair, dataclasses.replace(progress, draws=draws)
+        Gradients that overflow are what the scale is for: no fault, unless it falls to nothing.
+        """
+        session, guard, scaler = self.session, self.session.guard, self.session.scaler
+        overflows: list[Tensor] = []
+        for optimizer in session.optimizers:
+            if session.options.clip_norm is None:
+                scaler.unscale_(optimizer)
+            overflows += scaler._found_inf_per_device(optimizer).values()
+        scale, growth = scaler._scale, scaler._growth_tracker
+        assert scale is not None
+        assert growth is not None
+        torch.maximum(guard.fault, (scale < SMALLEST_SCALE).float(), out=guard.fault)
+        guard.agree()
+        held = Held([scale, growth])
+        held.take()
+        scaler.update()
+        held.put_back(guard.fault)
+        return torch.stack([guard.fault, *overflows]).amax()
 
 
 def _summed(losses: list[MethodLoss]) -> MethodLoss:

@@ -36,6 +36,7 @@ def untouched(session: Session) -> Iterator[None]:
             for parameter, state in saved.items():
                 optimizer.state[parameter] = state
         session.adopt(choice)
+        session.guard.forget()
         session.cohort.train(training)
         session.method.train(training)
         with torch.no_grad():

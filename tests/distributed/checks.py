@@ -130,7 +130,7 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
     """The engine that a session settles on, and how many candidates this rank timed; only rank 0
     finds one faster."""
     rank = torch.distributed.get_rank()
-    session = Session(one, RunOptions(quiet=True, precision="fp32", compile=False))
+    session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": False}))
     timings = [Timing(Choice("loop"), 2.0 - rank), Timing(Choice("grouped"), 1.0 + rank)]
     with (
         patch("fastokd.training.tuning._measure", return_value=timings) as measured,

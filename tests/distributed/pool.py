@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=120)
 
 
 class Pool:
@@ -34,6 +34,8 @@ class Pool:
         """What ``check`` returns on each rank; fails with the tracebacks of those that raised."""
         for pipe in self.pipes:
             pipe.send((check.__name__, args))
+        stuck = [rank for rank, pipe in enumerate(self.pipes) if not pipe.poll(PATIENCE.seconds)]
+        assert not stuck, f"ranks {stuck} don't answer"
         answers = [pipe.recv() for pipe in self.pipes]
         failed = [text for ok, text in answers if not ok]
         assert not failed, "\n".join(failed)

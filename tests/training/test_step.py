@@ -203,7 +203,8 @@ def test_a_step_reads_nothing_back(name: str, engine: str) -> None:
         session.begin_step(4)
         with NoSync() as counted:
             logits_SBC, loss = training_step(session, images, labels)
-            session.meter.update(logits_SBC, labels, {"loss": loss.total, **loss.parts})
+            losses = {"loss": loss.total, **loss.parts}
+            session.meter.update(logits_SBC, labels, losses, session.guard.fault)
         assert counted.ops > 100
     with pytest.raises(AssertionError, match="reads the device"), NoSync():
         loss.total.item()

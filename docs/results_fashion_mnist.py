@@ -1,0 +1,144 @@
+"""Fashion-MNIST whole, every method: the runs behind docs/results.md.
+
+    OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py &
+    OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py    # as many at once as there are cores
+
+Runs what isn't kept yet, seed by seed, and keeps each finished run's metrics in docs/fashion_mnist/.
+It can be killed at any time and started again. docs/results_page.py writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastokd.checkpoint import write_durably
+from fastokd.recipes import recipe
+from fastokd.sweep import run_or_resume
+from fastokd.training.session import RunOptions
+
+KEPT = Path(__file__).parent / "fashion_mnist"
+MODEL = "resnet8"
+SEEDS = (0, 1, 2)
+FIRST = ("baseline", "dml", "cl_ilr", "one", "okddip-branch", "okddip-network")
+THEN = (
+    "ind",
+    "okddip_random-branch",
+    "okddip_entropy-branch",
+    "okddip_mean-branch",
+    "okddip_symmetric-branch",
+    "okddip_no_two_level-branch",
+    "ffsd",
+)
+OPTIONS = RunOptions(
+    device="cpu", precision="bf16", engine="loop", save_every_minutes=3.0, quiet=True
+)
+
+
+class Wanted(NamedTuple):
+    """One run."""
+
+    row: str
+    epochs: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.epochs}epochs-seed{self.seed}"
+
+
+def wanted() -> list[Wanted]:
+    """Every run, in the order in which they are worth having: whole rows first."""
+    stages = ((FIRST, 5), (THEN, 5), (FIRST, 20), (THEN, 20))
+    return [
+        Wanted(row, epochs, seed) for rows, epochs in stages for seed in SEEDS for row in rows
+    ]
+
+
+def main() -> None:
+    """Takes one missing run after another that nobody else has taken."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist"))
+    arguments = parser.parse_args()
+    KEPT.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for run in wanted():
+        if _kept(run).is_file():
+            continue
+        with _taken(arguments.out / f"{run.name}.lock") as mine:
+            if mine and not _kept(run).is_file():
+                print(time.strftime("%H:%M:%S"), run.name, "begins", flush=True)
+                _keep(run, arguments.out / run.name)
+                print(time.strftime("%H:%M:%S"), run.name, "is kept", flush=True)
+
+
+def _kept(run: Wanted) -> Path:
+    return KEPT / f"{run.name}.jsonl"
+
+
+def _keep(run: Wanted, folder: Path) -> None:
+    """Trains one run to its end and writes what is kept of it: a line of facts, then its epochs."""
+    resolved = recipe(f"{run.row}/{MODEL}/fashion_mnist", epochs=run.epochs, seed=run.seed)
+    with _metered(folder.with_suffix(".cpu")) as cpu_seconds:
+        done = run_or_resume(resolved, replace(OPTIONS, out=folder))
+        spent = cpu_seconds()
+    facts: dict[str, Any] = {
+        "recipe": resolved.to_json(),
+        "environment": json.loads((folder / "environment.json").read_text()),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "cpu_seconds": round(spent, 1),
+    }
+    lines = [json.dumps(line) for line in (facts, *done.metrics)]
+    write_durably(_kept(run), ("\n".join(lines) + "\n").encode())
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Whether the run is this process's; the lock goes with the process."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def _metered(folder: Path) -> Iterator[Any]:
+    """Seconds of CPU that a run has taken in all its processes; one that is killed loses five."""
+    folder.mkdir(exist_ok=True)
+    mine, begun = folder / f"{time.time_ns()}", time.process_time()
+    over = threading.Event()
+
+    def note() -> None:
+        mine.write_text(str(time.process_time() - begun))
+
+    def watch() -> None:
+        while not over.wait(5.0):
+            note()
+
+    def total() -> float:
+        note()
+        return sum(float(file.read_text() or 0) for file in folder.iterdir())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield total
+    finally:
+        over.set()
+        watcher.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The report's figures for a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from fastokd.report.plots import draw_all, on_white
+from fastokd.report.pools import pool_runs
+from fastokd.training.run_folder import Run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that a notebook shows where it is a cell's last value."""
+
+    figure: Figure
+
+    def _repr_svg_(self) -> str:
+        return on_white(self.figure)
+
+
+def pictures(*runs: Run) -> dict[str, Picture]:
+    """The figures that these runs allow, by name (:func:`fastokd.report.plots.draw_all`).
+
+    Raises:
+        UserError: a run without a measured epoch; two of one recipe and seed.
+    """
+    return {name: Picture(figure) for name, figure in draw_all(pool_runs(runs)).items()}

@@ -1,0 +1,171 @@
+"""``--init``: students that begin from trained weights.
+
+One file begins every student, or each has its own. A classifier that was trained for other classes
+gives way to a new one. Several students of one file would see the same images, and stay the same
+network for ever: so only the one that is kept takes the file's classifier, and the others begin with
+one of their own, drawn by the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd import authors
+from fastokd.cohort import Cohort
+from fastokd.errors import UserError
+from fastokd.models import Student, create_model
+from fastokd.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
+from fastokd.student_file import Weights, read_weights
+
+# Where trainers put the state dict within their checkpoint; the first that is there is taken.
+PLACES = ("state_dict", "model", "weight", "model_state_dict", "net")
+# torchvision's GoogLeNet and Inception have these; students are built without.
+AUXILIARY = ("aux", "AuxLogits.")
+
+
+def begin_from(
+    cohort: Cohort, paths: Sequence[Path], class_names: Sequence[str], kept: int
+) -> list[str]:
+    """Fills the students from one file, or from one for each, the leader's last.
+
+    Args:
+        class_names: the data set's. A classifier for others is replaced.
+        kept: the student that is taken away in the end.
+
+    Returns:
+        What was taken from each file and what wasn't, a sentence each.
+
+    Raises:
+        UserError: a file that can't be read or holds code; keys that are missing, extra or of
+            another shape, by name; more files than one and fewer than students.
+    """
+    S = len(cohort.students)
+    if len(paths) not in (1, S):
+        raise UserError(f"--init names {len(paths)} files for {S} students: give one, or {S}")
+    if cohort.trunk is not None and len(set(paths)) > 1:
+        raise UserError("--init names several files, but a branch cohort shares a trunk: give one")
+    notes: list[str] = []
+    for path in dict.fromkeys(paths):
+        mine = [s for s in range(S) if paths[s if len(paths) > 1 else 0] == path]
+        notes += _fill(cohort, mine, _read(path), class_names, kept)
+    return notes
+
+
+def _fill(
+    cohort: Cohort, mine: list[int], given: Weights, class_names: Sequence[str], kept: int
+) -> list[str]:
+    """Fills the students ``mine`` from one file."""
+    names = {cohort.model_names[s] for s in mine}
+    if len(names) > 1:
+        raise UserError(
+            f"{given.path} can't begin {' and '.join(sorted(names))} at once: give one --init a "
+            "student"
+        )
+    (name,) = names
+    classifier = _classifier(name, cohort.num_classes, cohort.model_options)
+    state, left_out = _fitting(given, name, cohort, classifier)
+    known = list(given.fact("class_names")) if "class_names" in given.facts else None
+    why = ""
+    if any(key not in state for key in classifier) or (known and known != list(class_names)):
+        why = _other_classes(given, known, class_names)
+        state = {key: value for key, value in state.items() if key not in classifier}
+    notes = [f"{name} begins from {given.path}"]
+    if left_out:
+        notes.append(f"left out, as auxiliary: {some(left_out)}")
+    if why:
+        notes.append(f"{why}: each student begins with a new classifier ({', '.join(classifier)})")
+    elif len(mine) > 1:
+        holder = kept if kept in mine else mine[0]
+        notes.append(
+            f"its classifier is student {holder}'s; the others have new ones, or all would stay "
+            "alike"
+        )
+    else:
+        holder = mine[0]
+    for s in mine:
+        own = state
+        if not why and s != holder:
+            own = {key: value for key, value in state.items() if key not in classifier}
+        _load(cohort.students[s], own)
+    if cohort.trunk is not None:
+        _load(cohort.trunk, state)
+    return notes
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """What of ``state`` is the module's; a branch's holds no trunk, and the trunk's no branch."""
+    own = module.state_dict().keys()
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
+    """The keys whose shapes follow the number of classes."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        states = [create_model(name, c, **options).state_dict() for c in (classes, classes + 1)]
+    return [key for key, value in states[0].items() if value.shape != states[1][key].shape]
+
+
+def _fitting(
+    given: Weights, name: str, cohort: Cohort, classifier: Iterable[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The file's entries under our keys, a classifier of another shape left out; and what else was.
+
+    Raises:
+        UserError: what is left doesn't fit, by key.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Student = create_model(name, cohort.num_classes, **cohort.model_options)
+    wanted = model.state_dict()
+    ours = {model.published_key(key): key for key in wanted}
+    state = {ours.get(key, key): value for key, value in given.state.items()}
+    left_out = [key for key in state if key not in wanted and key.startswith(AUXILIARY)]
+    layout = {key: (key, value.shape) for key, value in wanted.items()}
+    for key in classifier:
+        if key not in state or state[key].shape != layout[key][1]:
+            del layout[key]
+    for key in [*left_out, *(key for key in classifier if key not in layout)]:
+        state.pop(key, None)
+    faults = faults_of(state, layout)
+    if faults:
+        raise UserError(f"{given.path} is no {name}: {described(faults)[1]}")
+    return state, left_out
+
+
+def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str]) -> str:
+    if known is None:
+        return f"{given.path} was trained for other classes than these {len(ours)}"
+    return f"{given.path} knows {some(known)}, not {some(list(ours))}"
+
+
+def _read(path: Path) -> Weights:
+    """A run, checkpoint or student of ours, or a state dict that somebody else saved."""
+    if not path.exists():
+        raise UserError(f"--init is {path}, and there is no such file")
+    if path.is_dir() or path.suffix == ".safetensors":
+        return read_weights(path)
+    return Weights(path, _state_dict(path), {})
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.pth``, read without running code; of an author's cohort the student
+    that is kept."""
+    content = authors.unpickled(path)
+    found: Any = content
+    if isinstance(content, dict):
+        found = next((content[p] for p in PLACES if isinstance(content.get(p), dict)), content)
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} holds no state dict, but a {type(found).__name__}")
+    strange = [str(key) for key, value in found.items() if not authors.is_plain(key, value)]
+    if strange:
+        raise UserError(f"{path} holds no state dict: {some(strange)} are no tensors")
+    if all(key.startswith("module.") for key in found):
+        found = {key.removeprefix("module."): value for key, value in found.items()}
+    if sharing_of(found)[0] is not None:
+        published = authors.read(path)
+        return published.student_state(published.kept_student)
+    return {key: value for key, value in found.items() if not key.startswith(METHOD_KEYS)}
