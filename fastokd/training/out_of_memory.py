@@ -36,6 +36,11 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
         return
     B, ranks = labels_B.shape[0], session.ranks.data.size
     parts = session.parts_of(B)
+    if session.row is not None:  # nothing can be tried here without the other ranks
+        raise UserError(
+            f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}): "
+            "choose a smaller --batch-size, or --accumulate to keep the recipe's"
+        )
     fitting = _largest_half(session, images_BHWC, labels_B, -(-B // parts))
     if fitting is None:
         advice = "not even a part of one fits: choose a smaller model, or fewer --students"

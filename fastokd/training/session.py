@@ -30,6 +30,7 @@ from fastokd.device import (
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Line, Ranks, first
 from fastokd.distributed.state import gathered, mine, share_state
+from fastokd.distributed.students import Row
 from fastokd.distributed.sync_norm import synchronise
 from fastokd.errors import UserError
 from fastokd.methods import Progress, method_class, ramp_weight
@@ -123,6 +124,8 @@ class Session:
         self.method.to(self.device)
         if options.sync_bn:
             synchronise(self.cohort, self.method, self.ranks)
+        # Where the students are shared by the ranks, this rank trains some.
+        self.row = Row(self) if training and self.ranks.students.size > 1 else None
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
@@ -135,7 +138,7 @@ class Session:
         self.meter = Meter(recipe.students, recipe.has_leader)
         self._draws: dict[int, dict[str, Tensor]] = {}
         self.ranks.seed_global(recipe.seed, self.step)
-        self.settled = options.engine != "auto" or options.sync_bn
+        self.settled = options.engine != "auto" or options.sync_bn or self.row is not None
         self.adopt(Choice.of(options.engine, options.compile, options.memory_format))
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:

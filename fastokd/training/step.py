@@ -80,6 +80,8 @@ class StepProgram:
         for held in self.held:
             held.take()
         out = self.gradients(images_BHWC, labels_B)
+        if self.session.row is not None:
+            self.session.row.level()
         self.update()
         self.session.guard.counted()
         return out
@@ -110,6 +112,8 @@ class StepProgram:
         with self.session.autocast():
             out = self.session.cohort(images_BHWC)
             loss = self.session.method(out, labels_B, progress)
+            if self.session.row is not None:
+                loss = self.session.row.whole(loss)
         return out.logits_SBC, out.extra_logits_EBC, loss
 
     def gradients(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
@@ -159,7 +163,8 @@ class StepProgram:
         if session.options.clip_norm is not None:
             for optimizer in session.optimizers:
                 scaler.unscale_(optimizer)
-            norm = clip_grad_norm_(session.parameters(), session.options.clip_norm)
+            clip = clip_grad_norm_ if session.row is None else session.row.clip
+            norm = clip(session.parameters(), session.options.clip_norm)
         guard.check(statistics.look())
         if scaler.is_enabled():
             untaken = self._scaled()

@@ -33,7 +33,7 @@ def test_one_rank_writes_and_all_know(whole: Any) -> None:
     assert (out / "student.safetensors").is_file()
 
 
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.proof)])
 def test_resumed_is_uninterrupted(two: Pool, whole: Any, tmp_path: Path, stop: int) -> None:
     """Within an epoch and between two: the same bits, of the metrics too."""
     two.run(checks.run, RECIPE, tmp_path / "run", {"max_steps": stop})
