@@ -42,7 +42,9 @@ def convert(
     """
     source = Path(source)
     if not source.exists():
-        raise UserError(f"there is no {source}")
+        raise UserError(
+            f"there is no {source}: name an author's .pth, a run or a student.safetensors"
+        )
     ours = source.is_dir() or source.suffix == ".safetensors"
     if ours and (model is not None or student is not None):
         raise UserError(f"{source} is one student of ours and says its model: leave both out")

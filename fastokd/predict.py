@@ -49,7 +49,7 @@ def predict(student: str | Path, images: Sequence[str | Path], *, top: int = 5) 
     predictions = []
     for path in map(Path, images):
         if not path.is_file():
-            raise UserError(f"there is no picture {path}")
+            raise UserError(f"there is no picture {path}: name a file that Pillow reads")
         pixels_HWC = _centre(path, size, resize)
         normal_HWC = (torch.tensor(pixels_HWC).float() / 255 - mean_3) / std_3
         logits_BC = network(normal_HWC.permute(2, 0, 1)[None].contiguous())

@@ -82,6 +82,11 @@ def prepare(
     Raises:
         UserError: a layout that isn't understood; a class whose images are all damaged.
     """
+    if workers < 0:
+        raise UserError(f"workers is {workers}: it must be at least 0")
+    for place in () if out is None else (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file: give a folder for the manifest with --out")
     layout = find_layout(root, ground_truth)
     if imagenet and len(layout.classes) != IMAGENET_CLASSES:
         layout.notes.append(f"ImageNet has 1,000 classes, this folder {len(layout.classes):,}")

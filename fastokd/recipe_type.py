@@ -15,6 +15,16 @@ from fastokd.errors import UserError, unknown_name
 from fastokd.methods import check_options, method_class
 from fastokd.models import model_spec
 
+# More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
+# out only when the memory or the year is over.
+MOST = {"students": 64, "epochs": 1_000_000, "image_size": 4096}
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "dict[str, Any]": (dict, "an object of names and values"),
+    "tuple[int, ...]": (tuple, "a list of whole numbers"),
+}
 # What a run is judged by, and what its best epoch is chosen by.
 Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
 
@@ -74,6 +84,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses what can't be trained, in one sentence."""
+        self._check_kinds()
         needs = method_class(self.method).needs
         if self.dataset not in list_datasets():
             raise unknown_name("dataset", self.dataset, list_datasets())
@@ -94,21 +105,54 @@ class Recipe:
             ("val", 0),
             ("crop_padding", 0),
             ("image_size", 1),
+            ("eval_resize", 0),
+            ("ramp_first", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at most {most}")
+        if self.crop_padding >= self.image_size:
+            raise UserError(
+                f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
+            )
+        if self.crop_mode not in ("zeros", "reflect"):
+            raise UserError(f"crop_mode is {self.crop_mode!r}: choose zeros or reflect")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: it must be between 0 and {2**32 - 1}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
-        for name in ("weight_decay", "momentum", "ramp_epochs", "warmup_epochs"):
+        if not (math.isfinite(self.lr_decay) and self.lr_decay > 0):
+            raise UserError(f"lr_decay is {self.lr_decay}: it must be a finite number above 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
+        for name in ("weight_decay", "ramp_epochs", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
+        if not self.model_options.keys().isdisjoint(("name", "num_classes")):
+            raise UserError(
+                f"model_options is {self.model_options}: leave name and num_classes out, which the "
+                "recipe and the data say"
+            )
         check_options(self.method, self.method_options)
         temperature = self.method_options.get("temperature", 1.0)
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
+
+    def _check_kinds(self) -> None:
+        """Refuses a value of another type than its field's: recipes are read from files too."""
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            kind, what = _KINDS.get(str(known.type), (str, "a word"))
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if kind is tuple:
+                fits = fits and all(type(entry) is int for entry in value)
+            if not fits:
+                raise UserError(f"{known.name} is {value!r}: it must be {what}")
 
     def _check_students(self) -> None:
         """Refuses unknown students, and more or fewer than the method or the names allow."""

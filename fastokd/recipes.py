@@ -23,7 +23,7 @@ from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import list_methods, method_class, option_defaults
 from fastokd.models import model_spec
-from fastokd.recipe_type import Recipe
+from fastokd.recipe_type import MOST, Recipe
 
 # Where a method with two forms was published in one.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -66,8 +66,8 @@ def recipe(name: str, **changes: Any) -> Recipe:
             raise unknown_name("setting", change, fields)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
-        if epochs < 1:
-            raise UserError(f"epochs is {epochs}: it must be at least 1")
+        if not 1 <= epochs <= MOST["epochs"]:
+            raise UserError(f"epochs is {epochs}: it must be between 1 and {MOST['epochs']}")
         base = base.with_epochs(epochs)
     if "method_options" in changes:
         changes["method_options"] = {**base.method_options, **changes["method_options"]}

@@ -7,6 +7,8 @@ checkpoint's recipe keeps, or any other) or a ``student.safetensors``.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,35 @@ from torch import Tensor
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
-from fastokd.recipe_type import Recipe
+from fastokd.recipe_type import MOST, Recipe
 
 STUDENT = "student.safetensors"
+
+
+def _numbers(value: Any) -> bool:
+    """Three finite numbers, one a channel."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    )
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST["image_size"]
+
+
+# Files come from anywhere: what a fact must be like to be used.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "model_options": lambda value: isinstance(value, dict),
+    "class_names": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+    "mean": _numbers,
+    "std": lambda value: _numbers(value) and min(value) > 0,
+    "input_size": lambda value: _size(value) and value > 0,
+    "eval_resize": _size,
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +69,16 @@ class Weights:
         if name not in self.facts:
             raise UserError(f"{self.path} doesn't say its {name}: take a run's {STUDENT}")
         try:
-            return json.loads(self.facts[name])
-        except ValueError as error:
-            raise UserError(f"{self.path} is damaged: its {name} can't be read") from error
+            value = json.loads(self.facts[name])
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.path} is damaged: its {name} can't be read; take a run's {STUDENT}"
+            ) from error
+        if name in _FITS and not _FITS[name](value):
+            raise UserError(
+                f"{self.path} is damaged: its {name} is {str(value)[:80]}; take a run's {STUDENT}"
+            )
+        return value
 
     @property
     def model(self) -> str:
@@ -55,7 +90,7 @@ class Weights:
     @property
     def options(self) -> dict[str, Any]:
         """Of the model's constructor."""
-        return dict(json.loads(self.facts.get("model_options", "{}")))
+        return dict(self.fact("model_options")) if "model_options" in self.facts else {}
 
     def about(self) -> dict[str, Any]:
         """All that it says of itself, for JSON."""

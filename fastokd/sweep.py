@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,13 @@ def _kind(like: Any) -> str:
     return names.get(type(like), "a word")
 
 
+def scaled_rate(name: str, lr: float | None, batch_size: int | None) -> float:
+    """The rate (``lr``, or the recipe's) times the batch over the recipe's own: Goyal et al.'s rule
+    (arXiv 1706.02677), which holds for the recipe's SGD; a method's own Adam keeps its rate."""
+    base = recipe(name)
+    return (base.lr if lr is None else lr) * (batch_size or base.batch_size) / base.batch_size
+
+
 def plan(
     name: str,
     changes: Mapping[str, Any],
@@ -139,7 +147,8 @@ def run_all(out: Path, planned: Sequence[Planned], options: RunOptions) -> list[
         index.note(entry, None)
     runs = []
     for entry in planned:
-        run = run_or_resume(entry.recipe, dataclasses.replace(options, out=out / entry.folder))
+        with index.kept_if_begun():
+            run = run_or_resume(entry.recipe, dataclasses.replace(options, out=out / entry.folder))
         index.note(entry, run)
         runs.append(run)
     return runs
@@ -151,15 +160,30 @@ class _Index:
     def __init__(self, out: Path) -> None:
         self.path = out / INDEX
         self.entries: dict[str, dict[str, Any]] = {}
+        self.made: list[Path] = []  # folders that weren't there, the innermost first
         if self.path.is_file():
             try:
                 self.entries = {
                     entry["folder"]: entry for entry in json.loads(self.path.read_text())
                 }
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path} can't be read: {error}") from error
+                raise UserError(
+                    f"{self.path} can't be read ({error}): choose another --out"
+                ) from error
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and holds no {INDEX}: choose another --out")
+
+    @contextmanager
+    def kept_if_begun(self) -> Iterator[None]:
+        """Where the first run can't even begin, the folder is as if nobody had asked for it."""
+        try:
+            yield
+        except UserError:
+            if self.made and [path.name for path in self.path.parent.iterdir()] == [INDEX]:
+                self.path.unlink()
+                for folder in self.made:
+                    folder.rmdir()
+            raise
 
     def note(self, entry: Planned, run: Run | None) -> None:
         """Writes down that a run is wanted, or how it ended."""
@@ -175,10 +199,16 @@ class _Index:
         if run is not None:
             row |= dataclasses.asdict(summarise(run))
         self.entries[entry.folder] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(
-            self.path, (json.dumps(list(self.entries.values()), indent=1) + "\n").encode()
-        )
+        folder = self.path.parent
+        try:
+            if not folder.exists():
+                self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+                folder.mkdir(parents=True)
+            write_durably(
+                self.path, (json.dumps(list(self.entries.values()), indent=1) + "\n").encode()
+            )
+        except OSError as error:
+            raise UserError(f"{folder} can't be written ({error}): choose another --out") from error
 
 
 def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:

@@ -206,6 +206,8 @@ def time_steps(specs: Sequence[Spec], steps: int) -> list[StepTiming]:
     """Times several loops in turn, ``steps`` steps of each."""
     if steps < 1:
         raise UserError(f"steps is {steps}: it must be at least 1")
+    for spec in specs:
+        spec.check()
     with InTurn(specs) as loops:
         for _ in range(steps):
             loops.round()

@@ -23,8 +23,10 @@ import torch
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
 from fastokd.benchmark.memory import PeakMemory
 from fastokd.benchmark.peak import synchronize
-from fastokd.device import pick_device
+from fastokd.cohort import ENGINES
+from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
+from fastokd.ops._dispatch import choose
 from fastokd.recipes import Recipe
 from fastokd.training.session import RunOptions
 
@@ -62,6 +64,20 @@ class Spec:
             memory_format=self.memory_format,
             impl=self.impl,
         )
+
+    def check(self) -> None:
+        """Refuses what no worker could run, before one is started.
+
+        Raises:
+            UserError: an unknown device, precision, engine or implementation; or one that isn't here.
+        """
+        device = pick_device(self.device)
+        precision = pick_precision(self.precision, device)
+        if self.loop == "reference" and precision == "fp16":
+            raise UserError("the published loop has no fp16: choose fp32 or bf16")
+        if self.engine not in ("auto", *ENGINES):
+            raise UserError(f"engine is {self.engine!r}: choose auto, {', '.join(ENGINES)}")
+        choose("the loss", self.impl, device, {"cpp": None, "triton": None})
 
     def settled(self) -> Spec:
         """With the engine that ``"auto"`` chooses, measured in a process of its own: what the

@@ -37,8 +37,14 @@ def claims(
     if context.invoked_subcommand is not None:
         return
     from fastokd.benchmark import claims as known
-    from fastokd.errors import unknown_name
+    from fastokd.device import pick_device
+    from fastokd.errors import UserError, unknown_name
 
+    if steps is not None and steps < 1:
+        raise UserError(f"steps is {steps}: it must be at least 1")
+    pick_device(device)
+    if gpu_report is not None and not gpu_report.parent.is_dir():
+        raise UserError(f"{gpu_report} can't be written: there is no folder {gpu_report.parent}")
     chosen = [claim for claim in known.CLAIMS.values() if only in claim.name]
     if not chosen:
         raise unknown_name("claim", only, known.CLAIMS)

@@ -94,6 +94,8 @@ def load_dataset(
         raise unknown_name("dataset", name, _LOADERS)
     if image_size not in (None, 32) and name not in _CHOOSABLE:
         raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
+    if eval_resize and name not in _CHOOSABLE:
+        raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     usual = _VIEWS.get(name, View(32))
     view = View(
         usual.image_size if image_size is None else image_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -85,6 +86,7 @@ def export(
         wanted_BC = network(images_BCHW)
     form = FORMATS[to]
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         beside.mkdir(parents=True)
         name = form.write(weights, network, beside)
@@ -98,6 +100,9 @@ def export(
         raise DiskError(f"{folder} can't be written: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where the export is in them they stay
+            for parent in made:
+                parent.rmdir()
     sync_folder(folder.parent)
     where = str(folder / name)
     return Export(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Progress
-from fastokd.ops.mixture_distillation import Mix, mixture_distillation
+from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillation
 
 
 class ScoredMethod(Method):
@@ -39,6 +39,7 @@ class ScoredMethod(Method):
         impl: str = "auto",
     ) -> None:
         super().__init__(shape)
+        check_mix(mix)
         self.temperature = temperature
         self.mix: Mix = mix
         self.detach_targets = detach_targets

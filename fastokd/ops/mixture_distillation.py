@@ -156,10 +156,15 @@ def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
         )
 
 
-def check_options(temperature: float | Tensor, mix: str, label_smoothing: float) -> None:
-    """Raises where an option is out of range; reads no tensor's values."""
+def check_mix(mix: str) -> None:
+    """Raises where ``mix`` is none."""
     if mix not in ("logits", "probs", "pairwise"):
         raise UserError(f"mix is {mix!r}: choose logits, probs or pairwise")
+
+
+def check_options(temperature: float | Tensor, mix: str, label_smoothing: float) -> None:
+    """Raises where an option is out of range; reads no tensor's values."""
+    check_mix(mix)
     if not 0.0 <= label_smoothing < 1.0:
         raise UserError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
     if isinstance(temperature, Tensor):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastokd.report.summary import summarise
-from fastokd.training.run_folder import Run
+from fastokd.training.run_folder import Run, RunFolder
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:
@@ -29,8 +28,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    path = run.folder / "environment.json"
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    return RunFolder(run.folder).environment()
 
 
 def _results(run: Run) -> dict[str, Any]:

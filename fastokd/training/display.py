@@ -40,7 +40,8 @@ class Display:
             disable=quiet or not self.console.is_terminal,
             refresh_per_second=4,
         )
-        self.note = session.data.note
+        ranks = session.ranks.note(session.recipe.batch_size, session.recipe.students)
+        self.note = "\n".join(filter(None, (session.data.note, ranks)))
         left = max(session.steps_left, 1)
         self.task = self.bar.add_task(
             "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0

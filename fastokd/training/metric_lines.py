@@ -12,6 +12,11 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
 
 Row = dict[str, Any]
+# Of every split that was measured.
+MEASURED = {
+    *("leader_top1", "mean_top1", "student_top1", "ensemble_top1", "ensemble_logits_top1"),
+    "diversity",
+}
 
 
 class MetricLines:
@@ -35,7 +40,7 @@ class MetricLines:
             rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: {error}; remove the line that is") from error
-        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+        if not all(map(_is_epoch, rows)):
             raise UserError(f"{self.path} is damaged: a line isn't an epoch's; remove it")
         return rows
 
@@ -72,3 +77,13 @@ class MetricLines:
 
 def _line(row: Row) -> bytes:
     return (json.dumps(row) + "\n").encode()
+
+
+def _is_epoch(row: Any) -> bool:
+    """Whether a line has what every reader takes for granted."""
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+        return False
+    if type(row.get("step", 0)) is not int or not isinstance(row.get("seconds", 0), (int, float)):
+        return False
+    splits = [row[name] for name in ("val", "test") if row.get(name) is not None]
+    return all(isinstance(split, dict) and split.keys() >= MEASURED for split in splits)

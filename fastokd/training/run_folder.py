@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from fastokd.checkpoint import (
     link_checkpoint,
@@ -24,6 +25,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
+from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import DataFileError, DiskError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
@@ -69,15 +71,20 @@ class RunFolder:
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
-        """The folder of a run that is about to start; nothing is written yet.
+        """The folder of a run that is about to start; nothing is written yet. Of several processes
+        the first alone looks, and writes.
 
         Raises:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
                 can't be written.
         """
         path = run_path(recipe, options)
-        with _writing(path):  # a name that is too long is refused where it is looked for
-            return RunFolder._claim(path, options.resume)
+
+        def claim() -> RunFolder:
+            with _writing(path):  # a name that is too long is refused where it is looked for
+                return RunFolder._claim(path, options.resume)
+
+        return first(claim)
 
     @staticmethod
     def _claim(path: Path, resume: bool) -> RunFolder:
@@ -104,14 +111,31 @@ class RunFolder:
         Raises:
             UserError: something is asked for that differs from what the run was begun with.
         """
-        path = self.path / ENVIRONMENT
-        if not options.resume or not path.is_file():
+        return first(lambda: self._as_begun(options))
+
+    def _as_begun(self, options: RunOptions) -> RunOptions:
+        if not options.resume or not (self.path / ENVIRONMENT).is_file():
             return options
+        if (self.path / "recipe.json").is_file():
+            self.recipe()  # what can't be read is said before anything is trained
+        return options.as_begun(self.environment(), self.path)
+
+    def environment(self) -> dict[str, Any]:
+        """What the run's numbers depend on beside its recipe; empty where nobody wrote it.
+
+        Raises:
+            UserError: the file isn't what a run writes.
+        """
+        path = self.path / ENVIRONMENT
         try:
-            begun = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} can't be read: {error}") from error
-        return options.as_begun(begun, self.path)
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is no environment of a run: put it back or remove it")
+        return found
 
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
@@ -121,6 +145,15 @@ class RunFolder:
         Raises:
             UserError: another process is at work in the folder.
         """
+        found = session.ranks.first(lambda: self._open(session))
+        if found is None:
+            return
+        session.load_state(*found)
+        rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
+        session.ranks.first(lambda: self._replace_lines(rows))
+
+    def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint, where the run goes on."""
         with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -134,11 +167,7 @@ class RunFolder:
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
                 warn(fault)
-            session.load_state(tensors, facts)
-            rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
-            with _writing(self.path):
-                self.lines.replace(rows)
-            return
+            return tensors, facts
         if session.options.resume and (self.path / "recipe.json").is_file():
             check_recipe(session, self.recipe().to_json())
         with _writing(self.path):
@@ -147,6 +176,11 @@ class RunFolder:
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+        return None
+
+    def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
+        with _writing(self.path):
+            self.lines.replace(rows)
 
     def _take_lock(self) -> None:
         """Locks the folder until :meth:`close`; the lock of a process that died is gone with it.
@@ -178,9 +212,14 @@ class RunFolder:
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
         """Keeps the choice of engine, and what it was chosen by."""
-        with _writing(self.path):
-            self._write_json("tuning.json", {"timings": [timing.to_json() for timing in timings]})
-            self.write_environment(session)
+
+        def keep() -> None:
+            with _writing(self.path):
+                tried = [timing.to_json() for timing in timings]
+                self._write_json("tuning.json", {"timings": tried})
+                self.write_environment(session)
+
+        session.ranks.first(keep)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -192,8 +231,10 @@ class RunFolder:
             raise UserError(f"{self.path} is no run folder: it has no recipe.json")
         try:
             return Recipe.from_json(json.loads(path.read_bytes()))
-        except ValueError as error:
-            raise UserError(f"{path} can't be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} can't be read ({error}): put back the one that the run wrote"
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; raises as :meth:`MetricLines.read`."""
@@ -206,9 +247,13 @@ class RunFolder:
         images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
         images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
         path = self.path / "augmentation.png"
-        with _writing(self.path):
-            save_image(make_grid(images_BCHW, nrow=8), path)
-        return path
+
+        def keep() -> Path:
+            with _writing(self.path):
+                save_image(make_grid(images_BCHW, nrow=8), path)
+            return path
+
+        return session.ranks.first(keep)
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
@@ -221,18 +266,20 @@ class RunFolder:
         better = score is not None and (before is None or score > before)
         if better:
             session.best = score
-        self.lines.add(row)
+        session.ranks.first(lambda: self.lines.add(row))
         try:
             self.save(session, best_on="val" if row.get("val") else "test", better=better)
         except DiskError as error:
-            if better and not self._best(session).is_dir():
+            if better and not session.ranks.first(lambda: self._best(session).is_dir()):
                 session.best = before  # the best that is kept
-            warn(f"{error}; training goes on, and saves when it is time again")
+            if speaks():
+                warn(f"{error}; training goes on, and saves when it is time again")
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
         """A checkpoint of the session as it stands; the best one too where it is ``better``.
 
-        The lines of its epochs come before it: a resumed run doesn't train them again.
+        All ranks ask for it together; the first writes, and none goes on before it has. The lines
+        of its epochs come before it: a resumed run doesn't train them again.
 
         Raises:
             DiskError: the disk refuses; what was written before is whole.
@@ -240,8 +287,14 @@ class RunFolder:
         tensors, facts = session.state()
         if best_on is not None:
             facts["best_on"] = best_on
-        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
         self._behind = True
+        session.ranks.first(lambda: self._save(session, tensors, facts, better))
+        self._behind = False
+
+    def _save(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
+    ) -> None:
+        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
         with _writing(self.path):
             self.lines.write()
             # The best one first: a run that is killed in between repeats the epoch, and writes
@@ -253,21 +306,21 @@ class RunFolder:
             else:
                 save_checkpoint(last, tensors, facts)
             prune_checkpoints(self.checkpoints, "last", 2)
-        self._behind = False
 
     def _best(self, session: Session) -> Path:
         return self.checkpoints / f"best-{session.step:09d}"
 
     @contextmanager
-    def keeping(self, save: Callable[[], None]) -> Iterator[None]:
+    def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
         """Leaves a checkpoint of the last step where a file of the data set stops the run."""
         try:
             yield
         except DataFileError:
-            try:
-                save()
-            except DiskError as error:
-                warn(str(error))
+            if session.ranks.size == 1:  # the others are within the step that this one can't take
+                try:
+                    save()
+                except DiskError as error:
+                    warn(str(error))
             raise
 
     def finish(self, session: Session) -> Run:
@@ -277,6 +330,11 @@ class RunFolder:
             DiskError: the student can't be written, or the last steps couldn't be saved and still
                 can't. A report that can't is warned of.
         """
+        if self._behind:
+            self.save(session)
+        return session.ranks.first(lambda: self._finish(session))
+
+    def _finish(self, session: Session) -> Run:
         from fastokd.report.page import report
 
         state = session.kept_state()
@@ -287,8 +345,6 @@ class RunFolder:
             member.published_key(key): value.detach().cpu().contiguous()
             for key, value in state.items()
         }
-        if self._behind:
-            self.save(session)
         with _writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
         run = Run(self.path, session.recipe, self.metrics())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastokd.data.prepared import LOADERS
 from fastokd.errors import UserError
 
 # What a resumed run keeps as it was: these decide its numbers, or their last bits.
@@ -25,6 +26,7 @@ KEPT = (
     "clip_norm",
     "ema",
     "overfit_batch",
+    "sync_bn",
     "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
@@ -65,6 +67,9 @@ class RunOptions:
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
             never. It is saved after every epoch, and where a signal stops the run.
+        parallel: what several processes share (``torchrun``): ``"data"``, each batch, or
+            ``"students"``, the students, and what ranks remain the batch (``docs/distributed.md``).
+        sync_bn: BatchNorm over the batch of all ranks, not over each one's share.
         show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
         tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
         quiet: no progress bar and no lines.
@@ -98,6 +103,8 @@ class RunOptions:
     eval_every: int = 1
     save_every_steps: int | None = None
     save_every_minutes: float | None = 15.0
+    parallel: str = "data"
+    sync_bn: bool = False
     show_augmentation: bool = False
     tensorboard: bool = False
     wandb: bool = False
@@ -113,6 +120,8 @@ class RunOptions:
         for name in ("workers", "skip_nonfinite"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
+            raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
         if self.memory_format not in MEMORY_FORMATS:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
@@ -141,7 +150,13 @@ class RunOptions:
                 f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
-        return replace(self, **{name: begun[name] for name in known})
+        try:
+            return replace(self, **{name: begun[name] for name in known})
+        except TypeError as error:
+            raise UserError(
+                f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
+                "damaged, remove it to resume with the options given"
+            ) from error
 
 
 def _flag(name: str) -> str:
