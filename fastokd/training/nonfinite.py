@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,7 +45,8 @@ def settle(session: Session, save: Callable[[], None]) -> None:
             f"{session.skipped + 1}"
         )
     session.skipped += 1
-    print(f"warning: {what}; it is skipped, {session.skipped} of {most}", file=sys.stderr)
+    if session.ranks.rank == 0:
+        print(f"warning: {what}; it is skipped, {session.skipped} of {most}", file=sys.stderr)
     set_random_state(fault.random_after, session.device)
     session.step += 1
     session.batch += 1
@@ -60,7 +60,9 @@ def find(session: Session) -> str:
     batches = session.stream.batches(session.epoch, session.batch)
     images_BHWC, labels_B = next(iter(batches))
     with _replayed(session):
-        found = list(islice(_findings(session, images_BHWC, labels_B), 3))
+        found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
+    # Of several ranks it may be in one's share alone.
+    found = next(filter(None, session.ranks.gather(found)), [])
     return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from fastokd.checkpoint import (
     link_checkpoint,
@@ -25,6 +26,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
+from fastokd.distributed.ranks import first
 from fastokd.errors import DataFileError, UserError
 from fastokd.models import Student
 from fastokd.recipes import Recipe
@@ -71,15 +73,20 @@ class RunFolder:
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
-        """The folder of a run that is about to start; nothing is written yet.
+        """The folder of a run that is about to start; nothing is written yet. Of several processes
+        the first alone looks, and writes.
 
         Raises:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
                 can't be written.
         """
         path = run_path(recipe, options)
-        with _writing(path):  # a name that is too long is refused where it is looked for
-            return RunFolder._claim(path, options.resume)
+
+        def claim() -> RunFolder:
+            with _writing(path):  # a name that is too long is refused where it is looked for
+                return RunFolder._claim(path, options.resume)
+
+        return first(claim)
 
     @staticmethod
     def _claim(path: Path, resume: bool) -> RunFolder:
@@ -107,6 +114,9 @@ class RunFolder:
         Raises:
             UserError: something is asked for that differs from what the run was begun with.
         """
+        return first(lambda: self._as_begun(options))
+
+    def _as_begun(self, options: RunOptions) -> RunOptions:
         if not options.resume or not (self.path / ENVIRONMENT).is_file():
             return options
         if (self.path / "recipe.json").is_file():
@@ -138,6 +148,16 @@ class RunFolder:
         Raises:
             UserError: another process is at work in the folder.
         """
+        found = session.ranks.first(lambda: self._open(session))
+        if found is None:
+            return
+        session.load_state(*found)
+        rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
+        lines = b"".join(map(_line, rows))
+        session.ranks.first(lambda: self._write("metrics.jsonl", lines))
+
+    def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint, where the run goes on."""
         with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -151,11 +171,7 @@ class RunFolder:
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
                 print(f"warning: {fault}", file=sys.stderr)
-            session.load_state(tensors, facts)
-            rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
-            with _writing(self.path):
-                write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
-            return
+            return tensors, facts
         if session.options.resume and (self.path / "recipe.json").is_file():
             check_recipe(session, self.recipe().to_json())
         with _writing(self.path):
@@ -164,6 +180,11 @@ class RunFolder:
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+        return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        with _writing(self.path):
+            write_durably(self.path / name, content)
 
     def _take_lock(self) -> None:
         """Locks the folder until :meth:`close`; the lock of a process that died is gone with it.
@@ -195,9 +216,14 @@ class RunFolder:
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
         """Keeps the choice of engine, and what it was chosen by."""
-        with _writing(self.path):
-            self._write_json("tuning.json", {"timings": [timing.to_json() for timing in timings]})
-            self.write_environment(session)
+
+        def keep() -> None:
+            with _writing(self.path):
+                tried = [timing.to_json() for timing in timings]
+                self._write_json("tuning.json", {"timings": tried})
+                self.write_environment(session)
+
+        session.ranks.first(keep)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -241,9 +267,13 @@ class RunFolder:
         images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
         images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
         path = self.path / "augmentation.png"
-        with _writing(self.path):
-            save_image(make_grid(images_BCHW, nrow=8), path)
-        return path
+
+        def keep() -> Path:
+            with _writing(self.path):
+                save_image(make_grid(images_BCHW, nrow=8), path)
+            return path
+
+        return session.ranks.first(keep)
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
@@ -255,18 +285,28 @@ class RunFolder:
         better = score is not None and (session.best is None or score > session.best)
         if better:
             session.best = score
-        with _writing(self.path):
-            with open(self.path / "metrics.jsonl", "ab") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
-            self.save(session, best_on="val" if row.get("val") else "test", better=better)
+        session.ranks.first(lambda: self._append(row))
+        self.save(session, best_on="val" if row.get("val") else "test", better=better)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with _writing(self.path), open(self.path / "metrics.jsonl", "ab") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """A checkpoint of the session as it stands; the best one too where it is ``better``."""
+        """A checkpoint of the session as it stands; the best one too where it is ``better``.
+
+        All ranks ask for it together; the first writes, and none goes on before it has.
+        """
         tensors, facts = session.state()
         if best_on is not None:
             facts["best_on"] = best_on
+        session.ranks.first(lambda: self._save(session, tensors, facts, better))
+
+    def _save(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
+    ) -> None:
         last = self.checkpoints / f"last-{session.step:09d}"
         with _writing(self.path):
             # The best one first: a run that is killed in between repeats the epoch, and writes
@@ -281,16 +321,20 @@ class RunFolder:
             prune_checkpoints(self.checkpoints, "last", 2)
 
     @contextmanager
-    def keeping(self, save: Callable[[], None]) -> Iterator[None]:
+    def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
         """Leaves a checkpoint of the last step where a file of the data set stops the run."""
         try:
             yield
         except DataFileError:
-            save()
+            if session.ranks.size == 1:  # the others are within the step that this one can't take
+                save()
             raise
 
     def finish(self, session: Session) -> Run:
         """The student with its publisher's keys, and the report with its plots."""
+        return session.ranks.first(lambda: self._finish(session))
+
+    def _finish(self, session: Session) -> Run:
         from fastokd.report.page import report
 
         state = session.kept_state()
