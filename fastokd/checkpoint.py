@@ -138,9 +138,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         payload = {name: (path / name).read_bytes() for name in (TENSORS, FACTS)}
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
-        raise UserError(f"the checkpoint {path} is incomplete: {name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+        raise UserError(
+            f"the checkpoint {path} is incomplete: {name} is missing; use an older one"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({error}): use an older one"
+        ) from error
     for name, data in payload.items():
         known = manifest.get(name) if isinstance(manifest, dict) else None
         if hashlib.sha256(data).hexdigest() != known:
@@ -148,9 +152,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"the checkpoint {path} is damaged: {name} isn't what was written; use an older one"
             )
     try:
-        return load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+        tensors, facts = load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({error}): use an older one"
+        ) from error
+    if not isinstance(facts, dict):
+        raise UserError(f"the checkpoint {path} is no run's: its {FACTS} holds no object")
+    return tensors, facts
 
 
 def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:

@@ -108,7 +108,7 @@ def small(words: tuple[str, ...]) -> list[str]:
         elif "/imagenet" in taken[1] and "--image-size" not in taken:
             taken += ["--image-size", "64", "--set", "eval_resize=73"]
         taken.append("--quiet")
-    if verb == "plan":
+    if verb in ("plan", "train"):
         taken[1] = taken[1].replace("resnet34", "resnet18")
     if taken[:2] == ["bench", "step"]:
         taken += ["--batch-size", "4", "--steps", "1", "--device", "cpu", "--precision", "fp32"]

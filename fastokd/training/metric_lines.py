@@ -38,7 +38,7 @@ class MetricLines:
         lines = self.path.read_bytes().splitlines(keepends=True)
         try:
             rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: {error}; remove the line that is") from error
         if not all(map(_is_epoch, rows)):
             raise UserError(f"{self.path} is damaged: a line isn't an epoch's; remove it")

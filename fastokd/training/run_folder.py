@@ -89,6 +89,7 @@ class RunFolder:
     @staticmethod
     def _claim(path: Path, resume: bool) -> RunFolder:
         folder = RunFolder(path)
+        _refuse_links(path)
         if resume:
             if not folder.checkpoints.is_dir():
                 raise UserError(f"there is no run to resume in {path}: leave --resume out")
@@ -131,7 +132,7 @@ class RunFolder:
             found = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
         if not isinstance(found, dict):
             raise UserError(f"{path} is no environment of a run: put it back or remove it")
@@ -231,7 +232,7 @@ class RunFolder:
             raise UserError(f"{self.path} is no run folder: it has no recipe.json")
         try:
             return Recipe.from_json(json.loads(path.read_bytes()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} can't be read ({error}): put back the one that the run wrote"
             ) from error
@@ -353,6 +354,19 @@ class RunFolder:
         except DiskError as error:
             warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
+
+
+def _refuse_links(path: Path) -> None:
+    """A run writes into its own folder alone: a link in it would lead its files elsewhere."""
+    inside = [path / "checkpoints"]
+    for folder in (path, path / "checkpoints"):
+        inside += folder.iterdir() if folder.is_dir() else []
+    for entry in (path, *inside):
+        if entry.is_symlink():
+            raise UserError(
+                f"{entry} is a symbolic link to {os.readlink(entry)}: a run writes through none, "
+                "name the folder itself or put the file back"
+            )
 
 
 def _is_free(path: Path) -> bool:
