@@ -26,7 +26,8 @@ from fastokd.commands.options import (
     Workers,
 )
 from fastokd.commands.prepare import prepare
-from fastokd.errors import UserError, unknown_name
+from fastokd.distributed.launch import launched, of_the_first_rank
+from fastokd.errors import DISK, UserError, unknown_name
 from fastokd.methods import register_method
 from fastokd.training.interruption import Interrupted
 
@@ -118,6 +119,13 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
     ] = None,
+    parallel: Annotated[
+        str, typer.Option(help="What ranks share under torchrun: data, or students.")
+    ] = "data",
+    sync_bn: Annotated[bool, typer.Option(help="BatchNorm over the batch of all ranks.")] = False,
+    scale_lr: Annotated[
+        bool, typer.Option(help="The rate times --batch-size over the recipe's own batch.")
+    ] = False,
     show_augmentation: Annotated[
         bool, typer.Option(help="Leave a batch as the students see it, augmentation.png.")
     ] = False,
@@ -131,10 +139,11 @@ def train(
     With several --seeds, or several values to a --set: a folder for each run and an index; the same
     command again goes on with what is missing.
     """
-    from fastokd.sweep import parse_seeds, parse_settings, plan, run_all, sweep_folder
+    from fastokd.sweep import parse_seeds, parse_settings, plan, run_all, scaled_rate, sweep_folder
     from fastokd.train import train as run
     from fastokd.training.session import RunOptions
 
+    quiet = quiet or not of_the_first_rank()
     changes: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,
@@ -146,6 +155,8 @@ def train(
         "image_size": image_size,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
+    if scale_lr:
+        changes["lr"] = scaled_rate(recipe, lr, batch_size)
     if temperature is not None:
         changes["method_options"] = {"temperature": temperature}
     if seeds is not None and seed is not None:
@@ -153,6 +164,8 @@ def train(
     settings = parse_settings(set_ or [])
     planned = plan(recipe, changes, settings, [seed or 0] if seeds is None else parse_seeds(seeds))
     resolved = planned[0].recipe
+    if scale_lr and not quiet:
+        print(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
     if print_recipe:
         for entry in planned:
             print(json.dumps(entry.recipe.to_json(), indent=1))
@@ -188,6 +201,8 @@ def train(
         eval_every=eval_every,
         save_every_steps=save_every_steps,
         save_every_minutes=save_every_minutes,
+        parallel=parallel,
+        sync_bn=sync_bn,
         show_augmentation=show_augmentation,
         tensorboard=tensorboard,
         wandb=wandb,
@@ -198,6 +213,11 @@ def train(
         if not quiet:
             print(f"the run is in {done.folder}")
         return
+    if launched() > 1:
+        raise UserError(
+            f"{len(planned)} runs are asked for, and torchrun starts one: leave --seeds and lists of "
+            "values out, or start them one after another"
+        )
     folder = out or sweep_folder(recipe)
     run_all(folder, planned, options)
     if not quiet:
@@ -354,11 +374,17 @@ def run_command(arguments: Sequence[str]) -> int:
         print(f"fastokd: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(
-            f"fastokd: stopped by {stop.signal}; the run is saved, --resume continues it",
-            file=sys.stderr,
-        )
+        if of_the_first_rank():
+            print(
+                f"fastokd: stopped by {stop.signal}; the run is saved, --resume continues it",
+                file=sys.stderr,
+            )
         return stop.code
+    except OSError as error:
+        if debug or error.errno not in DISK:
+            raise
+        print(f"fastokd: the disk can't be written: {error}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except typer.Exit as stop:

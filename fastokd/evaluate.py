@@ -13,6 +13,8 @@ from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskStream, load_dataset
 from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
+from fastokd.distributed.ranks import Ranks
+from fastokd.distributed.state import share_state
 from fastokd.errors import UserError
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
@@ -28,10 +30,11 @@ def measure(
     has_leader: bool,
     context: Any,
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Metrics over every image of ``stream``, in eval mode; the mode is restored after.
 
-    ``between`` is called between two batches and may raise.
+    ``between`` is called between two batches and may raise. ``ranks``: over their streams together.
     """
     was_training = cohort.training, method.training
     cohort.eval()
@@ -39,15 +42,16 @@ def measure(
     meter = Meter(len(cohort.students), has_leader)
     try:
         for images_BHWC, labels_B in stream.batches(0):
-            with context():
-                out = cohort(images_BHWC)
-                watched = method.diagnostics(out)
-            meter.update(out.logits_SBC, labels_B, watched)
+            if len(labels_B) > 0:  # of a last batch a rank may have nothing
+                with context():
+                    out = cohort(images_BHWC)
+                    watched = method.diagnostics(out)
+                meter.update(out.logits_SBC, labels_B, watched)
             between()
     finally:
         cohort.train(was_training[0])
         method.train(was_training[1])
-    return meter.result()
+    return meter.result(ranks or Ranks())
 
 
 def evaluate(
@@ -81,7 +85,9 @@ def evaluate(
         tensors, facts = load_checkpoint(path)
     else:
         raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
-    session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions(), training=False)
+    session = Session(
+        Recipe.from_json(facts.get("recipe")), options or RunOptions(), training=False
+    )
     session.load_state(tensors, facts)
     return evaluate_session(session)
 
@@ -128,15 +134,17 @@ def evaluate_session(
     session: Session, between: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
     """Scores the cohort as it stands on the held-out splits; ``between`` as :func:`measure`."""
+    share_state(session)
     splits = {"val": session.data.val, "test": session.data.test}
     results = {
         name: measure(
             session.cohort,
             session.method,
-            evaluation_stream(split),
+            evaluation_stream(split, session.ranks.data),
             session.recipe.has_leader,
             session.autocast,
             between,
+            session.ranks,
         )
         for name, split in splits.items()
         if split is not None
@@ -145,8 +153,10 @@ def evaluate_session(
         lone, nobody = _averaged(session)
         for name, split in splits.items():
             if split is not None:
-                stream = evaluation_stream(split)
-                alone = measure(lone, nobody, stream, False, session.autocast, between)
+                stream = evaluation_stream(split, session.ranks.data)
+                alone = measure(
+                    lone, nobody, stream, False, session.autocast, between, session.ranks
+                )
                 results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
     return results
 

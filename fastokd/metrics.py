@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastokd.distributed.ranks import Ranks
+
 
 def label_rank(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
     """How many classes come before the label, ``[S, B]``; equal ones by their index, NaN first."""
@@ -74,9 +76,10 @@ class Meter:
         for name, value in (averages or {}).items():
             self._add(f"mean.{name}", value * labels_B.shape[0], untaken)
 
-    def result(self) -> dict[str, Any]:
-        """Reads the totals: fractions from 0 to 1, plain numbers and lists."""
+    def result(self, ranks: Ranks | None = None) -> dict[str, Any]:
+        """Reads the totals, those of all ``ranks``: fractions from 0 to 1, plain numbers and lists."""
         totals = {name: value.cpu() for name, value in self.totals.items()}
+        totals = (ranks or Ranks()).summed(totals)
         if "count" not in totals:
             return {}
         count = totals["count"]

@@ -100,6 +100,13 @@ def _kind(like: Any) -> str:
     return names.get(type(like), "a word")
 
 
+def scaled_rate(name: str, lr: float | None, batch_size: int | None) -> float:
+    """The rate (``lr``, or the recipe's) times the batch over the recipe's own: Goyal et al.'s rule
+    (arXiv 1706.02677), which holds for the recipe's SGD; a method's own Adam keeps its rate."""
+    base = recipe(name)
+    return (base.lr if lr is None else lr) * (batch_size or base.batch_size) / base.batch_size
+
+
 def plan(
     name: str,
     changes: Mapping[str, Any],
@@ -159,7 +166,7 @@ class _Index:
                 self.entries = {
                     entry["folder"]: entry for entry in json.loads(self.path.read_text())
                 }
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{self.path} can't be read ({error}): choose another --out"
                 ) from error

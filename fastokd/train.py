@@ -11,10 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fastokd.distributed.agreement import Agreement
+from fastokd.distributed.launch import joined
+from fastokd.distributed.ranks import speaks
 from fastokd.evaluate import evaluate_session
 from fastokd.recipes import Recipe
 from fastokd.training.display import Display
-from fastokd.training.interruption import Keeper, StopRequest
+from fastokd.training.interruption import ECHO, Keeper, StopRequest
 from fastokd.training.nonfinite import settle
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.run_folder import Run, RunFolder
@@ -39,9 +42,9 @@ def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str,
         session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
         session.batch += 1
         session.step += 1
-        display.step(labels_B.shape[0])
+        display.step(labels_B.shape[0] * session.ranks.data.size)
         keeper.stepped()
-    return session.meter.result()
+    return session.meter.result(session.ranks)
 
 
 def batches(session: Session, keeper: Keeper) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,6 +72,14 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
+    with joined(options.device, options.capture):
+        return _train(recipe, options)
+
+
+def _train(recipe: Recipe, options: RunOptions) -> Run:
+    """The run of this process, or this process's part of it."""
+    if not speaks():
+        options = replace(options, quiet=True, tensorboard=False, wandb=False)
     asked = {"tensorboard": options.tensorboard, "wandb": options.wandb}
     check_installed(**asked)
     folder = RunFolder.claim(recipe, options)
@@ -76,7 +87,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     say = _silent if options.quiet else print
     for note in session.began_from:
         say(note)
-    with closing(folder), StopRequest() as stop:
+    with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
         folder.open(session)
         if options.show_augmentation:
             say(f"a batch as the students see it: {folder.show_batch(session)}")
@@ -89,8 +100,10 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
             options.save_every_steps,
             options.save_every_minutes,
             check=lambda: settle(session, lambda: folder.save(session)),
+            agree=Agreement(session.ranks),
         )
-        with Display(session, options.quiet, others) as display, folder.keeping(keeper.save_now):
+        keeping = folder.keeping(session, keeper.save_now)
+        with Display(session, options.quiet, others) as display, keeping:
             while session.epoch < recipe.epochs and not session.stopped:
                 started, images = time.perf_counter(), display.images
                 train_metrics = train_epoch(session, display, keeper)

@@ -107,7 +107,21 @@ class Cohort(nn.Module):
             if isinstance(module, NormAct):
                 module.fused = partial(norm_act, impl=impl)
         self.memory_format = torch.channels_last
+        self.own = range(len(built))
+        self._exchange: Callable[[list[StudentOutput]], list[StudentOutput]] | None = None
         self.set_engine(engine)
+
+    def train_only(
+        self, own: range, exchange: Callable[[list[StudentOutput]], list[StudentOutput]]
+    ) -> None:
+        """Runs and trains the students ``own`` alone from here on; the others are kept.
+
+        ``exchange`` turns their outputs into those of all students.
+        """
+        self.own, self._exchange = own, exchange
+        for index, student in enumerate(self.students):
+            student.requires_grad_(index in own)
+        self.set_engine(self.engine)
 
     def set_engine(self, engine: str) -> None:
         """Runs the students by another engine from here on; state stays as it is.
@@ -115,7 +129,7 @@ class Cohort(nn.Module):
         Raises:
             UserError: an unknown engine, or one that can't take these students, and why.
         """
-        members = list(self._members())
+        members = list(self._members())[self.own.start : self.own.stop]
         if engine in ("auto", "loop"):
             self._run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
                 members, self.branch_from, self._example()
@@ -192,6 +206,8 @@ class Cohort(nn.Module):
             trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
             shared_BCHW = _ScaleGradient.apply(trunk_BCHW, self.trunk_grad_scale)
         outputs = self._run(shared_BCHW)
+        if self._exchange is not None:
+            outputs = self._exchange(outputs)
         extra_logits_EBC = None
         if self._teacher is not None:
             with torch.no_grad():
@@ -202,6 +218,7 @@ class Cohort(nn.Module):
             tuple(trunk_maps + output.maps for output in outputs),
             trunk_BCHW,
             extra_logits_EBC,
+            self.own,
         )
 
     def student_state(self, index: int) -> dict[str, Tensor]:

@@ -31,7 +31,9 @@ class CohortOutput:
 
     ``features``: a ``[B, D_s]`` for each student. ``maps``: for each student its stage maps, the
     trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only.
-    ``extra_logits_EBC``: a frozen teacher's logits, without gradient.
+    ``extra_logits_EBC``: a frozen teacher's logits, without gradient. ``own``: the students that
+    ran here, None for all; of the others there are logits, features and at most the last map,
+    without gradient.
     """
 
     logits_SBC: Tensor
@@ -39,6 +41,7 @@ class CohortOutput:
     maps: tuple[tuple[Tensor, ...], ...]
     trunk_BCHW: Tensor | None
     extra_logits_EBC: Tensor | None
+    own: range | None = None
 
     @property
     def features_SBD(self) -> Tensor:  # noqa: N802

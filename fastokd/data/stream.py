@@ -64,7 +64,8 @@ class BatchStream:
         augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
         shuffle: a new order for each epoch, else the split's own.
         drop_last: leaves out the last batch where it isn't full.
-        rank, world_size: this process and how many there are.
+        rank, world_size: this process and how many there are. Shuffled, every rank has equal shares
+            of every batch; in order, every image comes once over all ranks.
 
     Raises:
         UserError: as :class:`BatchOrder`; a reflected padding as large as the image; a
@@ -96,6 +97,7 @@ class BatchStream:
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
+            equal=shuffle,
         )
         self.split = split
         self.augment = augment

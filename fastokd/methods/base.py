@@ -26,6 +26,9 @@ class Needs:
     ``heldout``: it measures the students on images held out of train after each epoch.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
     ``min_batch``: images that its own norms need; an epoch's smaller last batch is left out.
+    ``own_rows``: its loss is that of the students who ran here (``out.own``): the ranks of a row add
+    theirs up. Else it is the loss of all, and the same on every rank.
+    ``running_statistics``: it reads its norms' running statistics while it trains.
     """
 
     sharing: tuple[str, ...] = ("branch", "network")
@@ -37,6 +40,8 @@ class Needs:
     heldout: bool = False
     divide_trunk_gradient: bool = False
     min_batch: int = 1
+    own_rows: bool = False
+    running_statistics: bool = False
 
 
 class MethodLoss(NamedTuple):
@@ -131,6 +136,14 @@ class Method(nn.Module):
         """
         del batch, generator
         return {}
+
+    def belongs_to(self, name: str) -> int | None:
+        """The student beside whom the method's state ``name`` is trained; None: by all together.
+
+        Where students are trained by several processes, it is in that student's alone.
+        """
+        del name
+        return None
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
         """What a method renews between epochs; ``heldout`` are images and labels."""

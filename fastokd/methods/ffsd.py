@@ -47,7 +47,14 @@ class FFSD(Method):
             don't double in height and width from stage to stage.
     """
 
-    needs = Needs(sharing=("network",), min_students=3, leader=True, maps=True)
+    needs = Needs(
+        sharing=("network",),
+        min_students=3,
+        leader=True,
+        maps=True,
+        own_rows=True,
+        running_statistics=True,
+    )
 
     pairs_SN: Tensor
     fusion_1N: Tensor
@@ -84,22 +91,28 @@ class FFSD(Method):
         named = [*map(str, range(1, self.peers)), LEADER]
         self.decoders = nn.ModuleDict({name: Decoder(channels) for name in named})
 
+        self._own_S: Tensor | None = None
         pairs_SN, fusion_1N = _scores(self.peers)
         self.register_buffer("pairs_SN", pairs_SN, persistent=False)
         self.register_buffer("fusion_1N", fusion_1N, persistent=False)
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        own = range(self.shape.students) if out.own is None else out.own
         lasts = [maps[-1].detach() for maps in out.maps[: self.peers]]
-        fused_BCHW, fusion_BC = self.fusion.fuse(lasts)
-        total, parts = self._logit_losses(out, fusion_BC, labels_B)
+        fusion_BC: Tensor | None = None
+        if self.peers in own:
+            fused_BCHW, fusion_BC = self.fusion.fuse(lasts)
+        total, parts = self._logit_losses(out, fusion_BC, labels_B, own)
 
-        diversity = total.new_zeros(())
-        for student in range(1, self.peers):
-            diversity = diversity + self._apart(student, out.maps[student], lasts[student - 1])
-        fusion = self._follow(out.maps[-1], fused_BCHW.detach(), torch.cat(lasts, dim=1))
-        decoders = total.new_zeros(())
-        for student in range(1, self.shape.students):
-            decoders = decoders + self._reconstruction(student, out.maps[student])
+        diversity, fusion, decoders = (total.new_zeros(()) for _ in range(3))
+        for student in own:
+            if 0 < student < self.peers:
+                diversity = diversity + self._apart(student, out.maps[student], lasts[student - 1])
+        if fusion_BC is not None:
+            fusion = self._follow(out.maps[-1], fused_BCHW.detach(), torch.cat(lasts, dim=1))
+        for student in own:
+            if student > 0:
+                decoders = decoders + self._reconstruction(student, out.maps[student])
 
         maps = (
             self.lambda_diversity * diversity
@@ -114,19 +127,29 @@ class FFSD(Method):
         return MethodLoss(total + progress.ramp.to(maps.dtype) * maps, parts)
 
     def _logit_losses(
-        self, out: CohortOutput, fusion_BC: Tensor, labels_B: Tensor
+        self, out: CohortOutput, fusion_BC: Tensor | None, labels_B: Tensor, own: range
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """CE and T^2 KL of the students, the leader and the fusion module."""
+        """CE and T^2 KL of the students ``own``, and of the fusion module where it is here."""
+        whole = len(own) == self.shape.students
+        weight: Tensor | float = 1.0 if whole else self._own(own, labels_B.device)
+        # The leader's source is only read where the leader is.
+        source_BC = out.logits_SBC[0] if fusion_BC is None else fusion_BC
         students = mixture_distillation(
             out.logits_SBC,
             labels_B,
             self.pairs_SN,
-            extra_logits_EBC=fusion_BC.detach()[None],
+            extra_logits_EBC=source_BC.detach()[None],
+            ce_weight=weight,
+            kd_weight=weight,
             temperature=self.temperature,
             mix="pairwise",
             detach_targets=True,
             impl=self.impl,
         )
+        parts = {"ce_S": students.ce_S * weight, "kd_S": students.kd_S * weight}
+        if fusion_BC is None:
+            nothing = torch.zeros_like(parts["ce_S"][0])
+            return students.total, {**parts, "fusion_ce": nothing, "fusion_kd": nothing}
         fusion = mixture_distillation(
             fusion_BC[None],
             labels_B,
@@ -136,13 +159,15 @@ class FFSD(Method):
             detach_targets=True,
             impl=self.impl,
         )
-        parts = {
-            "ce_S": students.ce_S,
-            "kd_S": students.kd_S,
-            "fusion_ce": fusion.ce_S[0],
-            "fusion_kd": fusion.kd_S[0],
-        }
+        parts |= {"fusion_ce": fusion.ce_S[0], "fusion_kd": fusion.kd_S[0]}
         return students.total + fusion.total, parts
+
+    def _own(self, own: range, device: torch.device) -> Tensor:
+        """1 for the students of this rank, made once."""
+        if self._own_S is None:
+            own_S = [float(student in own) for student in range(self.shape.students)]
+            self._own_S = torch.tensor(own_S, device=device)
+        return self._own_S
 
     def _decoder(self, student: int) -> Decoder:
         name = LEADER if student == self.peers else str(student)
@@ -182,6 +207,12 @@ class FFSD(Method):
             + attention_transfer(x_BCHW, y_BCHW.detach(), impl=self.impl)
             for x_BCHW, y_BCHW in zip(decoded, maps[:-1], strict=True)
         )
+
+    def belongs_to(self, name: str) -> int:
+        """Each decoder is its student's; fusion module, transfusion and the rest the leader's."""
+        part, _, rest = name.partition(".")
+        owner = rest.partition(".")[0]
+        return int(owner) if part == "decoders" and owner != LEADER else self.peers
 
     def optim_groups(self) -> Iterable[OptimGroup]:
         """The transfusion as the leader; the fusion module decays less; the decoders have Adam."""

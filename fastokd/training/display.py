@@ -1,22 +1,30 @@
-"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+"""What a person sees while it trains: one live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from fastokd.errors import warn
 from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
     from fastokd.training.session import Session
 
 
+COLUMNS = ("epoch", "images/s", "left", "lr", "loss", "leader", "peers", "ensemble", "diversity")
+SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed in place
+
+
 class Display:
-    """Shows epoch, images/s and time left; one line an epoch with what was measured.
+    """Shows what was measured in each epoch, and how far the run is.
 
     ``others`` are told every epoch too.
     """
@@ -35,10 +43,16 @@ class Display:
             TextColumn("{task.fields[rate]:,.0f} images/s"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=quiet or not self.console.is_terminal,
-            refresh_per_second=4,
         )
-        self.note = session.data.note
+        self.rows: list[list[str]] = []
+        shown = self.console.is_terminal and not quiet
+        self.live = (
+            Live(get_renderable=self.view, console=self.console, refresh_per_second=4)
+            if shown
+            else None
+        )
+        ranks = session.ranks.note(session.recipe.batch_size, session.recipe.students)
+        self.note = "\n".join(filter(None, (session.data.note, ranks)))
         left = max(session.steps_left, 1)
         self.task = self.bar.add_task(
             "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
@@ -47,13 +61,33 @@ class Display:
     def __enter__(self) -> Display:
         if self.note and not self.quiet:
             self.console.print(self.note, highlight=False, soft_wrap=True)
-        self.bar.start()
+        if self.live is not None:
+            self.live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
         for watcher in self.others:
-            watcher.close()
+            self._tell(watcher, watcher.close)
+
+    def _tell(self, watcher: Watcher, what: Callable[[], None]) -> None:
+        """Those who can't be told are told no more; the run doesn't need them."""
+        try:
+            what()
+        except OSError as error:
+            warn(f"{type(watcher).__name__} is told no more: {error}")
+            self.others = [other for other in self.others if other is not watcher]
+
+    def view(self) -> Group:
+        """The last epochs' table, the columns that nothing fills left out, and the bar."""
+        kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in self.rows)]
+        table = Table(box=None, padding=(0, 1))
+        for index in kept:
+            table.add_column(COLUMNS[index], justify="right")
+        for row in self.rows:
+            table.add_row(*(row[index].removeprefix("epoch ") for index in kept))
+        return Group(*([table] if kept else []), self.bar)
 
     def step(self, images: int) -> None:
         """One step was queued; nothing is read from the device."""
@@ -63,33 +97,49 @@ class Display:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch was measured."""
-        for watcher in self.others:
-            watcher.row(row)
+        for watcher in list(self.others):
+            self._tell(watcher, partial(watcher.row, row))
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:
             return
         elapsed = time.perf_counter() - self.started
         left = elapsed / (epoch - self.first_epoch) * (self.epochs - epoch)
-        line = f"{epoch_line(row, self.epochs)}  left {left:.0f} s"
+        values = [*cells(row, self.epochs)]
+        values.insert(2, f"{left:.0f} s")
+        if self.live is not None:
+            self.rows = [*self.rows, values][-SHOWN:]
+            return
+        line = "  ".join(
+            value if name == "epoch" else f"{name} {value}"
+            for name, value in zip(COLUMNS, values, strict=True)
+            if value
+        )
         # A log has no width: wrapped at 80 columns, an epoch would be two lines of it.
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """One epoch in one line: rate, loss, and the held-out accuracies."""
-    parts = [
+def cells(row: dict[str, Any], epochs: int) -> list[str]:
+    """One epoch's values for :data:`COLUMNS`, but the time left; "" for what there isn't.
+
+    Accuracies and diversity are of the held-out images where the recipe has some, else of the test
+    set; ``peers`` is the mean over the students that aren't the leader.
+    """
+    values = [
         f"epoch {row['epoch'] + 1}/{epochs}",
-        f"{row['images_per_second']:,.0f} images/s",
-        f"lr {row['lr']:g}",
-        f"loss {row['train']['loss']:.3f}",
+        f"{row['images_per_second']:,.0f}",
+        f"{row['lr']:g}",
+        f"{row['train']['loss']:.3f}",
     ]
-    for split in ("val", "test"):
-        if split in row:
-            scores = row[split]
-            if scores["leader_top1"] is not None:
-                parts.append(f"{split} leader {scores['leader_top1']:.4f}")
-            parts.append(f"{split} mean {scores['mean_top1']:.4f}")
-            if scores["diversity"] is not None:
-                parts.append(f"ensemble {scores['ensemble_top1']:.4f}")
-    return "  ".join(parts)
+    scores = row.get("val") or row.get("test")
+    if scores is None:
+        return [*values, "", "", "", ""]
+    leader, students = scores["leader_top1"], scores["student_top1"]
+    peers = students if leader is None else students[:-1]
+    return [
+        *values,
+        "" if leader is None else f"{leader:.4f}",
+        f"{sum(peers) / len(peers):.4f}",
+        f"{scores['ensemble_top1']:.4f}" if len(students) > 1 else "",
+        "" if scores["diversity"] is None else f"{scores['diversity']:.4f}",
+    ]

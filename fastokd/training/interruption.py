@@ -10,9 +10,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastokd.distributed.ranks import speaks
+from fastokd.errors import DiskError, warn
 from fastokd.training.guard import READ_EVERY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
+ECHO = 10.0
 
 
 class Interrupted(SystemExit):
@@ -29,14 +33,17 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Listens for the signals while it is entered; a second one exits at once.
+    """Listens for the signals while it is entered; a second one exits at once, if it comes more
+    than ``echo`` seconds after the first.
 
     ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
     somebody else's handler is in place, nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, echo: float = 0.0) -> None:
+        self.echo = echo
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -59,9 +66,11 @@ class StopRequest:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = signum, now
+        elif now - self._since >= self.echo:
             os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
-        self.received = signum
 
 
 class Keeper:
@@ -73,6 +82,8 @@ class Keeper:
         every_steps, every_minutes: how often to save within an epoch; None for never.
         check: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
             steps; it may take the run back, or raise.
+        agree: turns what this rank wishes, (whether it is time to save, the signal or 0), into what
+            all ranks do at this same moment.
     """
 
     def __init__(
@@ -82,12 +93,14 @@ class Keeper:
         every_steps: int | None,
         every_minutes: float | None,
         check: Callable[[], None] = lambda: None,
+        agree: Callable[[bool, int], tuple[bool, int]] = lambda due, signum: (due, signum),
     ) -> None:
         self.save = save
         self._check = check
         self.stop = stop
         self.every_steps = every_steps
         self.every_minutes = every_minutes
+        self.agree = agree
         self._unchecked = 0
         self.saved()
 
@@ -119,11 +132,20 @@ class Keeper:
 
         Raises:
             Interrupted: a signal came; the state is saved.
+            DiskError: a signal came, and the state can't be saved. Without one the run goes on.
         """
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
-        if by_steps or by_time or self.stop.received is not None:
-            self.save_now()
-        if self.stop.received is not None:
-            raise Interrupted(self.stop.received)
+        by_time, signum = self.agree(by_time, self.stop.received or 0)
+        if by_steps or by_time or signum:
+            try:
+                self.save_now()
+            except DiskError as error:
+                if signum:
+                    raise
+                if speaks():
+                    warn(f"{error}; training goes on, and saves when it is time again")
+                self.saved()
+        if signum:
+            raise Interrupted(signum)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastokd.errors import UserError
+from fastokd.errors import DiskError, UserError, warn
 from fastokd.training.guard import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -39,14 +37,18 @@ def settle(session: Session, save: Callable[[], None]) -> None:
     )
     most = session.options.skip_nonfinite
     if session.skipped >= most:
-        save()
+        try:
+            save()
+            kept = "the state before it is saved"
+        except DiskError as error:
+            kept = f"the state before it couldn't be saved ({error})"
         raise UserError(
-            f"{what}; it wasn't taken{_and_skipped(session)}, and the state before it is saved: "
-            f"lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
+            f"{what}; it wasn't taken{_and_skipped(session)}, and {kept}: lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
             f"{session.skipped + 1}"
         )
     session.skipped += 1
-    print(f"warning: {what}; it is skipped, {session.skipped} of {most}", file=sys.stderr)
+    if session.ranks.rank == 0:
+        warn(f"{what}; it is skipped, {session.skipped} of {most}")
     set_random_state(fault.random_after, session.device)
     session.step += 1
     session.batch += 1
@@ -60,7 +62,9 @@ def find(session: Session) -> str:
     batches = session.stream.batches(session.epoch, session.batch)
     images_BHWC, labels_B = next(iter(batches))
     with _replayed(session):
-        found = list(islice(_findings(session, images_BHWC, labels_B), 3))
+        found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
+    # Of several ranks it may be in one's share alone.
+    found = next(filter(None, session.ranks.gather(found)), [])
     return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
 
 

@@ -34,14 +34,19 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
         traceback.clear_frames(error.__traceback__)
     if not refused:
         return
-    B = labels_B.shape[0]
+    B, ranks = labels_B.shape[0], session.ranks.data.size
     parts = session.parts_of(B)
+    if session.row is not None:  # nothing can be tried here without the other ranks
+        raise UserError(
+            f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}): "
+            "choose a smaller --batch-size, or --accumulate to keep the recipe's"
+        )
     fitting = _largest_half(session, images_BHWC, labels_B, -(-B // parts))
     if fitting is None:
         advice = "not even a part of one fits: choose a smaller model, or fewer --students"
     else:
         advice = (
-            f"{fitting} would fit: --batch-size {fitting}, or --accumulate {-(-B // fitting)} to "
+            f"{fitting} would fit: --batch-size {fitting * ranks}, or --accumulate {-(-B // fitting)} to "
             "keep the recipe's"
         )
     raise UserError(
@@ -55,7 +60,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -> int | None:
     """The first of a half, a quarter, ... of ``size`` images whose gradients can be had."""
-    session.adopt(Choice(session.choice.engine, False, session.choice.memory_format))
+    choice = Choice(session.choice.engine, False, session.choice.memory_format)
+    session.adopt(choice, alone=True)  # of several ranks each finds out for itself
     while size > session.method.needs.min_batch:
         size = -(-size // 2)
         for parameter in session.parameters():

@@ -71,11 +71,15 @@ def build_optimizers(
     groups = [OptimGroup(list(cohort.parameters())), *method.optim_groups()]
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
+        # What another rank trains asks for no gradient here.
+        trained = [parameter for parameter in group.parameters if parameter.requires_grad]
+        if not trained:
+            continue
         lr = recipe.lr if group.lr is None else group.lr
         decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
         by_kind.setdefault(group.optimizer, []).append(
             {
-                "params": group.parameters,
+                "params": trained,
                 "lr": torch.tensor(lr, device=device),
                 "weight_decay": decay,
                 "initial_lr": lr,

@@ -6,13 +6,13 @@ import dataclasses
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from fastokd.checkpoint import (
     link_checkpoint,
@@ -25,20 +25,17 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.device import environment
-from fastokd.errors import DataFileError, UserError
+from fastokd.distributed.ranks import first, speaks
+from fastokd.errors import DataFileError, DiskError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, student_facts
 from fastokd.teacher import KEPT
+from fastokd.training.metric_lines import MetricLines
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
 
 ENVIRONMENT = "environment.json"
-# Of every split that was measured.
-MEASURED = {
-    *("leader_top1", "mean_top1", "student_top1", "ensemble_top1", "ensemble_logits_top1"),
-    "diversity",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +64,32 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.lines = MetricLines(path / "metrics.jsonl")
         self._lock: int | None = None
+        # Whether the newest steps couldn't be saved.
+        self._behind = False
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
-        """The folder of a run that is about to start; nothing is written yet.
+        """The folder of a run that is about to start; nothing is written yet. Of several processes
+        the first alone looks, and writes.
 
         Raises:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
                 can't be written.
         """
         path = run_path(recipe, options)
-        with _writing(path):  # a name that is too long is refused where it is looked for
-            return RunFolder._claim(path, options.resume)
+
+        def claim() -> RunFolder:
+            with _writing(path):  # a name that is too long is refused where it is looked for
+                return RunFolder._claim(path, options.resume)
+
+        return first(claim)
 
     @staticmethod
     def _claim(path: Path, resume: bool) -> RunFolder:
         folder = RunFolder(path)
+        _refuse_links(path)
         if resume:
             if not folder.checkpoints.is_dir():
                 raise UserError(f"there is no run to resume in {path}: leave --resume out")
@@ -106,6 +112,9 @@ class RunFolder:
         Raises:
             UserError: something is asked for that differs from what the run was begun with.
         """
+        return first(lambda: self._as_begun(options))
+
+    def _as_begun(self, options: RunOptions) -> RunOptions:
         if not options.resume or not (self.path / ENVIRONMENT).is_file():
             return options
         if (self.path / "recipe.json").is_file():
@@ -123,7 +132,7 @@ class RunFolder:
             found = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
         if not isinstance(found, dict):
             raise UserError(f"{path} is no environment of a run: put it back or remove it")
@@ -137,6 +146,15 @@ class RunFolder:
         Raises:
             UserError: another process is at work in the folder.
         """
+        found = session.ranks.first(lambda: self._open(session))
+        if found is None:
+            return
+        session.load_state(*found)
+        rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
+        session.ranks.first(lambda: self._replace_lines(rows))
+
+    def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint, where the run goes on."""
         with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -149,12 +167,8 @@ class RunFolder:
         if session.options.resume and list_checkpoints(self.checkpoints):
             _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
             for fault in faults:
-                print(f"warning: {fault}", file=sys.stderr)
-            session.load_state(tensors, facts)
-            rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
-            with _writing(self.path):
-                write_durably(self.path / "metrics.jsonl", b"".join(map(_line, rows)))
-            return
+                warn(fault)
+            return tensors, facts
         if session.options.resume and (self.path / "recipe.json").is_file():
             check_recipe(session, self.recipe().to_json())
         with _writing(self.path):
@@ -163,6 +177,11 @@ class RunFolder:
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+        return None
+
+    def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
+        with _writing(self.path):
+            self.lines.replace(rows)
 
     def _take_lock(self) -> None:
         """Locks the folder until :meth:`close`; the lock of a process that died is gone with it.
@@ -179,7 +198,7 @@ class RunFolder:
                 f"another run is at work in {self.path}: wait for it, or choose another --out"
             ) from error
         except OSError as error:  # a file system without locks
-            print(f"warning: {self.path} can't be locked: {error}", file=sys.stderr)
+            warn(f"{self.path} can't be locked: {error}")
 
     def close(self) -> None:
         """Lets go of the folder."""
@@ -194,9 +213,14 @@ class RunFolder:
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
         """Keeps the choice of engine, and what it was chosen by."""
-        with _writing(self.path):
-            self._write_json("tuning.json", {"timings": [timing.to_json() for timing in timings]})
-            self.write_environment(session)
+
+        def keep() -> None:
+            with _writing(self.path):
+                tried = [timing.to_json() for timing in timings]
+                self._write_json("tuning.json", {"timings": tried})
+                self.write_environment(session)
+
+        session.ranks.first(keep)
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -208,30 +232,14 @@ class RunFolder:
             raise UserError(f"{self.path} is no run folder: it has no recipe.json")
         try:
             return Recipe.from_json(json.loads(path.read_bytes()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} can't be read ({error}): put back the one that the run wrote"
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs so far; a last line that was cut off is left out.
-
-        Raises:
-            UserError: a line isn't an epoch's.
-        """
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        lines = [
-            line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
-        ]
-        try:
-            rows = [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; remove the line that is") from error
-        if not all(map(_is_epoch, rows)):
-            raise UserError(f"{path} is damaged: a line isn't an epoch's; remove it")
-        return rows
+        """The epochs so far; raises as :meth:`MetricLines.read`."""
+        return self.lines.read()
 
     def show_batch(self, session: Session) -> Path:
         """Leaves the next batch as a picture, cropped and flipped as it is trained on."""
@@ -240,9 +248,13 @@ class RunFolder:
         images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
         images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
         path = self.path / "augmentation.png"
-        with _writing(self.path):
-            save_image(make_grid(images_BCHW, nrow=8), path)
-        return path
+
+        def keep() -> Path:
+            with _writing(self.path):
+                save_image(make_grid(images_BCHW, nrow=8), path)
+            return path
+
+        return session.ranks.first(keep)
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
@@ -251,27 +263,44 @@ class RunFolder:
         of whole epochs alone: a run that was stopped within one ends as one that wasn't.
         """
         score = _score(row, session.recipe) if session.batch == 0 else None
-        better = score is not None and (session.best is None or score > session.best)
+        before = session.best
+        better = score is not None and (before is None or score > before)
         if better:
             session.best = score
-        with _writing(self.path):
-            with open(self.path / "metrics.jsonl", "ab") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
+        session.ranks.first(lambda: self.lines.add(row))
+        try:
             self.save(session, best_on="val" if row.get("val") else "test", better=better)
+        except DiskError as error:
+            if better and not session.ranks.first(lambda: self._best(session).is_dir()):
+                session.best = before  # the best that is kept
+            if speaks():
+                warn(f"{error}; training goes on, and saves when it is time again")
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """A checkpoint of the session as it stands; the best one too where it is ``better``."""
+        """A checkpoint of the session as it stands; the best one too where it is ``better``.
+
+        All ranks ask for it together; the first writes, and none goes on before it has. The lines
+        of its epochs come before it: a resumed run doesn't train them again.
+
+        Raises:
+            DiskError: the disk refuses; what was written before is whole.
+        """
         tensors, facts = session.state()
         if best_on is not None:
             facts["best_on"] = best_on
-        last = self.checkpoints / f"last-{session.step:09d}"
+        self._behind = True
+        session.ranks.first(lambda: self._save(session, tensors, facts, better))
+        self._behind = False
+
+    def _save(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
+    ) -> None:
+        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
         with _writing(self.path):
+            self.lines.write()
             # The best one first: a run that is killed in between repeats the epoch, and writes
             # both.
             if better:
-                best = self.checkpoints / f"best-{session.step:09d}"
                 save_checkpoint(best, tensors, facts)
                 prune_checkpoints(self.checkpoints, "best", 1)
                 link_checkpoint(best, last)
@@ -279,17 +308,34 @@ class RunFolder:
                 save_checkpoint(last, tensors, facts)
             prune_checkpoints(self.checkpoints, "last", 2)
 
+    def _best(self, session: Session) -> Path:
+        return self.checkpoints / f"best-{session.step:09d}"
+
     @contextmanager
-    def keeping(self, save: Callable[[], None]) -> Iterator[None]:
+    def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
         """Leaves a checkpoint of the last step where a file of the data set stops the run."""
         try:
             yield
         except DataFileError:
-            save()
+            if session.ranks.size == 1:  # the others are within the step that this one can't take
+                try:
+                    save()
+                except DiskError as error:
+                    warn(str(error))
             raise
 
     def finish(self, session: Session) -> Run:
-        """The student with its publisher's keys, and the report with its plots."""
+        """The student with its publisher's keys, and the report with its plots.
+
+        Raises:
+            DiskError: the student can't be written, or the last steps couldn't be saved and still
+                can't. A report that can't is warned of.
+        """
+        if self._behind:
+            self.save(session)
+        return session.ranks.first(lambda: self._finish(session))
+
+    def _finish(self, session: Session) -> Run:
         from fastokd.report.page import report
 
         state = session.kept_state()
@@ -300,11 +346,27 @@ class RunFolder:
             member.published_key(key): value.detach().cpu().contiguous()
             for key, value in state.items()
         }
-        run = Run(self.path, session.recipe, self.metrics())
         with _writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
+        run = Run(self.path, session.recipe, self.metrics())
+        try:
             report([self.path])
+        except DiskError as error:
+            warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
+
+
+def _refuse_links(path: Path) -> None:
+    """A run writes into its own folder alone: a link in it would lead its files elsewhere."""
+    inside = [path / "checkpoints"]
+    for folder in (path, path / "checkpoints"):
+        inside += folder.iterdir() if folder.is_dir() else []
+    for entry in (path, *inside):
+        if entry.is_symlink():
+            raise UserError(
+                f"{entry} is a symbolic link to {os.readlink(entry)}: a run writes through none, "
+                "name the folder itself or put the file back"
+            )
 
 
 def _is_free(path: Path) -> bool:
@@ -320,21 +382,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the run folder {folder} can't be written: {error}") from error
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
-
-
-def _is_epoch(row: Any) -> bool:
-    """Whether a line has what every reader takes for granted."""
-    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
-        return False
-    if type(row.get("step", 0)) is not int or not isinstance(row.get("seconds", 0), (int, float)):
-        return False
-    splits = [row[name] for name in ("val", "test") if row.get(name) is not None]
-    return all(isinstance(split, dict) and split.keys() >= MEASURED for split in splits)
+        raise DiskError(
+            f"the run folder {folder} can't be written: {error}; what it held before is whole"
+        ) from error
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

@@ -26,6 +26,7 @@ KEPT = (
     "clip_norm",
     "ema",
     "overfit_batch",
+    "sync_bn",
     "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
@@ -66,6 +67,9 @@ class RunOptions:
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
             never. It is saved after every epoch, and where a signal stops the run.
+        parallel: what several processes share (``torchrun``): ``"data"``, each batch, or
+            ``"students"``, the students, and what ranks remain the batch (``docs/distributed.md``).
+        sync_bn: BatchNorm over the batch of all ranks, not over each one's share.
         show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
         tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
         quiet: no progress bar and no lines.
@@ -99,6 +103,8 @@ class RunOptions:
     eval_every: int = 1
     save_every_steps: int | None = None
     save_every_minutes: float | None = 15.0
+    parallel: str = "data"
+    sync_bn: bool = False
     show_augmentation: bool = False
     tensorboard: bool = False
     wandb: bool = False

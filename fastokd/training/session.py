@@ -27,6 +27,11 @@ from fastokd.device import (
     pick_precision,
     set_matmul_precision,
 )
+from fastokd.distributed.launch import device_here
+from fastokd.distributed.ranks import Line, Ranks, first
+from fastokd.distributed.state import gathered, mine, share_state
+from fastokd.distributed.students import Row
+from fastokd.distributed.sync_norm import synchronise
 from fastokd.errors import UserError
 from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
@@ -69,7 +74,8 @@ class Session:
         images. ``data`` stands in for the recipe's (a benchmark's drawn images)."""
         self.recipe = recipe
         self.options = options
-        self.device = pick_device(options.device)
+        self.device = pick_device(device_here(options.device))
+        self.ranks = Ranks.here(options.parallel, recipe.students, self.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
         if training and self.device.type == "cpu":
@@ -78,7 +84,8 @@ class Session:
         self.best: float | None = None
 
         if data is None:
-            data = load_splits(recipe, options, self.device)
+            with self.ranks.one_a_machine_first():
+                data = load_splits(recipe, options, self.device)
         self.data = data.to(self.device)
         stream = self.data.train.stream(
             recipe.batch_size,
@@ -88,6 +95,8 @@ class Session:
             ),
             shuffle=True,
             drop_last=self._too_small_a_rest(),
+            rank=self.ranks.data.rank,
+            world_size=self.ranks.data.size,
         )
         self.stream = RepeatedBatch(stream) if options.overfit_batch else stream
         if self.device.type == "cpu" and options.impl in ("auto", "cpp"):
@@ -99,7 +108,7 @@ class Session:
         self.teacher: Weights | None = None
         if training and method_class(recipe.method).needs.teacher:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
-            self.teacher = find_teacher(recipe, options.teacher, kept)
+            self.teacher = self.ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
         self.began_from: list[str] = []
         if training and options.init and not _has_checkpoints(recipe, options):
@@ -113,6 +122,10 @@ class Session:
             )
         self.cohort.to(self.device)
         self.method.to(self.device)
+        if options.sync_bn:
+            synchronise(self.cohort, self.method, self.ranks)
+        # Where the students are shared by the ranks, this rank trains some.
+        self.row = Row(self) if training and self.ranks.students.size > 1 else None
         self.optimizers = build_optimizers(self.cohort, self.method, recipe, options, self.device)
         self.progress = Progress.start(self.device, dtype=torch.float32)
         self.scaler = gradient_scaler(self.device, self.precision)
@@ -124,11 +137,14 @@ class Session:
             self.average = LeaderAverage(self.cohort, self.kept_student, options.ema)
         self.meter = Meter(recipe.students, recipe.has_leader)
         self._draws: dict[int, dict[str, Tensor]] = {}
-        self.settled = options.engine != "auto"
+        self.ranks.seed_global(recipe.seed, self.step)
+        self.settled = options.engine != "auto" or options.sync_bn or self.row is not None
         self.adopt(Choice.of(options.engine, options.compile, options.memory_format))
 
-    def adopt(self, choice: Choice) -> None:
+    def adopt(self, choice: Choice, *, alone: bool = False) -> None:
         """Runs the students as ``choice`` says from the next step on; state stays as it is.
+
+        ``alone``: steps to be timed or tried on this rank, of which the others take no part.
 
         Raises:
             UserError: an engine that can't take these students, and why.
@@ -142,17 +158,20 @@ class Session:
                         # A fused optimizer walks through both as they lie in memory.
                         state[key] = as_state(value, parameter)
         self.choice = choice
-        self.step_program = StepProgram(self)
+        self.step_program = StepProgram(self, alone=alone)
+        self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
 
     def _too_small_a_rest(self) -> bool:
         """Whether an epoch's last batch is too small for the method's norms: it is left out."""
         needs, size = method_class(self.recipe.method).needs, self.recipe.batch_size
-        if size < needs.min_batch:
+        ranks = self.ranks.data.size
+        if size // ranks < needs.min_batch:
+            each = f", {size // ranks} on each of {ranks} ranks" if ranks > 1 else ""
             raise UserError(
-                f"batch_size is {size}, but {self.recipe.method} normalises over a batch of at "
-                f"least {needs.min_batch}"
+                f"batch_size is {size}{each}, but {self.recipe.method} normalises over a batch of "
+                f"at least {needs.min_batch}"
             )
-        return 0 < len(self.data.train) % size < needs.min_batch
+        return 0 < len(self.data.train) % size // ranks < needs.min_batch
 
     def _check_fit(self) -> None:
         """Refuses options that this recipe has no use for."""
@@ -202,12 +221,15 @@ class Session:
     def begin_step(self, batch: int) -> None:
         """The method's random draws of this step, a function of (seed, step).
 
-        Batches of one size share their tensors, which a captured step reads again and again.
+        ``batch``: images on this rank, whose part of the draws of the whole batch it takes. Batches
+        of one size share their tensors, which a captured step reads again and again.
         """
         generator = keyed_generator(self.recipe.seed, "draws", self.step)
-        draws = self.method.draw(batch, generator)
+        line = self.ranks.data
+        draws = self.method.draw(batch * line.size, generator)
         kept = self._draws.setdefault(batch, {})
-        for name, value in draws.items():
+        for name, whole in draws.items():
+            value = whole[line.rank * batch : (line.rank + 1) * batch]
             if name in kept:
                 kept[name].copy_(value)
             else:
@@ -243,19 +265,26 @@ class Session:
     def how(self) -> dict[str, Any]:
         """How the run runs, as :meth:`RunOptions.as_begun` takes it up again."""
         how = {name: getattr(self.options, name) for name in KEPT}
-        how |= {"device": str(self.device), "precision": self.precision}
+        one = self.ranks.size == 1
+        device = str(self.device) if one else self.device.type  # each rank has its own
+        how |= {"device": device, "precision": self.precision, "ranks": self.ranks.size}
         how["loader"] = self.data.loader
         if self.settled:
             how |= dataclasses.asdict(self.choice)
         return how
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a resumed run needs (``fastokd/training/state.py``)."""
-        return state_of(self)
+        """All that a resumed run needs (``fastokd/training/state.py``).
+
+        Several ranks ask together, and the first has it all.
+        """
+        share_state(self)
+        tensors, facts = state_of(self)
+        return gathered(self, tensors), facts
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The reverse of :meth:`state`; raises as :func:`fastokd.training.state.load_state`."""
-        load_state(self, tensors, facts)
+        load_state(self, mine(self, tensors, facts), facts)
 
 
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
@@ -265,9 +294,14 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
 
 def _has_checkpoints(recipe: Recipe, options: RunOptions) -> bool:
     """Whether the run goes on from a state of its own, whatever it was begun from."""
-    return options.resume and bool(list_checkpoints(run_path(recipe, options) / "checkpoints"))
+    where = run_path(recipe, options) / "checkpoints"
+    return options.resume and first(lambda: bool(list_checkpoints(where)))
 
 
-def evaluation_stream(split: Split | DiskSplit) -> BatchStream | DiskStream:
-    """Every image once, in order, as it is."""
-    return split.stream(min(EVAL_BATCH, len(split)))
+def evaluation_stream(
+    split: Split | DiskSplit, line: Line | None = None
+) -> BatchStream | DiskStream:
+    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
+    line = line or Line()
+    size = min(EVAL_BATCH * line.size, len(split))
+    return split.stream(size, rank=line.rank, world_size=line.size)

@@ -46,6 +46,7 @@ def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "how": session.how(),
         "ema": None if session.average is None else session.average.decay,
         "scaler": session.scaler.state_dict(),
+        "ranks": list(session.ranks.arrangement),
     }
     return tensors, facts
 
@@ -111,11 +112,14 @@ def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -
         session.scaler.load_state_dict(facts["scaler"])
     meter = _below(tensors, "meter.")
     session.meter.totals = {k: v.to(session.device, copy=True) for k, v in meter.items()}
-    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cpu" in tensors:
+        torch.set_rng_state(tensors["rng.cpu"])
     if session.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], session.device)
     session.epoch, session.batch, session.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
     session.best = facts["best"]
+    if "rng.cpu" not in tensors:
+        session.ranks.seed_global(session.recipe.seed, session.step)
     session.skipped = int(facts.get("skipped", 0))
     session.guard.forget()
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from fastokd.distributed.replicas import Replicas
 from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, Progress
 from fastokd.training.captured import CapturedStep
@@ -49,11 +51,14 @@ class StepProgram:
         UserError: a captured step is asked for where there is no GPU.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, alone: bool = False) -> None:
         self.session = session
         self.forward: Forward = self.eager
         if session.choice.compile:
             self.forward = torch.compile(self.eager, dynamic=False)
+        self.replicas: Replicas | None = None
+        if session.ranks.data.size > 1 and not alone:
+            self.forward = self.replicas = Replicas(session, self.forward)
         self.captured: CapturedStep | None = None
         if session.options.capture:
             if session.device.type != "cuda":
@@ -75,6 +80,8 @@ class StepProgram:
         for held in self.held:
             held.take()
         out = self.gradients(images_BHWC, labels_B)
+        if self.session.row is not None:
+            self.session.row.level()
         self.update()
         self.session.guard.counted()
         return out
@@ -105,15 +112,19 @@ class StepProgram:
         with self.session.autocast():
             out = self.session.cohort(images_BHWC)
             loss = self.session.method(out, labels_B, progress)
+            if self.session.row is not None:
+                loss = self.session.row.whole(loss)
         return out.logits_SBC, out.extra_logits_EBC, loss
 
     def gradients(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
         """Forward and backward of the batch, in one part or in as many as the options say."""
-        session, done = self.session, []
+        session, done, taken = self.session, [], 0.0
         for images, labels, progress, share in self.parts(images_BHWC, labels_B):
-            logits_SBC, extra_EBC, loss = self.forward(images, labels, progress)
-            whole = share == 1
-            session.scaler.scale(loss.total if whole else loss.total * share).backward()
+            taken += share
+            with self._sending(last=taken > 1 - share / 2):
+                logits_SBC, extra_EBC, loss = self.forward(images, labels, progress)
+                whole = share == 1
+                session.scaler.scale(loss.total if whole else loss.total * share).backward()
             session.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
             if whole:
                 return logits_SBC, loss
@@ -121,6 +132,10 @@ class StepProgram:
             done.append((logits_SBC.detach(), MethodLoss(loss.total.detach() * share, scaled)))
         logits_SBC = torch.cat([logits for logits, _ in done], dim=1)
         return logits_SBC, _summed([loss for _, loss in done])
+
+    def _sending(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients go to the other ranks with the last part, where there are any."""
+        return nullcontext() if last or self.replicas is None else self.replicas.apart()
 
     def parts(
         self, images_BHWC: Tensor, labels_B: Tensor
@@ -148,7 +163,8 @@ class StepProgram:
         if session.options.clip_norm is not None:
             for optimizer in session.optimizers:
                 scaler.unscale_(optimizer)
-            norm = clip_grad_norm_(session.parameters(), session.options.clip_norm)
+            clip = clip_grad_norm_ if session.row is None else session.row.clip
+            norm = clip(session.parameters(), session.options.clip_norm)
         guard.check(statistics.look())
         if scaler.is_enabled():
             untaken = self._scaled()

@@ -62,25 +62,16 @@ def tune(
     cache = TimingCache(cache_root(), step_key(session))
     timings: list[Timing] = []
     chosen = session.choice
-    if _rank() == 0:
+    if session.ranks.rank == 0:
         timings = _measure(session, steps, {t.choice: t for t in cache.read() if t.final})
         chosen = pick(timings, steps)
         if any(timing.step_ms is not None for timing in timings):
             cache.path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(cache.path, cache.content(timings))
             say(table(timings, chosen))
-    session.adopt(agree(chosen))
+    session.adopt(session.ranks.first(lambda: chosen))
     session.settled = True
     return timings
-
-
-def agree(choice: Choice) -> Choice:
-    """The first process's choice, where there are several."""
-    if not _distributed():
-        return choice
-    box = [choice]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def step_key(session: Session) -> dict[str, Any]:
@@ -95,7 +86,7 @@ def step_key(session: Session) -> dict[str, Any]:
         "sharing": recipe.sharing,
         "method": [recipe.method, {k: str(v) for k, v in recipe.method_options.items()}],
         "classes": session.cohort.num_classes,
-        "batch": [recipe.batch_size, recipe.image_size],
+        "batch": [recipe.batch_size // session.ranks.data.size, recipe.image_size],
         "asked": [options.compile, options.memory_format, options.impl, options.capture],
         "step": [options.accumulate, options.optimizer, options.clip_norm, options.ema is None],
     }
@@ -136,7 +127,7 @@ def _milliseconds(timing: Timing) -> float:
 def time_eager(session: Session, choice: Choice, best_ms: float | None) -> Timing:
     """A few steps of this session by ``choice``, or why it can't."""
     try:
-        session.adopt(choice)
+        session.adopt(choice, alone=True)
     except UserError as error:
         return Timing(choice, note=str(error))
     warm_up = 1 + (WARM_UP_STEPS + 1) * session.options.capture
@@ -226,11 +217,3 @@ def ask(
         lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
         return None, f"it failed: {lines[-1][:200]}"
     return json.loads(out.splitlines()[-1]), ""
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0

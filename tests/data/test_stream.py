@@ -148,9 +148,10 @@ def test_ranks_share_the_batches_of_one_process(world_size: int) -> None:
     for index in range(len(one)):
         parts = [stream.batch(3, index) for stream in ranks]
         for whole, shares in zip(one.batch(3, index), zip(*parts, strict=True), strict=True):
-            assert torch.equal(torch.cat(shares), whole)
-            sizes = [len(share) for share in shares]
-            assert max(sizes) - min(sizes) <= 1
+            # Shares are equal: of a last batch of 4, three ranks train on 3.
+            if len(whole) % world_size == 0:
+                assert torch.equal(torch.cat(shares), whole)
+            assert {len(share) for share in shares} == {len(whole) // world_size}
 
 
 def test_ranks_share_evaluation_too() -> None:

@@ -63,7 +63,7 @@ def test_a_verdict_needs_seeds_and_an_interval_without_zero(results: ModuleType)
     alone = results.replace(base, pool=results.replace(base.pool, runs=base.pool.runs[:1]))
     assert results._compared(alone, alone, "top-1")[1] == "too few seeds"
     high, low = shifted(results, base, 0.02), shifted(results, base, 0.0)
-    assert results._compared(high, low, "top-1") == ("+2.00 [+1.74, +2.26]", "appears")
+    assert results._compared(high, low, "top-1") == ("+2.00 [+1.77, +2.23]", "appears")
     assert results._compared(low, high, "top-1")[1] == "reversed"
     assert results._compared(low, low, "top-1")[1] == "within the spread"
 

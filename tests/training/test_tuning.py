@@ -206,18 +206,3 @@ def test_a_damaged_cache_is_no_cache(cache: Path, content: str) -> None:
     known.path.write_bytes(known.content([Timing(Choice(), 3.0)]))
     assert known.read() == [Timing(Choice(), 3.0)]
     assert TimingCache(cache, {"torch": "3"}).read() == []
-
-
-def test_the_first_process_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_distributed", lambda: True)
-    monkeypatch.setattr(tuning, "_rank", lambda: 1)
-    sent = Choice("grouped")
-
-    def broadcast(box: list[Choice], src: int) -> None:
-        assert src == 0
-        box[0] = sent
-
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    session = Session(small(), RunOptions(**AUTO))
-    assert tune(session, 1000) == []
-    assert session.choice == sent

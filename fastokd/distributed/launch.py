@@ -1,0 +1,134 @@
+"""Joining the processes that torchrun started, and ending together.
+
+A rank that fails writes it on the store that all of them can read. The others, who may be waiting
+for it inside a collective, look there twice a second, and leave.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastokd.errors import UserError
+
+FAILED = "fastokd/failed"
+LOOK_EVERY = 0.5
+# What a rank is given to leave by itself once another has failed.
+GRACE = 2.0
+# Rank 0 may build the C++ ops or time engines while the others wait for it.
+PATIENCE = timedelta(minutes=60)
+
+
+class EndedByAnother(SystemExit):
+    """Another rank failed, and said why."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+def launched() -> int:
+    """Processes that torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def of_the_first_rank() -> bool:
+    """Whether this process is the one that speaks, before and after the ranks are joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def device_here(name: str) -> str:
+    """``--device`` for this process: each rank of a machine has the GPU of its own number.
+
+    Raises:
+        UserError: one GPU is named for all.
+    """
+    if launched() == 1 or name == "cpu" or not torch.cuda.is_available():
+        return name
+    if name in ("auto", "cuda"):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    raise UserError(f"device is {name!r}, but every rank has a GPU of its own: use --device cuda")
+
+
+@contextmanager
+def joined(device: str, capture: bool = False) -> Iterator[None]:
+    """Within it the ranks that torchrun started are one run; nothing where there is one process.
+
+    NCCL on GPUs, gloo on CPUs. A process group that exists already is used as it is.
+
+    Raises:
+        EndedByAnother: another rank failed first; its message is printed by it.
+    """
+    if launched() == 1 or dist.is_initialized():
+        yield
+        return
+    where = device_here(device)
+    if capture:
+        # A graph that is being captured bears no thread that asks how its collectives fare.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    options: dict[str, Any] = {"backend": "gloo"}
+    if where.startswith("cuda"):
+        torch.cuda.set_device(where)
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device(where)}
+    dist.init_process_group(
+        store=dist.PrefixStore("fastokd", store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        **options,
+    )
+    watch = Watch(store.clone())
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        if not watch.is_first(rank):
+            raise EndedByAnother from error
+        if isinstance(error, UserError):
+            raise UserError(f"{error} (said by rank {rank} of {size})") from error
+        raise
+    except SystemExit:  # they agreed to stop
+        dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+    finally:
+        watch.done.set()
+
+
+class Watch(threading.Thread):
+    """Ends this process where another has failed and this one can't know: it waits for it."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(name="fastokd-watch", daemon=True)
+        self.store = store
+        self.done = threading.Event()
+        self._asking = threading.Lock()
+
+    def is_first(self, rank: int) -> bool:
+        """Whether this rank is the first that fails; from here on all know that one did."""
+        with self._asking:
+            return int(self.store.compare_set(FAILED, "", str(rank))) == rank
+
+    def run(self) -> None:
+        while not self.done.wait(LOOK_EVERY):
+            try:
+                with self._asking:
+                    failed = self.store.check([FAILED])
+            except RuntimeError:  # the store's own process is gone: torchrun ends the others
+                return
+            if failed:
+                break
+        else:
+            return
+        if not self.done.wait(GRACE):
+            sys.stderr.flush()
+            os._exit(1)

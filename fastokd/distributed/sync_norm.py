@@ -1,0 +1,121 @@
+"""BatchNorm over the batch of all ranks: ``--sync-bn``.
+
+With n_r values a channel on rank r, of mean m_r and biased variance v_r, and N = sum n_r:
+
+    m = sum_r n_r m_r / N        v = sum_r n_r (v_r + (m_r - m)^2) / N
+
+The backward needs two sums over all ranks, of dy and of dy (x - m). torch's own SyncBatchNorm does
+the same on GPUs alone, as a module of its own; this one serves gloo too, and keeps the students'
+norms (and the ReLU and residual inside them) what they are. It leaves the fused norm: one more pass
+over the maps, and two collectives a norm.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastokd.cohort import Cohort
+from fastokd.distributed.ranks import Line, Ranks
+from fastokd.errors import UserError
+from fastokd.models.layers import NormAct
+
+
+def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
+    """Has every norm of cohort and method look at the batch of all ranks while it trains.
+
+    Raises:
+        UserError: each rank has the whole batch.
+    """
+    if ranks.data.size == 1:
+        raise UserError(
+            "sync_bn is asked for, but every norm sees the whole batch already: leave --sync-bn out"
+        )
+    for module in (*cohort.modules(), *method.modules()):
+        if isinstance(module, NormAct):
+            module.fused = partial(_norm_act, line=ranks.data)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = partial(sync_norm, module, line=ranks.data)  # type: ignore[method-assign]
+
+
+def sync_norm(module: Any, x: Tensor, *, line: Line) -> Tensor:
+    """The norm of ``x`` ``[B, C, ...]``, over all ranks of ``line`` in training."""
+    if not module.training:
+        state = (module.running_mean, module.running_var, module.weight, module.bias)
+        return F.batch_norm(x, *state, training=False, eps=module.eps)
+    y: Tensor
+    y, mean_C, variance_C, count = _SyncNorm.apply(
+        x, module.weight, module.bias, module.eps, line.group
+    )
+    with torch.no_grad():
+        module.num_batches_tracked.add_(1)
+        for running_C, now_C in (
+            (module.running_mean, mean_C),
+            (module.running_var, variance_C * (count / (count - 1))),
+        ):
+            running_C.lerp_(now_C.to(running_C.dtype), module.momentum)
+    return y
+
+
+def _norm_act(
+    module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None, *, line: Line
+) -> Tensor:
+    y_BCHW = sync_norm(module, x_BCHW, line=line)
+    if residual_BCHW is not None:
+        y_BCHW = y_BCHW + residual_BCHW
+    return F.relu(y_BCHW) if module.relu else y_BCHW
+
+
+class _SyncNorm(torch.autograd.Function):
+    """The equations above; statistics in fp32 at least."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dims = [0, *range(2, x.dim())]
+        variance_C, mean_C = torch.var_mean(x.to(wide), dims, correction=0)
+        count_1 = variance_C.new_full((1,), x.numel() / x.shape[1])
+        mine = torch.cat([mean_C, variance_C, count_1])
+        everyone = mine.new_empty(dist.get_world_size(group), len(mine))
+        dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+        mean_RC, variance_RC, count_R1 = everyone.split([len(mean_C), len(mean_C), 1], dim=1)
+        count = count_R1.sum()
+        mean_C = (count_R1 * mean_RC).sum(0) / count
+        variance_C = (count_R1 * (variance_RC + (mean_RC - mean_C).square())).sum(0) / count
+        scale_C = torch.rsqrt(variance_C + eps)
+        ctx.save_for_backward(x, weight_C, mean_C, scale_C, count)
+        ctx.group = group
+        y = _per_channel(x, weight_C * scale_C, bias_C - mean_C * weight_C * scale_C)
+        ctx.mark_non_differentiable(mean_C, variance_C, count)
+        return y, mean_C, variance_C, count
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight_C, mean_C, scale_C, count = ctx.saved_tensors
+        dims = [0, *range(2, x.dim())]
+        wide = mean_C.dtype
+        centred = x.to(wide) - _shaped(mean_C, x)
+        grad = grad_y.to(wide)
+        sums_2C = torch.stack([grad.sum(dims), (grad * centred).sum(dims)])
+        mine_2C = sums_2C.clone()
+        dist.all_reduce(sums_2C, group=ctx.group)
+        mean_grad_C, along_C = sums_2C / count
+        inner = grad - _shaped(mean_grad_C, x) - centred * _shaped(along_C * scale_C.square(), x)
+        grad_x = inner * _shaped(weight_C * scale_C, x)
+        # DDP averages what each rank has of these two.
+        return grad_x.to(x.dtype), mine_2C[1] * scale_C, mine_2C[0], None, None
+
+
+def _shaped(value_C: Tensor, like: Tensor) -> Tensor:
+    return value_C.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _per_channel(x: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
+    return (x.to(scale_C.dtype) * _shaped(scale_C, x) + _shaped(shift_C, x)).to(x.dtype)

@@ -1,0 +1,154 @@
+"""What each process of a pool runs; the same functions run alone give what is expected."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import fastokd
+from fastokd.checkpoint import list_checkpoints, newest_checkpoint
+from fastokd.cohort import Choice
+from fastokd.cohort.autotuner import Timing
+from fastokd.errors import UserError
+from fastokd.evaluate import evaluate_session
+from fastokd.recipes import Recipe, recipe
+from fastokd.training.interruption import Interrupted, StopRequest
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.step import training_step
+from fastokd.training.tuning import time_eager, tune
+from fastokd.training.untouched import untouched
+
+PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
+
+
+def small(name: str, **changes: Any) -> Recipe:
+    return recipe(f"{name}/resnet8/digits", **{"students": 3, "batch_size": 8, **changes})
+
+
+def session_of(one: Recipe, frozen: bool = True, **options: Any) -> Session:
+    """In float64; with norms by running statistics, which is what parts of a batch agree on."""
+    session = Session(one, RunOptions(**{**PLAIN, **options}))
+    session.cohort.double()
+    session.method.double()
+    session.cohort.train(not frozen)
+    session.method.train(not frozen)
+    return session
+
+
+def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The state after some steps, as rank 0 would save it, and the last loss of each rank."""
+    session = session_of(one, frozen, **options)
+    session.begin_epoch()
+    for index in range(count):
+        images, labels = session.stream.batch(0, index)
+        session.begin_step(len(labels))
+        logits_SBC, loss = training_step(session, images, labels)
+        session.meter.update(logits_SBC, labels, {"loss": loss.total, **loss.parts})
+        session.step += 1
+    metrics = session.meter.result(session.ranks)
+    tensors = session.state()[0]
+    kinds = ("cohort.", "method.", "optim.")
+    # Optimizer states are collected on rank 0 alone.
+    kept = {k: v for k, v in tensors.items() if k.startswith(kinds[: 3 - bool(session.ranks.rank)])}
+    return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
+
+
+def metrics(one: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    return evaluate_session(session_of(one, **options))["test"]
+
+
+def run(one: Recipe, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """A run; its metrics, and its last checkpoint's tensors and facts on rank 0."""
+    with patch("fastokd.report.page.report"):  # its plots take longer than these epochs
+        done = fastokd.train(one, out=out, **{**PLAIN, **options})
+    tensors, facts = newest_checkpoint(out / "checkpoints")[1:3]
+    names = [path.name for path in list_checkpoints(out / "checkpoints")]
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return {
+        "metrics": done.metrics,
+        "tensors": tensors if rank == 0 else {},
+        "facts": facts,
+        "checkpoints": names,
+    }
+
+
+def refusal(one: Recipe, options: dict[str, Any]) -> str:
+    """What a session says to options that it can't serve."""
+    try:
+        session_of(one, **options)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def run_refusal(one: Recipe, out: Path, options: dict[str, Any]) -> str:
+    """What a run says."""
+    try:
+        run(one, out, options)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def stopped(one: Recipe, out: Path) -> dict[str, Any]:
+    """A run of which the last rank alone gets a signal, in its second step."""
+
+    class Stop(StopRequest):
+        def __enter__(self) -> Stop:
+            return self
+
+        @property
+        def received(self) -> int | None:
+            self.asked += 1
+            last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+            return signal.SIGTERM if last and self.asked >= 2 else None
+
+        @received.setter
+        def received(self, value: int | None) -> None:
+            self.asked = 0
+
+    train = importlib.import_module("fastokd.train")
+    before = train.StopRequest
+    train.StopRequest = Stop
+    try:
+        run(one, out, {})
+    except Interrupted as stop:
+        step = newest_checkpoint(out / "checkpoints")[2]["step"]
+        return {"signal": stop.signal, "step": step}
+    finally:
+        train.StopRequest = before
+    return {}
+
+
+def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
+    """The engine that a session settles on, and how many candidates this rank timed; only rank 0
+    finds one faster."""
+    rank = torch.distributed.get_rank()
+    session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": False}))
+    timings = [Timing(Choice("loop"), 2.0 - rank), Timing(Choice("grouped"), 1.0 + rank)]
+    with (
+        patch("fastokd.training.tuning._measure", return_value=timings) as measured,
+        patch("fastokd.training.tuning.cache_root", return_value=cache),
+    ):
+        tune(session, 10_000)
+    return session.choice.engine, measured.call_count
+
+
+def timed_alone(one: Recipe) -> list[Any]:
+    """A step that rank 0 times while the other waits; then one that both take."""
+    session = Session(one, RunOptions(**PLAIN))
+    if session.ranks.rank == 0:
+        with untouched(session):
+            assert time_eager(session, Choice("grouped"), None).step_ms
+    session.ranks.wait()
+    session.begin_epoch()
+    images, labels = session.stream.batch(0, 0)
+    session.begin_step(len(labels))
+    training_step(session, images, labels)
+    return [session.choice.engine, session.cohort.state_dict()]

@@ -1,0 +1,73 @@
+"""Two processes share each batch: the numbers of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import checks
+from tests.distributed.checks import small
+from tests.distributed.pool import Pool
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def assert_same_steps(pool: Pool, one: Any, count: int, frozen: bool, **options: Any) -> None:
+    """Weights, running statistics, momenta and losses, on every rank."""
+    alone = {k: v for k, v in options.items() if k not in ("sync_bn", "parallel")}
+    expected = checks.steps(one, count, frozen, alone)
+    for state in pool.run(checks.steps, one, count, frozen, options):
+        assert state.keys() <= expected.keys()
+        torch.testing.assert_close(state, {k: expected[k] for k in state}, **EXACT)
+
+
+# Shared trunk, draws, a gate, sources computed from a batch, maps and a method's own networks.
+@pytest.mark.parametrize("name", ["okddip-branch", "okddip_random-branch", "one", "kdcl", "ffsd"])
+def test_gradients_are_those_of_one_process(two: Pool, name: str) -> None:
+    assert_same_steps(two, small(name), 2, frozen=True)
+
+
+def test_parts_of_a_batch_are_sent_once_and_clipped_as_a_whole(two: Pool) -> None:
+    assert_same_steps(two, small("okddip-branch"), 2, frozen=True, accumulate=2, clip_norm=0.5)
+
+
+@pytest.mark.parametrize("name", ["okddip-branch", "ffsd", "one"])
+def test_synchronised_norms_see_the_batch(two: Pool, name: str) -> None:
+    """In training: without it each rank would normalise over its own half."""
+    assert_same_steps(two, small(name), 2, frozen=False, sync_bn=True)
+
+
+def test_metrics_are_exact_over_uneven_shares(two: Pool) -> None:
+    """997 images: the ranks have 499 and 498."""
+    one = small("okddip-branch", batch_size=250, students=2)
+    expected = checks.metrics(one, {})
+    for found in two.run(checks.metrics, one, {}):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if "top" in name:
+                assert found[name] == value, name
+            elif value is not None:
+                close = {"rtol": 1e-6, "atol": 1e-6}  # an attention matrix is single
+                torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(value), **close)
+
+
+def test_the_first_process_decides(two: Pool, tmp_path: Path) -> None:
+    assert two.run(checks.tuned, small("dml"), tmp_path) == [("grouped", 1), ("grouped", 0)]
+    (engine, first), (_, second) = two.run(checks.timed_alone, small("dml"))
+    assert engine == "loop"
+    trained = [k for k in first if "running" not in k]  # running statistics are each rank's own
+    torch.testing.assert_close({k: first[k] for k in trained}, {k: second[k] for k in trained})
+
+
+def test_refusals(two: Pool) -> None:
+    for one, options, said in (
+        (small("okddip-branch", batch_size=9), {}, "choose a multiple of 2"),
+        (small("one", batch_size=2), {}, "1 on each of 2 ranks"),
+        (small("dml"), {"parallel": "both"}, "choose data or students"),
+    ):
+        assert all(said in text for text in two.run(checks.refusal, one, options))
+    assert "leave --sync-bn out" in checks.refusal(small("dml"), {"sync_bn": True})
+    assert "start several with torchrun" in checks.refusal(small("dml"), {"parallel": "students"})

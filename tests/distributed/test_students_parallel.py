@@ -1,0 +1,89 @@
+"""Students on several processes, alone and with the batch shared too: the numbers of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastokd.distributed.ranks import Line, Ranks, student_columns
+from fastokd.errors import UserError
+from tests.distributed import checks
+from tests.distributed.checks import small
+from tests.distributed.pool import Pool
+from tests.distributed.test_data_parallel import assert_same_steps
+
+SHARED: dict[str, Any] = {"parallel": "students"}
+
+
+# Attention and its projections, fixed scores, maps with fusion, decoders and a leader's transfusion;
+# three students on two processes: two and one.
+@pytest.mark.parametrize("name", ["okddip-network", "dml", "ffsd"])
+def test_two_processes_train_what_one_does(two: Pool, name: str) -> None:
+    """In training mode: every student sees the whole batch."""
+    assert_same_steps(two, small(name), 2, frozen=False, clip_norm=0.5, **SHARED)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("name", "students"), [("okddip-network", 5), ("dml", 4), ("ffsd", 4)])
+def test_four_processes_train_what_one_does(four: Pool, name: str, students: int) -> None:
+    assert_same_steps(four, small(name, students=students), 2, frozen=False, **SHARED)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_norm": 0.5}])
+@pytest.mark.parametrize("name", ["okddip-network", "ffsd"])
+def test_students_and_batch_are_shared_by_two_times_two(
+    four: Pool, name: str, options: dict[str, Any]
+) -> None:
+    """Two students on four processes: with norms that don't look at the batch, one's numbers."""
+    students = 3 if name == "ffsd" else 2
+    assert_same_steps(four, small(name, students=students), 2, frozen=True, **options, **SHARED)
+
+
+@pytest.mark.proof
+def test_metrics_are_those_of_all_students(two: Pool) -> None:
+    one = small("okddip-network", batch_size=250, students=2)
+    expected = checks.metrics(one, {})
+    for found in two.run(checks.metrics, one, SHARED):
+        for name in ("student_top1", "ensemble_top1", "leader_top5"):
+            assert found[name] == expected[name]
+
+
+@pytest.mark.proof
+def test_a_run_goes_on_in_another_arrangement(two: Pool, tmp_path: Path) -> None:
+    """Students shared, then one process: the checkpoint doesn't tell them apart."""
+    one = small("okddip-network", batch_size=100, epochs=2, students=2)
+    options = {**SHARED, "ema": 0.9}
+    first, _ = two.run(checks.run, one, tmp_path / "run", {**options, "max_steps": 3})
+    assert first["facts"]["ranks"] == [1, 2]
+    momenta = [k for k in first["tensors"] if k.startswith("optim.cohort.students.1.")]
+    assert momenta
+    last = checks.run(one, tmp_path / "run", {"resume": True, "max_steps": 4})
+    expected = checks.run(one, tmp_path / "alone", {"ema": 0.9, "max_steps": 4})
+    for name, value in expected["tensors"].items():
+        if name.startswith(("cohort.", "method.", "optim.", "ema.")):
+            torch.testing.assert_close(last["tensors"][name], value, rtol=1e-3, atol=1e-4)
+    again, _ = two.run(checks.run, one, tmp_path / "run", {**SHARED, "resume": True})
+    assert again["metrics"][-1]["step"] == 10
+
+
+def test_refusals(two: Pool) -> None:
+    for one, options, said in (
+        (small("one"), SHARED, "the branches of one share a trunk"),
+        (small("cl_ilr"), SHARED, "the branches of cl_ilr share a trunk"),
+        (small("okddip-branch"), SHARED, "or a network form"),
+        (small("baseline", students=1), SHARED, "this recipe trains one network"),
+        (small("dml"), {**SHARED, "precision": "fp16"}, "use --precision bf16"),
+    ):
+        assert all(said in text for text in two.run(checks.refusal, one, options))
+
+
+def test_how_ranks_are_laid_out() -> None:
+    assert [student_columns(world, 4) for world in (2, 4, 8, 6)] == [2, 4, 4, 3]
+    with pytest.raises(UserError, match="5 ranks can't share 4 student"):
+        student_columns(5, 4)
+    shares = [Ranks(students=Line(r, 3)).share(5) for r in range(3)]
+    assert [list(share) for share in shares] == [[0, 1], [2, 3], [4]]

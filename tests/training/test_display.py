@@ -1,0 +1,71 @@
+"""What a person sees while it trains: every column on a terminal, a plain line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fastokd.recipes import recipe
+from fastokd.training import display
+from fastokd.training.display import COLUMNS, Display
+
+
+def row(epoch: int, leader: float | None) -> dict[str, Any]:
+    students = [0.5, 0.7] + ([leader] if leader is not None else [])
+    test = {
+        "leader_top1": leader,
+        "student_top1": students,
+        "ensemble_top1": 0.8,
+        "diversity": 0.0321,
+    }
+    train = {"loss": 1.25}
+    return {"epoch": epoch, "images_per_second": 1234.5, "lr": 0.1, "train": train, "test": test}
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | None) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    monkeypatch.setattr(display, "Console", lambda: console)
+    session = SimpleNamespace(
+        recipe=recipe("dml/resnet8/digits", epochs=12),
+        epoch=0,
+        steps_left=96,
+        data=SimpleNamespace(note="read from here"),
+        ranks=SimpleNamespace(note=lambda batch, students: ""),
+    )
+    with Display(session, quiet=False) as live:  # type: ignore[arg-type]
+        for epoch in range(12):
+            live.step(64)
+            live.epoch(row(epoch, leader))
+    return out.getvalue()
+
+
+def test_a_terminal_has_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, terminal=True, leader=0.9)
+    last = text[text.rindex("images/s  left") - 10 :]
+    assert all(column in last for column in COLUMNS)
+    for value in ("12/12", "1,234", "0 s", "0.1", "1.250", "0.9000", "0.6000", "0.8000", "0.0321"):
+        assert value in last
+    assert " 3/12" in last
+    assert " 2/12" not in last  # the table is no higher than a terminal
+
+
+def test_a_file_has_a_plain_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, terminal=False, leader=0.9)
+    note, first, *rest = text.splitlines()
+    assert note == "read from here"
+    assert first.startswith("epoch 1/12  images/s 1,234  left ")
+    assert first.endswith(
+        "lr 0.1  loss 1.250  leader 0.9000  peers 0.6000  ensemble 0.8000  diversity 0.0321"
+    )
+    assert len(rest) == 11
+    assert "\x1b" not in text
+
+
+def test_a_column_that_nothing_fills_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "leader" not in shown(monkeypatch, terminal=True, leader=None)
+    assert "leader" not in shown(monkeypatch, terminal=False, leader=None)
