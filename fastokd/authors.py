@@ -15,6 +15,7 @@ import io
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,7 @@ def save(
 
 def unpickled(path: Path) -> Any:
     """The file's content, built of tensors and plain values alone."""
+    _refuse_a_bomb(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             # Of pickle protocols that these files weren't written with.
@@ -239,6 +241,21 @@ def is_plain(key: Any, value: Any) -> bool:
     """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided
     return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
+
+
+def _refuse_a_bomb(path: Path) -> None:
+    """torch stores what it zips as it is; members that unpack to more are nobody's weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # of torch's old format, or no checkpoint: the reader says so
+    if any(member.compress_type for member in members) or (
+        sum(member.file_size for member in members) > path.stat().st_size
+    ):
+        raise UserError(
+            f"{path} is refused: it unpacks to more than it holds, which no checkpoint of torch does"
+        )
 
 
 def _weights(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -79,7 +79,7 @@ def link_checkpoint(source: Path, path: Path) -> None:
             try:
                 os.link(source / name, beside / name)
             except OSError:  # noqa: PERF203 (a file system without links)
-                shutil.copyfile(source / name, beside / name)
+                write_durably(beside / name, (source / name).read_bytes())
 
 
 @contextmanager
@@ -88,21 +88,36 @@ def _beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     away = path.with_name(f".{path.name}.old{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(away, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         yield beside
         sync_folder(beside)
         if path.exists():
             os.rename(path, away)
-        os.rename(beside, path)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            if away.exists():
+                os.rename(away, path)
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(away, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(away, ignore_errors=True)
     sync_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What writers that were killed have left; nobody else may be writing in ``folder``."""
+    """What writers that were killed have left; nobody else may be writing in ``folder``.
+
+    What was put away for something newer that never came is put back.
+    """
+    for path in folder.glob(".*.old*"):
+        place = path.with_name(path.name[1:].rpartition(".old")[0])
+        if not place.exists():
+            path.rename(place)
     for path in [*folder.glob(".*.tmp*"), *folder.glob(".*.old*")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -123,9 +138,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         payload = {name: (path / name).read_bytes() for name in (TENSORS, FACTS)}
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
-        raise UserError(f"the checkpoint {path} is incomplete: {name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+        raise UserError(
+            f"the checkpoint {path} is incomplete: {name} is missing; use an older one"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({error}): use an older one"
+        ) from error
     for name, data in payload.items():
         known = manifest.get(name) if isinstance(manifest, dict) else None
         if hashlib.sha256(data).hexdigest() != known:
@@ -133,9 +152,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"the checkpoint {path} is damaged: {name} isn't what was written; use an older one"
             )
     try:
-        return load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} can't be read: {error}") from error
+        tensors, facts = load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({error}): use an older one"
+        ) from error
+    if not isinstance(facts, dict):
+        raise UserError(f"the checkpoint {path} is no run's: its {FACTS} holds no object")
+    return tensors, facts
 
 
 def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:

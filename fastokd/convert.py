@@ -114,4 +114,5 @@ def _transfusion(source: Path) -> tuple[dict[str, Tensor] | None, int]:
         tensors, facts = load_checkpoint(source)
     prefix = "method.transfusion."
     found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-    return found or None, facts["epoch"]
+    epoch = facts.get("epoch")
+    return found or None, epoch if isinstance(epoch, int) else 0

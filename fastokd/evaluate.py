@@ -85,7 +85,9 @@ def evaluate(
         tensors, facts = load_checkpoint(path)
     else:
         raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
-    session = Session(Recipe.from_json(facts["recipe"]), options or RunOptions(), training=False)
+    session = Session(
+        Recipe.from_json(facts.get("recipe")), options or RunOptions(), training=False
+    )
     session.load_state(tensors, facts)
     return evaluate_session(session)
 

@@ -229,12 +229,12 @@ class Recipe:
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> Recipe:
+    def from_json(values: Any) -> Recipe:
         """The recipe of a ``recipe.json``; unknown or missing fields raise."""
         fields = {f.name for f in dataclasses.fields(Recipe)}
         if not isinstance(values, dict) or not values.keys() <= fields:
-            extra = sorted(set(values) - fields) if isinstance(values, dict) else values
-            raise UserError(f"this is no recipe of this version: it has {extra}")
+            extra = sorted(set(values) - fields) if isinstance(values, dict) else repr(values)
+            raise UserError(f"this is no recipe of this version: it has {str(extra)[:200]}")
         try:
             return Recipe(**{**values, "milestones": tuple(values["milestones"])})
         except (KeyError, TypeError, AttributeError) as error:

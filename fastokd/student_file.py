@@ -197,7 +197,7 @@ def _from_file(path: Path) -> Weights:
 def _from_checkpoint(
     path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], student: int | None
 ) -> Weights:
-    recipe = Recipe.from_json(facts["recipe"])
+    recipe = Recipe.from_json(facts.get("recipe"))
     if student is None:
         student = recipe.kept_student
     if not 0 <= student < recipe.students:
@@ -210,5 +210,8 @@ def _from_checkpoint(
         for key, value in tensors.items()
         if key.startswith(prefix)
     }
-    said = _facts(recipe, facts["class_names"], facts["mean"], facts["std"], student)
+    try:
+        said = _facts(recipe, facts["class_names"], facts["mean"], facts["std"], student)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint {path} is no run's: it lacks {error}") from error
     return Weights(path, state, said)

@@ -166,7 +166,7 @@ class _Index:
                 self.entries = {
                     entry["folder"]: entry for entry in json.loads(self.path.read_text())
                 }
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{self.path} can't be read ({error}): choose another --out"
                 ) from error

@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}): make it again with `fastokd prepare`"
         ) from error
@@ -133,6 +133,8 @@ def _checked(header: Any, entries: tuple[Entry, ...], folder: Path) -> Manifest:
         raise ValueError(f"{len(entries)} of {header['files']} files")
     classes = tuple(header["classes"])
     for entry in entries:
+        if entry.path.startswith("/") or ".." in entry.path.split("/") or "\0" in entry.path:
+            raise ValueError(f"the path {entry.path!r}, which leads out of the folder")
         known = 0 <= entry.label < len(classes)
         if not entry.fault and not (known and min(entry.height, entry.width, entry.bytes) > 0):
             raise ValueError(f"a line that can't be: {list(entry)}")
