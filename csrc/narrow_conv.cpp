@@ -55,12 +55,23 @@ void check_map(const Tensor& x) {
               "the maps must be bfloat16, channels-last, of a multiple of 16 channels");
 }
 
+ConvShape shape_of(const Tensor& x, const Tensor& grad_y, int64_t kernel, int64_t stride,
+                   int64_t padding) {
+  return {x.size(2),      x.size(3), x.size(1), grad_y.size(2), grad_y.size(3),
+          grad_y.size(1), kernel,    stride,    padding};
+}
+
+// Where not even two rows stay in the L1 cache, every row is laid out again for each of its taps.
+bool pays(const Tensor& x, const Tensor& grad_y, int64_t kernel, int64_t stride, int64_t padding) {
+  const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
+  return conv_strip(s) >= std::min<int64_t>(2, s.OH);
+}
+
 Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, int64_t stride,
                         int64_t padding) {
   check_map(grad_y);
   check_map(x);
-  const ConvShape s = {x.size(2),      x.size(3),      x.size(1), grad_y.size(2), grad_y.size(3),
-                       grad_y.size(1), kernel,         stride,    padding};
+  const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
   TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && padding >= 0 && x.size(0) == grad_y.size(0) &&
                   s.OH == (s.H + 2 * padding - kernel) / stride + 1 &&
                   s.OW == (s.W + 2 * padding - kernel) / stride + 1,
@@ -161,20 +172,24 @@ struct NarrowConv : torch::autograd::Function<NarrowConv> {
     const int64_t padding = ctx->saved_data["padding"].toInt();
     TORCH_CHECK(!grads[0].requires_grad(), "narrow_conv2d is differentiable once");
     const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
+    at::AutoDispatchBelowADInplaceOrView guard;
     Tensor grad_x, grad_w;
     if (ctx->needs_input_grad(0)) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      const auto found = by_kernel(grad_y, weight, stride, padding, true, x.sizes());
-      grad_x = found ? *found
-                     : std::get<0>(at::convolution_backward(
-                           grad_y, x, weight, c10::nullopt, {stride, stride}, {padding, padding},
-                           {1, 1}, false, {0, 0}, 1, {true, false, false}));
+      grad_x = by_kernel(grad_y, weight, stride, padding, true, x.sizes()).value_or(Tensor());
     }
-    if (ctx->needs_input_grad(1)) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      grad_w = conv_weight_grad(grad_y, x, weight.size(2), stride, padding)
-                   .to(ctx->saved_data["dtype"].toScalarType());
+    if (ctx->needs_input_grad(1) && pays(x, grad_y, weight.size(2), stride, padding)) {
+      grad_w = conv_weight_grad(grad_y, x, weight.size(2), stride, padding);
     }
+    const bool x_left = ctx->needs_input_grad(0) && !grad_x.defined(),
+               w_left = ctx->needs_input_grad(1) && !grad_w.defined();
+    if (x_left || w_left) {
+      auto found = at::convolution_backward(grad_y, x, weight, c10::nullopt, {stride, stride},
+                                            {padding, padding}, {1, 1}, false, {0, 0}, 1,
+                                            {x_left, w_left, false});
+      if (x_left) grad_x = std::get<0>(found);
+      if (w_left) grad_w = std::get<1>(found);
+    }
+    if (grad_w.defined()) grad_w = grad_w.to(ctx->saved_data["dtype"].toScalarType());
     return {grad_x, grad_w, Tensor(), Tensor()};
   }
 };

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from fastokd.cohort.convs import student_conv
 from fastokd.models import Student
@@ -35,13 +39,17 @@ class SharedConvs:
         """Computes the outputs of every student's first convolutions, and hands them over."""
         for convs in self.sites:
             first = convs[0]
+            weights = [conv.weight for conv in convs]
             biases = [conv.bias for conv in convs if conv.bias is not None]
-            weight = torch.cat([conv.weight for conv in convs])
-            bias = torch.cat(biases) if biases else None
-            y_BCHW = first.convolve(x_BCHW, weight, bias)
-            for conv, part_BCHW in zip(convs, y_BCHW.chunk(len(convs), dim=1), strict=True):
-                # What follows wants dense maps.
-                conv.given_BCHW = part_BCHW.contiguous(memory_format=_layout(x_BCHW))
+            if biases or first.suited or x_BCHW.requires_grad:
+                bias = torch.cat(biases) if biases else None
+                y_BCHW = first.convolve(x_BCHW, torch.cat(weights), bias)
+                parts = _dense(y_BCHW, len(convs))
+            else:
+                geometry = (first.stride, first.padding, first.dilation)
+                parts = _Stems.apply(x_BCHW, geometry, *weights)
+            for conv, part_BCHW in zip(convs, parts, strict=True):
+                conv.given_BCHW = part_BCHW
 
 
 def readers(student: Student, start: int, x_BCHW: Tensor) -> list[str]:
@@ -63,6 +71,36 @@ def readers(student: Student, start: int, x_BCHW: Tensor) -> list[str]:
     return found
 
 
-def _layout(x_BCHW: Tensor) -> torch.memory_format:
-    last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+class _Stems(torch.autograd.Function):
+    """Convolutions of images: side by side forward, apart backward.
+
+    Nobody asks for the images' gradient, so that the gradients of the outputs, the widest maps of a
+    network, need not be laid side by side again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, geometry: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        device = x_BCHW.device.type
+        if torch.is_autocast_enabled(device):
+            x_BCHW = x_BCHW.to(torch.get_autocast_dtype(device))
+        ctx.save_for_backward(x_BCHW)
+        ctx.geometry, ctx.weights = geometry, [(w.shape, w.dtype) for w in weights]
+        y_BCHW = F.conv2d(x_BCHW, torch.cat(weights).to(x_BCHW.dtype), None, *geometry)
+        return _dense(y_BCHW, len(weights))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_BCHW,) = ctx.saved_tensors
+        of_weights = [
+            conv2d_weight(x_BCHW, shape, grad, *ctx.geometry).to(dtype)
+            for (shape, dtype), grad in zip(ctx.weights, grads, strict=True)
+        ]
+        return None, None, *of_weights
+
+
+def _dense(y_BCHW: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Its equal parts, each as dense as what follows wants it."""
+    last = y_BCHW.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return tuple(part.contiguous(memory_format=layout) for part in y_BCHW.chunk(count, dim=1))
