@@ -79,7 +79,7 @@ def link_checkpoint(source: Path, path: Path) -> None:
             try:
                 os.link(source / name, beside / name)
             except OSError:  # noqa: PERF203 (a file system without links)
-                shutil.copyfile(source / name, beside / name)
+                write_durably(beside / name, (source / name).read_bytes())
 
 
 @contextmanager
@@ -88,21 +88,36 @@ def _beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     away = path.with_name(f".{path.name}.old{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(away, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         yield beside
         sync_folder(beside)
         if path.exists():
             os.rename(path, away)
-        os.rename(beside, path)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            if away.exists():
+                os.rename(away, path)
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(away, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(away, ignore_errors=True)
     sync_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What writers that were killed have left; nobody else may be writing in ``folder``."""
+    """What writers that were killed have left; nobody else may be writing in ``folder``.
+
+    What was put away for something newer that never came is put back.
+    """
+    for path in folder.glob(".*.old*"):
+        place = path.with_name(path.name[1:].rpartition(".old")[0])
+        if not place.exists():
+            path.rename(place)
     for path in [*folder.glob(".*.tmp*"), *folder.glob(".*.old*")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -27,7 +27,7 @@ from fastokd.commands.options import (
 )
 from fastokd.commands.prepare import prepare
 from fastokd.distributed.launch import launched, of_the_first_rank
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import DISK, UserError, unknown_name
 from fastokd.methods import register_method
 from fastokd.training.interruption import Interrupted
 
@@ -380,6 +380,11 @@ def run_command(arguments: Sequence[str]) -> int:
                 file=sys.stderr,
             )
         return stop.code
+    except OSError as error:
+        if debug or error.errno not in DISK:
+            raise
+        print(f"fastokd: the disk can't be written: {error}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except typer.Exit as stop:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
 
 
@@ -14,9 +16,22 @@ class UserError(ValueError):
     """
 
 
+# What a disk says that is full, over its quota, failing, read-only, or given too large a file.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+
+
+class DiskError(UserError):
+    """The disk is full, can't be written or fails; what was written before is whole."""
+
+
 class DataFileError(UserError):
     """A file of the data set vanished or changed while it was read; the batches before it were
     whole, so that a run may be continued from the one that it stopped at."""
+
+
+def warn(text: str) -> None:
+    """Tells the person at the terminal, on stderr; a run goes on."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

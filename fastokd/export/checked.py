@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastokd.checkpoint import sync_folder, write_durably
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import DiskError, UserError, unknown_name
 from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.export.hub import HUB
 from fastokd.student_file import Weights, read_weights
@@ -95,8 +96,8 @@ def export(
         about = {"file": name, **weights.about()}
         write_durably(beside / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
         os.rename(beside, folder)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{folder} can't be written: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         with contextlib.suppress(OSError):  # where the export is in them they stay

@@ -5,15 +5,17 @@ A reader gives a function from normalised images ``[B, 3, H, W]`` to logits ``[B
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.student_file import Weights, read_weights
@@ -61,7 +63,7 @@ def _file_name(weights: Weights, suffix: str) -> str:
 def write_safetensors(weights: Weights, student: Student, folder: Path) -> str:
     """The student alone, with what it says of itself."""
     name = _file_name(weights, ".safetensors")
-    save_file(plain_state(weights, student), folder / name, weights.facts)
+    write_durably(folder / name, save(plain_state(weights, student), weights.facts))
     return name
 
 
@@ -78,7 +80,10 @@ def _how_safetensors(weights: Weights, name: str) -> str:
 def _write_torchvision(weights: Weights, student: Student, folder: Path) -> str:
     foreign_name(weights, "torchvision")
     name = _file_name(weights, ".pth")
-    torch.save(plain_state(weights, student), folder / name)
+    # By way of memory: torch's own writer ends the process where the disk is full.
+    file = io.BytesIO()
+    torch.save(plain_state(weights, student), file)
+    write_durably(folder / name, file.getvalue())
     return name
 
 
@@ -152,7 +157,9 @@ def _write_torch_export(weights: Weights, student: Student, folder: Path) -> str
     images, free = _example(weights)
     name = _file_name(weights, ".pt2")
     program = torch.export.export(_Logits(student), (images,), dynamic_shapes=free)
-    torch.export.save(program, folder / name)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    write_durably(folder / name, file.getvalue())
     return name
 
 

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastokd.benchmark.step import create_on_meta, step_flops, step_macs
+import torch
+
+from fastokd.benchmark.step import step_flops, step_macs
 from fastokd.benchmark.synthetic import num_classes
+from fastokd.cohort import Cohort
 from fastokd.cohort.cohort import ENGINES
 from fastokd.errors import UserError
-from fastokd.methods import method_class
+from fastokd.methods import create_method, method_class
 from fastokd.models import model_info
 from fastokd.ops import _cpp
 from fastokd.plan.devices import Device, Gpu, find_device
@@ -156,7 +159,9 @@ def _modelled(
     loop = steps["loop"]
     assert isinstance(loop, Step)
     traffic = gradient_traffic(loop.gradient_bytes, gpus, device)
-    across = student_traffic(of, _exchanged(of), _trunk_bytes(of), gpus, device)
+    across = None
+    if of.sharing == "network" and of.students > 1:
+        across = student_traffic(of, _exchanged(of), _shared_bytes(of), gpus, device)
     ours = {name: way for name, way in ways.items() if not name.startswith("reference")}
     fastest = min(ours, key=lambda name: ours[name]["step_ms"])
     seconds = ours[fastest]["step_ms"] / 1e3 + traffic.seconds
@@ -166,8 +171,8 @@ def _modelled(
         "fastest": fastest,
         "gradient_traffic_bytes": traffic.bytes,
         "gradient_traffic_ms": 1e3 * traffic.seconds,
-        "students_across_gpus_bytes": across.bytes,
-        "students_across_gpus_ms": 1e3 * across.seconds,
+        "students_across_gpus_bytes": None if across is None else across.bytes,
+        "students_across_gpus_ms": None if across is None else 1e3 * across.seconds,
         "images_per_second": of.batch_size / seconds,
         "hours": _hours(of, seconds),
     }
@@ -184,13 +189,17 @@ def _exchanged(of: Recipe) -> int:
     )
 
 
-def _trunk_bytes(of: Recipe) -> int:
-    """Of the weights that a branch cohort shares, in float32."""
-    if of.sharing != "branch":
-        return 0
-    trunk = create_on_meta(of.model, num_classes(of), **of.model_options)
-    trunk.keep_stages(0, trunk.branch_from)
-    return 4 * sum(parameter.numel() for parameter in trunk.parameters())
+def _shared_bytes(of: Recipe) -> int:
+    """Of the method's weights that no student has for itself, in float32."""
+    with torch.device("meta"):
+        options = of.model_options
+        cohort = Cohort(of.models, num_classes(of), sharing=of.sharing, model_options=options)
+        method = create_method(of.method, cohort.shape, **of.method_options)
+    return 4 * sum(
+        parameter.numel()
+        for name, parameter in method.named_parameters()
+        if method.belongs_to(name) is None
+    )
 
 
 def _way(ops: Sequence[Op], device: Device, host: int) -> dict[str, Any]:

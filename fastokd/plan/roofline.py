@@ -71,15 +71,16 @@ def gradient_traffic(gradient_bytes: int, gpus: int, device: Device) -> Traffic:
 
 
 def student_traffic(
-    of: Recipe, exchanged: int, trunk_bytes: int, gpus: int, device: Device
+    of: Recipe, exchanged: int, shared_bytes: int, gpus: int, device: Device
 ) -> Traffic:
-    """Students spread over the GPUs, each GPU with the whole batch.
+    """Students spread over the GPUs, each GPU with the whole batch (``--parallel students``).
 
-    Everybody gathers what the students tell each other, ``exchanged`` numbers an image in float32,
-    and their gradients return; a shared trunk is computed on each GPU, and its gradient summed.
+    Everybody gathers what the students show each other, ``exchanged`` numbers an image in the step's
+    precision; nothing returns. The gradient of what the students share of a method is summed.
     """
-    gathered = 4 * of.batch_size * exchanged * (gpus - 1) / gpus
-    return _over_the_link(2 * gathered + all_reduce(trunk_bytes, gpus), device)
+    size = 2 if device.precision in ("bf16", "fp16") else 4
+    gathered = size * of.batch_size * exchanged * (gpus - 1) / gpus
+    return _over_the_link(gathered + all_reduce(shared_bytes, gpus), device)
 
 
 def _over_the_link(size: float, device: Device) -> Traffic:

@@ -43,10 +43,11 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
             f"  gradients         {modelled['gradient_traffic_bytes'] / MB:,.1f} MB a step from "
             f"each GPU, {modelled['gradient_traffic_ms']:.3g} ms"
         )
-        yield (
-            f"  students on GPUs  {modelled['students_across_gpus_bytes'] / MB:,.1f} MB a step "
-            f"from each GPU, {modelled['students_across_gpus_ms']:.3g} ms"
-        )
+        if modelled["students_across_gpus_bytes"] is not None:
+            yield (
+                f"  students on GPUs  {modelled['students_across_gpus_bytes'] / MB:,.1f} MB a step "
+                f"from each GPU, {modelled['students_across_gpus_ms']:.3g} ms"
+            )
     hours = modelled["hours"]
     yield f"  images/s          at most {modelled['images_per_second']:,.0f} ({modelled['fastest']})"
     yield f"  hours             {'unknown' if hours is None else f'at least {hours:.3g}'}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastokd.cells import Cell, cells_of, tables
 from fastokd.checkpoint import write_durably
-from fastokd.errors import UserError
+from fastokd.errors import DiskError, UserError
 from fastokd.recipes import recipe
 from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
@@ -69,7 +69,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         for name, figure in figures.items():
             save(figure, out.with_name(f"{out.stem}-{name}"))
     except OSError as error:
-        raise UserError(f"{out} can't be written: {error}") from error
+        raise DiskError(f"{out} can't be written: {error}") from error
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastokd.checkpoint import write_durably
 from fastokd.report.pools import Pool, Row
 
 # What is drawn in this colour follows the page's text, light or dark.
@@ -57,8 +58,10 @@ def on_white(figure: Figure) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """``path`` with ``.svg`` and ``.png`` behind it, black on white."""
-    path.with_name(f"{path.name}.svg").write_text(on_white(figure), encoding="utf-8")
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=120, facecolor="white")
+    write_durably(path.with_name(f"{path.name}.svg"), on_white(figure).encode())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120, facecolor="white")
+    write_durably(path.with_name(f"{path.name}.png"), png.getvalue())
 
 
 def _canvas(width: float, height: float) -> Figure:

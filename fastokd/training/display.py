@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastokd.errors import warn
 from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
@@ -67,7 +69,15 @@ class Display:
         if self.live is not None:
             self.live.stop()
         for watcher in self.others:
-            watcher.close()
+            self._tell(watcher, watcher.close)
+
+    def _tell(self, watcher: Watcher, what: Callable[[], None]) -> None:
+        """Those who can't be told are told no more; the run doesn't need them."""
+        try:
+            what()
+        except OSError as error:
+            warn(f"{type(watcher).__name__} is told no more: {error}")
+            self.others = [other for other in self.others if other is not watcher]
 
     def view(self) -> Group:
         """The last epochs' table, the columns that nothing fills left out, and the bar."""
@@ -87,8 +97,8 @@ class Display:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """One epoch was measured."""
-        for watcher in self.others:
-            watcher.row(row)
+        for watcher in list(self.others):
+            self._tell(watcher, partial(watcher.row, row))
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:

@@ -53,7 +53,9 @@ class Guard:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for value in values:
             if value is not None:
-                by_dtype.setdefault(value.dtype, []).append(value.detach())
+                # Gradients are many, and need no detaching.
+                plain = value.detach() if value.requires_grad else value
+                by_dtype.setdefault(plain.dtype, []).append(plain)
         for group in by_dtype.values():
             # What GradScaler asks of gradients, with a scale of one: a single pass over all.
             torch._amp_foreach_non_finite_check_and_unscale_(group, self.fault, self._one)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastokd.distributed.ranks import speaks
+from fastokd.errors import DiskError, warn
 from fastokd.training.guard import READ_EVERY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -130,12 +132,20 @@ class Keeper:
 
         Raises:
             Interrupted: a signal came; the state is saved.
+            DiskError: a signal came, and the state can't be saved. Without one the run goes on.
         """
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
         by_time, signum = self.agree(by_time, self.stop.received or 0)
         if by_steps or by_time or signum:
-            self.save_now()
+            try:
+                self.save_now()
+            except DiskError as error:
+                if signum:
+                    raise
+                if speaks():
+                    warn(f"{error}; training goes on, and saves when it is time again")
+                self.saved()
         if signum:
             raise Interrupted(signum)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastokd.errors import UserError
+from fastokd.errors import DiskError, UserError, warn
 from fastokd.training.guard import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -38,15 +37,18 @@ def settle(session: Session, save: Callable[[], None]) -> None:
     )
     most = session.options.skip_nonfinite
     if session.skipped >= most:
-        save()
+        try:
+            save()
+            kept = "the state before it is saved"
+        except DiskError as error:
+            kept = f"the state before it couldn't be saved ({error})"
         raise UserError(
-            f"{what}; it wasn't taken{_and_skipped(session)}, and the state before it is saved: "
-            f"lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
+            f"{what}; it wasn't taken{_and_skipped(session)}, and {kept}: lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
             f"{session.skipped + 1}"
         )
     session.skipped += 1
     if session.ranks.rank == 0:
-        print(f"warning: {what}; it is skipped, {session.skipped} of {most}", file=sys.stderr)
+        warn(f"{what}; it is skipped, {session.skipped} of {most}")
     set_random_state(fault.random_after, session.device)
     session.step += 1
     session.batch += 1

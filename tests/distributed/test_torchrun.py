@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastokd.checkpoint import newest_checkpoint
+from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 
 
 def torchrun(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -47,11 +47,10 @@ def test_one_ranks_error_ends_all_with_its_message(tmp_path: Path) -> None:
 def test_a_signal_stops_both_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
     """SIGTERM to torchrun, which hands it on; then the same command with --resume."""
     run = tmp_path / "run"
-    process = torchrun(run, "--epochs", "200", "--eval-every", "200")
-    while not (run / "recipe.json").is_file():
+    process = torchrun(run, "--epochs", "200", "--eval-every", "200", "--save-every-steps", "3")
+    while not list_checkpoints(run / "checkpoints"):  # both ranks listen
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    time.sleep(3)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert errors.count("stopped by SIGTERM; the run is saved") == 1

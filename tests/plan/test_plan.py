@@ -160,9 +160,9 @@ def test_traffic() -> None:
     assert gradient_traffic(8000, 1, h100).bytes == 0
     assert gradient_traffic(8000, 4, h100).bytes == 2 * 3 / 4 * 8000
     of = recipe(TINY, batch_size=10)
-    across = student_traffic(of, exchanged=656, trunk_bytes=1000, gpus=2, device=h100)
-    # Half of everything is elsewhere; there and back, four bytes each; and the trunk's ring.
-    assert across.bytes == 2 * (4 * 10 * 656 / 2) + 1000
+    across = student_traffic(of, exchanged=656, shared_bytes=1000, gpus=2, device=h100)
+    # Half of everything is elsewhere, two bytes each; and the ring of what is shared.
+    assert across.bytes == 2 * 10 * 656 / 2 + 1000
     assert across.seconds == across.bytes / h100.link
 
 
