@@ -68,8 +68,9 @@ def by_pillow(split: DiskSplit, index: int) -> bool:
     try:
         return decode_image(path, 16).shape == (16, 16, 3)
     except UserError as error:
-        assert path.name in str(error)
-        return False
+        said = str(error)
+    assert path.name in said, said
+    return False
 
 
 def by_dali(split: DiskSplit, first: int, count: int) -> int:
@@ -82,7 +83,8 @@ def by_dali(split: DiskSplit, first: int, count: int) -> int:
             assert images_BHWC.shape == (count, 16, 16, 3)
         return count
     except DataFileError as error:
-        assert any(part.path(index).name in str(error) for index in range(count)), str(error)
+        said = str(error)
+    assert any(part.path(index).name in said for index in range(count)), said
     if count == 1:
         return 0
     half = count // 2
