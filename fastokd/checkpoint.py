@@ -116,7 +116,7 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in folder.glob(".*.old*"):
         place = path.with_name(path.name[1:].rpartition(".old")[0])
-        if not place.exists():
+        if path.is_dir() and not path.is_symlink() and not place.exists():
             path.rename(place)
     for path in [*folder.glob(".*.tmp*"), *folder.glob(".*.old*")]:
         if path.is_dir() and not path.is_symlink():

@@ -40,6 +40,6 @@ def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         names["shown_last"] = value_of(code, names)
         if "pictures(cohort, alone)" in code or code.startswith("shown["):
             assert names["shown_last"]._repr_svg_().startswith("<svg")
-    assert names["cohort"].last["epoch"] == 19
-    assert names["cohort"].last["test"]["leader_top1"] > 0.9
+    assert names["cohort"].last["epoch"] == 11
+    assert names["cohort"].last["test"]["leader_top1"] > 0.6
     assert names["shown_last"] == names["fastokd"].models.model_info("resnet8", 10).params

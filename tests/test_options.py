@@ -115,3 +115,9 @@ def test_no_draw_repeats_an_initial_weights_generator() -> None:
 def test_what_cannot_be_had_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Session(small(), RunOptions(**{**QUICK, **options}))
+
+
+def test_a_string_is_as_good_as_a_path() -> None:
+    options = RunOptions(out="runs/a", data_root="data", teacher="t.safetensors")  # type: ignore[arg-type]
+    assert (options.out, options.data_root) == (Path("runs/a"), Path("data"))
+    assert options.teacher == Path("t.safetensors")

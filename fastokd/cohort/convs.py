@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.models import Student
-from fastokd.ops.conv_weight_grad import conv2d, suits
+from fastokd.ops.narrow_conv import conv2d, suits
 
 
 class StudentConv(nn.Conv2d):

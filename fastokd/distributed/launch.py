@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from fastokd.errors import UserError
 
-FAILED = "fastokd/failed"
+FAILED = "failed"
 LOOK_EVERY = 0.5
 # What a rank is given to leave by itself once another has failed.
 GRACE = 2.0
@@ -74,18 +74,20 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
         # A graph that is being captured bears no thread that asks how its collectives fare.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    # Started again by torchrun (--max-restarts), ranks find what those before them wrote.
+    prefix = f"fastokd/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     options: dict[str, Any] = {"backend": "gloo"}
     if where.startswith("cuda"):
         torch.cuda.set_device(where)
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device(where)}
     dist.init_process_group(
-        store=dist.PrefixStore("fastokd", store),
+        store=dist.PrefixStore(prefix, store),
         rank=rank,
         world_size=size,
         timeout=PATIENCE,
         **options,
     )
-    watch = Watch(store.clone())
+    watch = Watch(dist.PrefixStore(prefix, store.clone()))
     watch.start()
     try:
         yield

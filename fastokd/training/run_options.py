@@ -111,6 +111,9 @@ class RunOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("out", "data_root", "teacher"):
+            if getattr(self, name) is not None:  # a string is as good as a path
+                object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,7 +1,8 @@
-// The dispatcher's side of a convolution whose weight gradient is ours: images are shared out among
-// threads, whose sums are added in their order. All else is torch's.
+// The dispatcher's side of a narrow convolution: images are shared out among threads, and the sums of
+// its weight's gradient are added in their order. What the kernels don't take is torch's.
 #include "conv_weight_grad_kernel.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
@@ -15,6 +16,7 @@
 #include <algorithm>
 
 #include "capability.h"
+#include "narrow_conv_kernel.h"
 
 namespace fastokd {
 
@@ -32,6 +34,17 @@ int64_t conv_strip(const ConvShape& s) {
   return strip;
 }
 
+bool narrow_conv_takes(const NarrowShape& s) {
+  const bool fits = s.places == Places::kTwice
+                        ? s.OH == 2 * s.H && s.OW == 2 * s.W
+                        : s.places == Places::kHalf ? s.H == 2 * s.OH && s.W == 2 * s.OW : true;
+  return fits && s.inputs % 16 == 0 && s.outputs % 16 == 0 && s.OW % 8 == 0;
+}
+
+int64_t narrow_conv_packed(const NarrowShape& s) { return 9 * s.outputs * s.inputs / 2; }
+
+int64_t narrow_conv_scratch(const NarrowShape& s) { return 4 * (s.W + 2) * s.inputs / 2; }
+
 namespace {
 
 using at::Tensor;
@@ -48,6 +61,9 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   check_map(x);
   const ConvShape s = {x.size(2),      x.size(3),      x.size(1), grad_y.size(2), grad_y.size(3),
                        grad_y.size(1), kernel,         stride,    padding};
+  // Bounds first: what follows adds and multiplies them.
+  TORCH_CHECK(stride < (1 << 16) && padding < (1 << 16), "stride and padding must be below 65536, not ",
+              stride, " and ", padding);
   TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && padding >= 0 && x.size(0) == grad_y.size(0) &&
                   s.OH == (s.H + 2 * padding - kernel) / stride + 1 &&
                   s.OW == (s.W + 2 * padding - kernel) / stride + 1,
@@ -83,8 +99,50 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
 #endif
 }
 
+// The convolution of x, or its input's gradient from y's: by our kernel where that takes it.
+std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t stride,
+                                int64_t padding, bool gradient, at::IntArrayRef sizes) {
+#if FASTOKD_X86
+  const Places places = stride == 1 ? Places::kSame : gradient ? Places::kTwice : Places::kHalf;
+  const NarrowShape s = {places, x.size(2), x.size(3), x.size(1), sizes[2], sizes[3], sizes[1]};
+  if (weight.size(2) != 3 || weight.size(3) != 3 || padding != 1 || stride > 2 ||
+      capability() != Capability::kAvx512Bf16 || x.scalar_type() != at::kBFloat16 ||
+      weight.scalar_type() != at::kBFloat16 ||
+      !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !narrow_conv_takes(s)) {
+    return std::nullopt;
+  }
+  const int64_t B = x.size(0), threads = at::get_num_threads();
+  const Tensor dense = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t words = narrow_conv_packed(s), each = narrow_conv_scratch(s);
+  const Tensor memory = at::detail::empty_cpu({words + threads * each}, at::kInt);
+  uint32_t* const packed = static_cast<uint32_t*>(memory.mutable_data_ptr());
+  narrow_conv_pack_avx512(s, gradient, static_cast<const uint16_t*>(dense.const_data_ptr()),
+                          packed);
+  Tensor y = at::detail::empty_cpu(sizes, at::kBFloat16, false, at::MemoryFormat::ChannelsLast);
+  const uint16_t* const from = static_cast<const uint16_t*>(x.const_data_ptr());
+  uint16_t* const to = static_cast<uint16_t*>(y.mutable_data_ptr());
+  at::parallel_for(0, B, (B + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    narrow_conv_avx512(s, from + begin * s.H * s.W * s.inputs, packed, end - begin,
+                       packed + words + at::get_thread_num() * each,
+                       to + begin * s.OH * s.OW * s.outputs);
+  });
+  return y;
+#else
+  return std::nullopt;
+#endif
+}
+
 Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
-  return at::conv2d(x, weight.to(x.scalar_type()), {}, {stride, stride}, {padding, padding});
+  TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
+              "narrow_conv2d takes floating point maps [B, C, H, W] and weights");
+  const Tensor narrow = weight.to(x.scalar_type());
+  if (x.dim() == 4 && narrow.dim() == 4 && narrow.size(1) == x.size(1) && stride >= 1) {
+    const int64_t OH = (x.size(2) - 1) / stride + 1, OW = (x.size(3) - 1) / stride + 1;
+    const auto y = by_kernel(x, narrow, stride, padding, false,
+                             {x.size(0), narrow.size(0), OH, OW});
+    if (y) return *y;
+  }
+  return at::conv2d(x, narrow, {}, {stride, stride}, {padding, padding});
 }
 
 // The weight may be wider than x, as under autocast; its gradient then is too.
@@ -110,9 +168,12 @@ struct NarrowConv : torch::autograd::Function<NarrowConv> {
     const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
     Tensor grad_x, grad_w;
     if (ctx->needs_input_grad(0)) {
-      grad_x = std::get<0>(at::convolution_backward(
-          grad_y, x, weight, c10::nullopt, {stride, stride}, {padding, padding}, {1, 1}, false,
-          {0, 0}, 1, {true, false, false}));
+      at::AutoDispatchBelowADInplaceOrView guard;
+      const auto found = by_kernel(grad_y, weight, stride, padding, true, x.sizes());
+      grad_x = found ? *found
+                     : std::get<0>(at::convolution_backward(
+                           grad_y, x, weight, c10::nullopt, {stride, stride}, {padding, padding},
+                           {1, 1}, false, {0, 0}, 1, {true, false, false}));
     }
     if (ctx->needs_input_grad(1)) {
       at::AutoDispatchBelowADInplaceOrView guard;

@@ -1,11 +1,12 @@
-"""A convolution whose weight gradient is computed here, for narrow layers in bfloat16 on a CPU.
+"""Narrow convolutions in bfloat16 on a CPU, which torch does least well: 16 to 64 channels.
 
-Forward and the gradient with respect to the input are torch's. The gradient of the weight,
+Forward and the gradient of the input, of 3x3 layers with padding 1 whose rows are a multiple of 8
+long, are computed here; for other layers by torch. The gradient of the weight,
 
     grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
 
-is what torch does least well at 16 to 64 channels: it is summed in float32 and returned so, where
-torch rounds it to bfloat16. It pays on a CPU with AVX-512 BF16; elsewhere torch's is used.
+is computed here for all: it is summed in float32 and returned so, where torch rounds it to bfloat16.
+It pays on a CPU with AVX-512 BF16; elsewhere torch's is used.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def conv2d(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """``F.conv2d`` of a layer that :func:`suits`; the C++ gradient where it can serve.
+    """``F.conv2d`` of a layer that :func:`suits`; the C++ where it can serve.
 
     ``x_BCHW``: ``[B, C, H, W]``; ``weight_OCKK``: float32 (as under autocast) or x's dtype. The C++
     takes bfloat16 in channels-last, in training. It is differentiable once.
@@ -81,7 +82,7 @@ def _fake_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
 
-# Its autograd is C++ too (csrc/conv_weight_grad.cpp): a network calls it once a layer.
+# Its autograd is C++ too (csrc/narrow_conv.cpp): a network calls it once a layer.
 define("narrow_conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
 define(
     "conv_weight_grad(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor",
