@@ -18,11 +18,20 @@ namespace {
 
 using at::Tensor;
 
+// What an operator keeps for its backward, or what comes in there.
+const float* kept(const Tensor& x, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
+              " must be contiguous float32 of shape ", shape, ", not ", x.scalar_type(), " of ",
+              x.sizes());
+  return x.const_data_ptr<float>();
+}
+
 // A map by samples.
 class Map {
  public:
-  explicit Map(const Tensor& x) : stride_b_(x.stride(0)) {
+  explicit Map(const Tensor& x) {
     TORCH_CHECK(x.dim() == 4, "a map must be [B, C, H, W]");
+    stride_b_ = x.stride(0);
     const auto scalar = x.scalar_type();
     TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
                 "a map must be float32, bfloat16 or float16, not ", scalar);
@@ -54,7 +63,7 @@ class Map {
 
  private:
   MapSample first_;
-  int64_t stride_b_, element_;
+  int64_t stride_b_ = 0, element_ = 0;
 };
 
 // Calls body(b, scratch) for every sample; scratch: `rows` rows of pixels of the thread's own.
@@ -104,10 +113,11 @@ Tensor attention_map_backward(const Tensor& x_BCHW, const Tensor& u_BP, const Te
   const Map x(x_BCHW), out(out_BCHW);
   const int64_t P = x.pixels();
   const Tensor grad = grad_BP.contiguous();
-  const float* const u = u_BP.const_data_ptr<float>();
-  const float* const r = r_B.const_data_ptr<float>();
-  const float* const g = grad.const_data_ptr<float>();
-  each_sample(x_BCHW.size(0), 2, x.row(), [&](int64_t b, float* scratch) {
+  const int64_t B = x_BCHW.size(0);
+  const float* const u = kept(u_BP, {B, P}, "u_BP");
+  const float* const r = kept(r_B, {B}, "r_B");
+  const float* const g = kept(grad, {B, P}, "grad_BP");
+  each_sample(B, 2, x.row(), [&](int64_t b, float* scratch) {
     float *const row_u = scratch, *const row_g = scratch + x.row();
     copy_row(u + b * P, P, x.row(), row_u);
     copy_row(g + b * P, P, x.row(), row_g);
@@ -154,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_pair(const Tensor& x_BCHW, const Te
 Tensor attention_pair_backward(const Tensor& x_BCHW, const Tensor& s_BP, const Tensor& incoming) {
   Tensor out_BCHW = at::empty_like(x_BCHW);
   const Map x(x_BCHW), out(out_BCHW);
-  const float* const s = s_BP.const_data_ptr<float>();
-  const float factor = *incoming.const_data_ptr<float>();
+  const float* const s = kept(s_BP, {x_BCHW.size(0), x.pixels()}, "s_BP");
+  const float factor = *kept(incoming, {}, "incoming");
   at::parallel_for(0, x_BCHW.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       FASTOKD_DISPATCH(attention_scale)(x[b], s + b * x.pixels(), factor, out[b]);

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -23,7 +24,26 @@ using at::Tensor;
 
 constexpr double kEps = 1e-12;
 
+const float* kept(const Tensor& x, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
+              " must be contiguous float32 of shape ", shape, ", not ", x.scalar_type(), " of ",
+              x.sizes());
+  return x.const_data_ptr<float>();
+}
+
+// Like a map that may have any batch stride: one sample after another, each as the map's are.
+Tensor dense_like(const Tensor& x) {
+  Tensor made = at::empty_like(x);
+  if (x.size(0) < 2 || (made.stride(0) == x[0].numel() && made[0].strides() == x[0].strides())) {
+    return made;
+  }
+  std::vector<int64_t> strides = x.strides().vec();
+  strides[0] = x[0].numel();
+  return at::empty_strided(x.sizes(), strides, x.options());
+}
+
 Type type_of(const Tensor& x, const Tensor& y) {
+  TORCH_CHECK(x.dim() == 4, "a map must be [B, C, H, W]");
   const auto scalar = x.scalar_type();
   TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
               "a map must be float32, bfloat16 or float16, not ", scalar);
@@ -77,12 +97,12 @@ std::tuple<Tensor, Tensor> feature_pair_backward(const Tensor& x, const Tensor& 
                                                  bool need_x, bool need_y) {
   const Type type = type_of(x, y);
   const int64_t B = x.size(0), N = x.size(1) * x.size(2) * x.size(3);
-  Tensor gx = need_x ? at::empty_like(x) : at::empty({0}, x.options());
-  Tensor gy = need_y ? at::empty_like(y) : at::empty({0}, y.options());
+  Tensor gx = need_x ? dense_like(x) : at::empty({0}, x.options());
+  Tensor gy = need_y ? dense_like(y) : at::empty({0}, y.options());
   char* const to_x = need_x ? static_cast<char*>(gx.mutable_data_ptr()) : nullptr;
   char* const to_y = need_y ? static_cast<char*>(gy.mutable_data_ptr()) : nullptr;
-  const float* const saved = saved_4B.const_data_ptr<float>();
-  const double scale = 2.0 * *incoming.const_data_ptr<float>() / static_cast<double>(B * N);
+  const float* const saved = kept(saved_4B, {4, B}, "saved_4B");
+  const double scale = 2.0 * *kept(incoming, {}, "incoming") / static_cast<double>(B * N);
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const FeatureSample s = {saved[b], saved[B + b], saved[2 * B + b], saved[3 * B + b]};

@@ -55,8 +55,10 @@ class Layout {
     return out;
   }
   std::vector<float> taps(const Tensor& weight_K133) const {
+    TORCH_CHECK(weight_K133.sizes() == at::IntArrayRef({K, 1, 3, 3}) &&
+                    weight_K133.is_floating_point(),
+                "fusion_step: the weight must be floating point of shape [K, 1, 3, 3]");
     const Tensor weight = weight_K133.to(at::kFloat).contiguous();
-    TORCH_CHECK(weight.numel() == K * 9, "fusion_step: the weight must be [K, 1, 3, 3]");
     const float* const w = weight.const_data_ptr<float>();
     std::vector<float> out(padded * 9);
     for (int64_t k = 0; k < K; ++k) {
@@ -109,7 +111,7 @@ class Layout {
 };
 
 const float* channels(const Tensor& x, int64_t K) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == K,
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 1 && x.size(0) == K,
               "fusion_step: the norm's tensors must be contiguous float32 of ", K, " channels");
   return x.const_data_ptr<float>();
 }
@@ -124,6 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(at::TensorList maps, const Tensor& we
   channels(running_mean_K, K), channels(running_var_K, K);
   const float* const gamma = channels(gamma_K, K);
   const float* const beta = channels(beta_K, K);
+  TORCH_CHECK(num_batches_tracked.scalar_type() == at::kLong && num_batches_tracked.numel() == 1,
+              "fusion_step: num_batches_tracked must be one int64");
   Tensor z = in.empty(), y = in.empty();
   const std::vector<float> taps = in.taps(weight_K133);
   std::vector<float> means(in.B * in.padded), m2s(in.B * in.padded);
@@ -174,8 +178,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, at::TensorList
   const Layout in(maps);
   const int64_t K = in.K, padded = in.padded;
   const Tensor dy = dy_any.contiguous(at::MemoryFormat::ChannelsLast);
-  TORCH_CHECK(dy.scalar_type() == z.scalar_type() && dy.sizes() == z.sizes(),
-              "fusion_step: dy must have z's shape and dtype");
+  for (const Tensor* map : {&z, &dy}) {
+    TORCH_CHECK(map->sizes() == at::IntArrayRef({in.B, K, in.shape.height, in.shape.width}) &&
+                    map->scalar_type() == maps[0].scalar_type() &&
+                    map->is_contiguous(at::MemoryFormat::ChannelsLast),
+                "fusion_step: z and dy must have the maps' dtype, their height and width and ", K,
+                " channels, z in channels-last");
+  }
+  TORCH_CHECK(saved_2K.scalar_type() == at::kFloat && saved_2K.is_contiguous() &&
+                  saved_2K.sizes() == at::IntArrayRef({2, K}),
+              "fusion_step: saved_2K isn't the forward's");
   const std::vector<float> taps = in.taps(weight_K133);
   const float* const saved = saved_2K.const_data_ptr<float>();
   const std::vector<float> mean = in.by_cells(saved), rstd = in.by_cells(saved + K),

@@ -72,6 +72,9 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   check_map(grad_y);
   check_map(x);
   const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
+  // Bounds first: what follows adds and multiplies them.
+  TORCH_CHECK(stride < (1 << 16) && padding < (1 << 16), "stride and padding must be below 65536, not ",
+              stride, " and ", padding);
   TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && padding >= 0 && x.size(0) == grad_y.size(0) &&
                   s.OH == (s.H + 2 * padding - kernel) / stride + 1 &&
                   s.OW == (s.W + 2 * padding - kernel) / stride + 1,
@@ -141,6 +144,8 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
 }
 
 Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
+              "narrow_conv2d takes floating point maps [B, C, H, W] and weights");
   const Tensor narrow = weight.to(x.scalar_type());
   if (x.dim() == 4 && narrow.dim() == 4 && narrow.size(1) == x.size(1) && stride >= 1) {
     const int64_t OH = (x.size(2) - 1) / stride + 1, OW = (x.size(3) - 1) / stride + 1;

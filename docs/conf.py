@@ -17,9 +17,6 @@ myst_heading_anchors = 3
 # Code blocks without a language are plain text: commands' output, equations, layouts.
 highlight_language = "text"
 
-# The last line of index.md's list takes in pages that nobody has given a place yet; there may be none.
-suppress_warnings = ["toc.empty_glob"]
-
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_use_ivar = True

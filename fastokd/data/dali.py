@@ -14,6 +14,7 @@ from torch import Tensor
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, windows_of_boxes
+from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
 AHEAD = 2
@@ -119,7 +120,8 @@ def decode(
                 # Its traceback would keep the pipeline alive.
                 failed = error.with_traceback(None)
             if failed is not None:
-                raise first_broken(split, _indices(fed), failed)
+                found = first_broken(split, _indices(fed), failed)
+                raise (_undecodable(split, fed, root) or failed) if found is failed else found
             while not len(fed[0].index_B):
                 yield _empty(split, fed.popleft())
             plan = fed[0]
@@ -133,6 +135,25 @@ def decode(
         # Its threads end here and not when garbage is collected, which may be in a forked process:
         # that has none of them and would wait for ever.
         del pipeline
+
+
+def _undecodable(split: DiskSplit, fed: Iterable[DiskBatch], root: bytes) -> Exception | None:
+    """The first file that DALI alone can't decode: Pillow, which `prepare` looks with, is milder."""
+    for plan in fed:
+        for row in range(len(plan.index_B)):
+            one = slice(row, row + 1)
+            box_14 = None if plan.box_B4 is None else plan.box_B4[one]
+            lone = DiskBatch(plan.index_B[one], box_14, plan.flip_B[one])
+            pipeline = _pipeline(split, iter([_inputs(split, lone, root)]), 1, 1)
+            try:
+                pipeline.run()
+            except RuntimeError:
+                path = split.path(int(plan.index_B[row]))
+                return DataFileError(
+                    f"{path} is damaged in a way that DALI can't decode: write it anew and continue "
+                    "with --resume, or train with --loader torchvision"
+                )
+    return None
 
 
 def _indices(fed: Iterable[DiskBatch]) -> Iterator[int]:

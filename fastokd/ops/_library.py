@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from fastokd.errors import UserError
 
 LIBRARY = torch.library.Library("fastokd", "DEF")
 
@@ -21,4 +24,14 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
     autograd; so an operator itself is not differentiable, and needs no autograd registration.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastokd::{schema.split('(')[0]}", fake, lib=LIBRARY)
+    op = schema.split("(")[0]
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # The dispatcher comes here where a single one is on meta: of the others' memory nothing
+        # would be read, and what is returned would be whatever lay there. A number may be anywhere.
+        if any(x.is_meta for x in tensors) and any(not x.is_meta and x.dim() for x in tensors):
+            raise UserError(f"{op} has tensors on meta and others elsewhere: put all on one device")
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"fastokd::{op}", checked, lib=LIBRARY)

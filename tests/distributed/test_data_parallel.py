@@ -41,7 +41,7 @@ def test_synchronised_norms_see_the_batch(two: Pool, name: str) -> None:
 
 
 def test_metrics_are_exact_over_uneven_shares(two: Pool) -> None:
-    """997 images: the ranks have 499 and 498."""
+    """99 images: the ranks have 49 and 50."""
     one = small("okddip-branch", batch_size=250, students=2)
     expected = checks.metrics(one, {})
     for found in two.run(checks.metrics, one, {}):

@@ -1,0 +1,69 @@
+"""A checkpoint's bytes are on the disk before its name is, and its name before anybody counts on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastokd.checkpoint import MANIFEST, link_checkpoint, save_checkpoint, write_durably
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the operating system, in order: what, and of which file."""
+    seen: list[tuple[str, str]] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def syncing(descriptor: int) -> None:
+        seen.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def moving(what: Any, source: Any, target: Any) -> None:
+        seen.append(("rename", Path(target).name))
+        what(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", lambda a, b: moving(replace, a, b))
+    monkeypatch.setattr(os, "rename", lambda a, b: moving(rename, a, b))
+    return seen
+
+
+def of(pid_name: str) -> str:
+    return f".{pid_name}.tmp{os.getpid()}"
+
+
+def test_a_file_is_flushed_before_it_is_renamed(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    write_durably(tmp_path / "x", b"1")
+    assert calls == [("fsync", of("x")), ("rename", "x"), ("fsync", tmp_path.name)]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_checkpoint_is_flushed_before_it_is_renamed(
+    tmp_path: Path, calls: list[tuple[str, str]], there: bool
+) -> None:
+    if there:
+        save_checkpoint(tmp_path / "last-1", {"x": torch.zeros(3)}, {})
+        calls.clear()
+    save_checkpoint(tmp_path / "last-1", {"x": torch.ones(3)}, {})
+    beside = of("last-1")
+    placed = calls.index(("rename", "last-1"))
+    before, after = calls[:placed], calls[placed + 1 :]
+    for name in ("state.safetensors", "state.json", MANIFEST):
+        assert before.index(("fsync", of(name))) < before.index(("rename", name))
+        # ... and its name within the folder is made to last.
+        assert ("fsync", beside) in before[before.index(("rename", name)) :]
+    assert before.index(("rename", "state.json")) < before.index(("rename", MANIFEST))
+    assert after == [("fsync", tmp_path.name)]
+
+
+def test_a_link_to_a_checkpoint_lasts_too(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    save_checkpoint(tmp_path / "best-1", {"x": torch.zeros(3)}, {})
+    calls.clear()
+    link_checkpoint(tmp_path / "best-1", tmp_path / "last-1")
+    assert calls == [("fsync", of("last-1")), ("rename", "last-1"), ("fsync", tmp_path.name)]
