@@ -22,8 +22,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A file's tests stay together, since what a file builds or trains is built once; the tests are small,
+# and two threads each would be in the other's way.
 test: lint
-	$(BIN)/python -m pytest -q -m "not proof" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not proof" tests
 
 proofs: install
 	$(BIN)/python -m pytest -q -m proof tests

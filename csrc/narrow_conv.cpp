@@ -146,6 +146,7 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
 Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
   TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
               "narrow_conv2d takes floating point maps [B, C, H, W] and weights");
+  TORCH_CHECK(x.is_cpu() && weight.is_cpu(), "narrow_conv2d takes tensors of the CPU");
   const Tensor narrow = weight.to(x.scalar_type());
   if (x.dim() == 4 && narrow.dim() == 4 && narrow.size(1) == x.size(1) && stride >= 1) {
     const int64_t OH = (x.size(2) - 1) / stride + 1, OW = (x.size(3) - 1) / stride + 1;
