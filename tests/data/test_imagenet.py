@@ -71,6 +71,23 @@ def test_a_run_learns_resumes_and_is_evaluated(
     assert scores["test"] == whole.last["test"]
 
 
+@pytest.mark.proof
+def test_both_loaders_score_a_student_alike(tmp_path: Path) -> None:
+    """Top-1 within 0.1%: at most one of a thousand images."""
+    write_photographs(tmp_path / "data", classes=10, train=30, val=100, size=(80, 60))
+    prepare(tmp_path / "data", quiet=True)
+    options = {**QUICK, "data_root": tmp_path / "data"}
+    run = fastokd.train(tiny(2, lr=0.005), out=tmp_path / "run", loader="dali", **options)
+    scores = {
+        loader: fastokd.evaluate(run.folder, options=RunOptions(**options, loader=loader))["test"]
+        for loader in ("dali", "torchvision")
+    }
+    dali, torchvision = (scores[loader]["leader_top1"] for loader in ("dali", "torchvision"))
+    assert 0.4 < dali < 1.0
+    assert abs(dali - torchvision) < 0.001 + 1e-9
+    print(f"leader's top-1 by DALI {dali:.4f}, by torchvision {torchvision:.4f}")
+
+
 def test_a_file_that_vanishes_stops_the_run_after_a_checkpoint(root: Path, tmp_path: Path) -> None:
     """Put back, the run goes on to the same bits as one that never stopped."""
     options = {**QUICK, "data_root": root, "loader": "dali"}
