@@ -104,7 +104,7 @@ void check_options(std::initializer_list<const Tensor*> inputs,
                    std::initializer_list<const OptionalTensor*> weights, const Tensor& labels,
                    double temperature, double label_smoothing) {
   for (const Tensor* x : inputs) {
-    TORCH_CHECK(!at::isTensorSubclassLike(*x), "an input is more than a tensor");
+    TORCH_CHECK((x->key_set() & at::kTensorSubclassLike).empty(), "an input is more than a tensor");
     TORCH_CHECK(x->scalar_type() != at::kDouble, "an input is double: it computes in float");
   }
   for (const OptionalTensor* x : weights) {

@@ -89,8 +89,8 @@ class RunFolder:
     @staticmethod
     def _claim(path: Path, resume: bool) -> RunFolder:
         folder = RunFolder(path)
-        _refuse_links(path)
         if resume:
+            _refuse_links(path)
             if not folder.checkpoints.is_dir():
                 raise UserError(f"there is no run to resume in {path}: leave --resume out")
             return folder
@@ -99,6 +99,7 @@ class RunFolder:
                 f"{path} exists already and is never overwritten: add --resume to continue it, "
                 "or choose another --out"
             )
+        _refuse_links(path)
         parent = path
         while not parent.exists():
             parent = parent.parent

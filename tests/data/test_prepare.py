@@ -240,7 +240,7 @@ def test_a_manifest_moves_with_its_folder_or_stands_apart(root: Path, tmp_path: 
     prepare(moved, out=apart, quiet=True)
     splits = load_dataset("imagenet", apart, image_size=32, eval_resize=32, loader="torchvision")
     assert splits.test.read()[0].shape == (4, 32, 32, 3)
-    with pytest.raises(UserError, match="give a folder that can be with --out"):
+    with pytest.raises(UserError, match="give a folder for the manifest with --out"):
         prepare(moved, out=moved / MANIFEST, quiet=True)
 
 

@@ -84,7 +84,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "counted\n" in text
     assert "modelled: data sheet\n" in text
-    assert "students on GPUs" in text
+    assert "students on GPUs" not in text, "a branch cohort's students share their trunk"
+    assert run_command(["plan", "okddip-network/resnet8/cifar100", "--gpus", "2"]) == 0
+    assert "students on GPUs" in capsys.readouterr().out
 
 
 def test_an_engine_that_cant_serve_says_why(capsys: pytest.CaptureFixture[str]) -> None:
