@@ -89,6 +89,9 @@ def small(words: tuple[str, ...]) -> list[str]:
     """A ``fastokd`` command's arguments with a step or two of few images in place of its own."""
     taken = [word.replace("/data/", "") for word in words[1:] if word != "--download"]
     verb = taken[0]
+    if "--parallel" in taken:  # in one process there are no others to share with
+        at = taken.index("--parallel")
+        del taken[at : at + 2]
     if "--val" in taken:
         taken[taken.index("--val") + 1] = "20"
     if verb == "train":

@@ -61,8 +61,13 @@ def test_a_run_goes_on_in_another_arrangement(two: Pool, tmp_path: Path) -> None
     assert first["facts"]["ranks"] == [1, 2]
     momenta = [k for k in first["tensors"] if k.startswith("optim.cohort.students.1.")]
     assert momenta
-    last = checks.run(one, tmp_path / "run", {"resume": True, "max_steps": 4})
-    expected = checks.run(one, tmp_path / "alone", {"ema": 0.9, "max_steps": 4})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks: in float32 another number of them is soon seen
+    try:
+        last = checks.run(one, tmp_path / "run", {"resume": True, "max_steps": 4})
+        expected = checks.run(one, tmp_path / "alone", {"ema": 0.9, "max_steps": 4})
+    finally:
+        torch.set_num_threads(threads)
     for name, value in expected["tensors"].items():
         if name.startswith(("cohort.", "method.", "optim.", "ema.")):
             torch.testing.assert_close(last["tensors"][name], value, rtol=1e-3, atol=1e-4)
