@@ -12,14 +12,17 @@ from fastokd.distributed.ranks import Ranks
 
 
 def label_rank(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes come before the label, ``[S, B]``; equal ones by their index, NaN first."""
+    """How many classes come before the label, ``[S, B]``; equal ones by their index, NaN first. All,
+    for a label that is no class."""
     S, B, C = logits_SBC.shape
+    known_B = (labels_B >= 0) & (labels_B < C)
+    labels_B = labels_B.clamp(0, C - 1)
     picked_SB1 = logits_SBC.gather(2, labels_B.expand(S, B)[..., None])
     # "Not at most" rather than "above": a NaN must never count as right.
     before_SBC = ~(logits_SBC <= picked_SB1)
     earlier_BC = torch.arange(C, device=labels_B.device) < labels_B[:, None]
     ties_SBC = (logits_SBC == picked_SB1) & earlier_BC
-    return (before_SBC | ties_SBC).sum(2)
+    return torch.where(known_B, (before_SBC | ties_SBC).sum(2), C)
 
 
 def peer_diversity(probs_PBC: Tensor) -> Tensor:

@@ -69,3 +69,5 @@ def test_nan_and_equal_logits_are_never_right_by_accident() -> None:
     one_nan = torch.zeros(1, 1, 10)
     one_nan[..., 3], one_nan[..., 4] = 1.0, math.nan
     assert label_rank(one_nan, labels_B).item() == 1
+    for no_class in (-1, 10):
+        assert label_rank(torch.ones(1, 1, 10), torch.tensor([no_class])).item() == 10

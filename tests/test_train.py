@@ -142,6 +142,11 @@ def test_max_steps_that_are_taken_already_train_nothing(finished: Run, tmp_path:
     assert [row["step"] for row in run.metrics] == [2]
     run = fastokd.train(small(), out=tmp_path / "run", resume=True, **QUICK)
     assert run.metrics == finished.metrics
+    # Within an epoch, whose row would otherwise be written again.
+    cut = fastokd.train(small(), out=tmp_path / "within", max_steps=1, **QUICK)
+    run = fastokd.train(small(), out=tmp_path / "within", resume=True, max_steps=1, **QUICK)
+    assert [row["step"] for row in run.metrics] == [1]
+    assert run.metrics == cut.metrics
 
 
 def test_a_network_cohort_and_lone_students_train(tmp_path: Path) -> None:

@@ -151,7 +151,12 @@ class RunFolder:
         if found is None:
             return
         session.load_state(*found)
-        rows = [row for row in self.metrics() if row["epoch"] < session.epoch]
+        # An unfinished epoch's row will be written again, unless no step is left to take.
+        rows = [
+            row
+            for row in self.metrics()
+            if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
+        ]
         session.ranks.first(lambda: self._replace_lines(rows))
 
     def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
