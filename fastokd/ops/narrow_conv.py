@@ -5,7 +5,8 @@ long, are computed here; for other layers by torch. The gradient of the weight,
 
     grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
 
-is computed here for all: it is summed in float32 and returned so, where torch rounds it to bfloat16.
+is computed here where two rows stay in the L1 cache: it is summed in float32 and returned so, where
+torch rounds it to bfloat16.
 It pays on a CPU with AVX-512 BF16; elsewhere torch's is used.
 """
 

@@ -98,6 +98,14 @@ def test_any_number_of_threads(threads: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_wide_rows_are_torchs() -> None:
+    """Whose weight gradient is rounded to bfloat16; ours isn't."""
+    for side, rounded in ((8, False), (56, True)):
+        x, y_grad = drawn(1, 64, side, side), drawn(1, 64, side, side)
+        w_grad = step(x, 0.1 * torch.randn(64, 64, 3, 3), None, y_grad, (1, 1))[2]
+        assert torch.equal(w_grad, w_grad.bfloat16().float()) == rounded
+
+
 def test_a_bias_and_a_strided_gradient() -> None:
     x, w, b = drawn(2, 16, 8, 8), torch.randn(32, 16, 3, 3), torch.randn(32)
     y_grad = drawn(1, 32, 1, 1).expand(2, 32, 8, 8)
