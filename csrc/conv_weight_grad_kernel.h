@@ -1,24 +1,29 @@
-// The gradient of a convolution's weight over a run of images, for narrow layers in bfloat16.
+// The gradient of a convolution's weight from bfloat16 maps, summed in float.
 #pragma once
 
 #include <stdint.h>
 
 namespace fastokd {
 
-// Maps of one image, channels last: x [H, W, C], grad_y [OH, OW, O], a square kernel of side K.
+// Maps of one image, channels last: x [H, W, C], grad_y [OH, OW, O]; a K x K kernel, K 1 or 3.
 struct ConvShape {
   int64_t H, W, C, OH, OW, O, K, stride, padding;
 };
 
-// Rows of grad_y that are taken at once, so that their pairs and those of x stay in the L1 cache.
-int64_t conv_strip(const ConvShape& s);
+// A part of the weight, so small that its sums stay in the L2 cache: outputs from o on, inputs from
+// c on, both multiples of 16.
+struct ConvBlock {
+  int64_t o, outputs, c, inputs;
+};
+constexpr int64_t kConvBlock = 64;  // channels of a block, where there are as many
 
-// Words of 4 bytes that a strip needs as scratch memory.
-int64_t conv_scratch(const ConvShape& s, int64_t strip);
+// Words of 4 bytes of scratch memory for one call.
+int64_t conv_weight_grad_scratch(const ConvShape& s, int64_t images);
 
-// Adds the sum over `images` to grad_w [O, K, K, C]. Only where the CPU has AVX-512 and its BF16;
-// C and O are multiples of 16, K is 1 or 3.
-void conv_weight_grad_avx512(const ConvShape& s, const uint16_t* x, const uint16_t* grad_y,
-                             int64_t images, int64_t strip, uint32_t* scratch, float* grad_w);
+// The block's part of grad_w [O, K, K, C], over `images` images. Only where the CPU has AVX-512 and
+// its BF16.
+void conv_weight_grad_avx512(const ConvShape& s, const ConvBlock& block, const uint16_t* x,
+                             const uint16_t* grad_y, int64_t images, uint32_t* scratch,
+                             float* grad_w);
 
 }  // namespace fastokd

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.models import Student
-from fastokd.ops.narrow_conv import conv2d, suits
+from fastokd.ops.conv import conv2d, suits
 
 
 class StudentConv(nn.Conv2d):
     """An ``nn.Conv2d`` with its state under its keys, whose output may be given, once.
 
-    ``suited``: narrow enough for the kernels of ``ops/narrow_conv.py``.
+    ``suited``: narrow enough for the kernels of ``ops/conv.py``.
     """
 
     given_BCHW: Tensor | None = None
@@ -50,7 +50,7 @@ def student_conv(student: Student, name: str) -> StudentConv:
 
 
 def narrow_convs(student: Student, impl: str) -> None:
-    """Lets the narrow convolutions of ``student`` run as ``ops/narrow_conv.py`` has them."""
+    """Lets the narrow convolutions of ``student`` run as ``ops/conv.py`` has them."""
     for name, module in list(student.named_modules()):
         if type(module) is nn.Conv2d and suits(module):
             student_conv(student, name).impl = impl

@@ -23,7 +23,7 @@ from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.methods import OptimGroup, Progress, create_method, method_class
 from fastokd.models import create_model
-from fastokd.ops import narrow_conv
+from fastokd.ops import conv
 from fastokd.plan.ops import Op, describe
 from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
@@ -186,12 +186,12 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 def torchs_convolutions() -> Iterator[None]:
     """The C++ gradient of a narrow convolution reads values, which fake tensors don't have: within,
     the layer is torch's, of the same arithmetic."""
-    fast = narrow_conv._fast
-    narrow_conv._fast = lambda *_: False
+    fast = conv._fast
+    conv._fast = lambda *_: False
     try:
         yield
     finally:
-        narrow_conv._fast = fast
+        conv._fast = fast
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:

@@ -1,6 +1,6 @@
 """Narrow convolutions in C++ against torch's, in bf16 channels-last on a CPU with AVX-512 BF16.
 
-    python -m bench.bench_narrow_conv [--rounds N] [--threads N] [--cpu-time] [--json FILE]
+    python -m bench.bench_conv [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 A row is one part of one layer of a CIFAR ResNet at batch 128: forward, the gradient of the input or of
 the weight. Both run in turn, after they have been found equal. ``bound`` is what the products alone
@@ -51,13 +51,13 @@ def _row(
         return found
 
     leaf = x.clone().requires_grad_()
-    ours_y = torch.ops.fastokd.narrow_conv2d(leaf, narrow, stride, 1)
+    ours_y = torch.ops.fastokd.conv2d(leaf, narrow, stride, 1)
     eager, cpp = _pair(
         part,
         {
             "forward": (
                 lambda: torch.conv2d(x, narrow, None, stride, 1),
-                lambda: torch.ops.fastokd.narrow_conv2d(x, narrow, stride, 1),
+                lambda: torch.ops.fastokd.conv2d(x, narrow, stride, 1),
             ),
             "input": (
                 lambda: torchs(True, False, False)[0],

@@ -1,13 +1,13 @@
-"""Narrow convolutions in bfloat16 on a CPU, which torch does least well: 16 to 64 channels.
+"""Convolutions in bfloat16 on a CPU with AVX-512 BF16, as far as ours are the faster.
 
 Forward and the gradient of the input, of 3x3 layers with padding 1 whose rows are a multiple of 8
-long, are computed here; for other layers by torch. The gradient of the weight,
+long, are computed here where the layer is narrow (at most 64 inputs); for other layers by torch.
+The gradient of the weight,
 
     grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
 
-is computed here where two rows stay in the L1 cache: it is summed in float32 and returned so, where
-torch rounds it to bfloat16.
-It pays on a CPU with AVX-512 BF16; elsewhere torch's is used.
+is computed here for all that :func:`suits`: it is summed in float32 and returned so, where torch
+rounds it to bfloat16.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from torch.nn import functional as F
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import unavailable
 from fastokd.ops._library import define
-
-# Wider inputs don't fit into the L1 cache, and torch is good at them.
-WIDEST_INPUT = 64
-WIDEST_OUTPUT = 512
 
 
 def suits(conv: nn.Conv2d) -> bool:
@@ -36,7 +32,6 @@ def suits(conv: nn.Conv2d) -> bool:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.in_channels % 16 == conv.out_channels % 16 == 0
-        and conv.in_channels <= WIDEST_INPUT
     )
 
 
@@ -56,7 +51,7 @@ def conv2d(
     """
     if impl == "torch" or not _fast(x_BCHW, weight_OCKK):
         return F.conv2d(x_BCHW, weight_OCKK, bias_O, stride, padding)
-    y_BCHW: Tensor = torch.ops.fastokd.narrow_conv2d(x_BCHW, weight_OCKK, stride, padding)
+    y_BCHW: Tensor = torch.ops.fastokd.conv2d(x_BCHW, weight_OCKK, stride, padding)
     return y_BCHW if bias_O is None else y_BCHW + bias_O.to(y_BCHW.dtype)[:, None, None]
 
 
@@ -66,7 +61,6 @@ def _fast(x_BCHW: Tensor, weight_OCKK: Tensor) -> bool:
         and x_BCHW.device.type == "cpu"
         and torch.is_grad_enabled()
         and weight_OCKK.requires_grad
-        and weight_OCKK.shape[0] <= WIDEST_OUTPUT
         and not torch.compiler.is_compiling()
         and x_BCHW.is_contiguous(memory_format=torch.channels_last)
         and unavailable("cpp", x_BCHW.device) is None
@@ -83,8 +77,8 @@ def _fake_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
 
-# Its autograd is C++ too (csrc/narrow_conv.cpp): a network calls it once a layer.
-define("narrow_conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
+# Its autograd is C++ too (csrc/conv.cpp): a network calls it once a layer.
+define("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
 define(
     "conv_weight_grad(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor",
     _fake,

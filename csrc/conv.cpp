@@ -1,5 +1,5 @@
-// The dispatcher's side of a narrow convolution: images are shared out among threads, and the sums of
-// its weight's gradient are added in their order. What the kernels don't take is torch's.
+// The dispatcher's side of a convolution in bfloat16: work is shared out among threads, and sums are
+// added in its order. What the kernels don't take is torch's.
 #include "conv_weight_grad_kernel.h"
 
 #include <ATen/EmptyTensor.h>
@@ -20,25 +20,15 @@
 
 namespace fastokd {
 
-// Half of a small L1 cache: the sums pass through it too.
-constexpr int64_t kStripBytes = 36 * 1024;
-
-int64_t conv_scratch(const ConvShape& s, int64_t strip) {
-  const int64_t rows = (strip - 1) * s.stride + s.K;
-  return rows * (s.W + 2 * s.padding) * s.C + strip * ((s.OW + 1) / 2) * s.O;
-}
-
-int64_t conv_strip(const ConvShape& s) {
-  int64_t strip = 1;
-  while (strip < s.OH && conv_scratch(s, strip + 1) * 4 <= kStripBytes) ++strip;
-  return strip;
-}
+// Half of a small L2 cache: the weight is read anew for every few places.
+constexpr int64_t kL2Bytes = 512 * 1024;
 
 bool narrow_conv_takes(const NarrowShape& s) {
   const bool fits = s.places == Places::kTwice
                         ? s.OH == 2 * s.H && s.OW == 2 * s.W
                         : s.places == Places::kHalf ? s.H == 2 * s.OH && s.W == 2 * s.OW : true;
-  return fits && s.inputs % 16 == 0 && s.outputs % 16 == 0 && s.OW % 8 == 0;
+  return fits && s.inputs % 16 == 0 && s.outputs % 16 == 0 && s.OW % 8 == 0 &&
+         (s.places == Places::kSame ? s.inputs <= 64 : narrow_conv_packed(s) * 4 <= kL2Bytes);
 }
 
 int64_t narrow_conv_packed(const NarrowShape& s) { return 9 * s.outputs * s.inputs / 2; }
@@ -61,10 +51,21 @@ ConvShape shape_of(const Tensor& x, const Tensor& grad_y, int64_t kernel, int64_
           grad_y.size(1), kernel,    stride,    padding};
 }
 
-// Where not even two rows stay in the L1 cache, every row is laid out again for each of its taps.
-bool pays(const Tensor& x, const Tensor& grad_y, int64_t kernel, int64_t stride, int64_t padding) {
-  const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
-  return conv_strip(s) >= std::min<int64_t>(2, s.OH);
+// Channels as blocks of about the same length.
+struct Split {
+  int64_t groups, count;
+  explicit Split(int64_t channels)
+      : groups(channels / 16), count((channels + kConvBlock - 1) / kConvBlock) {}
+  int64_t begin(int64_t n) const { return groups * n / count * 16; }
+  int64_t length(int64_t n) const { return begin(n + 1) - begin(n); }
+};
+
+// How often the images are parted, so that the threads get about as much work each: by blocks of the
+// weight alone where those suffice, since every part has sums of the whole weight.
+int64_t parts_of(int64_t blocks, int64_t pairs, int64_t threads) {
+  int64_t parts = 1;
+  while (parts < pairs && blocks * parts % threads != 0 && blocks * parts < 8 * threads) ++parts;
+  return parts;
 }
 
 Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, int64_t stride,
@@ -81,20 +82,26 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
               "grad_y must be of the convolution's shape, and the kernel of side 1 or 3");
 #if FASTOKD_X86
   TORCH_CHECK(capability() == Capability::kAvx512Bf16, "this CPU has no AVX-512 BF16");
-  const int64_t B = x.size(0), parts = std::max<int64_t>(1, std::min<int64_t>(B, at::get_num_threads()));
-  const int64_t size = s.O * kernel * kernel * s.C, strip = conv_strip(s);
-  const auto floats = x.options().dtype(at::kFloat);
-  Tensor sums = at::zeros({parts, size}, floats);
-  Tensor scratch = at::empty({parts, conv_scratch(s, strip)}, floats.dtype(at::kInt));
+  const int64_t B = x.size(0), threads = at::get_num_threads(), pairs = (B + 1) / 2;
+  const Split outputs(s.O), inputs(s.C);
+  const int64_t parts = parts_of(outputs.count * inputs.count, pairs, threads);
+  const int64_t size = s.O * kernel * kernel * s.C;
+  Tensor sums = at::detail::empty_cpu({parts, size}, at::kFloat);
+  const int64_t each = (conv_weight_grad_scratch(s, B) + 15) / 16 * 16;
+  const Tensor scratch = at::detail::empty_cpu({threads, each}, at::kInt);
   float* const w = sums.mutable_data_ptr<float>();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = B * part / parts, last = B * (part + 1) / parts;
+  at::parallel_for(0, outputs.count * inputs.count * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t part = item % parts, block = item / parts;
+      const int64_t first = pairs * part / parts * 2;
+      const int64_t last = std::min(B, pairs * (part + 1) / parts * 2);
+      const int64_t o = block / inputs.count, c = block % inputs.count;
       conv_weight_grad_avx512(
-          s, static_cast<const uint16_t*>(x.const_data_ptr()) + first * s.H * s.W * s.C,
+          s, {outputs.begin(o), outputs.length(o), inputs.begin(c), inputs.length(c)},
+          static_cast<const uint16_t*>(x.const_data_ptr()) + first * s.H * s.W * s.C,
           static_cast<const uint16_t*>(grad_y.const_data_ptr()) + first * s.OH * s.OW * s.O,
-          last - first, strip,
-          static_cast<uint32_t*>(scratch.mutable_data_ptr()) + part * scratch.size(1),
+          last - first,
+          static_cast<uint32_t*>(scratch.mutable_data_ptr()) + at::get_thread_num() * each,
           w + part * size);
     }
   });
@@ -143,10 +150,10 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
 #endif
 }
 
-Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+Tensor conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
   TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
-              "narrow_conv2d takes floating point maps [B, C, H, W] and weights");
-  TORCH_CHECK(x.is_cpu() && weight.is_cpu(), "narrow_conv2d takes tensors of the CPU");
+              "conv2d takes floating point maps [B, C, H, W] and weights");
+  TORCH_CHECK(x.is_cpu() && weight.is_cpu(), "conv2d takes tensors of the CPU");
   const Tensor narrow = weight.to(x.scalar_type());
   if (x.dim() == 4 && narrow.dim() == 4 && narrow.size(1) == x.size(1) && stride >= 1) {
     const int64_t OH = (x.size(2) - 1) / stride + 1, OW = (x.size(3) - 1) / stride + 1;
@@ -158,7 +165,7 @@ Tensor narrow_conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int6
 }
 
 // The weight may be wider than x, as under autocast; its gradient then is too.
-struct NarrowConv : torch::autograd::Function<NarrowConv> {
+struct Conv2d : torch::autograd::Function<Conv2d> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                         const Tensor& weight, int64_t stride, int64_t padding) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -167,7 +174,7 @@ struct NarrowConv : torch::autograd::Function<NarrowConv> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dtype"] = weight.scalar_type();
-    return narrow_conv2d(x, narrow, stride, padding);
+    return conv2d(x, narrow, stride, padding);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -176,44 +183,40 @@ struct NarrowConv : torch::autograd::Function<NarrowConv> {
     const Tensor &x = saved[0], &weight = saved[1];
     const int64_t stride = ctx->saved_data["stride"].toInt();
     const int64_t padding = ctx->saved_data["padding"].toInt();
-    TORCH_CHECK(!grads[0].requires_grad(), "narrow_conv2d is differentiable once");
+    TORCH_CHECK(!grads[0].requires_grad(), "conv2d is differentiable once");
     const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor grad_x, grad_w;
     if (ctx->needs_input_grad(0)) {
       grad_x = by_kernel(grad_y, weight, stride, padding, true, x.sizes()).value_or(Tensor());
     }
-    if (ctx->needs_input_grad(1) && pays(x, grad_y, weight.size(2), stride, padding)) {
+    if (ctx->needs_input_grad(1)) {
       grad_w = conv_weight_grad(grad_y, x, weight.size(2), stride, padding);
     }
-    const bool x_left = ctx->needs_input_grad(0) && !grad_x.defined(),
-               w_left = ctx->needs_input_grad(1) && !grad_w.defined();
-    if (x_left || w_left) {
-      auto found = at::convolution_backward(grad_y, x, weight, c10::nullopt, {stride, stride},
-                                            {padding, padding}, {1, 1}, false, {0, 0}, 1,
-                                            {x_left, w_left, false});
-      if (x_left) grad_x = std::get<0>(found);
-      if (w_left) grad_w = std::get<1>(found);
+    if (ctx->needs_input_grad(0) && !grad_x.defined()) {
+      grad_x = std::get<0>(at::convolution_backward(grad_y, x, weight, c10::nullopt, {stride, stride},
+                                                    {padding, padding}, {1, 1}, false, {0, 0}, 1,
+                                                    {true, false, false}));
     }
     if (grad_w.defined()) grad_w = grad_w.to(ctx->saved_data["dtype"].toScalarType());
     return {grad_x, grad_w, Tensor(), Tensor()};
   }
 };
 
-Tensor narrow_conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride,
+Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride,
                               int64_t padding) {
-  return NarrowConv::apply(x, weight, stride, padding);
+  return Conv2d::apply(x, weight, stride, padding);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
-  m.impl("narrow_conv2d", narrow_conv2d);
+  m.impl("conv2d", conv2d);
   m.impl("conv_weight_grad", conv_weight_grad);
 }
 
 TORCH_LIBRARY_IMPL(fastokd, AutogradCPU, m) {
-  m.impl("narrow_conv2d", narrow_conv2d_autograd);
+  m.impl("conv2d", conv2d_autograd);
   m.impl("conv_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }
 
