@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/ops/conv_transpose2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -203,20 +204,67 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
   }
 };
 
-Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride,
-                              int64_t padding) {
+Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
   return Conv2d::apply(x, weight, stride, padding);
+}
+
+// A decoder's step: the gradient of the input of a 3x3 convolution of stride 2, padding 1, to maps of
+// twice the height and width.
+Tensor conv_transpose2d(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
+              "conv_transpose2d takes floating point maps [B, C, H, W] and weights");
+  TORCH_CHECK(x.is_cpu() && weight.is_cpu(), "conv_transpose2d takes tensors of the CPU");
+  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(2) == 3 &&
+                  weight.size(3) == 3,
+              "conv_transpose2d takes weights [C, O, 3, 3]");
+  const Tensor narrow = weight.to(x.scalar_type());
+  const auto y = by_kernel(x, narrow, 2, 1, true,
+                           {x.size(0), narrow.size(1), 2 * x.size(2), 2 * x.size(3)});
+  return y ? *y : at::conv_transpose2d(x, narrow, {}, {2, 2}, {1, 1}, {1, 1});
+}
+
+struct ConvTranspose2d : torch::autograd::Function<ConvTranspose2d> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                        const Tensor& weight) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor narrow = weight.to(x.scalar_type());
+    ctx->save_for_backward({x, narrow});
+    ctx->saved_data["dtype"] = weight.scalar_type();
+    return fastokd::conv_transpose2d(x, narrow);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    TORCH_CHECK(!grads[0].requires_grad(), "conv_transpose2d is differentiable once");
+    const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor grad_x, grad_w;
+    if (ctx->needs_input_grad(0)) grad_x = fastokd::conv2d(grad_y, weight, 2, 1);
+    if (ctx->needs_input_grad(1)) {
+      // x and y change places.
+      grad_w = conv_weight_grad(x, grad_y, 3, 2, 1).to(ctx->saved_data["dtype"].toScalarType());
+    }
+    return {grad_x, grad_w};
+  }
+};
+
+Tensor conv_transpose2d_autograd(const Tensor& x, const Tensor& weight) {
+  return ConvTranspose2d::apply(x, weight);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
   m.impl("conv2d", conv2d);
+  m.impl("conv_transpose2d", conv_transpose2d);
   m.impl("conv_weight_grad", conv_weight_grad);
 }
 
 TORCH_LIBRARY_IMPL(fastokd, AutogradCPU, m) {
   m.impl("conv2d", conv2d_autograd);
+  m.impl("conv_transpose2d", conv_transpose2d_autograd);
   m.impl("conv_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -89,7 +89,7 @@ class FFSD(Method):
         self.transfusion = Squeeze(last, together, impl)
         # The first student has nobody before it to differ from, and so no decoder.
         named = [*map(str, range(1, self.peers)), LEADER]
-        self.decoders = nn.ModuleDict({name: Decoder(channels) for name in named})
+        self.decoders = nn.ModuleDict({name: Decoder(channels, impl) for name in named})
 
         self._own_S: Tensor | None = None
         pairs_SN, fusion_1N = _scores(self.peers)

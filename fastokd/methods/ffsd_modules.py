@@ -6,30 +6,37 @@ Keys are the published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastokd.models.layers import NormAct
+from fastokd.ops.conv import conv_transpose2d
+from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.fusion_step import fusion_step
 
 
 class DecoderBlock(nn.Module):
     """Transposed 3x3 convolution to twice the height and width, BatchNorm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, impl: str = "auto") -> None:
         super().__init__()
+        self.impl = impl
         # Spelt as published.
         self.convtranpose = nn.ConvTranspose2d(
             inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=False
         )
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = NormAct(outputs)
+        self.norm.fused = partial(norm_act, impl=impl)
 
     def forward(self, x_BCHW: Tensor, running: bool) -> Tensor:
-        z_BCHW = self.convtranpose(x_BCHW)
+        z_BCHW = conv_transpose2d(x_BCHW, self.convtranpose.weight, impl=self.impl)
         if not running:
-            return F.relu(self.norm(z_BCHW))
+            y_BCHW: Tensor = self.norm(z_BCHW)
+            return y_BCHW
         norm = self.norm
         return F.relu(
             F.batch_norm(
@@ -51,12 +58,12 @@ class Decoder(nn.Module):
         channels: of the student's maps, the first stage's first.
     """
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], impl: str = "auto") -> None:
         super().__init__()
         backwards = list(reversed(channels))
         self.names = [f"layer{index}" for index in range(len(backwards) - 1)]
         for name, (inputs, outputs) in zip(self.names, pairwise(backwards), strict=True):
-            self.add_module(name, DecoderBlock(inputs, outputs))
+            self.add_module(name, DecoderBlock(inputs, outputs, impl))
 
     def _expand(self, x_BCHW: Tensor, running: bool) -> list[Tensor]:
         maps = []
@@ -87,7 +94,8 @@ class Squeeze(nn.Module):
         self.conv1 = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1_1 = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.bn1_1 = nn.BatchNorm2d(outputs)
+        self.bn1_1 = NormAct(outputs)
+        self.bn1_1.fused = partial(norm_act, impl=impl)
         for conv in (self.conv1, self.conv1_1):
             # normal(0, sqrt(2 / (k k out))), the depthwise one too.
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -98,7 +106,8 @@ class Squeeze(nn.Module):
             x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
         else:
             x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
-        return F.relu(self.bn1_1(self.conv1_1(x_BCHW)))
+        y_BCHW: Tensor = self.bn1_1(self.conv1_1(x_BCHW))
+        return y_BCHW
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.squeeze([x_BCHW])

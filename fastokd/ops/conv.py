@@ -55,12 +55,27 @@ def conv2d(
     return y_BCHW if bias_O is None else y_BCHW + bias_O.to(y_BCHW.dtype)[:, None, None]
 
 
+def conv_transpose2d(x_BCHW: Tensor, weight_CO33: Tensor, *, impl: str = "auto") -> Tensor:
+    """``F.conv_transpose2d`` of a 3x3 kernel to ``[B, O, 2 H, 2 W]``; the C++ where it can serve.
+
+    ``x_BCHW``: ``[B, C, H, W]``; ``weight_CO33``: float32 (as under autocast) or x's dtype. The C++
+    takes bfloat16 in channels-last, channels that are multiples of 16. Differentiable once.
+    """
+    C, outputs = weight_CO33.shape[:2]
+    if impl == "torch" or C % 16 or outputs % 16 or not _takes(x_BCHW):
+        return F.conv_transpose2d(x_BCHW, weight_CO33, None, 2, 1, 1)
+    y_BOHW: Tensor = torch.ops.fastokd.conv_transpose2d(x_BCHW, weight_CO33)
+    return y_BOHW
+
+
 def _fast(x_BCHW: Tensor, weight_OCKK: Tensor) -> bool:
+    return torch.is_grad_enabled() and weight_OCKK.requires_grad and _takes(x_BCHW)
+
+
+def _takes(x_BCHW: Tensor) -> bool:
     return (
         x_BCHW.dtype == torch.bfloat16
         and x_BCHW.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and weight_OCKK.requires_grad
         and not torch.compiler.is_compiling()
         and x_BCHW.is_contiguous(memory_format=torch.channels_last)
         and unavailable("cpp", x_BCHW.device) is None
@@ -73,11 +88,16 @@ def _fake(grad_y: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> 
     return x.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
+def _fake_transpose(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv_transpose2d(x, weight.to(x.dtype), None, 2, 1, 1)
+
+
 def _fake_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
 
-# Its autograd is C++ too (csrc/conv.cpp): a network calls it once a layer.
+# Their autograd is C++ too (csrc/conv.cpp): a network calls them once a layer.
+define("conv_transpose2d(Tensor x, Tensor weight) -> Tensor", _fake_transpose)
 define("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
 define(
     "conv_weight_grad(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastokd.cohort import Cohort
 from fastokd.models.layers import NormAct
 from fastokd.ops import _cpp
-from fastokd.ops.conv import conv2d, suits
+from fastokd.ops.conv import conv2d, conv_transpose2d, suits
 
 LAST = torch.channels_last
 
@@ -89,6 +89,32 @@ def test_as_near_to_float64_as_torch(case: str) -> None:
     # Float32 sums of B * OH * OW exact products.
     bound = 1e-5 * (y_grad.numel() / outputs) ** 0.5 + 1e-6
     torch.testing.assert_close(w_grad.double(), exact, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 32, 8, 8), (2, 32, 16, 3, 4), (1, 16, 48, 5, 3)])
+def test_a_decoders_step(shape: tuple[int, ...]) -> None:
+    B, C, outputs, H, W = shape
+    x, w = drawn(B, C, H, W), (0.1 * torch.randn(C, outputs, 3, 3)).contiguous(memory_format=LAST)
+    y_grad = drawn(B, outputs, 2 * H, 2 * W)
+    found, exact = [], []
+    for results, impl, leaves in (
+        (found, "auto", (x.clone(), w.clone())),
+        (exact, "torch", (x.double(), w.bfloat16().double())),
+    ):
+        leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+        y = conv_transpose2d(*leaves, impl=impl)
+        y.backward(y_grad.to(y.dtype))
+        results += [y, leaves[0].grad, leaves[1].grad]
+        assert y.grad_fn is not None
+        assert ("ConvTranspose2d" in y.grad_fn.name()) == (impl == "auto")
+    for ours, right in zip(found[:2], exact[:2], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ours.is_contiguous(memory_format=LAST)
+        torch.testing.assert_close(ours.double(), right, rtol=2**-8, atol=1e-5)
+    assert found[2].dtype == torch.float32
+    torch.testing.assert_close(found[2].double(), exact[2], rtol=1e-4, atol=1e-3)
+    with torch.no_grad():  # as a decoder teaches
+        assert torch.equal(conv_transpose2d(x, w), found[0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

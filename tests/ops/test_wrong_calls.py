@@ -26,7 +26,7 @@ OPTIONAL = {
 }
 # Of another size than all the others: where there are others, and sizes that must agree.
 SIZES = ("nothing", "no samples", "cut", "doubled in front", "empty sizes", "fake sizes")
-ALONE = ("attention_map", "shifted_map", "conv2d")
+ALONE = ("attention_map", "shifted_map", "conv2d", "conv_transpose2d")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,8 @@ def test_what_is_wrong_raises(op: str, ended: dict[str, dict[str, Any]]) -> None
     for place, x in tensors.items():
         optional = int(place.split(".")[0]) in OPTIONAL.get(op, ())
         must = [name for name in WRONG if not (name == "none" and optional)]
-        if (op, place) == (
-            "conv2d",
-            "1",
-        ):  # torch's own, which takes any that it can convert
+        if op in ("conv2d", "conv_transpose2d") and place == "1":
+            # torch's own takes any weight that it can convert
             must = [name for name in must if name not in ("complex", "boolean")]
         if x.numel() == 1:  # one number in any number of dimensions is that number
             must = [name for name in must if name not in ("a dimension more", "two more")]

@@ -91,6 +91,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_maps(K), _maps(K), _maps(K), torch.ones(K), torch.rand(4, K), True, True, True),
     ),
     "conv2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3), 1, 1),
+    "conv_transpose2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3)),
     "conv_weight_grad": lambda: (_wide(16), _wide(16), 3, 1, 1),
 }
 
