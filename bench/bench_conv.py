@@ -1,10 +1,11 @@
-"""Narrow convolutions in C++ against torch's, in bf16 channels-last on a CPU with AVX-512 BF16.
+"""Convolutions in C++ against torch's, in bf16 channels-last on a CPU with AVX-512 BF16.
 
     python -m bench.bench_conv [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
-A row is one part of one layer of a CIFAR ResNet at batch 128: forward, the gradient of the input or of
-the weight. Both run in turn, after they have been found equal. ``bound`` is what the products alone
-take at the speed of a 2048^3 product of matrices in the same run.
+A row is one part of one layer of a CIFAR ResNet at batch 128, or of ResNet-18 at batch 16: forward,
+the gradient of the input or of the weight, where it is ours. Both run in turn, after they have been
+found equal. ``bound`` is what the products alone take at the speed of a 2048^3 product of matrices in
+the same run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ from torch import Tensor
 from bench.turns import Clock, Row, in_turn, main, summary
 from fastokd.training.allocator import keep_freed_memory
 
-LAYERS = [(16, 16, 32, 1), (32, 32, 16, 1), (64, 64, 8, 1), (16, 32, 32, 2), (32, 64, 16, 2)]
-BATCH = 128
+# Inputs, outputs, side, stride, batch.
+LAYERS = [
+    (16, 16, 32, 1, 128),
+    (32, 32, 16, 1, 128),
+    (64, 64, 8, 1, 128),
+    (16, 32, 32, 2, 128),
+    (32, 64, 16, 2, 128),
+    (64, 64, 56, 1, 16),
+    (128, 128, 28, 1, 16),
+    (256, 256, 14, 1, 16),
+    (512, 512, 7, 1, 16),
+    (256, 512, 14, 2, 16),
+]
+NARROW = 64  # inputs: wider layers' forward and input gradient are torch's
 
 
 def rows_of(rounds: int, clock: Clock) -> list[Row]:
@@ -29,15 +42,15 @@ def rows_of(rounds: int, clock: Clock) -> list[Row]:
     return [
         _row(layer, part, products / 2048**3, rounds, clock)
         for layer in LAYERS
-        for part in ("forward", "input", "weight")
+        for part in (("forward", "input", "weight") if layer[0] <= NARROW else ("weight",))
     ]
 
 
 def _row(
-    layer: tuple[int, int, int, int], part: str, ms_a_product: float, rounds: int, clock: Clock
+    layer: tuple[int, int, int, int, int], part: str, ms_a_product: float, rounds: int, clock: Clock
 ) -> Row:
-    C, outputs, side, stride = layer
-    x = torch.randn(BATCH, C, side, side).bfloat16().to(memory_format=torch.channels_last)
+    C, outputs, side, stride, batch = layer
+    x = torch.randn(batch, C, side, side).bfloat16().to(memory_format=torch.channels_last)
     w = torch.randn(outputs, C, 3, 3).div(C**0.5 * 3).to(memory_format=torch.channels_last)
     narrow = w.bfloat16()
     y = torch.conv2d(x, narrow, None, stride, 1)

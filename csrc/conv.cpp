@@ -124,7 +124,8 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
 #if FASTOKD_X86
   const Places places = stride == 1 ? Places::kSame : gradient ? Places::kTwice : Places::kHalf;
   const NarrowShape s = {places, x.size(2), x.size(3), x.size(1), sizes[2], sizes[3], sizes[1]};
-  if (weight.size(2) != 3 || weight.size(3) != 3 || padding != 1 || stride > 2 ||
+  // A fake tensor has no values; torch's own operator knows what to do with it.
+  if (x.key_set().has(c10::DispatchKey::Python) || weight.size(2) != 3 || weight.size(3) != 3 || padding != 1 || stride > 2 ||
       capability() != Capability::kAvx512Bf16 || x.scalar_type() != at::kBFloat16 ||
       weight.scalar_type() != at::kBFloat16 ||
       !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !narrow_conv_takes(s)) {
@@ -165,7 +166,15 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, int64_t stride, int64_t pad
   return at::conv2d(x, narrow, {}, {stride, stride}, {padding, padding});
 }
 
-// The weight may be wider than x, as under autocast; its gradient then is too.
+// By the dispatcher, which knows fake tensors; wide where the weight was, as under autocast.
+Tensor weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, int64_t stride,
+                   int64_t padding, at::ScalarType dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastokd::conv_weight_grad", "")
+                             .typed<decltype(conv_weight_grad)>();
+  return op.call(grad_y, x, kernel, stride, padding).to(dtype);
+}
+
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                         const Tensor& weight, int64_t stride, int64_t padding) {
@@ -192,14 +201,14 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
       grad_x = by_kernel(grad_y, weight, stride, padding, true, x.sizes()).value_or(Tensor());
     }
     if (ctx->needs_input_grad(1)) {
-      grad_w = conv_weight_grad(grad_y, x, weight.size(2), stride, padding);
+      grad_w = weight_grad(grad_y, x, weight.size(2), stride, padding,
+                           ctx->saved_data["dtype"].toScalarType());
     }
     if (ctx->needs_input_grad(0) && !grad_x.defined()) {
       grad_x = std::get<0>(at::convolution_backward(grad_y, x, weight, c10::nullopt, {stride, stride},
                                                     {padding, padding}, {1, 1}, false, {0, 0}, 1,
                                                     {true, false, false}));
     }
-    if (grad_w.defined()) grad_w = grad_w.to(ctx->saved_data["dtype"].toScalarType());
     return {grad_x, grad_w, Tensor(), Tensor()};
   }
 };
@@ -244,7 +253,7 @@ struct ConvTranspose2d : torch::autograd::Function<ConvTranspose2d> {
     if (ctx->needs_input_grad(0)) grad_x = fastokd::conv2d(grad_y, weight, 2, 1);
     if (ctx->needs_input_grad(1)) {
       // x and y change places.
-      grad_w = conv_weight_grad(x, grad_y, 3, 2, 1).to(ctx->saved_data["dtype"].toScalarType());
+      grad_w = weight_grad(x, grad_y, 3, 2, 1, ctx->saved_data["dtype"].toScalarType());
     }
     return {grad_x, grad_w};
   }

@@ -12,7 +12,7 @@ from fastokd.ops.conv import conv2d, suits
 class StudentConv(nn.Conv2d):
     """An ``nn.Conv2d`` with its state under its keys, whose output may be given, once.
 
-    ``suited``: narrow enough for the kernels of ``ops/conv.py``.
+    ``suited``: a layer that the kernels of ``ops/conv.py`` take.
     """
 
     given_BCHW: Tensor | None = None
@@ -49,8 +49,8 @@ def student_conv(student: Student, name: str) -> StudentConv:
     return ours
 
 
-def narrow_convs(student: Student, impl: str) -> None:
-    """Lets the narrow convolutions of ``student`` run as ``ops/conv.py`` has them."""
+def suited_convs(student: Student, impl: str) -> None:
+    """Lets the convolutions of ``student`` run as ``ops/conv.py`` has them."""
     for name, module in list(student.named_modules()):
         if type(module) is nn.Conv2d and suits(module):
             student_conv(student, name).impl = impl

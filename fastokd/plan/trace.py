@@ -184,14 +184,14 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 @contextmanager
 def torchs_convolutions() -> Iterator[None]:
-    """The C++ gradient of a narrow convolution reads values, which fake tensors don't have: within,
-    the layer is torch's, of the same arithmetic."""
-    fast = conv._fast
-    conv._fast = lambda *_: False
+    """The C++ gradient of a convolution reads values, which fake tensors don't have: within, the
+    layer is torch's, of the same arithmetic."""
+    takes = conv._takes
+    conv._takes = lambda *_: False
     try:
         yield
     finally:
-        conv._fast = fast
+        conv._takes = takes
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:
