@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +40,7 @@ from fastokd.published_keys import (
     sharing_of,
     some,
 )
+from fastokd.torch_file import is_plain, unpickled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -212,50 +210,6 @@ def save(
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     write_durably(Path(path), buffer.getvalue())
-
-
-def unpickled(path: Path) -> Any:
-    """The file's content, built of tensors and plain values alone."""
-    _refuse_a_bomb(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # Of pickle protocols that these files weren't written with.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise UserError(f"{path} is no checkpoint of torch, or is damaged") from error
-        raise UserError(
-            f"{path} is refused: beside tensors and plain values it holds {found.group(1)}, which "
-            "could run code; save its state dict alone where you trust it"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    except Exception as error:
-        # A damaged file can make the unpickler raise anything.
-        raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
-
-
-def is_plain(key: Any, value: Any) -> bool:
-    """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
-    plain = isinstance(value, Tensor) and value.layout == torch.strided
-    return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
-
-
-def _refuse_a_bomb(path: Path) -> None:
-    """torch stores what it zips as it is; members that unpack to more are nobody's weights."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # of torch's old format, or no checkpoint: the reader says so
-    if any(member.compress_type for member in members) or (
-        sum(member.file_size for member in members) > path.stat().st_size
-    ):
-        raise UserError(
-            f"{path} is refused: it unpacks to more than it holds, which no checkpoint of torch does"
-        )
 
 
 def _weights(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fastokd.errors import UserError
+from fastokd.errors import DiskError, UserError
 
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -38,6 +38,21 @@ def write_durably(path: Path, data: bytes) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Into a run folder: what the disk refuses, in one sentence; what was written before is whole.
+
+    Raises:
+        DiskError: in place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"the run folder {folder} can't be written: {error}; what it held before is whole"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

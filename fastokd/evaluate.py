@@ -19,7 +19,8 @@ from fastokd.errors import UserError
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
 from fastokd.recipes import Recipe
-from fastokd.training.session import RunOptions, Session, evaluation_stream
+from fastokd.training.parts import evaluation_stream
+from fastokd.training.session import RunOptions, Session
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from fastokd.errors import DiskError, UserError, unknown_name
 from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.export.hub import HUB
 from fastokd.student_file import Weights, read_weights
+from fastokd.training.parts import evaluation_stream, load_splits
 from fastokd.training.run_folder import RunFolder
-from fastokd.training.session import RunOptions, evaluation_stream, load_splits
+from fastokd.training.session import RunOptions
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}
 ABOUT = "student.json"

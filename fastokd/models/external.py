@@ -1,13 +1,10 @@
-"""Any classifier of torchvision or timm as a student: ``torchvision:NAME``, ``timm:NAME``.
+"""A classifier of another library as a student.
 
-Weights are drawn by the library's own initialisation; nothing is ever downloaded. State keys are
-the library's behind ``net.`` (``Student.published_key`` drops it).
+State keys are the library's behind ``net.`` (``Student.published_key`` drops it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +12,10 @@ from torch import Tensor, nn
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.models.probe import Probe, pool_features, probe
-from fastokd.models.registry import ModelSpec
 from fastokd.models.split import Split, enclosing, prune, split
 from fastokd.models.student import Student, StudentOutput
 
-# Whatever fetches weights, in either library.
 FEATURES = ""  # no submodule has this path
-DOWNLOADS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
 
 
 class ExternalStudent(Student):
@@ -210,93 +204,3 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.taken[self.key] = args[0] if self.of_input else output
-
-
-# A cohort builds the same network many times; where its features and maps are does not change.
-_FOUND: dict[tuple[object, ...], Probe] = {}
-
-
-def resolve(name: str) -> ModelSpec:
-    """The spec of ``torchvision:NAME`` or ``timm:NAME``.
-
-    Its options: ``split_at`` (a module's dotted name, for branch sharing), ``input_size`` (height
-    and width that the maps are looked for with; the library's own by default), and whatever the
-    library's constructor takes, but anything that fetches weights.
-
-    Raises:
-        UserError: another prefix, a network that the library doesn't have, timm missing.
-    """
-    prefix, _, arch = name.partition(":")
-    if prefix not in LIBRARIES:
-        raise UserError(f"model {name!r} has an unknown prefix: use {' or '.join(LIBRARIES)}")
-    new, size = LIBRARIES[prefix](name, arch)
-    about = f"{arch} as {prefix} has it"
-    return ModelSpec(name, partial(_build, name, new, size), size, about)
-
-
-def _build(
-    name: str,
-    new: Callable[..., nn.Module],
-    size: int,
-    num_classes: int,
-    *,
-    split_at: str | None = None,
-    input_size: int | None = None,
-    **options: Any,
-) -> ExternalStudent:
-    for option in DOWNLOADS:
-        if options.get(option):
-            raise UserError(f"option {option!r} of {name} would fetch weights: leave it out")
-        options.pop(option, None)
-    try:
-        net = _construct(partial(new, num_classes=num_classes, **options))
-    except TypeError as error:
-        raise UserError(f"{name} doesn't take these options: {error}") from error
-    size = input_size or size
-    form = (name, num_classes, size, split_at, repr(sorted(options.items())))
-    student = ExternalStudent(net, name, num_classes, size, split_at, _FOUND.get(form))
-    _FOUND[form] = student.found
-    return student
-
-
-def _construct(new: Callable[[], nn.Module]) -> nn.Module:
-    """``new()``, on the default device; where that is meta and the constructor computes with
-    tensors of its own (torchvision's RegNets), by way of the CPU."""
-    try:
-        return new()
-    except (NotImplementedError, RuntimeError):
-        if torch.get_default_device().type != "meta":
-            raise
-    with torch.device("cpu"):
-        return new().to("meta")
-
-
-def _torchvision(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if arch not in known:
-        raise unknown_name("torchvision model", arch, known)
-    weights = models.get_model_weights(arch)
-    crops = [getattr(w.transforms, "keywords", {}).get("crop_size") for w in weights]
-    size = min((crop for crop in crops if crop), default=224)
-    # Auxiliary classifiers make the training output a tuple.
-    plain = {"aux_logits": False, "init_weights": True} if arch in WITH_AUX else {}
-    return partial(models.get_model, arch, weights=None, **plain), size
-
-
-def _timm(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"{name} needs timm, which isn't here: pip install timm") from error
-    known = timm.list_models()
-    if arch.partition(".")[0] not in known:
-        raise unknown_name("timm model", arch, known)
-    cfg = timm.models.get_pretrained_cfg(arch)
-    size = cfg.input_size[-1] if cfg is not None and cfg.input_size else 224
-    return partial(timm.create_model, arch, pretrained=False), size
-
-
-WITH_AUX = ("googlenet", "inception_v3")
-LIBRARIES = {"torchvision": _torchvision, "timm": _timm}

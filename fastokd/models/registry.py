@@ -57,7 +57,7 @@ def model_spec(name: str) -> ModelSpec:
     """The entry of one student; an unknown name raises and offers the nearest ones."""
     if ":" in name:
         # Here, so that neither library is imported before one of its models is asked for.
-        from fastokd.models.external import resolve
+        from fastokd.models.libraries import resolve
 
         return resolve(name)
     if name not in _SPECS:

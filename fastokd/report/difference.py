@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.report.summary import summarise
-from fastokd.training.run_folder import Run, RunFolder
+from fastokd.training.run_facts import RunFacts
+from fastokd.training.run_folder import Run
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:
@@ -28,7 +29,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    return RunFolder(run.folder).environment()
+    return RunFacts(run.folder).environment()
 
 
 def _results(run: Run) -> dict[str, Any]:

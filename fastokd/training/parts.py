@@ -9,12 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream, DatasetSplits, DiskStream, load_dataset
+from fastokd.data import (
+    BatchStream,
+    DatasetSplits,
+    DiskSplit,
+    DiskStream,
+    Split,
+    load_dataset,
+)
+from fastokd.distributed.ranks import Line
 from fastokd.methods import Method, OptimGroup, create_method, method_class
 from fastokd.recipes import Recipe
 from fastokd.teacher import Weights, build_teacher
 from fastokd.training.optimizers import create_optimizer
 from fastokd.training.run_options import RunOptions
+
+EVAL_BATCH = 512
 
 
 def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
@@ -108,3 +118,12 @@ class RepeatedBatch:
         del epoch
         for _ in range(start_batch, self.count):
             yield self.only
+
+
+def evaluation_stream(
+    split: Split | DiskSplit, line: Line | None = None
+) -> BatchStream | DiskStream:
+    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
+    line = line or Line()
+    size = min(EVAL_BATCH * line.size, len(split))
+    return split.stream(size, rank=line.rank, world_size=line.size)

@@ -21,6 +21,7 @@ from fastokd.errors import UserError
 from fastokd.models import Student, create_model
 from fastokd.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
 from fastokd.student_file import Weights, read_weights
+from fastokd.torch_file import is_plain, unpickled
 
 # Where trainers put the state dict within their checkpoint; the first that is there is taken.
 PLACES = ("state_dict", "model", "weight", "model_state_dict", "net")
@@ -154,13 +155,13 @@ def _read(path: Path) -> Weights:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a ``.pth``, read without running code; of an author's cohort the student
     that is kept."""
-    content = authors.unpickled(path)
+    content = unpickled(path)
     found: Any = content
     if isinstance(content, dict):
         found = next((content[p] for p in PLACES if isinstance(content.get(p), dict)), content)
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path} holds no state dict, but a {type(found).__name__}")
-    strange = [str(key) for key, value in found.items() if not authors.is_plain(key, value)]
+    strange = [str(key) for key, value in found.items() if not is_plain(key, value)]
     if strange:
         raise UserError(f"{path} holds no state dict: {some(strange)} are no tensors")
     if all(key.startswith("module.") for key in found):

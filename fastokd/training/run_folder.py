@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,20 +19,20 @@ from fastokd.checkpoint import (
     remove_leftovers,
     save_checkpoint,
     write_durably,
+    writing,
 )
 from fastokd.cohort.autotuner import Timing
-from fastokd.device import environment
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, UserError, warn
+from fastokd.errors import DataFileError, DiskError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, student_facts
 from fastokd.teacher import KEPT
+from fastokd.training.folder_lock import FolderLock
 from fastokd.training.metric_lines import MetricLines
+from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
-
-ENVIRONMENT = "environment.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,8 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.lines = MetricLines(path / "metrics.jsonl")
-        self._lock: int | None = None
+        self.lock = FolderLock(path)
+        self.facts = RunFacts(path)
         # Whether the newest steps couldn't be saved.
         self._behind = False
 
@@ -78,34 +76,14 @@ class RunFolder:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
                 can't be written.
         """
-        path = run_path(recipe, options)
+        folder = RunFolder(run_path(recipe, options))
 
         def claim() -> RunFolder:
-            with _writing(path):  # a name that is too long is refused where it is looked for
-                return RunFolder._claim(path, options.resume)
+            with writing(folder.path):  # a name that is too long is refused where it is looked for
+                folder.lock.check(options.resume)
+            return folder
 
         return first(claim)
-
-    @staticmethod
-    def _claim(path: Path, resume: bool) -> RunFolder:
-        folder = RunFolder(path)
-        if resume:
-            _refuse_links(path)
-            if not folder.checkpoints.is_dir():
-                raise UserError(f"there is no run to resume in {path}: leave --resume out")
-            return folder
-        if path.exists() and not _is_free(path):
-            raise UserError(
-                f"{path} exists already and is never overwritten: add --resume to continue it, "
-                "or choose another --out"
-            )
-        _refuse_links(path)
-        parent = path
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"the run folder {path} can't be made: {parent} can't be written")
-        return folder
 
     def as_begun(self, options: RunOptions) -> RunOptions:
         """The options of a run that goes on here as it was begun; others are left as they are.
@@ -116,28 +94,11 @@ class RunFolder:
         return first(lambda: self._as_begun(options))
 
     def _as_begun(self, options: RunOptions) -> RunOptions:
-        if not options.resume or not (self.path / ENVIRONMENT).is_file():
+        if not options.resume or not self.facts.environment_file.is_file():
             return options
-        if (self.path / "recipe.json").is_file():
+        if self.facts.recipe_file.is_file():
             self.recipe()  # what can't be read is said before anything is trained
-        return options.as_begun(self.environment(), self.path)
-
-    def environment(self) -> dict[str, Any]:
-        """What the run's numbers depend on beside its recipe; empty where nobody wrote it.
-
-        Raises:
-            UserError: the file isn't what a run writes.
-        """
-        path = self.path / ENVIRONMENT
-        try:
-            found = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{path} is no environment of a run: put it back or remove it")
-        return found
+        return options.as_begun(self.facts.environment(), self.path)
 
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
@@ -161,13 +122,13 @@ class RunFolder:
 
     def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint, where the run goes on."""
-        with _writing(self.path):
+        with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self.lock.take()
         if not session.options.resume:
             # Another run may have come and gone since the folder was found free.
-            RunFolder._claim(self.path, False)
-        with _writing(self.path):
+            self.lock.check(resume=False)
+        with writing(self.path):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
         if session.options.resume and list_checkpoints(self.checkpoints):
@@ -175,73 +136,37 @@ class RunFolder:
             for fault in faults:
                 warn(fault)
             return tensors, facts
-        if session.options.resume and (self.path / "recipe.json").is_file():
+        if session.options.resume and self.facts.recipe_file.is_file():
             check_recipe(session, self.recipe().to_json())
-        with _writing(self.path):
-            self._write_json("recipe.json", session.recipe.to_json())
-            self.write_environment(session)
+        with writing(self.path):
+            self.facts.write_recipe(session.recipe)
+            self.facts.write_environment(session)
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
         return None
 
     def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self.lines.replace(rows)
-
-    def _take_lock(self) -> None:
-        """Locks the folder until :meth:`close`; the lock of a process that died is gone with it.
-
-        Raises:
-            UserError: another process holds it.
-        """
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise UserError(
-                f"another run is at work in {self.path}: wait for it, or choose another --out"
-            ) from error
-        except OSError as error:  # a file system without locks
-            warn(f"{self.path} can't be locked: {error}")
 
     def close(self) -> None:
         """Lets go of the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def write_environment(self, session: Session) -> None:
-        """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
-        facts = environment(session.device, session.precision)
-        self._write_json(ENVIRONMENT, {**facts, **session.how()})
+        self.lock.release()
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
         """Keeps the choice of engine, and what it was chosen by."""
 
         def keep() -> None:
-            with _writing(self.path):
-                tried = [timing.to_json() for timing in timings]
-                self._write_json("tuning.json", {"timings": tried})
-                self.write_environment(session)
+            with writing(self.path):
+                self.facts.write_tuning(timings)
+                self.facts.write_environment(session)
 
         session.ranks.first(keep)
 
-    def _write_json(self, name: str, values: dict[str, Any]) -> None:
-        write_durably(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
-
     def recipe(self) -> Recipe:
-        """The run's resolved recipe."""
-        path = self.path / "recipe.json"
-        if not path.is_file():
-            raise UserError(f"{self.path} is no run folder: it has no recipe.json")
-        try:
-            return Recipe.from_json(json.loads(path.read_bytes()))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} can't be read ({error}): put back the one that the run wrote"
-            ) from error
+        """The run's resolved recipe; raises as :meth:`RunFacts.recipe`."""
+        return self.facts.recipe()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; raises as :meth:`MetricLines.read`."""
@@ -256,7 +181,7 @@ class RunFolder:
         path = self.path / "augmentation.png"
 
         def keep() -> Path:
-            with _writing(self.path):
+            with writing(self.path):
                 save_image(make_grid(images_BCHW, nrow=8), path)
             return path
 
@@ -302,7 +227,7 @@ class RunFolder:
         self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
     ) -> None:
         last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
-        with _writing(self.path):
+        with writing(self.path):
             self.lines.write()
             # The best one first: a run that is killed in between repeats the epoch, and writes
             # both.
@@ -352,7 +277,7 @@ class RunFolder:
             member.published_key(key): value.detach().cpu().contiguous()
             for key, value in state.items()
         }
-        with _writing(self.path):
+        with writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
         run = Run(self.path, session.recipe, self.metrics())
         try:
@@ -360,37 +285,6 @@ class RunFolder:
         except DiskError as error:
             warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
-
-
-def _refuse_links(path: Path) -> None:
-    """A run writes into its own folder alone: a link in it would lead its files elsewhere."""
-    inside = [path / "checkpoints"]
-    for folder in (path, path / "checkpoints"):
-        inside += folder.iterdir() if folder.is_dir() else []
-    for entry in (path, *inside):
-        if entry.is_symlink():
-            raise UserError(
-                f"{entry} is a symbolic link to {os.readlink(entry)}: a run writes through none, "
-                "name the folder itself or put the file back"
-            )
-
-
-def _is_free(path: Path) -> bool:
-    """Whether a run may start there: an empty folder, or one where a run got no further."""
-    if not path.is_dir():
-        return False
-    return all(entry.name == "checkpoints" and not any(entry.iterdir()) for entry in path.iterdir())
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """What the disk refuses, in one sentence; what was written before is whole."""
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"the run folder {folder} can't be written: {error}; what it held before is whole"
-        ) from error
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from fastokd.checkpoint import list_checkpoints
 from fastokd.cohort import Choice
-from fastokd.data import (
-    Augment,
-    BatchStream,
-    DatasetSplits,
-    DiskSplit,
-    DiskStream,
-    Split,
-)
+from fastokd.data import Augment, DatasetSplits
 from fastokd.data.order import keyed_generator
 from fastokd.device import (
     autocast,
@@ -28,7 +21,7 @@ from fastokd.device import (
     set_matmul_precision,
 )
 from fastokd.distributed.launch import device_here
-from fastokd.distributed.ranks import Line, Ranks, first
+from fastokd.distributed.ranks import Ranks, first
 from fastokd.distributed.state import gathered, mine, share_state
 from fastokd.distributed.students import Row
 from fastokd.distributed.sync_norm import synchronise
@@ -50,9 +43,7 @@ from fastokd.training.run_options import KEPT, RunOptions
 from fastokd.training.state import as_state, load_state, state_of
 from fastokd.training.step import StepProgram
 
-EVAL_BATCH = 512
-
-__all__ = ["RunOptions", "Session", "evaluation_stream", "run_path"]
+__all__ = ["RunOptions", "Session", "run_path"]
 
 
 class Session:
@@ -296,12 +287,3 @@ def _has_checkpoints(recipe: Recipe, options: RunOptions) -> bool:
     """Whether the run goes on from a state of its own, whatever it was begun from."""
     where = run_path(recipe, options) / "checkpoints"
     return options.resume and first(lambda: bool(list_checkpoints(where)))
-
-
-def evaluation_stream(
-    split: Split | DiskSplit, line: Line | None = None
-) -> BatchStream | DiskStream:
-    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
-    line = line or Line()
-    size = min(EVAL_BATCH * line.size, len(split))
-    return split.stream(size, rank=line.rank, world_size=line.size)

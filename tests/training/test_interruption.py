@@ -162,10 +162,10 @@ def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from fastokd.training.run_folder import RunFolder\n"
-        f"folder = RunFolder(Path({str(out)!r}))\n"
-        "folder.path.mkdir()\n"
-        "folder._take_lock()\n"
+        "from fastokd.training.folder_lock import FolderLock\n"
+        f"lock = FolderLock(Path({str(out)!r}))\n"
+        "lock.path.mkdir()\n"
+        "lock.take()\n"
         "print('locked', flush=True)\n"
         "time.sleep(60)\n"
     )

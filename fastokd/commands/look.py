@@ -1,0 +1,71 @@
+"""The commands that say what there is: ``list``, ``model-info`` and ``doctor``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from fastokd.commands.options import Json
+from fastokd.errors import unknown_name
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="models, methods, datasets or recipes.")],
+    json_: Json = False,
+) -> None:
+    """List what there is."""
+    import fastokd
+
+    lists = {
+        "models": fastokd.list_models,
+        "methods": fastokd.list_methods,
+        "datasets": fastokd.list_datasets,
+        "recipes": fastokd.list_recipes,
+    }
+    if what not in lists:
+        raise unknown_name("list", what, lists)
+    names = lists[what]()
+    print(json.dumps(names) if json_ else "\n".join(names))
+
+
+def model_info(
+    name: Annotated[str, typer.Argument(help="A model; `fastokd list models`.")],
+    num_classes: Annotated[int, typer.Option(help="C.")] = 100,
+    json_: Json = False,
+) -> None:
+    """Count a student: parameters, multiply-accumulates, feature width, maps."""
+    import dataclasses
+
+    from fastokd.models import model_info as count
+
+    info = dataclasses.asdict(count(name, num_classes))
+    _print_facts(info, json_)
+
+
+def doctor(json_: Json = False) -> None:
+    """Say which implementations, devices and optional packages work here, and why not."""
+    from fastokd.doctor import diagnose
+
+    _print_facts(diagnose(), json_)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, inner in value.items():
+                print(f"  {key}: {inner}")
+        else:
+            print(f"{name}: {value}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them to the program."""
+    app.command(name="list", epilog="Example: fastokd list recipes --json")(list_)
+    app.command(epilog="Example: fastokd model-info resnet32 --num-classes 100")(model_info)
+    app.command(epilog="Example: fastokd doctor --json")(doctor)

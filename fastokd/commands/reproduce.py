@@ -1,0 +1,70 @@
+"""The command ``reproduce``: nothing but parsing and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastokd.commands.options import (
+    DataRoot,
+    Device,
+    Download,
+    Engine,
+    Impl,
+    Json,
+    MaxSteps,
+    Precision,
+)
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
+    dataset: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of the paper's students.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
+    seeds: Annotated[str, typer.Option(help="A run for each.")] = "0,1,2",
+    val: Annotated[int | None, typer.Option(help="Images held out to choose the epoch.")] = None,
+    only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The runs; runs/TABLE.")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    engine: Engine = "auto",
+    impl: Impl = "auto",
+    max_steps: MaxSteps = None,
+    json_: Json = False,
+    quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
+) -> None:
+    """Train a table of the papers and set it beside what was published.
+
+    The same command again goes on with what is missing.
+    """
+    from rich.console import Console
+
+    from fastokd.report.reproduce import Request, as_table
+    from fastokd.report.reproduce import reproduce as run
+    from fastokd.sweep import parse_seeds
+    from fastokd.training.session import RunOptions
+
+    request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
+    options = RunOptions(
+        data_root=data_root,
+        download=download,
+        device=device,
+        precision=precision,
+        engine=engine,
+        impl=impl,
+        max_steps=max_steps,
+        quiet=quiet or json_,
+    )
+    done = run(request, out or Path("runs") / table, options)
+    if json_:
+        print(json.dumps(done.to_json()))
+    else:
+        # Where nothing says how wide the output is, 80 columns would fold the numbers.
+        Console(width=None if sys.stdout.isatty() else 120).print(as_table(done))

@@ -1,0 +1,85 @@
+"""A run's folder is its own: found free or as it was left, led nowhere by a link, locked."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from fastokd.errors import UserError, warn
+
+
+class FolderLock:
+    """What keeps a run folder to one run at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held: int | None = None
+
+    def check(self, resume: bool) -> None:
+        """Whether a run may begin here, or go on; nothing is written.
+
+        Raises:
+            UserError: the folder exists and ``resume`` isn't asked for, it doesn't and is, there is
+                a link in it, or its place can't be written.
+        """
+        if resume:
+            self._refuse_links()
+            if not (self.path / "checkpoints").is_dir():
+                raise UserError(f"there is no run to resume in {self.path}: leave --resume out")
+            return
+        if self.path.exists() and not self._is_free():
+            raise UserError(
+                f"{self.path} exists already and is never overwritten: add --resume to continue it, "
+                "or choose another --out"
+            )
+        self._refuse_links()
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"the run folder {self.path} can't be made: {parent} can't be written")
+
+    def take(self) -> None:
+        """Locks the folder until :meth:`release`; the lock of a process that died is gone with it.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise UserError(
+                f"another run is at work in {self.path}: wait for it, or choose another --out"
+            ) from error
+        except OSError as error:  # a file system without locks
+            warn(f"{self.path} can't be locked: {error}")
+
+    def release(self) -> None:
+        """Lets go of the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _refuse_links(self) -> None:
+        """A run writes into its own folder alone: a link in it would lead its files elsewhere."""
+        inside = [self.path / "checkpoints"]
+        for folder in (self.path, self.path / "checkpoints"):
+            inside += folder.iterdir() if folder.is_dir() else []
+        for entry in (self.path, *inside):
+            if entry.is_symlink():
+                raise UserError(
+                    f"{entry} is a symbolic link to {os.readlink(entry)}: a run writes through none, "
+                    "name the folder itself or put the file back"
+                )
+
+    def _is_free(self) -> bool:
+        """Whether a run may start here: an empty folder, or one where a run got no further."""
+        if not self.path.is_dir():
+            return False
+        return all(
+            entry.name == "checkpoints" and not any(entry.iterdir())
+            for entry in self.path.iterdir()
+        )
