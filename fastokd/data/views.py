@@ -97,6 +97,16 @@ def windows_of_boxes(box_B4: Tensor) -> Windows:
     return Windows(box[:, :2].astype(np.int32), shape_B2, np.zeros_like(end_B2), end_B2)
 
 
+def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
+    """The same windows; where ``flip_B`` says so, what is seen begins at its right edge."""
+    flip_B2 = flip_B.numpy()[:, None].astype(bool) & np.array([False, True])
+    start_B2, end_B2 = windows.roi_start_B2, windows.roi_end_B2
+    return windows._replace(
+        roi_start_B2=np.where(flip_B2, end_B2, start_B2),
+        roi_end_B2=np.where(flip_B2, start_B2, end_B2),
+    )
+
+
 def centre_windows(sizes_B2: Tensor, view: View) -> Windows:
     """The shorter side to ``view.resize``, then the centre of ``image_size``, as one resampling.
 
