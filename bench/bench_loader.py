@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,18 @@ def cifar(cores: int) -> dict[str, Callable[[], float]]:
     }
 
 
-def measured(
-    calls: dict[str, Callable[[], float]], rounds: int
-) -> Iterator[tuple[str, list[float]]]:
+def measured(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Each call's rates, one of each a round."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             rates[name].append(call())
-    yield from rates.items()
+    return rates
+
+
+def spread(figures: list[float]) -> dict[str, float]:
+    """Of all rounds; a ratio is one round's, whose loaders ran within seconds of each other."""
+    return {"median": statistics.median(figures), "low": min(figures), "high": max(figures)}
 
 
 def main() -> None:
@@ -173,36 +176,32 @@ def main() -> None:
             **cifar(args.cores),
         }
         size = sum(f.stat().st_size for f in (root / "train").rglob("*.JPEG")) // 256
-        rows = [
-            {
-                "what": name,
-                "images_per_second": statistics.median(rates),
-                "low": min(rates),
-                "high": max(rates),
-            }
-            for name, rates in measured(calls, args.rounds)
-        ]
-    by = {row["what"]: row["images_per_second"] for row in rows}
-    names = list(by)
-    ratios = {
-        "DALI / torchvision's reference": by[names[0]] / by[names[1]],
-        "DALI / the same left as bytes": by[names[0]] / by[names[2]],
-        "DALI / decoding alone": by[names[0]] / by[names[4]],
-        "memory / torchvision on CIFAR": by[names[6]] / by[names[7]],
+        rates = measured(calls, args.rounds)
+    names = list(rates)
+    pairs = {
+        "DALI / torchvision's reference": (0, 1),
+        "DALI / the same left as bytes": (0, 2),
+        "DALI / decoding alone": (0, 4),
+        "memory / torchvision on CIFAR": (6, 7),
     }
-    print(f"{'measured-cpu':42} images/s  (lowest to highest of {args.rounds} rounds)")
-    for row in rows:
+    rows = {name: spread(figures) for name, figures in rates.items()}
+    ratios = {
+        name: spread([a / b for a, b in zip(rates[names[i]], rates[names[j]], strict=True)])
+        for name, (i, j) in pairs.items()
+    }
+    print(f"{'measured-cpu':42}   median  (lowest to highest of {args.rounds} rounds)")
+    for name, row in rows.items():
         print(
-            f"{row['what']:42} {row['images_per_second']:8,.0f}  ({row['low']:,.0f} to {row['high']:,.0f})"
+            f"{name:42} {row['median']:8,.0f}  ({row['low']:,.0f} to {row['high']:,.0f}) images/s"
         )
-    for name, ratio in ratios.items():
-        print(f"{name:42} {ratio:8.2f}")
+    for name, row in ratios.items():
+        print(f"{name:42} {row['median']:8.2f}  ({row['low']:.2f} to {row['high']:.2f}) times")
     print(
         f"500x375 JPEGs of {size / 1024:.0f} KiB to 224x224, batches of {BATCH}; torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, DALI {dali.version()}"
     )
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1))
+        args.json.write_text(json.dumps({"images_per_second": rows, "ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
-from fastokd.data.views import centre_windows, windows_of_boxes
+from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
 from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
@@ -46,7 +46,7 @@ def _dali() -> tuple[Any, Any, Any]:
 
 
 def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int) -> Any:
-    """File names, windows and flips in; uint8 ``[B, H, W, 3]`` and the files' sizes out.
+    """File names and windows in; uint8 ``[B, H, W, 3]`` and the files' sizes out.
 
     Nothing in it is random: what is drawn comes in, so that any batch can be made again.
     """
@@ -60,11 +60,11 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
         prefetch_queue_depth=AHEAD,
     )
     def pipeline() -> Any:
-        path, start, shape, roi_start, roi_end, flip = fn.external_source(
+        path, start, shape, roi_start, roi_end = fn.external_source(
             source=source,
-            num_outputs=6,
-            dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2, types.INT32],
-            ndim=[1, 1, 1, 1, 1, 0],
+            num_outputs=5,
+            dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2],
+            ndim=1,
         )
         encoded = fn.io.file.read(path)
         options = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
@@ -83,12 +83,13 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
         images = fn.resize(
             images,
             size=[split.view.image_size] * 2,
+            # Of an image to be mirrored, the start lies right of the end.
             roi_start=roi_start,
             roi_end=roi_end,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
-        return fn.flip(images, horizontal=flip), encoded.shape()
+        return images, encoded.shape()
 
     return pipeline()
 
@@ -168,7 +169,7 @@ def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
     paths = [
         np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[plan.index_B.numpy()]
     ]
-    return paths, *windows, plan.flip_B.numpy().astype(np.int32)
+    return paths, *mirrored(windows, plan.flip_B)
 
 
 def _empty(split: DiskSplit, plan: DiskBatch) -> tuple[Tensor, Tensor]:

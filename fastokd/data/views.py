@@ -63,29 +63,30 @@ def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
     uniform place; else the largest centred one of a permitted ratio.
     """
     B = len(sizes_B2)
-    height_B, width_B = sizes_B2.double().unbind(1)
-    area_BT, ratio_BT = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64)
-    place_2B = torch.rand(2, B, generator=generator, dtype=torch.float64)
+    area_BT, ratio_BT = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64).numpy()
+    place_2B = torch.rand(2, B, generator=generator, dtype=torch.float64).numpy()
+    # In numpy from here: torch's exp and sqrt of doubles wake its threads even for one batch's
+    # boxes, and those wait for each other, spinning, on the cores that decode.
+    height_B, width_B = sizes_B2.numpy().astype(np.float64).T
     area_BT = (AREA[0] + (AREA[1] - AREA[0]) * area_BT) * (height_B * width_B)[:, None]
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    ratio_BT = torch.exp(low + (high - low) * ratio_BT)
-    w_BT, h_BT = (area_BT * ratio_BT).sqrt().round(), (area_BT / ratio_BT).sqrt().round()
+    ratio_BT = np.exp(low + (high - low) * ratio_BT)
+    w_BT, h_BT = np.sqrt(area_BT * ratio_BT).round(), np.sqrt(area_BT / ratio_BT).round()
     fits_BT = (w_BT > 0) & (w_BT <= width_B[:, None]) & (h_BT > 0) & (h_BT <= height_B[:, None])
-    first_B1 = fits_BT.long().argmax(1, keepdim=True)
-    w_B, h_B = w_BT.gather(1, first_B1)[:, 0], h_BT.gather(1, first_B1)[:, 0]
-    top_B, left_B = (place_2B[0] * (height_B - h_B + 1)), (place_2B[1] * (width_B - w_B + 1))
-    box_B4 = torch.stack((top_B.floor(), left_B.floor(), h_B, w_B), 1)
-    return torch.where(fits_BT.any(1, keepdim=True), box_B4, _widest(height_B, width_B)).long()
+    first_B = fits_BT.argmax(1)
+    w_B, h_B = w_BT[np.arange(B), first_B], h_BT[np.arange(B), first_B]
+    top_B, left_B = place_2B[0] * (height_B - h_B + 1), place_2B[1] * (width_B - w_B + 1)
+    drawn_B4 = np.stack((np.floor(top_B), np.floor(left_B), h_B, w_B), 1)
+    box_B4 = np.where(fits_BT.any(1, keepdims=True), drawn_B4, _widest(height_B, width_B))
+    return torch.from_numpy(box_B4.astype(np.int64))
 
 
-def _widest(height_B: Tensor, width_B: Tensor) -> Tensor:
+def _widest(height_B: np.ndarray, width_B: np.ndarray) -> np.ndarray:
     """The largest centred box whose ratio is permitted."""
     ratio_B = width_B / height_B
-    w_B = torch.where(ratio_B > RATIO[1], (height_B * RATIO[1]).round(), width_B)
-    h_B = torch.where(ratio_B < RATIO[0], (width_B / RATIO[0]).round(), height_B)
-    return torch.stack(
-        ((height_B - h_B).div(2).floor(), (width_B - w_B).div(2).floor(), h_B, w_B), 1
-    )
+    w_B = np.where(ratio_B > RATIO[1], (height_B * RATIO[1]).round(), width_B)
+    h_B = np.where(ratio_B < RATIO[0], (width_B / RATIO[0]).round(), height_B)
+    return np.stack(((height_B - h_B) // 2, (width_B - w_B) // 2, h_B, w_B), 1)
 
 
 def windows_of_boxes(box_B4: Tensor) -> Windows:
@@ -94,6 +95,16 @@ def windows_of_boxes(box_B4: Tensor) -> Windows:
     shape_B2 = box[:, 2:].astype(np.int32)
     end_B2 = shape_B2.astype(np.float32)
     return Windows(box[:, :2].astype(np.int32), shape_B2, np.zeros_like(end_B2), end_B2)
+
+
+def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
+    """The same windows; where ``flip_B`` says so, what is seen begins at its right edge."""
+    flip_B2 = flip_B.numpy()[:, None].astype(bool) & np.array([False, True])
+    start_B2, end_B2 = windows.roi_start_B2, windows.roi_end_B2
+    return windows._replace(
+        roi_start_B2=np.where(flip_B2, end_B2, start_B2),
+        roi_end_B2=np.where(flip_B2, start_B2, end_B2),
+    )
 
 
 def centre_windows(sizes_B2: Tensor, view: View) -> Windows:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
+from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastokd.data.order import keyed_generator
@@ -44,6 +48,31 @@ def test_boxes_lie_within(size: tuple[int, int]) -> None:
     assert (box_B4[:, :2] >= 0).all()
     assert (box_B4[:, 2:] > 0).all()
     assert (box_B4[:, :2] + box_B4[:, 2:] <= torch.tensor(size)).all()
+
+
+def test_no_thread_of_torch_draws_boxes() -> None:
+    """They are drawn batch by batch, and torch's threads would wait for the next, spinning, on the
+    cores that decode."""
+    born: list[int] = []
+
+    def count(work: Callable[[], Tensor]) -> None:
+        before = set(Path("/proc/self/task").iterdir())
+        work()
+        born.append(len(set(Path("/proc/self/task").iterdir()) - before))
+
+    def draw() -> None:
+        # Of this Python thread, which has no threads of torch's yet.
+        torch.set_num_threads(2)
+        sizes_B2 = torch.tensor([375, 500]).expand(256, 2)
+        count(lambda: random_boxes(sizes_B2, keyed_generator(0)))
+        count(lambda: torch.ones(1_000_000).add(1))
+
+    threads = torch.get_num_threads()
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    drawing.join()
+    torch.set_num_threads(threads)
+    assert born == [0, 1]
 
 
 def test_an_image_of_no_permitted_ratio_gives_its_largest_centred_box() -> None:
