@@ -32,7 +32,7 @@ LAYERS = [
     (512, 512, 7, 1, 16),
     (256, 512, 14, 2, 16),
 ]
-NARROW = 64  # inputs: wider layers' forward and input gradient are torch's
+NARROW = 64  # inputs: the wider ones' forward and input gradient are torch's
 
 
 def rows_of(rounds: int, clock: Clock) -> list[Row]:

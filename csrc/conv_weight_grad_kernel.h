@@ -11,16 +11,17 @@ struct ConvShape {
 };
 
 // A part of the weight, so small that its sums stay in the L2 cache: outputs from o on, inputs from
-// c on, both multiples of 16.
+// c on, both multiples of 16, of at most kConvBlock each: scratch memory is for those.
 struct ConvBlock {
   int64_t o, outputs, c, inputs;
 };
-constexpr int64_t kConvBlock = 64;  // channels of a block, where there are as many
+constexpr int64_t kConvBlock = 64;
 
 // Words of 4 bytes of scratch memory for one call.
 int64_t conv_weight_grad_scratch(const ConvShape& s, int64_t images);
 
-// The block's part of grad_w [O, K, K, C], over `images` images. Only where the CPU has AVX-512 and
+// The block's part of grad_w [O, K, K, C], over `images` images; there is one place of y at least. A
+// place outside x is a zero that is multiplied: where grad_y isn't finite the sum is NaN. Only where the CPU has AVX-512 and
 // its BF16.
 void conv_weight_grad_avx512(const ConvShape& s, const ConvBlock& block, const uint16_t* x,
                              const uint16_t* grad_y, int64_t images, uint32_t* scratch,

@@ -117,16 +117,26 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
 inline Vec load(const BFloat16* p) {
-  VecShort bits;
-  memcpy(&bits, p, sizeof bits);
-  return as_float(__builtin_convertvector(bits, VecInt) << 16);
+#if defined(__AVX512F__)
+  // Named, since GCC converts a register's halves one by one.
+  const VecInt bits = (VecInt)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
+  VecShort shorts;
+  memcpy(&shorts, p, sizeof shorts);
+  const VecInt bits = __builtin_convertvector(shorts, VecInt);
+#endif
+  return as_float(bits << 16);
 }
 inline void store(BFloat16* p, Vec x) {
   const VecInt bits = as_int(x);
   const VecInt rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
   const VecInt kept = x != x ? (bits | 0x400000) : rounded;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(kept >> 16)));
+#else
   const VecShort high = __builtin_convertvector((kept >> 16) & 0xffff, VecShort);
   memcpy(p, &high, sizeof high);
+#endif
 }
 
 #if defined(__AVX512F__)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.convs import suited_convs
+from fastokd.cohort.convs import suited_layers
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
@@ -102,7 +102,7 @@ class Cohort(nn.Module):
                 student.keep_stages(self.branch_from, None)
         self.students = nn.ModuleList(built)
         for student in (*built, *([] if self.trunk is None else [self.trunk])):
-            suited_convs(student, impl)
+            suited_layers(student, impl)
         for module in self.modules():
             if isinstance(module, NormAct):
                 module.fused = partial(norm_act, impl=impl)

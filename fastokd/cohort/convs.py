@@ -1,4 +1,4 @@
-"""The convolutions of a cohort's students, as the engines want them."""
+"""The convolutions and pools of a cohort's students, as the engines want them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.models import Student
+from fastokd.ops import max_pool
 from fastokd.ops.conv import conv2d, suits
 
 
@@ -49,8 +50,25 @@ def student_conv(student: Student, name: str) -> StudentConv:
     return ours
 
 
-def suited_convs(student: Student, impl: str) -> None:
-    """Lets the convolutions of ``student`` run as ``ops/conv.py`` has them."""
+class StudentPool(nn.MaxPool2d):
+    """An ``nn.MaxPool2d`` that runs as ``ops/max_pool.py`` has it while it is ``suited``."""
+
+    suited = True
+    impl = "auto"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.suited:
+            y_BCHW: Tensor = super().forward(x_BCHW)
+            return y_BCHW
+        stride = self.stride if isinstance(self.stride, int) else self.stride[0]
+        return max_pool.max_pool(x_BCHW, stride, impl=self.impl)
+
+
+def suited_layers(student: Student, impl: str) -> None:
+    """Lets the convolutions and pools of ``student`` run as ``ops/`` has them."""
     for name, module in list(student.named_modules()):
         if type(module) is nn.Conv2d and suits(module):
             student_conv(student, name).impl = impl
+        if type(module) is nn.MaxPool2d and max_pool.suits(module):
+            module.__class__ = StudentPool
+            module.impl = "torch" if impl == "torch" else "auto"

@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fastokd.cohort.alike import are_alike
-from fastokd.cohort.convs import StudentConv
+from fastokd.cohort.convs import StudentConv, StudentPool
 from fastokd.cohort.dropout import DropoutMasks
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
@@ -52,8 +52,8 @@ class VmapStudents:
         for module in self.template.modules():
             if isinstance(module, NormAct):
                 module.fused = _norm_act  # the fused op has no batching rule
-            if isinstance(module, StudentConv):
-                module.suited = False  # nor has its gradient
+            if isinstance(module, (StudentConv, StudentPool)):
+                module.suited = False  # nor have theirs
         # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
         self.cast = {
             f"{path}.{name}" if path else name

@@ -20,8 +20,8 @@ LIBRARY = torch.library.Library("fastokd", "DEF")
 def define(schema: str, fake: Callable[..., Any]) -> None:
     """Adds an operator and what it returns on fake tensors (shapes, dtypes, no values).
 
-    The operators compute gradients beside their result, and the public functions hand those to
-    autograd; so an operator itself is not differentiable, and needs no autograd registration.
+    Most compute gradients beside their result, and the public functions hand those to autograd: such
+    an operator is not differentiable itself. Others have autograd of their own in C++.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = schema.split("(")[0]

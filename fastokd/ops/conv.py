@@ -1,13 +1,15 @@
 """Convolutions in bfloat16 on a CPU with AVX-512 BF16, as far as ours are the faster.
 
 Forward and the gradient of the input, of 3x3 layers with padding 1 whose rows are a multiple of 8
-long, are computed here where the layer is narrow (at most 64 inputs); for other layers by torch.
-The gradient of the weight,
+long, are computed here where few channels are read (at stride 1 at most 64, at stride 2 where half
+of a small L2 cache holds the weight); for other layers by torch. The gradient of the weight,
 
     grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
 
 is computed here for all that :func:`suits`: it is summed in float32 and returned so, where torch
 rounds it to bfloat16.
+
+The C++ is differentiable once, and not by ``torch.func``'s transforms; ``impl="torch"`` is for more.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def conv2d(
     """``F.conv2d`` of a layer that :func:`suits`; the C++ where it can serve.
 
     ``x_BCHW``: ``[B, C, H, W]``; ``weight_OCKK``: float32 (as under autocast) or x's dtype. The C++
-    takes bfloat16 in channels-last, in training. It is differentiable once.
+    takes bfloat16 in channels-last, in training.
     """
     if impl == "torch" or not _fast(x_BCHW, weight_OCKK):
         return F.conv2d(x_BCHW, weight_OCKK, bias_O, stride, padding)
@@ -59,22 +61,22 @@ def conv_transpose2d(x_BCHW: Tensor, weight_CO33: Tensor, *, impl: str = "auto")
     """``F.conv_transpose2d`` of a 3x3 kernel to ``[B, O, 2 H, 2 W]``; the C++ where it can serve.
 
     ``x_BCHW``: ``[B, C, H, W]``; ``weight_CO33``: float32 (as under autocast) or x's dtype. The C++
-    takes bfloat16 in channels-last, channels that are multiples of 16. Differentiable once.
+    takes bfloat16 in channels-last, channels that are multiples of 16.
     """
-    C, outputs = weight_CO33.shape[:2]
-    if impl == "torch" or C % 16 or outputs % 16 or not _takes(x_BCHW):
+    if impl == "torch" or not _takes(x_BCHW, weight_CO33):
         return F.conv_transpose2d(x_BCHW, weight_CO33, None, 2, 1, 1)
     y_BOHW: Tensor = torch.ops.fastokd.conv_transpose2d(x_BCHW, weight_CO33)
     return y_BOHW
 
 
 def _fast(x_BCHW: Tensor, weight_OCKK: Tensor) -> bool:
-    return torch.is_grad_enabled() and weight_OCKK.requires_grad and _takes(x_BCHW)
+    return torch.is_grad_enabled() and weight_OCKK.requires_grad and _takes(x_BCHW, weight_OCKK)
 
 
-def _takes(x_BCHW: Tensor) -> bool:
+def _takes(x_BCHW: Tensor, weight: Tensor) -> bool:
     return (
         x_BCHW.dtype == torch.bfloat16
+        and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
         and x_BCHW.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and x_BCHW.is_contiguous(memory_format=torch.channels_last)

@@ -184,8 +184,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 @contextmanager
 def torchs_convolutions() -> Iterator[None]:
-    """The C++ gradient of a convolution reads values, which fake tensors don't have: within, the
-    layer is torch's, of the same arithmetic."""
+    """Within, a convolution is torch's operators, which are counted; the C++ does the same products."""
     takes = conv._takes
     conv._takes = lambda *_: False
     try:

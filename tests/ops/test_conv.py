@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
@@ -144,6 +145,73 @@ def test_fake_tensors_are_never_read() -> None:
         assert x.grad is not None
         assert w.grad is not None
         assert (x.grad.shape, w.grad.shape) == (x.shape, w.shape)
+
+
+def test_what_looks_on_sees_every_product() -> None:
+    x, w = drawn(2, 16, 8, 8), torch.randn(16, 16, 3, 3, requires_grad=True)
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        return conv_transpose2d(conv2d(x, w, None, 1, 1), w) * 2
+
+    other = drawn(2, 16, 8, 8)
+    traced = make_fx(both)(x, w)
+    torch.testing.assert_close(traced(other, w), both(other, w), rtol=2e-2, atol=0.1)
+    with FakeTensorMode():
+        fake = torch.empty(16, 16, 3, 3, requires_grad=True)
+    with pytest.raises(Exception, match=r"[Ff]ake"):
+        torch.ops.fastokd.conv2d(x, fake, 1, 1)
+
+
+def test_places_that_do_not_exist() -> None:
+    """Of no rows there is no sum, and no kernel fits them; sizes that overflow are never added."""
+    op = torch.ops.fastokd.conv_weight_grad
+    empty = op(drawn(0, 16, 4, 4), drawn(0, 16, 4, 4), 3, 1, 1)
+    assert torch.equal(empty, torch.zeros(16, 16, 3, 3))
+    wide = 2**58 - 20
+    vast = torch.empty_strided(
+        (0, 16, 1, wide), (16 * wide, 1, 16 * wide, 16), dtype=torch.bfloat16
+    )
+    assert torch.equal(op(vast, vast, 3, 1, 1), torch.zeros(16, 16, 3, 3))
+    with pytest.raises(RuntimeError):
+        op(torch.empty(2, 16, 0, 0, dtype=torch.bfloat16), drawn(2, 16, 2, 2), 3, 1, 0)
+    w = torch.randn(16, 16, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        conv2d(
+            torch.empty(2, 16, 0, 8, dtype=torch.bfloat16).contiguous(memory_format=LAST),
+            w,
+            None,
+            1,
+            1,
+        )
+    with pytest.raises(RuntimeError, match="weights"):
+        torch.ops.fastokd.conv2d(drawn(2, 16, 4, 4), torch.randn(16, 16, 3, 1), 4, 0)
+
+
+def test_a_gradient_holds_itself_alone_and_has_no_derivative() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grad = step(drawn(8, 16, 8, 8), torch.randn(16, 16, 3, 3), None, drawn(8, 16, 8, 8), (1, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert grad[2].untyped_storage().nbytes() == 4 * grad[2].numel()
+    x, w = drawn(2, 16, 8, 8).requires_grad_(), torch.randn(16, 16, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(conv2d(x, w, None, 1, 1).sum(), x, create_graph=True)
+
+
+def test_other_maps_have_torchs_gradient() -> None:
+    """The operator's own, of maps that the public function leaves to torch."""
+    for x in (drawn(2, 16, 8, 8).contiguous(), drawn(2, 16, 8, 8).float(), drawn(2, 24, 8, 8)):
+        leaves = x.clone().requires_grad_(), torch.randn(16, x.shape[1], 3, 3, requires_grad=True)
+        torch.ops.fastokd.conv2d(*leaves, 1, 1).square().sum().backward()
+        ours = [leaf.grad for leaf in leaves]
+        wide = [leaf.detach().to(x.dtype).double().requires_grad_() for leaf in leaves]
+        F.conv2d(wide[0], wide[1], None, 1, 1).square().sum().backward()
+        for found, right in zip(ours, wide, strict=True):
+            assert found is not None
+            assert right.grad is not None
+            assert (found.double() - right.grad).norm() < 0.02 * right.grad.norm()
 
 
 def test_a_bias_and_a_strided_gradient() -> None:

@@ -26,7 +26,7 @@ OPTIONAL = {
 }
 # Of another size than all the others: where there are others, and sizes that must agree.
 SIZES = ("nothing", "no samples", "cut", "doubled in front", "empty sizes", "fake sizes")
-ALONE = ("attention_map", "shifted_map", "conv2d", "conv_transpose2d")
+ALONE = ("attention_map", "shifted_map", "conv2d", "conv_transpose2d", "max_pool")
 
 
 @pytest.fixture(scope="module")

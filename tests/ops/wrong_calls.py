@@ -90,6 +90,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fused_bn_act_backward": lambda: (
         *(_maps(K), _maps(K), _maps(K), torch.ones(K), torch.rand(4, K), True, True, True),
     ),
+    "max_pool": lambda: (_wide(16), 2),
+    "max_pool_backward": lambda: (_wide(16), _wide(16).byte(), 1, 5, 5),
     "conv2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3), 1, 1),
     "conv_transpose2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3)),
     "conv_weight_grad": lambda: (_wide(16), _wide(16), 3, 1, 1),
