@@ -71,4 +71,5 @@ def suited_layers(student: Student, impl: str) -> None:
             student_conv(student, name).impl = impl
         if type(module) is nn.MaxPool2d and max_pool.suits(module):
             module.__class__ = StudentPool
+            assert isinstance(module, StudentPool)
             module.impl = "torch" if impl == "torch" else "auto"
