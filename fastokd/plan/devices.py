@@ -108,8 +108,9 @@ def best_seconds(run: Callable[[], object], repeats: int = 5, least: float = 2e-
     return min(times)
 
 
-# What a matrix product is cut to along its longest side: half of a second-level cache.
-CACHED_BYTES = 1 << 19
+# What a matrix product is cut to along its longest side: far less than a third-level cache, and enough
+# rows for the small operand, which `mm` packs at each call, to weigh as little as in a layer.
+CACHED_BYTES = 1 << 22
 # Working sets of the copies: from the nearest cache to far beyond the last.
 SIZES = tuple(1 << power for power in range(14, 29, 2))
 
@@ -182,9 +183,11 @@ def _cut(product: Product, size: int) -> tuple[int, int, int]:
 
 
 def _copy_rate(size: int, dtype: torch.dtype) -> float:
-    """Bytes/s of an operator that reads one half of ``size`` and writes the other, allocated anew."""
+    """Bytes/s of an operator that reads one half of ``size`` and writes the other, which is there: a
+    run keeps the memory that it frees, and optimizers work in place."""
     a: Tensor = torch.ones(size // 2 // torch.tensor([], dtype=dtype).element_size(), dtype=dtype)
-    return size / best_seconds(a.neg)
+    out = torch.zeros_like(a)
+    return size / best_seconds(lambda: torch.neg(a, out=out))
 
 
 def _memory() -> int:
