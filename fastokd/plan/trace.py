@@ -23,7 +23,7 @@ from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.methods import OptimGroup, Progress, create_method, method_class
 from fastokd.models import create_model
-from fastokd.ops import conv
+from fastokd.ops import conv, max_pool
 from fastokd.plan.ops import Op, describe
 from fastokd.recipes import Recipe
 from fastokd.recipes import recipe as named_recipe
@@ -176,21 +176,23 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
         bf16 = precision == "bf16" and engine != "vmap"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with torchs_convolutions():
+        with torchs_layers():
             with record, autocast, record.named_layers():
                 total = method(cohort(images_BHWC), labels_B, progress).total
             return _finish(record, modules, optimizers, [(total, optimizers)])
 
 
 @contextmanager
-def torchs_convolutions() -> Iterator[None]:
-    """Within, a convolution is torch's operators, which are counted; the C++ does the same products."""
-    takes = conv._takes
+def torchs_layers() -> Iterator[None]:
+    """Within, convolutions and pools are torch's operators, as a GPU has them and as they are counted;
+    the C++ does the same products."""
+    takes, refusal = conv._takes, max_pool._refusal
     conv._takes = lambda *_: False
+    max_pool._refusal = lambda *_: "the step is traced"
     try:
         yield
     finally:
-        conv._takes = takes
+        conv._takes, max_pool._refusal = takes, refusal
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:

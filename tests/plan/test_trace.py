@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
-from fastokd.plan.trace import torchs_convolutions, trace_ours, trace_reference
+from fastokd.plan.trace import torchs_layers, trace_ours, trace_reference
 from fastokd.recipes import recipe
 from fastokd.training.session import RunOptions
 
@@ -42,7 +42,7 @@ def test_our_step_is_counted_as_it_runs(name: str, engine: str, cpp_ops: None) -
     loop = OurLoop(of, RunOptions(engine=engine, precision="bf16"))
     session = loop.session
     session.begin_step(of.batch_size)
-    with torchs_convolutions(), Real() as real:
+    with torchs_layers(), Real() as real:
         with session.autocast():
             out = session.cohort(loop.images_BHWC)
             loss = session.method(out, loop.labels_B, session.progress)
@@ -139,3 +139,10 @@ def test_transposed_products() -> None:
     flops = [op.flops for op in forward]
     assert flops.count(2 * pixels * 64 * 32 * 9) >= 2
     assert flops.count(2 * 4 * pixels * 32 * 16 * 9) >= 2
+
+
+def test_pools_are_counted_as_a_gpu_has_them(cpp_ops: None) -> None:
+    step = trace_ours(recipe("baseline/resnet18/imagenet"), 1, "loop", "bf16", "torch")
+    pools = {op.name for op in step.ops if "pool" in op.name}
+    assert any("aten" in name or "max_pool2d" in name for name in pools)
+    assert not any("fastokd" in name for name in pools)
