@@ -9,6 +9,8 @@
 #include <cmath>
 #include <vector>
 
+#include "find.h"
+
 namespace fastokd {
 namespace {
 
@@ -203,11 +205,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 struct Differentiable : torch::autograd::Function<Differentiable> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "capability.h"
+#include "find.h"
 
 namespace fastokd {
 namespace {
@@ -73,11 +74,6 @@ Tensor max_pool_backward(const Tensor& grad_y, const Tensor& taps, int64_t strid
     FASTOKD_DISPATCH(max_pool_gradient)(type, s, from, bytes, to, begin, end);
   });
   return grad_x;
-}
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 using torch::autograd::AutogradContext;
