@@ -23,8 +23,8 @@ bool narrow_conv_takes(const NarrowShape& s) {
   const bool fits = s.places == Places::kTwice
                         ? s.OH == 2 * s.H && s.OW == 2 * s.W
                         : s.places == Places::kHalf ? s.H == 2 * s.OH && s.W == 2 * s.OW : true;
-  return fits && s.H > 0 && s.inputs % 16 == 0 && s.outputs % 16 == 0 && s.OW % 8 == 0 &&
-         (s.places == Places::kSame ? s.inputs <= 64 : narrow_conv_packed(s) * 4 <= kL2Bytes);
+  return fits && s.H > 0 && s.W > 0 && s.inputs % 16 == 0 && s.outputs % 16 == 0 &&
+         s.OW % 8 == 0 && (s.places == Places::kSame ? s.inputs <= 64 : narrow_conv_packed(s) * 4 <= kL2Bytes);
 }
 
 int64_t narrow_conv_packed(const NarrowShape& s) { return 9 * s.outputs * s.inputs / 2; }
@@ -37,8 +37,8 @@ using at::Tensor;
 
 // A fake tensor has none, and what looks on (a trace, a count of FLOPs) must see torch's operators.
 bool has_values(const Tensor& x) {
-  return !x.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Negative})) &&
-         !c10::impl::dispatch_mode_enabled();
+  const c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Negative});
+  return !x.key_set().has_any(others) && !c10::impl::dispatch_mode_enabled();
 }
 
 // The convolution of x, or its input's gradient from y's: by our kernel where that takes it.
@@ -97,8 +97,8 @@ bool sums_of(const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
     return map.scalar_type() == at::kBFloat16 && map.size(1) % 16 == 0 &&
            map.is_contiguous(at::MemoryFormat::ChannelsLast);
   };
-  return suits(grad_y) && suits(x) && (weight.size(2) == 1 || weight.size(2) == 3) &&
-         capability() == Capability::kAvx512Bf16;
+  return suits(grad_y) && suits(x) && has_values(grad_y) && has_values(x) &&
+         (weight.size(2) == 1 || weight.size(2) == 3) && capability() == Capability::kAvx512Bf16;
 }
 
 // The gradients of a convolution, or of a transposed one, of which `ours` are those that the kernels

@@ -91,7 +91,7 @@ struct Over {
 };
 
 // All channels of one read place, over which R by P written ones lie: from the last row and place on,
-// `step` taps apart.
+// s.stride taps apart.
 template <int R, int P, class E>
 void gradient_place(const PoolShape& s, const E* grad_y, const uint8_t* taps, int64_t tap,
                     E* grad_x) {

@@ -49,13 +49,24 @@ def is_plain(key: Any, value: Any) -> bool:
     return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
+
+
 def _refuse_a_bomb(path: Path) -> None:
     """torch stores what it zips as it is; members that unpack to more are nobody's weights."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # of torch's old format, or no checkpoint: the reader says so
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        if not _is_zip(path):
+            return  # of torch's old format, or no checkpoint: the reader says so
+        # torch's reader of zips is another: what this one can't look through isn't given to it.
+        raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
     if any(member.compress_type for member in members) or (
         sum(member.file_size for member in members) > path.stat().st_size
     ):

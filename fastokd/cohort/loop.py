@@ -41,4 +41,9 @@ class LoopStudents:
                 site.mask_BD = mask_BD
         if self.shared is not None:
             self.shared.give(x_BCHW)
-        return [student.outputs(x_BCHW, self.start) for student in self.students]
+        try:
+            return [student.outputs(x_BCHW, self.start) for student in self.students]
+        except BaseException:  # memory that ran out: what fits is looked for afterwards
+            if self.shared is not None:
+                self.shared.forget()
+            raise

@@ -51,6 +51,12 @@ class SharedConvs:
             for conv, part_BCHW in zip(convs, parts, strict=True):
                 conv.given_BCHW = part_BCHW
 
+    def forget(self) -> None:
+        """Nothing is handed over any more: a forward that failed has left some of it."""
+        for convs in self.sites:
+            for conv in convs:
+                conv.given_BCHW = None
+
 
 def readers(student: Student, start: int, x_BCHW: Tensor) -> list[str]:
     """The convolutions of ``student`` that read the input of stage ``start`` itself."""

@@ -127,12 +127,12 @@ def train(
     settings = parse_settings(set_ or [])
     planned = plan(recipe, changes, settings, [seed or 0] if seeds is None else parse_seeds(seeds))
     resolved = planned[0].recipe
-    if scale_lr and not quiet:
-        print(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
     if print_recipe:
         for entry in planned:
             print(json.dumps(entry.recipe.to_json(), indent=1))
         return
+    if scale_lr and not quiet:
+        print(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
     if epochs is not None and not quiet:
         print(
             f"schedule for {epochs} epochs: rate / {1 / resolved.lr_decay:g} before epochs "

@@ -48,6 +48,8 @@ def max_pool(x_BCHW: Tensor, stride: int, *, impl: str = "auto") -> Tensor:
 
 
 def _refusal(x_BCHW: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "the compiler fuses its own"
     if x_BCHW.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x_BCHW.dtype}"
     if x_BCHW.dim() != 4 or x_BCHW.shape[1] % 16 or x_BCHW.numel() == 0:

@@ -147,7 +147,7 @@ class Cpu:
         return max(arithmetic, op.bytes / self.copy_rate(op.bytes, dtype)) + self.overhead
 
     def copy_rate(self, size: int, dtype: torch.dtype) -> float:
-        """Bytes/s over a working set of ``size``: by the logarithm between those measured."""
+        """Bytes/s over a working set of ``size``: in proportion between those measured."""
         rates = self.copy_rates[dtype]
         at = bisect.bisect_left(self.sizes, size)
         if at == 0:

@@ -184,8 +184,8 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 @contextmanager
 def torchs_layers() -> Iterator[None]:
-    """Within, convolutions and pools are torch's operators, as a GPU has them and as they are counted;
-    the C++ does the same products."""
+    """Within, convolutions and pools are torch's operators, as a GPU has them; the C++ of a CPU does the
+    same products, and keeps less of a pool."""
     takes, refusal = conv._takes, max_pool._refusal
     conv._takes = lambda *_: False
     max_pool._refusal = lambda *_: "the step is traced"

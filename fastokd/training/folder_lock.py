@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from fastokd.errors import UserError, warn
+
+
+LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _not_the_childs() -> None:
+    """A forked child (a loader's worker) shares its parent's locks, and would hold them after it."""
+    for lock in list(LOCKS):
+        lock._close()
+
+
+os.register_at_fork(after_in_child=_not_the_childs)
 
 
 class FolderLock:
@@ -15,6 +29,7 @@ class FolderLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held: int | None = None
+        LOCKS.add(self)
 
     def check(self, resume: bool) -> None:
         """Whether a run may begin here, or go on; nothing is written.
@@ -41,7 +56,8 @@ class FolderLock:
             raise UserError(f"the run folder {self.path} can't be made: {parent} can't be written")
 
     def take(self) -> None:
-        """Locks the folder until :meth:`release`; the lock of a process that died is gone with it.
+        """Locks the folder until :meth:`release`; the lock of a process that died is gone with it,
+        whatever children live on.
 
         Raises:
             UserError: another process holds it.
@@ -59,6 +75,12 @@ class FolderLock:
 
     def release(self) -> None:
         """Lets go of the folder."""
+        if self._held is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._held, fcntl.LOCK_UN)
+            self._close()
+
+    def _close(self) -> None:
         if self._held is not None:
             os.close(self._held)
             self._held = None

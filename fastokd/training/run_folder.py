@@ -124,7 +124,7 @@ class RunFolder:
         """The newest checkpoint, where the run goes on."""
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.lock.take()
+            self.lock.take()
         if not session.options.resume:
             # Another run may have come and gone since the folder was found free.
             self.lock.check(resume=False)

@@ -146,6 +146,15 @@ def test_what_a_shared_convolution_gave_is_used_once_and_let_go() -> None:
     convs = [m for m in cohort.modules() if isinstance(m, StudentConv)]
     assert len(convs) > 4
     assert all(conv.given_BCHW is None for conv in convs)
+    head = [m for m in cohort.students[0].modules() if isinstance(m, torch.nn.Linear)][-1]
+    head.register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        cohort(images)
+    assert all(conv.given_BCHW is None for conv in convs)
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of memory")
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])

@@ -102,6 +102,22 @@ def test_a_zip_bomb_takes_no_memory(tmp_path: Path, kind: str) -> None:
     assert memory() - before < 100 << 20
 
 
+def test_a_zip_that_cannot_be_looked_through_is_refused(tmp_path: Path) -> None:
+    """One that asks for a newer reader: torch's own doesn't mind, and would unpack it."""
+    path = tmp_path / "x.pth"
+    bomb(path, "packed")
+    data = bytearray(path.read_bytes())
+    at = data.find(b"PK\x01\x02")
+    while at >= 0:
+        data[at + 6 : at + 8] = struct.pack("<H", 90)  # version 9.0
+        at = data.find(b"PK\x01\x02", at + 4)
+    path.write_bytes(data)
+    before = memory()
+    with pytest.raises(UserError, match=r"x\.pth is no checkpoint of torch"):
+        authors.load(path)
+    assert memory() - before < 100 << 20
+
+
 def memory() -> int:
     """The most that this process has had, in bytes."""
     status = Path("/proc/self/status").read_text()

@@ -117,3 +117,19 @@ def test_a_cohorts_pools_use_it() -> None:
     pools = [module for module in cohort.modules() if isinstance(module, nn.MaxPool2d)]
     assert pools
     assert all(isinstance(pool, StudentPool) for pool in pools)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_is_the_compilers_own_where_it_compiles(dynamic: bool) -> None:
+    def loss(x: Tensor) -> Tensor:
+        return max_pool(x, 2).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        x = torch.randn(batch, 16, 6, 6).contiguous(memory_format=LAST).requires_grad_()
+        compiled(x).backward()
+        assert x.grad is not None
+        ours = x.grad.clone()
+        x.grad = None
+        loss(x).backward()
+        torch.testing.assert_close(ours, x.grad)

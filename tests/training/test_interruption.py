@@ -160,26 +160,30 @@ def test_state_is_saved_every_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -
 def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
     out = tmp_path / "run"
     code = (
-        "import sys, time\n"
+        "import os, time\n"
         "from pathlib import Path\n"
         "from fastokd.training.folder_lock import FolderLock\n"
         f"lock = FolderLock(Path({str(out)!r}))\n"
         "lock.path.mkdir()\n"
         "lock.take()\n"
+        # A loader's worker, which outlives its parent for some seconds.
+        "if os.fork() == 0: time.sleep(20); os._exit(0)\n"
         "print('locked', flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
         try:
             with pytest.raises(UserError, match="another run is at work"):
                 train(SMALL, OPTIONS, out=out)
             assert not (out / "recipe.json").exists()
-        finally:
             holder.kill()
-    # A dead process holds nothing.
-    train(SMALL, OPTIONS, out=out, max_steps=1)
+            # A dead process holds nothing, whatever children live on.
+            train(SMALL, OPTIONS, out=out, max_steps=1)
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_the_folder_is_free_again_after_a_failure(
