@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fastokd.errors import UserError, warn
 
-
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
