@@ -142,7 +142,7 @@ def test_transposed_products() -> None:
 
 
 def test_pools_are_counted_as_a_gpu_has_them(cpp_ops: None) -> None:
-    step = trace_ours(recipe("baseline/resnet18/imagenet"), 1, "loop", "bf16", "torch")
+    step = trace_ours(recipe("baseline/resnet18/imagenet"), 1, "loop", "bf16", "auto")
     pools = {op.name for op in step.ops if "pool" in op.name}
     assert {"max_pool2d_with_indices", "max_pool2d_with_indices_backward"} <= pools
     assert not pools & {"max_pool", "max_pool_backward"}
