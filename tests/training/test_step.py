@@ -229,6 +229,26 @@ def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     assert apart < 0.05
 
 
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+@pytest.mark.parametrize("name", ["okddip-branch/resnet8", "ffsd/resnet8", "dml/vgg16"])
+def test_a_step_is_compiled_once(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VGG has dropout, whose masks a step hands to the layers."""
+    compilations: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        compilations.append(len(graph.graph.nodes))
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda body, **how: real(body, backend=counting, **how))
+    session = session_of(
+        small(f"{name}/digits", students=3, batch_size=4), engine=engine, compile=True
+    )
+    for index in range(5):
+        take(session, 1, first=index)
+        assert len(compilations) == 1, f"compiled again in step {index}"
+
+
 def batch(size: int) -> Recipe:
     return small(batch_size=size)
 
