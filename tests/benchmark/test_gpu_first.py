@@ -17,6 +17,7 @@ from bench import gpu_first
 from bench.gpu import runner
 from bench.gpu.child import write_whole
 from bench.gpu.table import SECTIONS, Section
+from fastokd.cli import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,3 +217,27 @@ def test_the_sections_are_functions_that_can_be_found() -> None:
         assert callable(getattr(importlib.import_module(module), function))
     assert len({entry.name for entry in SECTIONS}) == len(SECTIONS)
     assert sum(entry.seconds for entry in SECTIONS if entry.quick) <= 360
+
+
+def test_bench_runs_it_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def runs(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", runs)
+    path = tmp_path / "mine.json"
+    assert run_command(["bench", "--gpu-report", str(path)]) == 1
+    program = str(ROOT / "bench" / "gpu_first.py")
+    assert started == [[sys.executable, program, "--report", str(path)]]
+
+
+def test_bench_refuses_it_without_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "fastokd.commands.bench.__file__", str(tmp_path / "fastokd/commands/bench.py")
+    )
+    assert run_command(["bench", "--gpu-report", str(tmp_path / "mine.json")]) == 2
+    assert "in a clone of the repository" in capsys.readouterr().err
