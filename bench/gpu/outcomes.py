@@ -22,6 +22,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         text = report.longreprtext.strip()
         found["error"] = "\n".join(text.splitlines()[-LINES:])[-CHARACTERS:]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = crash.message if crash is not None else text
+        found["why"] = said.splitlines()[0] if said else ""
     elif report.skipped and isinstance(report.longrepr, tuple):
         found["error"] = str(report.longrepr[2])
     with open(os.environ["FASTOKD_OUTCOMES"], "a") as file:

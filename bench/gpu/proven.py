@@ -17,7 +17,9 @@ from bench.gpu.child import Result, tail
 
 FOLDER = Path("tests/gpu")
 SHARES = 12
-NO_TESTS = 5  # pytest's exit code where a share has none
+# A dry run takes every so-manieth of a file's tests.
+SAMPLES = {"test_step*.py": 6, "test_capture*.py": 3, "test_ops*.py": 100}
+TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 ERRORS = 30
 
 
@@ -36,7 +38,7 @@ def ops(result: Result) -> None:
     """Every op; in a dry run a few of its tests, by Triton's interpreter."""
     if result.dry:
         os.environ["TRITON_INTERPRET"] = "1"
-    _prove(result, ["test_ops*.py"], sample=100)
+    _prove(result, ["test_ops*.py"])
 
 
 def rest(result: Result) -> None:
@@ -51,15 +53,13 @@ def _files(patterns: list[str]) -> list[Path]:
     return sorted(path for pattern in patterns for path in FOLDER.glob(pattern))
 
 
-def _prove(
-    result: Result, patterns: list[str], *, beside: list[list[str]] | None = None, sample: int = 1
-) -> None:
-    """Runs the tests; ``sample``: a dry run takes every so-manieth only."""
+def _prove(result: Result, patterns: list[str], beside: list[list[str]] | None = None) -> None:
+    """Runs the tests of some files, and other programs ``beside`` them."""
     files = _files(patterns)
     if not files:
         raise FileNotFoundError(f"{FOLDER} has no {' or '.join(patterns)}")
     shares = min(2, os.cpu_count() or 1) if result.dry else SHARES
-    of = shares * sample if result.dry else shares
+    of = shares * SAMPLES.get(patterns[0], 1) if result.dry else shares
     # What a library of this machine warns of is in the log; it isn't what is proven.
     tests = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
     tests += ["-p", "bench.gpu.outcomes", *map(str, files)]
@@ -86,9 +86,10 @@ def _prove(
         text = share.said.read_text(errors="replace")
         print(f"----- {share.name}: {share.process.returncode}\n{text}")
         code = share.process.returncode
-        if code not in (0, NO_TESTS) and not any(
-            o["outcome"] == "failed" for o in share.outcomes()
-        ):
+        told = [0, NO_TESTS]
+        if any(outcome["outcome"] == "failed" for outcome in share.outcomes()):
+            told.append(TESTS_FAILED)
+        if code not in told:
             result.data["failures"].append(f"{share.name} ended with {code}: {tail(text, 6)}")
     if not result.data["tests"] and not result.data["failures"]:
         result.data["failures"].append("no test was run")
@@ -136,10 +137,7 @@ class _Share:
 def _tell(result: Result, outcomes: list[dict[str, Any]]) -> None:
     failed = [outcome for outcome in outcomes if outcome["outcome"] == "failed"]
     result.data["tests"] = {o["test"]: [o["outcome"], o["seconds"]] for o in outcomes}
-    result.data["failures"] = [
-        f"{outcome['test']}: {outcome['error'].splitlines()[-1] if outcome['error'] else ''}"
-        for outcome in failed
-    ]
+    result.data["failures"] = [f"{outcome['test']}: {outcome['why']}" for outcome in failed]
     result.data["errors"] = {o["test"]: o["error"] for o in failed[:ERRORS]}
     result.data["not_run"] = {
         o["test"]: o.get("error", "") for o in outcomes if o["outcome"] == "skipped"

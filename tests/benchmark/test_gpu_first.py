@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from bench import gpu_first
-from bench.gpu import runner
-from bench.gpu.child import write_whole
+from bench.gpu import proven, runner
+from bench.gpu.child import Result, write_whole
 from bench.gpu.table import SECTIONS, Section
 from fastokd.cli import run_command
 
@@ -241,3 +241,50 @@ def test_bench_refuses_it_without_a_checkout(
     )
     assert run_command(["bench", "--gpu-report", str(tmp_path / "mine.json")]) == 2
     assert "in a clone of the repository" in capsys.readouterr().err
+
+
+SHARED = """
+import os
+import pytest
+
+def pytest_collection_modifyitems(items):
+    index, count = map(int, os.environ["FASTOKD_SHARE"].split("/"))
+    items[:] = items[index::count]
+"""
+TESTS = """
+import os, time, pytest
+def test_passes(): pass
+def test_also(): pass
+def test_fails(): assert 1 == 2, "one isn't two"
+def test_skips(): pytest.skip("no second GPU")
+def test_crashes(): time.sleep(0.5); os._exit(9)
+"""
+
+
+def test_tests_are_shared_out_and_each_outcome_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a process that dies included; the crash itself is a failure."""
+    monkeypatch.setattr(proven, "FOLDER", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "conftest.py").write_text(SHARED)
+    (tmp_path / "test_step.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    result = Result(tmp_path / "result.json", 60, dry=True)
+    monkeypatch.setattr(proven, "SAMPLES", {})
+    proven.step(result)
+    found = json.loads((tmp_path / "result.json").read_text())
+    outcomes = {name.rpartition("::")[2]: outcome for name, (outcome, _) in found["tests"].items()}
+    assert outcomes == {
+        "test_passes": "passed",
+        "test_also": "passed",
+        "test_fails": "failed",
+        "test_skips": "skipped",
+    }
+    assert found["figures"] == {"passed": 2, "failed": 1, "skipped": 1}
+    failed, crashed = sorted(found["failures"], key=lambda text: "ended with 9" in text)
+    assert "one isn't two" in failed
+    assert "ended with 9" in crashed
+    assert list(found["not_run"].values()) == ["Skipped: no second GPU"]
+    with pytest.raises(FileNotFoundError, match="has no test_capture"):
+        proven.capture(Result(tmp_path / "other.json", 60, dry=True))
