@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(), help="folder of report.json")
     parser.add_argument("--report", type=Path, help="the report's file, in place of --out")
     parser.add_argument("--quick", action="store_true", help="the essentials alone")
-    parser.add_argument("--budget", type=float, default=720.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds in all")
     parser.add_argument("--only", default="", help="sections' names, FAILED or SKIPPED; commas")
     parser.add_argument("--previous", type=Path, help="the report that --only goes on from")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")

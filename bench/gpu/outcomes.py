@@ -1,4 +1,5 @@
-"""A plugin of pytest: a line of JSON for each test as it ends, in the file $FASTOKD_OUTCOMES."""
+"""A plugin of pytest: a line of JSON for each test as it begins and as it ends, in the file
+$FASTOKD_OUTCOMES."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ import os
 import pytest
 
 LINES, CHARACTERS = 15, 1500
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """So that a test in which its process dies, or is killed, has a name."""
+    _note({"test": nodeid, "outcome": "begun", "seconds": 0.0})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -27,5 +33,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         found["why"] = said.splitlines()[0] if said else ""
     elif report.skipped and isinstance(report.longrepr, tuple):
         found["error"] = str(report.longrepr[2])
+    _note(found)
+
+
+def _note(found: dict[str, object]) -> None:
     with open(os.environ["FASTOKD_OUTCOMES"], "a") as file:
         file.write(json.dumps(found) + "\n")

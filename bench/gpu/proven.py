@@ -18,7 +18,7 @@ from bench.gpu.child import Result, tail
 FOLDER = Path("tests/gpu")
 SHARES = 12
 # A dry run takes every so-manieth of a file's tests.
-SAMPLES = {"test_step*.py": 6, "test_capture*.py": 3, "test_ops*.py": 100}
+SAMPLES = {"test_step*.py": 6, "test_capture*.py": 6, "test_ops*.py": 60}
 TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 ERRORS = 30
 
@@ -75,22 +75,22 @@ def _prove(result: Result, patterns: list[str], beside: list[list[str]] | None =
         for index, (name, command) in enumerate(commands)
     ]
     seen = -1
-    while any(share.runs() for share in running) or seen < 0:
-        outcomes = [outcome for share in running for outcome in share.outcomes()]
-        if len(outcomes) != seen:
-            seen = len(outcomes)
-            _tell(result, outcomes)
+    runs = True
+    while runs:
+        runs = any(share.runs() for share in running)
+        noted = [line for share in running for line in share.noted()]
+        if len(noted) != seen:
+            seen = len(noted)
+            _tell(result, noted)
         time.sleep(0.2)
-    _tell(result, [outcome for share in running for outcome in share.outcomes()])
     for share in running:
-        text = share.said.read_text(errors="replace")
-        print(f"----- {share.name}: {share.process.returncode}\n{text}")
         code = share.process.returncode
         told = [0, NO_TESTS]
-        if any(outcome["outcome"] == "failed" for outcome in share.outcomes()):
+        if any(outcome["outcome"] == "failed" for outcome in share.noted()):
             told.append(TESTS_FAILED)
         if code not in told:
-            result.data["failures"].append(f"{share.name} ended with {code}: {tail(text, 6)}")
+            said = tail(share.said.read_text(errors="replace"), 6)
+            result.data["failures"].append(f"{share.name} ended with {code}: {said}")
     if not result.data["tests"] and not result.data["failures"]:
         result.data["failures"].append("no test was run")
     result.write()
@@ -126,17 +126,20 @@ class _Share:
         """Whether it goes on."""
         return self.process.poll() is None
 
-    def outcomes(self) -> list[dict[str, Any]]:
-        """The tests that have ended."""
+    def noted(self) -> list[dict[str, Any]]:
+        """The tests that have begun, and those that have ended."""
         if not self.left.exists():
             return []
         whole = self.left.read_text().rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _tell(result: Result, outcomes: list[dict[str, Any]]) -> None:
+def _tell(result: Result, noted: list[dict[str, Any]]) -> None:
+    outcomes = [line for line in noted if line["outcome"] != "begun"]
     failed = [outcome for outcome in outcomes if outcome["outcome"] == "failed"]
     result.data["tests"] = {o["test"]: [o["outcome"], o["seconds"]] for o in outcomes}
+    begun = dict.fromkeys(line["test"] for line in noted)
+    result.data["running"] = [test for test in begun if test not in result.data["tests"]]
     result.data["failures"] = [f"{outcome['test']}: {outcome['why']}" for outcome in failed]
     result.data["errors"] = {o["test"]: o["error"] for o in failed[:ERRORS]}
     result.data["not_run"] = {

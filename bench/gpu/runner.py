@@ -22,6 +22,8 @@ from bench.gpu.table import Section
 POLL = 0.1
 # A section may take so many times its seconds where later ones leave them over.
 STRETCH = 1.5
+# A dry run is no measurement, on a machine of any pace.
+DRY_STRETCH = 5.0
 LOG_BYTES = 1 << 20
 MARK = "FASTOKD_GPU_SECTION"
 
@@ -73,7 +75,8 @@ class Runner:
                 entry = self._skip(section, why)
             else:
                 later = sum(other.seconds for other in chosen[index + 1 :])
-                longest = min(STRETCH * section.seconds, left - later)
+                stretch = DRY_STRETCH if self.dry else STRETCH
+                longest = min(stretch * section.seconds, left - later)
                 entry = self._run(section, max(section.seconds, longest))
             self.write()
             self.say(line(section.name, entry))
@@ -115,10 +118,15 @@ class Runner:
             code = process.wait()
         entry["seconds"] = round(time.monotonic() - started, 1)
         self._merge(entry, file)
+        # What the section's own processes have said.
+        with open(self.log, "ab") as log:
+            for path in sorted(self.place.work.glob(f"{section.name}-*.txt")):
+                log.write(f"----- {path.stem}\n".encode() + path.read_bytes())
         ending = tail(_since(self.log, begun))
         if over is not None:
             entry["status"], why = over
-            entry["error"] = f"{why}; its last lines:\n{ending}"
+            at = ", ".join(entry.get("running", []))
+            entry["error"] = f"{why}{f' in {at}' if at else ''}; its last lines:\n{ending}"
         elif code != 0:
             entry["status"] = "failed"
             gone = (
@@ -127,6 +135,7 @@ class Runner:
             entry["error"] = entry.get("error") or f"{gone}; its last lines:\n{ending}"
         else:
             entry["status"] = "failed" if entry.get("failures") else "ok"
+            entry.pop("running", None)
         return entry
 
     def _watch(self, pid: int, ends: float, changed: Callable[[], None]) -> tuple[str, str] | None:

@@ -73,7 +73,7 @@ def test_a_section_that_ends_badly_loses_nothing_else(
 def test_a_section_over_its_time_is_killed_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "STRETCH", 1.0)
+    monkeypatch.setattr(runner, "DRY_STRETCH", 1.0)
     code, report = run(tmp_path, table=[section("half", 3.0), section("good")])
     assert code == 1
     assert statuses(report) == {"half": "timeout", "good": "ok"}
@@ -285,6 +285,7 @@ def test_tests_are_shared_out_and_each_outcome_is_kept(
     failed, crashed = sorted(found["failures"], key=lambda text: "ended with 9" in text)
     assert "one isn't two" in failed
     assert "ended with 9" in crashed
+    assert [name.rpartition("::")[2] for name in found["running"]] == ["test_crashes"]
     assert list(found["not_run"].values()) == ["Skipped: no second GPU"]
     with pytest.raises(FileNotFoundError, match="has no test_capture"):
         proven.capture(Result(tmp_path / "other.json", 60, dry=True))
