@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastokd.kernels._launch import on_device
 from torch import Tensor
 
 _BLOCK = 4096
@@ -86,6 +87,7 @@ def backward_kernel(
         tl.store(gy_ptr + b * N + i, gy, mask=i < N)
 
 
+@on_device
 def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and what the backward needs ``[4, B]``: one launch, and the sum over the batch."""
     B = x_BCHW.shape[0]
@@ -101,6 +103,7 @@ def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return loss_B.sum(), saved_4B
 
 
+@on_device
 def feature_pair_backward(
     x_BCHW: Tensor, y_BCHW: Tensor, saved_4B: Tensor, incoming: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor]:
