@@ -16,7 +16,7 @@ class StudentConv(nn.Conv2d):
     ``suited``: a layer that the kernels of ``ops/conv.py`` take.
     """
 
-    given_BCHW: Tensor | None = None
+    given_BCHW: Tensor | None
     suited = False
     impl = "auto"
 
@@ -45,6 +45,7 @@ def student_conv(student: Student, name: str) -> StudentConv:
     ours = StudentConv.__new__(StudentConv)
     ours.__dict__.update(conv.__dict__)
     ours.suited = suits(conv)
+    ours.given_BCHW = None  # an instance attribute from the start: Dynamo guards on where it lives
     parent, _, child = name.rpartition(".")
     setattr(student.get_submodule(parent), child, ours)
     return ours

@@ -51,19 +51,21 @@ class GlobalAveragePool(nn.Module):
 class Dropout(nn.Dropout):
     """Dropout of ``[B, width]`` features whose mask may be given.
 
-    ``mask_BD``, where an engine has set it, is what a training forward multiplies by (0, or
+    ``mask_BD``, where an engine has set it, is what the next training forward multiplies by (0, or
     1 / (1 - p)): masks of all students are drawn at once, so that every engine drops the same.
     """
 
-    mask_BD: Tensor | None = None
+    mask_BD: Tensor | None
 
     def __init__(self, p: float, width: int) -> None:
         super().__init__(p)
         self.width = width
+        self.mask_BD = None
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        if self.training and self.mask_BD is not None:
-            return x_BD * self.mask_BD
+        mask_BD, self.mask_BD = self.mask_BD, None
+        if self.training and mask_BD is not None:
+            return x_BD * mask_BD
         return super().forward(x_BD)
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 # Steps between two reads: what a fault costs at most, beside one wait for the device a hundred steps.
 READ_EVERY = 100
 
+# What the CUDA kernel of `_amp_foreach_non_finite_check_and_unscale_` takes; the CPU's takes bf16 too.
+CHECKED = (torch.float16, torch.float32, torch.float64)
+
 RandomState = tuple[Tensor, Tensor | None]
 
 
@@ -55,6 +58,7 @@ class Guard:
             if value is not None:
                 # Gradients are many, and need no detaching.
                 plain = value.detach() if value.requires_grad else value
+                plain = plain if plain.dtype in CHECKED else plain.float()
                 by_dtype.setdefault(plain.dtype, []).append(plain)
         for group in by_dtype.values():
             # What GradScaler asks of gradients, with a scale of one: a single pass over all.

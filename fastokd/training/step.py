@@ -36,7 +36,7 @@ SMALLEST_SCALE = 2.0**-14
 def training_step(
     session: Session, images_BHWC: Tensor, labels_B: Tensor
 ) -> tuple[Tensor, MethodLoss]:
-    """One step as the session's options have it: the logits ``[S, B, C]`` and the loss.
+    """One step as the session's options have it: the logits ``[S, B, C]`` and the loss, detached.
 
     ``images_BHWC``: uint8, on the session's device; ``labels_B``: class ids. In a captured step
     what is returned is overwritten by the next one.
@@ -66,7 +66,7 @@ class StepProgram:
                     f"capture is asked for on {session.device}, but only a GPU has graphs: "
                     "leave --capture out"
                 )
-            self.captured = CapturedStep(self.run)
+            self.captured = CapturedStep(self.run, session.device)
         self._held: tuple[Held, Held] | None = None
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
@@ -79,12 +79,13 @@ class StepProgram:
         """The step itself."""
         for held in self.held:
             held.take()
-        out = self.gradients(images_BHWC, labels_B)
+        logits_SBC, loss = self.gradients(images_BHWC, labels_B)
         if self.session.row is not None:
             self.session.row.level()
         self.update()
         self.session.guard.counted()
-        return out
+        # Without their history: a graph's outputs would keep the warm-up's autograd nodes alive.
+        return logits_SBC.detach(), MethodLoss(loss.total.detach(), loss.parts)
 
     @property
     def held(self) -> tuple[Held, Held]:

@@ -6,19 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils import deterministic
 
 
 @contextmanager
 def poisoned(on: bool = True) -> Iterator[None]:
     """Within, what ``torch.empty`` returns holds NaN; ``on=False``: within, it doesn't.
 
-    It comes with PyTorch's deterministic algorithms, which some operators on a GPU don't have
-    (``kthvalue``) or want set up (cuBLAS): a reference is computed without.
+    It comes with PyTorch's deterministic algorithms, which some operators don't have on a GPU or want
+    set up there (cuBLAS): a reference is computed without.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on)
+    deterministic.fill_uninitialized_memory = on
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]

@@ -20,6 +20,7 @@ from fastokd.recipes import Recipe, recipe
 from fastokd.training.captured import CapturedStep
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
+from tests.training.every_method import Recorder
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 
@@ -229,28 +230,45 @@ def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     assert apart < 0.05
 
 
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+@pytest.mark.parametrize("name", ["okddip-branch/resnet8", "ffsd/resnet8", "dml/vgg16"])
+def test_a_step_is_compiled_once(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VGG has dropout, whose masks a step hands to the layers."""
+    torch._dynamo.reset()  # what other tests compiled counts against the limit of one function
+    compilations: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        compilations.append(len(graph.graph.nodes))
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda body, **how: real(body, backend=counting, **how))
+    session = session_of(
+        small(f"{name}/digits", students=3, batch_size=4), engine=engine, compile=True
+    )
+    for index in range(5):
+        take(session, 1, first=index)
+        assert len(compilations) == 1, f"compiled again in step {index}"
+
+
 def batch(size: int) -> Recipe:
     return small(batch_size=size)
 
 
-def replayed(body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Stands for a CUDA graph: a replay fills the tensors that the recording gave."""
-    logits_SBC, loss = torch.empty(2, 8, 10), torch.empty(())
-
-    def replay() -> None:
-        new_logits, new_loss = body()
-        logits_SBC.copy_(new_logits.detach())
-        loss.copy_(new_loss.total.detach())
-
-    return (logits_SBC, loss), replay
-
-
-def test_a_captured_step_reads_each_batch_from_the_same_tensors() -> None:
-    """Warm-up, recording, replays, and a smaller batch between: as the plain steps."""
+@pytest.mark.parametrize(
+    ("sizes", "replays"),
+    [((8, 8, 8, 8, 5, 8, 8, 5, 5, 8), [5, 2]), ((5, 8, 8, 8, 5, 8), [3, 1])],
+)
+def test_a_captured_step_reads_each_batch_from_the_same_tensors(
+    sizes: tuple[int, ...], replays: list[int]
+) -> None:
+    """Warm-up, a recording for each shape, replays: as the plain steps. A shape is recorded when
+    it comes again after the warm-up, whichever comes first."""
     one = small("okddip_random-branch/resnet8/digits", students=2)
     plain, captured = session_of(one), session_of(one)
-    step = CapturedStep(captured.step_program.run, replayed, warm_up=2)
-    for index, size in enumerate((8, 8, 8, 8, 5, 8)):
+    recorder = Recorder()
+    step = CapturedStep(captured.step_program.run, captured.device, recorder, warm_up=2)
+    for index, size in enumerate(sizes):
         for session, run in ((plain, plain.step_program), (captured, step)):
             session.epoch = 40 * index
             session.begin_epoch()
@@ -258,7 +276,7 @@ def test_a_captured_step_reads_each_batch_from_the_same_tensors() -> None:
             session.begin_step(size)
             run(images, labels)
             session.step += 1
-    assert step.inputs is not None
+    assert recorder.replays == replays
     torch.testing.assert_close(state(captured), state(plain), rtol=0, atol=0)
 
 
