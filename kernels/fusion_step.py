@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from fastokd.kernels._launch import on_device
 from fastokd.kernels._maps import strides
 from torch import Tensor
 
@@ -240,6 +241,7 @@ def _conv(
     )  # fmt: skip
 
 
+@on_device
 def fusion_step(
     maps: Sequence[Tensor],
     weight_K133: Tensor,
@@ -267,6 +269,7 @@ def fusion_step(
     return y_BKHW, z_BKHW, saved_2K
 
 
+@on_device
 def fusion_step_backward(
     dy_BKHW: Tensor,
     maps: Sequence[Tensor],
