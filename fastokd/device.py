@@ -57,6 +57,27 @@ def set_matmul_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
+    """Which kernels a GPU's libraries may choose, for the whole process.
+
+    By default cuDNN times its algorithms for each new shape and takes the fastest, which another
+    process may not: sums are then rounded in another order. ``deterministic`` admits algorithms
+    alone that give the same bits each time, and operators that have such a form: others raise.
+    Once on, it stays on, as torch's own switch does; a process that has turned that on keeps it.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not (
+        deterministic or torch.are_deterministic_algorithms_enabled()
+    )
+    if deterministic:
+        # cuBLAS reads it when a process first multiplies; with several streams it must be set.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The context in which the cohort and the method run."""
     if precision in CASTS:

@@ -1,12 +1,34 @@
-"""What the launchers of the fused loss share: its options, and what fits the registers."""
+"""What launchers share: the device that they run on; for the fused loss its options and its plan."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import torch
 import triton
 from fastokd.kernels._layout import Weight
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def on_device(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Runs a launcher with the device of its first tensor as the current one.
+
+    Triton compiles for the current device and launches on it, whatever device the arguments are on.
+    The first argument is a tensor or a sequence of tensors.
+    """
+
+    @functools.wraps(launcher)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        first: Any = args[0]
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return launcher(*args, **kwargs)
+
+    return run
 
 
 class Loss(NamedTuple):
@@ -22,7 +44,7 @@ class Loss(NamedTuple):
 
 
 def warp_size() -> int:
-    """Threads in a warp of the device that kernels are compiled for."""
+    """Threads in a warp of the current device, which kernels are compiled for."""
     if triton.knobs.runtime.interpret:
         return 32
     return int(triton.runtime.driver.active.get_current_target().warp_size)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastokd.kernels._launch import on_device
 from fastokd.kernels._maps import strides
 from torch import Tensor
 
@@ -202,6 +203,7 @@ def _warps(elements: int) -> int:
     return min(max(elements // 1024, 1), 16)
 
 
+@on_device
 def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """n(A(x)) ``[B, HW]`` and ||A(x)|| ``[B]``: one launch."""
     B, C, H, W = x_BCHW.shape
@@ -215,6 +217,7 @@ def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return u_BP, r_B
 
 
+@on_device
 def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: Tensor) -> Tensor:
     """The gradient by x of :func:`attention_map`'s first result: one launch."""
     B, C, H, W = x_BCHW.shape
@@ -228,6 +231,7 @@ def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: T
     return out_BCHW
 
 
+@on_device
 def attention_pair(
     x_BCHW: Tensor, y_BCHW: Tensor, shift: bool, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,6 +254,7 @@ def attention_pair(
     return loss_B.sum(), sx, sy
 
 
+@on_device
 def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> Tensor:
     """x * s * incoming, in x's layout and dtype: one launch."""
     B, C, H, W = x_BCHW.shape
@@ -265,6 +270,7 @@ def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> T
     return out_BCHW
 
 
+@on_device
 def shifted_map(y_BCHW: Tensor) -> Tensor:
     """y + (target(y) - u) ||A|| / C, in y's layout and dtype: one launch."""
     B, C, H, W = y_BCHW.shape

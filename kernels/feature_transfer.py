@@ -12,6 +12,9 @@ where the maps agree, the second where their norms differ: each serves where it 
 are kept in fp32 lanes of a few dozen terms each and added up in float64. Saved are four numbers a
 sample: 1 / nx, 1 / ny, u . (u - v) and v . (v - u). The backward takes u - v as
 (x - y nx / ny) / nx: exactly 0 where the maps are the same, whatever gets fused.
+
+A sample lies in memory as rows of ROW neighbours: one row where it is dense, a row a pixel where the
+map is a slice of wider channels-last maps (students side by side). The gradient is always dense.
 """
 
 from __future__ import annotations
@@ -19,16 +22,25 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastokd.kernels._launch import on_device
+from fastokd.kernels._maps import dense, strides
 from torch import Tensor
 
 _BLOCK = 4096
 _EPS = tl.constexpr(1e-12)
 
 
+@triton.jit
+def _load(ptr, i, pitch, N: tl.constexpr, ROW: tl.constexpr):
+    """Numbers ``i`` of a sample in fp32."""
+    at = i if ROW == N else i // ROW * pitch + i % ROW
+    return tl.load(ptr + at, mask=i < N, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["B"])
 def forward_kernel(
-    x_ptr, y_ptr, loss_ptr, saved_ptr, scale, x_stride_b, y_stride_b, B,
-    N: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, loss_ptr, saved_ptr, scale, x_stride_b, x_pitch, y_stride_b, y_pitch, B,
+    N: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     xx = tl.zeros([BLOCK], tl.float32)
@@ -37,8 +49,8 @@ def forward_kernel(
     dd = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
+        x = _load(x_ptr + b * x_stride_b, i, x_pitch, N, ROW)
+        y = _load(y_ptr + b * y_stride_b, i, y_pitch, N, ROW)
         xx += x * x
         yy += y * y
         xy += x * y
@@ -66,15 +78,17 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def backward_kernel(
-    x_ptr, y_ptr, saved_ptr, incoming_ptr, gx_ptr, gy_ptr, scale, x_stride_b, y_stride_b, B,
-    N: tl.constexpr, BLOCK: tl.constexpr, NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
+    x_ptr, y_ptr, saved_ptr, incoming_ptr, gx_ptr, gy_ptr, scale,
+    x_stride_b, x_pitch, y_stride_b, y_pitch, B,
+    N: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ix = tl.load(saved_ptr + b)
     iy = tl.load(saved_ptr + B + b)
-    x = tl.load(x_ptr + b * x_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + b * y_stride_b + i, mask=i < N, other=0.0).to(tl.float32)
+    x = _load(x_ptr + b * x_stride_b, i, x_pitch, N, ROW)
+    y = _load(y_ptr + b * y_stride_b, i, y_pitch, N, ROW)
     g = tl.load(incoming_ptr) * (2.0 * scale)
     if NEED_X:
         along = tl.load(saved_ptr + 2 * B + b)
@@ -86,6 +100,14 @@ def backward_kernel(
         tl.store(gy_ptr + b * N + i, gy, mask=i < N)
 
 
+def _layout(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[int, tuple[int, int, int, int]]:
+    """ROW, and of each map the distance between samples and between rows."""
+    row = x_BCHW[0].numel() if dense(x_BCHW, y_BCHW) else x_BCHW.shape[1]
+    (x_b, x_p, _), (y_b, y_p, _) = strides(x_BCHW), strides(y_BCHW)
+    return row, (x_b, x_p, y_b, y_p)
+
+
+@on_device
 def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and what the backward needs ``[4, B]``: one launch, and the sum over the batch."""
     B = x_BCHW.shape[0]
@@ -94,13 +116,15 @@ def feature_pair(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     saved_4B = x_BCHW.new_empty((4, B), dtype=torch.float32)
     BLOCK = min(triton.next_power_of_2(N), _BLOCK)
     if B:
+        row, distances = _layout(x_BCHW, y_BCHW)
         forward_kernel[(B,)](
-            x_BCHW, y_BCHW, loss_B, saved_4B, 1.0 / (B * N), x_BCHW.stride(0), y_BCHW.stride(0), B,
-            N, BLOCK, num_warps=8,
+            x_BCHW, y_BCHW, loss_B, saved_4B, 1.0 / (B * N), *distances, B,
+            N, row, BLOCK, num_warps=8,
         )  # fmt: skip
     return loss_B.sum(), saved_4B
 
 
+@on_device
 def feature_pair_backward(
     x_BCHW: Tensor, y_BCHW: Tensor, saved_4B: Tensor, incoming: Tensor, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor]:
@@ -111,8 +135,9 @@ def feature_pair_backward(
     gy = torch.empty_like(y_BCHW) if need_y else y_BCHW.new_empty(0)
     BLOCK = min(triton.next_power_of_2(N), _BLOCK)
     if B:
+        row, distances = _layout(x_BCHW, y_BCHW)
         backward_kernel[(B, triton.cdiv(N, BLOCK))](
-            x_BCHW, y_BCHW, saved_4B, incoming, gx, gy, 1.0 / (B * N), x_BCHW.stride(0),
-            y_BCHW.stride(0), B, N, BLOCK, need_x, need_y, num_warps=8,
+            x_BCHW, y_BCHW, saved_4B, incoming, gx, gy, 1.0 / (B * N), *distances, B,
+            N, row, BLOCK, need_x, need_y, num_warps=8,
         )  # fmt: skip
     return gx, gy

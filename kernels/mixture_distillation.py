@@ -26,7 +26,14 @@ import triton
 import triton.language as tl
 from fastokd.kernels import _layout, _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
-from fastokd.kernels._launch import Loss, compiler_options, plan, query_columns, warp_size
+from fastokd.kernels._launch import (
+    Loss,
+    compiler_options,
+    on_device,
+    plan,
+    query_columns,
+    warp_size,
+)
 from fastokd.kernels._layout import empty_gradient, row_layout
 from fastokd.kernels._reduce import reduce, weight
 from fastokd.kernels._tiles import load_rows, store_rows, sums
@@ -247,19 +254,19 @@ def run(
     warp = warp_size()
     block, warps = plan(N, C, loss.mix != "logits", warp)
     tile = triton.next_power_of_2(N)
-    with torch.cuda.device_of(logits_SBC):
-        mixture_distillation_kernel[(B,)](
-            logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
-            *loss.ce, *loss.kd, *loss.mixture, *loss.temperature, loss.smoothing,
-            losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
-            S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
-            loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
-            block, tile, query_columns(tile, warp),
-            **compiler_options(warps, warp),
-        )  # fmt: skip
+    mixture_distillation_kernel[(B,)](
+        logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
+        *loss.ce, *loss.kd, *loss.mixture, *loss.temperature, loss.smoothing,
+        losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
+        S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
+        loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
+        block, tile, query_columns(tile, warp),
+        **compiler_options(warps, warp),
+    )  # fmt: skip
     return losses_3SB
 
 
+@on_device
 def launch(
     logits_SBC: Tensor,
     extra_EBC: Tensor | None,

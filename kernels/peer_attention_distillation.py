@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 from fastokd.kernels import _layout
-from fastokd.kernels._launch import Loss
+from fastokd.kernels._launch import Loss, on_device
 from fastokd.kernels._layout import empty_gradient
 from fastokd.kernels._reduce import reduce
 from fastokd.kernels.mixture_distillation import run
 from torch import Tensor
 
 
+@on_device
 def launch(
     logits_SBC: Tensor,
     labels: Tensor,

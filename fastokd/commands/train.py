@@ -86,6 +86,9 @@ def train(
         str, typer.Option(help="What ranks share under torchrun: data, or students.")
     ] = "data",
     sync_bn: Annotated[bool, typer.Option(help="BatchNorm over the batch of all ranks.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="The same bits each time, on a GPU too; slower there.")
+    ] = False,
     scale_lr: Annotated[
         bool, typer.Option(help="The rate times --batch-size over the recipe's own batch.")
     ] = False,
@@ -166,6 +169,7 @@ def train(
         save_every_minutes=save_every_minutes,
         parallel=parallel,
         sync_bn=sync_bn,
+        deterministic=deterministic,
         show_augmentation=show_augmentation,
         tensorboard=tensorboard,
         wandb=wandb,

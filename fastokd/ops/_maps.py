@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
+from fastokd.kernels._maps import even_pixels
 
 EPS = 1e-12
 MAX_PIXELS = 4096  # kernels/attention.py holds a sample's attention in one program's registers
@@ -58,12 +59,6 @@ def mse(a_BN: Tensor, b_BN: Tensor) -> Tensor:
     return (a_BN - b_BN).square().sum() / max(a_BN.numel(), 1)
 
 
-def even_pixels(x_BCHW: Tensor) -> bool:
-    """Whether one stride leads from each pixel of a sample to the next."""
-    _, _, H, W = x_BCHW.shape
-    return H == 1 or W == 1 or x_BCHW.stride(2) == W * x_BCHW.stride(3)
-
-
 def refusals(*maps: Tensor) -> dict[str, str | None]:
     """Why the C++ and the Triton form can't read these maps' attention."""
     cpp = triton = None
@@ -78,16 +73,3 @@ def refusals(*maps: Tensor) -> dict[str, str | None]:
         if H * W > MAX_PIXELS:
             triton = f"a map has {H * W} pixels, more than the {MAX_PIXELS} that fit one program"
     return {"cpp": cpp, "triton": triton}
-
-
-def dense(x_BCHW: Tensor, y_BCHW: Tensor) -> bool:
-    """Whether each sample of both is one stretch of memory, in the same order."""
-    _, C, H, W = x_BCHW.shape
-    last, first = (1, W * C, C), (H * W, W, 1)
-    for order in (last, first):
-        if all(
-            size == 1 or x_BCHW.stride(dim) == y_BCHW.stride(dim) == stride
-            for dim, size, stride in zip((1, 2, 3), (C, H, W), order, strict=True)
-        ):
-            return True
-    return False

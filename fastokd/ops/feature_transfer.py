@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastokd.kernels._maps import dense, in_rows
 from fastokd.ops._dispatch import choose
 from fastokd.ops._map_ops import FeaturePair
-from fastokd.ops._maps import arithmetic, check_map, check_pair, dense, mse, normalised
+from fastokd.ops._maps import arithmetic, check_map, check_pair, mse, normalised
 
 
 def feature_transfer(student_BCHW: Tensor, other_BCHW: Tensor, *, impl: str = "auto") -> Tensor:
@@ -30,8 +31,8 @@ def feature_transfer(student_BCHW: Tensor, other_BCHW: Tensor, *, impl: str = "a
     check_map("student_BCHW", student_BCHW, pixels=1)
     check_pair(student_BCHW, other_BCHW, channels=True)
     device = student_BCHW.device
-    reason = None if impl == "torch" else _refusal(student_BCHW, other_BCHW)
-    chosen = choose("feature_transfer", impl, device, {"cpp": reason, "triton": reason})
+    refusals = {} if impl == "torch" else _refusals(student_BCHW, other_BCHW)
+    chosen = choose("feature_transfer", impl, device, refusals)
     if chosen != "torch":
         interpreted = chosen == "triton" and device.type != "cuda"
         return FeaturePair.apply(interpreted, student_BCHW, other_BCHW)
@@ -41,11 +42,15 @@ def feature_transfer(student_BCHW: Tensor, other_BCHW: Tensor, *, impl: str = "a
     )
 
 
-def _refusal(student_BCHW: Tensor, other_BCHW: Tensor) -> str | None:
+def _refusals(student_BCHW: Tensor, other_BCHW: Tensor) -> dict[str, str | None]:
+    """Why the C++ and the Triton form can't read these maps."""
+    cpp = triton = None
     if torch.float64 in (student_BCHW.dtype, other_BCHW.dtype):
-        return "float64 is for impl='torch'"
-    if student_BCHW.dtype != other_BCHW.dtype:
-        return "the maps have different dtypes"
-    if not dense(student_BCHW, other_BCHW):
-        return "the maps' samples are not dense in one order"
-    return None
+        cpp = triton = "float64 is for impl='torch'"
+    elif student_BCHW.dtype != other_BCHW.dtype:
+        cpp = triton = "the maps have different dtypes"
+    elif not dense(student_BCHW, other_BCHW):
+        cpp = "the maps' samples are not dense in one order"
+        if not (in_rows(student_BCHW) and in_rows(other_BCHW)):
+            triton = "the maps' samples are neither dense in one order nor both channels-last"
+    return {"cpp": cpp, "triton": triton}

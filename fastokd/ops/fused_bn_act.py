@@ -125,6 +125,11 @@ def norm_act(
     )
 
 
+def norm_impl(impl: str) -> str:
+    """The norm's ``impl`` in a step whose losses take ``impl``: the norm has no Triton form."""
+    return "auto" if impl == "triton" else impl
+
+
 def _check(
     x_BCHW: Tensor,
     weight_C: Tensor | None,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
+from fastokd.kernels._maps import even_pixels
 from fastokd.ops._dispatch import choose
 from fastokd.ops._map_ops import FusionStep
-from fastokd.ops._maps import even_pixels
 
 
 def fusion_step(

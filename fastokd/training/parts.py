@@ -19,6 +19,7 @@ from fastokd.data import (
 )
 from fastokd.distributed.ranks import Line
 from fastokd.methods import Method, OptimGroup, create_method, method_class
+from fastokd.ops.fused_bn_act import norm_impl
 from fastokd.recipes import Recipe
 from fastokd.teacher import Weights, build_teacher
 from fastokd.training.optimizers import create_optimizer
@@ -57,8 +58,7 @@ def build_cohort(
         recipe.models,
         len(data.class_names),
         sharing=recipe.sharing,
-        # The norm has no Triton form: on a GPU the compiler fuses it.
-        impl="auto" if options.impl == "triton" else options.impl,
+        impl=norm_impl(options.impl),
         mean=data.mean,
         std=data.std,
         seed=recipe.seed,

@@ -28,6 +28,7 @@ KEPT = (
     "ema",
     "overfit_batch",
     "sync_bn",
+    "deterministic",
     "init",
 )
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
@@ -71,6 +72,8 @@ class RunOptions:
         parallel: what several processes share (``torchrun``): ``"data"``, each batch, or
             ``"students"``, the students, and what ranks remain the batch (``docs/distributed.md``).
         sync_bn: BatchNorm over the batch of all ranks, not over each one's share.
+        deterministic: the same bits from the same command on the same machine, on a GPU too
+            (``docs/reliability.md``): only kernels that give them, and no engine chosen by timing.
         show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
         tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
         quiet: no progress bar and no lines.
@@ -106,6 +109,7 @@ class RunOptions:
     save_every_minutes: float | None = 15.0
     parallel: str = "data"
     sync_bn: bool = False
+    deterministic: bool = False
     show_augmentation: bool = False
     tensorboard: bool = False
     wandb: bool = False

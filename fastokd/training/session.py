@@ -18,6 +18,7 @@ from fastokd.device import (
     gradient_scaler,
     pick_device,
     pick_precision,
+    set_kernel_selection,
     set_matmul_precision,
 )
 from fastokd.distributed.launch import device_here
@@ -69,6 +70,7 @@ class Session:
         self.ranks = Ranks.here(options.parallel, recipe.students, self.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
+        set_kernel_selection(self.device, options.deterministic)
         if training and self.device.type == "cpu":
             keep_freed_memory()
         self.epoch, self.batch, self.step = 0, 0, 0
@@ -129,7 +131,13 @@ class Session:
         self.meter = Meter(recipe.students, recipe.has_leader)
         self._draws: dict[int, dict[str, Tensor]] = {}
         self.ranks.seed_global(recipe.seed, self.step)
-        self.settled = options.engine != "auto" or options.sync_bn or self.row is not None
+        # An engine that timings choose may be another one next time: with other last bits.
+        self.settled = (
+            options.engine != "auto"
+            or options.sync_bn
+            or self.row is not None
+            or options.deterministic
+        )
         self.adopt(Choice.of(options.engine, options.compile, options.memory_format))
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:

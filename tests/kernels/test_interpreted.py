@@ -1,4 +1,8 @@
-"""Every kernel against float64 under Triton's interpreter, in a process of its own."""
+"""The Triton tests of tests/gpu under Triton's interpreter, on the CPU.
+
+Triton chooses between compiler and interpreter when a kernel is imported, so that needs a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "interpreted"
+FILES = sorted((Path(__file__).parents[1] / "gpu").glob("test_ops_*.py"))
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("test_*.py")))
-def test_interpreted(file: str) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_interpreted(file: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -14,11 +14,12 @@ from tests.ops.map_cases import LOSSES, OPS, draw, run
 
 class Edges:
     impl: str
+    device = torch.device("cpu")
 
     def target(self, values: list[float]) -> tuple[Tensor, Tensor, float]:
         """a, the target and r of a map whose squares are the attention (C = 1), the target
         recovered from what the shift added."""
-        root_P = torch.tensor(values)
+        root_P = torch.tensor(values, device=self.device)
         energy_P = root_P.square()
         y_BCHW = root_P.view(1, 1, 1, -1)
         r = float(energy_P.norm())
@@ -52,20 +53,20 @@ class Edges:
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_zero_maps_have_no_gradient_and_no_nan(self, name: str) -> None:
-        x, y = draw(2, dtype=torch.float32, layout="last")
+        x, y = draw(2, dtype=torch.float32, layout="last", device=self.device)
         zero = torch.zeros_like(x)
         for found in (run(name, zero, y, self.impl), run(name, x, zero, self.impl)):
             assert all(value.isfinite().all() for value in found.values())
 
     def test_zero_maps_stay_zero(self) -> None:
-        zero = torch.zeros(2, 3, 2, 2)
+        zero = torch.zeros(2, 3, 2, 2, device=self.device)
         assert (ops.attention_map(zero, impl=self.impl) == 0).all()
         assert (ops.shifted_map(zero, impl=self.impl) == 0).all()
 
     @pytest.mark.parametrize("name", OPS)
     @pytest.mark.parametrize("poison", [math.nan, math.inf])
     def test_nan_stays_in_its_sample(self, name: str, poison: float) -> None:
-        x, y = draw(dtype=torch.float32, layout="last")
+        x, y = draw(dtype=torch.float32, layout="last", device=self.device)
         (y if name == "shifted" else x)[1, 2, 1, 1] = poison
         found = run(name, x, y, self.impl, asks=(True, False))
         result = found.get("grad_x", found["result"])
@@ -76,7 +77,7 @@ class Edges:
 
     @pytest.mark.parametrize("name", OPS)
     def test_empty_batch(self, name: str) -> None:
-        x, y = draw(B=0, dtype=torch.float32, layout="last")
+        x, y = draw(B=0, dtype=torch.float32, layout="last", device=self.device)
         found = run(name, x, y, self.impl)
         if name in LOSSES:
             assert found.pop("result") == 0
@@ -85,6 +86,6 @@ class Edges:
     @pytest.mark.parametrize("name", OPS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_dtypes(self, name: str, dtype: torch.dtype) -> None:
-        found = run(name, *draw(1, dtype=dtype, layout="last"), self.impl)
+        found = run(name, *draw(1, dtype=dtype, layout="last", device=self.device), self.impl)
         assert found.pop("result").dtype == (dtype if name == "shifted" else torch.float32)
         assert all(value.dtype == dtype for value in found.values())

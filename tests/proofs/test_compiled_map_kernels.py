@@ -16,16 +16,17 @@ from tests.proofs.offline import TARGETS, Facts, compiling_for, facts
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def maps(B: int, C: int, side: int, dtype: torch.dtype) -> Tensor:
-    x_BCHW = torch.zeros(B, C, side, side, dtype=dtype)
-    return x_BCHW.contiguous(memory_format=torch.channels_last)
+def maps(B: int, C: int, side: int, dtype: torch.dtype, students: int = 1) -> Tensor:
+    """One student's map; of several students' maps that lie side by side, the last."""
+    x_BCHW = torch.zeros(B, students * C, side, side, dtype=dtype)
+    return x_BCHW.contiguous(memory_format=torch.channels_last)[:, -C:]
 
 
-def losses(C: int, side: int, dtype: torch.dtype, B: int = 128) -> None:
+def losses(C: int, side: int, dtype: torch.dtype, B: int = 128, students: int = 1) -> None:
     """Every launch of the map losses, with the gradients that FFSD asks for."""
     from fastokd.kernels import attention, feature_transfer
 
-    x_BCHW = maps(B, C, side, dtype)
+    x_BCHW = maps(B, C, side, dtype, students)
     u_BP, r_B = attention.attention_map(x_BCHW)
     attention.attention_map_backward(x_BCHW, u_BP, r_B, u_BP)
     for shift in (False, True):
@@ -54,6 +55,7 @@ CASES: dict[str, Callable[[], None]] = {
     "losses 16x32x32 bf16": lambda: losses(16, 32, BF16),
     "losses 64x8x8 fp32": lambda: losses(64, 8, FP32),
     "losses 64x8x8 bf16": lambda: losses(64, 8, BF16),
+    "losses 64x8x8 of 4 students bf16": lambda: losses(64, 8, BF16, students=4),
     "losses 64x56x56 fp32": lambda: losses(64, 56, FP32),
     "losses 64x56x56 bf16": lambda: losses(64, 56, BF16),
     "losses 512x7x7 bf16": lambda: losses(512, 7, BF16),
@@ -62,6 +64,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fusion of 4 512x7x7 bf16": lambda: fusion(4, 512, 7, BF16),
     "transfusion 64x8x8 fp32": lambda: fusion(1, 64, 8, FP32),
     "transfusion 64x8x8 bf16": lambda: fusion(1, 64, 8, BF16),
+    "transfusion 512x7x7 bf16": lambda: fusion(1, 512, 7, BF16),
 }
 # What these store is a number a pixel, a sample or a channel.
 NO_MAP_STORED = ("map_kernel", "pair_kernel", "forward_kernel", "reduce_kernel", "gradient_kernel")

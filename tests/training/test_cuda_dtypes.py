@@ -17,11 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.errors import UserError
-from fastokd.methods import list_methods, method_class
-from fastokd.recipes import Recipe, recipe
 from fastokd.training.guard import Guard
 from fastokd.training.session import RunOptions
+from tests.training.every_method import METHODS, small
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 I32, I64 = torch.int32, torch.int64
@@ -82,29 +80,8 @@ class CudaDtypes(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def cases() -> list[tuple[str, str]]:
-    return [
-        (method, sharing)
-        for method in list_methods()
-        for sharing in method_class(method).needs.sharing
-    ]
-
-
-def small(method: str, sharing: str) -> Recipe:
-    """The method's smallest recipe; its peers and leader three students."""
-    changes: dict[str, Any] = {"students": 3, "batch_size": 6, "epochs": 4}
-    for name in (f"{method}-{sharing}/resnet8/digits", f"{method}/resnet8/digits"):
-        try:
-            made = recipe(name, **changes)
-        except UserError:
-            continue
-        if made.sharing == sharing:
-            return made
-    return recipe(f"{method}/resnet8/digits", **{**changes, "sharing": sharing})
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(("method", "sharing"), cases())
+@pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_every_operator_of_a_step_has_a_cuda_kernel(
     method: str, sharing: str, precision: str
 ) -> None:

@@ -20,6 +20,7 @@ from fastokd.recipes import Recipe, recipe
 from fastokd.training.captured import CapturedStep
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
+from tests.training.every_method import Recorder
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 
@@ -229,30 +230,29 @@ def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     assert apart < 0.05
 
 
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+@pytest.mark.parametrize("name", ["okddip-branch/resnet8", "ffsd/resnet8", "dml/vgg16"])
+def test_a_step_is_compiled_once(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VGG has dropout, whose masks a step hands to the layers."""
+    torch._dynamo.reset()  # what other tests compiled counts against the limit of one function
+    compilations: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        compilations.append(len(graph.graph.nodes))
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda body, **how: real(body, backend=counting, **how))
+    session = session_of(
+        small(f"{name}/digits", students=3, batch_size=4), engine=engine, compile=True
+    )
+    for index in range(5):
+        take(session, 1, first=index)
+        assert len(compilations) == 1, f"compiled again in step {index}"
+
+
 def batch(size: int) -> Recipe:
     return small(batch_size=size)
-
-
-class Recorder:
-    """Stands for CUDA graphs: ``body`` runs in replays alone, which fill the first one's tensors."""
-
-    def __init__(self) -> None:
-        self.replays: list[int] = []
-
-    def __call__(self, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        place = len(self.replays)
-        self.replays.append(0)
-        kept: dict[str, Tensor] = {}
-
-        def replay() -> None:
-            logits_SBC, loss = body()
-            assert not logits_SBC.requires_grad
-            assert not loss.total.requires_grad
-            for name, value in (("logits", logits_SBC), ("loss", loss.total)):
-                kept.setdefault(name, torch.empty_like(value)).copy_(value)
-            self.replays[place] += 1
-
-        return kept, replay
 
 
 @pytest.mark.parametrize(

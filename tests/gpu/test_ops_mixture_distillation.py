@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from fastokd.kernels import mixture_distillation as kernel
 
-from tests.ops.mixture_cases import Case, assert_within_budget, draw
+from tests.ops.mixture_cases import Case, assert_within_budget
+from tests.ops.mixture_cases import draw as draw_case
 
+pytestmark = pytest.mark.gpu
 INF = math.inf
 MIXES = ("logits", "probs", "pairwise")
+Draw = Callable[..., Case]
+
+
+@pytest.fixture
+def draw(poisoned_device: torch.device) -> Draw:
+    """Draws a call where the kernels run."""
+    return partial(draw_case, device=poisoned_device)
 
 
 def check(case: Case) -> None:
@@ -27,41 +38,50 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Two classes; ten; one hundred in few threads; one thousand, and past it a ragged row.
 @pytest.mark.parametrize("C", [2, 10, 100, 1003])
-def test_classes(C: int) -> None:
+def test_classes(C: int, draw: Draw) -> None:
     check(draw(S=3, B=2, C=C, listens=0.8, incoming=0.37))
+
+
+# CIFAR-100's and ImageNet's batches; few images under the interpreter, which takes one at a time.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "C"), [(128, 100), (256, 1000)])
+def test_training_shapes(
+    B: int, C: int, dtype: torch.dtype, draw: Draw, triton_device: torch.device
+) -> None:
+    check(draw(S=4, B=2 if triton_device.type == "cpu" else B, C=C, dtype=dtype))
 
 
 # One student alone, up to the paper's largest group, and all that fits; two loops from 9 students.
 @pytest.mark.parametrize(("S", "E"), [(1, 0), (1, 1), (2, 3), (8, 0), (9, 7), (16, 0)])
-def test_students_and_extras(S: int, E: int) -> None:
+def test_students_and_extras(S: int, E: int, draw: Draw) -> None:
     check(draw(S=S, B=1, E=E, listens=0.7))
 
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("detach", [False, True])
-def test_mixes(mix: str, detach: bool) -> None:
+def test_mixes(mix: str, detach: bool, draw: Draw) -> None:
     options = {"mix": mix, "detach_targets": detach, "label_smoothing": 0.1, "temperature": 1.7}
     check(draw(B=2, C=21, E=1, listens=0.7, mixture_ce_weight=0.3, **options))
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_sweeps(mix: str, sweeps: None) -> None:
+def test_sweeps(mix: str, sweeps: None, draw: Draw) -> None:
     """Three full blocks and a ragged one, soft labels, gradients of one matrix of scores."""
     options = {"mix": mix, "soft": True, "batched": False, "label_smoothing": 0.2}
     check(draw(B=2, C=101, E=1, listens=0.7, mixture_ce_weight=0.3, **options))
 
 
-def test_sweeps_of_a_detached_target(sweeps: None) -> None:
+def test_sweeps_of_a_detached_target(sweeps: None, draw: Draw) -> None:
     check(draw(B=3, C=64, detach_targets=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", [0, 6])
-def test_half_precision_and_padded_rows(dtype: torch.dtype, padding: int) -> None:
+def test_half_precision_and_padded_rows(dtype: torch.dtype, padding: int, draw: Draw) -> None:
     check(draw(S=4, B=3, C=10, E=2, dtype=dtype, padding=padding, incoming=1.9))
 
 
-def test_loss_scale() -> None:
+def test_loss_scale(draw: Draw) -> None:
     """Under a GradScaler at B 256: each gradient is a 256th, most below fp16's smallest number."""
     share = 3 / 256
     weights = {"ce_weight": share, "kd_weight": 0.7 * share, "incoming": 65536.0}
@@ -75,19 +95,19 @@ def test_loss_scale() -> None:
     assert (saved.abs() < torch.finfo(torch.float16).smallest_normal).float().mean() > 0.9
 
 
-def test_weights_and_temperature_on_the_device() -> None:
+def test_weights_and_temperature_on_the_device(draw: Draw, triton_device: torch.device) -> None:
     check(
         draw(
             B=2,
-            ce_weight=torch.tensor([1.0, 0.5, 2.0]),
-            kd_weight=torch.tensor(0.7),
-            mixture_ce_weight=torch.tensor([1.0, 0.0, 0.0]),
-            temperature=torch.tensor(2.5),
+            ce_weight=torch.tensor([1.0, 0.5, 2.0], device=triton_device),
+            kd_weight=torch.tensor(0.7, device=triton_device),
+            mixture_ce_weight=torch.tensor([1.0, 0.0, 0.0], device=triton_device),
+            temperature=torch.tensor(2.5, device=triton_device),
         )
     )
 
 
-def test_strides() -> None:
+def test_strides(draw: Draw) -> None:
     """Logits that lie [B, S, C], labels from a wider tensor, one row of scores for all."""
     case = draw(S=3, B=3, C=12, E=1)
     logits_SBC = case.logits_SBC.transpose(0, 1).contiguous().transpose(0, 1)
@@ -97,15 +117,15 @@ def test_strides() -> None:
 
 
 @pytest.mark.parametrize("asks", [(True, False, False), (False, True, False), (False, False, True)])
-def test_gradients_one_at_a_time(asks: tuple[bool, bool, bool]) -> None:
+def test_gradients_one_at_a_time(asks: tuple[bool, bool, bool], draw: Draw) -> None:
     check(draw(B=1, E=1, asks=asks))
 
 
-def test_no_gradient() -> None:
+def test_no_gradient(draw: Draw) -> None:
     check(draw(B=1, asks=(False, False, False)))
 
 
-def test_empty_batch() -> None:
+def test_empty_batch(draw: Draw) -> None:
     found = draw(B=0, E=1, mixture_ce_weight=1.0).run("triton")
     assert found["total"] == 0
     assert found["kd_S"].tolist() == [0, 0, 0]
@@ -114,7 +134,7 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_unheard_source_may_be_nan(mix: str) -> None:
+def test_unheard_source_may_be_nan(mix: str, draw: Draw) -> None:
     case = draw(S=3, B=2, E=1, mix=mix, mixture_ce_weight=0.5)
     case.scores[:, :, 3] = -INF
     assert case.extra_EBC is not None
@@ -127,7 +147,7 @@ def test_unheard_source_may_be_nan(mix: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, of the interpreter
-def test_failed_student_apart_fails_alone(sweeps: None) -> None:
+def test_failed_student_apart_fails_alone(sweeps: None, draw: Draw) -> None:
     case = draw(S=3, B=1, C=40)
     case.scores[:, :, 2] = -INF
     case.scores[:, 2] = -INF
@@ -138,7 +158,7 @@ def test_failed_student_apart_fails_alone(sweeps: None) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_row_without_sources_has_no_target(mix: str) -> None:
+def test_row_without_sources_has_no_target(mix: str, draw: Draw) -> None:
     case = draw(B=2, mix=mix, mixture_ce_weight=0.5)
     case.scores[:, 1] = -INF
     check(case)
@@ -148,7 +168,7 @@ def test_row_without_sources_has_no_target(mix: str) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 10, 2**40])
-def test_label_out_of_range_is_nan_for_its_sample(label: int) -> None:
+def test_label_out_of_range_is_nan_for_its_sample(label: int, draw: Draw) -> None:
     case = draw(B=3, C=10)
     case.labels_B[1] = label
     found = case.run("triton")
@@ -159,7 +179,7 @@ def test_label_out_of_range_is_nan_for_its_sample(label: int) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_shift_changes_nothing(mix: str) -> None:
+def test_shift_changes_nothing(mix: str, draw: Draw) -> None:
     case = draw(B=1, C=100, mix=mix)
     # Multiples of 1/8, which stay exact.
     case = replace(case, logits_SBC=(case.logits_SBC * 8).round() / 8)
@@ -172,6 +192,6 @@ def test_shift_changes_nothing(mix: str) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_saturated_logits(mix: str) -> None:
+def test_saturated_logits(mix: str, draw: Draw) -> None:
     case = draw(B=2, mix=mix)
     check(replace(case, logits_SBC=case.logits_SBC * 1e4))

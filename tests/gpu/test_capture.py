@@ -1,0 +1,159 @@
+"""A captured step is the eager one, whatever changes from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastokd
+from fastokd.benchmark.loops import OurLoop
+from fastokd.recipes import Recipe, recipe
+from fastokd.training.captured import WARM_UP_STEPS, CapturedStep
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.step import training_step
+from tests.training.every_method import Recorder, small
+
+pytestmark = pytest.mark.gpu
+STEPS = 30
+
+
+def session_of(device: torch.device, one: Recipe, captured: bool, **options: Any) -> Session:
+    """On the recipe's shapes; on a CPU the graph is a stand-in."""
+    on_gpu = device.type == "cuda"
+    chosen = RunOptions(
+        device=str(device),
+        **{"engine": "loop", "precision": "fp32", "capture": captured and on_gpu, **options},
+    )
+    session = OurLoop(one, chosen).session
+    if captured and not on_gpu:
+        program = session.step_program
+        program.captured = CapturedStep(program.run, device, Recorder())
+    return session
+
+
+def double(session: Session) -> None:
+    session.cohort.double()
+    session.method.double()
+
+
+def train(
+    session: Session, sizes: list[int], change: Callable[[Session], None] | None = None
+) -> tuple[list[float], Tensor]:
+    """Steps on drawn batches of these sizes, an epoch further every tenth of them; the losses, and
+    all that is trained."""
+    if change is not None:
+        change(session)
+    generator = torch.Generator().manual_seed(7)
+    losses = []
+    for index, size in enumerate(sizes):
+        session.epoch = 20 * (10 * index // len(sizes))
+        session.begin_epoch()
+        images = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (size,), generator=generator)
+        session.begin_step(size)
+        device = session.device
+        loss = training_step(session, images.to(device), labels.to(device))[1]
+        losses.append(loss.total.clone())
+        session.step += 1
+    return [loss.item() for loss in losses], torch.cat(
+        [p.detach().flatten().double() for p in session.parameters()]
+    )
+
+
+def graphs(session: Session) -> int:
+    captured = session.step_program.captured
+    assert captured is not None
+    return sum(graph is not None for graph in captured.graphs.values())
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+def test_captured_is_eager_across_ramp_and_rate(device: torch.device, engine: str) -> None:
+    """In float64, 30 steps over epochs 0 to 180: the ramp ends at 80, the rate falls at 150."""
+    one = small("okddip", "branch")
+    assert 80 <= one.ramp_epochs <= 180
+    assert any(m <= 180 for m in one.milestones)
+    eager, captured = (session_of(device, one, how, engine=engine) for how in (False, True))
+    theirs, theirs_end = train(eager, [6] * STEPS, double)
+    ours, ours_end = train(captured, [6] * STEPS, double)
+    assert graphs(captured) == 1
+    assert ours == pytest.approx(theirs, rel=1e-7)
+    torch.testing.assert_close(ours_end, theirs_end, rtol=1e-6, atol=1e-8)
+    moved = torch.linalg.vector_norm(theirs_end - train_start(device, one))
+    assert moved > 1e-2
+
+
+def train_start(device: torch.device, one: Recipe) -> Tensor:
+    session = session_of(device, one, False)
+    return torch.cat([p.detach().flatten().double() for p in session.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("method", "sharing"),
+    [("okddip", "network"), ("okddip_random", "branch"), ("ffsd", "network"), ("kdcl", "network")],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_captured_with_fused_losses(
+    device: torch.device, method: str, sharing: str, precision: str
+) -> None:
+    """Low precision, clipping, an average, parts: the losses of the eager steps, but for rounding."""
+    one = small(method, sharing, batch_size=16, lr=0.01)
+    options: dict[str, Any] = {"precision": precision, "clip_norm": 5.0, "ema": 0.9}
+    eager, captured = (session_of(device, one, how, **options) for how in (False, True))
+    theirs, _ = train(eager, [16] * (WARM_UP_STEPS + 9))
+    ours, _ = train(captured, [16] * (WARM_UP_STEPS + 9))
+    assert graphs(captured) == 1
+    assert eager.guard.read() is None
+    assert captured.guard.read() is None
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_a_ragged_batch_has_a_graph_of_its_own(device: torch.device) -> None:
+    """The smaller batch comes first, between, and last."""
+    sizes = [5, *[8] * (WARM_UP_STEPS + 2), 5, 8, 8, 5, 8]
+    one = small("okddip_random", "network", batch_size=8)
+    eager, captured = (session_of(device, one, how) for how in (False, True))
+    theirs, theirs_end = train(eager, sizes, double)
+    ours, ours_end = train(captured, sizes, double)
+    assert graphs(captured) == 2
+    assert ours == pytest.approx(theirs, rel=1e-7)
+    torch.testing.assert_close(ours_end, theirs_end, rtol=1e-6, atol=1e-8)
+
+
+def test_a_nan_in_a_replay_changes_nothing(device: torch.device) -> None:
+    session = session_of(device, small("dml", "network"), True, precision="bf16")
+    train(session, [6] * (WARM_UP_STEPS + 3))
+    weight = next(iter(session.cohort.parameters()))
+    other = list(session.cohort.parameters())[-1]
+    with torch.no_grad():
+        weight[(0,) * weight.dim()] = float("nan")
+    before = other.detach().clone()
+    session.begin_step(6)
+    images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8, device=device)
+    labels = torch.zeros(6, dtype=torch.long, device=device)
+    training_step(session, images, labels)
+    assert session.guard.fault == 1
+    assert torch.equal(other, before)
+
+
+def test_a_captured_run_resumes(device: torch.device, tmp_path: Path) -> None:
+    """Two epochs at once, and the same two with a stop within the second: as many steps, and the
+    same losses but for rounding."""
+    one = recipe("okddip-branch/resnet8/digits", epochs=2, batch_size=64, students=2, lr=0.01)
+    how: dict[str, Any] = {
+        "device": str(device),
+        "engine": "loop",
+        "capture": device.type == "cuda",
+        "precision": "fp32",
+        "quiet": True,
+    }
+    whole = fastokd.train(one, out=tmp_path / "whole", **how)
+    steps = whole.last["step"]
+    fastokd.train(one, out=tmp_path / "parts", max_steps=3 * steps // 4, **how)
+    parts = fastokd.train(one, out=tmp_path / "parts", resume=True, **how)
+    assert parts.last["step"] == steps
+    assert parts.last["train"]["loss"] == pytest.approx(whole.last["train"]["loss"], rel=0.02)

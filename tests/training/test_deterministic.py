@@ -1,0 +1,60 @@
+"""What ``--deterministic`` decides before a step is taken; what it gives is tests/gpu's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastokd.device import set_kernel_selection
+from fastokd.recipes import recipe
+from fastokd.training.session import RunOptions, Session
+from fastokd.training.tuning import tune
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_a_gpu_takes_the_fastest_algorithms_by_default() -> None:
+    set_kernel_selection(GPU, deterministic=False)
+    assert torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_admits_repeatable_kernels_alone() -> None:
+    set_kernel_selection(GPU, deterministic=True)
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    set_kernel_selection(GPU, deterministic=False)
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_program_that_is_deterministic_already_stays_so() -> None:
+    torch.use_deterministic_algorithms(True)
+    set_kernel_selection(GPU, deterministic=False)
+    assert not torch.backends.cudnn.benchmark
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_no_timing_chooses_a_deterministic_run_s_engine() -> None:
+    one = recipe("okddip-branch/resnet8/digits", epochs=300)
+    session = Session(one, RunOptions(deterministic=True, quiet=True))
+    assert session.settled
+    assert tune(session, 100_000) == []
+    assert session.choice.engine == "loop"
+    assert session.how()["deterministic"]
