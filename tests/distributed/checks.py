@@ -146,15 +146,15 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
 
 
 def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, bool]:
-    """What a session of three steps runs by, whether it is compiled is only noted; and whether
-    candidates were weighed."""
+    """What a session of three steps runs by, and whether its engine was open; ``torch.compile`` is a
+    stand-in, and nothing may be timed."""
     with (
         patch("torch.compile", side_effect=lambda body, **how: body) as compiled,
         patch("fastokd.training.tuning.cache_root", return_value=cache),
         patch("fastokd.training.tuning._eager") as measured,
     ):
         session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
-        weighed = not session.settled
+        opened = not session.settled
         tune(session, 3)
         assert session.settled
         assert not measured.called
@@ -163,7 +163,7 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
         images, labels = session.stream.batch(0, 0)
         session.begin_step(len(labels))
         training_step(session, images, labels)
-    return str(session.choice), weighed
+    return str(session.choice), opened
 
 
 def timed_alone(one: Recipe) -> list[Any]:

@@ -64,7 +64,14 @@ def test_the_first_process_decides(two: Pool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compile", [None, True, False])
 @pytest.mark.parametrize(
-    "asked", [{}, {"sync_bn": True}, {"parallel": "students"}, {"engine": "grouped"}]
+    "asked",
+    [
+        {},
+        {"sync_bn": True},
+        {"parallel": "students"},
+        {"deterministic": True},
+        {"engine": "grouped"},
+    ],
 )
 def test_what_is_asked_for_runs_on_every_rank(
     two: Pool, tmp_path: Path, asked: dict[str, Any], compile: bool | None
