@@ -72,8 +72,8 @@ def time_eager(
         _forget(error)
     if is_lost(session.device):
         raise DeviceLostError(
-            f"{choice} ended this process's use of {session.device} ({note}): start again, and it is "
-            "left out"
+            f"{choice} ended this process's use of {session.device} ({note}): start again (a run with "
+            "--resume), and it is left out"
         )
     return Timing(choice, note=note, failed=True, final=final)
 

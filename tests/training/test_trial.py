@@ -154,7 +154,8 @@ def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatc
         try:
             raise ValueError("the cause")
         except ValueError as error:
-            raise RuntimeError("too much") from error
+            cause = error  # the frame and the error refer to each other
+        raise RuntimeError("too much") from cause
 
     failing(monkeypatch, "grouped", fail, after=1)
     session = session_of()
