@@ -26,7 +26,7 @@ from torch import Tensor
 from fastokd.cohort.autotuner import SAVABLE, Timing
 from fastokd.cohort.choice import Choice
 from fastokd.device import is_lost
-from fastokd.errors import DeviceLostError, UserError, in_one_line
+from fastokd.errors import DeviceLostError, in_one_line
 from fastokd.training.captured import WARM_UP_STEPS
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.session import Session
@@ -67,15 +67,15 @@ def time_eager(
     except Exception as error:
         if default:
             raise
-        # Another's message may be the moment's, such as that memory ran out.
-        final, note = isinstance(error, UserError), in_one_line(error)
+        note = in_one_line(error)
         _forget(error)
     if is_lost(session.device):
         raise DeviceLostError(
             f"{choice} ended this process's use of {session.device} ({note}): start again (a run with "
             "--resume), and it is left out"
         )
-    return Timing(choice, note=note, failed=True, final=final)
+    # Another run tries it again: memory may suffice then, a method of one's own be mended.
+    return Timing(choice, note=note, failed=True, final=False)
 
 
 def _timed(session: Session, choice: Choice, best_ms: float | None, default: bool) -> Timing:
