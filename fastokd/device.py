@@ -107,6 +107,17 @@ def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU refuses this process everything: what an illegal address does is for good."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What a run's numbers depend on beside its recipe."""
     import torchvision
