@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
         {
             "how": how,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "arguments": list(sys.argv[1:] if arguments is None else arguments),
+            "asked": {name: getattr(asked, name) for name in ("quick", "budget", "only")},
             "card": found,
             **sources(),
             **({"commit": asked.commit} if asked.commit else {}),
