@@ -121,7 +121,14 @@ def number(value: float | None, digits: int = 3) -> str:
     """A figure with its significant digits; blank where there is none."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def count(value: float | None) -> str:
+    """A whole number; blank where there is none."""
+    return "" if value is None else f"{value:,.0f}"
 
 
 def ratio(above: float | None, below: float | None) -> float | None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from bench.gpu.page import COHORTS, Found, Measured, Region, Row, number, ratio, table, why_blank
+from bench.gpu.page import (
+    COHORTS,
+    Found,
+    Measured,
+    Region,
+    Row,
+    count,
+    number,
+    ratio,
+    table,
+    why_blank,
+)
 
 PEAK, COPY = "8192^3 bfloat16 TFLOP/s", "copy TB/s"
 CEILINGS = {
@@ -23,10 +34,8 @@ def card(measured: Measured) -> str | None:
         return None
     said = machine.call.get("card") or {}
     versions = machine.entry.get("versions", {})
-    rows = [["driver", said.get("driver_version", "")]]
-    rows += [
-        ["memory, power limit", f"{said.get('memory.total', '')}, {said.get('power.limit', '')}"]
-    ]
+    asked = {"driver": "driver_version", "memory": "memory.total", "power limit": "power.limit"}
+    rows = [[text, said.get(name, "")] for text, name in asked.items()]
     rows += [[name, str(version or "")] for name, version in versions.items()]
     rows += [[text, number(machine.figure(name))] for name, text in CEILINGS.items()]
     return f"{machine.source}.\n\n" + table([machine.card, ""], rows)
@@ -46,8 +55,9 @@ def _cohort(measured: Measured, cohort: str) -> str:
         return f"**{cohort}**, {COHORTS[cohort][0]}: not measured."
     sources = dict.fromkeys(found.source for found, _ in programs.values())
     heads = ["program", "cudnn.benchmark", "ms (quartiles)", "images/s", "peak, GB", "TFLOP/s"]
-    heads += ["of the card's bf16 product", "published loop in bf16", "in fp32", "first step, s"]
-    rows = [_row(measured, programs, program) for program in programs]
+    heads += ["of the card's bf16 product", "published loop in bf16", "in fp32", "steps"]
+    ordered = sorted(programs, key=lambda program: program.startswith("published"))
+    rows = [_row(measured, programs, program) for program in ordered]
     blank = [
         f"{_label(program)}: {why}"
         for program, (_, row) in programs.items()
@@ -70,7 +80,7 @@ def _row(measured: Measured, programs: dict[str, tuple[Found, Row]], program: st
     return [
         _label(program),
         "" if benchmark is None else "on" if benchmark else "off",
-        f"{number(row['ms'])} ({number(low)} to {number(high)})",
+        f"{number(row['ms'], 4)} ({number(low, 4)} to {number(high, 4)})",
         number(row["images_per_second"]),
         number(row.get("peak_gb")),
         number(pace),
@@ -79,7 +89,7 @@ def _row(measured: Measured, programs: dict[str, tuple[Found, Row]], program: st
             number(ratio(_published(programs, precision, found.card), row["ms"]))
             for precision in ("bf16", "fp32")
         ),
-        number(row.get("first_step_seconds")),
+        count(row.get("steps")),
     ]
 
 
@@ -109,11 +119,11 @@ def train(measured: Measured) -> str | None:
     rows = [
         [
             row["name"],
-            number(line["epoch"]),
-            number(line["step"], 6),
+            count(line["epoch"]),
+            count(line["step"]),
             number(line["seconds"]),
             number(line["images_per_second"]),
-            number(line["skipped_steps"]),
+            count(line["skipped_steps"]),
         ]
         for row in found.rows
         for line in row.get("lines", [])
@@ -138,13 +148,17 @@ def proven(measured: Measured) -> str | None:
     rows, failed = [], []
     for name in PROVEN:
         found = measured[name]
-        counts = [number(found.figure(kind), 6) for kind in ("passed", "failed", "skipped")]
+        counts = [count(found.figure(kind)) for kind in ("passed", "failed", "skipped")]
         entry = found.entry
         rows.append([f"`{name}`", entry.get("title", ""), entry.get("status", ""), *counts])
         rows[-1] += [number(entry.get("seconds")), found.card]
         failed += [test for test, (how, _) in entry.get("tests", {}).items() if how == "failed"]
     heads = ["section", "what", "ended", "passed", "failed", "not run", "seconds", "on"]
     text = f"measured-gpu.\n\n{table(heads, rows)}"
+    compiling = measured["compile"]
+    if (seconds := compiling.figure("first step s")) is not None:
+        text += f"\n\nThe first compiled step of branch ResNet-32 took {number(seconds)} s; "
+        text += f"{compiling.source}."
     if failed:
         text += "\n\nFailed: " + ", ".join(f"`{test}`" for test in failed[:NAMED])
         more = len(failed) - NAMED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.gpu.page import COHORTS, Measured, Region, number, ratio, table, why_blank
+from bench.gpu.page import COHORTS, Measured, Region, count, number, ratio, table, why_blank
 
 # A program; the way of the plan that it is, and of that way what it takes: a captured step has no
 # host in it.
@@ -96,10 +96,10 @@ def _counts(measured: Measured, cohort: str, plan: dict[str, Any] | None) -> lis
     counted = None if plan is None else plan["counted"]
     return [
         cohort,
-        "" if counted is None else number(counted["launches_eager"]["loop"], 6),
-        number(sum(launches.values()), 6) if launches else "",
-        number(eager.get("kernels"), 6),
-        number(profiled.get(f"{cohort} captured", {}).get("kernels"), 6),
+        "" if counted is None else count(counted["launches_eager"]["loop"]),
+        count(sum(launches.values())) if launches else "",
+        count(eager.get("kernels")),
+        count(profiled.get(f"{cohort} captured", {}).get("kernels")),
         "" if counted is None else number(counted["peak_bytes"] / 1e9),
         number(_measured(measured, cohort, "eager", "peak_gb")),
         number(_measured(measured, cohort, "captured", "peak_gb")),

@@ -27,7 +27,7 @@ def step_row(name: str, ms: float, **more: Any) -> dict[str, Any]:
         "quartiles_ms": [ms - 0.5, ms + 0.5],
         "images_per_second": 128e3 / ms,
         "peak_gb": 0.25,
-        "first_step_seconds": 1.5,
+        "steps": 20,
         "cudnn_benchmark": True,
         "finite": True,
         "tflop": 0.8,
@@ -74,7 +74,11 @@ def report() -> dict[str, Any]:
                 ],
             ),
             "steps_imagenet": {"title": "", "status": "skipped", "error": "it wasn't asked for"},
-            "compile": section(1, rows=[step_row("branch ResNet-32 compiled + captured", 3.0)]),
+            "compile": section(
+                1,
+                rows=[step_row("branch ResNet-32 compiled + captured", 3.0)],
+                figures={"first step s": 31.0},
+            ),
             "op_times": section(
                 1,
                 rows=[
@@ -140,33 +144,35 @@ def test_figures_and_blanks(report: dict[str, Any], root: Path) -> None:
     pages = write(root, report)
     text = pages["docs/benchmarks.md"]
     assert "measured-gpu, NVIDIA H100 80GB HBM3, 28 November 2026, torch 2.11.0" in text
-    assert line(text, "device copy, TB/s read and written").endswith("| 3 |")
+    assert line(text, "device copy, TB/s read and written").endswith("| 3.00 |")
     assert line(text, "triton") == "| triton |  |"
     # 0.8 TFLOP in 4 ms are 200 TFLOP/s, a quarter of the card's; the loop's 12 ms are thrice ours.
     assert line(text, "ours, loop, captured") == (
-        "| ours, loop, captured | on | 4 (3.5 to 4.5) | 32,000 | 0.25 | 200 | 0.25 | 3 |  | 1.5 |"
+        "| ours, loop, captured | on | 4.000 (3.500 to 4.500) | 32,000 | 0.250 | 200 | 0.25 | 3.00 |  "
+        "| 20 |"
     )
     assert line(text, "ours, loop, eager").startswith(
-        "| ours, loop, eager | off | 10 (9.5 to 10.5)"
+        "| ours, loop, eager | off | 10.00 (9.500 to 10.50)"
     )
-    assert line(text, "ours, loop, compiled + captured").endswith("| 0.33 | 4 |  | 1.5 |")
+    assert line(text, "ours, loop, compiled + captured").endswith("| 0.33 | 4.00 |  | 20 |")
     for blank in ("ours, grouped, eager", "published loop, fp32"):
         assert line(text, blank) == f"| {blank} |" + "  |" * 9
     assert "grouped, eager: its loss wasn't finite; published loop, fp32: torch.OutOfMemory" in text
     assert "**network ResNet-34**, 224x224, S 4, B 256: not measured." in text
-    assert line(text, "begun") == "| begun | 1 | 391 | 9 | 5,555 | 0 |"
+    assert line(text, "begun") == "| begun | 1 | 391 | 9.00 | 5,555 | 0 |"
     assert "4,444 images/s in 22.5 s" in text
     assert line(text, "`step`").startswith("| `step` | a section | failed | 1 | 1 | 0 | 12.3 |")
     assert line(text, "`ops`") == "| `ops` |" + "  |" * 7
+    assert "branch ResNet-32 took 31.0 s; measured-gpu, NVIDIA H100" in text
     assert "Failed: `tests/gpu/test_step.py::bad`." in text
     ops = pages["docs/kernels.md"]
-    assert line(ops, "fusion_step") == "| fusion_step | 20 | 1,500 | 0.5 | 90 | 4.5 |"
-    assert line(ops, "shifted_map") == "| shifted_map |  |  |  | 40 |  |"
+    assert line(ops, "fusion_step") == "| fusion_step | 20.0 | 1,500 | 0.50 | 90.0 | 4.50 |"
+    assert line(ops, "shifted_map") == "| shifted_map |  |  |  | 40.0 |  |"
     plan = pages["docs/plan.md"]
-    assert "| branch ResNet-32 | eager | 5.7 | 10 | -43 % |" in plan
-    assert "| branch ResNet-32 | captured | 2 | 4 | -50 % |" in plan
-    assert "| branch ResNet-32 | grouped eager | 5.7 |  |  |" in plan
-    assert "| branch ResNet-32 | 765 | 770 | 780 |  | 0.24 | 0.25 | 0.25 |" in plan
+    assert "| branch ResNet-32 | eager | 5.70 | 10.0 | -43 % |" in plan
+    assert "| branch ResNet-32 | captured | 2.00 | 4.00 | -50 % |" in plan
+    assert "| branch ResNet-32 | grouped eager | 5.70 |  |  |" in plan
+    assert "| branch ResNet-32 | 765 | 770 | 780 |  | 0.240 | 0.250 | 0.250 |" in plan
     assert "| network ResNet-34 |" + "  |" * 7 in plan
 
 
@@ -189,15 +195,17 @@ def test_the_later_report_counts_and_cards_are_told_apart(
     later = copy.deepcopy(report)
     later["calls"] = [{**report["calls"][0], "started": "2026-12-01T00:00:00Z"}]
     later["calls"][0]["card"] = {"name": "NVIDIA L4"}
-    row = step_row("branch ResNet-32 eager", 20.0)
-    later["sections"] = {"steps_resnet32": section(rows=[row]), "op_times": {"status": "skipped"}}
+    names = ("branch ResNet-32 eager", "branch ResNet-32 published bf16")
+    rows = [step_row(name, ms) for name, ms in zip(names, (20.0, 30.0), strict=True)]
+    later["sections"] = {"steps_resnet32": section(rows=rows), "op_times": {"status": "skipped"}}
     for order in ([later, report], [report, later]):
         pages = write(root, *order)
         text = pages["docs/benchmarks.md"]
-        assert line(text, "ours, loop, eager").endswith("| 0.25 | 40 |  |  |  | 1.5 |")
+        assert line(text, "ours, loop, eager").endswith("| 0.250 | 40.0 |  | 1.50 |  | 20 |")
+        assert line(text, "ours, loop, compiled + captured").endswith("| 0.33 |  |  | 20 |")
         assert "NVIDIA L4, 1 December 2026" in text
-        assert "| fusion_step | 20 | 1,500 | 0.5 |" in pages["docs/kernels.md"]
-        assert "| branch ResNet-32 | eager |  | 20 |  |" in pages["docs/plan.md"]
+        assert "| fusion_step | 20.0 | 1,500 | 0.50 |" in pages["docs/kernels.md"]
+        assert "| branch ResNet-32 | eager |  | 20.0 |  |" in pages["docs/plan.md"]
 
 
 @pytest.mark.parametrize("name", [section.name for section in SECTIONS])
