@@ -112,32 +112,26 @@ def _label(program: str) -> str:
 
 
 def train(measured: Measured) -> str | None:
-    """``fastokd train``."""
+    """``fastokd train``; the resumed run's metrics have the begun one's epochs too."""
     found = measured["train"]
     if not found.entry:
         return None
-    rows = [
-        [
-            row["name"],
-            count(line["epoch"]),
-            count(line["step"]),
-            number(line["seconds"]),
-            number(line["images_per_second"]),
-            count(line["skipped_steps"]),
-        ]
-        for row in found.rows
-        for line in row.get("lines", [])
-    ]
+    told: list[Row] = []
+    rows = []
+    for row in found.rows:
+        for line in row.get("lines", []):
+            if line not in told:
+                told.append(line)
+                cells = [row["name"], count(line["epoch"] + 1), count(line["step"])]
+                cells += [number(line["seconds"]), number(line["images_per_second"])]
+                rows.append([*cells, count(line["skipped_steps"])])
     heads = ["", "epoch", "step", "seconds", "images/s", "steps not taken"]
-    whole = found.figure("images/s from end to end")
-    ending = (
-        ""
-        if whole is None
-        else (
-            f"\n\nFrom end to end, both calls' start, capture, evaluation and checkpoints included: "
+    ending = ""
+    if (whole := found.figure("images/s from end to end")) is not None:
+        ending = (
+            "\n\nFrom end to end, both calls' start, capture, evaluation and checkpoints included: "
             f"{number(whole)} images/s in {number(found.figure('seconds in all'))} s."
         )
-    )
     return f"{found.entry['title']}; {found.source}.\n\n{table(heads, rows)}{ending}"
 
 

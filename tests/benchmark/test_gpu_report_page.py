@@ -50,7 +50,8 @@ def report() -> dict[str, Any]:
     machine = {"copy TB/s": 3.0, "8192^3 bfloat16 TFLOP/s": 800.0}
     tests = {"tests/gpu/test_step.py::good": ["passed", 1.0]}
     tests["tests/gpu/test_step.py::bad"] = ["failed", 2.0]
-    line = {"epoch": 1, "step": 391, "seconds": 9.0, "images_per_second": 5555.0}
+    line = {"epoch": 0, "step": 391, "seconds": 9.0, "images_per_second": 5555.0}
+    line["skipped_steps"] = 0
     return {
         "how": "measured-gpu",
         "calls": [call, {**call, "started": "2026-11-28T05:10:00Z"}],
@@ -97,7 +98,10 @@ def report() -> dict[str, Any]:
             ),
             "train": section(
                 figures={"images/s from end to end": 4444.0, "seconds in all": 22.5},
-                rows=[{"name": "begun", "lines": [{**line, "skipped_steps": 0}]}],
+                rows=[
+                    {"name": "begun", "lines": [line]},
+                    {"name": "resumed", "lines": [line, {**line, "epoch": 1, "step": 782}]},
+                ],
             ),
             "of another time": {"status": "ok", "call": 0},
         },
@@ -160,6 +164,7 @@ def test_figures_and_blanks(report: dict[str, Any], root: Path) -> None:
     assert "grouped, eager: its loss wasn't finite; published loop, fp32: torch.OutOfMemory" in text
     assert "**network ResNet-34**, 224x224, S 4, B 256: not measured." in text
     assert line(text, "begun") == "| begun | 1 | 391 | 9.00 | 5,555 | 0 |"
+    assert line(text, "resumed") == "| resumed | 2 | 782 | 9.00 | 5,555 | 0 |"
     assert "4,444 images/s in 22.5 s" in text
     assert line(text, "`step`").startswith("| `step` | a section | failed | 1 | 1 | 0 | 12.3 |")
     assert line(text, "`ops`") == "| `ops` |" + "  |" * 7
