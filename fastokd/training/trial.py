@@ -47,9 +47,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def warm_up_steps(session: Session, compiled: bool = False) -> int:
-    """Steps before those that count: one, two where it compiles (the second may compile again, for
-    states that the first one made), and those up to a capture."""
-    return 1 + compiled + (WARM_UP_STEPS + 1) * session.options.capture
+    """Steps before those that count: one, one more on a GPU (in the first, cuDNN times its algorithms
+    for seconds) and where it compiles (the second may compile again, for states that the first one
+    made), and those up to a capture."""
+    on_gpu = session.device.type == "cuda"
+    return 1 + on_gpu + compiled + (WARM_UP_STEPS + 1) * session.options.capture
 
 
 def time_eager(

@@ -47,6 +47,8 @@ class Facts:
     """Global loads as (bytes, count), widest first; likewise stores."""
     stores: tuple[tuple[int, int], ...]
     atomics: int
+    products: int
+    """Matrix products, which Triton rounds to TF32."""
 
     def width(self, accesses: str) -> int:
         """The width by which most bytes of ``loads`` or ``stores`` travel."""
@@ -112,7 +114,12 @@ def _of_nvidia(kernel: Any, target: str) -> Facts:
         _by_width(operations, lambda name: name.startswith("LDG") and _sass_bytes(name)),
         _by_width(operations, lambda name: name.startswith("STG") and _sass_bytes(name)),
         sum(n for name, n in operations.items() if re.match(r"ATOM|RED\b", name)),
+        _products(kernel),
     )
+
+
+def _products(kernel: Any) -> int:
+    return len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot)\b", kernel.asm["ttgir"]))
 
 
 def _sass_bytes(name: str) -> int:
@@ -143,6 +150,7 @@ def _of_amd(kernel: Any, target: str) -> Facts:
         _by_width(operations, lambda name: "_load_" in name and _gcn_bytes(name)),
         _by_width(operations, lambda name: "_store_" in name and _gcn_bytes(name)),
         sum(n for name, n in operations.items() if "_atomic" in name),
+        _products(kernel),
     )
 
 

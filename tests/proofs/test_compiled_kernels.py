@@ -44,6 +44,7 @@ def test_machine_code(name: str, target: str, compiled: Compiled) -> None:
     for kernel in kernels:
         assert kernel.spills == 0, kernel
         assert kernel.atomics == 0, kernel
+        assert kernel.products == 0, kernel
         assert kernel.registers <= 255, kernel
     if case.rows is not None and case.rows <= 4:
         main = kernels[0]

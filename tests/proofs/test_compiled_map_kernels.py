@@ -79,6 +79,7 @@ def test_machine_code(name: str, target: str) -> None:
     for kernel in found:
         assert kernel.spills == 0, kernel
         assert kernel.atomics == 0, kernel
+        assert kernel.products == 0, kernel
         assert kernel.registers <= 255, kernel
         # Nine weights a channel lie together: they are gathered, a channel's map is not.
         weights = kernel.kernel == "conv_kernel"
