@@ -84,7 +84,7 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def staged(host: Tensor, device: torch.device) -> Tensor:
@@ -105,6 +105,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Scales fp16 losses, whose gradients would underflow; with any other precision it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU refuses this process everything: what an illegal address does is for good."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

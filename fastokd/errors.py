@@ -19,6 +19,9 @@ class UserError(ValueError):
 # What a disk says that is full, over its quota, failing, read-only, or given too large a file.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
+# Characters of another's message.
+LINE = 120
+
 
 class DiskError(UserError):
     """The disk is full, can't be written or fails; what was written before is whole."""
@@ -27,6 +30,18 @@ class DiskError(UserError):
 class DataFileError(UserError):
     """A file of the data set vanished or changed while it was read; the batches before it were
     whole, so that a run may be continued from the one that it stopped at."""
+
+
+class DeviceLostError(UserError):
+    """The GPU refuses everything from here on, so that this process can't go on."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What ``error`` says, short enough for a row of a table; all of a sentence meant for a user."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, UserError):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[0]}"[:LINE]
 
 
 def warn(text: str) -> None:

@@ -93,7 +93,9 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
             say(f"a batch as the students see it: {folder.show_batch(session)}")
         others = watchers(recipe, folder.path, session.step, **asked)
         if not session.settled:
-            folder.settled(session, tune(session, session.steps_left, say))
+            timings = tune(session, session.steps_left, say, stop)
+            if session.settled:  # else a signal came, and the resumed run chooses
+                folder.settled(session, timings)
         keeper = Keeper(
             lambda: folder.save(session),
             stop,

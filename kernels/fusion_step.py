@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastokd.kernels._launch import on_device
+from fastokd.kernels._launch import compiler_options, on_device, warp_size
 from fastokd.kernels._maps import strides
 from torch import Tensor
 
@@ -296,7 +296,7 @@ def fusion_step_backward(
     reduce_kernel[(S, triton.cdiv(K, BC))](*affine, N, S, TILES, K, _BN, BC, num_warps=4)
     gradient_kernel[(S, len(maps) * triton.cdiv(C, BC))](
         tuple(maps), *affine, affine_2K, dw_SK9, dz_BKHW, *strides(maps[0])[:2], N, S, TILES,
-        H, W, C, len(maps), STRETCHES, _BN, BC, need_maps, num_warps=4,
+        H, W, C, len(maps), STRETCHES, _BN, BC, need_maps, **compiler_options(4, warp_size()),
     )  # fmt: skip
     dmaps_BKHW = torch.empty_like(z_BKHW) if need_maps else new(0)
     if need_maps:

@@ -7,11 +7,8 @@ This file knows no session; :mod:`fastokd.training.tuning` measures with one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastokd.cohort.choice import FORMATS, Choice
@@ -26,13 +23,15 @@ MARGIN = 0.03
 class Timing:
     """What one candidate measured, or why it has no figure.
 
-    ``final``: a longer run wouldn't try it again. ``compile_seconds``: before its first step.
+    ``failed``: it can't run. ``final``: another run needn't try it again. ``compile_seconds``:
+    before its first step.
     """
 
     choice: Choice
     step_ms: float | None = None
     compile_seconds: float = 0.0
     note: str = ""
+    failed: bool = False
     final: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -50,18 +49,20 @@ def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]
 
 
 def pick(timings: Sequence[Timing], steps: int) -> Choice:
-    """The fastest for a run of so many steps, compiling included; the first where none is clearly
-    faster."""
+    """The fastest for a run of so many steps, compiling included.
+
+    The first is the default: it stays unless another is clearly faster or it can't run.
+    """
+    default = timings[0]
     known = [timing for timing in timings if timing.step_ms is not None]
-    if not known:
-        return timings[0].choice
 
     def cost(timing: Timing) -> float:
         assert timing.step_ms is not None
         return timing.step_ms * steps + 1e3 * timing.compile_seconds
 
-    best = min(known, key=cost)
-    default = known[0]
+    best = min(known, key=cost, default=default)
+    if default.step_ms is None:
+        return best.choice if default.failed else default.choice
     return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice
 
 
@@ -75,27 +76,3 @@ def table(timings: Sequence[Timing], chosen: Choice) -> str:
         note = f"  {timing.note}" if timing.note else ""
         lines.append(f"{mark} {timing.choice!s:36}{took}{compiled}{note}")
     return "\n".join(lines)
-
-
-class TimingCache:
-    """Timings of one machine and one kind of step, in a file of their own below ``root``."""
-
-    def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
-        text = json.dumps(key, sort_keys=True)
-        self.key = json.loads(text)
-        self.path = root / "engines" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-
-    def read(self) -> list[Timing]:
-        """What is known; nothing where the file is missing, damaged or another version's."""
-        try:
-            found = json.loads(self.path.read_bytes())
-            if found["key"] != self.key:
-                return []
-            return [Timing.from_json(values) for values in found["timings"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-
-    def content(self, timings: Sequence[Timing]) -> bytes:
-        """What to write to ``path``."""
-        rows = [timing.to_json() for timing in timings]
-        return (json.dumps({"key": self.key, "timings": rows}, indent=1) + "\n").encode()

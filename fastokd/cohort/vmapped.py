@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class VmapStudents:
     """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
 
     Raises:
-        UserError: the students differ.
+        UserError: the students differ, or hold a foreign dropout; it is named.
     """
 
     def __init__(self, students: Sequence[Student], start: int) -> None:
@@ -54,6 +55,14 @@ class VmapStudents:
                 module.fused = _norm_act  # the fused op has no batching rule
             if isinstance(module, (StudentConv, StudentPool)):
                 module.suited = False  # nor have theirs
+            elif type(module) is nn.BatchNorm2d:  # of another library's network
+                module.forward = partial(_norm, module)  # type: ignore[method-assign]
+        for name, module in self.template.student.named_modules():
+            own = isinstance(module, Dropout)  # whose masks are drawn outside
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not own:
+                raise UserError(
+                    f"engine='vmap' can't draw the masks of {name} ({type(module).__name__}): use loop"
+                )
         # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
         self.cast = {
             f"{path}.{name}" if path else name
@@ -96,10 +105,15 @@ class VmapStudents:
         ]
 
 
-def _norm_act(module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
-    """The three operations as they are; on a CPU vmap's rule for norms takes one dtype alone."""
+def _norm(module: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
+    """The norm as it is; on a CPU vmap's rule for norms takes one dtype alone."""
     narrow = x_BCHW.device.type == "cpu" and x_BCHW.dtype in (torch.bfloat16, torch.float16)
-    y_BCHW = nn.BatchNorm2d.forward(module, x_BCHW.float() if narrow else x_BCHW).to(x_BCHW.dtype)
+    return nn.BatchNorm2d.forward(module, x_BCHW.float() if narrow else x_BCHW).to(x_BCHW.dtype)
+
+
+def _norm_act(module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
+    """The three operations as they are."""
+    y_BCHW = _norm(module, x_BCHW)
     if residual_BCHW is not None:
         y_BCHW = y_BCHW + residual_BCHW
     return F.relu(y_BCHW) if module.relu else y_BCHW

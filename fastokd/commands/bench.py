@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastokd.commands.options import Json
+from fastokd.errors import UserError
 
 Students = Annotated[int | None, typer.Option(help="Networks, leader included.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
@@ -26,7 +29,8 @@ def claims(
     steps: Annotated[int | None, typer.Option(help="Rounds of each claim.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     gpu_report: Annotated[
-        Path | None, typer.Option(help="Write all that the GPU columns need into this file.")
+        Path | None,
+        typer.Option(help="Run bench/gpu_first.py of the checkout and write its report here."),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -36,21 +40,23 @@ def claims(
     """
     if context.invoked_subcommand is not None:
         return
+    if gpu_report is not None:
+        if only or steps is not None or device != "auto" or json_:
+            raise UserError(
+                "--gpu-report runs every section of its own: leave --only, --steps, --device and "
+                "--json out"
+            )
+        raise typer.Exit(_gpu_report(gpu_report))
     from fastokd.benchmark import claims as known
     from fastokd.device import pick_device
-    from fastokd.errors import UserError, unknown_name
+    from fastokd.errors import unknown_name
 
     if steps is not None and steps < 1:
         raise UserError(f"steps is {steps}: it must be at least 1")
     pick_device(device)
-    if gpu_report is not None and not gpu_report.parent.is_dir():
-        raise UserError(f"{gpu_report} can't be written: there is no folder {gpu_report.parent}")
     chosen = [claim for claim in known.CLAIMS.values() if only in claim.name]
     if not chosen:
         raise unknown_name("claim", only, known.CLAIMS)
-    if gpu_report is not None:
-        _gpu_report(gpu_report, chosen, steps, device)
-        return
     outcomes = [
         known.measure(claim, known.rounds(steps or claim.steps), device=device) for claim in chosen
     ]
@@ -61,13 +67,18 @@ def claims(
         print(outcomes[0].ours.to_json()["how"])
 
 
-def _gpu_report(path: Path, chosen: list[Any], steps: int | None, device: str) -> None:
-    from fastokd.benchmark.gpu_report import gpu_report
-    from fastokd.checkpoint import write_durably
-
-    found = gpu_report(chosen, device=device, steps=steps or 50, say=print)
-    write_durably(path, json.dumps(found, indent=1).encode())
-    print(f"{found['note']}; written to {path}")
+def _gpu_report(path: Path) -> int:
+    """The exit code of ``bench/gpu_first.py`` in the checkout that this package lies in."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path} can't be written: there is no folder {path.parent}")
+    program = Path(__file__).resolve().parents[2] / "bench" / "gpu_first.py"
+    if not program.exists():
+        raise UserError(
+            "--gpu-report runs bench/gpu_first.py, which an installed package doesn't have: run "
+            "`python bench/gpu_first.py` in a clone of the repository"
+        )
+    command = [sys.executable, str(program), "--report", str(path)]
+    return subprocess.run(command, check=False).returncode
 
 
 @bench.command(epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json")

@@ -165,7 +165,10 @@ def _write_torch_export(weights: Weights, student: Student, folder: Path) -> str
 
 def _read_torch_export(weights: Weights, path: Path) -> Classifier:
     del weights
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # torch 2.11 maps the file's bytes, which it only reads.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.export.load(path).module()
 
 
 def _how_torch_export(weights: Weights, name: str) -> str:

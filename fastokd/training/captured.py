@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.training.recording import recording
+
 # DistributedDataParallel measures and rebuilds its buckets within the first eleven.
 WARM_UP_STEPS = 11
 
@@ -69,11 +71,10 @@ class CapturedStep:
         The graphs share one pool of memory: they never run at the same time, and a step's result
         is read before the next step.
         """
+        assert self.stream is not None
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's threads may allocate during the capture.
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        with recording(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             result = body()
         return result, graph.replay
 

@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,6 +46,7 @@ class StopRequest:
         self.received: int | None = None
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._told: Callable[[], object] | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -64,11 +66,22 @@ class StopRequest:
         for signum, before in self._before.items():
             signal.signal(signum, before)
 
+    @contextmanager
+    def telling(self, act: Callable[[], object]) -> Iterator[None]:
+        """Within it ``act`` is called when the first signal comes: a second one ends the process."""
+        self._told = act
+        try:
+            yield
+        finally:
+            self._told = None
+
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = signum, now
+            if self._told is not None:
+                self._told()
         elif now - self._since >= self.echo:
             os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,6 +119,7 @@ class RunOptions:
         for name in ("out", "data_root", "teacher"):
             if getattr(self, name) is not None:  # a string is as good as a path
                 object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "init", tuple(self.init))
         for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -133,10 +135,22 @@ class RunOptions:
             raise UserError(
                 f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
             )
+        if self.sync_bn and self.engine not in ("auto", "loop"):
+            raise UserError(
+                f"engine is {self.engine!r}, but sync_bn runs the students one after another: leave "
+                "one of them out"
+            )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON holds them; ``RunOptions(**values)`` reads them again."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
     def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
         """These options for a run that ``begun`` describes: what isn't asked for is as it was.

@@ -1,76 +1,66 @@
 """``engine="auto"``: candidates are timed on the run's own batches, and the fastest is kept.
 
-Eager candidates run in this process and leave no trace. A compiled one runs in a process of its
-own, which is killed when it has cost what it could save. A run too short to gain isn't measured.
+What is asked for (``compile``, ``capture``, ``memory_format``) holds for whatever is chosen. A run
+too short to gain isn't measured. One candidate's failure is a row of the table.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from time import perf_counter as clock
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastokd.checkpoint import write_durably
-from fastokd.cohort.autotuner import (
-    SAVABLE,
-    Timing,
-    TimingCache,
-    eager_candidates,
-    pick,
-    table,
-)
+from fastokd.cohort.autotuner import SAVABLE, Timing, eager_candidates, pick, table
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.ops._cpp import cache_root
-from fastokd.training.captured import WARM_UP_STEPS
+from fastokd.training.interruption import StopRequest
+from fastokd.training.run_options import KEPT
 from fastokd.training.session import Session
-from fastokd.training.step import training_step
+from fastokd.training.timing_cache import TimingCache
+from fastokd.training.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_steps
 from fastokd.training.untouched import untouched
 
-# Of each candidate: one to warm up, and these.
-TIMED_STEPS = 3
-# A candidate this many times slower in its first step isn't timed further.
-HOPELESS = 3.0
-# What compiling a cohort takes at least: shorter runs don't try.
-COMPILE_SECONDS = 60.0
-# Nobody waits longer than this, however long the run.
-PATIENCE = 600.0
 # The two fastest engines are tried compiled.
 COMPILED = 2
+# Options that decide no step's time, or that ``step_key`` has resolved.
+ELSEWHERE = {"device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init"}
 
 
 def tune(
-    session: Session, steps: int, say: Callable[[str], None] = lambda text: None
+    session: Session,
+    steps: int,
+    say: Callable[[str], None] = lambda text: None,
+    stop: StopRequest | None = None,
 ) -> list[Timing]:
     """Chooses for a session of ``steps`` more steps, unless it is settled; what was measured.
 
-    With several processes the first one's choice is everybody's.
+    With several processes the first one's choice is everybody's. Where ``stop`` receives a signal
+    the session stays unsettled, by its default.
+
+    Raises:
+        UserError: nothing can run as it is asked for.
+        DeviceLostError: a candidate took the GPU from this process; the next one leaves it out.
     """
     if session.settled:
         return []
-    cache = TimingCache(cache_root(), step_key(session))
     timings: list[Timing] = []
-    chosen = session.choice
+    chosen, settled = session.choice, True
     if session.ranks.rank == 0:
-        timings = _measure(session, steps, {t.choice: t for t in cache.read() if t.final})
-        chosen = pick(timings, steps)
+        asked = stop or StopRequest()
+        with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
+            timings = _measure(session, steps, cache, lambda: asked.received is not None)
+        settled = asked.received is None
+        if settled:
+            chosen = _chosen(session, timings, steps)
         if any(timing.step_ms is not None for timing in timings):
-            cache.path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(cache.path, cache.content(timings))
+            cache.write(timings)
             say(table(timings, chosen))
-    session.adopt(session.ranks.first(lambda: chosen))
-    session.settled = True
+    chosen, session.settled = session.ranks.first(lambda: (chosen, settled))
+    session.adopt(chosen)
     return timings
 
 
@@ -87,133 +77,95 @@ def step_key(session: Session) -> dict[str, Any]:
         "method": [recipe.method, {k: str(v) for k, v in recipe.method_options.items()}],
         "classes": session.cohort.num_classes,
         "batch": [recipe.batch_size // session.ranks.data.size, recipe.image_size],
-        "asked": [options.compile, options.memory_format, options.impl, options.capture],
-        "step": [options.accumulate, options.optimizer, options.clip_norm, options.ema is None],
+        "options": {name: getattr(options, name) for name in KEPT if name not in ELSEWHERE},
     }
 
 
-def _measure(session: Session, steps: int, known: dict[Choice, Timing]) -> list[Timing]:
-    """A timing for every candidate, the plain loop's first; the known ones as they are."""
+def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
+    """The fastest of those that are as asked for.
+
+    Raises:
+        UserError: none of them can run.
+    """
     options = session.options
+    asked = [t for t in timings if options.compile in (None, t.choice.compile)]
+    if all(timing.failed for timing in asked):
+        flags = " and ".join(
+            ["--capture"] * options.capture + ["--compile"] * bool(options.compile)
+        )
+        raise UserError(
+            f"{flags} is asked for, but no engine can ({asked[0].choice}: {asked[0].note}): leave "
+            "it out"
+        )
+    return pick(asked, steps)
+
+
+def _measure(
+    session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
+) -> list[Timing]:
+    """A timing for every candidate, the default's first; the known ones as they are."""
+    options, known = session.options, cache.read()
     eager = eager_candidates(ENGINES, options.memory_format)
-    if options.compile:
-        eager = eager[:1]
     unknown = [choice for choice in eager if choice not in known]
-    if unknown and SAVABLE * steps <= 2 * (1 + TIMED_STEPS) * len(unknown):
-        note = f"not timed: {steps} steps are too few to gain by it"
-        unmeasured = [Timing(choice, note=note, final=False) for choice in unknown]
-        timings = [*known.values(), *unmeasured]
-        return sorted(timings, key=lambda timing: timing.choice != session.choice)
-    timings = []
-    with untouched(session):
-        for choice in eager:
-            best = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
-            timings.append(known.get(choice) or time_eager(session, choice, best))
-    if options.compile is False or options.capture:
-        return timings
-    ranked = sorted((t for t in timings if t.step_ms is not None), key=_milliseconds)
-    for timing in ranked[:COMPILED]:
-        choice = Choice(timing.choice.engine, True, timing.choice.memory_format)
-        best_ms = _milliseconds(ranked[0])
-        timings.append(known.get(choice) or time_compiled(session, choice, steps, best_ms))
+    trial_steps = warm_up_steps(session) + TIMED_STEPS
+    note = f"not timed: {steps} steps are too few to gain by it"
+    if unknown and SAVABLE * steps <= 2 * trial_steps * len(unknown):
+        timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
+    else:
+        timings = _eager(session, eager, known, cache, stopped)
+        if options.compile is not False:
+            timings += _compiled(session, timings, steps, known, cache, stopped)
+    if session.choice not in [timing.choice for timing in timings]:
+        timings.append(Timing(session.choice, note=note, final=False))
+    return sorted(timings, key=lambda timing: timing.choice != session.choice)
+
+
+def _eager(
+    session: Session,
+    choices: list[Choice],
+    known: dict[Choice, Timing],
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+) -> list[Timing]:
+    """Those of ``choices`` that there is time for, the first of which is the default."""
+    timings: list[Timing] = []
+    with untouched(session) as put_back:
+        for choice in choices:
+            if stopped():
+                break
+            if choice in known:
+                timings.append(known[choice])
+                continue
+            best_ms = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
+            # Nothing else can run where the plain loop can't, and it is never left out.
+            default = choice == choices[0] and not session.options.capture
+            with nullcontext() if default else cache.on_trial(choice):
+                timings.append(time_eager(session, choice, best_ms, default=default))
+                put_back()
     return timings
 
 
-def _milliseconds(timing: Timing) -> float:
-    assert timing.step_ms is not None
-    return timing.step_ms
-
-
-def time_eager(session: Session, choice: Choice, best_ms: float | None) -> Timing:
-    """A few steps of this session by ``choice``, or why it can't."""
-    try:
-        session.adopt(choice, alone=True)
-    except UserError as error:
-        return Timing(choice, note=str(error))
-    warm_up = 1 + (WARM_UP_STEPS + 1) * session.options.capture
-    first = time_steps(session, warm_up)
-    if best_ms is not None and min(first) > HOPELESS * best_ms:
-        return Timing(choice, min(first), note="one step: far slower")
-    return Timing(choice, statistics.median(time_steps(session, TIMED_STEPS)))
-
-
-def time_steps(session: Session, count: int) -> list[float]:
-    """Milliseconds of each of ``count`` steps, all on the batch that is next."""
-    images, labels = _next_batch(session)
-    session.cohort.train()
-    session.method.train()
-    session.begin_epoch()
-    return [_one_step(session, images, labels) for _ in range(count)]
-
-
-def _next_batch(session: Session) -> tuple[Tensor, Tensor]:
-    return next(iter(session.stream.batches(session.epoch, session.batch)))
-
-
-def _one_step(session: Session, images: Tensor, labels: Tensor) -> float:
-    _wait(session.device)
-    started = clock()
-    session.begin_step(labels.shape[0])
-    training_step(session, images, labels)
-    _wait(session.device)
-    return 1e3 * (clock() - started)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_compiled(session: Session, choice: Choice, steps: int, best_ms: float) -> Timing:
-    """``choice`` in a process of its own, for as long as it could save."""
-    budget = SAVABLE * steps * best_ms / 1e3
-    if budget <= COMPILE_SECONDS and not session.options.compile:
-        note = f"not tried: it could save {budget:.0f} s, and compiling takes longer"
-        return Timing(choice, note=note, final=False)
-    job = {
-        "recipe": session.recipe.to_json(),
-        "classes": session.cohort.num_classes,
-        "image": list(_next_batch(session)[0].shape[1:3]),
-        "choice": [choice.engine, choice.memory_format],
-        "device": str(session.device),
-        "precision": session.precision,
-        "impl": session.options.impl,
-        "optimizer": session.options.optimizer,
-        "accumulate": session.options.accumulate,
-        "teacher": None if session.teacher is None else str(session.teacher.path),
-    }
-    answer, why = ask(
-        [sys.executable, "-m", "fastokd.training.tuning_worker"], job, min(budget, PATIENCE)
-    )
-    if answer is None:
-        return Timing(choice, note=why)
-    return Timing(choice, answer["step_ms"], answer["compile_seconds"])
-
-
-def ask(
-    command: list[str], job: dict[str, Any], seconds: float
-) -> tuple[dict[str, Any] | None, str]:
-    """What ``command`` answers to ``job``, both in JSON; or why it doesn't.
-
-    After ``seconds`` it is killed, and all that it started.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(json.dumps(job), timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return None, f"killed after {seconds:.0f} s"
-    if process.returncode != 0:
-        lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
-        return None, f"it failed: {lines[-1][:200]}"
-    return json.loads(out.splitlines()[-1]), ""
+def _compiled(
+    session: Session,
+    eager: list[Timing],
+    steps: int,
+    known: dict[Choice, Timing],
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+) -> list[Timing]:
+    """The fastest engines compiled; before them the default, where compiling is asked for."""
+    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
+    ranked = sorted(times, key=lambda choice: times[choice])
+    best_ms = times[ranked[0]] if ranked else None
+    choices = [session.choice] if session.choice.compile else []
+    choices += [replace(choice, compile=True) for choice in ranked]
+    timings: list[Timing] = []
+    for choice in list(dict.fromkeys(choices))[:COMPILED]:
+        if stopped():
+            break
+        if choice in known:
+            timings.append(known[choice])
+            continue
+        with cache.on_trial(choice):
+            timings.append(time_compiled(session, choice, steps, best_ms, stopped))
+    return timings

@@ -5,46 +5,42 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastokd.data import DatasetSplits, Split
+from fastokd.errors import in_one_line
+from fastokd.methods import register_method
 from fastokd.recipes import Recipe
 from fastokd.training.session import RunOptions, Session
-from fastokd.training.tuning import TIMED_STEPS, time_steps
+from fastokd.training.trial import TIMED_STEPS, next_batch, time_steps, warm_up_steps
 
 
-def work(job: dict[str, Any]) -> dict[str, float]:
-    """Trains a few steps on drawn images of the job's shape: ms a step, and what came before."""
-    recipe = Recipe.from_json(job["recipe"])
-    engine, memory_format = job["choice"]
-    options = RunOptions(
-        device=job["device"],
-        precision=job["precision"],
-        engine=engine,
-        compile=True,
-        memory_format=memory_format,
-        impl=job["impl"],
-        optimizer=job["optimizer"],
-        accumulate=job["accumulate"],
-        teacher=None if job["teacher"] is None else Path(job["teacher"]),
-        quiet=True,
-    )
-    session = Session(recipe, options, data=drawn(recipe.batch_size, job["image"], job["classes"]))
-    # The second step may compile again, for states that the first one made.
-    before = sum(time_steps(session, 2))
-    step_ms = statistics.median(time_steps(session, TIMED_STEPS))
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains a few steps on drawn images: ms a step, and what came before; or why it can't."""
+    try:
+        if ":" in job["recipe"]["method"]:  # named by the user whose run this is
+            register_method(job["recipe"]["method"])
+        recipe = Recipe.from_json(job["recipe"])
+        data = drawn(recipe.batch_size, **job["data"])
+        session = Session(recipe, RunOptions(**job["options"]), data=data)
+        batch = next_batch(session)
+        before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
+        step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
+    except Exception as error:
+        return {"note": in_one_line(error), "failed": True}
     return {"compile_seconds": before / 1e3, "step_ms": step_ms}
 
 
-def drawn(count: int, size: list[int], classes: int) -> DatasetSplits:
-    """``count`` random images of ``size`` (height, width) for each split."""
-    images_NHWC = torch.randint(256, (count, *size, 3), dtype=torch.uint8)
-    split = Split(images_NHWC, torch.arange(count) % classes)
-    names = tuple(str(label) for label in range(classes))
-    return DatasetSplits("drawn", names, (0.5,) * 3, (0.25,) * 3, split, split, split)
+def drawn(
+    count: int, image: list[int], class_names: list[str], mean: list[float], std: list[float]
+) -> DatasetSplits:
+    """``count`` random images of the shape ``[H, W, 3]`` for each split."""
+    images_NHWC = torch.randint(256, (count, *image), dtype=torch.uint8)
+    split = Split(images_NHWC, torch.arange(count) % len(class_names))
+    names = tuple(class_names)
+    return DatasetSplits("drawn", names, tuple(mean), tuple(std), split, split, split)
 
 
 if __name__ == "__main__":

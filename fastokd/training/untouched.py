@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from fastokd.device import gradient_scaler, is_lost
+from fastokd.training.guard import random_state, set_random_state
 from fastokd.training.session import Session
-from fastokd.training.state import as_state
 
 
 @contextmanager
-def untouched(session: Session) -> Iterator[None]:
+def untouched(session: Session) -> Iterator[Callable[[], None]]:
     """Gives the session back as it was, to the bit: parameters, buffers, optimizers, averages,
-    random numbers, choice of engine, mode."""
+    random numbers, choice of engine, mode. So does each call of what it yields.
+
+    A step that failed half-way is undone like any other; the memory that it took is let go.
+    """
     choice, training = session.choice, session.cohort.training
-    held = [(tensor, tensor.detach().clone()) for tensor in _held(session)]
+    held = [(tensor, _kept(tensor)) for tensor in _held(session)]
     states = [
-        {p: {k: _copy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+        {
+            p: {k: _kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+            for p, state in optimizer.state.items()
+        }
         for optimizer in session.optimizers
     ]
-    average = session.average and {k: v.clone() for k, v in session.average.state.items()}
+    average = session.average and {k: _kept(v) for k, v in session.average.state.items()}
     scale = session.scaler.state_dict()
-    rng = torch.get_rng_state()
-    on_gpu = session.device.type == "cuda"
-    gpu_rng = torch.cuda.get_rng_state(session.device) if on_gpu else None
-    try:
-        yield
-    finally:
+    random = random_state(session.device)
+
+    def put_back() -> None:
         for optimizer, saved in zip(session.optimizers, states, strict=True):
             optimizer.zero_grad()
             optimizer.state.clear()
             for parameter, state in saved.items():
-                optimizer.state[parameter] = state
-        session.adopt(choice)
+                optimizer.state[parameter] = dict(state)
+        session.adopt(choice)  # which lays the optimizers' states out as the parameters lie
         session.guard.forget()
         session.cohort.train(training)
         session.method.train(training)
@@ -45,10 +50,23 @@ def untouched(session: Session) -> Iterator[None]:
         if session.average is not None and average:
             session.average.load(average)
         if scale:
+            # A new one: the old may stand between the unscaling and the update of a failed step.
+            session.scaler = gradient_scaler(session.device, session.precision)
             session.scaler.load_state_dict(scale)
-        torch.set_rng_state(rng)
-        if gpu_rng is not None:
-            torch.cuda.set_rng_state(gpu_rng, session.device)
+        set_random_state(random, session.device)
+        gc.collect()  # a step program and its graphs refer to each other
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    lost = False
+    try:
+        yield put_back
+    except Exception:
+        lost = is_lost(session.device)
+        raise
+    finally:
+        if not lost:
+            put_back()
 
 
 def _held(session: Session) -> list[Tensor]:
@@ -59,5 +77,6 @@ def _held(session: Session) -> list[Tensor]:
     ]
 
 
-def _copy(value: object) -> object:
-    return as_state(value, value) if isinstance(value, Tensor) else value
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy on the host: a trial needs the GPU's memory."""
+    return tensor.detach().to("cpu", copy=True)

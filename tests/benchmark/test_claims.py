@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from fastokd.benchmark import claims
 from fastokd.benchmark.claims import CLAIMS, Claim, Growth, Outcome
 from fastokd.benchmark.equality import Agreement
-from fastokd.benchmark.gpu_report import NO_GPU, gpu_report
-from fastokd.benchmark.kernels import measure_kernels
 from fastokd.benchmark.step import StepTiming
 from fastokd.benchmark.worker import Spec
 from fastokd.cli import run_command
@@ -83,48 +78,6 @@ def test_nothing_is_timed_that_isnt_equal(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Spec, "settled", lambda self: self)
     with pytest.raises(UserError, match="isn't timed, for its step is not the published one"):
         claims.measure(TINY, claims.rounds(1))
-
-
-def test_the_report_of_a_machine_without_a_gpu_says_so(
-    tmp_path: Path,
-    cpp_ops: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(CLAIMS, "tiny", TINY)
-    monkeypatch.setattr(
-        "fastokd.benchmark.gpu_report.measure_kernels",
-        lambda device, scale: measure_kernels(device, rounds=1, scale=0.02),
-    )
-    path = tmp_path / "report.json"
-    assert run_command(["bench", "--only", "tiny", "--steps", "1", "--gpu-report", str(path)]) == 0
-    assert NO_GPU in capsys.readouterr().out
-    report: dict[str, Any] = json.loads(path.read_text())
-    assert report["note"] == NO_GPU
-    assert report["how"] == "measured-cpu"
-    assert report["environment"]["torch"] == torch.__version__
-    assert "impls" in report["doctor"]
-    (step,) = report["steps"]
-    assert step["claim"] == "tiny"
-    assert step["equal"]
-    assert step["fastokd"]["step_ms"] > 0
-    assert len(report["kernels"]) == 5
-    for row in report["kernels"]:
-        assert row["impl"] == "cpp"
-        assert row["equal"], row
-        assert row["ratio"] > 0
-    assert report["plans"][0]["modelled"]["how"] == "modelled: data sheet"
-
-
-def test_a_claim_that_is_refused_doesnt_lose_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise UserError("it can't be")
-
-    monkeypatch.setattr("fastokd.benchmark.gpu_report.measure", refuse)
-    monkeypatch.setattr("fastokd.benchmark.gpu_report.measure_kernels", lambda *_, **__: [])
-    two = [dataclasses.replace(TINY, name=name) for name in ("one", "two")]
-    report = gpu_report(two)
-    assert [row["refused"] for row in report["steps"]] == ["it can't be"] * 2
 
 
 def test_an_unknown_claim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from fastokd.data.prepared import load_prepared
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from fastokd.prepare import prepare
+from tests.data.loaders import LOADERS, needs_dali
 
-LOADERS = ("dali", "torchvision")
 SMALL = View(32, 37)
 TRAIN = {"seed": 3, "augment": Augment(0, resized_crop=True), "shuffle": True}
 # Two libraries resample, one of them rounding twice: levels of 0 to 255 differ by 2 at most, and by
@@ -94,9 +94,11 @@ def test_the_global_generator_is_left_alone(root: Path, loader: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@needs_dali
 def test_both_loaders_train_on_nearly_the_same_pixels(root: Path) -> None:
     """Grey, CMYK, PNG and turned images among them."""
-    batches = [split_of(root, loader).stream(11, **TRAIN).batches(1) for loader in LOADERS]
+    loaders = ("dali", "torchvision")
+    batches = [split_of(root, loader).stream(11, **TRAIN).batches(1) for loader in loaders]
     for (a, labels_a), (b, labels_b) in zip(*batches, strict=True):
         assert torch.equal(labels_a, labels_b)
         differ = (a.int() - b.int()).abs()
@@ -200,15 +202,21 @@ def test_images_are_held_out_of_train_by_class(root: Path) -> None:
     assert torch.equal(labels_N, splits.val.labels_N)
 
 
-def test_the_loader_is_chosen_and_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_dali
+def test_dali_is_chosen_where_it_is_installed(root: Path) -> None:
     splits = load_dataset("imagenet", root)
-    assert (splits.loader, splits.train.image_size) == ("dali", (224, 224))
+    assert splits.loader == "dali"
     assert splits.note.startswith("images are decoded by dali 2.")
-    assert splits.mean == (0.485, 0.456, 0.406)
+
+
+def test_the_loader_is_chosen_and_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="loader is 'ffcv': choose auto"):
         load_dataset("imagenet", root, loader="ffcv")
     monkeypatch.setattr("fastokd.data.dali.why_not", lambda: "no module nvidia")
-    assert load_dataset("imagenet", root).loader == "torchvision"
+    splits = load_dataset("imagenet", root)
+    assert (splits.loader, splits.train.image_size) == ("torchvision", (224, 224))
+    assert splits.note.startswith("images are decoded by torchvision")
+    assert splits.mean == (0.485, 0.456, 0.406)
     with pytest.raises(UserError, match="isn't here: no module nvidia"):
         load_dataset("imagenet", root, loader="dali")
 

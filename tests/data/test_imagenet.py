@@ -23,6 +23,7 @@ from fastokd.models import create_model
 from fastokd.prepare import prepare
 from fastokd.recipes import Recipe, list_recipes, recipe
 from fastokd.training.session import RunOptions, Session
+from tests.data.loaders import LOADERS, needs_dali
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}
 
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_run_learns_resumes_and_is_evaluated(
     root: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_run_learns_resumes_and_is_evaluated(
     assert scores["test"] == whole.last["test"]
 
 
+@needs_dali
 @pytest.mark.proof
 def test_both_loaders_score_a_student_alike(tmp_path: Path) -> None:
     """Top-1 within 0.1%: at most one of a thousand images."""
@@ -90,9 +92,9 @@ def test_both_loaders_score_a_student_alike(tmp_path: Path) -> None:
 
 def test_a_file_that_vanishes_stops_the_run_after_a_checkpoint(root: Path, tmp_path: Path) -> None:
     """Put back, the run goes on to the same bits as one that never stopped."""
-    options = {**QUICK, "data_root": root, "loader": "dali"}
+    options = {**QUICK, "data_root": root}
     whole = fastokd.train(tiny(1), out=tmp_path / "whole", **options)
-    split = load_prepared("imagenet", root, view=View(32, 37), loader="dali").train
+    split = load_prepared("imagenet", root, view=View(32, 37)).train
     order = torch.randperm(48, generator=keyed_generator(0, 0, "order"))
     victim = split.path(int(order[30]))  # type: ignore[union-attr]
     content = victim.read_bytes()
@@ -115,7 +117,6 @@ def test_the_leader_of_a_resnet18_is_torchvisions(root: Path, tmp_path: Path) ->
         tiny(1, "resnet18", students=2, batch_size=24),
         out=tmp_path / "run",
         data_root=root,
-        loader="dali",
         **QUICK,
     )
     theirs = resnet18(num_classes=2).eval()

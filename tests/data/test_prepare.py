@@ -20,6 +20,7 @@ from fastokd.data.manifest import MANIFEST, Manifest, read_manifest, write_manif
 from fastokd.data.photographs import write_photographs
 from fastokd.errors import UserError
 from fastokd.prepare import prepare
+from tests.data.loaders import LOADERS
 from tests.data.make import write_folder
 
 BAD = {
@@ -58,7 +59,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_every_fault_is_listed_and_all_else_is_read(root: Path, workers: int) -> None:
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_fault_is_listed_and_all_else_is_read(root: Path, loader: str, workers: int) -> None:
     done = prepare(root, workers=workers, quiet=True)
     folder = "train/n00000000/"
     faults = {entry.path: entry.fault for entry in done.manifest.quarantined()}
@@ -68,14 +70,13 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, workers: int) ->
         assert faults[folder + name].startswith(fault), name
         assert any(f"{folder}{name}: {fault}" in line for line in done.lines()), name
     assert read_manifest(root) == done.manifest
-    for loader in ("dali", "torchvision"):
-        splits = load_dataset("imagenet", root, image_size=32, eval_resize=37, loader=loader)
-        assert isinstance(splits.train, DiskSplit)
-        assert "6 of 25 files are quarantined" in splits.note
-        names = {splits.train.path(i).name for i in range(len(splits.train))}
-        assert set(GOOD) <= names
-        assert not set(BAD) & names
-        assert splits.train.read()[0].shape == (15, 32, 32, 3)
+    splits = load_dataset("imagenet", root, image_size=32, eval_resize=37, loader=loader)
+    assert isinstance(splits.train, DiskSplit)
+    assert "6 of 25 files are quarantined" in splits.note
+    names = {splits.train.path(i).name for i in range(len(splits.train))}
+    assert set(GOOD) <= names
+    assert not set(BAD) & names
+    assert splits.train.read()[0].shape == (15, 32, 32, 3)
 
 
 def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
@@ -262,12 +263,13 @@ def test_a_damaged_manifest_is_named(root: Path, spoil: Callable[[str], str]) ->
         read_manifest(root)
 
 
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_prepared_folder_is_tested_on_test_and_streamed_when_cropped_by_area(
-    tmp_path: Path,
+    tmp_path: Path, loader: str
 ) -> None:
     root = write_folder(tmp_path, splits=("train", "val", "test"), count=3)
     prepare(root, quiet=True)
-    splits = load_dataset("imagefolder", root, streamed=True, loader="dali")
+    splits = load_dataset("imagefolder", root, streamed=True, loader=loader)
     assert isinstance(splits.val, DiskSplit)
     memory = load_dataset("imagefolder", root)
     for name in ("train", "val", "test"):

@@ -22,7 +22,8 @@ from fastokd.recipes import Recipe, recipe
 from fastokd.training.interruption import Interrupted, StopRequest
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
-from fastokd.training.tuning import time_eager, tune
+from fastokd.training.trial import time_eager
+from fastokd.training.tuning import tune
 from fastokd.training.untouched import untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
@@ -142,6 +143,27 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
     ):
         tune(session, 10_000)
     return session.choice.engine, measured.call_count
+
+
+def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, bool]:
+    """What a session of three steps runs by, and whether its engine was open; ``torch.compile`` is a
+    stand-in, and nothing may be timed."""
+    with (
+        patch("torch.compile", side_effect=lambda body, **how: body) as compiled,
+        patch("fastokd.training.tuning.cache_root", return_value=cache),
+        patch("fastokd.training.tuning._eager") as measured,
+    ):
+        session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
+        opened = not session.settled
+        tune(session, 3)
+        assert session.settled
+        assert not measured.called
+        assert compiled.called == session.choice.compile
+        session.begin_epoch()
+        images, labels = session.stream.batch(0, 0)
+        session.begin_step(len(labels))
+        training_step(session, images, labels)
+    return str(session.choice), opened
 
 
 def timed_alone(one: Recipe) -> list[Any]:

@@ -62,11 +62,34 @@ def test_the_first_process_decides(two: Pool, tmp_path: Path) -> None:
     torch.testing.assert_close({k: first[k] for k in trained}, {k: second[k] for k in trained})
 
 
+@pytest.mark.parametrize("compile", [None, True, False])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"sync_bn": True},
+        {"parallel": "students"},
+        {"deterministic": True},
+        {"engine": "grouped"},
+    ],
+)
+def test_what_is_asked_for_runs_on_every_rank(
+    two: Pool, tmp_path: Path, asked: dict[str, Any], compile: bool | None
+) -> None:
+    """A run too short to measure, and those that take no engine but their own."""
+    how = "compiled" if compile else "eager"
+    engine = asked.get("engine", "loop")
+    one = small("dml", students=2)
+    found = two.run(checks.settled, one, tmp_path, {**asked, "compile": compile})
+    assert found == [(f"{engine}, {how}, channels_last", not asked)] * 2
+
+
 def test_refusals(two: Pool) -> None:
     for one, options, said in (
         (small("okddip-branch", batch_size=9), {}, "choose a multiple of 2"),
         (small("one", batch_size=2), {}, "1 on each of 2 ranks"),
         (small("dml"), {"parallel": "both"}, "choose data or students"),
+        (small("dml"), {"sync_bn": True, "engine": "vmap"}, "leave one of them out"),
     ):
         assert all(said in text for text in two.run(checks.refusal, one, options))
     assert "leave --sync-bn out" in checks.refusal(small("dml"), {"sync_bn": True})

@@ -148,7 +148,7 @@ def _of_amd(kernel: Any, target: str) -> Facts:
 
 def _gcn_bytes(name: str) -> int:
     unit = re.sub(r"_d16(_hi)?$", "", name).rsplit("_", 1)[-1]
-    return _GCN_BYTES[unit.removeprefix("u").removeprefix("s") if unit[1:] in _GCN_BYTES else unit]
+    return _GCN_BYTES[unit[1:] if unit[1:] in _GCN_BYTES else unit]
 
 
 def _by_width(

@@ -64,6 +64,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fusion of 4 512x7x7 bf16": lambda: fusion(4, 512, 7, BF16),
     "transfusion 64x8x8 fp32": lambda: fusion(1, 64, 8, FP32),
     "transfusion 64x8x8 bf16": lambda: fusion(1, 64, 8, BF16),
+    "transfusion 512x7x7 bf16": lambda: fusion(1, 512, 7, BF16),
 }
 # What these store is a number a pixel, a sample or a channel.
 NO_MAP_STORED = ("map_kernel", "pair_kernel", "forward_kernel", "reduce_kernel", "gradient_kernel")

@@ -1,114 +1,134 @@
-"""engine="auto": measured, kept, and without a trace."""
+"""engine="auto": what is asked for runs, the fastest of it, and the choice is kept."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
-import time
+import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fastokd
 from fastokd.cohort import Choice
-from fastokd.cohort.autotuner import Timing, TimingCache, pick, table
+from fastokd.cohort.autotuner import Timing, pick, table
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
-from fastokd.recipes import Recipe, recipe
-from fastokd.training import tuning
-from fastokd.training.session import RunOptions, Session
+from fastokd.errors import UserError
+from fastokd.recipes import recipe
+from fastokd.training import trial, tuning
+from fastokd.training.interruption import Interrupted
+from fastokd.training.session import Session
 from fastokd.training.step import training_step
-from fastokd.training.tuning import ask, time_compiled, tune
-from fastokd.training.untouched import untouched
+from fastokd.training.trial import next_batch
+from fastokd.training.tuning import tune
+from tests.training.tuned import (
+    AUTO,
+    LONG,
+    WARM_UP,
+    recorded,
+    session_of,
+    slowed,
+    small,
+    uncompiled,
+)
 
-AUTO: dict[str, Any] = {"quiet": True, "precision": "fp32", "impl": "torch", "ema": 0.9}
-LAST = {"compile": False, "memory_format": "channels_last"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tuning, "cache_root", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-def small(**changes: object) -> Recipe:
-    return recipe(
-        "okddip-branch/resnet8/digits", **{"epochs": 2, "students": 2, "batch_size": 8, **changes}
-    )
-
-
-def fingerprint(session: Session) -> str:
-    """A digest of everything that a step could move."""
-    tensors, facts = session.state()
-    digest = hashlib.sha256(repr(facts).encode())
-    for key, value in sorted(tensors.items()):
-        digest.update(key.encode() + repr((value.shape, value.stride())).encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    grads = [p.grad is None for p in session.parameters()]
-    where = [str(session.choice), session.cohort.training, session.cohort.engine]
-    return digest.hexdigest() + repr((grads, where, torch.rand(1, generator=_next_draw())))
+pytestmark = pytest.mark.usefixtures("cache")
+SHORT, MEDIUM = 50, 1_000
+# What the worker measures: the loop gains most by compiling, and grouped is the fastest.
+COMPILED_MS = {"loop": 90.0, "grouped": 50.0}
 
 
-def _next_draw() -> torch.Generator:
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return generator
+def answering(
+    monkeypatch: pytest.MonkeyPatch, **answers: dict[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """In place of the worker: what it answers for an engine; what it was told."""
+    told: list[tuple[str, dict[str, Any]]] = []
+
+    def ask(command: list[str], job: dict[str, Any], *more: object) -> dict[str, Any]:
+        engine = job["options"]["engine"]
+        told.append((engine, job))
+        plain = {"step_ms": COMPILED_MS.get(engine, 1e3), "compile_seconds": 1.0}
+        return answers.get(engine, plain)
+
+    monkeypatch.setattr(trial, "ask", ask)
+    return told
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_trials_leave_no_trace(steps: int) -> None:
-    """Before the first step, when optimizers have no state, and in mid-run."""
-    session = Session(small(), RunOptions(**AUTO))
+def take(session: Session, steps: int) -> None:
+    """Steps as a run takes them."""
+    batch = next_batch(session)
     session.begin_epoch()
-    for index in range(steps):
-        session.begin_step(8)
-        training_step(session, *session.stream.batch(0, index))
-    before = fingerprint(session)
-    with untouched(session):
-        for choice in (Choice("grouped"), Choice("loop", False, "contiguous"), Choice("vmap")):
-            assert tuning.time_eager(session, choice, None).step_ms
-        torch.rand(3)
-        assert fingerprint(session) != before
-    assert fingerprint(session) == before
+    for _ in range(steps):
+        session.begin_step(len(batch[1]))
+        training_step(session, *batch)
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, *slow: type) -> None:
-    """A clock that only the engines move: by 1 s in a call of a slow one, else by 0.1 s."""
-    now = [0.0]
-    monkeypatch.setattr(tuning, "clock", lambda: now[0])
-    for engine in (LoopStudents, GroupedStudents, VmapStudents):
-        call: Callable[..., Any] = engine.__call__
-        seconds = 1.0 if engine in slow else 0.1
-
-        def timed(
-            self: Any, x: Any, call: Callable[..., Any] = call, seconds: float = seconds
-        ) -> Any:
-            now[0] += seconds
-            return call(self, x)
-
-        monkeypatch.setattr(engine, "__call__", timed)
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "compile", "steps", "runs"),
+    [
+        ("auto", None, SHORT, "loop, eager"),
+        ("auto", None, MEDIUM, "grouped, eager"),  # compiling takes longer than it could save
+        ("auto", None, LONG, "grouped, compiled"),
+        ("auto", False, SHORT, "loop, eager"),
+        ("auto", False, LONG, "grouped, eager"),
+        ("auto", True, SHORT, "loop, compiled"),
+        ("auto", True, MEDIUM, "loop, compiled"),
+        ("auto", True, LONG, "grouped, compiled"),
+        ("vmap", None, LONG, "vmap, eager"),
+        ("vmap", False, LONG, "vmap, eager"),
+        ("vmap", True, SHORT, "vmap, compiled"),
+    ],
+)
+def test_what_is_asked_for_runs(
+    engine: str,
+    compile: bool | None,
+    capture: bool,
+    steps: int,
+    runs: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slowed(monkeypatch, LoopStudents, VmapStudents)
+    recorded(monkeypatch)
+    compiled = uncompiled(monkeypatch)
+    told = answering(monkeypatch)
+    session = session_of(engine=engine, compile=compile, capture=capture)
+    timings = tune(session, steps)
+    assert str(session.choice) == f"{runs}, channels_last"
+    assert bool(timings) == (engine == "auto")
+    weighed = engine == "auto" and compile is not False and steps == LONG
+    assert [name for name, _ in told] == (["loop", "grouped"] if compile else ["grouped", "loop"])[
+        : 2 * weighed
+    ]
+    assert all(job["options"]["capture"] == capture for _, job in told)
+    compiled.clear()
+    take(session, WARM_UP + 2)
+    assert bool(compiled) == runs.endswith("compiled")
+    captured = session.step_program.captured
+    assert (captured is not None and None not in captured.graphs.values()) == capture
 
 
 @pytest.mark.parametrize("slow", ["loop", "others"])
-def test_the_choice_follows_the_measurement(
-    slow: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slowed(monkeypatch, *([LoopStudents] if slow == "loop" else [GroupedStudents, VmapStudents]))
-    session = Session(small(), RunOptions(**AUTO, memory_format="channels_last", compile=False))
+    session = session_of()
     said: list[str] = []
-    timings = tune(session, 1000, said.append)
+    timings = tune(session, SHORT, said.append)
+    assert session.choice == Choice()
+    assert said == []
+    session.settled = False
+    timings = tune(session, MEDIUM, said.append)
     assert [timing.choice.engine for timing in timings] == ["loop", "grouped", "vmap"]
     assert session.cohort.engine == ("grouped" if slow == "loop" else "loop")
     assert session.settled
     assert "* " + session.cohort.engine in said[0]
     # What is known isn't measured again, for a short run neither.
     monkeypatch.setattr(tuning, "time_eager", None)
-    again = Session(small(), RunOptions(**AUTO, memory_format="channels_last", compile=False))
+    again = session_of()
     tune(again, 2)
     assert again.choice == session.choice
 
@@ -117,27 +137,32 @@ def test_what_cannot_take_the_cohort_is_listed_with_the_reason() -> None:
     mixed = recipe(
         "okddip-network/resnet8/digits", model="resnet8+resnet14", students=2, batch_size=8
     )
-    session = Session(mixed, RunOptions(**AUTO, memory_format="channels_last", compile=False))
+    session = session_of(mixed)
     said: list[str] = []
-    timings = tune(session, 1000, said.append)
+    timings = tune(session, MEDIUM, said.append)
     assert session.cohort.engine == "loop"
-    assert [timing.step_ms is None for timing in timings] == [False, True, True]
+    assert [timing.failed for timing in timings] == [False, True, True]
     assert said[0].count("not a mixed cohort: use loop") == 2
 
 
 def test_a_short_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "time_eager", None)
-    session = Session(small(), RunOptions(**AUTO))
-    timings = tune(session, 100)
+    session = session_of(memory_format="auto", compile=None)
+    timings = tune(session, SHORT)
     assert session.choice == Choice()
-    assert all("100 steps are too few" in timing.note for timing in timings)
+    assert len(timings) == 6
+    assert all("50 steps are too few" in timing.note for timing in timings)
+
+
+def fixed(*timings: Timing) -> Callable[..., list[Timing]]:
+    return lambda *arguments: list(timings)
+
+
+FASTER = Timing(Choice("loop"), 9.0), Timing(Choice("grouped"), 1.0)
 
 
 def test_a_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fixed(session: Session, steps: int, known: object) -> list[Timing]:
-        return [Timing(Choice("loop"), 9.0), Timing(Choice("grouped"), 1.0)]
-
-    monkeypatch.setattr(tuning, "_measure", fixed)
+    monkeypatch.setattr(tuning, "_measure", fixed(*FASTER))
     one = small(batch_size=250)
     fastokd.train(one, out=tmp_path / "run", max_steps=1, **AUTO)
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -159,50 +184,78 @@ def _noting(engines: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def test_compiling_must_pay_for_itself() -> None:
-    """What it saves over the run against what it takes."""
+def test_a_run_stopped_while_it_is_tuned_chooses_when_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is taken by the default, and saved."""
+
+    def stopped(*arguments: object) -> list[Timing]:
+        signal.raise_signal(signal.SIGTERM)
+        return list(FASTER)
+
+    one = small(batch_size=250)
+    monkeypatch.setattr(tuning, "_measure", stopped)
+    with pytest.raises(Interrupted):
+        fastokd.train(one, out=tmp_path / "run", **AUTO)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["engine"] == "auto"
+    monkeypatch.setattr(tuning, "_measure", fixed(*FASTER))
+    fastokd.train(one, out=tmp_path / "run", resume=True, max_steps=2, **AUTO)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["engine"] == "grouped"
+
+
+def test_the_default_stays_unless_another_is_clearly_faster_or_it_cannot_run() -> None:
+    """Compiling: what it saves over the run against what it takes."""
     timings = [Timing(Choice("loop"), 100.0), Timing(Choice("loop", True), 80.0, 60.0)]
     assert pick(timings, 1000) == Choice("loop")
     assert pick(timings, 10_000) == Choice("loop", True)
-    # Within what timings scatter, the first stays.
-    assert (
-        pick([Timing(Choice("loop"), 100.0), Timing(Choice("vmap"), 98.0)], 10**6).engine == "loop"
-    )
     assert "compiled in 60 s" in table(timings, Choice())
-    session = Session(small(), RunOptions(**AUTO))
-    short = time_compiled(session, Choice("loop", True), 1000, 100.0)
-    assert short.step_ms is None
-    assert not short.final
-    assert "could save 30 s" in short.note
+    vmap = Timing(Choice("vmap"), 98.0)
+    # Within what timings scatter, the first stays.
+    assert pick([Timing(Choice("loop"), 100.0), vmap], 10**6) == Choice("loop")
+    assert pick([Timing(Choice("loop"), note="not timed", final=False), vmap], 9) == Choice("loop")
+    assert pick([Timing(Choice("loop"), failed=True), vmap], 9) == Choice("vmap")
 
 
-@pytest.mark.proof
-def test_a_compiled_candidate_answers_from_its_own_process() -> None:
-    session = Session(small(batch_size=4), RunOptions(**AUTO, compile=True))
-    timing = time_compiled(session, Choice("loop", True), 10**6, 10**3)
-    assert timing.note == ""
-    assert timing.step_ms is not None
-    assert timing.compile_seconds > 1
+REFUSED = RuntimeError("operation not permitted when stream is capturing")
 
 
-def test_a_candidate_that_takes_too_long_is_killed_with_all_that_it_started() -> None:
-    spawns = "import subprocess as s; s.run(['sleep', '600'])"
-    started = time.monotonic()
-    answer, why = ask([sys.executable, "-c", spawns], {}, 1.0)
-    assert answer is None
-    assert "killed after 1 s" in why
-    assert time.monotonic() - started < 60
-    answer, why = ask([sys.executable, "-c", "raise ValueError('no compiler')"], {}, 30.0)
-    assert answer is None
-    assert why == "it failed: ValueError: no compiler"
+def test_a_capture_that_fails_for_one_engine_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded(monkeypatch, {"loop": REFUSED, "vmap": REFUSED})
+    session = session_of(capture=True)
+    timings = tune(session, LONG)
+    assert [timing.failed for timing in timings] == [True, False, True]
+    assert "not permitted when stream is capturing" in timings[0].note
+    assert session.choice == Choice("grouped")
+    take(session, WARM_UP + 2)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"key": 1, "timings": []}'])
-def test_a_damaged_cache_is_no_cache(cache: Path, content: str) -> None:
-    known = TimingCache(cache, {"torch": "2"})
-    known.path.parent.mkdir(parents=True)
-    known.path.write_text(content)
-    assert known.read() == []
-    known.path.write_bytes(known.content([Timing(Choice(), 3.0)]))
-    assert known.read() == [Timing(Choice(), 3.0)]
-    assert TimingCache(cache, {"torch": "3"}).read() == []
+def test_a_capture_that_fails_for_all_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(monkeypatch, dict.fromkeys(("loop", "grouped", "vmap"), REFUSED))
+    session = session_of(capture=True)
+    with pytest.raises(UserError, match=r"--capture is asked for, but no engine can \(loop.*not p"):
+        tune(session, LONG)
+    assert list(cache.rglob("*.json")) == []  # it may be mended: nothing is remembered
+
+
+def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slowed(monkeypatch, VmapStudents)
+    uncompiled(monkeypatch)
+    failed = {"note": "InductorError: no compiler", "failed": True}
+    answering(monkeypatch, loop=failed)
+    session = session_of(compile=True)
+    tune(session, LONG)
+    assert session.choice == Choice("grouped", True)
+    answering(monkeypatch, loop=failed, grouped=failed)
+    other = small(batch_size=9)  # of which nothing is known
+    with pytest.raises(UserError, match=r"--compile is asked for, .*no compiler\): leave it out"):
+        tune(session_of(other, compile=True), LONG)
+    unasked = session_of(other, compile=None)
+    timings = tune(unasked, LONG)
+    assert unasked.choice == Choice("loop")
+    assert [asdict(t.choice)["compile"] for t in timings if t.failed] == [True, True]

@@ -1,0 +1,138 @@
+"""Tuning on a GPU: a capture that really fails is a row, and nothing of it stays."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from fastokd.cohort import Choice
+from fastokd.errors import UserError
+from fastokd.training.captured import CapturedStep
+from fastokd.training.guard import random_state
+from fastokd.training.recording import recording
+from fastokd.training.session import Session
+from fastokd.training.step import training_step
+from fastokd.training.trial import next_batch
+from fastokd.training.tuning import tune
+from tests.training.tuned import (
+    LONG,
+    cache,  # noqa: F401
+    failing,
+    fingerprint,
+    raising,
+    recorded,
+    session_of,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
+MIB = 2**20
+
+
+def draw(device: torch.device) -> torch.Tensor:
+    return torch.rand(5, device=device)
+
+
+def fails(device: torch.device, waits: bool) -> None:
+    """A capture that draws, takes 64 MiB, and then waits for the device or raises."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    pool = torch.cuda.graph_pool_handle()
+    with recording(graph, pool, stream, capture_error_mode="thread_local"):
+        taken = torch.rand(16 * MIB, device=device)
+        if waits:
+            taken.sum().item()
+        raise ValueError("the body's own")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_failed_capture_leaves_the_process_able_to_go_on(
+    device: torch.device, waits: bool
+) -> None:
+    """Invalid, and valid though its body raised: numbers are drawn, memory is let go, the next
+    capture is replayed."""
+    if device.type == "cpu":
+        pytest.skip("only a GPU has graphs")
+    torch.cuda.manual_seed(3)
+    draw(device)
+    state = torch.cuda.get_rng_state(device)
+    expected = draw(device)
+    torch.cuda.set_rng_state(state, device)
+    stream = torch.cuda.current_stream(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    with pytest.raises(UserError, match="can't be captured as a CUDA graph") as raised:
+        fails(device, waits)
+    assert ("capturing" in str(raised.value)) == waits
+    del raised
+    assert torch.cuda.current_stream(device) == stream
+    assert torch.equal(draw(device), expected)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) < before + 32 * MIB
+
+    torch.cuda.set_rng_state(state, device)
+    step = CapturedStep(lambda images, labels: images + draw(device), device, warm_up=1)
+    zeros = torch.zeros(5, device=device)
+    drawn = [step(zeros, zeros).clone() for _ in range(3)]  # eager, captured and replayed, replayed
+    torch.cuda.set_rng_state(state, device)
+    for value in drawn:
+        assert torch.equal(value, draw(device))
+
+
+def bf16_session(device: torch.device) -> Session:
+    return session_of(device=str(device), precision="bf16", impl="auto", capture=True)
+
+
+def no_capture_of(device: torch.device, monkeypatch: pytest.MonkeyPatch, *engines: str) -> None:
+    """Has these engines wait for the device in a capture; on a CPU both are stand-ins."""
+    if device.type == "cpu":
+        error = RuntimeError("operation not permitted when stream is capturing")
+        recorded(monkeypatch, dict.fromkeys(engines, error))
+    for engine in engines:
+        failing(monkeypatch, engine, waits_in_a_capture)
+
+
+def waits_in_a_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        torch.ones((), device="cuda").item()
+
+
+def test_tuning_survives_a_candidate_that_cannot_be_captured_and_one_without_memory(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_capture_of(device, monkeypatch, "grouped")
+    session = bf16_session(device)
+    before, random = fingerprint(session), random_state(session.device)
+    with monkeypatch.context() as patch:
+        failing(patch, "vmap", raising(torch.OutOfMemoryError("CUDA out of memory")), after=2)
+        timings = tune(session, LONG)
+    assert [timing.failed for timing in timings] == [False, True, True]
+    assert "capturing" in timings[1].note
+    assert timings[2].note == "OutOfMemoryError: CUDA out of memory"
+    assert session.choice == Choice()
+    session.settled = False
+    assert fingerprint(session) == before
+    torch.testing.assert_close(random_state(session.device), random)
+    plain = bf16_session(device)
+    for one in (session, plain):  # eager, captured, replayed
+        batch = next_batch(one)
+        one.begin_epoch()
+        one.cohort.train()
+        one.method.train()
+        for _ in range(15):
+            one.begin_step(len(batch[1]))
+            loss = training_step(one, *batch)[1].total
+        assert loss.isfinite()
+    first, second = ([p.detach() for p in one.parameters()] for one in (session, plain))
+    torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)
+
+
+def test_a_capture_that_fails_for_every_engine_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_capture_of(device, monkeypatch, "loop", "grouped", "vmap")
+    with pytest.raises(UserError, match="--capture is asked for, but no engine can"):
+        tune(bf16_session(device), LONG)
+    assert draw(device).isfinite().all()

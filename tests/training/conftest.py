@@ -1,0 +1,5 @@
+"""Fixtures of the tests of training."""
+
+from tests.training.tuned import cache
+
+__all__ = ["cache"]
