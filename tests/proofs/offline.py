@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -31,6 +32,12 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s*(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)", re.M)
 _GCN = re.compile(r"^\s+((?:global|buffer|flat|scratch)_(?:load|store|atomic)\w*)", re.M)
 _GCN_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def skip_where_triton_spills(target: str) -> None:
+    """Triton 3.6 spills up to four registers in three launches on AMD, and 3.8 in none."""
+    if target == "gfx942" and triton.__version__.startswith("3.6."):
+        pytest.skip("Triton 3.6 spills on gfx942: run this with Triton 3.8")
 
 
 @dataclass(frozen=True)
