@@ -80,5 +80,5 @@ def query_columns(tile: int, warp: int) -> int:
 
 
 def compiler_options(warps: int, warp: int) -> dict[str, int]:
-    """``num_warps``; and NVIDIA's compiler shan't spill to save registers that are free."""
+    """``num_warps``; on NVIDIA also ``maxnreg``, so that ptxas doesn't spill."""
     return {"num_warps": warps, "maxnreg": 255} if warp == 32 else {"num_warps": warps}

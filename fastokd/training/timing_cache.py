@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,8 +90,9 @@ class TimingCache:
     def on_trial(self, choice: Choice) -> Iterator[None]:
         """Within it a process that ends excludes ``choice``; one that is stopped doesn't."""
         if self._trial is not None:
-            os.pwrite(self._trial, json.dumps(dataclasses.asdict(choice)).encode(), 0)
-            os.fsync(self._trial)
+            with suppress(OSError):  # a full disk is no reason to stop a run
+                os.pwrite(self._trial, json.dumps(dataclasses.asdict(choice)).encode(), 0)
+                os.fsync(self._trial)
         try:
             yield
         except DeviceLostError:

@@ -27,3 +27,4 @@ def test_interpreted(file: Path) -> None:
         timeout=600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout, "every test was skipped"

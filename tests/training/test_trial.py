@@ -325,6 +325,19 @@ def test_the_worker_takes_the_recipe_of_the_run(
         assert compiled
 
 
+def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run that asks holds memory on the same device; any other error is remembered."""
+    told = job(session_of(), Choice("loop", True))
+    for error, final in ((memory(), False), (RuntimeError("no lowering"), True)):
+        monkeypatch.setattr(tuning_worker, "Session", lambda *_, e=error, **__: raising(e)())
+        answer = tuning_worker.work(json.loads(json.dumps(told)))
+        assert answer["failed"]
+        assert answer["final"] == final
+        assert trial.Timing(Choice(), **answer).note.startswith(type(error).__name__)
+
+
 @pytest.mark.proof
 def test_a_compiled_candidate_answers_from_its_own_process() -> None:
     session = session_of(small(batch_size=4), compile=True)
