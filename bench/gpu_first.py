@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
     if asked.only:
         report = _previous(asked.previous, path, how) or report
         chosen = _only(asked.only, chosen, report["sections"])
+    elif kind == how:  # what this call doesn't measure again is kept
+        report = _previous(path, path, how) or report
     for section in table:
         left_out = {"title": section.title, "status": "skipped", "error": "it wasn't asked for"}
         report["sections"].setdefault(section.name, left_out)

@@ -70,9 +70,9 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
     """Which kernels a GPU's libraries may choose, for the whole process.
 
     By default cuDNN times its algorithms for each new shape and takes the fastest, which another
-    process may not: sums are then rounded in another order. ``deterministic`` admits algorithms
-    alone that give the same bits each time, and operators that have such a form: others raise.
-    Once on, it stays on, as torch's own switch does; a process that has turned that on keeps it.
+    process may not: sums are then rounded in another order. ``deterministic`` allows only algorithms
+    that give the same bits each time; an operator without one raises. It stays on for the process.
+    A process that has turned on torch's own switch keeps it.
     """
     if device.type != "cuda":
         return

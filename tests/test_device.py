@@ -49,7 +49,7 @@ def test_a_named_gpu_is_the_current_one(begin: Callable[[], object], two_gpus: N
         begin()
 
 
-def test_else_the_current_one_stays(two_gpus: None) -> None:
+def test_a_device_without_an_index_leaves_the_current_one(two_gpus: None) -> None:
     assert use_device("cuda") == torch.device("cuda")
     assert use_device("cpu") == torch.device("cpu")
 

@@ -1,8 +1,8 @@
-"""What is known of one kind of step on one machine: timings, and who didn't survive its trial.
+"""Cached timings of one kind of step on one machine, and the candidates that ended their process.
 
-Two files in the user's cache. The timings are for the next run. The other one names the candidate
-that is on trial, and is locked by the process that tries it: what a dead process left there ended
-it (a lost GPU, the kernel's out-of-memory killer), and is tried no more.
+Two files in the user's cache. The timings are for the next run. The other file names the candidate
+on trial and is locked by the process that tries it. A candidate still recorded when its process is
+gone ended that process (a lost GPU, the kernel's out-of-memory killer), and is excluded.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter as clock
 from typing import Any
@@ -38,7 +38,7 @@ TIMED_STEPS = 3
 HOPELESS = 3.0
 # What compiling a cohort takes at least: shorter runs don't try.
 COMPILE_SECONDS = 60.0
-# Nobody waits longer than this, however long the run.
+# The most that a compiled trial takes, in seconds.
 PATIENCE = 600.0
 # Between two looks whether the run is to stop.
 LOOK_EVERY = 0.5
@@ -69,13 +69,13 @@ def time_eager(
     except Exception as error:
         if default:
             raise
-        # Another's message may be the moment's, such as that memory ran out.
+        # Other errors may be transient (memory ran out), so they aren't cached.
         final, note = isinstance(error, UserError), in_one_line(error)
         _forget(error)
     if is_lost(session.device):
         raise DeviceLostError(
-            f"{choice} ended this process's use of {session.device} ({note}): start again (a run with "
-            "--resume), and it is left out"
+            f"{choice} made {session.device} unusable for this process ({note}): start again, a run "
+            "with --resume; the candidate is then left out"
         )
     return Timing(choice, note=note, failed=True, final=final)
 
@@ -201,7 +201,7 @@ def ask(
                 if stopped():
                     return {"note": "not timed: the run was stopped", "final": False}
                 if time.monotonic() > end:
-                    return {"note": f"killed after {seconds:.0f} s"}
+                    return {"note": f"killed after {seconds:.0f} s", "failed": True}
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -209,5 +209,8 @@ def ask(
     if process.returncode != 0:
         lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
         return {"note": f"it failed: {lines[-1][:200]}", "failed": True}
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return answer
+    for line in reversed(out.splitlines()):
+        with suppress(ValueError):  # a module of the user's may print at its end
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    return {"note": "it answered nothing", "failed": True}

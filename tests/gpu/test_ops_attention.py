@@ -88,7 +88,7 @@ def test_maps_may_differ(poisoned_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("op", ["attention", "feature"])
-def test_equal_maps_are_at_rest(op: str, poisoned_device: torch.device) -> None:
+def test_equal_maps_have_zero_gradients(op: str, poisoned_device: torch.device) -> None:
     x, _ = draw(2, 17, 5, 3, dtype=torch.float32, layout="last", device=poisoned_device)
     assert all((v == 0).all() for v in run(op, x, x.clone(), "triton").values())
 

@@ -119,7 +119,7 @@ def test_a_capture_whose_end_alone_fails_says_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), UserError("no"), KeyboardInterrupt()]
 )
-def test_what_is_no_fault_of_the_capture_stays_what_it_is(
+def test_other_errors_are_raised_unchanged(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch, invalid=True, closes=False)

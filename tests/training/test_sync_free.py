@@ -75,7 +75,7 @@ def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str,
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", READERS)
-def test_nor_by_another_engine(method: str, engine: str) -> None:
+def test_other_engines_read_nothing_back(method: str, engine: str) -> None:
     how = RunOptions(device="cpu", precision="bf16", engine=engine, impl="torch")
     loop = OurLoop(small(method, "network"), how)
     with NoWaits() as watch:
@@ -166,7 +166,7 @@ def test_renewing_kdcls_weights_reads_nothing_back() -> None:
     torch.testing.assert_close(weights_S.tolist(), [0.25, 0.75], rtol=1e-5, atol=0)
 
 
-def test_the_watches_see() -> None:
+def test_the_checks_detect_violations() -> None:
     x = torch.ones(3)
     for waits in (
         lambda: x.sum().item(),
