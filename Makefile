@@ -1,10 +1,13 @@
-# The targets share one virtual environment; each installs what it needs first.
+# The targets share one virtual environment, but for test-oldest; each installs what it needs first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OLDEST := .venv-oldest
+# What a version of torch or Triton can break; TESTS=tests runs all.
+TESTS  := tests/ops tests/kernels tests/cohort tests/training $(wildcard tests/gpu)
 
-.PHONY: install demo test proofs test-faults bench lint docs clean
+.PHONY: install demo test test-oldest proofs test-faults bench lint docs clean
 
 install: $(STAMP)
 
@@ -27,6 +30,18 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not proof" tests
 
+# With the oldest torch and Triton that are allowed; of the proofs those that kernels compile.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not proof" $(TESTS)
+	$(OLDEST)/bin/python -m pytest -q -m proof -k "sm_90 or launches or recompile" tests/proofs
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[test]'
+	-$(OLDEST)/bin/python -m fastokd.ops
+	touch $@
+
 proofs: install
 	$(BIN)/python -m pytest -q -m proof tests
 
@@ -48,4 +63,4 @@ bench: install
 		$(BIN)/python -m bench.$$claim || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

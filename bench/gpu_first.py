@@ -46,11 +46,17 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
     found = card()
     dry = asked.dry_run or found is None
     how = DRY if dry else "measured-gpu"
+    if (kind := _kind(path)) not in (None, how):
+        raise SystemExit(
+            f"{path} is a report of another kind ({kind}), and this is: {how}; move it"
+        )
     report: dict[str, Any] = {"how": how, "calls": [], "sections": {}}
     chosen = [section for section in table if section.quick or not asked.quick]
     if asked.only:
         report = _previous(asked.previous, path, how) or report
         chosen = _only(asked.only, chosen, report["sections"])
+    elif kind == how:  # what this call doesn't measure again is kept
+        report = _previous(path, path, how) or report
     for section in table:
         left_out = {"title": section.title, "status": "skipped", "error": "it wasn't asked for"}
         report["sections"].setdefault(section.name, left_out)
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
         {
             "how": how,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "arguments": list(sys.argv[1:] if arguments is None else arguments),
+            "asked": {name: getattr(asked, name) for name in ("quick", "budget", "only")},
             "card": found,
             **sources(),
             **({"commit": asked.commit} if asked.commit else {}),
@@ -91,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--commit", help="where the checkout has no history of its own")
     return parser
+
+
+def _kind(path: Path) -> str | None:
+    """How the report in ``path`` was got; None where there is none."""
+    try:
+        return str(json.loads(path.read_text())["how"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _previous(asked: Path | None, path: Path, how: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastokd.errors import UserError
 
@@ -33,6 +34,14 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """:func:`pick_device`'s, made the current one: streams, graphs and pinned memory name no device."""
+    device = pick_device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -61,9 +70,9 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
     """Which kernels a GPU's libraries may choose, for the whole process.
 
     By default cuDNN times its algorithms for each new shape and takes the fastest, which another
-    process may not: sums are then rounded in another order. ``deterministic`` admits algorithms
-    alone that give the same bits each time, and operators that have such a form: others raise.
-    Once on, it stays on, as torch's own switch does; a process that has turned that on keeps it.
+    process may not: sums are then rounded in another order. ``deterministic`` allows only algorithms
+    that give the same bits each time; an operator without one raises. It stays on for the process.
+    A process that has turned on torch's own switch keeps it.
     """
     if device.type != "cuda":
         return
@@ -75,7 +84,15 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def staged(host: Tensor, device: torch.device) -> Tensor:
+    """``host``, a tensor of the CPU, where a copy to ``device`` that is ``non_blocking`` doesn't wait.
+
+    That is pinned memory for a GPU; the allocator keeps it until the copy is done.
+    """
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

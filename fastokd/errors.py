@@ -19,7 +19,7 @@ class UserError(ValueError):
 # What a disk says that is full, over its quota, failing, read-only, or given too large a file.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
-# Characters of another's message.
+# The most characters kept of an error that isn't a UserError.
 LINE = 120
 
 

@@ -12,7 +12,7 @@ from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskStream, load_dataset
-from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
+from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Ranks
 from fastokd.distributed.state import share_state
 from fastokd.errors import UserError
@@ -100,7 +100,7 @@ def evaluate_published(
     if dataset is None:
         raise UserError(f"{path} doesn't say what it was trained on: add --dataset, as cifar100")
     published = authors.read(path, model=model)
-    device = pick_device(options.device)
+    device = use_device(options.device)
     precision = pick_precision(options.precision, device)
     set_matmul_precision(precision)
     data = load_dataset(

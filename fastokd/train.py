@@ -14,14 +14,16 @@ from torch import Tensor
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
+from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.recipes import Recipe
 from fastokd.training.display import Display
 from fastokd.training.interruption import ECHO, Keeper, StopRequest
 from fastokd.training.nonfinite import settle
 from fastokd.training.out_of_memory import saying_what_fits
+from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_folder import Run, RunFolder
-from fastokd.training.session import RunOptions, Session
+from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.step import training_step
 from fastokd.training.tuning import tune
 from fastokd.training.watchers import check_installed, watchers
@@ -72,8 +74,18 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
-    with joined(options.device, options.capture):
+    with joined(options.device, options.capture or _begun_captured(recipe, options)):
         return _train(recipe, options)
+
+
+def _begun_captured(recipe: Recipe, options: RunOptions) -> bool:
+    """Whether a resumed run captures its steps: NCCL is set up for that before the ranks join."""
+    if not options.resume:
+        return False
+    try:
+        return bool(RunFacts(run_path(recipe, options)).environment().get("capture"))
+    except UserError:  # raised again where the folder is claimed
+        return False
 
 
 def _train(recipe: Recipe, options: RunOptions) -> Run:

@@ -41,13 +41,15 @@ def attention_gradients(
     # Masks said otherwise than in attention_scores, lest they live from there to here. What nobody
     # hears has no gradient already.
     cell = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    grad = tl.where(cell < P * TILE, grad_scores, 0.0)[:, :, None]
+    grad = tl.where(cell < P * TILE, grad_scores, 0.0)
+    # Triton turns a sum over dimension 1 of such a product into a dot in TF32.
+    to_query, to_key = tl.trans(grad)[:, :, None], grad[:, :, None]
     for d0 in range(0, D, D_TILE):
         at, p, d = _place(b, d0, P, D, TILE, D_TILE)
         inside = (p * D + d < P * D) & (d < D)
         if gq_ptr is not None:
             k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(gq_ptr + at, tl.sum(grad * k[None, :, :], 1), mask=inside)
+            tl.store(gq_ptr + at, tl.sum(to_query * k[:, None, :], 0), mask=inside)
         if gk_ptr is not None:
             q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(gk_ptr + at, tl.sum(grad * q[:, None, :], 0), mask=inside)
+            tl.store(gk_ptr + at, tl.sum(to_key * q[:, None, :], 0), mask=inside)

@@ -76,9 +76,9 @@ def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
 
 def query_columns(tile: int, warp: int) -> int:
     """Columns of queries and keys that a program multiplies at once, for a tile of peers."""
-    return 64 if tile <= 8 else (16 if warp == 32 else 4)
+    return 64 if tile <= 8 else (8 if warp == 32 else 4)
 
 
 def compiler_options(warps: int, warp: int) -> dict[str, int]:
-    """``num_warps``; and NVIDIA's compiler shan't spill to save registers that are free."""
+    """``num_warps``; on NVIDIA also ``maxnreg``, so that ptxas doesn't spill."""
     return {"num_warps": warps, "maxnreg": 255} if warp == 32 else {"num_warps": warps}

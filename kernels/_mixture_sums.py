@@ -120,10 +120,14 @@ def has_target(mix):
 
 @triton.jit
 def mixed_row(rows, mix, MIX: tl.constexpr):
-    """The mixture of logits that one student hears."""
+    """The mixture of logits that is one student's target.
+
+    The gradients recompute it and subtract the maximum that the sums found. Explicit FMAs make both
+    round alike; otherwise a saturated softmax is off by a rounding of its largest logit.
+    """
     mixed = tl.zeros_like(rows[0])
     for n in tl.static_range(len(rows)):
-        more = mixed + share(mix[n], MIX) * rows[n]
+        more = tl.fma(share(mix[n], MIX), rows[n], mixed)
         mixed = tl.where(mix[n] != UNHEARD, more, mixed)
     return mixed
 

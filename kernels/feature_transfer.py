@@ -63,8 +63,9 @@ def forward_kernel(
     ry = tl.sqrt(syy)
     ix = 1.0 / tl.where(rx < _EPS, _EPS, rx)
     iy = 1.0 / tl.where(ry < _EPS, _EPS, ry)
-    uu = sxx * ix * ix
-    vv = syy * iy * iy
+    # 1 where the norm is above eps, exactly: equal maps must give 0, whatever gets fused.
+    uu = tl.where(rx < _EPS, sxx * ix * ix, 1.0)
+    vv = tl.where(ry < _EPS, syy * iy * iy, 1.0)
     gap = (rx - ry) * (rx - ry)
     alike = (rx >= _EPS) & (ry >= _EPS) & (gap < 0.25 * rx * ry)
     apart = tl.where(alike, (sdd - gap) * ix * iy, uu + vv - 2.0 * sxy * ix * iy)

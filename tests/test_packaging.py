@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,17 @@ def test_torch_is_no_build_requirement() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     build = text.split("[build-system]")[1].split("[project]")[0]
     assert "torch" not in build
+
+
+def test_the_oldest_versions_are_those_that_make_test_oldest_takes() -> None:
+    pins = dict(
+        re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M)
+    )
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in ("torch", "torchvision", "triton"):
+        (floor,) = re.findall(rf'"{name}>=([\d.]+)', project)
+        assert pins.pop(name) == f"{floor}.0"
+    assert not pins
 
 
 def test_apex_is_no_dependency() -> None:

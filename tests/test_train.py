@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +323,24 @@ class TestRefusals:
     def test_nothing_to_evaluate(self, what: str, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             fastokd.evaluate(tmp_path / what)
+
+
+def test_ranks_that_resume_a_captured_run_join_as_for_a_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL reads its settings before the ranks join, and the run folder after it."""
+    asked: list[bool] = []
+
+    @contextmanager
+    def joined(_device: str, capture: bool) -> Iterator[None]:
+        asked.append(capture)
+        yield
+
+    module = importlib.import_module("fastokd.train")
+    monkeypatch.setattr(module, "joined", joined)
+    monkeypatch.setattr(module, "_train", lambda *_: None)
+    (tmp_path / "environment.json").write_text('{"capture": true}')
+    one = recipe("baseline/resnet8/digits")
+    for how in ({"resume": True}, {"resume": False}, {"capture": True}):
+        fastokd.train(one, out=tmp_path, **how)
+    assert asked == [True, False, True]

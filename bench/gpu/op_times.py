@@ -1,7 +1,7 @@
 """Each Triton op, forward and backward, beside PyTorch's form of it.
 
-A graph replays as many calls as there are sets of inputs, so many that no call finds its own in the
-second-level cache. GB/s are of the bytes that the op must move: its inputs once, its gradients once.
+A graph replays one call for each of several sets of inputs, so many that each call reads its inputs
+from memory and not from L2. GB/s are of the bytes that the op must move: its inputs once, its gradients once.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from bench.gpu.table import Section
 POLL = 0.1
 # A section may take so many times its seconds where later ones leave them over.
 STRETCH = 1.5
-# A dry run is no measurement, on a machine of any pace.
+# A dry run measures nothing, and slow machines need more time.
 DRY_STRETCH = 5.0
 LOG_BYTES = 1 << 20
 MARK = "FASTOKD_GPU_SECTION"

@@ -24,7 +24,7 @@ from fastokd.benchmark.synthetic import (
     drawn_teacher,
     num_classes,
 )
-from fastokd.device import autocast, pick_device, pick_precision, set_matmul_precision
+from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.recipes import Recipe
@@ -165,7 +165,7 @@ class PublishedLoop:
     @staticmethod
     def drawn(of: Recipe, options: RunOptions) -> PublishedLoop:
         """On drawn images, in float32 unless bf16 is asked for."""
-        device = pick_device(options.device)
+        device = use_device(options.device)
         asked = "fp32" if options.precision == "auto" else options.precision
         precision = pick_precision(asked, device)
         set_matmul_precision(precision)

@@ -6,9 +6,10 @@ import time
 
 import torch
 
+from fastokd.device import CASTS
+
 SIDE = 2048
 FLOPS = 2 * SIDE**3
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 def synchronize(device: torch.device) -> None:
@@ -24,7 +25,7 @@ class MatmulPeak:
         self.device = device
         self.flops = 2 * side**3
         self.repeats = 50 if device.type == "cuda" else 1
-        dtype = DTYPES[precision]
+        dtype = CASTS.get(precision, torch.float32)
         self.a, self.b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         self.out = torch.empty_like(self.a)
         self.best = 0.0

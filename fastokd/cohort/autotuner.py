@@ -51,7 +51,8 @@ def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]
 def pick(timings: Sequence[Timing], steps: int) -> Choice:
     """The fastest for a run of so many steps, compiling included.
 
-    The first is the default: it stays unless another is clearly faster or it can't run.
+    The first is the default: it stays unless another is clearly faster or it can't run. Where nothing
+    was timed, the first that hasn't failed is taken.
     """
     default = timings[0]
     known = [timing for timing in timings if timing.step_ms is not None]
@@ -60,7 +61,8 @@ def pick(timings: Sequence[Timing], steps: int) -> Choice:
         assert timing.step_ms is not None
         return timing.step_ms * steps + 1e3 * timing.compile_seconds
 
-    best = min(known, key=cost, default=default)
+    able = next((timing for timing in timings if not timing.failed), default)
+    best = min(known, key=cost, default=able)
     if default.step_ms is None:
         return best.choice if default.failed else default.choice
     return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice

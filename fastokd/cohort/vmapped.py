@@ -23,6 +23,8 @@ from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
 from fastokd.models.layers import Dropout, NormAct
 
+NARROW = (torch.bfloat16, torch.float16)
+
 
 class _Outputs(nn.Module):
     """A student from a stage on, as a module whose ``forward`` gives all outputs."""
@@ -41,7 +43,8 @@ class VmapStudents:
     """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
 
     Raises:
-        UserError: the students differ, or hold a foreign dropout; it is named.
+        UserError: the students differ, or hold a foreign dropout or a norm without momentum; it is
+            named.
     """
 
     def __init__(self, students: Sequence[Student], start: int) -> None:
@@ -52,17 +55,24 @@ class VmapStudents:
         self.template = _Outputs(copy.deepcopy(students[0]).to("meta"), start)
         for module in self.template.modules():
             if isinstance(module, NormAct):
-                module.fused = _norm_act  # the fused op has no batching rule
+                module.fused = self._norm_act  # the fused op has no batching rule
             if isinstance(module, (StudentConv, StudentPool)):
                 module.suited = False  # nor have theirs
             elif type(module) is nn.BatchNorm2d:  # of another library's network
-                module.forward = partial(_norm, module)  # type: ignore[method-assign]
+                module.forward = partial(self._norm, module)  # type: ignore[method-assign]
         for name, module in self.template.student.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and module.momentum is None:
+                raise UserError(
+                    f"engine='vmap' can't count the batches of {name} (momentum None): use loop"
+                )
             own = isinstance(module, Dropout)  # whose masks are drawn outside
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not own:
                 raise UserError(
                     f"engine='vmap' can't draw the masks of {name} ({type(module).__name__}): use loop"
                 )
+        # Whether norms run in float32. vmap takes the weight out of them, and without it only a GPU's
+        # channels-last kernels read statistics of another dtype than the map's.
+        self.float_norms = True
         # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
         self.cast = {
             f"{path}.{name}" if path else name
@@ -75,6 +85,8 @@ class VmapStudents:
         """The outputs of each student over the shared ``x_BCHW``."""
         parameters = _stacked([dict(student.named_parameters()) for student in self.students])
         kind = x_BCHW.device.type
+        last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+        self.float_norms = kind == "cpu" or not last
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             parameters |= {key: parameters[key].to(dtype) for key in self.cast}
@@ -104,19 +116,30 @@ class VmapStudents:
             for s in range(len(self.students))
         ]
 
+    def _norm(self, module: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
+        """The norm as it is, but not by cuDNN, whose choice asks for a layout that vmap hides."""
+        if module.training and module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+        assert module.momentum is not None
+        y_BCHW = torch.batch_norm(
+            x_BCHW.float() if self.float_norms and x_BCHW.dtype in NARROW else x_BCHW,
+            module.weight,
+            module.bias,
+            module.running_mean,
+            module.running_var,
+            module.training or module.running_mean is None,
+            module.momentum,
+            module.eps,
+            False,
+        )
+        return y_BCHW.to(x_BCHW.dtype)
 
-def _norm(module: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
-    """The norm as it is; on a CPU vmap's rule for norms takes one dtype alone."""
-    narrow = x_BCHW.device.type == "cpu" and x_BCHW.dtype in (torch.bfloat16, torch.float16)
-    return nn.BatchNorm2d.forward(module, x_BCHW.float() if narrow else x_BCHW).to(x_BCHW.dtype)
-
-
-def _norm_act(module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
-    """The three operations as they are."""
-    y_BCHW = _norm(module, x_BCHW)
-    if residual_BCHW is not None:
-        y_BCHW = y_BCHW + residual_BCHW
-    return F.relu(y_BCHW) if module.relu else y_BCHW
+    def _norm_act(self, module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
+        """The three operations as they are."""
+        y_BCHW = self._norm(module, x_BCHW)
+        if residual_BCHW is not None:
+            y_BCHW = y_BCHW + residual_BCHW
+        return F.relu(y_BCHW) if module.relu else y_BCHW
 
 
 def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fastokd.data.order import BatchOrder
 from fastokd.data.scan import cores
 from fastokd.data.stream import Augment
 from fastokd.data.views import View, random_boxes
+from fastokd.device import staged
 from fastokd.errors import UserError
 
 # A GPU's decoder is fed by few threads, and more than these only wait for each other.
@@ -238,7 +239,5 @@ def _decoded(stream: DiskStream, plans: Iterator[DiskBatch]) -> Iterator[tuple[T
 
 def labels_of(split: DiskSplit, plan: DiskBatch) -> Tensor:
     """The labels of a batch, on the split's device."""
-    labels_B: Any = split.labels_N[plan.index_B]
-    if split.device.type == "cuda":
-        return labels_B.pin_memory().to(split.device, non_blocking=True)
-    return labels_B.to(split.device)
+    labels_B: Tensor = split.labels_N[plan.index_B]
+    return staged(labels_B, split.device).to(split.device, non_blocking=True)

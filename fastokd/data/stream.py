@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data.order import BatchOrder
+from fastokd.device import staged
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,9 +153,7 @@ class BatchStream:
 
     def _move(self, small: Tensor) -> Tensor:
         device = self.split.labels_N.device
-        if device.type == "cuda":
-            return small.pin_memory().to(device, non_blocking=True)
-        return small.to(device)
+        return staged(small, device).to(device, non_blocking=True)
 
     def _prepare(self, augment: Augment) -> None:
         """Pads the set once, and lays out where a crop's pixels lie from its first one."""

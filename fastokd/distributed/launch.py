@@ -71,7 +71,7 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
         return
     where = device_here(device)
     if capture:
-        # A graph that is being captured bears no thread that asks how its collectives fare.
+        # NCCL's watchdog thread must not query events during graph capture.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     # Started again by torchrun (--max-restarts), ranks find what those before them wrote.

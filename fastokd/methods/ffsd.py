@@ -165,8 +165,8 @@ class FFSD(Method):
     def _own(self, own: range, device: torch.device) -> Tensor:
         """1 for the students of this rank, made once."""
         if self._own_S is None:
-            own_S = [float(student in own) for student in range(self.shape.students)]
-            self._own_S = torch.tensor(own_S, device=device)
+            self._own_S = torch.zeros(self.shape.students, device=device)
+            self._own_S[own.start : own.stop] = 1.0
         return self._own_S
 
     def _decoder(self, student: int) -> Decoder:

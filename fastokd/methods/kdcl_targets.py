@@ -27,8 +27,8 @@ def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
         labels_SB.reshape(-1),
         reduction="none",
     ).view(S, B)
-    best_BS = F.one_hot(ce_SB.argmin(0), S).bool()
-    scores_BS = torch.zeros_like(best_BS, dtype=ce_SB.dtype).masked_fill(~best_BS, -math.inf)
+    others_BS = torch.arange(S, device=ce_SB.device) != ce_SB.argmin(0)[:, None]
+    scores_BS = torch.zeros_like(others_BS, dtype=ce_SB.dtype).masked_fill(others_BS, -math.inf)
     return scores_BS[:, None].expand(-1, S, -1)
 
 
@@ -121,7 +121,9 @@ def covariance_weights(covariance_SS: Tensor) -> Tensor:
     """
     ridge = covariance_SS.diagonal().mean() * 1e-6 + torch.finfo(covariance_SS.dtype).tiny
     eye_SS = torch.eye(len(covariance_SS), dtype=covariance_SS.dtype, device=covariance_SS.device)
-    solved_S = torch.linalg.solve(covariance_SS + ridge * eye_SS, torch.ones_like(eye_SS[0]))
+    # Without a look at the solver's error code, which a GPU would be waited for.
+    ones_S = torch.ones_like(eye_SS[0])
+    solved_S = torch.linalg.solve_ex(covariance_SS + ridge * eye_SS, ones_S).result
     return solved_S / solved_S.sum()
 
 

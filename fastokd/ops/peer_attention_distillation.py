@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
@@ -121,10 +122,6 @@ def peer_scores(query_BPd: Tensor, key_BPd: Tensor, students: int) -> Tensor:
     if query_BPd.dtype != torch.float64:
         query_BPd, key_BPd = query_BPd.float(), key_BPd.float()
     scores_BPP = query_BPd @ key_BPd.mT
-    B, P, _ = scores_BPP.shape
-    if students == P:
+    if students == scores_BPP.shape[1]:
         return scores_BPP
-    scores_BSS = scores_BPP.new_full((B, students, students), -math.inf)
-    scores_BSS[:, :P, :P] = scores_BPP
-    scores_BSS[:, P, :P] = 0
-    return scores_BSS
+    return F.pad(F.pad(scores_BPP, (0, 0, 0, 1)), (0, 1), value=-math.inf)

@@ -1,4 +1,4 @@
-"""A step in which a value isn't finite is not taken, and nobody asks the device whether it is.
+"""A step with a value that isn't finite is skipped by a device-side flag, without a host sync.
 
 The step writes its answer into a flag that stays where the step runs. Fused optimizers read it there
 (``found_inf``), and what else a step writes in place is put back by it. Once up it stays up, so that

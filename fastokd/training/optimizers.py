@@ -27,8 +27,7 @@ def create_optimizer(
             groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
         )
     if kind == "adam":
-        # Captured in a graph, it must count its steps on the device.
-        return torch.optim.Adam(groups, fused=True, capturable=groups[0]["lr"].is_cuda)
+        return torch.optim.Adam(groups, fused=True)
     if kind == "apex-sgd":
         reason = apex_missing()
         if reason is not None:
@@ -65,6 +64,11 @@ def step_unless(optimizer: torch.optim.Optimizer, untaken: Tensor) -> None:
     """The optimizer's step, which a fused one leaves out where the 0-d ``untaken`` isn't 0."""
     if _reads_flag(optimizer):
         optimizer.found_inf = untaken  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            # Fused Adam counts its steps on the device either way. It raises where it is captured and
+            # not marked so, and warns where it is marked and not captured.
+            group["capturable"] = untaken.is_cuda and torch.cuda.is_current_stream_capturing()
     optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""A step that doesn't fit into memory: what would."""
+"""A step that can't be taken as it is asked for: what could."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
     It is found by trying halves; the session can't go on after that.
 
     Raises:
-        UserError: the step ran out of memory.
+        UserError: the step ran out of memory; or an operator has no deterministic form, where one is
+            asked for.
     """
     refused = ""
     try:
         yield
     except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if session.options.deterministic and "does not have a deterministic" in said:
+            what = said.partition(" does not have")[0]
+            raise UserError(
+                f"--deterministic is asked for, but {what} has no deterministic form on "
+                f"{session.device}: leave --deterministic out, or choose another model"
+            ) from error
         if not _is_out_of_memory(error):
             raise
         refused = str(error).splitlines()[0]

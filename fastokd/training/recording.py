@@ -16,7 +16,7 @@ import torch
 
 from fastokd.errors import UserError, in_one_line
 
-# PyTorch 2.11's allocator of pinned memory goes on asking a failed graph about its stream.
+# PyTorch 2.11's pinned-memory allocator still queries a failed graph's stream: it is kept alive.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -24,11 +24,11 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 def recording(
     graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, **how: Any
 ) -> Iterator[None]:
-    """``torch.cuda.graph(graph, pool, stream, **how)``; a pool serves no capture after a failed one.
+    """``torch.cuda.graph(graph, pool, stream, **how)``. Don't reuse the pool after a failed capture.
 
     Raises:
-        UserError: what runs within can't be captured, and why. Its own UserErrors and running out
-            of memory stay what they are.
+        UserError: the body can't be captured, and why. Its own UserErrors and OutOfMemoryErrors are
+            raised unchanged.
     """
     before = torch.cuda.current_stream(stream.device)
     first: BaseException | None = None

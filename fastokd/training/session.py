@@ -16,10 +16,11 @@ from fastokd.data.order import keyed_generator
 from fastokd.device import (
     autocast,
     gradient_scaler,
-    pick_device,
     pick_precision,
     set_kernel_selection,
     set_matmul_precision,
+    staged,
+    use_device,
 )
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Ranks, first
@@ -66,7 +67,7 @@ class Session:
         images. ``data`` stands in for the recipe's (a benchmark's drawn images)."""
         self.recipe = recipe
         self.options = options
-        self.device = pick_device(device_here(options.device))
+        self.device = use_device(device_here(options.device))
         self.ranks = Ranks.here(options.parallel, recipe.students, self.device)
         self.precision = pick_precision(options.precision, self.device)
         set_matmul_precision(self.precision)
@@ -228,11 +229,11 @@ class Session:
         draws = self.method.draw(batch * line.size, generator)
         kept = self._draws.setdefault(batch, {})
         for name, whole in draws.items():
-            value = whole[line.rank * batch : (line.rank + 1) * batch]
+            value = staged(whole[line.rank * batch : (line.rank + 1) * batch], self.device)
             if name in kept:
-                kept[name].copy_(value)
+                kept[name].copy_(value, non_blocking=True)
             else:
-                kept[name] = value.to(self.device, copy=True)
+                kept[name] = value.to(self.device, copy=True, non_blocking=True)
         self.progress.draws = kept
 
     def finish_epoch(self) -> None:

@@ -1,8 +1,8 @@
-"""What is known of one kind of step on one machine: timings, and who didn't survive its trial.
+"""Cached timings of one kind of step on one machine, and the candidates that ended their process.
 
-Two files in the user's cache. The timings are for the next run. The other one names the candidate
-that is on trial, and is locked by the process that tries it: what a dead process left there ended
-it (a lost GPU, the kernel's out-of-memory killer), and is tried no more.
+Two files in the user's cache. The timings are for the next run. The other file names the candidate
+on trial and is locked by the process that tries it. A candidate still recorded when its process is
+gone ended that process (a lost GPU, the kernel's out-of-memory killer), and is excluded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,8 +90,9 @@ class TimingCache:
     def on_trial(self, choice: Choice) -> Iterator[None]:
         """Within it a process that ends excludes ``choice``; one that is stopped doesn't."""
         if self._trial is not None:
-            os.pwrite(self._trial, json.dumps(dataclasses.asdict(choice)).encode(), 0)
-            os.fsync(self._trial)
+            with suppress(OSError):  # a full disk is no reason to stop a run
+                os.pwrite(self._trial, json.dumps(dataclasses.asdict(choice)).encode(), 0)
+                os.fsync(self._trial)
         try:
             yield
         except DeviceLostError:

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter as clock
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from fastokd.cohort.autotuner import SAVABLE, Timing
 from fastokd.cohort.choice import Choice
 from fastokd.device import is_lost
-from fastokd.errors import DeviceLostError, in_one_line
+from fastokd.errors import DeviceLostError, UserError, in_one_line
 from fastokd.training.captured import WARM_UP_STEPS
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.session import Session
@@ -38,7 +38,7 @@ TIMED_STEPS = 3
 HOPELESS = 3.0
 # What compiling a cohort takes at least: shorter runs don't try.
 COMPILE_SECONDS = 60.0
-# Nobody waits longer than this, however long the run.
+# The most that a compiled trial takes, in seconds.
 PATIENCE = 600.0
 # Between two looks whether the run is to stop.
 LOOK_EVERY = 0.5
@@ -47,9 +47,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def warm_up_steps(session: Session, compiled: bool = False) -> int:
-    """Steps before those that count: one, two where it compiles (the second may compile again, for
-    states that the first one made), and those up to a capture."""
-    return 1 + compiled + (WARM_UP_STEPS + 1) * session.options.capture
+    """Steps before those that count: one, one more on a GPU (in the first, cuDNN times its algorithms
+    for seconds) and where it compiles (the second may compile again, for states that the first one
+    made), and those up to a capture."""
+    on_gpu = session.device.type == "cuda"
+    return 1 + on_gpu + compiled + (WARM_UP_STEPS + 1) * session.options.capture
 
 
 def time_eager(
@@ -67,15 +69,15 @@ def time_eager(
     except Exception as error:
         if default:
             raise
-        note = in_one_line(error)
+        # Other errors may be transient (memory ran out), so they aren't cached.
+        final, note = isinstance(error, UserError), in_one_line(error)
         _forget(error)
     if is_lost(session.device):
         raise DeviceLostError(
-            f"{choice} ended this process's use of {session.device} ({note}): start again (a run with "
-            "--resume), and it is left out"
+            f"{choice} made {session.device} unusable for this process ({note}): start again, a run "
+            "with --resume; the candidate is then left out"
         )
-    # Another run tries it again: memory may suffice then, a method of one's own be mended.
-    return Timing(choice, note=note, failed=True, final=False)
+    return Timing(choice, note=note, failed=True, final=final)
 
 
 def _timed(session: Session, choice: Choice, best_ms: float | None, default: bool) -> Timing:
@@ -199,7 +201,7 @@ def ask(
                 if stopped():
                     return {"note": "not timed: the run was stopped", "final": False}
                 if time.monotonic() > end:
-                    return {"note": f"killed after {seconds:.0f} s"}
+                    return {"note": f"killed after {seconds:.0f} s", "failed": True}
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -207,5 +209,8 @@ def ask(
     if process.returncode != 0:
         lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
         return {"note": f"it failed: {lines[-1][:200]}", "failed": True}
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return answer
+    for line in reversed(out.splitlines()):
+        with suppress(ValueError):  # a module of the user's may print at its end
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    return {"note": "it answered nothing", "failed": True}

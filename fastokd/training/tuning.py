@@ -42,24 +42,25 @@ def tune(
     the session stays unsettled, by its default.
 
     Raises:
-        UserError: nothing can run as it is asked for.
+        UserError: nothing can run as it is asked for; on every rank.
         DeviceLostError: a candidate took the GPU from this process; the next one leaves it out.
     """
     if session.settled:
         return []
     timings: list[Timing] = []
-    chosen, settled = session.choice, True
-    if session.ranks.rank == 0:
+
+    def measured() -> tuple[Choice, bool]:
         asked = stop or StopRequest()
         with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
-            timings = _measure(session, steps, cache, lambda: asked.received is not None)
+            timings.extend(_measure(session, steps, cache, lambda: asked.received is not None))
         settled = asked.received is None
-        if settled:
-            chosen = _chosen(session, timings, steps)
+        chosen = _chosen(session, timings, steps) if settled else session.choice
         if any(timing.step_ms is not None for timing in timings):
             cache.write(timings)
             say(table(timings, chosen))
-    chosen, session.settled = session.ranks.first(lambda: (chosen, settled))
+        return chosen, settled
+
+    chosen, session.settled = session.ranks.first(measured)
     session.adopt(chosen)
     return timings
 

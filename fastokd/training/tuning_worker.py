@@ -29,7 +29,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
         step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
     except Exception as error:
-        return {"note": in_one_line(error), "failed": True}
+        # Memory may run out because of what else is on the device: another run tries again.
+        final = not isinstance(error, torch.OutOfMemoryError)
+        return {"note": in_one_line(error), "failed": True, "final": final}
     return {"compile_seconds": before / 1e3, "step_ms": step_ms}
 
 

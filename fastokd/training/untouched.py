@@ -1,4 +1,4 @@
-"""Steps that are taken to be timed and then never happened."""
+"""Undoes the steps that were taken for timing."""
 
 from __future__ import annotations
 

@@ -156,6 +156,27 @@ def test_a_former_report_is_named_or_the_newest(
         run(tmp_path, "--only", "FAILED", "--previous", str(kept), table=[section("good")])
 
 
+def test_another_call_keeps_what_it_does_not_measure_again(tmp_path: Path) -> None:
+    table = [section("good"), section("half", quick=False)]
+    run(tmp_path, table=table)
+    code, report = run(tmp_path, "--quick", table=table)
+    assert code == 0
+    assert len(report["calls"]) == 2
+    assert report["sections"]["half"]["status"] != "skipped"
+
+
+def test_a_measured_report_is_not_replaced_by_a_dry_run(tmp_path: Path) -> None:
+    """As where nvidia-smi can't be found in the second call."""
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"how": "measured-gpu", "calls": [], "sections": {}}))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="report of another kind"):
+        run(tmp_path, table=[section("good")])
+    assert path.read_bytes() == before
+    path.write_text("[]")
+    assert run(tmp_path, table=[section("good")])[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_is_known_outlives_the_program(tmp_path: Path, number: int) -> None:
     """Killed in the middle of a section, it leaves the rows so far, and nothing that runs on."""

@@ -145,6 +145,21 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
     return session.choice.engine, measured.call_count
 
 
+def refused_tuning(one: Recipe, cache: Path) -> str:
+    """What this rank is told where rank 0 finds that nothing runs as it is asked for."""
+    session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": True}))
+    failed = Timing(session.choice, note="no compiler", failed=True)
+    with (
+        patch("fastokd.training.tuning._measure", return_value=[failed]),
+        patch("fastokd.training.tuning.cache_root", return_value=cache),
+    ):
+        try:
+            tune(session, 10_000)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
 def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, bool]:
     """What a session of three steps runs by, and whether its engine was open; ``torch.compile`` is a
     stand-in, and nothing may be timed."""

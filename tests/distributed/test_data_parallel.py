@@ -84,6 +84,12 @@ def test_what_is_asked_for_runs_on_every_rank(
     assert found == [(f"{engine}, {how}, channels_last", not asked)] * 2
 
 
+def test_every_rank_is_told_that_no_engine_can(two: Pool, tmp_path: Path) -> None:
+    first, second = two.run(checks.refused_tuning, small("dml"), tmp_path)
+    assert first == second
+    assert "--compile is asked for, but no engine can" in first
+
+
 def test_refusals(two: Pool) -> None:
     for one, options, said in (
         (small("okddip-branch", batch_size=9), {}, "choose a multiple of 2"),

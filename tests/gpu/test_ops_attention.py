@@ -38,7 +38,8 @@ def test_training_shapes(
     if poisoned_device.type == "cpu":
         B, C = 2, C // 16
     x, y = (m.to(poisoned_device) for m in without_ties((B, C, H, W), dtype))
-    assert_within_budget(op, x, y, "triton")
+    # As from a GradScaler: in fp16 a gradient would round to 0.
+    assert_within_budget(op, x, y, "triton", incoming=65536.0 if dtype == torch.float16 else 1.0)
 
 
 @lru_cache(maxsize=6)
@@ -73,8 +74,10 @@ def test_strides(op: str, poisoned_device: torch.device) -> None:
     wide[:, 8:16] = x
     steps = torch.full((4, 3, 4, 8), math.nan, device=poisoned_device).permute(0, 3, 1, 2)
     steps[::2] = y
+    # The whole maps' slices have a kernel of their own, which may add up in another order.
+    rtol, atol = (1e-6, 1e-9) if op == "feature" else (0.0, 0.0)
     for name, value in run(op, wide[:, 8:16], steps[::2], "triton").items():
-        torch.testing.assert_close(value, plain[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, plain[name], rtol=rtol, atol=atol)
     assert_within_budget(op, x[:1].expand(2, 8, 3, 4), y, "triton")
 
 
@@ -85,7 +88,7 @@ def test_maps_may_differ(poisoned_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("op", ["attention", "feature"])
-def test_equal_maps_are_at_rest(op: str, poisoned_device: torch.device) -> None:
+def test_equal_maps_have_zero_gradients(op: str, poisoned_device: torch.device) -> None:
     x, _ = draw(2, 17, 5, 3, dtype=torch.float32, layout="last", device=poisoned_device)
     assert all((v == 0).all() for v in run(op, x, x.clone(), "triton").values())
 

@@ -35,4 +35,4 @@ def test_every_method(method: str, sharing: str, engine: str, triton_device: tor
     (ours, our_move), (theirs, their_move) = found
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     apart = torch.linalg.vector_norm(our_move - their_move) / torch.linalg.vector_norm(their_move)
-    assert apart < 1e-3
+    assert apart < 1e-2  # Adam's first step is a gradient's sign, and some gradients are next to 0

@@ -65,6 +65,25 @@ def test_sweeps(monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device) 
     check(4, 3, 8, poisoned_device, C=70)
 
 
+def drawn(
+    S: int,
+    P: int,
+    width: int,
+    device: torch.device,
+    C: int = 10,
+    B: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, labels, queries and keys."""
+    g = torch.Generator().manual_seed(S * 100 + width)
+    logits = 2 * torch.randn(S, B, C, generator=g)
+    labels = torch.randint(C, (B,), generator=g)
+    # Not contiguous: the peers' projections lie side by side.
+    both = torch.randn(2, P, B, width, generator=g).mul(width**-0.25).to(device, dtype)
+    q, k = both.transpose(1, 2)
+    return logits.to(device, dtype), labels.to(device), q, k
+
+
 def check(
     S: int,
     P: int,
@@ -75,14 +94,7 @@ def check(
     dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> None:
-    g = torch.Generator().manual_seed(S * 100 + width)
-    logits = 2 * torch.randn(S, B, C, generator=g)
-    labels = torch.randint(C, (B,), generator=g).to(device)
-    # Not contiguous: the peers' projections lie side by side.
-    q, k = (
-        torch.randn(2, P, B, width, generator=g).mul(width**-0.25).to(device, dtype).transpose(1, 2)
-    )
-    inputs = (logits.to(device, dtype), labels, q, k)
+    inputs = drawn(S, P, width, device, C, B, dtype)
     ours = found("triton", dtype, *inputs, **options)
     with poisoned(False):
         theirs = found("torch", dtype, *inputs, **options)

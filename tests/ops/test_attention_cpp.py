@@ -100,7 +100,7 @@ def test_maps_that_nearly_agree(op: str, scale: float, apart: float) -> None:
 
 
 @pytest.mark.parametrize("op", ["attention", "feature"])
-def test_equal_maps_are_at_rest(op: str) -> None:
+def test_equal_maps_have_zero_gradients(op: str) -> None:
     x, _ = draw(3, 17, 5, 7, dtype=torch.float32, layout="last")
     found = run(op, x, x.clone(), "cpp")
     assert all((v == 0).all() for v in found.values())

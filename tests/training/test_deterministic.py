@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fastokd.device import set_kernel_selection
+from fastokd.errors import UserError
 from fastokd.recipes import recipe
+from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.tuning import tune
 
@@ -58,3 +60,18 @@ def test_no_timing_chooses_a_deterministic_run_s_engine() -> None:
     assert tune(session, 100_000) == []
     assert session.choice.engine == "loop"
     assert session.how()["deterministic"]
+
+
+def test_an_operator_without_a_deterministic_form_is_a_sentence() -> None:
+    session = Session(
+        recipe("baseline/resnet8/digits"), RunOptions(deterministic=True, quiet=True, impl="torch")
+    )
+    said = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set"
+    batch = session.stream.batch(0, 0)
+    with (
+        pytest.raises(
+            UserError, match="adaptive_avg_pool2d_backward_cuda has no deterministic form"
+        ),
+        saying_what_fits(session, *batch),
+    ):
+        raise RuntimeError(said)

@@ -5,6 +5,8 @@ There is no GPU: what is called is watched. ``tests/gpu/test_tuning.py`` fails r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 from fastokd.errors import UserError
+from fastokd.training import captured
+from fastokd.training.captured import CapturedStep
 from fastokd.training.recording import recording
 
 POOL = (0, 7)
@@ -115,7 +119,7 @@ def test_a_capture_whose_end_alone_fails_says_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), UserError("no"), KeyboardInterrupt()]
 )
-def test_what_is_no_fault_of_the_capture_stays_what_it_is(
+def test_other_errors_are_raised_unchanged(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch, invalid=True, closes=False)
@@ -123,3 +127,50 @@ def test_what_is_no_fault_of_the_capture_stays_what_it_is(
         capture(calls, error)
     assert raised.value is error
     assert calls[:2] == ["stream before", "reset"]
+
+
+class Stream:
+    """A stream that notes what it waits for."""
+
+    def __init__(self, device: object = None) -> None:
+        self.device = device
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+def test_eager_steps_and_captures_share_one_stream_and_one_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The eager steps of a smaller batch too, before and after captures. A loader's threads may
+    allocate during a capture."""
+    current, eager, recorded = Stream(), [], []
+
+    @contextmanager
+    def beside(stream: Stream) -> Iterator[None]:
+        assert stream.waited[-1] is current
+        eager.append(stream)
+        yield
+
+    @contextmanager
+    def noted(graph: Any, pool: Any, stream: Stream, **how: Any) -> Iterator[None]:
+        recorded.append((pool, stream, how))
+        yield
+
+    for owner, name, stand_in in (
+        (torch.cuda, "Stream", Stream),
+        (torch.cuda, "current_stream", lambda device: current),
+        (torch.cuda, "stream", beside),
+        (torch.cuda, "graph_pool_handle", lambda: POOL),
+        (torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)),
+        (captured, "recording", noted),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
+    step = CapturedStep(lambda images, labels: images.sum(), torch.device("cuda"), warm_up=2)
+    for size in (4, 4, 4, 3, 4, 3):
+        step(torch.zeros(size), torch.zeros(size))
+    side: Any = step.stream
+    assert eager == [side] * 3
+    assert current.waited == eager
+    assert recorded == [(POOL, side, {"capture_error_mode": "thread_local"})] * 2

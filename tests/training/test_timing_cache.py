@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -43,6 +44,17 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(
     known.write([Timing(LOOP, 3.0)])
     assert "warning: the timings of engines can't be kept" in capsys.readouterr().err
     assert known.read() == {}
+
+
+def test_a_full_disk_stops_no_trial(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with TimingCache(cache, {}) as known:
+        monkeypatch.setattr(os, "pwrite", full)
+        with known.on_trial(GROUPED):
+            tried = True
+    assert tried
 
 
 def test_a_live_trial_of_another_process_excludes_nothing(cache: Path) -> None:

@@ -37,7 +37,7 @@ from tests.training.tuned import (
 )
 
 pytestmark = pytest.mark.usefixtures("cache")
-CLOSED = "this process's use of cpu"
+CLOSED = "made cpu unusable for this process"
 GROUPED = Choice("grouped")
 
 
@@ -104,9 +104,9 @@ def test_a_step_that_fails_half_way_through_its_update_is_undone(
     precision: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are moved and gradients are there; or those are unscaled and fp16's scale, which
-    must follow, isn't updated."""
+    must follow, isn't updated. It is the last candidate: no later step clears the gradients."""
     session = session_of(precision=precision)
-    before = begun(session, 1)
+    before, last = begun(session, 1), Choice("vmap")
     owner, name = {
         "optimizer": (step, "step_unless"),
         "scaler": (torch.amp.GradScaler, "update"),
@@ -114,15 +114,15 @@ def test_a_step_that_fails_half_way_through_its_update_is_undone(
     real = getattr(owner, name)
 
     def half(*arguments: Any) -> None:
-        if session.choice != GROUPED or place == "optimizer":
+        if session.choice != last or place == "optimizer":
             real(*arguments)
-        if session.choice == GROUPED:
+        if session.choice == last:
             raise RuntimeError("half-way")
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, half)
         timings = tune(session, LONG)
-    assert [timing.note for timing in timings] == ["", "RuntimeError: half-way", ""]
+    assert [timing.note for timing in timings] == ["", "", "RuntimeError: half-way"]
     session.settled = False
     session.adopt(Choice())
     assert fingerprint(session) == before
@@ -189,7 +189,7 @@ def _too_many(_module: Any, images: tuple[torch.Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_who_stops_the_program_stops_it(
+def test_interrupt_and_exit_propagate(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of()
@@ -221,7 +221,7 @@ def test_a_lost_gpu_ends_the_process_and_its_candidate_is_left_out(
             patch.setattr(module, "is_lost", lambda device: bool(lost))
         failing(patch, "grouped", fault)
         patch.setattr(untouched, "set_random_state", restoring)
-        with pytest.raises(DeviceLostError, match=f"^grouped, eager, channels_last ended {CLOSED}"):
+        with pytest.raises(DeviceLostError, match=f"^grouped, eager, channels_last {CLOSED}"):
             tune(session, LONG)
     assert fastokd.errors.UserError in DeviceLostError.__mro__
     calls = failing(monkeypatch, "grouped", lambda: None)
@@ -325,6 +325,19 @@ def test_the_worker_takes_the_recipe_of_the_run(
         assert compiled
 
 
+def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run that asks holds memory on the same device; any other error is remembered."""
+    told = job(session_of(), Choice("loop", True))
+    for error, final in ((memory(), False), (RuntimeError("no lowering"), True)):
+        monkeypatch.setattr(tuning_worker, "Session", lambda *_, e=error, **__: raising(e)())
+        answer = tuning_worker.work(json.loads(json.dumps(told)))
+        assert answer["failed"]
+        assert answer["final"] == final
+        assert trial.Timing(Choice(), **answer).note.startswith(type(error).__name__)
+
+
 @pytest.mark.proof
 def test_a_compiled_candidate_answers_from_its_own_process() -> None:
     session = session_of(small(batch_size=4), compile=True)
@@ -337,9 +350,12 @@ def test_a_compiled_candidate_answers_from_its_own_process() -> None:
 def test_a_candidate_that_takes_too_long_is_killed_with_all_that_it_started() -> None:
     spawns = [sys.executable, "-c", "import subprocess as s; s.run(['sleep', '600'])"]
     started = time.monotonic()
-    assert ask(spawns, {}, 1.0) == {"note": "killed after 1 s"}
+    assert ask(spawns, {}, 1.0) == {"note": "killed after 1 s", "failed": True}
     assert ask(spawns, {}, 600.0, lambda: True)["note"] == "not timed: the run was stopped"
     assert time.monotonic() - started < 60
+    chatty = "print('{\"step_ms\": 2.0}'); print('bye')"
+    assert ask([sys.executable, "-c", chatty], {}, 30.0) == {"step_ms": 2.0}
+    assert ask([sys.executable, "-c", "print('bye')"], {}, 30.0)["failed"]
     answer = ask([sys.executable, "-c", "raise ValueError('no compiler')"], {}, 30.0)
     assert answer == {"note": "it failed: ValueError: no compiler", "failed": True}
     assert asdict(trial.Timing(Choice(), **answer))["failed"]

@@ -1,0 +1,109 @@
+"""The GPU region of docs/plan.md: what ``fastokd plan`` says of the card beside what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.gpu.page import COHORTS, Measured, Region, count, number, ratio, table, why_blank
+
+# A program; the way of the plan that it is, and of that way what it takes: a captured step has no
+# host in it.
+WAYS = {
+    "eager": ("loop", "step_ms"),
+    "captured": ("loop", "device_ms"),
+    "grouped eager": ("grouped", "step_ms"),
+    "grouped captured": ("grouped", "device_ms"),
+    "compiled + captured": ("loop compiled", "device_ms"),
+    "grouped compiled + captured": ("grouped compiled", "device_ms"),
+    "published fp32": ("reference", "step_ms"),
+}
+
+
+def planned(cohort: str, device: str) -> dict[str, Any]:
+    """``fastokd plan`` of a cohort."""
+    from bench.gpu.steps import large_recipe, small_recipe
+    from fastokd.plan.plan import plan
+
+    sharing, model = cohort.split(" ")
+    small = model == "ResNet-32"
+    name = model.lower().replace("-", "")
+    of = small_recipe(sharing, False) if small else large_recipe(sharing, name, False)
+    return plan(of, device)
+
+
+def device_of(card: str) -> str | None:
+    """The plan's name of a card; None for one that it doesn't know."""
+    from fastokd.plan.devices import GPUS
+
+    said = card.lower().replace(" ", "")
+    return next((name for name in GPUS if name in said), None)
+
+
+def model(measured: Measured) -> str | None:
+    """Two tables: steps, then launches and memory."""
+    times, counts = [], []
+    cards = {}
+    for cohort in COHORTS:
+        programs = measured.steps(cohort)
+        if not programs:
+            counts.append([cohort, *[""] * 7])
+            continue
+        found = next(iter(programs.values()))[0]
+        device = device_of(found.card)
+        cards[found.card] = found.source
+        plan = None if device is None else planned(cohort, device)
+        for program, (way, key) in WAYS.items():
+            ms = _measured(measured, cohort, program)
+            if ms is None and not _tried(measured, cohort, program):
+                continue
+            modelled = None if plan is None else plan["modelled"]["ways"][way][key]
+            off = ratio(modelled, ms)
+            error = "" if off is None else f"{100 * (off - 1):+.0f} %"
+            times.append([cohort, program, number(modelled), number(ms), error])
+        counts.append(_counts(measured, cohort, plan))
+    if not cards:
+        return None
+    heads = ["cohort", "program", "modelled, ms", "measured, ms", "error"]
+    more = ["cohort", "launches counted", "launched", "kernels", "kernels, captured"]
+    more += ["memory counted, GB", "measured, eager", "captured"]
+    return (
+        f"modelled from the data sheet; {'; '.join(cards.values())}. Of `cudnn.benchmark` on and off "
+        "the faster.\n\n"
+        f"{table(heads, times)}\n\n"
+        "The loop engine's eager step; what the profiler counted includes copies and fills.\n\n"
+        f"{table(more, counts)}"
+    )
+
+
+def _tried(measured: Measured, cohort: str, program: str) -> bool:
+    return any(name in measured.steps(cohort) for name in (program, f"{program}, benchmark"))
+
+
+def _measured(measured: Measured, cohort: str, program: str, key: str = "ms") -> float | None:
+    """The least of a program's figure with and without ``cudnn.benchmark``."""
+    rows = [
+        row
+        for name, (_, row) in measured.steps(cohort).items()
+        if name in (program, f"{program}, benchmark") and why_blank(row) is None
+    ]
+    return min((row[key] for row in rows if key in row), default=None)
+
+
+def _counts(measured: Measured, cohort: str, plan: dict[str, Any] | None) -> list[str]:
+    profiled = {row["name"]: row for row in measured["profile"].rows}
+    eager = profiled.get(f"{cohort} eager", {})
+    launches = {k: n for k, n in eager.get("launches", {}).items() if "Launch" in k}
+    counted = None if plan is None else plan["counted"]
+    return [
+        cohort,
+        "" if counted is None else count(counted["launches_eager"]["loop"]),
+        count(sum(launches.values())) if launches else "",
+        count(eager.get("kernels")),
+        count(profiled.get(f"{cohort} captured", {}).get("kernels")),
+        "" if counted is None else number(counted["peak_bytes"] / 1e9),
+        number(_measured(measured, cohort, "eager", "peak_gb")),
+        number(_measured(measured, cohort, "captured", "peak_gb")),
+    ]
+
+
+REGIONS: dict[str, Region] = {"model": model}
