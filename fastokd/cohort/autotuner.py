@@ -64,7 +64,8 @@ def pick(timings: Sequence[Timing], steps: int) -> Choice:
     able = next((timing for timing in timings if not timing.failed), default)
     best = min(known, key=cost, default=able)
     if default.step_ms is None:
-        return best.choice if default.failed else default.choice
+        slow = default.final  # its trial took longer than it could save
+        return best.choice if default.failed or slow else default.choice
     return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice
 
 

@@ -201,7 +201,7 @@ def ask(
                 if stopped():
                     return {"note": "not timed: the run was stopped", "final": False}
                 if time.monotonic() > end:
-                    return {"note": f"killed after {seconds:.0f} s", "failed": True}
+                    return {"note": f"killed after {seconds:.0f} s"}
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

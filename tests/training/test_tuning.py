@@ -213,6 +213,9 @@ def test_the_default_stays_unless_another_is_clearly_faster_or_it_cannot_run() -
     # Within what timings scatter, the first stays.
     assert pick([Timing(Choice("loop"), 100.0), vmap], 10**6) == Choice("loop")
     assert pick([Timing(Choice("loop"), note="not timed", final=False), vmap], 9) == Choice("loop")
+    killed = Timing(Choice("loop"), note="killed after 60 s")
+    assert pick([killed, vmap], 9) == Choice("vmap")
+    assert pick([killed, Timing(Choice("vmap"), failed=True)], 9) == Choice("loop")
     failed = Timing(Choice("loop"), failed=True)
     assert pick([failed, vmap], 9) == Choice("vmap")
     # A run too short to measure, of whose step only a failure is known.
