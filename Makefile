@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST := .venv-oldest
 # What a version of torch or Triton can break; TESTS=tests runs all.
-TESTS  := tests/ops tests/kernels tests/cohort tests/training $(wildcard tests/gpu)
+TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/cohort tests/training tests/reference \
+	tests/distributed tests/plan tests/test_export.py
 
 .PHONY: install demo test test-oldest proofs test-faults bench lint docs clean
 
