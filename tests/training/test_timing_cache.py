@@ -84,6 +84,8 @@ def tuned_in_a_process(cache: Path, act: str) -> int:
         "from fastokd.training.interruption import StopRequest\n"
         "from tests.training.tuned import LONG, failing, session_of\n"
         "tuning.cache_root = lambda: Path(sys.argv[1])\n"
+        # A shell starts background jobs with SIGINT ignored, and their children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"once = iter([True])\n"
         f"failing(pytest.MonkeyPatch(), 'grouped', lambda: next(once, False) and {act})\n"
         "with StopRequest() as stop:\n"
