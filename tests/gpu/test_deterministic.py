@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,7 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.recipes import recipe
 from fastokd.training.session import RunOptions
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_kernel_selection")]
 
 
 @pytest.mark.parametrize("name", ["okddip-branch/resnet8", "ffsd/resnet8"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,19 +14,8 @@ from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.tuning import tune
 
+pytestmark = pytest.mark.usefixtures("own_kernel_selection")
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_a_gpu_takes_the_fastest_algorithms_by_default() -> None:
