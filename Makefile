@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/cohort tests/training tests/reference \
 	tests/distributed tests/plan tests/test_export.py
 
-.PHONY: install demo test test-oldest proofs test-faults bench lint docs clean
+.PHONY: install demo test test-oldest proofs test-faults bare bench lint docs clean
 
 install: $(STAMP)
 
@@ -50,6 +50,11 @@ proofs: install
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "the site is in build/docs/index.html"
+
+# README's commands and the proofs on a bare machine: no git, no HOME, no caches, no network after the
+# install. BARE="--bind /a/mirror proofs" shows it a folder and names targets.
+bare:
+	$(PYTHON) tests/bare.py $(BARE)
 
 # Three hundred kills, each resumed: minutes to an hour.
 test-faults: install

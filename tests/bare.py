@@ -26,21 +26,32 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 WANTED = ("python3", "python3-venv", "make", "g++", "ca-certificates")
 # Made by the packages' scripts, so that no list of files has them.
-CONFIGURED = ("alternatives", "passwd", "group", "nsswitch.conf", "hosts", "resolv.conf", "ssl/certs")
+CONFIGURED = (
+    "alternatives",
+    "passwd",
+    "group",
+    "nsswitch.conf",
+    "hosts",
+    "resolv.conf",
+    "ssl/certs",
+)
 HOME = "/home/newcomer"
 PROJECT = f"{HOME}/fastokd"
 # pivot_root, and not chroot, in which no user namespace can be begun.
 ENTER = r"""
 set -e
-root=$1 online=$2; shift 2
+root=$1 online=$2 binds=$3; shift 3
 mount --rbind "$root" "$root"
+while IFS= read -r path; do
+    [ -z "$path" ] || { mount --bind "$path" "$root$path"; mount -o remount,bind,ro "$root$path"; }
+done <<< "$binds"
 for name in dev sys; do mount --rbind /$name "$root/$name"; done
 mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/tmp"
 cd "$root"
 pivot_root . mnt
 cd /
-umount -l mnt
+mnt/usr/bin/umount -l mnt
 [ "$online" = yes ] || python3 -c "
 import fcntl, socket, struct
 up = struct.pack('16sh', b'lo', 1)  # SIOCSIFFLAGS, IFF_UP: processes of one machine find each other
@@ -55,7 +66,9 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", default=["demo", "test", "proofs"])
     parser.add_argument("--bind", action="append", type=Path, default=[])
-    parser.add_argument("--root", type=Path, help="where the root is made, and left; a temporary folder")
+    parser.add_argument(
+        "--root", type=Path, help="where the root is made, and left; a temporary folder"
+    )
     given = parser.parse_args(words)
     for tool in ("dpkg-query", "unshare", "git"):
         if shutil.which(tool) is None:
@@ -73,11 +86,10 @@ def run(root: Path, targets: list[str], binds: list[Path]) -> int:
     for path in binds:
         place = root / path.relative_to("/")
         place.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        copy(path, place)
+        place.mkdir(exist_ok=True) if path.is_dir() else place.touch()
     for target in ("install", *targets):
         print(f"== make {target} ==", flush=True)
-        code = enter(root, ["make", target], online=target == "install")
+        code = enter(root, ["make", target], binds, online=target == "install")
         if code:
             print(f"make {target} fails on a bare machine ({code}): see above", file=sys.stderr)
             return code
@@ -96,7 +108,7 @@ def closure(wanted: Iterable[str]) -> set[str]:
     for line in listed.splitlines():
         package, essential, depends, provides = line.split("\t")
         needs[package] = [_names(choice, "|") for choice in depends.split(",") if choice.strip()]
-        provider |= {name: package for name in _names(provides, ",")}
+        provider |= dict.fromkeys(_names(provides, ","), package)
         if essential == "yes":
             left.append(package)
     found: set[str] = set()
@@ -139,6 +151,10 @@ def populate(root: Path, packages: Iterable[str]) -> None:
         else:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, place, follow_symlinks=False)
+    for link in Path("/usr/bin").iterdir():  # awk, c++ and others, which alternatives stand for
+        name = link.name
+        if link.is_symlink() and os.readlink(link) == f"/etc/alternatives/{name}":
+            (root / "usr/bin" / name).symlink_to(f"/etc/alternatives/{name}")
     for name in CONFIGURED:
         source, place = Path("/etc", name), root / "etc" / name
         if source.is_dir():
@@ -154,17 +170,18 @@ def populate(root: Path, packages: Iterable[str]) -> None:
         archive.extractall(root / PROJECT.lstrip("/"))
 
 
-def enter(root: Path, command: list[str], *, online: bool) -> int:
+def enter(root: Path, command: list[str], binds: list[Path], *, online: bool) -> int:
     """Runs a command in the project there, as a user without privileges; its exit code."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-    environment = {**(kept if online else {}), "PATH": "/usr/sbin:/usr/bin", "HOME": HOME, "PROJECT": PROJECT}
+    environment = {
+        **(kept if online else {}),
+        **{"PATH": "/usr/sbin:/usr/bin", "HOME": HOME, "PROJECT": PROJECT},
+    }
     spaces = ["--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child"]
-    return subprocess.run(
-        ["unshare", *spaces, *([] if online else ["--net"]), "bash", "-c", ENTER, "bash"]
-        + [str(root), "yes" if online else "no", *command],
-        env=environment,
-        check=False,
-    ).returncode
+    spaces += [] if online else ["--net"]
+    arguments = [str(root), "yes" if online else "no", "\n".join(map(str, binds)), *command]
+    line = ["unshare", *spaces, "bash", "-c", ENTER, "bash", *arguments]
+    return subprocess.run(line, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
