@@ -12,6 +12,10 @@ from fastokd.errors import UserError
 
 # Under transparent pixels: white, as pages and papers are.
 BACKGROUND = 255
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+# Half a gigabyte as Pillow holds it; the largest sensors of phones have 108 million.
+MAX_PIXELS = 1 << 27
 ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,14 +36,45 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8")
-            return upright_rgb(image, background)
-    except UserError:
-        raise
+            fault = fault_of(image)
+            if not fault:
+                return upright_rgb(image, background)
     except Exception as error:
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
-        raise UserError(f"{path} can't be read as an image ({error}): replace it") from error
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} can't be read as an image ({why}): replace it") from error
+    raise UserError(f"{path}: {fault}; convert it to an 8-bit RGB JPEG or PNG, or remove it")
+
+
+def fault_of(image: Image.Image) -> str:
+    """Why an opened picture isn't read, whatever its pixels are; "" for nothing."""
+    width, height = image.size
+    if image.format not in FORMATS:
+        return f"a {image.format}, which isn't read"
+    if image.mode.startswith(("I", "F")):
+        return "more than 8 bits a channel"
+    if image.mode not in MODES:
+        return f"its colours are {image.mode}, which aren't read"
+    if width * height > MAX_PIXELS:
+        return f"{width}x{height} pixels are too many"
+    return ""
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether a picture that was opened, and not loaded yet, is one that every decoder decodes
+    alike: an upright JPEG or PNG of 8-bit grey or RGB, without transparency. Loads a PNG."""
+    if image.mode not in ("L", "RGB") or image.format not in ("JPEG", "MPO", "PNG"):
+        return False
+    if image.format == "PNG":
+        raw = [tile[3] for tile in getattr(image, "tile", ())]
+        image.load()  # what comes after the pixels may say how they are meant
+        alike = raw in (["L"], ["RGB"])  # of 8 bits
+    else:
+        # Components of these numbers are YCbCr; Adobe's marker may say that they are another thing.
+        components = [layer[0] for layer in getattr(image, "layer", ())]
+        ycbcr = image.info.get("adobe_transform", 1) == 1
+        alike = components in ([1], [1, 2, 3]) and ycbcr
+    return alike and not _transparent(image) and orientation(image) == 1
 
 
 def upright_rgb(image: Image.Image, background: int = BACKGROUND) -> Image.Image:

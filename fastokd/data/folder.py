@@ -15,13 +15,12 @@ import torch
 
 from fastokd.data import files
 from fastokd.data.decode import centre, read_rgb
+from fastokd.data.endings import EXTENSIONS, is_image, left_out
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.views import View
 from fastokd.errors import UserError
 
-# As torchvision's ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_BYTES = 8 << 30
 
 
@@ -63,6 +62,10 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
         )
     splits = {name: decode(listing, view) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])
+    notes = (
+        "" if with_test else "there is no test/: test is val/",
+        left_out(root, [root / split for split in ("train", "val", "test")]),
+    )
     return DatasetSplits(
         name="imagefolder",
         class_names=tuple(classes),
@@ -72,7 +75,7 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
-        note="" if with_test else "there is no test/: test is val/",
+        note="; ".join(filter(None, notes)),
     )
 
 
@@ -100,7 +103,7 @@ def list_images(folder: Path, classes: list[str]) -> Listing:
         before = len(listing.paths)
         for parent, _, names in sorted(os.walk(folder / name, followlinks=True)):
             for file in sorted(names):
-                if file.lower().endswith(EXTENSIONS):
+                if is_image(file):
                     listing.paths.append(Path(parent, file))
                     listing.labels.append(label)
         if len(listing.paths) == before:

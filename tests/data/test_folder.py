@@ -136,7 +136,7 @@ GREY = png(np.zeros((8, 8), np.uint8))
         (write("val/dog/1.png", GREY[:-30]), r"val/dog/1\.png can't be read as an image"),
         (
             write("train/cat/0.png", png(np.zeros((8, 8), np.uint16))),
-            r"0\.png has more than 8 bits a channel: convert it",
+            r"0\.png: more than 8 bits a channel; convert it",
         ),
     ],
 )
