@@ -125,9 +125,7 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
             step=lambda files: bar.advance(task, files),
         )
         for (split, path, label), look in zip(good, looks, strict=True):
-            entries.append(
-                Entry(split, path, label, look.height, look.width, look.bytes, look.fault)
-            )
+            entries.append(Entry(split, path, label, *look[:5]))
             if look.levels_3L is not None:
                 levels_3L += look.levels_3L
     if not levels_3L.any():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
+from fastokd.device import staged
 from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
@@ -75,7 +78,7 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
             shape=shape,
             axis_names="HW",
             output_type=types.RGB,
-            # As torchvision: a photograph isn't turned by its camera's note.
+            # Of what is turned, transparent or rare none comes here.
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,
             **options,
@@ -94,19 +97,84 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
     return pipeline()
 
 
+class _Fed:
+    """One batch between being planned and given: DALI decodes its plain images, Pillow the rest."""
+
+    def __init__(self, split: DiskSplit, plan: DiskBatch) -> None:
+        self.split, self.whole = split, plan
+        self.plain_B = split.plain_N[plan.index_B]
+        self.plain = _rows(plan, self.plain_B.nonzero()[:, 0])
+        self.rest = _rows(plan, (~self.plain_B).nonzero()[:, 0])
+        self.seen: list[Future[Tensor]] | None = None
+
+    def begin(self, pool: ThreadPoolExecutor) -> None:
+        """Has what Pillow decodes decoded, once."""
+        if self.seen is not None:
+            return
+        self.seen = []
+        rest = self.rest
+        for row, index in enumerate(rest.index_B.tolist()):
+            # Imported where it is used: torchvision takes its time.
+            from fastokd.data.see import see
+
+            box = None if rest.box_B4 is None else rest.box_B4[row].tolist()
+            flip = bool(rest.flip_B[row])
+            self.seen.append(pool.submit(see, self.split, index, box, flip=flip))
+
+    def given(self, images: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The batch, of DALI's images and the others."""
+        labels_B = labels_of(self.split, self.whole)
+        if images is not None and not self.seen:
+            return images, labels_B
+        device, size = self.split.device, self.split.view.image_size
+        B = len(self.plain_B)
+        images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, device=device)
+        if images is not None:
+            images_BHWC[self.plain_B.to(device)] = images
+        if self.seen:
+            seen = [self._result(row, one) for row, one in enumerate(self.seen)]
+            rest = staged(torch.stack(seen), device).to(device, non_blocking=True)
+            images_BHWC[~self.plain_B.to(device)] = rest
+        return images_BHWC, labels_B
+
+    def _result(self, row: int, one: Future[Tensor]) -> Tensor:
+        try:
+            return one.result()
+        except Exception as error:
+            raise first_broken(self.split, [int(self.rest.index_B[row])], error) from None
+
+
+def _rows(plan: DiskBatch, rows_R: Tensor) -> DiskBatch:
+    box_B4 = plan.box_B4
+    boxes = None if box_B4 is None else box_B4[rows_R]
+    return DiskBatch(plan.index_B[rows_R], boxes, plan.flip_B[rows_R])
+
+
 def decode(
     split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
-    # Of what the pipeline was fed and hasn't given back yet, oldest first.
-    fed: deque[DiskBatch] = deque()
+    # Of what was planned and hasn't been given yet, oldest first.
+    fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
+    # torch's own threads would be as many for each of these.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
         for plan in plans:
-            fed.append(plan)
-            if len(plan.index_B):
-                yield _inputs(split, plan, root)
+            fed.append(_Fed(split, plan))
+            ahead()
+            if len(fed[-1].plain.index_B):
+                yield _inputs(split, fed[-1].plain, root)
+
+    def ahead() -> None:
+        for one in itertools.islice(fed, AHEAD + 1):
+            one.begin(pool)
+
+    def without_dali() -> Iterator[tuple[Tensor, Tensor]]:
+        while fed and not len(fed[0].plain.index_B):
+            ahead()
+            yield fed.popleft().given(None)
 
     pipeline = _pipeline(split, source(), batch, workers)
     stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
@@ -120,36 +188,34 @@ def decode(
             except RuntimeError as error:
                 # Its traceback would keep the pipeline alive.
                 failed = error.with_traceback(None)
+            yield from without_dali()
             if failed is not None:
                 found = first_broken(split, _indices(fed), failed)
                 raise (_undecodable(split, fed, root) or failed) if found is failed else found
-            while not len(fed[0].index_B):
-                yield _empty(split, fed.popleft())
-            plan = fed[0]
+            ahead()
             # A part of a file may decode well though its end is gone.
-            if not np.array_equal(sizes.as_array()[:, 0], split.bytes_N[plan.index_B].numpy()):
+            expected = split.bytes_N[fed[0].plain.index_B].numpy()
+            if not np.array_equal(sizes.as_array()[:, 0], expected):
                 raise first_broken(split, _indices(fed), None)
-            fed.popleft()
-            yield torch.from_dlpack(images.as_tensor()), labels_of(split, plan)
-        yield from (_empty(split, plan) for plan in fed)
+            yield fed.popleft().given(torch.from_dlpack(images.as_tensor()))
+        yield from without_dali()
     finally:
         # Its threads end here and not when garbage is collected, which may be in a forked process:
         # that has none of them and would wait for ever.
         del pipeline
+        pool.shutdown(cancel_futures=True)
 
 
-def _undecodable(split: DiskSplit, fed: Iterable[DiskBatch], root: bytes) -> Exception | None:
+def _undecodable(split: DiskSplit, fed: Iterable[_Fed], root: bytes) -> Exception | None:
     """The first file that DALI alone can't decode: Pillow, which `prepare` looks with, is milder."""
-    for plan in fed:
-        for row in range(len(plan.index_B)):
-            one = slice(row, row + 1)
-            box_14 = None if plan.box_B4 is None else plan.box_B4[one]
-            lone = DiskBatch(plan.index_B[one], box_14, plan.flip_B[one])
+    for one in fed:
+        for row in range(len(one.plain.index_B)):
+            lone = _rows(one.plain, torch.tensor([row]))
             pipeline = _pipeline(split, iter([_inputs(split, lone, root)]), 1, 1)
             try:
                 pipeline.run()
             except RuntimeError:
-                path = split.path(int(plan.index_B[row]))
+                path = split.path(int(lone.index_B))
                 return DataFileError(
                     f"{path} is damaged in a way that DALI can't decode: write it anew and continue "
                     "with --resume, or train with --loader torchvision"
@@ -157,8 +223,8 @@ def _undecodable(split: DiskSplit, fed: Iterable[DiskBatch], root: bytes) -> Exc
     return None
 
 
-def _indices(fed: Iterable[DiskBatch]) -> Iterator[int]:
-    return (index for plan in fed for index in plan.index_B.tolist())
+def _indices(fed: Iterable[_Fed]) -> Iterator[int]:
+    return (index for one in fed for index in one.whole.index_B.tolist())
 
 
 def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
@@ -170,10 +236,3 @@ def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
         np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[plan.index_B.numpy()]
     ]
     return paths, *mirrored(windows, plan.flip_B)
-
-
-def _empty(split: DiskSplit, plan: DiskBatch) -> tuple[Tensor, Tensor]:
-    """A rank's share of a last batch that is smaller than the ranks are many."""
-    size = split.view.image_size
-    images_BHWC = torch.empty(0, size, size, 3, dtype=torch.uint8, device=split.device)
-    return images_BHWC, labels_of(split, plan)

@@ -46,6 +46,7 @@ class DiskSplit:
         labels_N: int64 class ids, on the CPU.
         sizes_N2: height and width in pixels, int64.
         bytes_N: of each file, int64.
+        plain_N: bool, which of them every decoder decodes alike; the others are left to Pillow.
         view: the size of what comes out.
         loader: ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI, processes of torchvision; 0 for this process's share of the cores.
@@ -57,6 +58,7 @@ class DiskSplit:
     labels_N: Tensor
     sizes_N2: Tensor
     bytes_N: Tensor
+    plain_N: Tensor
     view: View
     loader: str
     workers: int = 0
@@ -74,6 +76,7 @@ class DiskSplit:
             torch.tensor([entry.label for entry in entries], dtype=torch.int64),
             torch.tensor([entry[3:5] for entry in entries], dtype=torch.int64).view(-1, 2),
             torch.tensor([entry.bytes for entry in entries], dtype=torch.int64),
+            torch.tensor([bool(entry.plain) for entry in entries], dtype=torch.bool),
             view,
             loader,
             workers,
@@ -103,6 +106,7 @@ class DiskSplit:
             labels_N=self.labels_N[indices_M],
             sizes_N2=self.sizes_N2[indices_M],
             bytes_N=self.bytes_N[indices_M],
+            plain_N=self.plain_N[indices_M],
         )
 
     def read(self) -> tuple[Tensor, Tensor]:

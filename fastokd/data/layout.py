@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastokd.data.folder import EXTENSIONS
+from fastokd.data.endings import is_image, left_out
 from fastokd.data.ground_truth import read_ground_truth
 from fastokd.errors import UserError
 
@@ -30,11 +30,6 @@ class Layout:
     files: list[tuple[str, str, int]] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file counts as an image: by its ending, as torchvision has it."""
-    return name.lower().endswith(EXTENSIONS)
 
 
 def find_layout(root: Path, ground_truth: Path | None = None) -> Layout:
@@ -74,6 +69,8 @@ def find_layout(root: Path, ground_truth: Path | None = None) -> Layout:
     if not any(split != "train" for split, _, _ in layout.files):
         raise UserError(f"{root} has no images in val/ or test/ beside train/: add some")
     _add_strays(layout, root, "", "outside train/ and val/")
+    others = left_out(root, [root / split for split in ("train", "val", "test")])
+    layout.notes += [others] if others else []
     return layout
 
 

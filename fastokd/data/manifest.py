@@ -1,8 +1,9 @@
 """What ``fastokd prepare`` found in a folder of images: every file, its class, size and faults.
 
 ``manifest.jsonl``: a header (a JSON object), then a JSON list a file:
-``[split, path, class id, height, width, bytes, fault]``. A file with a fault is quarantined: it is
-listed, and no run reads it.
+``[split, path, class id, height, width, bytes, fault, plain]``, the size being that of the upright
+image. A file with a fault is quarantined: it is listed, and no run reads it. What isn't plain
+(:func:`fastokd.data.decode.is_plain`) is left to Pillow by every loader.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ VERSION = 1
 
 class Entry(NamedTuple):
     """One file: ``path`` from the set's root; ``label`` is -1 where no class is known; ``fault`` is
-    "" for an image that can be read."""
+    "" for an image that can be read; ``plain`` is None in manifests that don't say it."""
 
     split: str
     path: str
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     width: int
     bytes: int
     fault: str
+    plain: bool | None = None
 
 
 @dataclass(frozen=True)

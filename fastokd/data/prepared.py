@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fastokd.data import dali, files
 from fastokd.data.disk import DiskSplit
 from fastokd.data.manifest import Manifest, read_manifest
+from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.scan import scan
 from fastokd.data.splits import DatasetSplits
 from fastokd.data.views import View
 from fastokd.errors import UserError
 
+OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
 LOADERS = ("auto", "dali", "torchvision")
-# What students of ImageNet are trained with everywhere; so they work in torchvision as they are.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pick_loader(name: str) -> str:
@@ -48,7 +49,7 @@ def load_prepared(
             that can't be had.
     """
     root = files.need_root(name, root)
-    manifest = read_manifest(root)
+    manifest = _with_headers(read_manifest(root))
     picked = pick_loader(loader)
     with_test = name != "imagenet" and any(e.split == "test" for e in manifest.entries)
     held_out = {"test": "test", "val": "val"} if with_test else {"test": "val"}
@@ -63,8 +64,13 @@ def load_prepared(
     return DatasetSplits(
         name=name,
         class_names=manifest.classes,
-        mean=IMAGENET_MEAN if published else manifest.mean,
-        std=IMAGENET_STD if published else manifest.std,
+        preprocessing=preprocessing_of(
+            name,
+            mean=None if published else manifest.mean,
+            std=None if published else manifest.std,
+            image_size=view.image_size,
+            eval_resize=view.eval_resize,
+        ),
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
@@ -73,8 +79,27 @@ def load_prepared(
     )
 
 
+def _with_headers(manifest: Manifest) -> Manifest:
+    """What manifests of earlier versions don't say is read from the headers of the images: which
+    are turned, and which not every decoder decodes alike."""
+    old = [i for i, e in enumerate(manifest.entries) if not e.fault and e.plain is None]
+    if not old:
+        return manifest
+    entries = list(manifest.entries)
+    looks = scan(manifest.root, [entries[i].path for i in old], pixels=False)
+    for i, look in zip(old, looks, strict=True):
+        # A file at fault stays, and is named when it is read: a resumed run has the same images.
+        known = {} if look.fault else {"height": look.height, "width": look.width}
+        entries[i] = entries[i]._replace(plain=look.plain, **known)
+    return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))
+
+
 def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
     parts = [f"images are decoded by {loader}{f' {dali.version()}' if loader == 'dali' else ''}"]
+    odd = sum(e.split in folders and not e.fault and not e.plain for e in manifest.entries)
+    if odd and loader == "dali":
+        parts.append(f"{odd:,} files that are turned, transparent or rare are decoded by Pillow")
+    parts += [OLD] if OLD in manifest.notes else []
     if "test" not in folders:
         parts.append("test is val/")
     quarantined = manifest.quarantined(*folders)

@@ -12,61 +12,65 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# What both loaders read; anything else in an image's clothes is quarantined.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+from fastokd.data.decode import fault_of, is_plain, orientation, upright_rgb
+
 # Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
 SAMPLED = 20_000
 CHUNK = 64
-MAX_PIXELS = 1 << 28
 
 
 class Look(NamedTuple):
-    """One file: its size in pixels and bytes, why it can't be used or "", and, where it was asked
-    for, how often each channel has each level (``[3, 256]``)."""
+    """One file: its upright size in pixels and its bytes, why it can't be used or "", whether it is
+    plain (:func:`fastokd.data.decode.is_plain`), and, where it was asked for, how often each channel
+    has each level (``[3, 256]``)."""
 
     height: int
     width: int
     bytes: int
     fault: str
-    levels_3L: np.ndarray | None
+    plain: bool = False
+    levels_3L: np.ndarray | None = None
 
 
-def look_at(path: Path, *, count_levels: bool = False) -> Look:
-    """Decodes one file; never raises for what is in it."""
+def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> Look:
+    """Decodes one file, or without ``pixels`` its header; never raises for what is in it."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        return Look(0, 0, 0, f"can't be read: {error.strerror or error}", None)
+        return Look(0, 0, 0, f"can't be read: {error.strerror or error}")
     if size == 0:
-        return Look(0, 0, 0, "empty", None)
+        return Look(0, 0, 0, "empty")
     try:
-        return _decoded(path, size, count_levels)
+        return _decoded(path, size, count_levels, pixels)
     except UnidentifiedImageError:
-        return Look(0, 0, size, "no image", None)
+        return Look(0, 0, size, "no image")
     except Exception as error:
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
-        return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}", None)
+        return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
 
 
-def _decoded(path: Path, size: int, count_levels: bool) -> Look:
+def _decoded(path: Path, size: int, count_levels: bool, pixels: bool) -> Look:
     with Image.open(path) as image:
         width, height = image.size
-        if image.format not in FORMATS:
-            return Look(height, width, size, f"a {image.format}, which isn't read", None)
-        if image.mode.startswith(("I", "F")):
-            return Look(height, width, size, "more than 8 bits a channel", None)
-        if width * height > MAX_PIXELS:
-            return Look(height, width, size, f"{width}x{height} pixels are too many", None)
-        if not count_levels:
-            # All of the bits are read, but an eighth of each side is computed.
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+        fault = fault_of(image)
+        if fault:
+            return Look(height, width, size, fault)
+        plain = is_plain(image)
+        if count_levels:
+            rgb = upright_rgb(image)
+            pixels_HW3 = np.asarray(rgb)
+            levels_3L = np.stack(
+                [np.bincount(pixels_HW3[..., c].ravel(), minlength=256) for c in range(3)]
+            )
+            return Look(rgb.height, rgb.width, size, "", plain, levels_3L)
+        if pixels:
+            # All of the bits are read, but of a JPEG an eighth of each side is computed.
+            eighth = image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
             image.load()
-            return Look(height, width, size, "", None)
-        pixels_HW3 = np.asarray(image.convert("RGB"))
-        levels_3L = np.stack(
-            [np.bincount(pixels_HW3[..., c].ravel(), minlength=256) for c in range(3)]
-        )
-        return Look(height, width, size, "", levels_3L)
+            width, height = (width, height) if eighth else image.size
+        if orientation(image) > 4:
+            width, height = height, width
+        return Look(height, width, size, "", plain)
 
 
 def scan(
@@ -74,6 +78,7 @@ def scan(
     paths: list[str],
     *,
     sampled: Iterable[int] = (),
+    pixels: bool = True,
     workers: int = 0,
     step: Callable[[int], None] = lambda files: None,
 ) -> Iterator[Look]:
@@ -83,6 +88,7 @@ def scan(
 
     Args:
         sampled: positions of the images whose levels are counted.
+        pixels: False reads headers alone.
         workers: threads; 0 for one a core.
         step: is called with the number of files that were just looked at.
     """
@@ -90,7 +96,10 @@ def scan(
 
     def look_at_all(first: int) -> list[Look]:
         last = min(first + CHUNK, len(paths))
-        return [look_at(root / paths[i], count_levels=i in counted) for i in range(first, last)]
+        return [
+            look_at(root / paths[i], count_levels=i in counted, pixels=pixels)
+            for i in range(first, last)
+        ]
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
     # process's, so they are set here and not in the threads.

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
+from fastokd.data.see import see
 from fastokd.errors import DataFileError
 
 # Images that a worker makes at a time: all workers share a batch, and little shared memory is
@@ -52,23 +51,8 @@ class _Decoder(Dataset[Any]):
         size = self.split.view.image_size
         images_BHWC = torch.empty(len(part.images), size, size, 3, dtype=torch.uint8)
         for row, (index, box, flip) in enumerate(zip(*part, strict=True)):
-            image_CHW = self._see(index, box)
-            images_BHWC[row] = (image_CHW.flip(2) if flip else image_CHW).permute(1, 2, 0)
+            images_BHWC[row] = see(self.split, index, box, flip=bool(flip))
         return images_BHWC
-
-    def _see(self, index: int, box: list[int] | None) -> Tensor:
-        view, path = self.split.view, self.split.path(index)
-        if path.stat().st_size != int(self.split.bytes_N[index]):
-            raise OSError(f"{path} has changed")
-        with Image.open(path) as image:
-            image_CHW = F.pil_to_tensor(image.convert("RGB"))
-        if box is not None:
-            top, left, height, width = box
-            seen = F.resized_crop(image_CHW, top, left, height, width, [view.image_size] * 2)
-        else:
-            seen = F.center_crop(F.resize(image_CHW, [view.resize]), [view.image_size] * 2)
-        assert isinstance(seen, Tensor)
-        return seen
 
 
 def decode(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 from torchvision.datasets import ImageFolder
 
@@ -80,6 +80,7 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, loader: str, wor
 
 
 def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
+    """But that a photograph is turned as its camera says."""
     for name in BAD:
         (root / "train" / "n00000000" / name).unlink()
     (root / "val" / "n00000000" / "cut.JPEG").unlink()
@@ -89,7 +90,9 @@ def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
     assert list(manifest.classes) == theirs.classes
     assert [(str(root / e.path), e.label) for e in entries] == theirs.samples
     pixels = [np.asarray(image).reshape(-1, 3) / 255 for image, _ in theirs]
-    assert [(e.height, e.width) for e in entries] == [image.size[::-1] for image, _ in theirs]
+    upright = [ImageOps.exif_transpose(Image.open(path)).size[::-1] for path, _ in theirs.samples]
+    assert [(e.height, e.width) for e in entries] == upright
+    assert upright != [image.size[::-1] for image, _ in theirs]
     assert manifest.mean == pytest.approx(np.concatenate(pixels).mean(0).tolist(), abs=1e-9)
     assert manifest.std == pytest.approx(np.concatenate(pixels).std(0).tolist(), abs=1e-9)
 
