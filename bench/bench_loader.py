@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 from fastokd.data import Augment, Split, dali
 from fastokd.data.manifest import read_manifest
 from fastokd.data.photographs import write_photographs
-from fastokd.data.prepared import IMAGENET_MEAN, IMAGENET_STD, load_prepared
+from fastokd.data.prepared import load_prepared
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.views import View
 from fastokd.prepare import prepare
 from fastokd.training.allocator import keep_freed_memory
@@ -65,7 +66,8 @@ def torchvisions(root: Path, cores: int, *, floats: bool) -> Callable[[], float]
     torchvision's own reference trains."""
     steps: list[Any] = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     if floats:
-        steps += [v2.ToDtype(torch.float, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        imagenet = preprocessing_of("imagenet")
+        steps += [v2.ToDtype(torch.float, scale=True), v2.Normalize(imagenet.mean, imagenet.std)]
     see = v2.Compose(steps)
     folder = ImageFolder(root / "train", transform=see)
     many = Subset(folder, list(range(len(folder))) * REPEATS)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint, write_durably
 from fastokd.data.cifar import LAYOUTS
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from fastokd.student_file import read_weights
 
@@ -76,14 +77,11 @@ def _to_ours(source: Path, out: Path, model: str | None, student: int | None) ->
 
 
 def _data_facts(num_classes: int) -> dict[str, str]:
-    """Classes and normalisation of the CIFAR that has so many classes, as a run's student has."""
-    for layout in LAYOUTS.values():
+    """Classes and preprocessing of the CIFAR that has so many classes, as a run's student has."""
+    for name, layout in LAYOUTS.items():
         if len(layout.class_names) == num_classes:
-            return {
-                "class_names": json.dumps(list(layout.class_names)),
-                "mean": json.dumps(list(layout.mean)),
-                "std": json.dumps(list(layout.std)),
-            }
+            names = json.dumps(list(layout.class_names))
+            return {"class_names": names, **preprocessing_of(name).to_facts()}
     return {}
 
 

@@ -11,13 +11,14 @@ import torch
 
 from fastokd.data import list_datasets
 from fastokd.data.order import keyed_generator
+from fastokd.data.preprocessing import MOST_PIXELS
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import check_options, method_class
 from fastokd.models import model_spec
 
 # More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
 # out only when the memory or the year is over.
-MOST = {"students": 64, "epochs": 1_000_000, "image_size": 4096}
+MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
@@ -45,7 +46,8 @@ class Recipe:
         crop_padding, crop_mode, flip: augmentation of in-memory images. ``resized_crop``: an area
             of the image is cropped and resized instead (RandomResizedCrop).
         image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
-            shorter side before the centre crop of a held-out image; 0 for none.
+            shorter side before the centre crop of a held-out image, and in memory of every image;
+            0 for none.
         val: images held out of the training set, stratified by class; 0 for none.
         reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
             ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.

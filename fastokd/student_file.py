@@ -7,9 +7,8 @@ checkpoint's recipe keeps, or any other) or a ``student.safetensors``.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from fastokd.data.preprocessing import FITS, Preprocessing, from_facts, preprocessing_of
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
-from fastokd.recipe_type import MOST, Recipe
+from fastokd.recipe_type import Recipe
 
 STUDENT = "student.safetensors"
-
-
-def _numbers(value: Any) -> bool:
-    """Three finite numbers, one a channel."""
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
-    )
-
-
-def _size(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MOST["image_size"]
 
 
 # Files come from anywhere: what a fact must be like to be used.
@@ -43,10 +30,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "class_names": lambda value: (
         isinstance(value, list) and all(isinstance(name, str) for name in value)
     ),
-    "mean": _numbers,
-    "std": lambda value: _numbers(value) and min(value) > 0,
-    "input_size": lambda value: _size(value) and value > 0,
-    "eval_resize": _size,
+    **FITS,
 }
 
 
@@ -54,10 +38,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 class Weights:
     """One student's state and what it says of itself (the metadata of a ``student.safetensors``).
 
-    ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, ``mean``
-    and ``std`` of its images in units of [0, 1], ``input_size`` (their height and width),
-    ``eval_resize`` (the shorter side before the centre crop; 0 for the whole centre square),
-    ``student`` (its index) and ``role`` (why it is this one).
+    ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, the fields
+    of its :class:`Preprocessing`, ``student`` (its index) and ``role`` (why it is this one).
     """
 
     path: Path
@@ -92,13 +74,19 @@ class Weights:
         """Of the model's constructor."""
         return dict(self.fact("model_options")) if "model_options" in self.facts else {}
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture is shown to the student."""
+        return from_facts(self.facts, self.fact)
+
     def about(self) -> dict[str, Any]:
         """All that it says of itself, for JSON."""
-        names = ("class_names", "mean", "std", "input_size", "eval_resize", "student", "role")
         return {
             "model": self.model,
             "model_options": self.options,
-            **{name: self.fact(name) for name in names},
+            "class_names": self.fact("class_names"),
+            **asdict(self.preprocessing),
+            **{name: self.fact(name) for name in ("student", "role")},
         }
 
     def build(self) -> Student:
@@ -118,19 +106,16 @@ class Weights:
 
 
 def student_facts(recipe: Recipe, data: Any, student: int) -> dict[str, str]:
-    """What a student's file says of it; ``data`` has ``class_names``, ``mean`` and ``std``."""
-    return _facts(recipe, data.class_names, data.mean, data.std, student)
+    """What a student's file says of it; ``data`` has ``class_names`` and ``preprocessing``."""
+    return _facts(recipe, data.class_names, data.preprocessing, student)
 
 
-def _facts(recipe: Recipe, names: Any, mean: Any, std: Any, student: int) -> dict[str, str]:
+def _facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
     return {
         "model": recipe.models[student],
         "model_options": json.dumps(recipe.model_options),
         "class_names": json.dumps(list(names)),
-        "mean": json.dumps(list(mean)),
-        "std": json.dumps(list(std)),
-        "input_size": json.dumps(recipe.image_size),
-        "eval_resize": json.dumps(recipe.eval_resize),
+        **shown.to_facts(),
         "student": json.dumps(student),
         "role": json.dumps(_role(recipe, student)),
     }
@@ -211,7 +196,14 @@ def _from_checkpoint(
         if key.startswith(prefix)
     }
     try:
-        said = _facts(recipe, facts["class_names"], facts["mean"], facts["std"], student)
+        shown = preprocessing_of(
+            recipe.dataset,
+            mean=facts["mean"],
+            std=facts["std"],
+            image_size=recipe.image_size,
+            eval_resize=recipe.eval_resize,
+        )
+        said = _facts(recipe, facts["class_names"], shown, student)
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {path} is no run's: it lacks {error}") from error
     return Weights(path, state, said)

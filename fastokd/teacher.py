@@ -46,12 +46,12 @@ def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
     """The network, after checking that it means these classes and reads such images.
 
     Raises:
-        UserError: classes in another number or order, images normalised otherwise, weights that
-            don't fit the model that the file names.
+        UserError: classes in another number or order, images of another preprocessing, weights
+            that don't fit the model that the file names.
     """
     path = weights.path
-    said = {name: weights.fact(name) for name in ("class_names", "mean", "std")}
-    ours, theirs = list(data.class_names), said["class_names"]
+    ours, theirs = list(data.class_names), weights.fact("class_names")
+    shown = weights.preprocessing
     if theirs != ours:
         what = (
             f"{len(theirs)} classes, and {data.name} has {len(ours)}"
@@ -59,17 +59,14 @@ def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
             else f"classes of other names or in another order than {data.name}'s"
         )
         raise UserError(f"the teacher {path} knows {what}: train one on {data.name}")
-    for name, value in (("mean", data.mean), ("std", data.std)):
-        if not _close(said[name], value):
-            raise UserError(
-                f"the teacher {path} was trained on images normalised by {name} {said[name]}, and "
-                f"{data.name}'s is {list(value)}: it would see other images; train one on "
-                f"{data.name}"
-            )
+    for name in shown.differences(data.preprocessing):
+        value, here = getattr(shown, name), getattr(data.preprocessing, name)
+        raise UserError(
+            f"the teacher {path} was trained on other images: their {name} is {_shown(value)}, and "
+            f"{data.name}'s is {_shown(here)}; train one on {data.name} as it is shown here"
+        )
     return weights.build()
 
 
-def _close(theirs: Any, ours: tuple[float, ...]) -> bool:
-    return len(theirs) == len(ours) and all(
-        abs(a - b) < 1e-6 for a, b in zip(theirs, ours, strict=True)
-    )
+def _shown(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)

@@ -13,13 +13,14 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastokd.cli import run_command
 from fastokd.data import load_dataset
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from fastokd.export import FORMATS, checked, export
-from fastokd.predict import predict
+from fastokd.predict import Prediction, predict
 from fastokd.recipes import recipe
 from fastokd.student_file import read_weights
 from fastokd.train import train
@@ -153,15 +154,17 @@ def test_a_centre_crop_is_of_a_larger_picture(resnet8: Run, tmp_path: Path) -> N
     """ImageNet's form: the shorter side to 40, the middle 32 of it."""
     file = tmp_path / "student.safetensors"
     weights = read_weights(resnet8.folder)
-    from safetensors.torch import save_file
 
-    save_file(weights.state, file, {**weights.facts, "eval_resize": "40"})
+    def seen(eval_resize: int, name: str) -> Prediction:
+        shown = preprocessing_of("imagefolder", eval_resize=eval_resize).to_facts()
+        save_file(weights.state, file, {**weights.facts, **shown})
+        return predict(file, [tmp_path / name])[0]
+
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     Image.fromarray(noise[4:36, 4:36]).save(tmp_path / "middle.png")
-    (whole,) = predict(file, [tmp_path / "noise.png"])
-    (middle,) = predict(resnet8.folder, [tmp_path / "middle.png"])
-    assert whole.probabilities == pytest.approx(middle.probabilities)
+    whole, middle = seen(40, "noise.png"), seen(0, "middle.png")
+    assert whole.probabilities == middle.probabilities
 
 
 @pytest.mark.parametrize(

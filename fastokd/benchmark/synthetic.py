@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastokd.data import DatasetSplits, Split
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.methods import method_class
 from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
@@ -40,7 +41,10 @@ def drawn_batch(of: Recipe, seed: int = 0) -> Split:
 def drawn_splits(of: Recipe, batch: Split) -> DatasetSplits:
     """The batch as each split of the recipe's data set."""
     names = tuple(str(label) for label in range(num_classes(of)))
-    return DatasetSplits(of.dataset, names, MEAN, STD, batch, batch, batch)
+    shown = preprocessing_of(
+        of.dataset, mean=MEAN, std=STD, image_size=of.image_size, eval_resize=of.eval_resize
+    )
+    return DatasetSplits(of.dataset, names, shown, batch, batch, batch)
 
 
 def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
@@ -52,14 +56,10 @@ def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
     network = create_model(teacher.model, len(data.class_names), **teacher.model_options)
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     facts = {
-        "model_options": teacher.model_options,
-        "class_names": data.class_names,
-        "mean": data.mean,
-        "std": data.std,
-        "input_size": of.image_size,
-        "eval_resize": of.eval_resize,
-        "student": 0,
+        "model": teacher.model,
+        "model_options": json.dumps(teacher.model_options),
+        "class_names": json.dumps(data.class_names),
+        **data.preprocessing.to_facts(),
     }
-    said = {name: json.dumps(value) for name, value in facts.items()}
-    save_file(state, folder / STUDENT, {"model": teacher.model, **said})
+    save_file(state, folder / STUDENT, facts)
     return folder / STUDENT

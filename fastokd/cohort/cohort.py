@@ -18,7 +18,7 @@ from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput, create_model, model_info, model_spec, trunk_shape
 from fastokd.models.layers import NormAct
 from fastokd.ops.fused_bn_act import norm_act
-from fastokd.ops.normalize import normalize
+from fastokd.ops.normalize import normalize, scale_and_shift
 
 ENGINES = ("loop", "grouped", "vmap")
 
@@ -82,9 +82,8 @@ class Cohort(nn.Module):
         self.trunk_grad_scale = trunk_grad_scale
         self.model_options = dict(model_options or {})
         self._teacher = None if teacher is None else [_frozen(teacher)]
-        scale_C = torch.tensor([255.0 * s for s in std])
-        shift_C = -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale_C", 1.0 / scale_C, persistent=False)
+        scale_C, shift_C = scale_and_shift(mean, std)
+        self.register_buffer("scale_C", scale_C, persistent=False)
         self.register_buffer("shift_C", shift_C, persistent=False)
 
         built = [self._new_student(index, seed) for index in range(len(self.model_names))]
@@ -155,6 +154,13 @@ class Cohort(nn.Module):
         """Keeps weights and maps in this layout from here on."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalises images by these from here on, in the same memory."""
+        for ours, value_C in zip(
+            (self.scale_C, self.shift_C), scale_and_shift(mean, std), strict=True
+        ):
+            ours.copy_(value_C)
 
     def _new_student(self, index: int, seed: int) -> Student:
         with torch.random.fork_rng(devices=[]):

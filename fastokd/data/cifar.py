@@ -12,6 +12,7 @@ import torch
 from fastokd.data import files
 from fastokd.data.files import FileBytes
 from fastokd.data.plain_pickle import read_plain_pickle
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError
 
@@ -40,8 +41,6 @@ class Layout:
     test: str
     label: str
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 LAYOUTS = {
@@ -53,8 +52,6 @@ LAYOUTS = {
         test="test_batch",
         label="labels",
         class_names=tuple(CIFAR10.split()),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
     ),
     "cifar100": Layout(
         folder="cifar-100-python",
@@ -64,8 +61,6 @@ LAYOUTS = {
         test="test",
         label="fine_labels",
         class_names=tuple(CIFAR100.split()),
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
     ),
 }
 
@@ -87,8 +82,7 @@ def load_cifar(name: str, root: Path | None, *, download: bool) -> DatasetSplits
     return DatasetSplits(
         name=name,
         class_names=layout.class_names,
-        mean=layout.mean,
-        std=layout.std,
+        preprocessing=preprocessing_of(name),
         train=train,
         val=None,
         test=_split(content[layout.test], layout),

@@ -7,12 +7,9 @@ from importlib import resources
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
-
-# Of the 500 training images as the students see them; a test holds them to the data.
-MEAN, STD = (0.3101,) * 3, (0.3542,) * 3
 
 
 def digits_pixels() -> tuple[Tensor, Tensor]:
@@ -35,18 +32,13 @@ def digits_indices() -> dict[str, Tensor]:
 def load_digits_splits() -> DatasetSplits:
     """The digits as 3x32x32, enlarged by bicubic interpolation."""
     pixels_NHW, labels_N = digits_pixels()
-    # Bicubic overshoots at the edges of a stroke, hence the clamp.
-    large_N1HW = F.interpolate(
-        pixels_NHW[:, None] * (255 / 16), size=(32, 32), mode="bicubic", align_corners=False
-    )
-    grey_NHW1 = large_N1HW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    whole = Split(grey_NHW1.expand(-1, -1, -1, 3).contiguous(), labels_N)
+    shown = preprocessing_of("digits")
+    whole = Split(shown.from_native(pixels_NHW), labels_N)
     splits = {name: whole.select(indices) for name, indices in digits_indices().items()}
     return DatasetSplits(
         name="digits",
         class_names=tuple(str(digit) for digit in range(10)),
-        mean=MEAN,
-        std=STD,
+        preprocessing=shown,
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],

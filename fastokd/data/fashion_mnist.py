@@ -8,6 +8,7 @@ import torch
 
 from fastokd.data import files
 from fastokd.data.idx import read_idx
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError
 
@@ -23,8 +24,7 @@ CLASS_NAMES = (
     "bag",
     "ankle boot",
 )
-# Of the 60,000 training images as the students see them, black border included.
-MEAN, STD = (0.2190,) * 3, (0.3318,) * 3
+SHOWN = preprocessing_of("fashion_mnist")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MD5 = {
@@ -55,8 +55,7 @@ def load_fashion_mnist(root: Path | None, *, download: bool) -> DatasetSplits:
     return DatasetSplits(
         name="fashion_mnist",
         class_names=CLASS_NAMES,
-        mean=MEAN,
-        std=STD,
+        preprocessing=SHOWN,
         train=_split(folder, "train"),
         val=None,
         test=_split(folder, "t10k"),
@@ -100,6 +99,5 @@ def _split(folder: Path, prefix: str) -> Split:
             f"{labels_path} has a label {labels.max()}, but there are only classes 0 to "
             f"{len(CLASS_NAMES) - 1}: fetch it again (--download)"
         )
-    images_NHWC = torch.zeros(len(pixels), 32, 32, 3, dtype=torch.uint8)
-    images_NHWC[:, 2:30, 2:30] = torch.from_numpy(pixels)[..., None]
+    images_NHWC = SHOWN.from_native(torch.from_numpy(pixels))
     return Split(images_NHWC, torch.from_numpy(labels).long())

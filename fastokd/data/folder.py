@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fastokd.data import files
+from fastokd.data.decode import centre, read_rgb
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
+from fastokd.data.views import View
 from fastokd.errors import UserError
 
 # As torchvision's ImageFolder.
@@ -30,19 +32,19 @@ class Listing(NamedTuple):
     labels: list[int]
 
 
-def load_folder(root: Path | None, *, image_size: int) -> DatasetSplits:
+def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
     """``root/train/CLASS/*.png|jpg|...``, with ``val/`` or ``test/`` or both beside it.
 
-    Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Of
-    each image the centre square is resized to ``image_size``. Without ``test/``, ``val/`` is the test split, and ``note`` says so.
+    Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Every
+    image is seen as ``view`` says. Without ``test/``, ``val/`` is the test split, and ``note`` says
+    so.
 
     Raises:
         UserError: a folder that is missing or empty, classes that train lacks, an image that can't
             be read, more images than memory should hold.
     """
     root = files.need_root("imagefolder", root)
-    if image_size < 1:
-        raise UserError(f"image_size is {image_size}: it must be at least 1")
+    size = view.image_size
     classes = _classes(root / "train")
     with_val, with_test = (root / "val").is_dir(), (root / "test").is_dir()
     if not with_val and not with_test:
@@ -52,20 +54,21 @@ def load_folder(root: Path | None, *, image_size: int) -> DatasetSplits:
         listings["val"] = list_images(root / "val", classes)
     listings["test"] = list_images(root / ("test" if with_test else "val"), classes)
 
-    total = sum(len(listing.paths) for listing in listings.values()) * image_size**2 * 3
+    total = sum(len(listing.paths) for listing in listings.values()) * size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
-            f"{root} at {image_size}x{image_size} takes {total / 2**30:.1f} GiB of memory, and at "
+            f"{root} at {size}x{size} takes {total / 2**30:.1f} GiB of memory, and at "
             f"most {MAX_BYTES / 2**30:.0f} are taken: choose a smaller image_size, or stream it from "
             "disk with --set resized_crop=true --set crop_padding=0"
         )
-    splits = {name: decode(listing, image_size) for name, listing in listings.items()}
+    splits = {name: decode(listing, view) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])
     return DatasetSplits(
         name="imagefolder",
         class_names=tuple(classes),
-        mean=mean,
-        std=std,
+        preprocessing=preprocessing_of(
+            "imagefolder", mean=mean, std=std, image_size=size, eval_resize=view.eval_resize
+        ),
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
@@ -108,12 +111,13 @@ def list_images(folder: Path, classes: list[str]) -> Listing:
     return listing
 
 
-def decode(listing: Listing, image_size: int) -> Split:
+def decode(listing: Listing, view: View) -> Split:
     """Every image of ``listing`` in memory, decoded by a pool of threads."""
-    images_NHWC = np.empty((len(listing.paths), image_size, image_size, 3), np.uint8)
+    size = view.image_size
+    images_NHWC = np.empty((len(listing.paths), size, size, 3), np.uint8)
 
     def fill(index: int) -> None:
-        images_NHWC[index] = decode_image(listing.paths[index], image_size)
+        images_NHWC[index] = centre(read_rgb(listing.paths[index]), view)
 
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
@@ -123,25 +127,6 @@ def decode(listing: Listing, image_size: int) -> Split:
         # After one damaged image the rest needn't be read.
         pool.shutdown(cancel_futures=True)
     return Split(torch.from_numpy(images_NHWC), torch.tensor(listing.labels))
-
-
-def decode_image(path: Path, size: int) -> np.ndarray:
-    """The centre square of one image as RGB ``[size, size, 3]``, resized by antialiased bilinear."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8")
-            rgb = image.convert("RGB")
-            side = min(rgb.size)
-            left, top = ((length - side) // 2 for length in rgb.size)
-            # Cropped first, so that the size of what is resized has nothing to do with proportions.
-            square = rgb.crop((left, top, left + side, top + side))
-            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-    except UserError:
-        raise
-    except Exception as error:
-        # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
-        raise UserError(f"{path} can't be read as an image ({error}): replace it") from error
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:

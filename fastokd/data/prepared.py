@@ -7,14 +7,12 @@ from pathlib import Path
 from fastokd.data import dali, files
 from fastokd.data.disk import DiskSplit
 from fastokd.data.manifest import Manifest, read_manifest
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits
 from fastokd.data.views import View
 from fastokd.errors import UserError
 
 LOADERS = ("auto", "dali", "torchvision")
-# What students of ImageNet are trained with everywhere; so they work in torchvision as they are.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pick_loader(name: str) -> str:
@@ -63,8 +61,13 @@ def load_prepared(
     return DatasetSplits(
         name=name,
         class_names=manifest.classes,
-        mean=IMAGENET_MEAN if published else manifest.mean,
-        std=IMAGENET_STD if published else manifest.std,
+        preprocessing=preprocessing_of(
+            name,
+            mean=None if published else manifest.mean,
+            std=None if published else manifest.std,
+            image_size=view.image_size,
+            eval_resize=view.eval_resize,
+        ),
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],

@@ -12,6 +12,7 @@ from fastokd.data.digits import load_digits_splits
 from fastokd.data.fashion_mnist import load_fashion_mnist
 from fastokd.data.folder import load_folder
 from fastokd.data.prepared import load_prepared
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, stratified_split
 from fastokd.data.views import View
 from fastokd.errors import UserError, unknown_name
@@ -34,15 +35,11 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
     "imagefolder": lambda ask: (
-        _prepared("imagefolder", ask)
-        if ask.streamed
-        else load_folder(ask.root, image_size=ask.view.image_size)
+        _prepared("imagefolder", ask) if ask.streamed else load_folder(ask.root, view=ask.view)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
 }
-# Height and width, and the shorter side before a held-out image's centre crop, where the set
-# leaves no choice or none is made.
-_VIEWS = {"imagenet": View(224, 256)}
+# Their sizes are a choice.
 _CHOOSABLE = ("imagefolder", "imagenet")
 
 
@@ -80,8 +77,8 @@ def load_dataset(
         download: fetches what is missing into ``root`` (CIFAR, Fashion-MNIST).
         image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
             ``imagenet`` (224); the others have 32.
-        eval_resize: of sets on disk, the shorter side before the centre crop of a held-out image;
-            0 for ``image_size``.
+        eval_resize: the shorter side before the centre crop of a held-out image; 0 for
+            ``image_size``. In memory, the images to train on are the same crops.
         streamed: an ``imagefolder`` is left on disk, as ``imagenet`` is.
         loader: who decodes images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI or processes of torchvision; 0 for this process's cores.
@@ -96,11 +93,7 @@ def load_dataset(
         raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
-    usual = _VIEWS.get(name, View(32))
-    view = View(
-        usual.image_size if image_size is None else image_size,
-        usual.eval_resize if eval_resize is None else eval_resize,
-    )
+    view = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize).view
     splits = _LOADERS[name](_Request(root, download, view, streamed, loader, workers))
     if val == 0:
         return splits

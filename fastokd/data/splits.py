@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastokd.data.disk import DiskSplit
 from fastokd.data.order import keyed_generator
+from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.stream import Augment, BatchStream
 from fastokd.errors import UserError
 
@@ -83,7 +84,7 @@ class DatasetSplits:
     Attributes:
         name: as in :func:`fastokd.data.list_datasets`.
         class_names: the name of each class id.
-        mean, std: of the channels, for images in [0, 1].
+        preprocessing: how its pictures are shown.
         train, val, test: ``val`` is None where nothing is held out.
         note: what a reader of the results should know about the splits, or "".
         loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
@@ -91,13 +92,22 @@ class DatasetSplits:
 
     name: str
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     train: Split | DiskSplit
     val: Split | DiskSplit | None
     test: Split | DiskSplit
     note: str = ""
     loader: str = "memory"
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the channels, for images in [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of the channels, for images in [0, 1]."""
+        return self.preprocessing.std
 
     @property
     def num_classes(self) -> int:

@@ -107,21 +107,27 @@ def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
     )
 
 
-def centre_windows(sizes_B2: Tensor, view: View) -> Windows:
-    """The shorter side to ``view.resize``, then the centre of ``image_size``, as one resampling.
+def centre_boxes(sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each image that becomes the output, as two corners ``[B, 2]`` (row, column).
 
-    Only the source pixels that the crop's filter reads are decoded. Sizes and corners are rounded
-    as torchvision's ``Resize`` and ``CenterCrop`` round them.
+    The shorter side would become ``view.resize`` and the centre of ``image_size`` be taken; sizes
+    and corners are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them.
     """
-    sizes = sizes_B2.numpy().astype(np.int64)
-    short_B1 = sizes.min(1, keepdims=True)
-    resized_B2 = np.where(sizes == short_B1, view.resize, view.resize * sizes // short_B1)
+    short_B1 = sizes_B2.min(1, keepdims=True)
+    resized_B2 = np.where(sizes_B2 == short_B1, view.resize, view.resize * sizes_B2 // short_B1)
     corner_B2 = np.round((resized_B2 - view.image_size) / 2)
-    scale_B2 = sizes / resized_B2
+    scale_B2 = sizes_B2 / resized_B2
     from_B2 = corner_B2 * scale_B2
-    to_B2 = from_B2 + view.image_size * scale_B2
+    return from_B2, from_B2 + view.image_size * scale_B2
+
+
+def centre_windows(sizes_B2: Tensor, view: View) -> Windows:
+    """:func:`centre_boxes` as one resampling, of which only the source pixels that its filter
+    reads are decoded."""
+    sizes = sizes_B2.numpy().astype(np.int64)
+    from_B2, to_B2 = centre_boxes(sizes, view)
     # A triangular filter is as wide as the step of the resampling, and at least a pixel.
-    reach_B2 = np.maximum(scale_B2, 1) + 1
+    reach_B2 = np.maximum((to_B2 - from_B2) / view.image_size, 1) + 1
     start_B2 = np.clip(np.floor(from_B2 - reach_B2), 0, None)
     stop_B2 = np.minimum(np.ceil(to_B2 + reach_B2), sizes)
     return Windows(

@@ -120,7 +120,7 @@ def _images(source: Path, weights: Weights, options: RunOptions) -> tuple[Tensor
     """Normalised images ``[B, 3, H, W]`` to compare on, and what they are."""
     run = source if (source / "recipe.json").is_file() else source.parent.parent
     if not (run / "recipe.json").is_file():
-        size = weights.fact("input_size")
+        size = weights.preprocessing.input_size
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(BATCH, 3, size, size, generator=generator)
         return noise, f"{BATCH} images of seeded noise"
@@ -129,9 +129,7 @@ def _images(source: Path, weights: Weights, options: RunOptions) -> tuple[Tensor
     split, name = (data.test, "test") if data.val is None else (data.val, "validation")
     images_BHWC, _ = next(iter(evaluation_stream(split).batches(0)))
     images_BHWC = images_BHWC[:BATCH]
-    mean_3, std_3 = (torch.tensor(weights.fact(key)) for key in ("mean", "std"))
-    normal_BHWC = (images_BHWC.float() / 255 - mean_3) / std_3
-    images_BCHW = normal_BHWC.permute(0, 3, 1, 2).contiguous()
+    images_BCHW = weights.preprocessing.normalized(images_BHWC)
     return images_BCHW, f"{len(images_BCHW)} {name} images of {recipe.dataset}"
 
 

@@ -149,7 +149,7 @@ class _Logits(nn.Module):
 
 def _example(weights: Weights) -> tuple[Tensor, dict[str, dict[int, torch.export.Dim]]]:
     """Two images, and that their number is free."""
-    size = weights.fact("input_size")
+    size = weights.preprocessing.input_size
     return torch.zeros(2, 3, size, size), {"images": {0: torch.export.Dim("batch")}}
 
 

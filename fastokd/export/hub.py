@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastokd.checkpoint import write_durably
+from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import UserError
 from fastokd.export.formats import (
     Classifier,
@@ -47,24 +49,35 @@ def _in_timm(weights: Weights) -> bool:
 def _write(weights: Weights, student: Student, folder: Path) -> str:
     (folder / write_safetensors(weights, student, folder)).rename(folder / FILE)
     about = weights.about()
-    classes, size = len(about["class_names"]), about["input_size"]
+    classes = len(about["class_names"])
     in_timm = _in_timm(weights)
     # timm's form: `local-dir:` reads it.
     config = {
         "architecture": foreign_name(weights, "timm") if in_timm else weights.model,
         "num_classes": classes,
         "label_names": about["class_names"],
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": [3, size, size],
-            "mean": about["mean"],
-            "std": about["std"],
-        },
+        "pretrained_cfg": {"num_classes": classes, **_shown_by_timm(weights.preprocessing)},
     }
     write_durably(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     card = _card(weights, about, "timm" if in_timm else "fastokd")
     write_durably(folder / "README.md", card.encode())
     return FILE
+
+
+def _shown_by_timm(shown: Preprocessing) -> dict[str, Any]:
+    """timm's words; of small grey pictures they only say how one of ``input_size`` is shown."""
+    share = shown.input_size / shown.view.resize
+    # timm takes the whole part of input_size / crop_pct.
+    while math.floor(shown.input_size / share) < shown.view.resize:
+        share = math.nextafter(share, 0)
+    return {
+        "input_size": [3, shown.input_size, shown.input_size],
+        "mean": list(shown.mean),
+        "std": list(shown.std),
+        "interpolation": "bilinear",
+        "crop_pct": share,
+        "crop_mode": "center",
+    }
 
 
 def _read(weights: Weights, path: Path) -> Classifier:
@@ -106,6 +119,8 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         "",
         *_trained(weights),
         "## Images",
+        "",
+        weights.preprocessing.sentence(),
         "",
         f"RGB, {about['input_size']} x {about['input_size']}, from 0 to 1, less "
         f"{_numbers(about['mean'])}, divided by {_numbers(about['std'])} (red, green, blue). "

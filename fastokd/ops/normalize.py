@@ -9,6 +9,8 @@ temporaries). The permuted result is channels-last in memory without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,9 @@ def normalize(
     x_BHWC = torch.empty(images.shape, dtype=dtype, device=images.device)
     torch.addcmul(shift_C, images, scale_C, out=x_BHWC)
     return x_BHWC.permute(0, 3, 1, 2)
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``scale_C`` and ``shift_C``, float32, of a mean and a deviation in units of [0, 1]."""
+    scale_C = 1.0 / torch.tensor([255.0 * s for s in std])
+    return scale_C, -torch.tensor(mean) / torch.tensor(std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,14 +83,21 @@ def check_recipe(session: Session, theirs: dict[str, Any]) -> None:
 
 
 def _check_same(session: Session, facts: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another recipe, or of data with other classes or statistics."""
+    """Refuses a checkpoint of another recipe, or of data with other classes or statistics.
+
+    Statistics that are near are taken over: a run keeps those that it began with.
+    """
     check_recipe(session, facts["recipe"])
-    for name in ("class_names", "mean", "std"):
-        if facts[name] != list(getattr(session.data, name)):
-            raise UserError(
-                f"the checkpoint was trained on other data: its {name} differ from those of "
-                f"the {session.recipe.dataset} here; give the --data-root that it was trained on"
-            )
+    ours = session.data.preprocessing
+    theirs = replace(ours, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    differing = [] if facts["class_names"] == list(session.data.class_names) else ["class_names"]
+    for name in [*differing, *theirs.differences(ours)]:
+        raise UserError(
+            f"the checkpoint was trained on other data: its {name} differ from those of "
+            f"the {session.recipe.dataset} here; give the --data-root that it was trained on"
+        )
+    session.data = replace(session.data, preprocessing=theirs)
+    session.cohort.set_statistics(theirs.mean, theirs.std)
 
 
 def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

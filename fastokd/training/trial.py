@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter as clock
 from typing import Any
 
@@ -164,8 +164,11 @@ def job(session: Session, choice: Choice) -> dict[str, Any]:
     # This rank's share of the batch. What crops images on disk is the loader.
     batch_size = session.recipe.batch_size // session.ranks.data.size
     recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
-    data = {name: list(getattr(session.data, name)) for name in ("class_names", "mean", "std")}
-    data["image"] = list(next_batch(session)[0].shape[1:])
+    data = {
+        "class_names": list(session.data.class_names),
+        "preprocessing": asdict(session.data.preprocessing),
+        "image": list(next_batch(session)[0].shape[1:]),
+    }
     return {"recipe": recipe.to_json(), "options": options.to_json(), "data": data}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastokd.data import DatasetSplits, Split
+from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import in_one_line
 from fastokd.methods import register_method
 from fastokd.recipes import Recipe
@@ -36,13 +37,14 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def drawn(
-    count: int, image: list[int], class_names: list[str], mean: list[float], std: list[float]
+    count: int, image: list[int], class_names: list[str], preprocessing: dict[str, Any]
 ) -> DatasetSplits:
     """``count`` random images of the shape ``[H, W, 3]`` for each split."""
     images_NHWC = torch.randint(256, (count, *image), dtype=torch.uint8)
     split = Split(images_NHWC, torch.arange(count) % len(class_names))
     names = tuple(class_names)
-    return DatasetSplits("drawn", names, tuple(mean), tuple(std), split, split, split)
+    shown = Preprocessing(**preprocessing)
+    return DatasetSplits("drawn", names, shown, split, split, split)
 
 
 if __name__ == "__main__":

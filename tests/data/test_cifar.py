@@ -15,6 +15,7 @@ import torch
 
 from fastokd.data import files, load_dataset
 from fastokd.data.cifar import LAYOUTS
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from tests.data.make import cifar_content, pack, python2_pickle, write_cifar
 
@@ -38,10 +39,10 @@ def test_reads_what_python_reads(name: str, tmp_path: Path) -> None:
 
 
 def test_constants_are_the_papers() -> None:
-    assert LAYOUTS["cifar10"].mean == (0.4914, 0.4822, 0.4465)
-    assert LAYOUTS["cifar10"].std == (0.2470, 0.2435, 0.2616)
-    assert LAYOUTS["cifar100"].mean == (0.5071, 0.4865, 0.4409)
-    assert LAYOUTS["cifar100"].std == (0.2673, 0.2564, 0.2762)
+    assert preprocessing_of("cifar10").mean == (0.4914, 0.4822, 0.4465)
+    assert preprocessing_of("cifar10").std == (0.2470, 0.2435, 0.2616)
+    assert preprocessing_of("cifar100").mean == (0.5071, 0.4865, 0.4409)
+    assert preprocessing_of("cifar100").std == (0.2673, 0.2564, 0.2762)
     fine = LAYOUTS["cifar100"].class_names
     assert list(fine) == sorted(fine)
     assert (fine[0], fine[52], fine[99]) == ("apple", "oak_tree", "worm")

@@ -1,0 +1,232 @@
+"""What a network sees of a picture: the one place that says how a file becomes its input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastokd.data.decode import BACKGROUND, centre, grey_square, read_rgb
+from fastokd.data.views import View
+from fastokd.ops.normalize import normalize, scale_and_shift
+
+# The largest image of a recipe, and of a student's file.
+MOST_PIXELS = 4096
+# Of a folder, mean and deviation move by less with what is held out and how it is read.
+NEAR = 0.01
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture is turned into what the network is given.
+
+    A picture is first turned upright as its EXIF orientation says, and its transparent pixels are
+    laid on ``background``. Then its shorter side becomes ``eval_resize`` by antialiased bilinear
+    interpolation, and the centre of ``input_size`` is taken, in one resampling.
+
+    A set of small grey pictures has a ``native_size``. The centre square of a picture is brought to
+    it, its grey to ``levels`` steps, and then to ``input_size``: by bicubic interpolation, or with
+    a black ``border``. A centre square of exactly ``input_size`` is what the network sees already.
+
+    Attributes:
+        input_size: height and width in pixels.
+        mean, std: of the channels, for images in [0, 1].
+        eval_resize: the shorter side before the centre crop; 0 for ``input_size``.
+        native_size: height and width of the set's own pictures; 0 where they are of any size.
+        border: the native picture is set into black instead of being enlarged.
+        grey: the three channels are the picture's luma.
+        levels: steps of grey that the set's own pictures have.
+        background: level of all channels under transparent pixels, 0 to 255.
+    """
+
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_resize: int = 0
+    native_size: int = 0
+    border: bool = False
+    grey: bool = False
+    levels: int = 256
+    background: int = BACKGROUND
+
+    @property
+    def view(self) -> View:
+        """The two sizes."""
+        return View(self.input_size, self.eval_resize)
+
+    @property
+    def interpolation(self) -> str:
+        """By which a set's own picture becomes ``input_size``."""
+        return "bicubic" if self.native_size and not self.border else "bilinear"
+
+    def read(self, path: Path) -> np.ndarray:
+        """One file as uint8 ``[input_size, input_size, 3]``.
+
+        Raises:
+            UserError: it can't be read as a picture.
+        """
+        image = read_rgb(path, self.background)
+        if self.native_size and min(image.size) != self.input_size:
+            grey_HW = np.asarray(grey_square(image, self.native_size))
+            steps_HW = np.round(grey_HW * ((self.levels - 1) / 255))
+            return self.from_native(torch.from_numpy(steps_HW)[None])[0].numpy()
+        if self.grey:
+            image = image.convert("L").convert("RGB")
+        return centre(image, self.view)
+
+    def from_native(self, steps_NHW: Tensor) -> Tensor:
+        """The set's own pictures, from 0 to ``levels`` - 1, as uint8 ``[N, S, S, 3]``."""
+        scale = 255 / (self.levels - 1)
+        if self.border:
+            margin = self.input_size - self.native_size
+            grey_NHW = (steps_NHW * scale).round().to(torch.uint8)
+            shown_NHW = F.pad(grey_NHW, (margin // 2, margin - margin // 2) * 2)
+        else:
+            size = (self.input_size, self.input_size)
+            grey_N1HW = (steps_NHW.float() * scale)[:, None]
+            large_N1HW = F.interpolate(grey_N1HW, size=size, mode="bicubic", align_corners=False)
+            # Bicubic overshoots at the edges of a stroke, hence the clamp.
+            shown_NHW = large_N1HW[:, 0].round().clamp(0, 255).to(torch.uint8)
+        return shown_NHW[..., None].expand(-1, -1, -1, 3).contiguous()
+
+    def normalized(self, images_BHWC: Tensor) -> Tensor:
+        """uint8 images as the cohort normalises them, float32 ``[B, 3, H, W]``."""
+        return normalize(images_BHWC, *scale_and_shift(self.mean, self.std)).contiguous()
+
+    def differences(self, other: Preprocessing) -> list[str]:
+        """The names of what isn't the same; mean and deviation within ``NEAR``."""
+        return [
+            known.name
+            for known in dataclasses.fields(self)
+            if not _same(getattr(self, known.name), getattr(other, known.name), NEAR)
+        ]
+
+    def to_facts(self) -> dict[str, str]:
+        """Its fields, each as JSON: what a student's file says of itself."""
+        return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
+
+    def sentence(self) -> str:
+        """How a picture is shown, for a person."""
+        size = f"{self.input_size} x {self.input_size}"
+        if self.native_size:
+            way = "set into a black border" if self.border else "enlarged by bicubic interpolation"
+            shown = (
+                f"The centre square is turned to grey, brought to {self.native_size} x "
+                f"{self.native_size} and {way} to {size}; one of {size} is taken as it is."
+            )
+        else:
+            shown = (
+                f"The shorter side is resized to {self.view.resize} by antialiased bilinear "
+                f"interpolation, and the centre {size} is taken."
+            )
+        ground = {0: "black", 255: "white"}.get(self.background, f"grey {self.background}")
+        return (
+            f"A picture is turned as its EXIF orientation says, and transparent pixels are laid on "
+            f"{ground}. {shown}"
+        )
+
+
+# What each set's recipes use; the mean and the deviation of a folder are measured.
+_CIFAR = Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+KNOWN: dict[str, Preprocessing] = {
+    "cifar10": _CIFAR,
+    "cifar100": dataclasses.replace(
+        _CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+    # Of the 500 training images as the students see them; a test holds them to the data.
+    "digits": Preprocessing(
+        32, (0.3101,) * 3, (0.3542,) * 3, native_size=8, grey=True, levels=17, background=0
+    ),
+    # Of the 60,000 training images as the students see them, black border included.
+    "fashion_mnist": Preprocessing(
+        32, (0.2190,) * 3, (0.3318,) * 3, native_size=28, border=True, grey=True, background=0
+    ),
+    # What students of ImageNet are trained with everywhere; so they work in torchvision as they
+    # are.
+    "imagenet": Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), eval_resize=256),
+    "imagefolder": Preprocessing(32, (0.5,) * 3, (0.25,) * 3),
+}
+
+
+def preprocessing_of(
+    dataset: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+) -> Preprocessing:
+    """How a data set's pictures are shown; what isn't given is as its recipes have it.
+
+    A set that isn't known is shown as a folder of pictures is.
+    """
+    usual = KNOWN.get(dataset, KNOWN["imagefolder"])
+    return dataclasses.replace(
+        usual,
+        mean=usual.mean if mean is None else tuple(mean),
+        std=usual.std if std is None else tuple(std),
+        input_size=usual.input_size if image_size is None else image_size,
+        eval_resize=usual.eval_resize if eval_resize is None else eval_resize,
+    )
+
+
+# Files come from anywhere: what a fact must be like to be used.
+FITS: dict[str, Callable[[Any], bool]] = {
+    "mean": lambda value: _numbers(value),
+    "std": lambda value: _numbers(value) and min(value) > 0,
+    "input_size": lambda value: _whole(value, 1, MOST_PIXELS),
+    "eval_resize": lambda value: _whole(value, 0, MOST_PIXELS),
+    "native_size": lambda value: _whole(value, 0, MOST_PIXELS),
+    "border": lambda value: isinstance(value, bool),
+    "grey": lambda value: isinstance(value, bool),
+    "levels": lambda value: _whole(value, 2, 256),
+    "background": lambda value: _whole(value, 0, 255),
+}
+
+
+def from_facts(said: Mapping[str, Any], fact: Callable[[str], Any]) -> Preprocessing:
+    """What a student's file says of its preprocessing.
+
+    Files of earlier versions say ``mean``, ``std``, ``input_size`` and ``eval_resize`` alone; what
+    they leave out is as in the data set that has their mean and deviation, else as in a folder.
+
+    Args:
+        said: the names that the file has.
+        fact: gives one of them, checked, or raises.
+    """
+    mean, std = tuple(fact("mean")), tuple(fact("std"))
+    same = (p for p in KNOWN.values() if _same(p.mean, mean) and _same(p.std, std))
+    usual = next(same, None)
+    # Without a set, a file has to say its size.
+    values = {} if usual else {"input_size": fact("input_size")}
+    values |= {name: fact(name) for name in FITS if name in said}
+    base = usual or KNOWN["imagefolder"]
+    return dataclasses.replace(base, **{**values, "mean": mean, "std": std})
+
+
+def _same(a: Any, b: Any, apart: float = 1e-6) -> bool:
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(abs(x - y) < apart for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _numbers(value: Any) -> bool:
+    """Three finite numbers, one a channel."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    )
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
