@@ -45,6 +45,8 @@ class Layout {
     shape = {M, C, H, W, W > 1 ? first.stride(3) : first.stride(2), type};
     K = M * C, P = H * W;
     padded = fusion_cells(shape) * kCell;
+    TORCH_CHECK(C > 0 && B * P > 1, "fusion_step: more than one value a channel is needed, not maps of ",
+                first.sizes());
   }
 
   // Channel k's place among numbers that come cell by cell.

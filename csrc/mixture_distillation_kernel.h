@@ -25,7 +25,8 @@ struct MixtureArgs {
   const float* soft_labels;  // [batch, classes]
   float smoothing;
 
-  // Scores by strides, or queries and keys, [batch, peers, width], that they are the products of.
+  // Scores by strides, or, where there are peers, queries and keys [batch, peers, width] that they
+  // are the products of. A tensor without elements is a null pointer.
   const float* scores;
   int64_t score_strides[3];  // of samples, students, sources
   const float *query, *key;

@@ -97,7 +97,7 @@ struct Sample {
 
   float score(int s, int n) const {
     const int P = args.peers;
-    if (!args.query) {
+    if (!P) {  // not args.query, which is null for queries of width 0
       const int64_t* stride = args.score_strides;
       return args.scores[b * stride[0] + s * stride[1] + n * stride[2]];
     }

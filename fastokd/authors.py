@@ -14,7 +14,7 @@ import argparse
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,9 +38,8 @@ from fastokd.published_keys import (
     our_name,
     renamed,
     sharing_of,
-    some,
 )
-from fastokd.torch_file import is_plain, unpickled
+from fastokd.torch_file import StateDict, state_dict_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -134,7 +133,9 @@ def read(
 ) -> Published:
     """What :func:`load` reads, before a module is made of it; raises as it does."""
     path = Path(path)
-    paper, weights, facts = _weights(path)
+    found = _found(path)
+    weights, facts = found.weights, found.beside
+    paper = "FFSD" if found.place == "weight" else "OKDDip"
     if facts.get("index") == "fusion":
         raise UserError(
             f"{path} holds FFSD's fusion module, which is no student: take modelleader_best.pth"
@@ -158,7 +159,7 @@ def read(
                 has_leader=sharing is not None and "query_weight.weight" in weights,
                 state=renamed(weights, layout),
                 method_state=renamed(weights, extras),
-                notes=_notes(name, sharing, weights),
+                notes=(*found.notes, *_notes(name, sharing, weights)),
             )
         count, text = described(faults)
         if nearest is None or count < nearest[0]:
@@ -212,27 +213,12 @@ def save(
     write_durably(Path(path), buffer.getvalue())
 
 
-def _weights(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """The paper, the state dict without ``module.``, and all that stands beside it."""
-    content = unpickled(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    paper = "FFSD" if "weight" in content else "OKDDip"
-    weights = content.get("weight", content.get("state_dict"))
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(
-            f"{path} is no checkpoint of either paper: FFSD's have 'weight' and OKDDip's "
-            f"'state_dict', and it has {some([repr(key) for key in content])}"
-        )
-    for key, value in weights.items():
-        if not is_plain(key, value):
-            raise UserError(f"{path} has {key!r} among its weights, which is no plain tensor")
-    if all(key.startswith("module.") for key in weights):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+def _found(path: Path) -> StateDict:
+    found = state_dict_in(path)
     # The DenseNet of ONE names its branches as ResNets do, that of OKDDip has its own name.
     rename = re.compile(r"^layer3_(\d+)\.denselayer")
-    weights = {rename.sub(r"Branch\1.denselayer", key): value for key, value in weights.items()}
-    return paper, weights, content
+    weights = {rename.sub(r"Branch\1.denselayer", key): v for key, v in found.weights.items()}
+    return replace(found, weights=weights)
 
 
 def _candidates(
@@ -245,7 +231,7 @@ def _candidates(
             raise UserError(f"{path} holds branches, and {model} has no published branch form")
         return [name]
     if paper == "OKDDip":
-        return list(OKDDIP_NAMES)
+        return list(dict.fromkeys([*OKDDIP_NAMES, *FFSD_NAMES]))
     # FFSD names the model, or keeps all its options.
     options = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
     hint = our_name(str(options.get("model") if isinstance(options, dict) else options))

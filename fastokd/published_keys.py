@@ -75,15 +75,14 @@ def layout_of(model: str, classes: int, sharing: str | None, students: int) -> L
     """Every entry of the file's networks."""
     with torch.device("meta"):
         if sharing is None:
-            state = create_model(model, classes).state_dict()
-        else:
-            state = Cohort((model, students), classes, sharing=sharing).state_dict()
+            student = create_model(model, classes)
+            state = student.state_dict()
+            return {student.published_key(key): (key, v.shape) for key, v in state.items()}
+        state = Cohort((model, students), classes, sharing=sharing).state_dict()
     return {_their_key(key, model, sharing): (key, value.shape) for key, value in state.items()}
 
 
-def _their_key(key: str, model: str, sharing: str | None) -> str:
-    if sharing is None:
-        return key
+def _their_key(key: str, model: str, sharing: str) -> str:
     where, rest = key.split(".", 1)
     if where == "trunk":
         return rest

@@ -45,6 +45,9 @@ def launch(
         not asked for.
     """
     none = logits_SBC.new_empty(0, dtype=torch.float32)
+    width = query_BPd.shape[2]
+    if width == 0:  # the kernel would take queries without a width for scores
+        query_BPd, key_BPd = (x.new_zeros((*x.shape[:2], 1)) for x in (query_BPd, key_BPd))
     loss = Loss(
         _layout.weight(ce_weight_S, ce_weight),
         _layout.weight(kd_weight_S, kd_weight),
@@ -71,4 +74,6 @@ def launch(
     )
     total, ce_S, kd_S, _ = reduce(losses_3SB, *loss[:3], None)
     gz, _, g_query, g_key = (none if g is None else g for g in gradients)
+    if width == 0:
+        g_query, g_key = g_query[..., :0], g_key[..., :0]
     return total, ce_S, kd_S, gz, g_query, g_key

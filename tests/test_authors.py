@@ -243,7 +243,7 @@ def drop(state: State, key: str) -> None:
             r"2 missing: layer3\.2\.conv1\.weight, layer3\.2\.conv2\.weight$",
         ),
         (lambda s: s.update({"bn1.weight": "text"}), "'bn1.weight' among its weights"),
-        (lambda s: s.clear(), "no checkpoint of either paper"),
+        (lambda s: s.clear(), "holds no state dict: it has 'weight'"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -276,10 +276,10 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"57 missing: layer3_1.*68 extra: layer3_7"):
         authors.load(path, model="resnet32")
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="holds no state dict, but a list"):
         authors.load(path)
     torch.save({"model": 1}, path)
-    with pytest.raises(UserError, match="and it has 'model'"):
+    with pytest.raises(UserError, match="it has 'model'"):
         authors.load(path)
     with pytest.raises(UserError, match="No such file"):
         authors.load(tmp_path / "none.pth")

@@ -45,7 +45,8 @@ def min_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def relative_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
-    """The logits less the true class's, ``[S, B, C]``; softmax is the same."""
+    """The logits less the true class's, ``[S, B, C]``, in fp32 at least; softmax is the same."""
+    logits_SBC = logits_SBC.to(at_least_fp32(logits_SBC))
     index_SB1 = labels_B.expand(logits_SBC.shape[:2])[..., None]
     return logits_SBC - logits_SBC.gather(2, index_SB1)
 
@@ -58,13 +59,13 @@ def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
     eta halved; after one that does, eta is Barzilai and Borwein's. CE is convex in a.
     """
     with torch.autocast(logits_SBC.device.type, enabled=False):
-        return _solve(logits_SBC.to(at_least_fp32(logits_SBC)), labels_B, steps)
+        return _solve(relative_logits(logits_SBC, labels_B), steps)
 
 
-def _solve(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
+def _solve(relative_SBC: Tensor, steps: int) -> Tensor:
     """:func:`linear_scores` in the dtype that it is given."""
-    dtype = logits_SBC.dtype
-    relative_BSC = relative_logits(logits_SBC, labels_B).permute(1, 0, 2).contiguous()
+    dtype = relative_SBC.dtype
+    relative_BSC = relative_SBC.permute(1, 0, 2).contiguous()
 
     def ce_and_gradient(log_a_BS: Tensor) -> tuple[Tensor, Tensor]:
         mixed_BC = torch.einsum("bs,bsc->bc", log_a_BS.exp(), relative_BSC)

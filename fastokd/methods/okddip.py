@@ -19,7 +19,7 @@ from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import MethodLoss, Needs, Progress
 from fastokd.methods.scored import ScoredMethod
-from fastokd.ops.peer_attention_distillation import peer_attention_distillation
+from fastokd.ops.peer_attention_distillation import inner_products, peer_attention_distillation
 
 
 class TwoLevel(ScoredMethod):
@@ -88,8 +88,7 @@ class OKDDip(TwoLevel):
         return _project(self.query, features), _project(self.key, features)
 
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
-        query_BPd, key_BPd = self.projections(out)
-        return query_BPd @ key_BPd.mT
+        return inner_products(*self.projections(out))
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
         """The loss of :meth:`scores`, which the op computes from queries and keys itself."""

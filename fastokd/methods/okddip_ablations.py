@@ -16,6 +16,7 @@ from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Needs, Progress
 from fastokd.methods.okddip import OKDDip, TwoLevel
+from fastokd.ops.peer_attention_distillation import inner_products
 
 
 class OKDDipRandom(TwoLevel):
@@ -79,7 +80,7 @@ class OKDDipSymmetric(TwoLevel):
 
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
         features_BPD = torch.stack(out.features[: self.peers], dim=1)
-        return features_BPD @ features_BPD.mT
+        return inner_products(features_BPD, features_BPD)
 
 
 class OKDDipNoTwoLevel(OKDDip):

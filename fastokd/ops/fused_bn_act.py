@@ -163,7 +163,9 @@ def _check(
             f"residual_BCHW has shape {list(residual_BCHW.shape)}: it must be x's, "
             f"{list(x_BCHW.shape)}"
         )
-    if (training or running_mean_C is None) and C > 0 and x_BCHW.numel() == C:
+    if not C:
+        raise UserError(f"x_BCHW has shape {list(x_BCHW.shape)}: it must have a channel")
+    if (training or running_mean_C is None) and x_BCHW.numel() == C:
         raise UserError(
             f"x_BCHW has shape {list(x_BCHW.shape)}, one value a channel: BatchNorm needs more in "
             "training, a larger batch for instance"

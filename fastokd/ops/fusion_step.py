@@ -83,6 +83,8 @@ def _check(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d)
                 f"{first.dtype}, [{B}, channels, {H}, {W}], as the first map"
             )
     K = sum(x_BCHW.shape[1] for x_BCHW in maps_BCHW)
+    if not K * H * W:
+        raise UserError(f"maps_BCHW[0] has shape {list(first.shape)}: give maps that are not empty")
     if weight_K133.shape != (K, 1, 3, 3):
         raise UserError(
             f"weight_K133 has shape {list(weight_K133.shape)}: "

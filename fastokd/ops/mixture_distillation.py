@@ -142,10 +142,11 @@ def as_argument(value: Weight) -> tuple[Tensor | None, Weight]:
 
 def check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
     """Raises where logits or labels have a shape or dtype that doesn't fit."""
-    if logits_SBC.dim() != 3 or not logits_SBC.is_floating_point() or logits_SBC.shape[2] < 1:
+    given = logits_SBC.shape
+    if len(given) != 3 or not logits_SBC.is_floating_point() or not given[0] * given[2]:
         raise UserError(
-            f"logits_SBC is {logits_SBC.dtype} of shape {list(logits_SBC.shape)}: "
-            "it must be floating point, [students, batch, classes]"
+            f"logits_SBC is {logits_SBC.dtype} of shape {list(given)}: it must be floating point, "
+            "[students, batch, classes], of a student and a class at least"
         )
     _, B, C = logits_SBC.shape
     hard = labels_B.dim() == 1

@@ -119,9 +119,15 @@ def peer_attention_distillation(
 
 def peer_scores(query_BPd: Tensor, key_BPd: Tensor, students: int) -> Tensor:
     """The scores ``[B, S, S]`` of P peers and, where S is P + 1, the leader; fp32 at least."""
-    if query_BPd.dtype != torch.float64:
-        query_BPd, key_BPd = query_BPd.float(), key_BPd.float()
-    scores_BPP = query_BPd @ key_BPd.mT
+    scores_BPP = inner_products(query_BPd, key_BPd)
     if students == scores_BPP.shape[1]:
         return scores_BPP
     return F.pad(F.pad(scores_BPP, (0, 0, 0, 1)), (0, 1), value=-math.inf)
+
+
+def inner_products(query_BPd: Tensor, key_BPd: Tensor) -> Tensor:
+    """``[B, P, P]``: every query with every key, in fp32 at least, under autocast too."""
+    if query_BPd.dtype != torch.float64:
+        query_BPd, key_BPd = query_BPd.float(), key_BPd.float()
+    with torch.autocast(query_BPd.device.type, enabled=False):
+        return query_BPd @ key_BPd.mT

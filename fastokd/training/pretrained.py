@@ -21,10 +21,8 @@ from fastokd.errors import UserError
 from fastokd.models import Student, create_model
 from fastokd.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
 from fastokd.student_file import Weights, read_weights
-from fastokd.torch_file import is_plain, unpickled
+from fastokd.torch_file import state_dict_in
 
-# Where trainers put the state dict within their checkpoint; the first that is there is taken.
-PLACES = ("state_dict", "model", "weight", "model_state_dict", "net")
 # torchvision's GoogLeNet and Inception have these; students are built without.
 AUXILIARY = ("aux", "AuxLogits.")
 
@@ -53,7 +51,8 @@ def begin_from(
     notes: list[str] = []
     for path in dict.fromkeys(paths):
         mine = [s for s in range(S) if paths[s if len(paths) > 1 else 0] == path]
-        notes += _fill(cohort, mine, _read(path), class_names, kept)
+        given, chosen = _read(path)
+        notes += _fill(cohort, mine, given, class_names, kept) + chosen
     return notes
 
 
@@ -143,30 +142,16 @@ def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str])
     return f"{given.path} knows {some(known)}, not {some(list(ours))}"
 
 
-def _read(path: Path) -> Weights:
-    """A run, checkpoint or student of ours, or a state dict that somebody else saved."""
+def _read(path: Path) -> tuple[Weights, list[str]]:
+    """A run, checkpoint or student of ours, or a state dict that somebody else saved; of an author's
+    cohort the student that is kept. And what should be known of the choice."""
     if not path.exists():
         raise UserError(f"--init is {path}, and there is no such file")
     if path.is_dir() or path.suffix == ".safetensors":
-        return read_weights(path)
-    return Weights(path, _state_dict(path), {})
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a ``.pth``, read without running code; of an author's cohort the student
-    that is kept."""
-    content = unpickled(path)
-    found: Any = content
-    if isinstance(content, dict):
-        found = next((content[p] for p in PLACES if isinstance(content.get(p), dict)), content)
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"{path} holds no state dict, but a {type(found).__name__}")
-    strange = [str(key) for key, value in found.items() if not is_plain(key, value)]
-    if strange:
-        raise UserError(f"{path} holds no state dict: {some(strange)} are no tensors")
-    if all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
-    if sharing_of(found)[0] is not None:
+        return read_weights(path), []
+    found = state_dict_in(path)
+    if sharing_of(found.weights)[0] is not None:
         published = authors.read(path)
-        return published.student_state(published.kept_student)
-    return {key: value for key, value in found.items() if not key.startswith(METHOD_KEYS)}
+        return Weights(path, published.student_state(published.kept_student), {}), []
+    own = {key: v for key, v in found.weights.items() if not key.startswith(METHOD_KEYS)}
+    return Weights(path, own, {}), list(found.notes)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods import Progress, create_method
 from fastokd.methods.kdcl_targets import (
@@ -185,3 +186,29 @@ def test_the_solver_keeps_its_precision_under_autocast() -> None:
         mixed_BC = weighted_logits(weights_S, z_SBC)
     expected_BC = 1.1 * z_SBC[0] - 0.2 * z_SBC[1] + 0.1 * z_SBC[2]
     torch.testing.assert_close(mixed_BC, expected_BC)
+
+
+@pytest.mark.parametrize("target", ["naive", "linear", "min_logit", "general"])
+def test_the_targets_of_bf16_logits_are_computed_in_fp32(target: str) -> None:
+    """Logits as a network under autocast gives them; in bf16 a difference of them would be rounded
+    once more, to eight bits."""
+    shape = CohortShape(3, 10, "network", (8, 8, 8), None, ((), (), ()))
+    method = create_method("kdcl", shape, target=target)
+    z_SBC, labels_B = logits_and_labels(3, 12, 10, 3.0, torch.float32)
+    logits_SBC = z_SBC.bfloat16()
+
+    def target_of(logits_SBC: Tensor) -> Tensor:
+        out = CohortOutput(logits_SBC, (), (), None, None)
+        target_BC = method.extras(out, labels_B)
+        found = method.scores(out, labels_B, Progress.start()) if target_BC is None else target_BC
+        assert found.dtype == (
+            torch.float64 if logits_SBC.dtype == torch.float64 else torch.float32
+        )
+        return found.softmax(-1).double() if target_BC is None else found.double()
+
+    exact = target_of(logits_SBC.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = target_of(logits_SBC)
+    # The solver of "linear" ends where the loss descends no further in fp32.
+    close = 1e-2 if target == "linear" else 1e-6 * exact.abs().max().item()
+    torch.testing.assert_close(ours, exact, rtol=0, atol=close)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods import Progress, create_method, list_methods, method_class, ramp_weight
 from fastokd.ops import mixture_distillation
+from fastokd.ops.peer_attention_distillation import peer_scores
 
 
 def train(
@@ -243,3 +245,22 @@ def test_the_loss_from_queries_and_keys_is_that_of_the_scores(name: str) -> None
     expected = mixture_distillation(out.logits_SBC, labels_B, scores, kd_weight=0.4)
     torch.testing.assert_close(loss.total, expected.total)
     torch.testing.assert_close(loss.parts["kd_S"], expected.kd_S)
+
+
+@pytest.mark.parametrize("name", ["okddip", "okddip_symmetric"])
+def test_peers_are_compared_in_fp32_under_autocast(name: str) -> None:
+    """Inner products in bf16 would round scores of 100 to whole numbers."""
+    shape = CohortShape(3, 10, "branch", (64, 64, 64), 32, ((), (), ()))
+    method = create_method(name, shape)
+    features = tuple((3 * torch.randn(5, 64)).bfloat16() for _ in range(3))
+    out = CohortOutput(torch.zeros(3, 5, 10), features, (), None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = method.peer_scores(out, Progress.start())
+        projected = method.projections(out) if name == "okddip" else None
+    query, key = projected or (torch.stack(features[:2], dim=1),) * 2
+    exact = query.double() @ key.double().mT
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_BSS = peer_scores(query, key, 3)
+    torch.testing.assert_close(scores_BSS[:, :2, :2].double(), exact, rtol=1e-6, atol=1e-4)

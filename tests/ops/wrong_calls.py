@@ -23,17 +23,20 @@ from torch import Tensor
 from fastokd.ops import _cpp
 
 OPS = torch.ops.fastokd
-S, B, C, P, H, K = 3, 4, 10, 2, 5, 8
+# Students, samples, classes, peers and their width, pixels a side; channels of a map, of another, of
+# a norm, of a convolution.
+S, B, C, P, D, H = 3, 4, 10, 2, 6, 5
+M, N, K, WIDE = 4, 6, 8, 16
 
 
-def _maps(channels: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
-    x_BCHW = torch.randn(B, channels, H, H, dtype=dtype)
+def _maps(channels: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    x_BCHW = torch.randn(B, M if channels is None else channels, H, H, dtype=dtype)
     return x_BCHW.to(memory_format=torch.channels_last)
 
 
 def _mixture() -> tuple[Any, ...]:
     return (
-        *(torch.randn(S, B, C), torch.randn(1, B, C), torch.randint(C, (B,))),
+        *(torch.randn(S, B, C), torch.randn(1, B, C), torch.randint(max(C, 1), (B,))),
         *(torch.zeros(B, S, S + 1), torch.ones(S), torch.ones(S), torch.ones(S)),
         *(torch.tensor(3.0), 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0, True, True, True),
     )
@@ -41,7 +44,8 @@ def _mixture() -> tuple[Any, ...]:
 
 def _peers() -> tuple[Any, ...]:
     return (
-        *(torch.randn(S, B, C), torch.randint(C, (B,)), torch.randn(B, P, 6), torch.randn(B, P, 6)),
+        *(torch.randn(S, B, C), torch.randint(max(C, 1), (B,))),
+        *(torch.randn(B, P, D), torch.randn(B, P, D)),
         *(torch.ones(S), torch.ones(S), torch.tensor(3.0), 1.0, 1.0, 3.0, "logits", False, 0.0),
         *(True, True, True),
     )
@@ -61,8 +65,8 @@ def _fusion() -> tuple[Any, ...]:
     )
 
 
-def _wide(channels: int) -> Tensor:
-    return _maps(channels, torch.bfloat16)
+def _wide() -> Tensor:
+    return _maps(WIDE, torch.bfloat16)
 
 
 # A right call of each.
@@ -75,7 +79,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "attention_map_backward": lambda: (
         *(_maps(), torch.rand(B, H * H), torch.rand(B), torch.rand(B, H * H)),
     ),
-    "attention_pair": lambda: (_maps(), _maps(6), False, True, True),
+    "attention_pair": lambda: (_maps(), _maps(N), False, True, True),
     "attention_pair_backward": lambda: (_maps(), torch.rand(B, H * H), torch.tensor(1.0)),
     "shifted_map": lambda: (_maps(),),
     "feature_pair": lambda: (_maps(), _maps()),
@@ -90,11 +94,11 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fused_bn_act_backward": lambda: (
         *(_maps(K), _maps(K), _maps(K), torch.ones(K), torch.rand(4, K), True, True, True),
     ),
-    "max_pool": lambda: (_wide(16), 2),
-    "max_pool_backward": lambda: (_wide(16), _wide(16).byte(), 1, 5, 5),
-    "conv2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3), 1, 1),
-    "conv_transpose2d": lambda: (_wide(16), torch.randn(16, 16, 3, 3)),
-    "conv_weight_grad": lambda: (_wide(16), _wide(16), 3, 1, 1),
+    "max_pool": lambda: (_wide(), 2),
+    "max_pool_backward": lambda: (_wide(), _wide().byte(), 1, H, H),
+    "conv2d": lambda: (_wide(), torch.randn(16, WIDE, 3, 3), 1, 1),
+    "conv_transpose2d": lambda: (_wide(), torch.randn(WIDE, 16, 3, 3)),
+    "conv_weight_grad": lambda: (_wide(), _wide(), 3, 1, 1),
 }
 
 # What is done to one tensor. The first group no operator may take as it is; of the second, some may.

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["code.pth"], "could run code"),
         (["nowhere.pth"], "no such file"),
         ([saved(tmp_path / "list.pth", [1]).name], "holds no state dict, but a list"),
-        ([saved(tmp_path / "words.pth", {"lr": 1}).name], "lr are no tensors"),
+        ([saved(tmp_path / "words.pth", {"lr": 1}).name], "no state dict: it has 'lr'"),
         (["wide.pth", "wide.pth"], "names 2 files for 3 students"),
     ]
     for files, says in cases:
