@@ -29,6 +29,7 @@ def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     tensors[f"optim.{names[parameter]}:{key}"] = value
     if session.average is not None:
         tensors |= {f"ema.{k}": v for k, v in session.average.state.items()}
+        tensors["ema_updates"] = session.average.updates
     tensors |= {f"meter.{k}": v for k, v in session.meter.totals.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if session.device.type == "cuda":
@@ -107,7 +108,7 @@ def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     if facts.get("ema") is not None:
         # A run that is only evaluated has asked for no average, and is given the one that it has.
         session.average = LeaderAverage(session.cohort, session.kept_student, facts["ema"])
-        session.average.load(_below(tensors, "ema."))
+        session.average.load(_below(tensors, "ema."), tensors.get("ema_updates"))
     if facts.get("scaler"):
         session.scaler.load_state_dict(facts["scaler"])
     meter = _below(tensors, "meter.")

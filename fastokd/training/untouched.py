@@ -30,7 +30,9 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         }
         for optimizer in session.optimizers
     ]
-    average = session.average and {k: _kept(v) for k, v in session.average.state.items()}
+    average = session.average
+    averaged = average and {k: _kept(v) for k, v in average.state.items()}
+    updates = average and _kept(average.updates)
     scale = session.scaler.state_dict()
     random = random_state(session.device)
 
@@ -47,8 +49,8 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         with torch.no_grad():
             for tensor, was in held:
                 tensor.copy_(was)
-        if session.average is not None and average:
-            session.average.load(average)
+        if average is not None and averaged:
+            average.load(averaged, updates)
         if scale:
             # A new one: the old may stand between the unscaling and the update of a failed step.
             session.scaler = gradient_scaler(session.device, session.precision)
