@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fastokd.errors import DiskError, UserError
+from fastokd.errors import DiskError, UserError, warn
 
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -182,8 +182,14 @@ def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:
     return sorted(folder.glob(f"{kind}-[0-9]*"), key=lambda path: path.name, reverse=True)
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint's name says; -1 where it says none."""
+    step = path.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with newer ones.
+    """The newest checkpoint that is whole, and what was wrong with newer ones, which is warned of.
 
     Raises:
         UserError: none can be read; the message says why for the newest.
@@ -195,12 +201,28 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
         except UserError as error:  # noqa: PERF203
             faults.append(str(error))
         else:
+            for fault in faults:
+                warn(f"{fault} ({path.name} is used)")
             return path, tensors, facts, faults
     if faults:
         raise UserError(f"no checkpoint of {folder} can be used: {faults[0]}")
     raise UserError(
         f"there is no checkpoint in {folder}: the run never finished an epoch; remove the folder and start again"
     )
+
+
+def run_checkpoint(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The checkpoint at ``path``, or the newest one of the run there, as
+    :func:`newest_checkpoint`.
+
+    Raises:
+        UserError: there is neither, or it can't be read.
+    """
+    if (path / "checkpoints").is_dir():
+        return newest_checkpoint(path / "checkpoints")[:3]
+    if not path.exists():
+        raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
+    return path, *load_checkpoint(path)
 
 
 def prune_checkpoints(folder: Path, kind: str, keep: int) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
 from fastokd import authors
-from fastokd.checkpoint import load_checkpoint, newest_checkpoint, write_durably
+from fastokd.checkpoint import load_checkpoint, run_checkpoint, write_durably
 from fastokd.data.cifar import LAYOUTS
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
-from fastokd.student_file import read_weights
+from fastokd.student_file import Weights, read_weights
 
 
 def convert(
@@ -66,7 +65,7 @@ def _to_ours(source: Path, out: Path, model: str | None, student: int | None) ->
     index = published.kept_student if student is None else student
     state = published.student_state(index)
     facts = {"model": published.model, "student": str(index), **_data_facts(published.num_classes)}
-    write_durably(out, save({k: v.contiguous() for k, v in state.items()}, metadata=facts))
+    write_durably(out, Weights(out, state, facts).to_bytes())
     role = "the leader, " if published.has_leader and index == published.students - 1 else ""
     which = f" ({role}student {index} of {published.students})" if published.sharing else ""
     return [
@@ -90,7 +89,7 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     model = weights.facts.get("model")
     if model is None:
         raise UserError(f"{source} doesn't say its model: take a run's student.safetensors")
-    transfusion, epoch = _transfusion(source)
+    transfusion, epoch = _transfusion(source, weights)
     authors.save(out, weights.state, model=model, paper=paper, transfusion=transfusion, epoch=epoch)
     lines = [f"{model} for {paper}'s code, written to {out}"]
     if paper == "FFSD" and transfusion is None:
@@ -102,14 +101,15 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     return lines
 
 
-def _transfusion(source: Path) -> tuple[dict[str, Tensor] | None, int]:
-    """The transfusion of an FFSD run or checkpoint, and the epochs that it was trained for."""
+def _transfusion(source: Path, weights: Weights) -> tuple[dict[str, Tensor] | None, int]:
+    """The transfusion of an FFSD run or checkpoint beside the student's ``weights``, and the epochs
+    that it was trained for."""
     if source.is_file():
         return None, 0
-    if (source / "checkpoints").is_dir():
-        _, tensors, facts, _ = newest_checkpoint(source / "checkpoints")
+    if weights.path.is_dir():
+        tensors, facts = load_checkpoint(weights.path)
     else:
-        tensors, facts = load_checkpoint(source)
+        _, tensors, facts = run_checkpoint(source)
     prefix = "method.transfusion."
     found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     epoch = facts.get("epoch")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastokd import authors
-from fastokd.checkpoint import load_checkpoint, newest_checkpoint
+from fastokd.checkpoint import run_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskStream, load_dataset
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
@@ -80,12 +81,7 @@ def evaluate(
     for name, value in (("dataset", dataset), ("model", model)):
         if value is not None:
             raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
-    if (path / "checkpoints").is_dir():
-        path, tensors, facts, _ = newest_checkpoint(path / "checkpoints")
-    elif path.exists():
-        tensors, facts = load_checkpoint(path)
-    else:
-        raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
+    path, tensors, facts = run_checkpoint(path)
     session = Session(
         Recipe.from_json(facts.get("recipe")), options or RunOptions(), training=False
     )
@@ -151,7 +147,7 @@ def evaluate_session(
         if split is not None
     }
     if session.average is not None:
-        lone, nobody = _averaged(session)
+        lone, nobody = _alone(session, session.average.state)
         for name, split in splits.items():
             if split is not None:
                 stream = evaluation_stream(split, session.ranks.data)
@@ -162,8 +158,8 @@ def evaluate_session(
     return results
 
 
-def _averaged(session: Session) -> tuple[Cohort, Method]:
-    """The kept student with its averaged weights, as a cohort of one."""
+def _alone(session: Session, state: dict[str, Tensor]) -> tuple[Cohort, Method]:
+    """The kept student with the weights ``state``, as a cohort of one."""
     name = session.recipe.models[session.kept_student]
     lone = Cohort(
         (name, 1),
@@ -174,6 +170,6 @@ def _averaged(session: Session) -> tuple[Cohort, Method]:
         std=session.data.std,
         model_options=session.recipe.model_options,
     )
-    lone.students[0].load_state_dict(session.kept_state())
+    lone.students[0].load_state_dict(state)
     lone.to(session.device).set_memory_format(session.cohort.memory_format)
     return lone, create_method("baseline", lone.shape)

@@ -198,10 +198,18 @@ class Recipe:
         return int(torch.randint(self.students, (), generator=generator))
 
     def score(self, metrics: dict[str, Any]) -> float:
-        """The accuracy that is reported, of the metrics of one split."""
-        if self.reported == "kept":
+        """The accuracy that the run is judged by, of the metrics of one split."""
+        judged = self.judged(metrics)
+        if judged == "average":
+            return float(metrics["ema_top1"])
+        if judged == "kept":
             return float(metrics["student_top1"][self.kept_student])
-        return float(metrics[f"{self.reported}_top1"])
+        return float(metrics[f"{judged}_top1"])
+
+    def judged(self, metrics: dict[str, Any]) -> str:
+        """Whose accuracy that is: the kept student's running ``"average"`` where there is one, else
+        ``reported``."""
+        return "average" if "ema_top1" in metrics else self.reported
 
     @property
     def has_leader(self) -> bool:

@@ -17,7 +17,7 @@ from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.recipes import recipe
-from fastokd.student_file import read_weights, student_facts
+from fastokd.student_file import read_weights
 from fastokd.teacher import build_teacher, find_teacher
 from fastokd.train import train
 from fastokd.training.run_folder import Run
@@ -119,7 +119,7 @@ def test_one_that_does_not_fit_is_refused(
     changes: dict[str, Any], says: str, digits: DatasetSplits, trained: Run, tmp_path: Path
 ) -> None:
     state = load_file(trained.folder / "student.safetensors")
-    facts = {**student_facts(trained.recipe, digits, 1), **changes}
+    facts = {**read_weights(trained.folder, student=1).facts, **changes}
     facts = {name: value for name, value in facts.items() if value is not None}
     save_file(state, tmp_path / "t.safetensors", metadata=facts)
     with pytest.raises(UserError, match=says):

@@ -14,20 +14,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastokd.checkpoint import sync_folder, write_durably
-from fastokd.errors import DiskError, UserError, unknown_name
+from fastokd.checkpoint import load_checkpoint, sync_folder, write_durably
+from fastokd.data import DatasetSplits
+from fastokd.errors import DiskError, UserError, unknown_name, warn
 from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.export.hub import HUB
-from fastokd.student_file import Weights, read_weights
-from fastokd.training.parts import evaluation_stream, load_splits
+from fastokd.recipe_type import Recipe
+from fastokd.student_file import Weights, read_weights, student_of
+from fastokd.training.parts import build_cohort, load_splits
 from fastokd.training.run_folder import RunFolder
 from fastokd.training.session import RunOptions
+from fastokd.training.state import below
+from fastokd.within_cohort import BATCH, alike, first_images, furthest_apart, within_cohort
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}
 ABOUT = "student.json"
 # Of the largest logit: other kernels add in another order.
 TOLERANCE = 1e-4
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def export(
 
     The file is loaded by that library and has to give the student's logits on a batch of the run's
     held-out images (on seeded noise where ``source`` is a lone file, which has no data), within
-    1e-4 of the largest; otherwise nothing is left.
+    1e-4 of the largest; and the student those of its place in the run's cohort, by the engine that
+    trained it (``fastokd/within_cohort.py``). Otherwise nothing is left.
 
     Args:
         source: a run folder, a checkpoint of one, or a ``student.safetensors``.
@@ -80,7 +84,7 @@ def export(
     folder = Path(out) if out is not None else base / "export" / to
     if folder.exists():
         raise UserError(f"{folder} exists already and is never overwritten: choose another --out")
-    images_BCHW, what = _images(source, weights, options or RunOptions())
+    images_BCHW, what, through = _images(source, weights, options or RunOptions())
 
     network = weights.build()
     with torch.no_grad():
@@ -110,33 +114,66 @@ def export(
         folder,
         (
             f"{weights.model}, {weights.fact('role')}, from {weights.path}",
+            *through,
             f"its logits on {what}, loaded again: at most {furthest:.1g} away",
             f"read it by {form.how(weights, where)}",
         ),
     )
 
 
-def _images(source: Path, weights: Weights, options: RunOptions) -> tuple[Tensor, str]:
-    """Normalised images ``[B, 3, H, W]`` to compare on, and what they are."""
+def _images(
+    source: Path, weights: Weights, options: RunOptions
+) -> tuple[Tensor, str, tuple[str, ...]]:
+    """Normalised images ``[B, 3, H, W]`` to compare on, what they are, and what comparing the
+    student with itself in its run's cohort gave."""
     run = source if (source / "recipe.json").is_file() else source.parent.parent
     if not (run / "recipe.json").is_file():
         size = weights.preprocessing.input_size
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(BATCH, 3, size, size, generator=generator)
-        return noise, f"{BATCH} images of seeded noise"
+        return noise, f"{BATCH} images of seeded noise", ()
     recipe = RunFolder(run).recipe()
     data = load_splits(recipe, options, torch.device("cpu"))
-    split, name = (data.test, "test") if data.val is None else (data.val, "validation")
-    images_BHWC, _ = next(iter(evaluation_stream(split).batches(0)))
-    images_BHWC = images_BHWC[:BATCH]
+    name = "test" if data.val is None else "validation"
+    images_BHWC = first_images(data)
     images_BCHW = weights.preprocessing.normalized(images_BHWC)
-    return images_BCHW, f"{len(images_BCHW)} {name} images of {recipe.dataset}"
+    what = f"{len(images_BCHW)} {name} images of {recipe.dataset}"
+    return images_BCHW, what, _through(run, weights, recipe, data, images_BHWC)
+
+
+def _through(
+    run: Path, weights: Weights, recipe: Recipe, data: DatasetSplits, images_BHWC: Tensor
+) -> tuple[str, ...]:
+    """Compares the student with itself in the cohort, by the engine that trained it.
+
+    Raises:
+        UserError: as :func:`alike`.
+    """
+    saved = weights.path
+    if saved.is_file():
+        step = weights.fact("step") if "step" in weights.facts else -1
+        saved = run / "checkpoints" / f"last-{step:09d}"
+        if not saved.is_dir():
+            return ("not compared within its cohort: the run has no checkpoint of its step",)
+    try:
+        tensors, facts = load_checkpoint(saved)
+    except UserError as error:
+        warn(f"{error} (the student isn't compared within its cohort)")
+        return ()
+    how = facts.get("how", {})
+    cohort, _ = build_cohort(recipe, data, RunOptions())
+    cohort.load_state_dict(below(tensors, "cohort."))
+    cohort.set_engine(how.get("engine", "auto"))
+    index = weights.fact("student")
+    state = student_of(saved, tensors, facts, [], index).state
+    logits_BC = within_cohort(cohort, index, state, images_BHWC)
+    furthest = alike(logits_BC, weights, images_BHWC, how.get("precision", "fp32"), run)
+    return (f"its logits within its cohort, engine {cohort.engine}: at most {furthest:.1g} away",)
 
 
 def _compare(got_BC: Tensor, wanted_BC: Tensor, to: str) -> float:
     """How far apart they are, as a share of the largest logit; too far raises."""
-    scale = wanted_BC.abs().max().item() or 1.0
-    furthest = (got_BC - wanted_BC).abs().max().item() / scale
+    furthest = furthest_apart(got_BC, wanted_BC)
     if not furthest <= TOLERANCE:
         raise UserError(
             f"the export to {to} gives other logits than the student: {furthest:.2g} of the "

@@ -1,5 +1,6 @@
 """One format each: writes the student's file, and reads it back with the library it is for.
 
+The same student gives the same bytes: nothing in a file says when or where it was written.
 A reader gives a function from normalised images ``[B, 3, H, W]`` to logits ``[B, C]``.
 """
 
@@ -8,11 +9,11 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastokd.checkpoint import write_durably
@@ -63,7 +64,8 @@ def _file_name(weights: Weights, suffix: str) -> str:
 def write_safetensors(weights: Weights, student: Student, folder: Path) -> str:
     """The student alone, with what it says of itself."""
     name = _file_name(weights, ".safetensors")
-    write_durably(folder / name, save(plain_state(weights, student), weights.facts))
+    plain = replace(weights, state=plain_state(weights, student))
+    write_durably(folder / name, plain.to_bytes())
     return name
 
 
@@ -157,6 +159,9 @@ def _write_torch_export(weights: Weights, student: Student, folder: Path) -> str
     images, free = _example(weights)
     name = _file_name(weights, ".pt2")
     program = torch.export.export(_Logits(student), (images,), dynamic_shapes=free)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of source files
     file = io.BytesIO()
     torch.export.save(program, file)
     write_durably(folder / name, file.getvalue())
@@ -177,6 +182,8 @@ def _how_torch_export(weights: Weights, name: str) -> str:
 
 
 def _write_onnx(weights: Weights, student: Student, folder: Path) -> str:
+    import onnx
+
     images, free = _example(weights)
     name = _file_name(weights, ".onnx")
     with warnings.catch_warnings():
@@ -193,6 +200,11 @@ def _write_onnx(weights: Weights, student: Student, folder: Path) -> str:
             dynamo=True,
             verbose=False,
         )
+    model = onnx.load(folder / name)
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            del node.metadata_props[:]  # source files with their paths
+    write_durably(folder / name, model.SerializeToString(deterministic=True))
     return name
 
 

@@ -21,8 +21,8 @@ from fastokd.export.formats import (
     write_safetensors,
 )
 from fastokd.models import Student
-from fastokd.student_file import Weights
-from fastokd.training.run_folder import RunFolder
+from fastokd.recipe_type import Recipe
+from fastokd.student_file import OPTIONAL, Weights
 
 FILE = "model.safetensors"
 TIMM = """```python
@@ -96,10 +96,7 @@ def _how(weights: Weights, name: str) -> str:
 
 
 def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
-    """What the student is, what it was trained on, how to load it.
-
-    Accuracy is told where the run that trained it is at hand.
-    """
+    """What the student is, what it was trained on, how to load it: all from its own facts."""
     classes = len(about["class_names"])
     options = "".join(f", {key}={value!r}" for key, value in weights.options.items())
     ours = OURS.format(model=weights.model, classes=classes, options=options)
@@ -139,12 +136,10 @@ def _numbers(values: list[float]) -> str:
 
 
 def _trained(weights: Weights) -> list[str]:
-    """Recipe and accuracy, of the run that holds the student."""
-    run = next((p for p in weights.path.parents if (p / "recipe.json").is_file()), None)
-    if run is None:
+    """The recipe, and the accuracy of exactly these weights where it was measured."""
+    if "recipe" not in weights.facts:
         return []
-    folder = RunFolder(run)
-    recipe = folder.recipe()
+    recipe = Recipe.from_json(weights.fact("recipe"))
     lines = [
         "## Training",
         "",
@@ -152,10 +147,13 @@ def _trained(weights: Weights) -> list[str]:
         f"{recipe.epochs} epochs, seed {recipe.seed}.",
         "",
     ]
-    measured = [row for row in folder.metrics() if "test" in row]
-    if measured:
-        top1 = measured[-1]["test"]["student_top1"][weights.fact("student")]
-        lines += [f"Test top-1 after epoch {measured[-1]['epoch'] + 1}: {100 * top1:.2f} %.", ""]
+    said = {name: weights.fact(name) for name in OPTIONAL if name in weights.facts}
+    if said.get("ema") is not None:
+        lines += [f"The weights are a running average over the steps, of decay {said['ema']}.", ""]
+    if said.get("score"):
+        split, top1, epoch = (said["score"][name] for name in ("split", "top1", "epoch"))
+        name = {"test": "Test", "val": "Validation"}[split]
+        lines += [f"{name} top-1 of these weights, after epoch {epoch}: {100 * top1:.2f} %.", ""]
     return lines
 
 

@@ -36,7 +36,7 @@ def _results(run: Run) -> dict[str, Any]:
     found = summarise(run)
     last = next(row for row in reversed(run.metrics) if "test" in row)["test"]
     return {
-        "reported": run.recipe.reported,
+        "reported": found.reported,
         "last epoch": found.last_epoch,
         "last top-1": found.last,
         "best epoch": found.best_epoch,

@@ -135,7 +135,7 @@ def _results(pools: Sequence[Pool]) -> str:
                 recipe.dataset,
                 f"{_epochs(pool)} of {recipe.epochs}",
                 len(pool.runs),
-                recipe.reported,
+                pool.reported,
                 pool.last(),
                 pool.best(),
                 _percent(ensemble) if recipe.students > 1 else "",

@@ -166,7 +166,7 @@ def _accuracy(pools: Sequence[Pool]) -> Figure:
             axes,
             pool,
             reported(pool),
-            label=f"{pool.label}, {pool.recipe.reported}",
+            label=f"{pool.label}, {pool.reported}",
             color=_colour(index),
         )
     axes.set(title="test top-1, as reported (%)", xlabel="epoch")

@@ -48,6 +48,11 @@ class Pool:
         ]
         return epochs, means, deviations
 
+    @property
+    def reported(self) -> str:
+        """Whose accuracy is reported."""
+        return summarise(self.runs[0]).reported
+
     def last(self) -> Sample:
         """The reported test accuracy after the last epoch, in %."""
         return Sample.of([100 * summarise(run).last for run in self.runs])

@@ -11,7 +11,7 @@ from fastokd.training.run_folder import Run
 
 @dataclass(frozen=True)
 class Summary:
-    """Top-1 on the test set, fractions; epochs count from 1.
+    """Top-1 on the test set, fractions; epochs count from 1. ``reported`` is whose.
 
     ``best_on`` is what the best epoch was chosen by: ``"val"``, or ``"test"`` as the papers do it,
     which flatters.
@@ -22,6 +22,7 @@ class Summary:
     best: float
     best_epoch: int
     best_on: str
+    reported: str
 
 
 def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
@@ -42,4 +43,5 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
         best=recipe.score(best["test"]),
         best_epoch=best["epoch"] + 1,
         best_on=chosen_on,
+        reported=recipe.judged(rows[-1]["test"]),
     )

@@ -7,12 +7,23 @@ from torch import Tensor
 
 from fastokd.cohort import Cohort
 
+# `updates` of an average that is past its warm-up, whatever its decay.
+WARM = 2**53
+
 
 class LeaderAverage:
-    """``average <- decay average + (1 - decay) weights`` after every step, from the first weights.
+    """``average <- average + share (weights - average)`` after every step, from the first weights.
 
-    Running statistics are averaged as weights are; counts are copied. ``state`` has the student's
-    plain keys, the trunk's included, whatever the engine.
+    After ``t`` updates the next ``share`` is ``max(1 - decay, 9 / (10 + t))``: the average spans
+    about the last tenth of the steps taken, until that is more than ``decay`` lets it span. With a
+    constant ``1 - decay`` a run shorter than a few ``1 / (1 - decay)`` steps would keep its initial
+    weights. The average is always a convex combination, so averaged variances stay positive.
+
+    Running statistics are averaged as weights are; counts are copied.
+
+    Attributes:
+        state: the average under the student's plain keys, the trunk's included, whatever the engine.
+        updates: 0-d int64 on the weights' device, t. It is part of a checkpoint.
     """
 
     def __init__(self, cohort: Cohort, index: int, decay: float) -> None:
@@ -20,23 +31,40 @@ class LeaderAverage:
         self.index = index
         self.decay = decay
         self.state = {key: value.clone() for key, value in cohort.student_state(index).items()}
+        device = next(iter(self.state.values())).device
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """All that an update writes in place."""
+        return [*self.state.values(), self.updates]
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step more."""
+        """One step more. The share is computed on the device: a captured step sees it change."""
         now = self.cohort.student_state(self.index)
         floats = [key for key, value in now.items() if value.is_floating_point()]
         counts = [key for key in now if key not in set(floats)]
-        torch._foreach_lerp_(
-            [self.state[key] for key in floats], [now[key] for key in floats], 1 - self.decay
-        )
+        share = (9 / (10 + self.updates.float())).clamp(min=1 - self.decay)
+        averages = [self.state[key] for key in floats]
+        steps = torch._foreach_sub([now[key] for key in floats], averages)
+        torch._foreach_mul_(steps, share)
+        torch._foreach_add_(averages, steps)
         for key in counts:
             self.state[key].copy_(now[key])
+        self.updates.add_(1)
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over another average's state, whose keys and shapes must be these."""
+    def load(self, state: dict[str, Tensor], updates: Tensor | None) -> None:
+        """Takes over another average's state, whose keys and shapes must be these.
+
+        ``updates``: None for an average of a checkpoint that doesn't count them, which goes on
+        without a warm-up, as it began.
+        """
         if state.keys() != self.state.keys():
             missing = sorted(state.keys() ^ self.state.keys())
             raise KeyError(f"the average's entries differ in {missing[0]}")
         for key, value in self.state.items():
             value.copy_(state[key])
+        if updates is None:
+            self.updates.fill_(WARM)
+        else:
+            self.updates.copy_(updates)

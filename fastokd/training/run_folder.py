@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from fastokd.checkpoint import (
+    checkpoint_step,
     link_checkpoint,
     list_checkpoints,
     newest_checkpoint,
@@ -23,16 +23,17 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, warn
+from fastokd.errors import DataFileError, DiskError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
-from fastokd.student_file import STUDENT, student_facts
+from fastokd.student_file import STUDENT, Weights, read_weights, student_of
 from fastokd.teacher import KEPT
 from fastokd.training.folder_lock import FolderLock
 from fastokd.training.metric_lines import MetricLines
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
+from fastokd.within_cohort import alike, first_images, within_cohort
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,14 @@ class RunFolder:
             if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
         ]
         session.ranks.first(lambda: self._replace_lines(rows))
+        # What the best checkpoint scored, by what the run is judged by now.
+        kept = session.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
+        scores = [
+            _score(row, session.recipe)
+            for row in rows
+            if kept and row.get("step") == checkpoint_step(kept[0])
+        ]
+        session.best = next((score for score in scores if score is not None), session.best)
 
     def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint, where the run goes on."""
@@ -132,9 +141,7 @@ class RunFolder:
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
         if session.options.resume and list_checkpoints(self.checkpoints):
-            _, tensors, facts, faults = newest_checkpoint(self.checkpoints)
-            for fault in faults:
-                warn(fault)
+            _, tensors, facts, _ = newest_checkpoint(self.checkpoints)
             return tensors, facts
         if session.options.resume and self.facts.recipe_file.is_file():
             check_recipe(session, self.recipe().to_json())
@@ -143,7 +150,8 @@ class RunFolder:
             self.facts.write_environment(session)
             if session.teacher is not None:
                 facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
-                write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
+                kept = Weights(self.path / KEPT, session.teacher.state, facts)
+                write_durably(kept.path, kept.to_bytes())
         return None
 
     def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
@@ -258,33 +266,55 @@ class RunFolder:
     def finish(self, session: Session) -> Run:
         """The student with its publisher's keys, and the report with its plots.
 
+        The student is then read back, and has to say alone what it says within the cohort.
+
         Raises:
             DiskError: the student can't be written, or the last steps couldn't be saved and still
                 can't. A report that can't is warned of.
+            UserError: the student says something else alone. It and the checkpoints are kept.
         """
         if self._behind:
             self.save(session)
-        return session.ranks.first(lambda: self._finish(session))
+        tensors, facts = session.state()
+        session.ranks.first(lambda: self._write_student(session, tensors, facts))
+        run = session.ranks.first(lambda: self._report(session))
+        self._check(session, tensors, facts)
+        return run
 
-    def _finish(self, session: Session) -> Run:
-        from fastokd.report.page import report
-
-        state = session.kept_state()
-        facts = student_facts(session.recipe, session.data, session.kept_student)
+    def _write_student(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        student = student_of(self.path, tensors, facts, self.metrics())
         member = session.cohort.students[session.kept_student]
         assert isinstance(member, Student)
-        plain = {
-            member.published_key(key): value.detach().cpu().contiguous()
-            for key, value in state.items()
-        }
+        plain = {member.published_key(key): value for key, value in student.state.items()}
         with writing(self.path):
-            write_durably(self.path / STUDENT, save(plain, metadata=facts))
+            write_durably(self.path / STUDENT, Weights(self.path, plain, student.facts).to_bytes())
+
+    def _report(self, session: Session) -> Run:
+        from fastokd.report.page import report
+
         run = Run(self.path, session.recipe, self.metrics())
         try:
             report([self.path])
         except DiskError as error:
             warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
+
+    def _check(self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """All ranks run the cohort; the first has the student."""
+        try:
+            images_BHWC = session.ranks.first(lambda: first_images(session.data).cpu())
+        except UserError as error:
+            warn(f"{error}; {STUDENT} wasn't compared with the cohort's")
+            return
+        images_BHWC = images_BHWC.to(session.device)
+        kept = student_of(self.path, tensors, facts, [])
+        logits_BC = within_cohort(session.cohort, session.kept_student, kept.state, images_BHWC)
+        file = self.path / STUDENT
+        session.ranks.first(
+            lambda: alike(logits_BC, read_weights(file), images_BHWC, session.precision, self.path)
+        )
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

@@ -252,12 +252,6 @@ class Session:
         """The student that is taken away, as the recipe says."""
         return self.recipe.kept_student
 
-    def kept_state(self) -> dict[str, Tensor]:
-        """The kept student alone under its plain keys: its average where there is one."""
-        if self.average is not None:
-            return self.average.state
-        return self.cohort.student_state(self.kept_student)
-
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained, the method's own included."""
         return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]

@@ -30,6 +30,7 @@ def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     tensors[f"optim.{names[parameter]}:{key}"] = value
     if session.average is not None:
         tensors |= {f"ema.{k}": v for k, v in session.average.state.items()}
+        tensors["ema_updates"] = session.average.updates
     tensors |= {f"meter.{k}": v for k, v in session.meter.totals.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if session.device.type == "cuda":
@@ -102,8 +103,8 @@ def _check_same(session: Session, facts: dict[str, Any]) -> None:
 
 def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     for prefix, module in (("cohort.", session.cohort), ("method.", session.method)):
-        module.load_state_dict(_below(tensors, prefix))
-    optim = _below(tensors, "optim.")
+        module.load_state_dict(below(tensors, prefix))
+    optim = below(tensors, "optim.")
     by_name = {name: parameter for parameter, name in _named_parameters(session).items()}
     for optimizer in session.optimizers:
         mine = {p for group in optimizer.param_groups for p in group["params"]}
@@ -115,10 +116,10 @@ def _take(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     if facts.get("ema") is not None:
         # A run that is only evaluated has asked for no average, and is given the one that it has.
         session.average = LeaderAverage(session.cohort, session.kept_student, facts["ema"])
-        session.average.load(_below(tensors, "ema."))
+        session.average.load(below(tensors, "ema."), tensors.get("ema_updates"))
     if facts.get("scaler"):
         session.scaler.load_state_dict(facts["scaler"])
-    meter = _below(tensors, "meter.")
+    meter = below(tensors, "meter.")
     session.meter.totals = {k: v.to(session.device, copy=True) for k, v in meter.items()}
     if "rng.cpu" in tensors:
         torch.set_rng_state(tensors["rng.cpu"])
@@ -140,7 +141,8 @@ def _named_parameters(session: Session) -> dict[Tensor, str]:
     }
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What stands under ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

@@ -100,7 +100,7 @@ class StepProgram:
             known = {id(x) for x in statistics}
             rest = [x for m in (session.cohort, session.method) for x in m.buffers()]
             if session.average is not None:
-                rest += session.average.state.values()
+                rest += session.average.tensors()
             for optimizer in session.optimizers:
                 rest += made_ready(optimizer)
             self._held = Held(statistics), Held(x for x in rest if id(x) not in known)

@@ -30,7 +30,6 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         }
         for optimizer in session.optimizers
     ]
-    average = session.average and {k: _kept(v) for k, v in session.average.state.items()}
     scale = session.scaler.state_dict()
     random = random_state(session.device)
 
@@ -47,8 +46,6 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         with torch.no_grad():
             for tensor, was in held:
                 tensor.copy_(was)
-        if session.average is not None and average:
-            session.average.load(average)
         if scale:
             # A new one: the old may stand between the unscaling and the update of a failed step.
             session.scaler = gradient_scaler(session.device, session.precision)
@@ -70,11 +67,10 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
 
 
 def _held(session: Session) -> list[Tensor]:
-    return [
-        tensor
-        for module in (session.cohort, session.method)
-        for tensor in (*module.parameters(), *module.buffers())
-    ]
+    held = [] if session.average is None else session.average.tensors()
+    for module in (session.cohort, session.method):
+        held += [*module.parameters(), *module.buffers()]
+    return held
 
 
 def _kept(tensor: Tensor) -> Tensor:

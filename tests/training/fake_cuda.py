@@ -99,6 +99,7 @@ def _move(session: Session) -> None:
                     table[name] = _fake(value)
     assert session.average is not None
     session.average.state = {name: _fake(x) for name, x in session.average.state.items()}
+    session.average.updates = _fake(session.average.updates)
     session.device = CUDA
     session.autocast = fake_autocast  # type: ignore[method-assign]
     session.guard = Guard(CUDA)
