@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd import authors
+from fastokd.checkpoint import fingerprint
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
@@ -170,3 +171,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         published = authors.read(path)
         return published.student_state(published.kept_student)
     return {key: value for key, value in found.items() if not key.startswith(METHOD_KEYS)}
+
+
+def contents_of(paths: Sequence[str | Path]) -> list[str]:
+    """The :func:`fingerprint` of the weights in each file; raises as :func:`begin_from`."""
+    return [fingerprint(_read(Path(path)).state) for path in paths]
