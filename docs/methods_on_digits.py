@@ -20,7 +20,8 @@ from fastokd.recipes import recipe
 from fastokd.report.statistics import Sample
 from fastokd.report.summary import summarise
 from fastokd.training.session import RunOptions
-from fastokd.sweep import parse_seeds, run_or_resume
+from fastokd.settings import parse_seeds
+from fastokd.sweep import run_or_resume
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "methods_on_digits.json", HERE / "methods_on_digits.md"

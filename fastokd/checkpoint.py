@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -175,6 +176,34 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(facts, dict):
         raise UserError(f"the checkpoint {path} is no run's: its {FACTS} holds no object")
     return tensors, facts
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """A checkpoint's facts without its tensors, which aren't looked at.
+
+    Raises:
+        UserError: they are missing or altered.
+    """
+    try:
+        manifest, facts = (json.loads((path / name).read_bytes()) for name in (MANIFEST, FACTS))
+        digest = hashlib.sha256((path / FACTS).read_bytes()).hexdigest()
+        if digest == manifest[FACTS] and isinstance(facts, dict):
+            return facts
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint {path} can't be read ({error}): use an older one"
+        ) from error
+    raise UserError(f"the checkpoint {path} is damaged: {FACTS} isn't what was written")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in whatever order they come."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:

@@ -15,7 +15,7 @@ from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.report.page import report
-from fastokd.sweep import parse_seeds
+from fastokd.settings import parse_seeds
 from fastokd.train import train
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions

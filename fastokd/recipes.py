@@ -16,12 +16,13 @@ Methods, models and data sets compose freely; ``list_recipes`` names those that 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastokd.cells import published_recipes
 from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import list_methods, method_class, option_defaults
+from fastokd.methods import check_options, list_methods, method_class, option_defaults
 from fastokd.models import model_spec
 from fastokd.recipe_type import MOST, Recipe
 
@@ -47,31 +48,69 @@ def recipe(name: str, **changes: Any) -> Recipe:
     """The recipe called ``name``, with fields of :class:`Recipe` replaced.
 
     ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it;
-    options of the method are given as ``method_options``; ``method`` puts another in the named
-    one's place, in its form, as one that :func:`fastokd.methods.register_method` has made known.
+    an option of the method is given by its name, or within ``method_options``; ``method`` puts
+    another in the named one's place, in its form, as one that
+    :func:`fastokd.methods.register_method` has made known.
 
     Raises:
-        UserError: an unknown method, model, data set or form, with the nearest names; a field that
-            a recipe doesn't have.
+        UserError: an unknown method, model, data set or form, with the nearest names; a setting that
+            neither a recipe nor its method has; a value of another type than the setting's; one
+            setting with two values.
     """
     parsed = _parse(name)
+    if parsed.students not in (None, changes.get("students", parsed.students)):
+        raise UserError(
+            f"students is {changes['students']}, but {name} names {parsed.students}: leave one of "
+            "them out"
+        )
     method = changes.pop("method", None)
     if method is not None:
         parsed = parsed._replace(method=method)
         name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
     base = _published(name, parsed)
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    for change in changes:
-        if change not in fields:
-            raise unknown_name("setting", change, fields)
+    changes = _of_recipe(base, changes)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
         if not 1 <= epochs <= MOST["epochs"]:
             raise UserError(f"epochs is {epochs}: it must be between 1 and {MOST['epochs']}")
         base = base.with_epochs(epochs)
-    if "method_options" in changes:
-        changes["method_options"] = {**base.method_options, **changes["method_options"]}
     return dataclasses.replace(base, **changes)
+
+
+def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``base`` with their new values; the method's options together in theirs."""
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    found = {key: _typed(key, v, getattr(base, key)) for key, v in changes.items() if key in fields}
+    options = dict(found.pop("method_options", {}))
+    known = option_defaults(base.method)
+    for key, value in changes.items():
+        if key in fields:
+            continue
+        if key not in known:
+            if any(key in option_defaults(method) for method in list_methods()):
+                check_options(base.method, {key: value})  # raises: another method has it
+            raise unknown_name("setting", key, [*fields[1:], *known])
+        if key in options and options[key] != value:
+            raise UserError(f"{key} is both {options[key]} and {value}: leave one of them out")
+        options[key] = value
+    if options:
+        found["method_options"] = {**base.method_options, **options}
+    return found
+
+
+def _typed(key: str, value: Any, like: Any) -> Any:
+    if isinstance(like, tuple) and isinstance(value, list):
+        return tuple(value)
+    kinds = (int, float) if isinstance(like, float) else (type(like),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(like, bool)):
+        raise UserError(f"{key} is {value!r}: it must be {_kind(like)}, like {like!r}")
+    return float(value) if isinstance(like, float) else value
+
+
+def _kind(like: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list"}
+    names[dict] = "an object of names and values"
+    return names.get(type(like), "a word")
 
 
 def _parse(name: str) -> _Name:

@@ -70,9 +70,15 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
     Raises:
         UserError: data that can't be found, a folder that exists already or can't be written, a
             checkpoint of another recipe, a step that isn't finite (it isn't taken, and the state
-            before it is saved).
+            before it is saved); a keyword that is no option, as a setting of the recipe.
         Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
     """
+    for name, value in changes.items():
+        if name not in RunOptions.__dataclass_fields__:
+            raise UserError(
+                f"{name}={value!r} is no option of a run: a setting of the recipe is given to "
+                "fastokd.recipe(name, ...)"
+            )
     options = replace(options or RunOptions(), **changes)
     with joined(options.device, options.capture or _begun_captured(recipe, options)):
         return _train(recipe, options)

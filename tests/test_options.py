@@ -72,12 +72,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
     fastokd.train(small(), out=tmp_path / "killed", max_steps=2, **QUICK)
     for checkpoint in (tmp_path / "killed" / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
-    (tmp_path / "killed" / "metrics.jsonl").unlink()
+    # Its line is written before its checkpoint, its student long after.
+    with pytest.raises(UserError, match="holds a student and no checkpoint"):
+        fastokd.train(small(), out=tmp_path / "killed", resume=True, **QUICK)
+    (tmp_path / "killed" / "student.safetensors").unlink()
     with pytest.raises(UserError, match=r"another recipe: it differs in lr"):
         fastokd.train(small(lr=0.3), out=tmp_path / "killed", resume=True, **QUICK)
     run = fastokd.train(small(), out=tmp_path / "killed", resume=True, max_steps=2, quiet=True)
     ours, theirs = (newest_checkpoint(r.folder / "checkpoints")[1] for r in (run, whole))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert len(run.metrics) == len(whole.metrics)
 
 
 def test_a_last_batch_of_one_is_left_out_where_a_norm_needs_two() -> None:

@@ -48,7 +48,7 @@ def reproduce(
 
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
-    from fastokd.sweep import parse_seeds
+    from fastokd.settings import parse_seeds
     from fastokd.training.session import RunOptions
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from fastokd.commands.options import (
 )
 from fastokd.distributed.launch import launched, of_the_first_rank
 from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.settings import Planned
 
 
 def train(
@@ -90,7 +93,7 @@ def train(
         bool, typer.Option(help="The same bits each time, on a GPU too; slower there.")
     ] = False,
     scale_lr: Annotated[
-        bool, typer.Option(help="The rate times --batch-size over the recipe's own batch.")
+        bool, typer.Option(help="The rate times the batch over the recipe's own batch.")
     ] = False,
     show_augmentation: Annotated[
         bool, typer.Option(help="Leave a batch as the students see it, augmentation.png.")
@@ -105,42 +108,32 @@ def train(
     With several --seeds, or several values to a --set: a folder for each run and an index; the same
     command again goes on with what is missing.
     """
-    from fastokd.sweep import parse_seeds, parse_settings, plan, run_all, scaled_rate, sweep_folder
+    from fastokd.settings import parse_seeds, parse_settings, plan
+    from fastokd.sweep import run_all, sweep_folder
     from fastokd.train import train as run
     from fastokd.training.session import RunOptions
 
     quiet = quiet or not of_the_first_rank()
-    changes: dict[str, Any] = {
+    flags = {
         "epochs": epochs,
         "seed": seed,
         "students": students,
         "batch_size": batch_size,
         "lr": lr,
+        "temperature": temperature,
         "method": method,
         "val": val,
         "image_size": image_size,
     }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if scale_lr:
-        changes["lr"] = scaled_rate(recipe, lr, batch_size)
-    if temperature is not None:
-        changes["method_options"] = {"temperature": temperature}
-    if seeds is not None and seed is not None:
-        raise UserError("--seed and --seeds say the same thing: give one of them")
-    settings = parse_settings(set_ or [])
-    planned = plan(recipe, changes, settings, [seed or 0] if seeds is None else parse_seeds(seeds))
+    several = None if seeds is None else parse_seeds(seeds)
+    planned = plan(recipe, flags, parse_settings(set_ or []), seeds=several, scale_lr=scale_lr)
     resolved = planned[0].recipe
     if print_recipe:
         for entry in planned:
             print(json.dumps(entry.recipe.to_json(), indent=1))
         return
-    if scale_lr and not quiet:
-        print(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
-    if epochs is not None and not quiet:
-        print(
-            f"schedule for {epochs} epochs: rate / {1 / resolved.lr_decay:g} before epochs "
-            f"{list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
-        )
+    if not quiet:
+        print(*_what_was_scaled(recipe, planned, scale_lr), sep="", end="")
     options = RunOptions(
         out=out,
         data_root=data_root,
@@ -189,3 +182,19 @@ def train(
     run_all(folder, planned, options)
     if not quiet:
         print(f"the {len(planned)} runs are in {folder}, listed in its index.json")
+
+
+def _what_was_scaled(name: str, planned: list[Planned], scale_lr: bool) -> list[str]:
+    """A line for each rate that follows its batch, and each schedule that follows its epochs."""
+    from fastokd.recipes import recipe
+
+    lines = []
+    for resolved in (entry.recipe for entry in planned):
+        if scale_lr:
+            lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}\n")
+        if resolved.epochs != recipe(name).epochs:
+            lines.append(
+                f"schedule for {resolved.epochs} epochs: rate / {1 / resolved.lr_decay:g} before "
+                f"epochs {list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}\n"
+            )
+    return list(dict.fromkeys(lines))

@@ -16,7 +16,8 @@ from fastokd.methods import method_class
 from fastokd.recipes import Recipe, recipe
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.summary import Summary, summarise
-from fastokd.sweep import Planned, run_all
+from fastokd.settings import Planned
+from fastokd.sweep import run_all
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions
 

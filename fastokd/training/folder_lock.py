@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastokd.errors import UserError, warn
@@ -20,6 +21,25 @@ def _not_the_childs() -> None:
 
 
 os.register_at_fork(after_in_child=_not_the_childs)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is within this context for ``folder``.
+
+    Raises:
+        OSError: the folder is gone, or can't be read.
+    """
+    while True:
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(held), os.stat(folder)):
+                yield
+                return
+        finally:
+            os.close(held)
 
 
 class FolderLock:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd import authors
+from fastokd.checkpoint import fingerprint
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
@@ -155,3 +156,8 @@ def _read(path: Path) -> tuple[Weights, list[str]]:
         return Weights(path, published.student_state(published.kept_student), {}), []
     own = {key: v for key, v in found.weights.items() if not key.startswith(METHOD_KEYS)}
     return Weights(path, own, {}), list(found.notes)
+
+
+def contents_of(paths: Sequence[str | Path]) -> list[str]:
+    """The :func:`fingerprint` of the weights in each file; raises as :func:`begin_from`."""
+    return [fingerprint(_read(Path(path))[0].state) for path in paths]

@@ -64,8 +64,11 @@ class RunFacts:
 
     def write_environment(self, session: Session) -> None:
         """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
-        facts = environment(session.device, session.precision)
-        _write(self.environment_file, {**facts, **session.how()})
+        facts = {**environment(session.device, session.precision), **session.how()}
+        begun = self.environment() if session.options.resume else {}
+        if "init_sha256" in begun:  # a resumed run doesn't read them again
+            facts.setdefault("init_sha256", begun["init_sha256"])
+        _write(self.environment_file, facts)
 
     def write_tuning(self, timings: list[Timing]) -> None:
         """What the engine was chosen by."""

@@ -29,6 +29,13 @@ from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, Weights, read_weights, student_of
 from fastokd.teacher import KEPT
 from fastokd.training.folder_lock import FolderLock
+from fastokd.training.identity import (
+    Standing,
+    begun_with,
+    other_teacher,
+    refuse_fewer_steps,
+    standing,
+)
 from fastokd.training.metric_lines import MetricLines
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
@@ -48,6 +55,16 @@ class Run:
     def last(self) -> dict[str, Any]:
         """The metrics of the last epoch."""
         return self.metrics[-1]
+
+    @property
+    def standing(self) -> Standing:
+        """How far it is: an epoch that was cut isn't counted."""
+        return standing(self.folder, self.metrics)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all epochs of its recipe."""
+        return self.standing.epochs >= self.recipe.epochs
 
     @staticmethod
     def load(folder: Path) -> Run:
@@ -99,7 +116,13 @@ class RunFolder:
             return options
         if self.facts.recipe_file.is_file():
             self.recipe()  # what can't be read is said before anything is trained
-        return options.as_begun(self.facts.environment(), self.path)
+        begun = options.as_begun(begun_with(self.path, options), self.path)
+        for difference in other_teacher(self.path, options.teacher):
+            raise UserError(
+                f"the run in {self.path} was begun otherwise: it differs in {difference}; leave "
+                "--teacher out to resume it as it was, or choose another --out"
+            )
+        return begun
 
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
@@ -113,6 +136,7 @@ class RunFolder:
         if found is None:
             return
         session.load_state(*found)
+        refuse_fewer_steps(self.path, session.step, session.options.max_steps)
         # An unfinished epoch's row will be written again, unless no step is left to take.
         rows = [
             row
@@ -145,6 +169,7 @@ class RunFolder:
             return tensors, facts
         if session.options.resume and self.facts.recipe_file.is_file():
             check_recipe(session, self.recipe().to_json())
+            self._start_again()
         with writing(self.path):
             self.facts.write_recipe(session.recipe)
             self.facts.write_environment(session)
@@ -153,6 +178,16 @@ class RunFolder:
                 kept = Weights(self.path / KEPT, session.teacher.state, facts)
                 write_durably(kept.path, kept.to_bytes())
         return None
+
+    def _start_again(self) -> None:
+        """Leaves out the line of an epoch whose checkpoint never came."""
+        if (self.path / STUDENT).is_file():
+            raise UserError(
+                f"{self.path} holds a student and no checkpoint to go on from: put its checkpoints/ "
+                "back, or choose another --out"
+            )
+        if self.lines.path.is_file():
+            self._replace_lines([])
 
     def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
         with writing(self.path):

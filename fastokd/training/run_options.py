@@ -12,7 +12,8 @@ from typing import Any
 from fastokd.data.prepared import LOADERS
 from fastokd.errors import UserError
 
-# What a resumed run keeps as it was: these decide its numbers, or their last bits.
+# What a run is, beside its recipe: these decide its numbers, or their last bits, and a resumed run
+# keeps them as they were. The contents of `init` and of the teacher count too (identity.py).
 KEPT = (
     "device",
     "precision",
@@ -30,7 +31,15 @@ KEPT = (
     "sync_bn",
     "deterministic",
     "init",
+    "eval_every",
 )
+# The values by which an option leaves it to the machine, or to what is measured there.
+LEFT_OPEN = {
+    **{"device": "auto", "engine": "auto", "compile": None},
+    **{"memory_format": "auto", "impl": "auto", "loader": "auto"},
+}
+# What is open until a run is tuned.
+TUNED = ("engine", "compile", "memory_format")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -152,32 +161,53 @@ class RunOptions:
             for name, value in dataclasses.asdict(self).items()
         }
 
+    def differing(self, begun: Mapping[str, Any], unsaid: Mapping[str, Any]) -> list[str]:
+        """Each option in which these differ from those that a run was begun with, and both values.
+
+        ``unsaid``: the value of each option by which it isn't asked for. What ``begun`` doesn't say,
+        as an older run, or leaves open until it is tuned, is as it is here.
+        """
+        begun = {**begun, "init": tuple(begun.get("init", ()))}
+        return [
+            f"{_flag(name)} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
+            for name in KEPT
+            if name in begun
+            and not _is_open(name, begun[name])
+            and not (name in unsaid and getattr(self, name) == unsaid[name])
+            and getattr(self, name) != begun[name]
+            and not (name == "device" and str(begun[name]).startswith(f"{self.device}:"))
+        ]
+
     def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
         """These options for a run that ``begun`` describes: what isn't asked for is as it was.
 
         Raises:
             UserError: something is asked for that differs; both values are named.
         """
-        default = RunOptions()
-        begun = {**begun, "init": tuple(begun.get("init", ()))}
-        known = [name for name in KEPT if name in begun]
-        differing = [
-            f"{_flag(name)} ({begun[name]} there, {getattr(self, name)} here)"
-            for name in known
-            if getattr(self, name) not in (getattr(default, name), begun[name])
-        ]
+        known = {name: begun[name] for name in KEPT if name in begun}
+        known = {name: value for name, value in known.items() if not _is_open(name, value)}
+        known["init"] = tuple(begun.get("init", ()))
+        differing = self.differing(begun, {name: getattr(RunOptions(), name) for name in KEPT})
         if differing:
             raise UserError(
                 f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
         try:
-            return replace(self, **{name: begun[name] for name in known})
+            return replace(self, **known)
         except TypeError as error:
             raise UserError(
                 f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
                 "damaged, remove it to resume with the options given"
             ) from error
+
+
+def _is_open(name: str, value: Any) -> bool:
+    return name in TUNED and value == LEFT_OPEN[name]
+
+
+def _said(value: Any) -> Any:
+    return " ".join(value) or None if isinstance(value, tuple) else value
 
 
 def _flag(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.checkpoint import list_checkpoints
+from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice
 from fastokd.data import Augment, DatasetSplits
 from fastokd.data.order import keyed_generator
@@ -40,7 +40,7 @@ from fastokd.training.ema import LeaderAverage
 from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
-from fastokd.training.pretrained import begin_from
+from fastokd.training.pretrained import begin_from, contents_of
 from fastokd.training.run_options import KEPT, RunOptions
 from fastokd.training.state import as_state, load_state, state_of
 from fastokd.training.step import StepProgram
@@ -105,10 +105,15 @@ class Session:
             self.teacher = self.ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
         self.began_from: list[str] = []
+        # Of the weights that the run takes from elsewhere.
+        self.contents: dict[str, Any] = {}
+        if self.teacher is not None:
+            self.contents["teacher_sha256"] = fingerprint(self.teacher.state)
         if training and options.init and not _has_checkpoints(recipe, options):
             files = [Path(name) for name in options.init]
             names = self.data.class_names
             self.began_from = begin_from(self.cohort, files, names, recipe.kept_student)
+            self.contents["init_sha256"] = contents_of(files)
         if training and self.method.needs.heldout and self.data.val is None:
             raise UserError(
                 f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
@@ -262,7 +267,7 @@ class Session:
         one = self.ranks.size == 1
         device = str(self.device) if one else self.device.type  # each rank has its own
         how |= {"device": device, "precision": self.precision, "ranks": self.ranks.size}
-        how["loader"] = self.data.loader
+        how |= {"loader": self.data.loader, **self.contents}
         if self.settled:
             how |= dataclasses.asdict(self.choice)
         return how

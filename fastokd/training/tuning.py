@@ -28,6 +28,7 @@ from fastokd.training.untouched import untouched
 COMPILED = 2
 # Options that decide no step's time, or that ``step_key`` has resolved.
 ELSEWHERE = {"device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init"}
+ELSEWHERE |= {"eval_every"}
 
 
 def tune(

@@ -11,7 +11,7 @@ import pytest
 
 from fastokd.methods import list_methods, option_defaults
 from fastokd.recipes import recipe
-from fastokd.sweep import parse_settings, resolve
+from fastokd.settings import parse_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted([*(DOCS / "methods").glob("*.md"), DOCS / "methods.md", DOCS / "recipes.md"])
@@ -55,7 +55,7 @@ def test_links_and_recipes_are_real(page: Path) -> None:
         name, *flags = command.split()
         settings = [flags[i + 1] for i, flag in enumerate(flags) if flag == "--set"]
         values = {key: options[0] for key, options in parse_settings(settings).items()}
-        resolve(name, {}, values)
+        recipe(name, **values)
 
 
 def test_options_named_on_a_page_exist() -> None:
