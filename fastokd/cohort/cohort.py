@@ -135,7 +135,7 @@ class Cohort(nn.Module):
                 members, self.branch_from, self._example()
             )
         elif engine == "vmap":
-            self._run = VmapStudents(members, self.branch_from)
+            self._run = VmapStudents(members, self.branch_from, self._example())
         elif engine == "grouped":
             self._run = GroupedStudents(members, self.branch_from, self._example(), self.impl)
         else:
