@@ -60,6 +60,11 @@ class GroupedStudents:
         """``x_BCHW``: an example of the shared input on the meta device."""
         if not are_alike(students):
             raise UserError("engine='grouped' stacks equal students, not a mixed cohort: use loop")
+        if isinstance(students[0], ExternalStudent):
+            raise UserError(
+                f"engine='grouped' can't stack {students[0].name}, which is another library's: use "
+                "loop or vmap"
+            )
         self.students = tuple(students)
         self.start = start
         self.template = template_of(students[0], "grouped", torch.float32)
@@ -129,7 +134,7 @@ def _is_ours(module: nn.Module) -> bool:
     code = [getattr(type(module), name, None) for name in CODE]
     homes = ("fastokd.models.", "torch.nn.modules.container", "torch.nn.modules.module")
     ours = all(part is None or part.__module__.startswith(homes) for part in code)
-    return ours and not is_altered(module) and not isinstance(module, ExternalStudent)
+    return ours and not is_altered(module)
 
 
 def _concat_widths(template: Student, start: int, x_BCHW: Tensor) -> dict[str, tuple[int, ...]]:

@@ -75,8 +75,8 @@ class ExternalStudent(Student):
                 self._check_cut(split_at, input_size)
 
     def whole(self, x_BCHW: Tensor) -> Tensor:
-        """The network as it is: what a split cuts in two."""
-        logits_BC: Tensor = self.net(x_BCHW)
+        """The network as it is: what a split cuts in two. All students read the same images."""
+        logits_BC: Tensor = self.net(x_BCHW.clone() if self.found.writes_input else x_BCHW)
         return logits_BC
 
     @property
