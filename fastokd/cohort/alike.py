@@ -1,20 +1,89 @@
-"""Whether students are of one architecture, so that their weights can be stacked."""
+"""Whether students are of one architecture, so that one's program serves for all; its copy."""
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fastokd.errors import UserError
 from fastokd.models import Student
+
+# What torch keeps in every module: its state and its children, which have names of their own.
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_VALUES = (int, float, str, types.FunctionType, types.BuiltinFunctionType, torch.dtype)
 
 
 def are_alike(students: Sequence[Student]) -> bool:
-    """Whether all have the same layers by the same names, and tensors of the same shapes.
+    """Whether all have the same layers with the same settings, and tensors of the same shapes.
 
-    Their class doesn't say: a ResNet-8 and a ResNet-20 are of one.
+    Neither their class nor the shapes say so: a ResNet-8 and a ResNet-20 are of one class, and
+    layers of the same weights may have other strides, paddings or activations.
     """
 
-    def layers(student: Student) -> object:
-        modules = [(name, type(module)) for name, module in student.named_modules()]
-        return modules, [(name, value.shape) for name, value in student.state_dict().items()]
+    def layers(student: Student) -> list[tuple[str, type[nn.Module]]]:
+        modules = student.named_modules(remove_duplicate=False)
+        return [(name, type(module)) for name, module in modules]
 
-    return all(layers(student) == layers(students[0]) for student in students[1:])
+    def shapes(student: Student) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in _state(student).items()}
+
+    first = students[0]
+    return all(
+        layers(other) == layers(first)
+        and shapes(other) == shapes(first)
+        and all(_same_settings(a, b) for a, b in zip(first.modules(), other.modules(), strict=True))
+        for other in students[1:]
+    )
+
+
+def _state(student: Student) -> dict[str, Tensor]:
+    """Every tensor under every name that it has: tied weights have several."""
+    parameters = student.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(student.named_buffers(remove_duplicate=False))}
+
+
+def _same_settings(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = ({k: v for k, v in vars(m).items() if k not in _TORCHS} for m in (a, b))
+    return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; of objects that can't be compared, whether of one type."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if a is None or isinstance(a, _VALUES):
+        return bool(a == b)
+    return True
+
+
+def template_of(student: Student, engine: str, dtype: torch.dtype | None = None) -> Student:
+    """A copy on the meta device, tied weights tied; floating point as ``dtype`` where it is given.
+
+    Raises:
+        UserError: the student can't be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in student.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # computed of parameters before each call, as old hooks do
+                memo[id(value)] = value.detach()
+    for value in _state(student).values():
+        meta = value.detach().to("meta", dtype if value.is_floating_point() else None)
+        if isinstance(value, nn.Parameter):
+            meta = nn.Parameter(meta, value.requires_grad)
+        memo[id(value)] = meta
+    try:
+        return copy.deepcopy(student, memo)
+    except Exception as error:  # the code of whoever wrote the student
+        raise UserError(f"engine={engine!r} can't copy the students ({error}): use loop") from error

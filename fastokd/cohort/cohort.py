@@ -15,7 +15,14 @@ from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
-from fastokd.models import Student, StudentOutput, create_model, model_info, model_spec, trunk_shape
+from fastokd.models import (
+    Student,
+    StudentOutput,
+    create_model,
+    input_size,
+    map_shapes,
+    trunk_shape,
+)
 from fastokd.models.layers import NormAct
 from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.normalize import normalize, scale_and_shift
@@ -44,6 +51,8 @@ class Cohort(nn.Module):
             on the same images. It is no part of the cohort's state.
         trunk_grad_scale: multiplies the gradient that the students send into the trunk.
         model_options: handed to every student's constructor.
+        image_size: height and width of the images, which a method may ask of the maps; None for
+            the size that the first student is made for.
 
     Raises:
         UserError: no students, an unknown model, a mixed branch cohort, an unknown engine.
@@ -66,6 +75,7 @@ class Cohort(nn.Module):
         teacher: nn.Module | None = None,
         trunk_grad_scale: float = 1.0,
         model_options: dict[str, Any] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.model_names = _names(students)
@@ -80,7 +90,8 @@ class Cohort(nn.Module):
         self.sharing = sharing
         self.impl = impl
         self.trunk_grad_scale = trunk_grad_scale
-        self.model_options = dict(model_options or {})
+        self.model_options = options = dict(model_options or {})
+        self.image_size = image_size or input_size(self.model_names[0], options)
         self._teacher = None if teacher is None else [_frozen(teacher)]
         scale_C, shift_C = scale_and_shift(mean, std)
         self.register_buffer("scale_C", scale_C, persistent=False)
@@ -88,11 +99,9 @@ class Cohort(nn.Module):
 
         built = [self._new_student(index, seed) for index in range(len(self.model_names))]
         self.branch_from = built[0].branch_from if sharing == "branch" else 0
-        options = self.model_options
-        maps = {n: model_info(n, num_classes, **options).maps for n in set(self.model_names)}
-        self._map_shapes = tuple(
-            tuple((c, h, w) for c, h, w in maps[name]) for name in self.model_names
-        )
+        sizes = {n: image_size or input_size(n, options) for n in self.model_names}
+        maps = {n: map_shapes(n, num_classes, options, size) for n, size in sizes.items()}
+        self._map_shapes = tuple(maps[name] for name in self.model_names)
         self.trunk: Student | None = None
         if sharing == "branch":
             self.trunk = self._new_student(0, seed)
@@ -134,7 +143,7 @@ class Cohort(nn.Module):
                 members, self.branch_from, self._example()
             )
         elif engine == "vmap":
-            self._run = VmapStudents(members, self.branch_from)
+            self._run = VmapStudents(members, self.branch_from, self._example())
         elif engine == "grouped":
             self._run = GroupedStudents(members, self.branch_from, self._example(), self.impl)
         else:
@@ -142,13 +151,15 @@ class Cohort(nn.Module):
         self.engine = "loop" if engine == "auto" else engine
 
     def _example(self) -> Tensor:
-        """What all students read, on the meta device, at the first one's own size."""
-        name = self.model_names[0]
-        size = model_spec(name).input_size
-        shape: tuple[int, ...] = (3, size, size)
+        """What all students read, on the meta device."""
+        shape = (3, self.image_size, self.image_size)
         if self.sharing == "branch":
-            shape = trunk_shape(name, self.num_classes, **self.model_options)
+            shape = self._trunk_shape()
         return torch.empty(2, *shape, device="meta")
+
+    def _trunk_shape(self) -> tuple[int, int, int]:
+        name = self.model_names[0]
+        return trunk_shape(name, self.num_classes, self.image_size, **self.model_options)
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Keeps weights and maps in this layout from here on."""
@@ -172,8 +183,7 @@ class Cohort(nn.Module):
         """What a method is built from."""
         channels = None
         if self.sharing == "branch":
-            name = self.model_names[0]
-            channels = trunk_shape(name, self.num_classes, **self.model_options)[0]
+            channels = self._trunk_shape()[0]
         return CohortShape(
             len(self.students),
             self.num_classes,
@@ -235,7 +245,7 @@ class Cohort(nn.Module):
     def student(self, index: int) -> Student:
         """Student ``index`` as a whole model of its own, with copies of the weights."""
         model = create_model(self.model_names[index], self.num_classes, **self.model_options)
-        model.load_state_dict(self.student_state(index))
+        model.to(self.scale_C.dtype).load_state_dict(self.student_state(index))
         return model.train(self.training)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.models import Student
+from fastokd.models.layers import is_exactly
 from fastokd.ops import max_pool
 from fastokd.ops.conv import conv2d, suits
 
@@ -41,14 +42,12 @@ def student_conv(student: Student, name: str) -> StudentConv:
     conv = student.get_submodule(name)
     if isinstance(conv, StudentConv):
         return conv
-    assert isinstance(conv, nn.Conv2d)
-    ours = StudentConv.__new__(StudentConv)
-    ours.__dict__.update(conv.__dict__)
-    ours.suited = suits(conv)
-    ours.given_BCHW = None  # an instance attribute from the start: Dynamo guards on where it lives
-    parent, _, child = name.rpartition(".")
-    setattr(student.get_submodule(parent), child, ours)
-    return ours
+    assert is_exactly(conv, nn.Conv2d)
+    conv.__class__ = StudentConv
+    assert isinstance(conv, StudentConv)
+    conv.suited = suits(conv)
+    conv.given_BCHW = None  # an instance attribute from the start: Dynamo guards on where it lives
+    return conv
 
 
 class StudentPool(nn.MaxPool2d):
@@ -68,9 +67,9 @@ class StudentPool(nn.MaxPool2d):
 def suited_layers(student: Student, impl: str) -> None:
     """Lets the convolutions and pools of ``student`` run as ``ops/`` has them."""
     for name, module in list(student.named_modules()):
-        if type(module) is nn.Conv2d and suits(module):
+        if is_exactly(module, nn.Conv2d) and suits(module):
             student_conv(student, name).impl = impl
-        if type(module) is nn.MaxPool2d and max_pool.suits(module):
+        if is_exactly(module, nn.MaxPool2d) and max_pool.suits(module):
             module.__class__ = StudentPool
             assert isinstance(module, StudentPool)
             module.impl = "torch" if impl == "torch" else "auto"

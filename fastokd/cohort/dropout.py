@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from fastokd.models import Student
-from fastokd.models.layers import Dropout
+from fastokd.models.layers import Dropout, is_exactly
 
 
 class DropoutMasks:
     """The places where equal students drop features, and their masks ``[S, B, D]``."""
 
     def __init__(self, students: Sequence[Student]) -> None:
-        self.students = tuple(students)
+        self.students = len(students)
         self.sites = {
             name: module
             for name, module in students[0].named_modules()
-            if isinstance(module, Dropout) and module.p > 0
+            if is_exactly(module, Dropout) and module.p > 0
         }
 
-    def draw(self, like: Tensor) -> dict[str, Tensor]:
-        """New masks for a training step over the batch of ``like``; none in eval mode.
+    def draw(self, like: Tensor, training: bool) -> dict[str, Tensor]:
+        """New masks for a step over the batch of ``like``; none where it isn't ``training``.
 
         An entry is 0, or 1 / (1 - p).
         """
-        if not self.students[0].training:
+        if not training:
             return {}
-        size = (len(self.students), like.shape[0])
+        size = (self.students, like.shape[0])
         masks = {}
         for name, site in self.sites.items():
             u_SBD = torch.rand(*size, site.width, device=like.device)

@@ -10,29 +10,48 @@ a convolution of it is **one dense convolution** with S times the outputs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.cohort.alike import are_alike
+from fastokd.cohort.alike import are_alike, template_of
+from fastokd.cohort.convs import StudentConv, StudentPool
 from fastokd.cohort.dropout import DropoutMasks
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
-from fastokd.models.layers import ConcatChannels, Dropout, GlobalAveragePool, NormAct
+from fastokd.models.external import ExternalStudent
+from fastokd.models.layers import (
+    ConcatChannels,
+    Dropout,
+    GlobalAveragePool,
+    NormAct,
+    is_altered,
+    is_exactly,
+)
 from fastokd.ops.fused_bn_act import fused_bn_act
 
 # These treat every channel alike, so they serve a stack of students as they are.
-PASS_THROUGH = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, GlobalAveragePool, Dropout)
+PASS_THROUGH = (
+    nn.ReLU,
+    nn.MaxPool2d,
+    StudentPool,
+    nn.AvgPool2d,
+    nn.Identity,
+    GlobalAveragePool,
+    Dropout,
+)
+# What of a module may be code that joins or splits channels, which a stack has S times.
+CODE = ("forward", "outputs", "stage", "_run")
 
 
 class GroupedStudents:
     """Runs the stages from ``start`` on of equal students at once.
 
     Raises:
-        UserError: the students differ, or hold a layer that can't be stacked; it is named.
+        UserError: the students differ, or hold a layer that can't be stacked, or code that isn't
+            this package's; it is named.
     """
 
     def __init__(
@@ -41,14 +60,22 @@ class GroupedStudents:
         """``x_BCHW``: an example of the shared input on the meta device."""
         if not are_alike(students):
             raise UserError("engine='grouped' stacks equal students, not a mixed cohort: use loop")
+        if isinstance(students[0], ExternalStudent):
+            raise UserError(
+                f"engine='grouped' can't stack {students[0].name}, which is another library's: use "
+                "loop or vmap"
+            )
         self.students = tuple(students)
         self.start = start
-        self.template = copy.deepcopy(students[0]).to("meta", torch.float32)
+        self.template = template_of(students[0], "grouped", torch.float32)
         self.dropout = DropoutMasks(students)
         widths = _concat_widths(self.template, start, x_BCHW)
-        for name, module in list(self.template.named_modules()):
+        made: dict[nn.Module, nn.Module] = {}  # a layer used twice has two names
+        for name, module in list(self.template.named_modules(remove_duplicate=False)):
             peers = [student.get_submodule(name) for student in students]
-            stacked = _stack(name, module, peers, widths.get(name), impl)
+            if module not in made:
+                made[module] = _stack(name, module, peers, widths.get(name), impl)
+            stacked = made[module]
             if stacked is not module:
                 parent, _, child = name.rpartition(".")
                 setattr(self.template.get_submodule(parent), child, stacked)
@@ -57,7 +84,7 @@ class GroupedStudents:
         """The outputs of each student over the shared ``x_BCHW``."""
         S = len(self.students)
         self.template.train(self.students[0].training)
-        masks = self.dropout.draw(x_BCHW)
+        masks = self.dropout.draw(x_BCHW, self.template.training)
         for name, mask_SBD in masks.items():
             site = self.template.get_submodule(name)
             assert isinstance(site, Dropout)
@@ -80,26 +107,34 @@ def _stack(
     impl: str,
 ) -> nn.Module:
     """What stands for ``peers`` in the template; ``module`` itself where nothing must change."""
-    if isinstance(module, nn.Conv2d):
+    if is_exactly(module, nn.Conv2d, StudentConv):
+        assert isinstance(module, nn.Conv2d)
         if module.padding_mode != "zeros":
             raise UserError(
                 f"engine='grouped' can't stack {name}, which pads by {module.padding_mode}: use loop"
             )
         return _Conv(peers)
-    if isinstance(module, NormAct):
+    if is_exactly(module, NormAct) and module.running_mean is not None:
         return _NormAct(peers, impl)
-    if isinstance(module, nn.Linear):
+    if is_exactly(module, nn.Linear):
         return _Linear(peers)
-    if isinstance(module, ConcatChannels):
+    if is_exactly(module, ConcatChannels):
         assert widths is not None
         return _Concat(len(peers), widths)
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     leaf = not list(module.children())
-    if own or (leaf and not isinstance(module, PASS_THROUGH)):
-        raise UserError(
-            f"engine='grouped' can't stack {name} ({type(module).__name__}): use loop or vmap"
-        )
+    if own or not (is_exactly(module, *PASS_THROUGH) if leaf else _is_ours(module)):
+        what = f"{name} ({type(module).__name__})" if name else f"a {type(module).__name__}"
+        raise UserError(f"engine='grouped' can't stack {what}: use loop or vmap")
     return module
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether the code around the layers is this package's, or that of a plain sequence."""
+    code = [getattr(type(module), name, None) for name in CODE]
+    homes = ("fastokd.models.", "torch.nn.modules.container", "torch.nn.modules.module")
+    ours = all(part is None or part.__module__.startswith(homes) for part in code)
+    return ours and not is_altered(module)
 
 
 def _concat_widths(template: Student, start: int, x_BCHW: Tensor) -> dict[str, tuple[int, ...]]:

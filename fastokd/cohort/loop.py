@@ -33,7 +33,8 @@ class LoopStudents:
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
-        masks = {} if self.dropout is None else self.dropout.draw(x_BCHW)
+        training = self.students[0].training
+        masks = {} if self.dropout is None else self.dropout.draw(x_BCHW, training)
         for name, mask_SBD in masks.items():
             for student, mask_BD in zip(self.students, mask_SBD, strict=True):
                 site = student.get_submodule(name)

@@ -14,7 +14,7 @@ class CohortShape:
 
     ``feature_dims``: the width of each student's pooled feature. ``trunk_channels``: channels of
     the shared trunk's output, None for a network cohort. ``map_shapes``: (channels, height, width)
-    of the stage maps of each student at the published input size.
+    of the stage maps of each student over images of the cohort's size.
     """
 
     students: int

@@ -8,7 +8,6 @@ is the sum over students.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from fastokd.cohort.convs import student_conv
+from fastokd.cohort.alike import template_of
+from fastokd.cohort.convs import StudentConv, student_conv
 from fastokd.models import Student
-from fastokd.models.layers import NormAct
+from fastokd.models.layers import NormAct, is_exactly
 
 
 class SharedConvs:
@@ -59,22 +59,39 @@ class SharedConvs:
 
 
 def readers(student: Student, start: int, x_BCHW: Tensor) -> list[str]:
-    """The convolutions of ``student`` that read the input of stage ``start`` itself."""
-    template = copy.deepcopy(student).to("meta", torch.float32).eval()
-    found: list[str] = []
+    """The convolutions of ``student`` that read the input of stage ``start`` itself, and no other.
+
+    None where the student can't be followed without memory.
+    """
+    try:
+        template = template_of(student, "loop", torch.float32).eval()
+        return _followed(template, start, x_BCHW)
+    except Exception:  # hooks and attributes of the student's own may hold tensors with memory
+        return []
+
+
+def _followed(template: Student, start: int, x_BCHW: Tensor) -> list[str]:
+    read: dict[str, list[bool]] = {}
     for name, module in template.named_modules():
         if isinstance(module, NormAct):
             module.fused = None  # it runs on the CPU, not on meta tensors
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
+        if _can_share(module):
 
             def watch(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if args[0] is x_BCHW:
-                    found.append(name)
+                read.setdefault(name, []).append(bool(args) and args[0] is x_BCHW)
 
             module.register_forward_pre_hook(watch)
     with torch.no_grad():
         template.outputs(x_BCHW, start)
-    return found
+    return [name for name, calls in read.items() if calls == [True]]
+
+
+def _can_share(module: nn.Module) -> bool:
+    if not is_exactly(module, nn.Conv2d, StudentConv):
+        return False
+    assert isinstance(module, nn.Conv2d)
+    plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return plain and module.groups == 1
 
 
 class _Stems(torch.autograd.Function):

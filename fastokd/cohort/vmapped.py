@@ -6,7 +6,6 @@ weights becomes one dense convolution by vmap's own rule.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,14 +15,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from fastokd.cohort.alike import are_alike
+from fastokd.cohort.alike import are_alike, template_of
 from fastokd.cohort.convs import StudentConv, StudentPool
 from fastokd.cohort.dropout import DropoutMasks
-from fastokd.errors import UserError
+from fastokd.errors import UserError, in_one_line
 from fastokd.models import Student, StudentOutput
-from fastokd.models.layers import Dropout, NormAct
+from fastokd.models.layers import Dropout, NormAct, is_altered, is_exactly
 
+State = dict[str, Tensor]
 NARROW = (torch.bfloat16, torch.float16)
+# Layers whose weights autocast would cast, and norms, which take theirs as they are.
+CAST = (nn.Conv2d, StudentConv, nn.Linear)
+NORMS = (nn.BatchNorm2d, NormAct)
 
 
 class _Outputs(nn.Module):
@@ -43,29 +46,34 @@ class VmapStudents:
     """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
 
     Raises:
-        UserError: the students differ, or hold a foreign dropout or a norm without momentum; it is
-            named.
+        UserError: the students differ, or hold what can't run under ``vmap``: a foreign dropout, a
+            norm without momentum, code that reads values; it is named.
     """
 
-    def __init__(self, students: Sequence[Student], start: int) -> None:
+    def __init__(self, students: Sequence[Student], start: int, x_BCHW: Tensor) -> None:
+        """``x_BCHW``: an example of the shared input on the meta device."""
         if not are_alike(students):
             raise UserError("engine='vmap' stacks equal students, not a mixed cohort: use loop")
         self.students = tuple(students)
         self.dropout = DropoutMasks(students)
-        self.template = _Outputs(copy.deepcopy(students[0]).to("meta"), start)
-        for module in self.template.modules():
+        self.template = _Outputs(template_of(students[0], "vmap"), start)
+        for name, module in self.template.student.named_modules():
+            if is_altered(module):  # what was set may hold on to the first student
+                raise UserError(
+                    f"engine='vmap' can't take the hook or forward that was set on {name}: use loop"
+                )
             if isinstance(module, NormAct):
                 module.fused = self._norm_act  # the fused op has no batching rule
             if isinstance(module, (StudentConv, StudentPool)):
                 module.suited = False  # nor have theirs
-            elif type(module) is nn.BatchNorm2d:  # of another library's network
+            elif is_exactly(module, nn.BatchNorm2d):  # of another library's network
                 module.forward = partial(self._norm, module)  # type: ignore[method-assign]
         for name, module in self.template.student.named_modules():
             if isinstance(module, nn.BatchNorm2d) and module.momentum is None:
                 raise UserError(
                     f"engine='vmap' can't count the batches of {name} (momentum None): use loop"
                 )
-            own = isinstance(module, Dropout)  # whose masks are drawn outside
+            own = type(module) is Dropout  # whose masks are drawn outside
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not own:
                 raise UserError(
                     f"engine='vmap' can't draw the masks of {name} ({type(module).__name__}): use loop"
@@ -77,9 +85,15 @@ class VmapStudents:
         self.cast = {
             f"{path}.{name}" if path else name
             for path, module in self.template.student.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
+            if type(module) in CAST
             for name, _ in module.named_parameters(recurse=False)
         }
+        self.uncast = [
+            f"{path} ({type(module).__name__})"
+            for path, module in self.template.student.named_modules()
+            if type(module) not in (*CAST, *NORMS) and [*module.parameters(recurse=False)]
+        ]
+        self._try(x_BCHW)
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
@@ -88,24 +102,11 @@ class VmapStudents:
         last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
         self.float_norms = kind == "cpu" or not last
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            parameters |= {key: parameters[key].to(dtype) for key in self.cast}
+            self._cast(parameters, kind)
         own = [dict(student.named_buffers()) for student in self.students]
-        buffers = _stacked(own)
         training = self.students[0].training
-        self.template.train(training)
-
-        def run(state: Any, buffers: Any, masks: dict[str, Tensor], x_BCHW: Tensor) -> Any:
-            for name, mask_BD in masks.items():
-                site = self.template.student.get_submodule(name)
-                assert isinstance(site, Dropout)
-                site.mask_BD = mask_BD
-            named = {f"student.{key}": value for key, value in (state | buffers).items()}
-            return functional_call(self.template, named, (x_BCHW,))
-
-        masks = self.dropout.draw(x_BCHW)
-        logits_SBC, features_SBD, maps = vmap(run, in_dims=(0, 0, 0, None))(
-            parameters, buffers, masks, x_BCHW
+        (logits_SBC, features_SBD, maps), buffers = self._run(
+            parameters, _stacked(own), x_BCHW, training
         )
         if training:
             with torch.no_grad():
@@ -115,6 +116,55 @@ class VmapStudents:
             StudentOutput(logits_SBC[s], features_SBD[s], tuple(m[s] for m in maps))
             for s in range(len(self.students))
         ]
+
+    def _run(
+        self, parameters: State, buffers: State, x_BCHW: Tensor, training: bool
+    ) -> tuple[Any, State]:
+        """What :class:`_Outputs` gives, and the buffers after it; all with S in front."""
+        self.template.train(training)
+
+        def run(state: State, buffers: State, masks: State, x_BCHW: Tensor) -> tuple[Any, State]:
+            for name, mask_BD in masks.items():
+                site = self.template.student.get_submodule(name)
+                assert isinstance(site, Dropout)
+                site.mask_BD = mask_BD
+            named = {f"student.{key}": value for key, value in (state | buffers).items()}
+            out = functional_call(self.template, named, (x_BCHW,))
+            # A buffer that was assigned anew, not written to, is put into `named`.
+            return out, {key: named[f"student.{key}"] for key in buffers}
+
+        masks = self.dropout.draw(x_BCHW, training)
+        out, buffers = vmap(run, in_dims=(0, 0, 0, None))(parameters, buffers, masks, x_BCHW)
+        return out, buffers
+
+    def _cast(self, parameters: State, kind: str) -> None:
+        if kind == "cpu" and self.uncast:
+            raise UserError(
+                f"engine='vmap' can't cast {self.uncast[0]} as autocast does: use loop, or "
+                "--precision fp32"
+            )
+        dtype = torch.get_autocast_dtype(kind)
+        parameters.update({key: parameters[key].to(dtype) for key in self.cast})
+
+    def _try(self, x_BCHW: Tensor) -> None:
+        """Runs both modes without memory, so that what can't run is refused here."""
+        student, S = self.students[0], len(self.students)
+        parameters, buffers = (
+            {k: torch.empty(S, *v.shape, dtype=v.dtype, device="meta") for k, v in named}
+            for named in (student.named_parameters(), student.named_buffers())
+        )
+        x_BCHW = x_BCHW.to(next(iter(parameters.values())).dtype)
+        if next(student.parameters()).device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            self._cast(parameters, "cpu")
+            x_BCHW = x_BCHW.to(torch.get_autocast_dtype("cpu"))
+        try:
+            with torch.device("meta"), torch.no_grad():
+                for training in (False, True):
+                    self._run(parameters, buffers, x_BCHW, training)
+        except Exception as error:  # the students' own code ran
+            raise UserError(
+                f"engine='vmap' can't run these students ({in_one_line(error)}): use loop"
+            ) from error
 
     def _norm(self, module: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
         """The norm as it is, but not by cuDNN, whose choice asks for a layout that vmap hides."""
@@ -142,5 +192,5 @@ class VmapStudents:
         return F.relu(y_BCHW) if module.relu else y_BCHW
 
 
-def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _stacked(states: list[State]) -> State:
     return {key: torch.stack([state[key] for state in states]) for key in states[0]}

@@ -23,42 +23,56 @@ from torch.nn import functional as F
 from fastokd.cohort import Cohort
 from fastokd.distributed.ranks import Line, Ranks
 from fastokd.errors import UserError
-from fastokd.models.layers import NormAct
+from fastokd.models.layers import NormAct, is_exactly
+
+TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
     """Has every norm of cohort and method look at the batch of all ranks while it trains.
 
     Raises:
-        UserError: each rank has the whole batch.
+        UserError: each rank has the whole batch; a norm has a ``forward`` of its own.
     """
     if ranks.data.size == 1:
         raise UserError(
             "sync_bn is asked for, but every norm sees the whole batch already: leave --sync-bn out"
         )
-    for module in (*cohort.modules(), *method.modules()):
-        if isinstance(module, NormAct):
+    for name, module in (*cohort.named_modules(), *method.named_modules()):
+        if is_exactly(module, NormAct):
             module.fused = partial(_norm_act, line=ranks.data)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif is_exactly(module, *TORCHS):
             module.forward = partial(sync_norm, module, line=ranks.data)  # type: ignore[method-assign]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"sync_bn is asked for, but {name} is a {type(module).__name__}, a norm with code of "
+                "its own: leave --sync-bn out"
+            )
 
 
 def sync_norm(module: Any, x: Tensor, *, line: Line) -> Tensor:
     """The norm of ``x`` ``[B, C, ...]``, over all ranks of ``line`` in training."""
     if not module.training:
         state = (module.running_mean, module.running_var, module.weight, module.bias)
-        return F.batch_norm(x, *state, training=False, eps=module.eps)
+        return F.batch_norm(x, *state, training=module.running_mean is None, eps=module.eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight_C, bias_C = module.weight, module.bias
+    if weight_C is None:
+        weight_C, bias_C = x.new_ones(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
     y: Tensor
-    y, mean_C, variance_C, count = _SyncNorm.apply(
-        x, module.weight, module.bias, module.eps, line.group
-    )
+    y, mean_C, variance_C, count = _SyncNorm.apply(x, weight_C, bias_C, module.eps, line.group)
+    if module.running_mean is None:
+        return y
     with torch.no_grad():
-        module.num_batches_tracked.add_(1)
+        tracked = module.num_batches_tracked.add_(1)
         for running_C, now_C in (
             (module.running_mean, mean_C),
             (module.running_var, variance_C * (count / (count - 1))),
         ):
-            running_C.lerp_(now_C.to(running_C.dtype), module.momentum)
+            momentum = module.momentum
+            if momentum is None:  # the mean over all batches
+                momentum = tracked.to(running_C.dtype).reciprocal()
+            running_C.lerp_(now_C.to(running_C.dtype), momentum)
     return y
 
 

@@ -30,6 +30,8 @@ from fastokd.ops import (
 )
 
 LEADER = "leader"
+# A third of a map's places must be one at least.
+LEAST_PLACES = 3
 
 
 class FFSD(Method):
@@ -250,8 +252,15 @@ def _channels(shape: CohortShape) -> list[int]:
         if (height, width) != (2 * next_height, 2 * next_width):
             raise UserError(
                 f"FFSD's decoders double a map's height and width, but the students' maps are "
-                f"{', '.join(f'{h} x {w}' for _, h, w in first)}: choose another student"
+                f"{', '.join(f'{h} x {w}' for _, h, w in first)}: choose another student, or images "
+                "of another size"
             )
+    _, height, width = first[-1]
+    if height * width < LEAST_PLACES:
+        raise UserError(
+            f"FFSD moves a third of a map's places, but the students' last map is {height} x {width}: "
+            "choose larger images or another student"
+        )
     return [channels for channels, _, _ in first]
 
 

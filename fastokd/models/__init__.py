@@ -7,14 +7,16 @@ from fastokd.models import (  # noqa: F401  (each registers its students)
     vgg,
     wide_resnet,
 )
-from fastokd.models.info import ModelInfo, model_info, trunk_shape
+from fastokd.models.info import ModelInfo, map_shapes, model_info, trunk_shape
 from fastokd.models.registry import (
     ModelSpec,
     create_model,
+    input_size,
     list_models,
     model_spec,
     register_model,
 )
+from fastokd.models.sizes import least_batch
 from fastokd.models.student import Student, StudentOutput
 
 __all__ = [
@@ -23,7 +25,10 @@ __all__ = [
     "Student",
     "StudentOutput",
     "create_model",
+    "input_size",
+    "least_batch",
     "list_models",
+    "map_shapes",
     "model_info",
     "model_spec",
     "register_model",

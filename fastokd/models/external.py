@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import UserError, unknown_name
+from fastokd.models.layers import Tap
 from fastokd.models.probe import Probe, pool_features, probe
 from fastokd.models.split import Split, enclosing, prune, split
 from fastokd.models.student import Student, StudentOutput
@@ -64,9 +65,9 @@ class ExternalStudent(Student):
         self._channels_first = found.channels_first
         self._taken: dict[str, Tensor] = {}
         features_at = net.get_submodule(found.features_at)
-        features_at.register_forward_hook(_Tap(self._taken, FEATURES, of_input=True))
+        features_at.register_forward_hook(Tap(self._taken, FEATURES, of_input=True))
         for path in found.maps_at:
-            net.get_submodule(path).register_forward_hook(_Tap(self._taken, path))
+            net.get_submodule(path).register_forward_hook(Tap(self._taken, path))
         self._cuts: dict[bool, Split] = {}
         if split_at is not None:
             self._cuts = self._cut(split_at)
@@ -74,8 +75,8 @@ class ExternalStudent(Student):
                 self._check_cut(split_at, input_size)
 
     def whole(self, x_BCHW: Tensor) -> Tensor:
-        """The network as it is: what a split cuts in two."""
-        logits_BC: Tensor = self.net(x_BCHW)
+        """The network as it is: what a split cuts in two. All students read the same images."""
+        logits_BC: Tensor = self.net(x_BCHW.clone() if self.found.writes_input else x_BCHW)
         return logits_BC
 
     @property
@@ -189,18 +190,3 @@ class _CutFault(nn.Module):
         before = trunk._version
         self.student.outputs(trunk, 1)
         return "" if trunk._version == before else "what follows changes its output in place"
-
-
-class _Tap:
-    """A forward hook that keeps what goes in or comes out until the student reads it.
-
-    An object rather than a closure: a deep copy of the student gets taps of its own.
-    """
-
-    def __init__(self, taken: dict[str, Tensor], key: str, of_input: bool = False) -> None:
-        self.taken = taken
-        self.key = key
-        self.of_input = of_input
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.taken[self.key] = args[0] if self.of_input else output

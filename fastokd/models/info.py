@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.models.registry import create_model, model_spec
+from fastokd.models.registry import create_model, input_size
 from fastokd.models.student import Student
 
 
@@ -54,7 +54,7 @@ def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
 
     ``options`` are the model's own, as :func:`create_model` takes them.
     """
-    model, x_BCHW = _on_meta(name, num_classes, options)
+    model, x_BCHW = _on_meta(name, num_classes, options, input_size(name, options))
     with torch.no_grad():
         macs = count_macs(model, x_BCHW)
         maps = [list(map_BCHW.shape[1:]) for map_BCHW in model.outputs(x_BCHW).maps]
@@ -62,21 +62,35 @@ def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
     return ModelInfo(name, params, macs, model.feature_dim, maps)
 
 
-def trunk_shape(name: str, num_classes: int, **options: Any) -> tuple[int, ...]:
-    """(channels, height, width) of what a branch of ``name`` starts from.
+def map_shapes(
+    name: str, num_classes: int, options: dict[str, Any], size: int
+) -> tuple[tuple[int, int, int], ...]:
+    """(channels, height, width) of each map of ``name`` over images of ``size``."""
+    model, x_BCHW = _on_meta(name, num_classes, options, size)
+    with torch.no_grad():
+        maps = model.outputs(x_BCHW).maps
+    return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+
+
+def trunk_shape(
+    name: str, num_classes: int, size: int | None = None, /, **options: Any
+) -> tuple[int, int, int]:
+    """(channels, height, width) of what a branch of ``name`` starts from, over images of ``size``
+    (None: the one that it is made for).
 
     Raises:
         UserError: the model has no stated split.
     """
-    model, x_BCHW = _on_meta(name, num_classes, options)
+    model, x_BCHW = _on_meta(name, num_classes, options, size or input_size(name, options))
     with torch.no_grad():
         trunk_BCHW, _ = model.trunk(x_BCHW, model.branch_from)
-    return tuple(trunk_BCHW.shape[1:])
+    return trunk_BCHW.shape[1], trunk_BCHW.shape[2], trunk_BCHW.shape[3]
 
 
-def _on_meta(name: str, num_classes: int, options: dict[str, Any]) -> tuple[Student, Tensor]:
-    """The student without memory, in eval mode, and one image of its published size."""
-    size = options.get("input_size") or model_spec(name).input_size
+def _on_meta(
+    name: str, num_classes: int, options: dict[str, Any], size: int
+) -> tuple[Student, Tensor]:
+    """The student without memory, in eval mode, and one image."""
     with torch.device("meta"):
         model = create_model(name, num_classes, **options).eval()
         return model, torch.empty(1, 3, size, size)

@@ -4,10 +4,48 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def is_exactly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether ``module`` computes what one of ``kinds`` does, so that another may compute it instead.
+
+    The one rule for every layer that an engine swaps, stacks or casts. A subclass may have a
+    ``forward`` of its own, as a parametrized layer has; so may an instance, and a hook may change
+    what goes in or comes out.
+    """
+    return type(module) in kinds and not is_altered(module)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether this instance has a ``forward`` of its own, or a hook that isn't a :class:`Tap`."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    own = any(not isinstance(hook, Tap) for kind in hooks for hook in kind.values())
+    return own or "forward" in vars(module)
+
+
+class Tap:
+    """A forward hook that keeps what goes in or comes out until the student reads it.
+
+    An object rather than a closure: a deep copy of the student gets taps of its own.
+    """
+
+    def __init__(self, taken: dict[str, Tensor], key: str, of_input: bool = False) -> None:
+        self.taken = taken
+        self.key = key
+        self.of_input = of_input
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.taken[self.key] = args[0] if self.of_input else output
 
 
 class NormAct(nn.BatchNorm2d):

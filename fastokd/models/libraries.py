@@ -15,7 +15,7 @@ from torch import nn
 from fastokd.errors import UserError, unknown_name
 from fastokd.models.external import ExternalStudent
 from fastokd.models.probe import Probe
-from fastokd.models.registry import ModelSpec
+from fastokd.models.registry import ModelSpec, stated_size
 
 # Whatever fetches weights, in either library.
 DOWNLOADS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
@@ -27,7 +27,8 @@ def resolve(name: str) -> ModelSpec:
     """The spec of ``torchvision:NAME`` or ``timm:NAME``.
 
     Its options: ``split_at`` (a module's dotted name, for branch sharing), ``input_size`` (height
-    and width that the maps are looked for with; the library's own by default), and whatever the
+    and width that the maps are looked for with; else ``img_size`` or ``image_size`` where the
+    constructor is given one, else the library's own), and whatever the
     library's constructor takes, but anything that fetches weights.
 
     Raises:
@@ -59,7 +60,7 @@ def _build(
         net = _construct(partial(new, num_classes=num_classes, **options))
     except TypeError as error:
         raise UserError(f"{name} doesn't take these options: {error}") from error
-    size = input_size or size
+    size = input_size or stated_size(options) or size
     form = (name, num_classes, size, split_at, repr(sorted(options.items())))
     student = ExternalStudent(net, name, num_classes, size, split_at, _FOUND.get(form))
     _FOUND[form] = student.found

@@ -31,13 +31,15 @@ class Probe:
 
     ``features_at``: the module whose input is the feature: the last layer with C outputs, or the
     dropout before it; ``channels_first``: whether that input is ``[B, D, H, W]`` where it has
-    places. ``maps_at``: the modules whose outputs are maps, largest first.
+    places. ``maps_at``: the modules whose outputs are maps, largest first. ``writes_input``: the
+    network changes its images in place.
     """
 
     features_at: str
     channels_first: bool
     feature_dim: int
     maps_at: tuple[str, ...]
+    writes_input: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def probe(
         UserError: the network doesn't run at that size, doesn't give ``[B, C]``, or has no layer
             with C outputs.
     """
-    calls, logits = _watch(net, name, size)
+    calls, logits, writes_input = _watch(net, name, size)
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         raise UserError(
             f"{name} doesn't give [B, {num_classes}] logits but {_shape(logits)}: "
@@ -90,7 +92,8 @@ def probe(
         at = before.path
     channels_first = isinstance(last.module, nn.Conv2d)
     dim = pool_features(last.input, channels_first).shape[1]
-    return Probe(at, channels_first, dim, _maps(net, calls[: places[-1]], size, hidden))
+    maps_at = _maps(net, calls[: places[-1]], size, hidden)
+    return Probe(at, channels_first, dim, maps_at, writes_input)
 
 
 def pool_features(x: Tensor, channels_first: bool) -> Tensor:
@@ -100,8 +103,9 @@ def pool_features(x: Tensor, channels_first: bool) -> Tensor:
     return x.mean((2, 3)) if channels_first else x.flatten(1, -2).mean(1)
 
 
-def _watch(net: nn.Module, name: str, size: int) -> tuple[list[_Call], Any]:
-    """Every call of a submodule in completion order, and the output of the whole."""
+def _watch(net: nn.Module, name: str, size: int) -> tuple[list[_Call], Any, bool]:
+    """Every call of a submodule in completion order, the output of the whole, and whether its input
+    was written to."""
     calls: list[_Call] = []
 
     def listen(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -118,7 +122,8 @@ def _watch(net: nn.Module, name: str, size: int) -> tuple[list[_Call], Any]:
     meta = {key: value.to("meta") for key, value in _state(net).items()}
     try:
         with torch.device("meta"), torch.no_grad():
-            output = torch.func.functional_call(net, meta, (torch.empty(2, 3, size, size),))
+            images = torch.empty(2, 3, size, size)
+            output = torch.func.functional_call(net, meta, (images,))
     except Exception as error:
         # The network's own code ran: whatever it raised is about the size or its options.
         raise UserError(f"{name} doesn't run on 3x{size}x{size} images: {error}") from error
@@ -127,7 +132,7 @@ def _watch(net: nn.Module, name: str, size: int) -> tuple[list[_Call], Any]:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return calls, output
+    return calls, output, images._version > 0
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:

@@ -65,6 +65,22 @@ def model_spec(name: str) -> ModelSpec:
     return _SPECS[name]
 
 
+def input_size(name: str, options: Mapping[str, Any]) -> int:
+    """The height and width that the student ``name`` is made for: by its options, or published."""
+    return stated_size(options) or model_spec(name).input_size
+
+
+def stated_size(options: Mapping[str, Any]) -> int | None:
+    """The size that options of a model name: ours, timm's or torchvision's word for it."""
+    for key in ("input_size", "img_size", "image_size"):
+        size = options.get(key)
+        if isinstance(size, tuple | list) and len({*size}) == 1:
+            size = size[0]
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
+
+
 def create_model(name: str, num_classes: int, **options: Any) -> Student:
     """A new student with ``num_classes`` outputs (at least 2).
 

@@ -14,7 +14,7 @@ from fastokd.cohort import Cohort
 from fastokd.cohort.cohort import ENGINES
 from fastokd.errors import UserError
 from fastokd.methods import create_method, method_class
-from fastokd.models import model_info
+from fastokd.models import least_batch, model_info
 from fastokd.ops import _cpp
 from fastokd.plan.devices import Device, Gpu, find_device
 from fastokd.plan.ops import Op
@@ -57,6 +57,8 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     device = find_device(device_name)
     if gpus > 1 and not isinstance(device, Gpu):
         raise UserError(f"gpus is {gpus}, but the device is cpu: name a GPU, or leave --gpus out")
+    for name in dict.fromkeys(of.models):  # a student that can't take the images is refused here
+        least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
     _cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device)
@@ -192,8 +194,13 @@ def _exchanged(of: Recipe) -> int:
 def _shared_bytes(of: Recipe) -> int:
     """Of the method's weights that no student has for itself, in float32."""
     with torch.device("meta"):
-        options = of.model_options
-        cohort = Cohort(of.models, num_classes(of), sharing=of.sharing, model_options=options)
+        cohort = Cohort(
+            of.models,
+            num_classes(of),
+            sharing=of.sharing,
+            model_options=of.model_options,
+            image_size=of.image_size,
+        )
         method = create_method(of.method, cohort.shape, **of.method_options)
     return 4 * sum(
         parameter.numel()

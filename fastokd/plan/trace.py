@@ -158,6 +158,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
             teacher=_teacher(of, classes) if needs.teacher else None,
             trunk_grad_scale=1 / of.students if needs.divide_trunk_gradient else 1.0,
             model_options=of.model_options,
+            image_size=of.image_size,
         )
         method = create_method(of.method, cohort.shape, **of.method_options)
     with FakeTensorMode():

@@ -70,7 +70,7 @@ def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -
     """The first of a half, a quarter, ... of ``size`` images whose gradients can be had."""
     choice = Choice(session.choice.engine, False, session.choice.memory_format)
     session.adopt(choice, alone=True)  # of several ranks each finds out for itself
-    while size > session.method.needs.min_batch:
+    while size > session.min_batch:
         size = -(-size // 2)
         for parameter in session.parameters():
             parameter.grad = None

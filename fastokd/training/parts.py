@@ -65,6 +65,7 @@ def build_cohort(
         teacher=frozen,
         trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
         model_options=recipe.model_options,
+        image_size=data.train.image_size[0],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed * 1_000_003 + 999_983)

@@ -30,6 +30,7 @@ from fastokd.distributed.sync_norm import synchronise
 from fastokd.errors import UserError
 from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
+from fastokd.models import least_batch
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
 from fastokd.recipes import Recipe
@@ -81,6 +82,8 @@ class Session:
             with self.ranks.one_a_machine_first():
                 data = load_splits(recipe, options, self.device)
         self.data = data.to(self.device)
+        # Images that a rank's norms need at once, the method's and the students'.
+        self.min_batch = self._min_batch() if training else 1
         stream = self.data.train.stream(
             recipe.batch_size,
             seed=recipe.seed,
@@ -154,7 +157,8 @@ class Session:
         Raises:
             UserError: an engine that can't take these students, and why.
         """
-        self.cohort.set_engine(choice.engine)
+        with self.autocast():  # an engine may refuse for its sake
+            self.cohort.set_engine(choice.engine)
         self.cohort.set_memory_format(choice.torch_memory_format)
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
@@ -166,17 +170,32 @@ class Session:
         self.step_program = StepProgram(self, alone=alone)
         self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
 
-    def _too_small_a_rest(self) -> bool:
-        """Whether an epoch's last batch is too small for the method's norms: it is left out."""
-        needs, size = method_class(self.recipe.method).needs, self.recipe.batch_size
-        ranks = self.ranks.data.size
-        if size // ranks < needs.min_batch:
-            each = f", {size // ranks} on each of {ranks} ranks" if ranks > 1 else ""
+    def _min_batch(self) -> int:
+        """The fewest images that a rank, and each part of an accumulated batch, is given.
+
+        Raises:
+            UserError: a student can't take images of this size, or the batch is too small.
+        """
+        recipe, ranks = self.recipe, self.ranks.data.size
+        least = {recipe.method: method_class(recipe.method).needs.min_batch}
+        for name in dict.fromkeys(recipe.models):
+            shown = (len(self.data.class_names), recipe.model_options, self.data.train.image_size)
+            least[name] = least_batch(name, *shown)
+        if self.options.sync_bn:  # which normalises over all ranks
+            least = {name: -(-count // ranks) for name, count in least.items()}
+        who = max(least, key=lambda name: least[name])
+        if recipe.batch_size // ranks < least[who]:
+            each = f", {recipe.batch_size // ranks} on each of {ranks} ranks" if ranks > 1 else ""
             raise UserError(
-                f"batch_size is {size}{each}, but {self.recipe.method} normalises over a batch of "
-                f"at least {needs.min_batch}"
+                f"batch_size is {recipe.batch_size}{each}, but {who} normalises over a batch of at "
+                f"least {least[who]}: choose a larger --batch-size"
             )
-        return 0 < len(self.data.train) % size // ranks < needs.min_batch
+        return least[who]
+
+    def _too_small_a_rest(self) -> bool:
+        """Whether an epoch's last batch is too small for the norms: it is left out."""
+        rest = len(self.data.train) % self.recipe.batch_size
+        return 0 < rest // self.ranks.data.size < self.min_batch
 
     def _check_fit(self) -> None:
         """Refuses options that this recipe has no use for."""
@@ -193,7 +212,7 @@ class Session:
 
     def parts_of(self, batch: int) -> int:
         """In how many parts a batch is taken."""
-        return max(1, min(self.options.accumulate, batch // self.method.needs.min_batch))
+        return max(1, min(self.options.accumulate, batch // self.min_batch))
 
     def autocast(self) -> Any:
         """The context of the forward pass."""
