@@ -181,6 +181,25 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
     return str(session.choice), opened
 
 
+def statistics_read(one: Recipe) -> list[dict[str, Tensor]]:
+    """The running statistics of the method's norms as each of two steps finds them."""
+    session = session_of(one, frozen=False)
+    found: list[dict[str, Tensor]] = []
+
+    def note(method: torch.nn.Module, arguments: Any) -> None:
+        del arguments
+        found.append({k: v.clone() for k, v in method.named_buffers() if "running" in k})
+
+    session.method.register_forward_pre_hook(note)
+    session.begin_epoch()
+    for index in range(2):
+        images, labels = session.stream.batch(0, index)
+        session.begin_step(len(labels))
+        training_step(session, images, labels)
+        session.step += 1
+    return found
+
+
 def timed_alone(one: Recipe) -> list[Any]:
     """A step that rank 0 times while the other waits; then one that both take."""
     session = Session(one, RunOptions(**PLAIN))

@@ -40,6 +40,14 @@ def test_synchronised_norms_see_the_batch(two: Pool, name: str) -> None:
     assert_same_steps(two, small(name), 2, frozen=False, sync_bn=True)
 
 
+def test_ffsd_reads_the_first_ranks_statistics(two: Pool) -> None:
+    """Its decoders read them while it trains: they are handed out before each step."""
+    first, second = two.run(checks.statistics_read, small("ffsd"))
+    for step in range(2):
+        torch.testing.assert_close(second[step], first[step], rtol=0, atol=0)
+    assert any((first[1][name] != value).any() for name, value in first[0].items())
+
+
 def test_metrics_are_exact_over_uneven_shares(two: Pool) -> None:
     """99 images: the ranks have 49 and 50."""
     one = small("okddip-branch", batch_size=250, students=2)

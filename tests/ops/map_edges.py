@@ -58,6 +58,16 @@ class Edges:
         for found in (run(name, zero, y, self.impl), run(name, x, zero, self.impl)):
             assert all(value.isfinite().all() for value in found.values())
 
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_below_eps_the_norm_is_constant(self, name: str) -> None:
+        """Maps that aren't zero, with a norm below eps: their gradient has no second term."""
+        x, y = draw(2, dtype=torch.float32, layout="last", device=self.device)
+        for key, pair in (("grad_x", (x * 1e-14, y)), ("grad_y", (x, y * 1e-14))):
+            ours = run(name, *pair, self.impl)
+            theirs = run(name, *(m.double() for m in pair), "torch")
+            if key in theirs:  # the other map's is a difference of equals
+                torch.testing.assert_close(ours[key].double(), theirs[key], rtol=1e-4, atol=1e-9)
+
     def test_zero_maps_stay_zero(self) -> None:
         zero = torch.zeros(2, 3, 2, 2, device=self.device)
         assert (ops.attention_map(zero, impl=self.impl) == 0).all()
