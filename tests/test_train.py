@@ -301,12 +301,17 @@ class TestRefusals:
         with pytest.raises(UserError, match="the checkpoint"):
             session.load_state({**whole, **tensors}, {**known, **facts})
 
-    def test_a_run_keeps_the_statistics_that_it_began_with(self, finished: Run) -> None:
+    def test_a_run_keeps_the_statistics_that_it_began_with(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """Of a folder they move a little with the version that measures them."""
         _, tensors, facts, _ = newest_checkpoint(finished.folder / "checkpoints")
         mean = [value + 0.004 for value in facts["mean"]]
         session = Session(small(), RunOptions(**QUICK))
+        session.load_state(tensors, facts)
+        assert capsys.readouterr().err == ""
         session.load_state(tensors, {**facts, "mean": mean})
+        assert "the run keeps its own" in capsys.readouterr().err
         assert session.data.mean == tuple(mean)
         theirs = Cohort(("resnet8", 1), 10, sharing="network", mean=mean, std=facts["std"])
         assert torch.equal(session.cohort.shift_C, theirs.shift_C)
