@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
+from fastokd.cohort import Cohort
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
@@ -299,6 +300,22 @@ class TestRefusals:
         session = Session(small(), RunOptions(**QUICK))
         with pytest.raises(UserError, match="the checkpoint"):
             session.load_state({**whole, **tensors}, {**known, **facts})
+
+    def test_a_run_keeps_the_statistics_that_it_began_with(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of a folder they move a little with the version that measures them."""
+        _, tensors, facts, _ = newest_checkpoint(finished.folder / "checkpoints")
+        mean = [value + 0.004 for value in facts["mean"]]
+        session = Session(small(), RunOptions(**QUICK))
+        session.load_state(tensors, facts)
+        assert capsys.readouterr().err == ""
+        session.load_state(tensors, {**facts, "mean": mean})
+        assert "the run keeps its own" in capsys.readouterr().err
+        assert session.data.mean == tuple(mean)
+        theirs = Cohort(("resnet8", 1), 10, sharing="network", mean=mean, std=facts["std"])
+        assert torch.equal(session.cohort.shift_C, theirs.shift_C)
+        assert session.state()[1]["mean"] == mean
 
     def test_one_batch_is_not_resumed_as_a_whole_set(self, finished: Run) -> None:
         with pytest.raises(UserError, match="--overfit-batch"):

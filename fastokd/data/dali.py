@@ -102,9 +102,10 @@ class _Fed:
 
     def __init__(self, split: DiskSplit, plan: DiskBatch) -> None:
         self.split, self.whole = split, plan
-        self.plain_B = split.plain_N[plan.index_B]
-        self.plain = _rows(plan, self.plain_B.nonzero()[:, 0])
-        self.rest = _rows(plan, (~self.plain_B).nonzero()[:, 0])
+        plain_B = split.plain_N[plan.index_B]
+        # Where in the batch either kind is.
+        self.plain_R, self.rest_R = (which.nonzero()[:, 0] for which in (plain_B, ~plain_B))
+        self.plain, self.rest = _rows(plan, self.plain_R), _rows(plan, self.rest_R)
         self.seen: list[Future[Tensor]] | None = None
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
@@ -127,15 +128,18 @@ class _Fed:
         if images is not None and not self.seen:
             return images, labels_B
         device, size = self.split.device, self.split.view.image_size
-        B = len(self.plain_B)
+        B = len(self.whole.index_B)
         images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, device=device)
         if images is not None:
-            images_BHWC[self.plain_B.to(device)] = images
+            images_BHWC.index_copy_(0, self._moved(self.plain_R), images)
         if self.seen:
-            seen = [self._result(row, one) for row, one in enumerate(self.seen)]
-            rest = staged(torch.stack(seen), device).to(device, non_blocking=True)
-            images_BHWC[~self.plain_B.to(device)] = rest
+            seen = torch.stack([self._result(row, one) for row, one in enumerate(self.seen)])
+            images_BHWC.index_copy_(0, self._moved(self.rest_R), self._moved(seen))
         return images_BHWC, labels_B
+
+    def _moved(self, host: Tensor) -> Tensor:
+        device = self.split.device
+        return staged(host, device).to(device, non_blocking=True)
 
     def _result(self, row: int, one: Future[Tensor]) -> Tensor:
         try:

@@ -16,6 +16,9 @@ FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
 # Half a gigabyte as Pillow holds it; the largest sensors of phones have 108 million.
 MAX_PIXELS = 1 << 27
+TOO_MANY = f"more than {MAX_PIXELS // 10**6} million pixels"
+# Rows of a transparent picture that are composed at a time.
+BAND = 256
 ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +42,8 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
             fault = fault_of(image)
             if not fault:
                 return upright_rgb(image, background)
+    except Image.DecompressionBombError:
+        fault = TOO_MANY
     except Exception as error:
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
         why = " ".join(str(error).split())
@@ -56,7 +61,7 @@ def fault_of(image: Image.Image) -> str:
     if image.mode not in MODES:
         return f"its colours are {image.mode}, which aren't read"
     if width * height > MAX_PIXELS:
-        return f"{width}x{height} pixels are too many"
+        return TOO_MANY
     return ""
 
 
@@ -80,13 +85,19 @@ def is_plain(image: Image.Image) -> bool:
 def upright_rgb(image: Image.Image, background: int = BACKGROUND) -> Image.Image:
     """An opened picture in RGB, turned upright."""
     image.load()  # a PNG may say its orientation, and a TIFF turns itself, only now
-    if _transparent(image):
-        ground = Image.new("RGBA", image.size, (background,) * 3 + (255,))
-        rgb = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    else:
-        rgb = image.convert("RGB")
+    rgb = _on_ground(image, background) if _transparent(image) else image.convert("RGB")
     turn = _UPRIGHT.get(orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _on_ground(image: Image.Image, level: int) -> Image.Image:
+    """A picture with transparency composed in bands, as several copies of it may be gigabytes."""
+    ground = Image.new("RGB", image.size, (level,) * 3)
+    for top in range(0, image.height, BAND):
+        band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        below = Image.new("RGBA", band.size, (level, level, level, 255))
+        ground.paste(Image.alpha_composite(below, band).convert("RGB"), (0, top))
+    return ground
 
 
 def _transparent(image: Image.Image) -> bool:

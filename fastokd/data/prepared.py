@@ -89,8 +89,8 @@ def _with_headers(manifest: Manifest) -> Manifest:
     looks = scan(manifest.root, [entries[i].path for i in old], pixels=False)
     for i, look in zip(old, looks, strict=True):
         # A file at fault stays, and is named when it is read: a resumed run has the same images.
-        known = {} if look.fault else {"height": look.height, "width": look.width}
-        entries[i] = entries[i]._replace(plain=look.plain, **known)
+        size = entries[i][3:5] if look.fault else look[:2]
+        entries[i] = entries[i]._replace(height=size[0], width=size[1], plain=look.plain)
     return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))
 
 

@@ -102,12 +102,12 @@ class Preprocessing:
         """uint8 images as the cohort normalises them, float32 ``[B, 3, H, W]``."""
         return normalize(images_BHWC, *scale_and_shift(self.mean, self.std)).contiguous()
 
-    def differences(self, other: Preprocessing) -> list[str]:
-        """The names of what isn't the same; mean and deviation within ``NEAR``."""
+    def differences(self, other: Preprocessing, near: float = NEAR) -> list[str]:
+        """The names of what isn't the same; mean and deviation may be ``near``."""
         return [
             known.name
             for known in dataclasses.fields(self)
-            if not _same(getattr(self, known.name), getattr(other, known.name), NEAR)
+            if not _same(getattr(self, known.name), getattr(other, known.name), near)
         ]
 
     def to_facts(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastokd.data.decode import fault_of, is_plain, orientation, upright_rgb
+from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, upright_rgb
 
 # Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
 SAMPLED = 20_000
@@ -42,6 +42,8 @@ def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> L
         return Look(0, 0, 0, "empty")
     try:
         return _decoded(path, size, count_levels, pixels)
+    except Image.DecompressionBombError:
+        return Look(0, 0, size, TOO_MANY)
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image")
     except Exception as error:
@@ -63,7 +65,7 @@ def _decoded(path: Path, size: int, count_levels: bool, pixels: bool) -> Look:
                 [np.bincount(pixels_HW3[..., c].ravel(), minlength=256) for c in range(3)]
             )
             return Look(rgb.height, rgb.width, size, "", plain, levels_3L)
-        if pixels:
+        if pixels or image.format not in ("JPEG", "MPO"):  # of others the header isn't enough
             # All of the bits are read, but of a JPEG an eighth of each side is computed.
             eighth = image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
             image.load()

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastokd.errors import UserError
+from fastokd.distributed.ranks import speaks
+from fastokd.errors import UserError, warn
 from fastokd.training.ema import LeaderAverage
 
 if TYPE_CHECKING:
     from fastokd.training.session import Session
+
+
+# Of a folder, mean and deviation change by less when a few files do, or how they are read.
+CHANGED = 0.05
 
 
 def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,16 +91,22 @@ def check_recipe(session: Session, theirs: dict[str, Any]) -> None:
 def _check_same(session: Session, facts: dict[str, Any]) -> None:
     """Refuses a checkpoint of another recipe, or of data with other classes or statistics.
 
-    Statistics that are near are taken over: a run keeps those that it began with.
+    Statistics that are near are taken over, which is said: a run keeps those that it began with.
     """
     check_recipe(session, facts["recipe"])
     ours = session.data.preprocessing
     theirs = replace(ours, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     differing = [] if facts["class_names"] == list(session.data.class_names) else ["class_names"]
-    for name in [*differing, *theirs.differences(ours)]:
+    for name in [*differing, *theirs.differences(ours, CHANGED)]:
         raise UserError(
             f"the checkpoint was trained on other data: its {name} differ from those of "
             f"the {session.recipe.dataset} here; give the --data-root that it was trained on"
+        )
+    if theirs != ours and speaks():
+        warn(
+            f"the images of the {session.recipe.dataset} here have another mean or deviation than the "
+            "run began with: the folder has changed since, or an earlier fastokd measured them "
+            "otherwise; the run keeps its own"
         )
     session.data = replace(session.data, preprocessing=theirs)
     session.cohort.set_statistics(theirs.mean, theirs.std)

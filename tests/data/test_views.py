@@ -50,6 +50,18 @@ def test_boxes_lie_within(size: tuple[int, int]) -> None:
     assert (box_B4[:, :2] + box_B4[:, 2:] <= torch.tensor(size)).all()
 
 
+def test_ratios_are_drawn_in_the_logarithm() -> None:
+    """As wide as high on average: linearly drawn, they would be 1.028 times as wide."""
+    sizes_B2 = torch.tensor([[4000, 4000]]).expand(20_000, 2)
+    box_B4 = random_boxes(sizes_B2, keyed_generator("ratios")).double()
+    log_ratio_B = (box_B4[:, 3] / box_B4[:, 2]).log()
+    # Of 20,000 draws from log(3/4) to log(4/3) the mean is known to 0.0012.
+    assert abs(log_ratio_B.mean().item()) < 0.006
+    for share in (0.1, 0.25, 0.5):  # a wide box is as likely as a high one
+        wide, high = log_ratio_B.quantile(1 - share), log_ratio_B.quantile(share)
+        assert wide.item() == pytest.approx(-high.item(), abs=0.012)
+
+
 def test_no_thread_of_torch_draws_boxes() -> None:
     """They are drawn batch by batch, and torch's threads would wait for the next, spinning, on the
     cores that decode."""
