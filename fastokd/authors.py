@@ -49,12 +49,13 @@ class Published:
     """One of the authors' checkpoints under our keys.
 
     Attributes:
-        paper: ``"FFSD"`` or ``"OKDDip"``.
+        paper: ``"FFSD"``, ``"OKDDip"`` or ``"another trainer"``: whose the file is.
         sharing: ``"branch"`` or ``"network"``; None for a file of one network.
         has_leader: the last of several students is the leader.
         state: a student's state, or a cohort's where ``sharing`` says so.
         method_state: what belongs to the method: projections, gate, transfusion.
         notes: what a user should know, a sentence each.
+        dataset: as the options in the file name it; None where it has none.
     """
 
     paper: str
@@ -66,6 +67,7 @@ class Published:
     state: dict[str, Tensor]
     method_state: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    dataset: str | None = None
 
     @property
     def kept_student(self) -> int:
@@ -135,7 +137,7 @@ def read(
     path = Path(path)
     found = _found(path)
     weights, facts = found.weights, found.beside
-    paper = "FFSD" if found.place == "weight" else "OKDDip"
+    paper = {"weight": "FFSD", "state_dict": "OKDDip"}.get(found.place, "another trainer")
     if facts.get("index") == "fusion":
         raise UserError(
             f"{path} holds FFSD's fusion module, which is no student: take modelleader_best.pth"
@@ -160,6 +162,7 @@ def read(
                 state=renamed(weights, layout),
                 method_state=renamed(weights, extras),
                 notes=(*found.notes, *_notes(name, sharing, weights)),
+                dataset=_option(facts.get("cfg"), "dataset"),
             )
         count, text = described(faults)
         if nearest is None or count < nearest[0]:
@@ -230,12 +233,18 @@ def _candidates(
         if sharing == "branch" and name not in BRANCHES:
             raise UserError(f"{path} holds branches, and {model} has no published branch form")
         return [name]
-    if paper == "OKDDip":
+    if paper != "FFSD":
         return list(dict.fromkeys([*OKDDIP_NAMES, *FFSD_NAMES]))
     # FFSD names the model, or keeps all its options.
-    options = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
-    hint = our_name(str(options.get("model") if isinstance(options, dict) else options))
+    hint = our_name(_option(cfg, "model") or str(cfg))
     return sorted(FFSD_NAMES, key=lambda name: name != hint)
+
+
+def _option(cfg: Any, name: str) -> str | None:
+    """One of the options that FFSD keeps in a file, where there are any."""
+    options = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
+    value = options.get(name) if isinstance(options, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _notes(model: str, sharing: str | None, weights: Mapping[str, Tensor]) -> tuple[str, ...]:

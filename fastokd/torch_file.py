@@ -205,8 +205,8 @@ def unpickled(path: Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "Unsupported operand" in str(error):
             raise UserError(
-                f"{path} is damaged or was written with another pickle protocol than torch's: save "
-                "it again by torch.save without pickle_protocol"
+                f"{path} is no checkpoint of torch, or is damaged, or was written with another "
+                "pickle protocol than torch's: save it again by torch.save without pickle_protocol"
             ) from error
         if found is None:
             raise UserError(f"{path} is no checkpoint of torch, or is damaged") from error

@@ -318,7 +318,8 @@ def test_converting_to_ours_and_back(tmp_path: Path) -> None:
     theirs = write(tmp_path / "theirs.pth", {**state, **transfusion(64)}, cfg="resnet32")
     lines = convert(theirs)
     ours = tmp_path / "theirs.safetensors"
-    assert lines == ["resnet32 with 100 classes, FFSD's", f"written to {ours}"]
+    shown = "its pictures and classes are cifar100's: --dataset names another"
+    assert lines == ["resnet32 with 100 classes, FFSD's", shown, f"written to {ours}"]
     assert same(load_file(ours), state)
     with pytest.raises(UserError, match="exists already"):
         convert(theirs)
@@ -396,3 +397,38 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert torch.equal(load_file(out)["fc.bias"], alone[1]["fc.bias"])
     # It serves as a teacher: it says what it knows.
     assert isinstance(build_teacher(read_weights(out), data), Student)
+
+
+@pytest.mark.parametrize(
+    ("stem", "facts", "options", "expected"),
+    [
+        ("ffsd_resnet20", {"cfg": "resnet20"}, {}, ("apple", 32, 0)),
+        ("ffsd_resnet18_imagenet", {"cfg": "resnet18"}, {}, ("0", 224, 256)),
+        ("okddip_resnet32", {}, {"dataset": "cifar100"}, ("apple", 32, 0)),
+    ],
+)
+def test_what_convert_writes_says_how_its_pictures_are_shown(
+    stem: str, facts: Any, options: Any, expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.pth", published_state(stem), **facts)
+    convert(path, tmp_path / "a.safetensors", **options)
+    weights = read_weights(tmp_path / "a.safetensors")
+    shown = weights.preprocessing
+    assert (weights.fact("class_names")[0], shown.input_size, shown.eval_resize) == expected
+    assert weights.about()["student"] == 0
+
+
+def test_a_data_set_that_a_file_does_not_tell_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ImageNet network of 100 classes; unless FFSD's options beside it name the set."""
+    state = create_model("resnet18", 100).state_dict()
+    path = write(tmp_path / "a.pth", state, cfg="resnet18")
+    assert cli.run_command(["convert", str(path)]) == 2
+    assert "doesn't say what its 100 classes are: add --dataset" in capsys.readouterr().err
+    assert cli.run_command(["convert", str(path), "--dataset", "digits"]) == 2
+    assert "knows 100 classes, and digits has 10" in capsys.readouterr().err
+    assert not (tmp_path / "a.safetensors").exists()
+    write(path, state, cfg=argparse.Namespace(model="resnet18", dataset="CIFAR-100"))
+    assert cli.run_command(["convert", str(path)]) == 0
+    assert "cifar100's" in capsys.readouterr().out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,10 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastokd.cli import run_command
+from fastokd.convert import convert
 from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from fastokd.export import FORMATS, checked, export
+from fastokd.export.formats import call
+from fastokd.models import create_model
 from fastokd.predict import Prediction, predict
 from fastokd.recipes import recipe
 from fastokd.student_file import read_weights
@@ -184,3 +189,93 @@ def test_a_student_of_another_library_keeps_that_librarys_keys(tmp_path: Path) -
                  out=tmp_path / "run")  # fmt: skip
     net = timm.create_model("mobilenetv3_small_050", num_classes=10)
     net.load_state_dict(load_file(done.folder / "student.safetensors"))
+
+
+def student_file(path: Path, model: str, size: int, **options: Any) -> Path:
+    """A student of drawn weights, as a run's."""
+    network = create_model(model, 10, **options)
+    state = {network.published_key(key): value for key, value in network.state_dict().items()}
+    facts = {
+        "model": model,
+        "model_options": json.dumps(options),
+        "class_names": json.dumps([str(c) for c in range(10)]),
+        "student": "0",
+        "role": json.dumps("the only student"),
+        **preprocessing_of("imagefolder", image_size=size).to_facts(),
+    }
+    save_file(state, path, facts)
+    return path
+
+
+@torch.no_grad()
+def assert_printed_lines_run(file: Path, to: str, out: Path, size: int) -> None:
+    """The line that `export` prints gives the student's logits, and so does the card's code."""
+    done = export(file, to, out)
+    images_BCHW = torch.randn(2, 3, size, size)
+    wanted_BC = read_weights(file).build()(images_BCHW)
+    printed = [done.lines[-1].removeprefix("read it by ")]
+    if to == "hub":
+        card = (done.folder / "README.md").read_text()
+        code = card.partition("```python\n")[2].partition("```")[0]
+        printed.append(code.replace("PATH_OF_THIS_FOLDER", "."))
+    for code in printed:
+        scope: dict[str, Any] = {}
+        with contextlib.chdir(done.folder):
+            exec(code, scope)
+        model = scope["model"]
+        if to == "onnx":
+            got_BC = torch.from_numpy(model.run(["logits"], {"images": images_BCHW.numpy()})[0])
+        else:
+            got_BC = model(images_BCHW)
+        close = 1e-4 * wanted_BC.abs().max().item()
+        torch.testing.assert_close(got_BC, wanted_BC, rtol=0, atol=close)
+
+
+VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "class_token": False,
+       "global_pool": "avg", "input_size": 32}  # fmt: skip
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "vgg16": (32, {"dropout": 0.25}),
+    "timm:vit_tiny_patch16_224": (32, VIT),
+    "torchvision:googlenet": (32, {"transform_input": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "to"),
+    [
+        ("vgg16", "hub"),
+        *(("timm:vit_tiny_patch16_224", to) for to in ("safetensors", "timm", "hub")),
+        *(("torchvision:googlenet", to) for to in ("safetensors", "torchvision", "hub")),
+    ],
+)
+def test_printed_lines_run(model: str, to: str, tmp_path: Path) -> None:
+    """With the model's options, and a path with quotes in it."""
+    size, options = OPTIONS[model]
+    file = student_file(tmp_path / "student.safetensors", model, size, **options)
+    assert_printed_lines_run(file, to, tmp_path / 'it\'s "here"; now', size)
+
+
+# Its exporter takes long, and reads nothing of what `convert` says but the size.
+SLOW = {"onnx": pytest.mark.proof}
+
+
+@pytest.mark.parametrize("to", [pytest.param(to, marks=SLOW.get(to, ())) for to in FORMATS])
+def test_what_convert_writes_goes_anywhere(to: str, tmp_path: Path) -> None:
+    model = "resnet18" if to in ("torchvision", "timm") else "resnet20"
+    torch.save({"state_dict": create_model(model, 100).state_dict()}, tmp_path / "best.pth")
+    convert(tmp_path / "best.pth", tmp_path / "ours.safetensors", dataset="cifar100")
+    assert_printed_lines_run(tmp_path / "ours.safetensors", to, tmp_path / to, 32)
+    if to == "hub":
+        card = (tmp_path / to / "README.md").read_text()
+        assert "Converted by fastokd from a checkpoint of OKDDip." in card
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+        seen = [
+            predict(tmp_path / at, [tmp_path / "red.png"]) for at in ("hub", "ours.safetensors")
+        ]
+        assert seen[0] == seen[1]
+
+
+def test_options_are_printed_as_they_are() -> None:
+    options = {"num_classes": 3, "class": 1, 'x"); import os; (': "it's"}
+    made = eval(call("seen", "a 'name'", options), {"seen": lambda name, **more: (name, more)})
+    assert made == ("a 'name'", options)

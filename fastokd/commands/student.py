@@ -124,11 +124,16 @@ def convert(
     model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
     student: Annotated[int | None, typer.Option(help="Which student; the leader.")] = None,
     paper: Annotated[str, typer.Option(help="Back to whose format: FFSD or OKDDip.")] = "FFSD",
+    dataset: Annotated[str | None, typer.Option(help="A .pth's; the one of its classes.")] = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
     from fastokd.convert import convert as turn
 
-    print("\n".join(turn(source, out, model=model, student=student, paper=paper)))
+    done = turn(
+        source, out, model=model, student=student, paper=paper, dataset=dataset, data_root=data_root
+    )
+    print("\n".join(done))
 
 
 def register(app: typer.Typer) -> None:

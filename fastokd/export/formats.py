@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from keyword import iskeyword
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
 from fastokd.models import Student
+from fastokd.models.libraries import WITH_AUX
 from fastokd.student_file import Weights, read_weights
 
 Classifier = Callable[[Tensor], Tensor]
 
 
 class Format(NamedTuple):
-    """``write`` leaves the file in a folder and names it; ``read`` loads it by its own library."""
+    """``write`` leaves the file in a folder and names it; ``read`` loads it by its own library;
+    ``how`` is Python that does so, in one line, and names it ``model``."""
 
     write: Callable[[Weights, Student, Path], str]
     read: Callable[[Weights, Path], Classifier]
@@ -57,6 +60,23 @@ def num_classes(weights: Weights) -> int:
     return len(weights.fact("class_names"))
 
 
+def arguments(weights: Weights, library: str) -> dict[str, Any]:
+    """By which ``library``, or fastokd, makes this network without its weights."""
+    if library == "fastokd":
+        return {"num_classes": num_classes(weights), **weights.options}
+    options = {key: value for key, value in weights.options.items() if key not in OURS}
+    aux = library == "torchvision" and foreign_name(weights, library) in WITH_AUX
+    plain = {"aux_logits": False, "init_weights": False} if aux else {}
+    return {"num_classes": num_classes(weights), **plain, **options}
+
+
+def call(function: str, name: str, options: Mapping[str, Any]) -> str:
+    """Python that calls ``function`` with a name and options, whatever is in them."""
+    plain = [f"{k}={v!r}" for k, v in options.items() if k.isidentifier() and not iskeyword(k)]
+    other = {k: v for k, v in options.items() if not k.isidentifier() or iskeyword(k)}
+    return f"{function}({', '.join([repr(name), *plain, *([f'**{other!r}'] if other else [])])})"
+
+
 def _file_name(weights: Weights, suffix: str) -> str:
     return weights.model.replace(":", "-").replace("/", "-") + suffix
 
@@ -75,8 +95,20 @@ def read_safetensors(weights: Weights, path: Path) -> Classifier:
     return read_weights(path).build()
 
 
+def statements(weights: Weights, name: str) -> list[str]:
+    """Python that makes fastokd's network with the weights of a file."""
+    made = call("fastokd.models.create_model", weights.model, arguments(weights, "fastokd"))
+    # A file has the keys of the library that published the network.
+    net = "model.net" if ":" in weights.model else "model"
+    return [
+        "import fastokd.models, safetensors.torch",
+        f"model = {made}.eval()",
+        f"{net}.load_state_dict(safetensors.torch.load_file({name!r}))",
+    ]
+
+
 def _how_safetensors(weights: Weights, name: str) -> str:
-    return f'safetensors.torch.load_file("{name}")'
+    return "; ".join(statements(weights, name))
 
 
 def _write_torchvision(weights: Weights, student: Student, folder: Path) -> str:
@@ -92,23 +124,19 @@ def _write_torchvision(weights: Weights, student: Student, folder: Path) -> str:
 def _read_torchvision(weights: Weights, path: Path) -> Classifier:
     from torchvision import models
 
-    arch = foreign_name(weights, "torchvision")
-    options = {key: value for key, value in weights.options.items() if key not in OURS}
-    plain = {"aux_logits": False} if arch in ("googlenet", "inception_v3") else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet's initial weights
-        net: nn.Module = models.get_model(
-            arch, weights=None, num_classes=num_classes(weights), **plain, **options
-        )
+    net: nn.Module = models.get_model(
+        foreign_name(weights, "torchvision"), weights=None, **arguments(weights, "torchvision")
+    )
     net.load_state_dict(torch.load(path, weights_only=True))
     return net.eval()
 
 
 def _how_torchvision(weights: Weights, name: str) -> str:
     arch = foreign_name(weights, "torchvision")
+    made = call("torchvision.models.get_model", arch, arguments(weights, "torchvision"))
     return (
-        f"torchvision.models.{arch}(num_classes={num_classes(weights)})"
-        f'.load_state_dict(torch.load("{name}"))'
+        f"import torch, torchvision; model = {made}.eval(); "
+        f"model.load_state_dict(torch.load({name!r}))"
     )
 
 
@@ -120,21 +148,16 @@ def _write_timm(weights: Weights, student: Student, folder: Path) -> str:
 def _read_timm(weights: Weights, path: Path) -> Classifier:
     import timm
 
-    options = {key: value for key, value in weights.options.items() if key not in OURS}
     net: nn.Module = timm.create_model(
-        foreign_name(weights, "timm"),
-        num_classes=num_classes(weights),
-        checkpoint_path=str(path),
-        **options,
+        foreign_name(weights, "timm"), checkpoint_path=str(path), **arguments(weights, "timm")
     )
     return net.eval()
 
 
 def _how_timm(weights: Weights, name: str) -> str:
-    return (
-        f'timm.create_model("{foreign_name(weights, "timm")}", '
-        f'num_classes={num_classes(weights)}, checkpoint_path="{name}")'
-    )
+    options = {**arguments(weights, "timm"), "checkpoint_path": name}
+    made = call("timm.create_model", foreign_name(weights, "timm"), options)
+    return f"import timm; model = {made}.eval()"
 
 
 class _Logits(nn.Module):
@@ -178,7 +201,7 @@ def _read_torch_export(weights: Weights, path: Path) -> Classifier:
 
 def _how_torch_export(weights: Weights, name: str) -> str:
     del weights
-    return f'torch.export.load("{name}").module()(images)'
+    return f"import torch; model = torch.export.load({name!r}).module()"
 
 
 def _write_onnx(weights: Weights, student: Student, folder: Path) -> str:
@@ -223,7 +246,10 @@ def _read_onnx(weights: Weights, path: Path) -> Classifier:
 
 def _how_onnx(weights: Weights, name: str) -> str:
     del weights
-    return f'onnxruntime.InferenceSession("{name}").run(["logits"], {{"images": images}})'
+    return (
+        f"import onnxruntime; model = onnxruntime.InferenceSession({name!r})"
+        "  # model.run(['logits'], {'images': images})"
+    )
 
 
 # What a model's options hold that its library doesn't know.

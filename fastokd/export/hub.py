@@ -16,8 +16,11 @@ from fastokd.errors import UserError
 from fastokd.export.formats import (
     Classifier,
     Format,
+    arguments,
+    call,
     foreign_name,
     read_safetensors,
+    statements,
     write_safetensors,
 )
 from fastokd.models import Student
@@ -25,17 +28,8 @@ from fastokd.recipe_type import Recipe
 from fastokd.student_file import OPTIONAL, Weights
 
 FILE = "model.safetensors"
-TIMM = """```python
-import timm
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)
-```"""
-OURS = """```python
-from safetensors.torch import load_file
-from fastokd.models import create_model
-
-model = create_model("{model}", {classes}{options})
-model.load_state_dict(load_file("model.safetensors"))
-```"""
+# On a card, for the folder that holds it.
+HERE = "PATH_OF_THIS_FOLDER"
 
 
 def _in_timm(weights: Weights) -> bool:
@@ -56,6 +50,11 @@ def _write(weights: Weights, student: Student, folder: Path) -> str:
         "architecture": foreign_name(weights, "timm") if in_timm else weights.model,
         "num_classes": classes,
         "label_names": about["class_names"],
+        "model_args": {
+            key: value
+            for key, value in arguments(weights, "timm" if in_timm else "fastokd").items()
+            if key != "num_classes"
+        },
         "pretrained_cfg": {"num_classes": classes, **_shown_by_timm(weights.preprocessing)},
     }
     write_durably(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
@@ -89,17 +88,17 @@ def _read(weights: Weights, path: Path) -> Classifier:
     return net.eval()
 
 
-def _how(weights: Weights, name: str) -> str:
+def _statements(weights: Weights, name: str) -> list[str]:
     if _in_timm(weights):
-        return f'timm.create_model("local-dir:{Path(name).parent}", pretrained=True)'
-    return f'safetensors.torch.load_file("{name}")'
+        made = call("timm.create_model", f"local-dir:{Path(name).parent}", {"pretrained": True})
+        return ["import timm", f"model = {made}.eval()"]
+    return statements(weights, name)
 
 
 def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
     """What the student is, what it was trained on, how to load it: all from its own facts."""
     classes = len(about["class_names"])
-    options = "".join(f", {key}={value!r}" for key, value in weights.options.items())
-    ours = OURS.format(model=weights.model, classes=classes, options=options)
+    use = "\n".join(_statements(weights, f"{HERE}/{FILE}"))
     lines = [
         "---",
         f"library_name: {library}",
@@ -111,8 +110,7 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         "",
         f"# {weights.model}, {classes} classes",
         "",
-        "Trained with fastokd in a group of students that teach each other. "
-        f"This is {about['role']}.",
+        f"{_origin(weights)} This is {about['role']}.",
         "",
         *_trained(weights),
         "## Images",
@@ -125,10 +123,16 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         "",
         "## Use",
         "",
-        TIMM if library == "timm" else ours,
+        f"```python\n{use}\n```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(weights: Weights) -> str:
+    if "converted_from" in weights.facts:
+        return f"Converted by fastokd from a checkpoint of {weights.fact('converted_from')}."
+    return "Trained with fastokd in a group of students that teach each other."
 
 
 def _numbers(values: list[float]) -> str:
@@ -155,6 +159,10 @@ def _trained(weights: Weights) -> list[str]:
         name = {"test": "Test", "val": "Validation"}[split]
         lines += [f"{name} top-1 of these weights, after epoch {epoch}: {100 * top1:.2f} %.", ""]
     return lines
+
+
+def _how(weights: Weights, name: str) -> str:
+    return "; ".join(_statements(weights, name))
 
 
 HUB = Format(_write, _read, _how)

@@ -130,9 +130,33 @@ class Held:
     def put_back(self, undo: Tensor) -> None:
         """Makes them what they were where the 0-d ``undo`` isn't 0, else leaves their bits alone."""
         now = self._now or self.look()
-        for group, before, after in zip(self.groups, self._before, now, strict=True):
-            kept = torch.where(undo != 0, before, after)
-            torch._foreach_copy_(group, list(kept.split([len(flat) for flat in group])))
+        pairs = zip(self._before, now, strict=True)
+        self._write([torch.where(undo != 0, before, after) for before, after in pairs])
+
+    def _write(self, values: list[Tensor]) -> None:
+        for group, flat in zip(self.groups, values, strict=True):
+            torch._foreach_copy_(group, list(flat.split([len(one) for one in group])))
+
+
+class Shared(Held):
+    """Running statistics that the parts of a batch move: each part finds those from before the step,
+    and what it makes of them counts by its share."""
+
+    @torch.no_grad()
+    def take(self) -> None:
+        super().take()
+        self._sums = [torch.zeros_like(before) for before in self._before]
+
+    @torch.no_grad()
+    def part(self, share: float) -> None:
+        """A part is over, its backward too."""
+        torch._foreach_add_(self._sums, self.look(), alpha=share)
+        self._write(self._before)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """All parts are over."""
+        self._write(self._sums)
 
 
 def random_state(device: torch.device) -> RandomState:

@@ -22,7 +22,7 @@ from fastokd.distributed.replicas import Replicas
 from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, Progress
 from fastokd.training.captured import CapturedStep
-from fastokd.training.guard import Held
+from fastokd.training.guard import Held, Shared
 from fastokd.training.optimizers import made_ready, step_unless
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class StepProgram:
                 )
             self.captured = CapturedStep(self.run, session.device)
         self._held: tuple[Held, Held] | None = None
+        self._read: Shared | None = None
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
         self.session.guard.begin()
@@ -92,11 +93,7 @@ class StepProgram:
         """What a step writes in place and no optimizer holds back: the norms' statistics, the rest."""
         if self._held is None:
             session = self.session
-            modules = [*session.cohort.modules(), *session.method.modules()]
-            norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
-            statistics = [
-                x for m in norms for x in (m.running_mean, m.running_var) if x is not None
-            ]
+            statistics = running_statistics(session.cohort, session.method)
             known = {id(x) for x in statistics}
             rest = [x for m in (session.cohort, session.method) for x in m.buffers()]
             if session.average is not None:
@@ -105,6 +102,13 @@ class StepProgram:
                 rest += made_ready(optimizer)
             self._held = Held(statistics), Held(x for x in rest if id(x) not in known)
         return self._held
+
+    @property
+    def read(self) -> Shared | None:
+        """The running statistics that the method reads while it trains, if it does."""
+        if self._read is None and self.session.method.needs.running_statistics:
+            self._read = Shared(running_statistics(self.session.method))
+        return self._read
 
     def eager(
         self, images_BHWC: Tensor, labels_B: Tensor, progress: Progress
@@ -120,6 +124,9 @@ class StepProgram:
     def gradients(self, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tensor, MethodLoss]:
         """Forward and backward of the batch, in one part or in as many as the options say."""
         session, done, taken = self.session, [], 0.0
+        read = self.read if session.parts_of(labels_B.shape[0]) > 1 else None
+        if read is not None:
+            read.take()
         for images, labels, progress, share in self.parts(images_BHWC, labels_B):
             taken += share
             with self._sending(last=taken > 1 - share / 2):
@@ -129,8 +136,12 @@ class StepProgram:
             session.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
             if whole:
                 return logits_SBC, loss
+            if read is not None:
+                read.part(share)
             scaled = {name: value * share for name, value in loss.parts.items()}
             done.append((logits_SBC.detach(), MethodLoss(loss.total.detach() * share, scaled)))
+        if read is not None:
+            read.end()
         logits_SBC = torch.cat([logits for logits, _ in done], dim=1)
         return logits_SBC, _summed([loss for _, loss in done])
 
@@ -202,6 +213,14 @@ class StepProgram:
         scaler.update()
         held.put_back(guard.fault)
         return torch.stack([guard.fault, *overflows]).amax()
+
+
+def running_statistics(*modules: nn.Module) -> list[Tensor]:
+    """The running means and variances of all norms."""
+    norms = [
+        n for m in modules for n in m.modules() if isinstance(n, nn.modules.batchnorm._NormBase)
+    ]
+    return [x for n in norms for x in (n.running_mean, n.running_var) if x is not None]
 
 
 def _summed(losses: list[MethodLoss]) -> MethodLoss:

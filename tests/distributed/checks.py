@@ -212,3 +212,17 @@ def timed_alone(one: Recipe) -> list[Any]:
     session.begin_step(len(labels))
     training_step(session, images, labels)
     return [session.choice.engine, session.cohort.state_dict()]
+
+
+def clipped(one: Recipe, options: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """The norm by which gradients are clipped to 1, where what the students share has the most of
+    it; and those gradients."""
+    session = session_of(one, **options)
+    shared = {id(p) for p in session.method.parameters()}
+    for p in session.parameters():
+        p.grad = torch.full_like(p, 1.0 if id(p) in shared else 1e-3)
+    if session.row is None:
+        norm = torch.nn.utils.clip_grad_norm_(session.parameters(), 1.0)
+    else:
+        norm = session.row.clip(session.parameters(), 1.0)
+    return norm.item(), {name: p.grad for name, p in session.method.named_parameters()}

@@ -26,6 +26,15 @@ def test_two_processes_train_what_one_does(two: Pool, name: str) -> None:
     assert_same_steps(two, small(name), 2, frozen=False, clip_norm=0.5, **SHARED)
 
 
+def test_what_students_share_counts_once_in_the_norm(two: Pool) -> None:
+    """Projections with most of the gradient: counted on each rank, the norm would be sqrt(2) of it."""
+    one = small("okddip-network")
+    norm, gradients = checks.clipped(one, {})
+    for theirs, clipped in two.run(checks.clipped, one, SHARED):
+        assert theirs == pytest.approx(norm, rel=1e-9)
+        torch.testing.assert_close(clipped, gradients, rtol=1e-6, atol=0)
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize(("name", "students"), [("okddip-network", 5), ("dml", 4), ("ffsd", 4)])
 def test_four_processes_train_what_one_does(four: Pool, name: str, students: int) -> None:
@@ -92,3 +101,15 @@ def test_how_ranks_are_laid_out() -> None:
         student_columns(5, 4)
     shares = [Ranks(students=Line(r, 3)).share(5) for r in range(3)]
     assert [list(share) for share in shares] == [[0, 1], [2, 3], [4]]
+
+
+def test_every_rank_has_random_numbers_of_its_own() -> None:
+    """Rank 0's are those of a process alone; of the others no two have the same."""
+    drawn = []
+    for rank in range(4):
+        torch.manual_seed(0)
+        Ranks(rank=rank, size=4).seed_global(seed=3, step=5)
+        drawn.append(torch.rand(4))
+    torch.manual_seed(0)
+    assert torch.equal(drawn[0], torch.rand(4))
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 4
