@@ -108,7 +108,7 @@ class _What:
     def of(run: Run) -> _What:
         options = options_of(run)
         if "init" in options:  # each seed may begin from weights of its own
-            options["init"] = (True, None)
+            options["init"] = ("trained weights", None)
         precision = RunFacts(run.folder).environment().get("precision")
         options["precision"] = (precision, None)
         return _What(dataclasses.replace(run.recipe, seed=0), options, run.is_whole)
