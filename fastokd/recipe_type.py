@@ -48,7 +48,8 @@ class Recipe:
         image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
             shorter side before the centre crop of a held-out image, and in memory of every image;
             0 for none.
-        val: images held out of the training set, stratified by class; 0 for none.
+        val: images held out of the training set, stratified by class; 0 for none. They are the same
+            for every ``seed``.
         reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
             ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.
         teacher: the recipe that trains the teacher, where the method has one.
@@ -208,8 +209,10 @@ class Recipe:
 
     def judged(self, metrics: dict[str, Any]) -> str:
         """Whose accuracy that is: the kept student's running ``"average"`` where there is one, else
-        ``reported``."""
-        return "average" if "ema_top1" in metrics else self.reported
+        ``reported``; a lone student has no mean."""
+        if "ema_top1" in metrics:
+            return "average"
+        return self.reported if self.students > 1 else "student"
 
     @property
     def has_leader(self) -> bool:

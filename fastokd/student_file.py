@@ -55,6 +55,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "ema": lambda value: value is None or _fraction(value),
     "score": _score,
     "recipe": lambda value: isinstance(value, dict),
+    "val": lambda value: type(value) is int and value >= 0,
 }
 # What older files don't say.
 OPTIONAL = ("step", "ema", "score")
@@ -69,7 +70,8 @@ class Weights:
     run say besides: ``step`` (of the run, after which the weights are these), ``ema`` (the decay,
     where they are a running average; else null), ``score`` (what exactly these weights scored:
     ``split``, ``top1`` from 0 to 1 and ``epoch``, counted from 1; null where they weren't scored)
-    and ``recipe``.
+    ``recipe``, and ``dataset`` and ``val`` (what it was trained on, and how many images were held
+    out of that).
     """
 
     path: Path
@@ -204,6 +206,8 @@ def _facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> di
         **shown.to_facts(),
         "student": json.dumps(student),
         "role": json.dumps(_role(recipe, student)),
+        "dataset": json.dumps(recipe.dataset),
+        "val": json.dumps(recipe.val),
     }
 
 

@@ -107,7 +107,8 @@ def _colour(index: int) -> str:
 def _draw_loss(axes: Any, pools: Sequence[Pool]) -> None:
     for index, pool in enumerate(pools):
         _plot(axes, pool, lambda row: row["train"]["loss"], color=_colour(index), label=pool.label)
-    axes.set(title="training loss, all students", xlabel="epoch", yscale="log")
+    together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
+    axes.set(title=f"training loss{together}", xlabel="epoch", yscale="log")
 
 
 def _loss(pools: Sequence[Pool]) -> Figure:
@@ -131,7 +132,11 @@ def _draw_students(axes: Any, pool: Pool) -> None:
             axes,
             pool,
             top1_of(student),
-            label="leader" if leader else f"student {student}",
+            label="leader"
+            if leader
+            else f"student {student}"
+            if recipe.students > 1
+            else "student",
             color=INK if leader else _colour(student),
             linewidth=2 if leader else 1,
         )
@@ -205,7 +210,8 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
     for pool in pools:
         recipe = pool.recipe
         key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
-        by_method.setdefault(key, []).append(pool)
+        other = pool.label.removeprefix(recipe.name).replace(f" students={recipe.students}", "")
+        by_method.setdefault(key + other, []).append(pool)
     figure = _canvas(6, 4)
     axes = figure.subplots()
     for index, (label, members) in enumerate(by_method.items()):
