@@ -76,7 +76,9 @@ def template_of(student: Student, engine: str, dtype: torch.dtype | None = None)
     memo: dict[int, Any] = {}
     for module in student.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor):  # computed of parameters before each call, as old hooks do
+            if isinstance(
+                value, Tensor
+            ):  # computed of parameters before each call, as old hooks do
                 memo[id(value)] = value.detach()
     for value in _state(student).values():
         meta = value.detach().to("meta", dtype if value.is_floating_point() else None)

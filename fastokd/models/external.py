@@ -5,8 +5,6 @@ State keys are the library's behind ``net.`` (``Student.published_key`` drops it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
