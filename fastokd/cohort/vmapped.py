@@ -67,7 +67,7 @@ class VmapStudents:
             if isinstance(module, (StudentConv, StudentPool)):
                 module.suited = False  # nor have theirs
             elif is_exactly(module, nn.BatchNorm2d):  # of another library's network
-                module.forward = partial(self._norm, module)  # type: ignore[method-assign]
+                module.forward = partial(self._norm, module)
         for name, module in self.template.student.named_modules():
             if isinstance(module, nn.BatchNorm2d) and module.momentum is None:
                 raise UserError(

@@ -42,7 +42,7 @@ def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
         if is_exactly(module, NormAct):
             module.fused = partial(_norm_act, line=ranks.data)
         elif is_exactly(module, *TORCHS):
-            module.forward = partial(sync_norm, module, line=ranks.data)  # type: ignore[method-assign]
+            module.forward = partial(sync_norm, module, line=ranks.data)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(
                 f"sync_bn is asked for, but {name} is a {type(module).__name__}, a norm with code of "

@@ -44,8 +44,8 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     The recipe's batch is that of the whole step; ``gpus`` share it.
 
     Raises:
-        UserError: an unknown device; fewer than one GPU, or more than images in a batch; several
-            CPUs.
+        UserError: students that can't take the images, or that the method refuses; an unknown
+            device; fewer than one GPU, or more than images in a batch; several CPUs.
     """
     if gpus < 1:
         raise UserError(f"gpus is {gpus}: it must be at least 1")
@@ -62,6 +62,8 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     _cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device)
+    if isinstance(steps["loop"], str):
+        raise UserError(steps["loop"])  # the method refuses these students
     best = _modelled(of, batch, gpus, device, steps)
     return {
         "recipe": of.name,

@@ -102,6 +102,8 @@ def test_refusals(two: Pool) -> None:
     for one, options, said in (
         (small("okddip-branch", batch_size=9), {}, "choose a multiple of 2"),
         (small("one", batch_size=2), {}, "1 on each of 2 ranks"),
+        (small("dml", model="resnet18", batch_size=2), {}, "resnet18 normalises over a batch of"),
+        (small("dml", model="resnet18", batch_size=2), {"sync_bn": True}, "nothing"),
         (small("dml"), {"parallel": "both"}, "choose data or students"),
         (small("dml"), {"sync_bn": True, "engine": "vmap"}, "leave one of them out"),
     ):
