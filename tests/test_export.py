@@ -181,3 +181,37 @@ def test_a_student_of_another_library_keeps_that_librarys_keys(tmp_path: Path) -
                  out=tmp_path / "run")  # fmt: skip
     net = timm.create_model("mobilenetv3_small_050", num_classes=10)
     net.load_state_dict(load_file(done.folder / "student.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "formats"),
+    [
+        ("resnet18", ["safetensors", "torchvision", "timm", "hub"]),
+        ("resnet8", ["onnx", "torch-export"]),
+    ],
+)
+def test_the_same_training_gives_the_same_bytes(
+    trained: str, formats: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Under another name in another place, which no file says; nor the time or the source's place."""
+    first: Run = request.getfixturevalue(trained)
+    again = train(first.recipe, SHORT, out=tmp_path / "elsewhere" / "another-name")
+    files = ["student.safetensors"]
+    for to in formats:
+        for run in (first, again):
+            folder = export(run.folder, to, run.folder / "bytes" / to).folder
+        files += [f"bytes/{to}/{path.name}" for path in folder.iterdir()]
+    assert len(files) == len(formats) * 2 + 1 + 2 * ("hub" in formats)
+    root = str(Path(checked.__file__).parents[2])
+    for name in files:
+        ours, theirs = ((run.folder / name).read_bytes() for run in (first, again))
+        assert ours == theirs, name
+        for place in (root, str(Path(torch.__file__).parents[1]), "another-name", str(tmp_path)):
+            assert place.encode() not in theirs, (name, place)
+    # The page says where the run lies and how fast it was; else it is the same.
+    pages = [
+        [line for line in (run.folder / "report.html").read_text().splitlines()
+         if str(run.folder) not in line and "images_per_second" not in line and " s</td>" not in line]
+        for run in (first, again)
+    ]  # fmt: skip
+    assert pages[0] == pages[1]
