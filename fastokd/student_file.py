@@ -292,11 +292,12 @@ def _newer(run: Path, written: Weights) -> Weights:
 
 def _finished(run: Path, facts: dict[str, Any]) -> bool:
     """Whether the run's last epoch was measured."""
-    rows = _rows(run)
+    rows = run_rows(run)
     return bool(rows) and rows[-1]["epoch"] + 1 == Recipe.from_json(facts.get("recipe")).epochs
 
 
-def _rows(run: Path) -> list[Row]:
+def run_rows(run: Path) -> list[Row]:
+    """A run's ``metrics.jsonl``; nothing where it is damaged, which is warned of."""
     try:
         return MetricLines(run / "metrics.jsonl").read()
     except UserError as error:
@@ -321,4 +322,4 @@ def _from_file(path: Path) -> Weights:
 def _from_checkpoint(
     path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], student: int | None
 ) -> Weights:
-    return student_of(path, tensors, facts, _rows(path.parent.parent), student)
+    return student_of(path, tensors, facts, run_rows(path.parent.parent), student)

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
 from fastokd.data import DatasetSplits
-from fastokd.errors import UserError
-from fastokd.student_file import Weights
+from fastokd.distributed.ranks import speaks
+from fastokd.errors import UserError, warn
+from fastokd.student_file import STUDENT, Weights, read_weights
+
+if TYPE_CHECKING:
+    from fastokd.training.session import Session
 
 # Of the largest logit. Both sides compute in float32, whatever the run's precision, but engines add
 # in other orders; a tf32 run multiplies in TF32, which has 10 bits.
 TOLERANCE, TF32_TOLERANCE = 1e-3, 2e-2
 BATCH = 16
+
+
+def check_kept(session: Session, kept: Weights, run: Path) -> None:
+    """Compares the student that a run has written with ``kept``, the same out of the session, within
+    the cohort. All ranks run the cohort, and the first reads the file.
+
+    Raises:
+        UserError: as :func:`alike`. Images that can't be read are warned of.
+    """
+    try:
+        images_BHWC = session.ranks.first(lambda: first_images(session.data).cpu())
+    except UserError as error:
+        if speaks():
+            warn(f"{error} (the student wasn't compared within its cohort)")
+        return
+    images_BHWC = images_BHWC.to(session.device)
+    logits_BC = within_cohort(session.cohort, session.kept_student, kept.state, images_BHWC)
+    file = run / STUDENT
+    session.ranks.first(
+        lambda: alike(logits_BC, read_weights(file), images_BHWC, session.precision, run)
+    )
 
 
 def first_images(data: DatasetSplits) -> Tensor:

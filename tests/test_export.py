@@ -279,3 +279,41 @@ def test_options_are_printed_as_they_are() -> None:
     options = {"num_classes": 3, "class": 1, 'x"); import os; (': "it's"}
     made = eval(call("seen", "a 'name'", options), {"seen": lambda name, **more: (name, more)})
     assert made == ("a 'name'", options)
+
+
+def same_bytes(first: Path, second: Path) -> None:
+    """And nothing in them says where they or the sources lie."""
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    sources = [str(Path(str(module.__file__)).parents[1]) for module in (checked, torch)]
+    for name in names:
+        ours, theirs = ((folder / name).read_bytes() for folder in (first, second))
+        assert ours == theirs, name
+        for place in (*sources, str(first.parents[2]), str(second.parents[2])):
+            assert place.encode() not in ours, (name, place)
+
+
+def test_the_same_training_gives_the_same_bytes(resnet8: Run, tmp_path: Path) -> None:
+    """Under another name in another place."""
+    again = train(resnet8.recipe, SHORT, out=tmp_path / "elsewhere" / "another-name")
+    runs = (resnet8.folder, again.folder)
+    ours, theirs = ((run / "student.safetensors").read_bytes() for run in runs)
+    assert ours == theirs
+    for to in ("onnx", "torch-export", "hub"):
+        same_bytes(*(export(run, to, run / "bytes" / to).folder for run in runs))
+    # The page says where the run lies and how fast it was; else it is the same.
+    times = (" s</td>", "images_per_second")
+    pages = [
+        [
+            line
+            for line in (run / "report.html").read_text().splitlines()
+            if str(run) not in line and not any(words in line for words in times)
+        ]
+        for run in runs
+    ]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torchvision", "timm"])
+def test_the_same_student_gives_the_same_bytes(to: str, resnet18: Run, tmp_path: Path) -> None:
+    same_bytes(*(export(resnet18.folder, to, tmp_path / "x" / name).folder for name in ("a", "b")))

@@ -140,7 +140,9 @@ def test_numpy_of_either_version(numpy: bytes, state: State, tmp_path: Path) -> 
 
 def test_a_protocol_that_torch_does_not_read_is_said(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "w.pth", pickle_protocol=4)
-    with pytest.raises(UserError, match=r"another pickle protocol than.*save it again by torch.save"):
+    with pytest.raises(
+        UserError, match=r"another pickle protocol than.*save it again by torch.save"
+    ):
         state_dict_in(tmp_path / "w.pth")
 
 

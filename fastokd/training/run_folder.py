@@ -23,10 +23,10 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, UserError, warn
+from fastokd.errors import DataFileError, DiskError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
-from fastokd.student_file import STUDENT, Weights, read_weights, student_of
+from fastokd.student_file import STUDENT, Weights, run_rows, student_of
 from fastokd.teacher import KEPT
 from fastokd.training.folder_lock import FolderLock
 from fastokd.training.identity import (
@@ -40,7 +40,7 @@ from fastokd.training.metric_lines import MetricLines
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
-from fastokd.within_cohort import alike, first_images, within_cohort
+from fastokd.within_cohort import check_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,14 +312,17 @@ class RunFolder:
             self.save(session)
         tensors, facts = session.state()
         session.ranks.first(lambda: self._write_student(session, tensors, facts))
+        text = session.average and session.average.warning(self.metrics())
+        if text and speaks():
+            warn(text)
         run = session.ranks.first(lambda: self._report(session))
-        self._check(session, tensors, facts)
+        check_kept(session, student_of(self.path, tensors, facts, []), self.path)
         return run
 
     def _write_student(
         self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
     ) -> None:
-        student = student_of(self.path, tensors, facts, self.metrics())
+        student = student_of(self.path, tensors, facts, run_rows(self.path))
         member = session.cohort.students[session.kept_student]
         assert isinstance(member, Student)
         plain = {member.published_key(key): value for key, value in student.state.items()}
@@ -335,21 +338,6 @@ class RunFolder:
         except DiskError as error:
             warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
         return run
-
-    def _check(self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """All ranks run the cohort; the first has the student."""
-        try:
-            images_BHWC = session.ranks.first(lambda: first_images(session.data).cpu())
-        except UserError as error:
-            warn(f"{error}; {STUDENT} wasn't compared with the cohort's")
-            return
-        images_BHWC = images_BHWC.to(session.device)
-        kept = student_of(self.path, tensors, facts, [])
-        logits_BC = within_cohort(session.cohort, session.kept_student, kept.state, images_BHWC)
-        file = self.path / STUDENT
-        session.ranks.first(
-            lambda: alike(logits_BC, read_weights(file), images_BHWC, session.precision, self.path)
-        )
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

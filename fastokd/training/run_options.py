@@ -74,7 +74,8 @@ class RunOptions:
             BatchNorm sees the parts.
         clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
         skip_nonfinite: so many steps in all that aren't finite are left out, rather than stopped at.
-        ema: decay of a running average of the kept student's weights; None for none.
+        ema: decay of a running average of the kept student's weights, which is then what is kept,
+            after a warm-up (``fastokd/training/ema.py``); None for none.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
             never. It is saved after every epoch, and where a signal stops the run.

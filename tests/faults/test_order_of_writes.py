@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastokd.checkpoint import MANIFEST, link_checkpoint, save_checkpoint, write_durably
+from fastokd.checkpoint import (
+    MANIFEST,
+    link_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_durably,
+)
+from tests.faults.test_disk import begun, state_of
 
 
 @pytest.fixture
@@ -67,3 +75,27 @@ def test_a_link_to_a_checkpoint_lasts_too(tmp_path: Path, calls: list[tuple[str,
     calls.clear()
     link_checkpoint(tmp_path / "best-1", tmp_path / "last-1")
     assert calls == [("fsync", of("last-1")), ("rename", "last-1"), ("fsync", tmp_path.name)]
+
+
+def test_an_old_checkpoint_is_removed_when_the_new_one_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last ones, the best one, and one that another of its name replaces."""
+    removed: list[str] = []
+    remove = shutil.rmtree
+
+    def removing(path: Any, *options: Any, **named: Any) -> None:
+        path = Path(path)
+        if (path / MANIFEST).is_file():  # else it is what a writer has left
+            kind, _, old = path.name.lstrip(".").partition(".old")[0].partition("-")
+            newer = [p for p in path.parent.glob(f"{kind}-*") if p != path and p.name[5:] >= old]
+            assert newer, f"{path.name} is removed, and nothing is in its place"
+            load_checkpoint(max(newer))
+            removed.append(path.name.lstrip("."))
+        remove(path, *options, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    folder = begun(tmp_path / "run", 3)
+    assert removed == ["best-000000001", "best-000000002", "last-000000001"]
+    folder.save(state_of(3))
+    assert removed[3].startswith("last-000000003.old")
