@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastokd import cpus
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
@@ -101,6 +102,8 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
         say(note)
     with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
         folder.open(session)
+        if not options.quiet:  # looking takes 0.2 s
+            say(cpus.said())
         if options.show_augmentation:
             say(f"a batch as the students see it: {folder.show_batch(session)}")
         others = watchers(recipe, folder.path, session.step, **asked)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastokd.cpus import usable_cpus
 from fastokd.data import files
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError
@@ -115,7 +116,7 @@ def decode(listing: Listing, image_size: int) -> Split:
     def fill(index: int) -> None:
         images_NHWC[index] = decode_image(listing.paths[index], image_size)
 
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(8, usable_cpus()))
     try:
         for _ in pool.map(fill, range(len(listing.paths))):
             pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from fastokd.cpus import usable_cpus
 
 # What both loaders read; anything else in an image's clothes is quarantined.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
@@ -83,7 +84,7 @@ def scan(
 
     Args:
         sampled: positions of the images whose levels are counted.
-        workers: threads; 0 for one a core.
+        workers: threads; 0 for one a CPU that this process may use.
         step: is called with the number of files that were just looked at.
     """
     counted = set(sampled)
@@ -94,7 +95,7 @@ def scan(
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
     # process's, so they are set here and not in the threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cpus()) as pool:
         warnings.simplefilter("ignore")
         try:
             for looks in pool.map(look_at_all, range(0, len(paths), CHUNK)):
@@ -103,11 +104,6 @@ def scan(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
