@@ -72,7 +72,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         UserError: data that can't be found, a folder that exists already or can't be written, a
             checkpoint of another recipe, a step that isn't finite (it isn't taken, and the state
             before it is saved).
-        Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
+        Interrupted: SIGTERM, SIGHUP or ^C came; the step was finished and the state saved.
     """
     options = replace(options or RunOptions(), **changes)
     with joined(options.device, options.capture or _begun_captured(recipe, options)):

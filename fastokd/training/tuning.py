@@ -106,7 +106,9 @@ def _measure(
     session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
 ) -> list[Timing]:
     """A timing for every candidate, the default's first; the known ones as they are."""
-    options, known = session.options, cache.read()
+    options = session.options
+    # A damaged file may name an engine that there isn't.
+    known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
     eager = eager_candidates(ENGINES, options.memory_format)
     unknown = [choice for choice in eager if choice not in known]
     trial_steps = warm_up_steps(session) + TIMED_STEPS
