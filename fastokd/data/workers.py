@@ -128,9 +128,8 @@ def _parts(plan: DiskBatch) -> Iterator[_Part]:
 def _settle(worker: int) -> None:
     """Before a worker's first part."""
     del worker
-    # What a terminal sends reaches the whole group; the main process ends its workers.
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
+    # ^C reaches the whole group; the main process ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
     # threads that are not here.
     gc.freeze()
