@@ -149,7 +149,7 @@ def spread(figures: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints a table and may write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=Path, help="photographs to use again, or to be made there")

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of report.json")
     parser.add_argument("--report", type=Path, help="the report's file, in place of --out")
     parser.add_argument("--quick", action="store_true", help="the essentials alone")

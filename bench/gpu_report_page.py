@@ -34,7 +34,7 @@ UNMEASURED = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrites the pages; 2 where a report can't be taken."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("reports", nargs="*", type=Path, help="those of docs/gpu, if none is named")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose pages they are")
     asked = parser.parse_args(arguments)

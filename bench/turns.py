@@ -49,7 +49,7 @@ def summary(what: str, times: dict[str, list[float]]) -> Row:
 
 def main(about: str, rows_of: Callable[[int, Clock], list[Row]]) -> None:
     """The command line: builds, measures, prints a table and may write it."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="seconds on a core, not the wall's")

@@ -52,7 +52,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 
 def main() -> None:
     """Trains what is missing, seed by seed, and writes both files after each run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, default=Path("runs/methods_on_digits"))
     arguments = parser.parse_args()

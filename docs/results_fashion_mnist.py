@@ -66,7 +66,7 @@ def wanted() -> list[Wanted]:
 
 def main() -> None:
     """Takes one missing run after another that nobody else has taken."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist"))
     arguments = parser.parse_args()
     KEPT.mkdir(exist_ok=True)

@@ -2,8 +2,12 @@
 
 __version__ = "0.1.0"
 
+# Before torch, which is loaded by all others.
+from fastokd import before_torch  # noqa: F401  # isort: skip
+
 # Imported here, not on first use: ``train`` and ``evaluate`` are functions and modules by one
 # name, and the function must be what ``fastokd.train`` means whoever imported the module first.
+from fastokd import cpus
 from fastokd.cohort import Cohort, CohortOutput
 from fastokd.data import list_datasets
 from fastokd.errors import UserError
@@ -15,6 +19,8 @@ from fastokd.training.session import RunOptions
 
 from fastokd.evaluate import evaluate  # isort: skip
 from fastokd.train import train  # isort: skip
+
+cpus.settle_threads()
 
 __all__ = [
     "Cohort",

@@ -11,6 +11,7 @@ import typer
 
 from fastokd.commands import look, student
 from fastokd.commands.bench import bench, plan
+from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
@@ -50,6 +51,9 @@ def options(
 ) -> None:
     """Options of every command."""
     del debug, method  # read by run_command(), before the command and after its errors
+
+
+keep_docstrings(app)
 
 
 def _own_methods(arguments: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastokd.commands.help import keep_docstring
 from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
@@ -23,6 +24,7 @@ from fastokd.training.session import RunOptions
 
 def main() -> None:
     """Trains the recipe and the same student alone for each seed; prints the table."""
+    keep_docstring(main)
     parser = argparse.ArgumentParser(prog="python -m fastokd.demo", description=main.__doc__)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd import cpus
 from fastokd.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -135,6 +136,8 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "gpu": gpu,
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),
+        "cpus": cpus.usable_cpus(),
+        "waiting": cpus.waiting(),
         "precision": precision,
         "git_commit": _git_commit(),
     }

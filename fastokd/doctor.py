@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastokd import cpus
+from fastokd.caches import cache_root
 from fastokd.device import pick_device, pick_precision
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import IMPLS, choose, unavailable
@@ -47,6 +49,8 @@ def diagnose() -> dict[str, Any]:
         "device": str(device),
         "gpus": gpus,
         "threads": torch.get_num_threads(),
+        "cpus": cpus.said(),
+        "cache": str(cache_root()),
         "precision": pick_precision("auto", device),
         "impls": impls,
         "ops": ops,

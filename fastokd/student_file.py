@@ -190,7 +190,7 @@ def student_of(
             image_size=recipe.image_size,
             eval_resize=recipe.eval_resize,
         )
-        said = _facts(recipe, facts["class_names"], shown, student)
+        said = student_facts(recipe, facts["class_names"], shown, student)
         score = _measured(rows, facts["step"], None if ema is not None else student)
         of_run = {"step": facts["step"], "ema": ema, "score": score, "recipe": recipe.to_json()}
     except (KeyError, TypeError) as error:
@@ -198,7 +198,8 @@ def student_of(
     return Weights(path, state, said | {name: json.dumps(of_run[name]) for name in of_run})
 
 
-def _facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
+def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
+    """What a student's file says of it; ``names`` are the classes'."""
     return {
         "model": recipe.models[student],
         "model_options": json.dumps(recipe.model_options),

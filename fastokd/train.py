@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastokd import cpus
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
@@ -71,7 +72,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
         UserError: data that can't be found, a folder that exists already or can't be written, a
             checkpoint of another recipe, a step that isn't finite (it isn't taken, and the state
             before it is saved); a keyword that is no option, as a setting of the recipe.
-        Interrupted: SIGTERM or ^C came; the step was finished and the state saved.
+        Interrupted: SIGTERM, SIGHUP or ^C came; the step was finished and the state saved.
     """
     for name, value in changes.items():
         if name not in RunOptions.__dataclass_fields__:
@@ -107,6 +108,8 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
         say(note)
     with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
         folder.open(session)
+        if not options.quiet:  # looking takes 0.2 s
+            say(cpus.said())
         if options.show_augmentation:
             say(f"a batch as the students see it: {folder.show_batch(session)}")
         others = watchers(recipe, folder.path, session.step, **asked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fastokd  # noqa: F401  # isort: skip  (before torch, as in a program)
+
 import os
 import zlib
 from collections.abc import Iterator, Mapping

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastokd import cli
+from fastokd.commands.help import keep_docstrings
 from fastokd.device import pick_device
 from fastokd.errors import UserError, unknown_name
 
@@ -56,6 +60,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(out)
     assert code == 0
     assert facts["impls"]["torch"] == "works"
+    assert re.match(r"\d+ threads? on \d+ CPUs? \(", facts["cpus"])
+    assert Path(facts["cache"]).is_absolute()
     assert facts["optional"]["apex"] != "works"
 
 
@@ -119,6 +125,49 @@ def test_no_command_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
         r"^  (\S+)  +\S", capsys.readouterr().out.split("Commands:")[1], re.MULTILINE
     )
     assert sorted(listed) == COMMANDS
+
+
+def test_help_texts_outlive_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ``python -OO``."""
+    callbacks = [command.callback for command in cli.app.registered_commands]
+    callbacks += [command.callback for command in cli.bench.registered_commands]
+    callbacks.append(cli.bench.registered_callback.callback)  # type: ignore[union-attr]
+    texts = [inspect.getdoc(callback) for callback in callbacks]
+    assert all(texts)
+    for callback in callbacks:
+        monkeypatch.setattr(callback, "__doc__", None)
+    keep_docstrings(cli.app)
+    assert [inspect.getdoc(callback) for callback in callbacks] == texts
+
+
+@pytest.mark.proof
+def test_optimised_python_runs_and_has_the_same_help(tmp_path: Path) -> None:
+    texts = []
+    for flag in ("-O", "-OO"):
+        said = [
+            subprocess.run(
+                [sys.executable, flag, "-m", "fastokd", *words, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for words in ([], ["train"], ["bench"], ["bench", "step"])
+        ]
+        texts.append(said)
+    assert texts[0] == texts[1]
+    small = [
+        "--epochs",
+        "1",
+        "--max-steps",
+        "2",
+        "--engine",
+        "loop",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "-OO", "-m", "fastokd", "train", RECIPE, *small]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "run/student.safetensors").exists()
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.models import create_model
 from fastokd.recipes import recipe
-from fastokd.student_file import read_weights
+from fastokd.student_file import read_weights, student_facts
 from fastokd.teacher import build_teacher, find_teacher
 from fastokd.train import train
 from fastokd.training.run_folder import Run
@@ -121,7 +121,8 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cifar_student(path: Path, root: Path, **facts: str | None) -> Path:
     """An untrained student of CIFAR-10, of which 20 images were held out unless ``facts`` say else."""
     data = load_dataset("cifar10", root)
-    said = student_facts(recipe("baseline/resnet8/cifar10", val=20), data, 0) | facts
+    one = recipe("baseline/resnet8/cifar10", val=20)
+    said = student_facts(one, data.class_names, data.preprocessing, 0) | facts
     kept = {name: value for name, value in said.items() if value is not None}
     save_file(create_model("resnet8", 10).state_dict(), path, metadata=kept)
     return path

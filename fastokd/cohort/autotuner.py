@@ -7,6 +7,7 @@ This file knows no session; :mod:`fastokd.training.tuning` measures with one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,16 @@ class Timing:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Timing:
-        return Timing(**{**values, "choice": Choice(**values["choice"])})
+        """The reverse of :meth:`to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: what can't have been written by it.
+        """
+        timing = Timing(**{**values, "choice": Choice(**values["choice"])})
+        times = (timing.compile_seconds, *([] if timing.step_ms is None else [timing.step_ms]))
+        if not all(0 <= float(time) < math.inf for time in times):
+            raise ValueError(f"{values} is no timing")
+        return timing
 
 
 def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]:

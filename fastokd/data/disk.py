@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastokd.cpus import share_of_cpus
 from fastokd.data.manifest import Entry
 from fastokd.data.order import BatchOrder
-from fastokd.data.scan import cores
 from fastokd.data.stream import Augment
 from fastokd.data.views import View, random_boxes
 from fastokd.device import staged
@@ -49,7 +49,7 @@ class DiskSplit:
         plain_N: bool, which of them every decoder decodes alike; the others are left to Pillow.
         view: the size of what comes out.
         loader: ``"dali"`` or ``"torchvision"``.
-        workers: threads of DALI, processes of torchvision; 0 for this process's share of the cores.
+        workers: threads of DALI, processes of torchvision; 0 for this process's share of the CPUs.
         device: where batches come out.
     """
 
@@ -190,7 +190,7 @@ class DiskStream:
         )
         self.split = split
         self.augment = augment
-        self.workers = split.workers or min(MOST_WORKERS, max(1, cores() // world_size))
+        self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
 
     def __len__(self) -> int:
         """Batches an epoch."""

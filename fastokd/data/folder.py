@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastokd.cpus import usable_cpus
 from fastokd.data import files
 from fastokd.data.decode import centre, read_rgb
 from fastokd.data.endings import EXTENSIONS, is_image, left_out
@@ -122,7 +123,7 @@ def decode(listing: Listing, view: View) -> Split:
     def fill(index: int) -> None:
         images_NHWC[index] = centre(read_rgb(listing.paths[index]), view)
 
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(8, usable_cpus()))
     try:
         for _ in pool.map(fill, range(len(listing.paths))):
             pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastokd.cpus import usable_cpus
 from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, upright_rgb
 
 # Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
@@ -91,7 +91,7 @@ def scan(
     Args:
         sampled: positions of the images whose levels are counted.
         pixels: False reads headers alone.
-        workers: threads; 0 for one a core.
+        workers: threads; 0 for one a CPU that this process may use.
         step: is called with the number of files that were just looked at.
     """
     counted = set(sampled)
@@ -105,7 +105,7 @@ def scan(
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
     # process's, so they are set here and not in the threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cpus()) as pool:
         warnings.simplefilter("ignore")
         try:
             for looks in pool.map(look_at_all, range(0, len(paths), CHUNK)):
@@ -114,11 +114,6 @@ def scan(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

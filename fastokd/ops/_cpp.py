@@ -22,11 +22,14 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import fastokd.csrc
+from fastokd.caches import cache_root, cache_roots
+from fastokd.cpus import usable_cpus
 
 COMMAND = "python -m fastokd.ops"
 
@@ -100,29 +103,29 @@ def build() -> Path:
 
     Raises:
         BuildError: no compiler, or it failed.
-        OSError: the cache directory can't be written.
+        OSError: no folder for caches can be written.
     """
     if sys.platform != "linux":
         raise BuildError(f"the C++ ops are for Linux, not {sys.platform}")
+    path = _cached()
+    if path is not None:
+        return path
     compiler = find_compiler()
     if compiler is None:
-        path = _cached()
-        if path is None:
-            raise BuildError("there is no C++ compiler: none of $CXX, c++, g++, clang++ was found")
-        return path
-    folder = _folder()
-    path = folder / _file_name(compiler)
-    if path.exists():
-        return path
+        raise BuildError("there is no C++ compiler: none of $CXX, c++, g++, clang++ was found")
+    folder = cache_root() / _folder_name()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it if this process dies
-        if path.exists():
+        with suppress(OSError):  # a file system without locks: each process builds its own
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it if this process dies
+            for leftover in folder.glob("build-*"):
+                shutil.rmtree(leftover)
+        path = _cached()
+        if path is not None:
             return path
-        for leftover in folder.glob("build-*"):
-            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
             built = _compile(compiler, Path(work))
+            path = folder / f"ops-{_version_digest(compiler)}-{_digest(built)}.so"
             os.replace(built, path)
     return path
 
@@ -146,13 +149,6 @@ def set_capability(name: str) -> bool:
     return bool(_library.fastokd_set_capability(name.encode()))
 
 
-def cache_root() -> Path:
-    """``$FASTOKD_CACHE``, else ``fastokd`` in the user's cache directory."""
-    if os.environ.get("FASTOKD_CACHE"):
-        return Path(os.environ["FASTOKD_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
-
-
 def extra_flags() -> list[str]:
     """``$FASTOKD_CXXFLAGS``, for every unit and the link (the proofs build with sanitizers)."""
     return os.environ.get("FASTOKD_CXXFLAGS", "").split()
@@ -164,15 +160,15 @@ def sources() -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _folder() -> Path:
-    """Where libraries of this torch, these flags and these sources lie."""
+def _folder_name() -> str:
+    """What holds libraries of this torch, these flags and these sources."""
     digest = hashlib.sha256()
     abi = torch.compiled_with_cxx11_abi()
     flags = (COMMON, GLUE, KERNEL, CAPABILITIES, extra_flags())
     digest.update(repr((torch.__version__, abi, flags)).encode())
     for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return cache_root() / f"cpp-{digest.hexdigest()[:20]}"
+    return f"cpp-{digest.hexdigest()[:20]}"
 
 
 @functools.cache
@@ -183,17 +179,27 @@ def _version(compiler: str) -> str:
     return run.stdout
 
 
-def _file_name(compiler: str) -> str:
-    return f"ops-{hashlib.sha256(_version(compiler).encode()).hexdigest()[:12]}.so"
+def _version_digest(compiler: str) -> str:
+    return hashlib.sha256(_version(compiler).encode()).hexdigest()[:12]
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:12]
 
 
 def _cached() -> Path | None:
-    """The library of this compiler; any compiler's where the machine has none (built at install)."""
-    folder, compiler = _folder(), find_compiler()
-    if compiler is None:
-        return max(folder.glob("ops-*.so"), default=None)
-    path = folder / _file_name(compiler)
-    return path if path.exists() else None
+    """The library of this compiler; any compiler's where the machine has none (built at install).
+
+    A damaged one, which could end the process that loads it, is none.
+    """
+    compiler = find_compiler()
+    pattern = f"ops-{_version_digest(compiler) if compiler else '*'}-*.so"
+    for root in cache_roots():
+        with suppress(OSError):
+            for path in sorted((root / _folder_name()).glob(pattern)):
+                if path.stem.endswith(f"-{_digest(path)}"):
+                    return path
+    return None
 
 
 def _open(path: Path) -> None:
@@ -212,7 +218,7 @@ def _open(path: Path) -> None:
 
 
 def _compile(compiler: str, work: Path) -> Path:
-    """Compiles every unit in ``work``, as many at once as there are cores, and links them."""
+    """Compiles every unit in ``work``, as many at once as there are CPUs, and links them."""
     root = Path(torch.__path__[0])
     include = [f"-isystem{root / 'include'}", f"-isystem{root}/include/torch/csrc/api/include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -234,7 +240,7 @@ def _compile(compiler: str, work: Path) -> Path:
             objects.append(str(work / name))
             flags = [*COMMON, *flags, *extra_flags()]
             commands.append([compiler, *flags, "-c", str(source), "-o", objects[-1]])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         list(pool.map(_run, commands))
     library = work / "ops.so"
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-fopenmp"]

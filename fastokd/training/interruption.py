@@ -15,7 +15,7 @@ from fastokd.distributed.ranks import speaks
 from fastokd.errors import DiskError, warn
 from fastokd.training.guard import READ_EVERY
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
 ECHO = 10.0
 
@@ -23,7 +23,8 @@ ECHO = 10.0
 class Interrupted(SystemExit):
     """A run stopped because it was asked to; its state is saved.
 
-    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM.
+    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
+    129 after SIGHUP.
     """
 
     code: int
@@ -38,7 +39,7 @@ class StopRequest:
     than ``echo`` seconds after the first.
 
     ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
-    somebody else's handler is in place, nothing is changed.
+    somebody else's handler is in place or the signal is ignored (by nohup, say), nothing is changed.
     """
 
     def __init__(self, echo: float = 0.0) -> None:

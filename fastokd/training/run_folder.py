@@ -23,7 +23,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, warn
+from fastokd.errors import DataFileError, DiskError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, Weights, run_rows, student_of

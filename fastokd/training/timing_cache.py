@@ -66,7 +66,7 @@ class TimingCache:
             if found["key"] != self.key:
                 return {}
             timings = [Timing.from_json(values) for values in found["timings"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
         return {timing.choice: timing for timing in timings}
 
@@ -104,7 +104,8 @@ class TimingCache:
     def clear(self) -> None:
         """No candidate is on trial."""
         if self._trial is not None:
-            os.ftruncate(self._trial, 0)
+            with suppress(OSError):
+                os.ftruncate(self._trial, 0)
 
     def _left(self) -> Choice | None:
         """What is on record of a process that is no more."""

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from fastokd.caches import cache_root
 from fastokd.cohort.autotuner import SAVABLE, Timing, eager_candidates, pick, table
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
 from fastokd.device import environment
 from fastokd.errors import UserError
-from fastokd.ops._cpp import cache_root
 from fastokd.training.interruption import StopRequest
 from fastokd.training.run_options import KEPT
 from fastokd.training.session import Session
@@ -58,7 +58,8 @@ def tune(
         chosen = _chosen(session, timings, steps) if settled else session.choice
         if any(timing.step_ms is not None for timing in timings):
             cache.write(timings)
-            say(table(timings, chosen))
+            if settled:
+                say(table(timings, chosen))
         return chosen, settled
 
     chosen, session.settled = session.ranks.first(measured)
@@ -70,7 +71,7 @@ def step_key(session: Session) -> dict[str, Any]:
     """All that a step's time depends on."""
     recipe, options = session.recipe, session.options
     machine = environment(session.device, session.precision)
-    names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "precision")
+    names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "waiting", "precision")
     return {
         **{name: machine[name] for name in names},
         "models": recipe.models,
@@ -106,7 +107,9 @@ def _measure(
     session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
 ) -> list[Timing]:
     """A timing for every candidate, the default's first; the known ones as they are."""
-    options, known = session.options, cache.read()
+    options = session.options
+    # A damaged file may name an engine that there isn't.
+    known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
     eager = eager_candidates(ENGINES, options.memory_format)
     unknown = [choice for choice in eager if choice not in known]
     trial_steps = warm_up_steps(session) + TIMED_STEPS
@@ -118,6 +121,8 @@ def _measure(
         if options.compile is not False:
             timings += _compiled(session, timings, steps, known, cache, stopped)
     if session.choice not in [timing.choice for timing in timings]:
+        if stopped():
+            note = "not timed: the run was stopped"
         timings.append(Timing(session.choice, note=note, final=False))
     return sorted(timings, key=lambda timing: timing.choice != session.choice)
 

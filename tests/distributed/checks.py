@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from fastokd.cohort.autotuner import Timing
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.recipes import Recipe, recipe
+from fastokd.training import tuning_worker
 from fastokd.training.interruption import Interrupted, StopRequest
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
-from fastokd.training.trial import time_eager
+from fastokd.training.trial import job, time_eager
 from fastokd.training.tuning import tune
 from fastokd.training.untouched import untouched
 
@@ -198,6 +200,30 @@ def statistics_read(one: Recipe) -> list[dict[str, Tensor]]:
         training_step(session, images, labels)
         session.step += 1
     return found
+
+
+def timed_shares(one: Recipe) -> tuple[int, int]:
+    """Images of a step that times an eager candidate here, and a compiled one in its own process."""
+    session = Session(one, RunOptions(**PLAIN))
+    told = json.loads(json.dumps(job(session, Choice("loop", True))))
+    sizes: list[int] = []
+
+    def noting(steps_session: Session, batch: tuple[Tensor, Tensor], count: int) -> list[float]:
+        sizes.append(len(batch[1]))
+        return [1.0] * count
+
+    with (
+        patch("fastokd.training.trial.time_steps", noting),
+        patch("fastokd.training.tuning_worker.time_steps", noting),
+        # The worker is a process alone.
+        patch("fastokd.distributed.ranks.world_size", return_value=1),
+    ):
+        time_eager(session, Choice("loop"), None)
+        answer = tuning_worker.work(told)
+    assert answer.get("step_ms") == 1.0, answer
+    eager, compiled = dict.fromkeys(sizes[:2]), dict.fromkeys(sizes[2:])
+    assert len(eager) == len(compiled) == 1
+    return (*eager, *compiled)
 
 
 def timed_alone(one: Recipe) -> list[Any]:

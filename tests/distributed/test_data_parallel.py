@@ -70,6 +70,10 @@ def test_the_first_process_decides(two: Pool, tmp_path: Path) -> None:
     torch.testing.assert_close({k: first[k] for k in trained}, {k: second[k] for k in trained})
 
 
+def test_every_candidate_is_timed_on_a_ranks_share(two: Pool) -> None:
+    assert two.run(checks.timed_shares, small("dml", batch_size=8)) == [(4, 4), (4, 4)]
+
+
 @pytest.mark.parametrize("compile", [None, True, False])
 @pytest.mark.parametrize(
     "asked",

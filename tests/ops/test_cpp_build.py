@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastokd import caches
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import unavailable
 
@@ -135,11 +136,34 @@ def test_a_compiler_that_does_not_run_is_said(fake: Fake, monkeypatch: pytest.Mo
     assert "doesn't answer --version" in str(_cpp.ensure_built())
 
 
-def test_a_cache_that_cannot_be_written_is_said(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTOKD_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = _cpp.build()
+    assert path.is_relative_to(tmp_path / f"fastokd-{os.getuid()}")
+    assert _cpp.build() == path
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     assert "/proc" in str(_cpp.ensure_built())
+
+
+def test_a_damaged_library_is_built_again(fake: Fake, tmp_path: Path) -> None:
+    """Loading half a library may end the process."""
+    path = _cpp.build()
+    path.write_text("obj")
+    assert "run `python -m fastokd.ops`" in str(unavailable("cpp", CPU))
+    assert _cpp.build().read_text() == "object"
+
+
+def test_a_library_in_a_cache_that_cannot_be_written_is_used(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image whose files are read-only."""
+    path = _cpp.build()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(caches, "_refusal", lambda folder: "Read-only file system")
+    assert _cpp.build() == path
 
 
 def test_one_builds_and_the_others_wait(fake: Fake, tmp_path: Path) -> None:
@@ -154,7 +178,7 @@ def test_one_builds_and_the_others_wait(fake: Fake, tmp_path: Path) -> None:
 
 def test_the_lock_dies_with_its_holder(fake: Fake, tmp_path: Path) -> None:
     """A builder is killed in the middle: the next takes over and clears up what it left."""
-    folder = _cpp._folder()
+    folder = _cpp.cache_root() / _cpp._folder_name()
     (folder / "build-left").mkdir(parents=True)
     (folder / "build-left" / "x.o").write_text("half")
     script = (

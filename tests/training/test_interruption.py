@@ -25,6 +25,7 @@ from fastokd.training.interruption import Interrupted, Keeper, StopRequest
 from fastokd.training.run_folder import Run, RunFolder
 from fastokd.training.session import RunOptions
 
+SAVING = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 # The module, which the function hides.
 loop = sys.modules["fastokd.train"]
 SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
@@ -63,13 +64,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [1, 2, 4])  # within an epoch, at its end, at the run's
+@pytest.mark.parametrize(
+    ("signum", "code", "step"),
+    [
+        # Within an epoch, at its end, at the run's.
+        *((signum, code, step) for signum, code in SAVING for step in (1, 2, 4)),
+        (signal.SIGHUP, 129, 1),
+    ],
+)
 def test_a_signal_saves_the_step_and_a_resumed_run_ends_alike(
     signum: int, code: int, step: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A shell's background jobs ignore ^C from the start, and so would the run.
-    default = signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler
+    default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
     inherited = signal.signal(signum, default)
     before = signal.getsignal(signum)
     with monkeypatch.context() as patch:
@@ -117,6 +124,17 @@ def test_a_second_signal_ends_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "on\n")
+
+
+def test_a_hangup_that_is_ignored_from_the_start_stops_nothing() -> None:
+    """As under nohup."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
 
 
 def test_the_command_says_how_to_go_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,22 @@ from tests.training.tuned import LONG, session_of
 LOOP, GROUPED = Choice("loop"), Choice("grouped")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"key": 1, "timings": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"key": 1, "timings": []}',
+        "[" * 100_000,
+        "\x00\xff",
+        *(
+            json.dumps(
+                {"key": {"torch": "2"}, "timings": [{"choice": {"engine": "loop"}, "step_ms": ms}]}
+            )
+            for ms in ("fast", math.nan, -1, [])
+        ),
+    ],
+)
 def test_a_damaged_cache_is_no_cache(cache: Path, content: str) -> None:
     known = TimingCache(cache, {"torch": "2"})
     known.path.parent.mkdir(parents=True)
@@ -84,8 +100,9 @@ def tuned_in_a_process(cache: Path, act: str) -> int:
         "from fastokd.training.interruption import StopRequest\n"
         "from tests.training.tuned import LONG, failing, session_of\n"
         "tuning.cache_root = lambda: Path(sys.argv[1])\n"
-        # A shell starts background jobs with SIGINT ignored, and their children inherit that.
+        # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"once = iter([True])\n"
         f"failing(pytest.MonkeyPatch(), 'grouped', lambda: next(once, False) and {act})\n"
         "with StopRequest() as stop:\n"
@@ -105,6 +122,7 @@ def kills(*names: str) -> str:
     [
         (["SIGKILL"], -signal.SIGKILL, True),  # as the kernel does where memory runs out
         (["SIGTERM"], 9, False),
+        (["SIGHUP"], 9, False),  # of a terminal that is closed
         (["SIGINT", "SIGINT"], 128 + signal.SIGINT, False),
         (["SIGTERM", "SIGKILL"], -signal.SIGKILL, False),  # as a batch system does
     ],

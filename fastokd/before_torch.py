@@ -1,0 +1,6 @@
+"""Sets what torch and other libraries read of the environment when they are loaded."""
+
+from fastokd import caches, cpus
+
+cpus.settle()
+caches.settle()

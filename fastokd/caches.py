@@ -1,0 +1,127 @@
+"""Where caches lie. None is needed: another folder takes the place of one that can't be written.
+
+The C++ ops and the timings of engines are in :func:`cache_root`. :func:`settle` does the same for
+the caches of other libraries, whose default is a folder in the home directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastokd.errors import warn
+
+# The variable that names another library's cache, and its default within the home directory.
+OTHERS = {
+    "MPLCONFIGDIR": ".config/matplotlib",
+    "TRITON_CACHE_DIR": ".triton/cache",
+    "TORCHINDUCTOR_CACHE_DIR": None,  # by default in the temporary folder
+}
+# In which nothing can be written.
+NOWHERE = Path(os.devnull) / "fastokd"
+
+
+def cache_root() -> Path:
+    """``$FASTOKD_CACHE``, else ``fastokd`` in the user's cache directory, else in the system's
+    temporary one: the first that can be written. One that is passed over is said once.
+
+    Where none can, writing to it raises OSError.
+    """
+    roots = cache_roots()
+    if len(roots) > 1:
+        _say(roots[0], roots[-1])
+    return roots[-1]
+
+
+def cache_roots() -> list[Path]:
+    """:func:`cache_root`, and before it those that are passed over: they may have been filled."""
+    roots: list[Path] = []
+    for place in _places():
+        roots.append(place)
+        if _refusal(place) is None:
+            break
+    return roots
+
+
+def settle() -> None:
+    """Names a folder for each other library whose own can't be written, for this process and its
+    children. Must run before they are imported."""
+    home = _home() or NOWHERE
+    for name, default in OTHERS.items():
+        usual = home / default if default else _system()
+        if _refusal(Path(os.environ.get(name) or usual)) is None:
+            continue
+        root = cache_roots()[-1]
+        if _refusal(root) is None:
+            os.environ[name] = str(root / name.partition("_")[0].lower())
+        else:  # torch isn't even imported with a folder that it can't make
+            os.environ.pop(name, None)
+
+
+def _places() -> Iterator[Path]:
+    """Where caches may lie, the best first."""
+    if os.environ.get("FASTOKD_CACHE"):
+        yield Path(os.environ["FASTOKD_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "fastokd"
+    home = _home()
+    if home is not None:
+        yield home / ".cache" / "fastokd"
+    yield _temporary()
+
+
+def _home() -> Path | None:
+    """The home directory; None for a user without one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+@functools.cache
+def _refusal(folder: Path) -> str | None:
+    """Why nothing can be written to ``folder``, which need not exist yet; None where it can."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk may still make an empty file
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _system() -> Path:
+    """The system's temporary folder, :data:`NOWHERE` without one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        return NOWHERE
+
+
+def _temporary() -> Path:
+    """This user's folder in the system's temporary one, :data:`NOWHERE` if it isn't the user's
+    alone: libraries are loaded from it."""
+    folder = _system() / f"fastokd-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return NOWHERE
+    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+    return folder if private and found.st_uid == os.getuid() else NOWHERE
+
+
+@functools.cache
+def _say(named: Path, instead: Path) -> None:
+    """Once a process, on the rank that speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        kept = "nothing is kept" if instead == NOWHERE else f"they are in {instead}"
+        warn(
+            f"caches can't be written to {named} ({_refusal(named)}): {kept}; set FASTOKD_CACHE to a "
+            "folder that can be written"
+        )
