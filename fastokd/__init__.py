@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from fastokd import user  # isort: skip  # noqa: F401, before torch is imported
+
 # Imported here, not on first use: ``train`` and ``evaluate`` are functions and modules by one
 # name, and the function must be what ``fastokd.train`` means whoever imported the module first.
 from fastokd.cohort import Cohort, CohortOutput

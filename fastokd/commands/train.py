@@ -21,6 +21,8 @@ from fastokd.commands.options import (
 )
 from fastokd.distributed.launch import launched, of_the_first_rank
 from fastokd.errors import UserError
+from fastokd.names import on_a_line
+from fastokd.streams import say
 
 
 def train(
@@ -135,9 +137,9 @@ def train(
             print(json.dumps(entry.recipe.to_json(), indent=1))
         return
     if scale_lr and not quiet:
-        print(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
+        say(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
     if epochs is not None and not quiet:
-        print(
+        say(
             f"schedule for {epochs} epochs: rate / {1 / resolved.lr_decay:g} before epochs "
             f"{list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
         )
@@ -178,7 +180,7 @@ def train(
     if len(planned) == 1 and seeds is None:
         done = run(resolved, options)
         if not quiet:
-            print(f"the run is in {done.folder}")
+            say(f"the run is in {on_a_line(done.folder)}")
         return
     if launched() > 1:
         raise UserError(
@@ -188,4 +190,4 @@ def train(
     folder = out or sweep_folder(recipe)
     run_all(folder, planned, options)
     if not quiet:
-        print(f"the {len(planned)} runs are in {folder}, listed in its index.json")
+        say(f"the {len(planned)} runs are in {on_a_line(folder)}, listed in its index.json")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from fastokd.training.metric_lines import MetricLines
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
+from fastokd.training.watchers import spared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,22 @@ class RunFolder:
         if self.facts.recipe_file.is_file():
             self.recipe()  # what can't be read is said before anything is trained
         return options.as_begun(self.facts.environment(), self.path)
+
+    @contextmanager
+    def beginning(self, session: Session) -> Iterator[None]:
+        """Opens the folder; where what is to begin with the run can't, a new folder is gone again."""
+        made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        self.open(session)
+        try:
+            yield
+        except BaseException:
+            if not session.options.resume and speaks():
+                for entry in self.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                with suppress(OSError):  # somebody else's run may have begun beside it
+                    for place in made:
+                        place.rmdir()
+            raise
 
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
@@ -256,19 +275,17 @@ class RunFolder:
             raise
 
     def finish(self, session: Session) -> Run:
-        """The student with its publisher's keys, and the report with its plots.
+        """The student with its publisher's keys.
 
         Raises:
             DiskError: the student can't be written, or the last steps couldn't be saved and still
-                can't. A report that can't is warned of.
+                can't.
         """
         if self._behind:
             self.save(session)
         return session.ranks.first(lambda: self._finish(session))
 
     def _finish(self, session: Session) -> Run:
-        from fastokd.report.page import report
-
         state = session.kept_state()
         facts = student_facts(session.recipe, session.data, session.kept_student)
         member = session.cohort.students[session.kept_student]
@@ -279,12 +296,19 @@ class RunFolder:
         }
         with writing(self.path):
             write_durably(self.path / STUDENT, save(plain, metadata=facts))
-        run = Run(self.path, session.recipe, self.metrics())
-        try:
+        return Run(self.path, session.recipe, self.metrics())
+
+    def report(self, session: Session) -> None:
+        """The page with its plots; where it can't be made, a warning says how to make it later."""
+
+        def make() -> None:
+            from fastokd.report.page import report
+
             report([self.path])
-        except DiskError as error:
-            warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
-        return run
+
+        command = f"fastokd report {shlex.quote(str(self.path))}"
+        why = f"the run is done, but there is no report (`{command}` makes it)"
+        session.ranks.first(lambda: spared(make, why, of=BaseException))
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
