@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.report.page import report
+from fastokd.streams import console, open_missing, say
 from fastokd.sweep import parse_seeds
 from fastokd.train import train
 from fastokd.training.run_folder import Run
@@ -39,15 +39,15 @@ def main() -> None:
             ("alone", "baseline/resnet8/digits"),
         ):
             resolved = recipe(name, seed=seed, epochs=arguments.epochs or recipe(name).epochs)
-            print(f"{name}, seed {seed}")
+            say(f"{name}, seed {seed}")
             options = RunOptions(out=out / f"{kind}-seed{seed}", eval_every=5, engine="loop")
             runs[kind].append(train(resolved, options))
 
     neighbours = nearest_neighbours(load_dataset("digits", None))
-    Console().print(_table(runs, neighbours))
+    console().print(_table(runs, neighbours))
     folders = [run.folder for of_kind in runs.values() for run in of_kind]
     page = report(folders, out / "report.html")
-    print(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
+    say(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
 
 
 def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
@@ -98,6 +98,7 @@ def _unused(out: Path) -> Path:
 
 
 if __name__ == "__main__":
+    open_missing()
     try:
         main()
     except UserError as error:

@@ -7,8 +7,12 @@ and bytes that no encoding knows, which Python keeps as lone surrogates (``os.fs
 from __future__ import annotations
 
 import html
+import os
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # Line ends and other control characters, lone surrogates.
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
@@ -43,7 +47,24 @@ def in_plot(name: object) -> str:
     """In a figure: matplotlib leaves labels that begin with an underscore out of a legend, and a
     long one leaves no room for the axes."""
     text = on_a_line(name)
-    if len(text) > _LONGEST_IN_PLOT:
-        half = _LONGEST_IN_PLOT // 2
-        text = f"{text[:half]}…{text[-half:]}"
+    longest = _LONGEST_IN_PLOT
+    if any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
+        longest //= 2
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
     return f" {text}" if text.startswith("_") else text
+
+
+@contextmanager
+def in_utf8(folder: Path) -> Iterator[Path]:
+    """Within it the folder, under a name for libraries that take UTF-8 alone."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            yield Path(f"/proc/{os.getpid()}/fd/{held}")
+        finally:
+            os.close(held)
+    else:
+        yield folder

@@ -106,7 +106,7 @@ def tell_lost(out: Outlet) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What the operating system says."""
+    """Why something can't be written, in the operating system's words."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
+from fastokd.names import in_utf8
 from fastokd.recipe_type import MOST, Recipe
 
 STUDENT = "student.safetensors"
@@ -182,7 +183,7 @@ def read_weights(path: Path, *, student: int | None = None, best: bool = False) 
 
 def _from_file(path: Path) -> Weights:
     try:
-        with safe_open(path, "pt") as file:
+        with in_utf8(path.parent) as folder, safe_open(folder / path.name, "pt") as file:
             names = list(file.keys())
             return Weights(
                 path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}

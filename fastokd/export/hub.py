@@ -19,6 +19,7 @@ from fastokd.export.formats import (
     write_safetensors,
 )
 from fastokd.models import Student
+from fastokd.names import in_markdown, on_a_line
 from fastokd.student_file import Weights
 from fastokd.training.run_folder import RunFolder
 
@@ -102,7 +103,7 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         f"# {weights.model}, {classes} classes",
         "",
         "Trained with fastokd in a group of students that teach each other. "
-        f"This is {about['role']}.",
+        f"This is {in_markdown(about['role'])}.",
         "",
         *_trained(weights),
         "## Images",
@@ -133,7 +134,7 @@ def _trained(weights: Weights) -> list[str]:
     lines = [
         "## Training",
         "",
-        f"Recipe `{recipe.name}`: {recipe.method}, {recipe.students} networks, {recipe.dataset}, "
+        f"Recipe `{on_a_line(recipe.name)}`: {in_markdown(recipe.method)}, {recipe.students} networks, {recipe.dataset}, "
         f"{recipe.epochs} epochs, seed {recipe.seed}.",
         "",
     ]

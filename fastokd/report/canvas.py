@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from fastokd.errors import UserError, in_one_line
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -19,6 +21,10 @@ def _import_matplotlib() -> Any:
     first, asked = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", "")
     try:
         import matplotlib
+    except Exception as error:  # an installation of any kind of brokenness
+        raise UserError(
+            f"matplotlib can't be loaded ({in_one_line(error)}): install it anew"
+        ) from error
     finally:
         if asked:
             os.environ["MPLBACKEND"] = asked
@@ -53,5 +59,6 @@ def plainly() -> Iterator[None]:
         "svg.hashsalt": "fastokd",
     }
     with _import_matplotlib().rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        for harmless in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", harmless, UserWarning)
         yield

@@ -11,11 +11,12 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastokd.errors import UserError, in_one_line
-from fastokd.names import on_a_line
+from fastokd.names import in_utf8, on_a_line
 from fastokd.recipes import Recipe
 from fastokd.training.watchers import Watcher
 
@@ -124,7 +125,9 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.folder = ExitStack()
+        place = self.folder.enter_context(in_utf8(folder)) / "tensorboard"
+        self.writer = SummaryWriter(str(place), purge_step=first_step)
 
     def row(self, row: dict[str, Any]) -> None:
         for name, value in scalars(row):
@@ -133,6 +136,7 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+        self.folder.close()
 
 
 class WeightsAndBiases:
@@ -149,15 +153,16 @@ class WeightsAndBiases:
         import wandb
 
         name = on_a_line(folder.name)
-        self.run = wandb.init(
-            project="fastokd", name=name, dir=str(folder), config=recipe.to_json()
-        )
+        self.folder = ExitStack()
+        place = str(self.folder.enter_context(in_utf8(folder)))
+        self.run = wandb.init(project="fastokd", name=name, dir=place, config=recipe.to_json())
 
     def row(self, row: dict[str, Any]) -> None:
         self.run.log(dict(scalars(row)), step=row["step"])
 
     def close(self) -> None:
         self.run.finish()
+        self.folder.close()
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -161,7 +162,10 @@ class RunFolder:
             self.facts.write_recipe(session.recipe)
             self.facts.write_environment(session)
             if session.teacher is not None:
-                facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
+                facts = {
+                    **session.teacher.facts,
+                    "taken_from": json.dumps(str(session.teacher.path)),
+                }
                 write_durably(self.path / KEPT, save(session.teacher.state, metadata=facts))
         return None
 
