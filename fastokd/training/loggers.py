@@ -91,6 +91,7 @@ class Logger(Watcher):
             sys.stdin.close()
             sys.stdin = asked
         if self._error is not None or not begun:
+            self._rows.put(None)  # where it begins late, it ends
             why = f"no answer within {BEGIN:g} s" if not self._error else in_one_line(self._error)
             raise UserError(f"{self.title} can't be used: {why}; {self._sink.fix}")
 

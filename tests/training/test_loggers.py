@@ -31,7 +31,7 @@ CANNOT_BEGIN = {
     "no network": "def init(**how): raise TimeoutError('timed out after 90 s')",
     "asks": "def init(**how): return input('your key: ')",
     "leaves": "def init(**how): raise SystemExit(1)",
-    "hangs": "import threading\ndef init(**how): threading.Event().wait(5)",
+    "hangs": "import threading\ndef init(**how): threading.Event().wait(1)",
 }
 
 
@@ -46,6 +46,14 @@ def install(where: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (where / "wandb.py").write_text(text)
     monkeypatch.syspath_prepend(where)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+def end_threads() -> None:
+    """Those that were left, which wait for a second."""
+    for thread in threading.enumerate():
+        if thread.name == loggers.THREAD:
+            thread.join()
+    assert not still_busy()
 
 
 @pytest.mark.parametrize("kind", CANNOT_BEGIN)
@@ -64,6 +72,7 @@ def test_a_logger_that_cannot_begin(
                 train(RECIPE, OPTIONS, out=out)
         assert sys.stdin is stdin
     os.close(answers)
+    end_threads()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "packages"]
     assert not list(kept.iterdir())
 
@@ -73,7 +82,7 @@ def test_a_logger_that_cannot_begin(
     [
         ("def log(self, row, step): raise ConnectionError('reset')", "ConnectionError: reset"),
         ("def finish(self): raise OSError(28, 'No space left')", "OSError: [Errno 28] No space"),
-        ("def finish(self): threading.Event().wait(5)", "it didn't end within 0.3 s"),
+        ("def finish(self): threading.Event().wait(1)", "it didn't end within 0.3 s"),
     ],
 )
 def test_a_logger_that_fails_later(
@@ -93,9 +102,7 @@ def test_a_logger_that_fails_later(
     assert "metrics.jsonl has every row" in told
     assert (run.folder / "student.safetensors").is_file()
     assert still_busy() == ("didn't end" in said)
-    for thread in threading.enumerate():
-        if thread.name == loggers.THREAD:
-            thread.join()
+    end_threads()
 
 
 def test_a_logger_that_works_is_told_of_every_row(
