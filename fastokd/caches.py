@@ -71,7 +71,7 @@ def _places() -> Iterator[Path]:
     home = _home()
     if home is not None:
         yield home / ".cache" / "fastokd"
-    yield _temporary()
+    yield own_folder()
 
 
 def _home() -> Path | None:
@@ -103,7 +103,7 @@ def _system() -> Path:
         return NOWHERE
 
 
-def _temporary() -> Path:
+def own_folder() -> Path:
     """This user's folder in the system's temporary one, :data:`NOWHERE` if it isn't the user's
     alone: libraries are loaded from it."""
     folder = _system() / f"fastokd-{os.getuid()}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,9 +21,14 @@ from fastokd.commands.train import train
 from fastokd.distributed.launch import of_the_first_rank
 from fastokd.errors import DISK, UserError
 from fastokd.methods import register_method
+from fastokd.names import on_a_line
+from fastokd.streams import guarded, open_missing, reason
 from fastokd.training.interruption import Interrupted
+from fastokd.training.loggers import still_busy
 
 INTERRUPTED = 130  # by ^C, as shells have it
+# What shells have for a program whose reader went away.
+UNREAD = 128 + signal.SIGPIPE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +96,25 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> str:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence."""
+    """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence.
+
+    A result that nobody reads ends it in silence, by 141; a run's own lines may be lost.
+    """
+    with guarded() as out:
+        code = _run(arguments)
+        if code != 0 or out.lost is None:
+            return code
+        if isinstance(out.lost, OSError) and out.lost.errno == errno.EPIPE:
+            return UNREAD
+        _complain(f"standard output can't be written: {reason(out.lost)}")
+        return 2
+
+
+def _complain(text: object) -> None:
+    print(f"fastokd: {on_a_line(text)}", file=sys.stderr)
+
+
+def _run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -97,19 +123,16 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"fastokd: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except Interrupted as stop:
         if of_the_first_rank():
-            print(
-                f"fastokd: stopped by {stop.signal}; the run is saved, --resume continues it",
-                file=sys.stderr,
-            )
+            _complain(f"stopped by {stop.signal}; the run is saved, --resume continues it")
         return stop.code
     except OSError as error:
         if debug or error.errno not in DISK:
             raise
-        print(f"fastokd: the disk can't be written: {error}", file=sys.stderr)
+        _complain(f"the disk can't be written: {error}")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -119,16 +142,20 @@ def run_command(arguments: Sequence[str]) -> int:
         # typer carries its own copy of click, whose usage errors have no public name.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        print(f"fastokd: {_usage_error(error, arguments)}", file=sys.stderr)
+        _complain(_usage_error(error, arguments))
         return 2
     if code == INTERRUPTED:
-        print("fastokd: interrupted; train continues where --resume is added", file=sys.stderr)
+        _complain("interrupted; train continues where --resume is added")
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run_command(sys.argv[1:]))
+    open_missing()
+    code = run_command(sys.argv[1:])
+    if still_busy():
+        os._exit(code)  # what a logger does at exit would wait for it
+    sys.exit(code)
 
 
 if __name__ == "__main__":

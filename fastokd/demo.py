@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastokd.commands.help import keep_docstring
@@ -17,6 +16,7 @@ from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.report.page import report
 from fastokd.settings import parse_seeds
+from fastokd.streams import console, open_missing, say
 from fastokd.train import train
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions
@@ -41,15 +41,15 @@ def main() -> None:
             ("alone", "baseline/resnet8/digits"),
         ):
             resolved = recipe(name, seed=seed, epochs=arguments.epochs or recipe(name).epochs)
-            print(f"{name}, seed {seed}")
+            say(f"{name}, seed {seed}")
             options = RunOptions(out=out / f"{kind}-seed{seed}", eval_every=5, engine="loop")
             runs[kind].append(train(resolved, options))
 
     neighbours = nearest_neighbours(load_dataset("digits", None))
-    Console().print(_table(runs, neighbours))
+    console().print(_table(runs, neighbours))
     folders = [run.folder for of_kind in runs.values() for run in of_kind]
     page = report(folders, out / "report.html")
-    print(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
+    say(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
 
 
 def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
@@ -100,6 +100,7 @@ def _unused(out: Path) -> Path:
 
 
 if __name__ == "__main__":
+    open_missing()
     try:
         main()
     except UserError as error:

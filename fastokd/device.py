@@ -155,6 +155,6 @@ def _git_commit() -> str | None:
             text=True,
             check=False,
         )
-    except FileNotFoundError:
+    except OSError:
         return None
     return done.stdout.strip() or None

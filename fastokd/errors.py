@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
-import sys
 from collections.abc import Iterable
+
+from fastokd.streams import warn as warn
 
 
 class UserError(ValueError):
@@ -41,12 +42,7 @@ def in_one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, UserError):
         return " ".join(lines)
-    return f"{type(error).__name__}: {lines[0]}"[:LINE]
-
-
-def warn(text: str) -> None:
-    """Tells the person at the terminal, on stderr; a run goes on."""
-    print(f"warning: {text}", file=sys.stderr)
+    return f"{type(error).__name__}{': ' if lines[0] else ''}{lines[0]}"[:LINE]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

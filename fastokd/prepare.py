@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastokd.data.layout import Layout, find_layout
 from fastokd.data.manifest import Entry, Manifest, write_manifest
 from fastokd.data.scan import SAMPLED, scan, statistics_of
 from fastokd.errors import UserError
+from fastokd.streams import console
 
 IMAGENET_CLASSES = 1000
 # As many faults as a screen shows; the manifest has them all.
@@ -112,7 +112,7 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
         MofNCompleteColumn(),
         BarColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         disable=quiet,
     )
     with bar:

@@ -25,6 +25,7 @@ from fastokd.checkpoint import (
 from fastokd.data.preprocessing import FITS, Preprocessing, from_facts, preprocessing_of
 from fastokd.errors import UserError, warn
 from fastokd.models import Student, create_model
+from fastokd.names import in_utf8
 from fastokd.recipe_type import Recipe
 from fastokd.training.metric_lines import MetricLines, Row
 
@@ -308,7 +309,7 @@ def run_rows(run: Path) -> list[Row]:
 
 def _from_file(path: Path) -> Weights:
     try:
-        with safe_open(path, "pt") as file:
+        with in_utf8(path.parent) as folder, safe_open(folder / path.name, "pt") as file:
             names = list(file.keys())
             return Weights(
                 path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}

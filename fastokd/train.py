@@ -17,9 +17,12 @@ from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
+from fastokd.names import on_a_line
 from fastokd.recipes import Recipe
+from fastokd.streams import say
 from fastokd.training.display import Display
 from fastokd.training.interruption import ECHO, Keeper, StopRequest
+from fastokd.training.loggers import check_installed, loggers
 from fastokd.training.nonfinite import settle
 from fastokd.training.out_of_memory import saying_what_fits
 from fastokd.training.run_facts import RunFacts
@@ -27,12 +30,12 @@ from fastokd.training.run_folder import Run, RunFolder
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.step import training_step
 from fastokd.training.tuning import tune
-from fastokd.training.watchers import check_installed, watchers
+from fastokd.training.watchers import Watchers
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 
 
-def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str, Any]:
+def train_epoch(session: Session, told: Watchers, keeper: Keeper) -> dict[str, Any]:
     """The rest of one epoch; the training metrics of all of it."""
     session.cohort.train()
     session.method.train()
@@ -45,7 +48,7 @@ def train_epoch(session: Session, display: Display, keeper: Keeper) -> dict[str,
         session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
         session.batch += 1
         session.step += 1
-        display.step(labels_B.shape[0] * session.ranks.data.size)
+        told.step(labels_B.shape[0] * session.ranks.data.size)
         keeper.stepped()
     return session.meter.result(session.ranks)
 
@@ -103,53 +106,78 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
     check_installed(**asked)
     folder = RunFolder.claim(recipe, options)
     session = Session(recipe, folder.as_begun(options))
-    say = _silent if options.quiet else print
+    tell = _silent if options.quiet else say
     for note in session.began_from:
-        say(note)
+        tell(note)
     with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
-        folder.open(session)
-        if not options.quiet:  # looking takes 0.2 s
-            say(cpus.said())
-        if options.show_augmentation:
-            say(f"a batch as the students see it: {folder.show_batch(session)}")
-        others = watchers(recipe, folder.path, session.step, **asked)
-        if not session.settled:
-            timings = tune(session, session.steps_left, say, stop)
-            if session.settled:  # else a signal came, and the resumed run chooses
-                folder.settled(session, timings)
-        keeper = Keeper(
-            lambda: folder.save(session),
-            stop,
-            options.save_every_steps,
-            options.save_every_minutes,
-            check=lambda: settle(session, lambda: folder.save(session)),
-            agree=Agreement(session.ranks),
-        )
-        keeping = folder.keeping(session, keeper.save_now)
-        with Display(session, options.quiet, others) as display, keeping:
-            while session.epoch < recipe.epochs and not session.stopped:
-                started, images = time.perf_counter(), display.images
-                train_metrics = train_epoch(session, display, keeper)
-                seconds = time.perf_counter() - started
-                row: dict[str, Any] = {
-                    "epoch": session.epoch,
-                    "step": session.step,
-                    "seconds": seconds,
-                    "images_per_second": (display.images - images) / seconds,
-                    "lr": recipe.learning_rate(session.epoch),
-                    "kd_weight": session.progress.ramp.item(),
-                    "skipped_steps": session.skipped,
-                    "train": train_metrics,
-                }
-                last = session.stopped or session.epoch + 1 == recipe.epochs
-                if last or (session.epoch + 1) % options.eval_every == 0:
-                    row |= evaluate_session(session, keeper)
-                session.finish_epoch()
-                folder.record(session, row)
-                display.epoch(row)
-                keeper.saved()
+        with Watchers() as told:
+            with folder.beginning(session):
+                found = loggers(recipe, folder.path, session.step, **asked)
+                session.ranks.first(lambda: told.begin(*found))
+            if not options.quiet:  # looking takes 0.2 s
+                tell(cpus.said())
+            if options.show_augmentation:
+                picture = on_a_line(folder.show_batch(session))
+                tell(f"a batch as the students see it: {picture}")
+            if not session.settled:
+                timings = tune(session, session.steps_left, tell, stop)
+                if session.settled:  # else a signal came, and the resumed run chooses
+                    folder.settled(session, timings)
+            told.add(lambda: Display(session, options.quiet), Display.title)
+            run = _train_epochs(session, folder, told, stop)
+        with stop.telling(_give_up):
+            folder.report(session)
+    return run
+
+
+def _train_epochs(session: Session, folder: RunFolder, told: Watchers, stop: StopRequest) -> Run:
+    """Every epoch that is left. What the run is for is written before anybody is told of it."""
+    recipe, options = session.recipe, session.options
+    keeper = Keeper(
+        lambda: folder.save(session),
+        stop,
+        options.save_every_steps,
+        options.save_every_minutes,
+        check=lambda: settle(session, lambda: folder.save(session)),
+        agree=Agreement(session.ranks),
+    )
+    run = None
+    with folder.keeping(session, keeper.save_now):
+        while not _is_over(session):
+            started, images = time.perf_counter(), told.images
+            train_metrics = train_epoch(session, told, keeper)
+            seconds = time.perf_counter() - started
+            row: dict[str, Any] = {
+                "epoch": session.epoch,
+                "step": session.step,
+                "seconds": seconds,
+                "images_per_second": (told.images - images) / seconds,
+                "lr": recipe.learning_rate(session.epoch),
+                "kd_weight": session.progress.ramp.item(),
+                "skipped_steps": session.skipped,
+                "train": train_metrics,
+            }
+            last = session.stopped or session.epoch + 1 == recipe.epochs
+            if last or (session.epoch + 1) % options.eval_every == 0:
+                row |= evaluate_session(session, keeper)
+            session.finish_epoch()
+            folder.record(session, row)
+            if _is_over(session):
+                run = folder.finish(session)
+            told.row(row)
+            keeper.saved()
+            if run is None:
                 keeper()
-        return folder.finish(session)
+    return run or folder.finish(session)
+
+
+def _is_over(session: Session) -> bool:
+    return session.epoch >= session.recipe.epochs or session.stopped
+
+
+def _give_up() -> None:
+    """A signal while the report is made ends the report, and not the run, which is done."""
+    raise KeyboardInterrupt
 
 
 def _silent(text: str) -> None:

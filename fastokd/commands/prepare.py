@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastokd.errors import UserError
+from fastokd.names import on_a_line
 
 
 def prepare(
@@ -47,4 +48,4 @@ def prepare(
         workers=workers,
         quiet=json_,
     )
-    print(json.dumps(done.to_json()) if json_ else "\n".join(done.lines()))
+    print(json.dumps(done.to_json()) if json_ else "\n".join(map(on_a_line, done.lines())))

@@ -44,11 +44,10 @@ def reproduce(
 
     The same command again goes on with what is missing.
     """
-    from rich.console import Console
-
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
     from fastokd.settings import parse_seeds
+    from fastokd.streams import console
     from fastokd.training.session import RunOptions
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
@@ -67,4 +66,4 @@ def reproduce(
         print(json.dumps(done.to_json()))
     else:
         # Where nothing says how wide the output is, 80 columns would fold the numbers.
-        Console(width=None if sys.stdout.isatty() else 120).print(as_table(done))
+        console(width=None if sys.stdout.isatty() else 120).print(as_table(done))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastokd.commands.options import DataRoot, Device, Json, Loader, Precision, Workers
+from fastokd.names import on_a_line
 
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
@@ -21,7 +23,7 @@ def report(
     """Write a page about one run, or several compared; its plots beside it."""
     from fastokd.report.page import report as write
 
-    print(f"the page is {write(runs, out)}")
+    print(f"the page is {on_a_line(write(runs, out))}")
 
 
 def diff(
@@ -39,7 +41,7 @@ def diff(
     for part, values in found.items():
         print(f"{part}:" if values else f"{part}: the same")
         for name, (ours, theirs) in values.items():
-            print(f"  {name}: {ours} | {theirs}")
+            print(on_a_line(f"  {name}: {ours} | {theirs}"))
 
 
 def export(
@@ -59,7 +61,7 @@ def export(
     done = turn(
         source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
     )
-    print("\n".join([*done.lines, f"the export is in {done.folder}"]))
+    _print_lines([*done.lines, f"the export is in {done.folder}"])
 
 
 def predict(
@@ -80,9 +82,9 @@ def predict(
         print(json.dumps(rows))
         return
     for prediction in found:
-        print(prediction.image)
+        print(on_a_line(prediction.image))
         for name, share in zip(prediction.classes, prediction.probabilities, strict=True):
-            print(f"  {100 * share:5.1f} %  {name}")
+            print(f"  {100 * share:5.1f} %  {on_a_line(name)}")
 
 
 def evaluate(
@@ -133,7 +135,11 @@ def convert(
     done = turn(
         source, out, model=model, student=student, paper=paper, dataset=dataset, data_root=data_root
     )
-    print("\n".join(done))
+    _print_lines(done)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    print("\n".join(map(on_a_line, lines)))
 
 
 def register(app: typer.Typer) -> None:

@@ -21,6 +21,8 @@ from fastokd.commands.options import (
 )
 from fastokd.distributed.launch import launched, of_the_first_rank
 from fastokd.errors import UserError
+from fastokd.names import on_a_line
+from fastokd.streams import say
 
 if TYPE_CHECKING:
     from fastokd.settings import Planned
@@ -133,7 +135,8 @@ def train(
             print(json.dumps(entry.recipe.to_json(), indent=1))
         return
     if not quiet:
-        print(*_what_was_scaled(recipe, planned, scale_lr), sep="", end="")
+        for line in _what_was_scaled(recipe, planned, scale_lr):
+            say(line)
     options = RunOptions(
         out=out,
         data_root=data_root,
@@ -171,7 +174,7 @@ def train(
     if len(planned) == 1 and seeds is None:
         done = run(resolved, options)
         if not quiet:
-            print(f"the run is in {done.folder}")
+            say(f"the run is in {on_a_line(done.folder)}")
         return
     if launched() > 1:
         raise UserError(
@@ -181,7 +184,7 @@ def train(
     folder = out or sweep_folder(recipe)
     run_all(folder, planned, options)
     if not quiet:
-        print(f"the {len(planned)} runs are in {folder}, listed in its index.json")
+        say(f"the {len(planned)} runs are in {on_a_line(folder)}, listed in its index.json")
 
 
 def _what_was_scaled(name: str, planned: list[Planned], scale_lr: bool) -> list[str]:
@@ -191,10 +194,10 @@ def _what_was_scaled(name: str, planned: list[Planned], scale_lr: bool) -> list[
     lines = []
     for resolved in (entry.recipe for entry in planned):
         if scale_lr:
-            lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}\n")
+            lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
         if resolved.epochs != recipe(name).epochs:
             lines.append(
                 f"schedule for {resolved.epochs} epochs: rate / {1 / resolved.lr_decay:g} before "
-                f"epochs {list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}\n"
+                f"epochs {list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
             )
     return list(dict.fromkeys(lines))

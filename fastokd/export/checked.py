@@ -19,6 +19,7 @@ from fastokd.data import DatasetSplits
 from fastokd.errors import DiskError, UserError, unknown_name, warn
 from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.export.hub import HUB
+from fastokd.names import in_utf8
 from fastokd.recipe_type import Recipe
 from fastokd.student_file import Weights, read_weights, student_of
 from fastokd.training.parts import build_cohort, load_splits
@@ -94,9 +95,10 @@ def export(
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         beside.mkdir(parents=True)
-        name = form.write(weights, network, beside)
-        with torch.no_grad():
-            got_BC = form.read(weights, beside / name)(images_BCHW)
+        with in_utf8(beside) as place:
+            name = form.write(weights, network, place)
+            with torch.no_grad():
+                got_BC = form.read(weights, place / name)(images_BCHW)
         furthest = _compare(got_BC, wanted_BC, to)
         about = {"file": name, **weights.about()}
         write_durably(beside / ABOUT, (json.dumps(about, indent=1) + "\n").encode())

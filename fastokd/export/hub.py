@@ -24,6 +24,7 @@ from fastokd.export.formats import (
     write_safetensors,
 )
 from fastokd.models import Student
+from fastokd.names import in_markdown, on_a_line
 from fastokd.recipe_type import Recipe
 from fastokd.student_file import OPTIONAL, Weights
 
@@ -110,7 +111,7 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         "",
         f"# {weights.model}, {classes} classes",
         "",
-        f"{_origin(weights)} This is {about['role']}.",
+        f"{_origin(weights)} This is {in_markdown(about['role'])}.",
         "",
         *_trained(weights),
         "## Images",
@@ -147,7 +148,7 @@ def _trained(weights: Weights) -> list[str]:
     lines = [
         "## Training",
         "",
-        f"Recipe `{recipe.name}`: {recipe.method}, {recipe.students} networks, {recipe.dataset}, "
+        f"Recipe `{on_a_line(recipe.name)}`: {in_markdown(recipe.method)}, {recipe.students} networks, {recipe.dataset}, "
         f"{recipe.epochs} epochs, seed {recipe.seed}.",
         "",
     ]

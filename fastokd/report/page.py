@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from fastokd.cells import Cell, cells_of, tables
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
+from fastokd.names import in_html
 from fastokd.recipes import recipe
 from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
@@ -90,13 +91,13 @@ def _page(pools: Sequence[Pool], figures: dict[str, str]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        f"<title>{in_html(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{in_html(title)}</h1>",
         _results(pools),
         '<div class="figures">',
         *(
-            f'<figure id="{name}" role="img" aria-label="{escape(CAPTIONS[name])}">{svg}'
-            f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+            f'<figure id="{name}" role="img" aria-label="{in_html(CAPTIONS[name])}">{svg}'
+            f"<figcaption>{in_html(CAPTIONS[name])}</figcaption></figure>"
             for name, svg in figures.items()
         ),
         "</div>",
@@ -108,9 +109,9 @@ def _page(pools: Sequence[Pool], figures: dict[str, str]) -> str:
 
 
 def _table(identity: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    cells = "".join(f"<th>{in_html(name)}</th>" for name in head)
     lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
         f'<div class="scroll"><table id="{identity}"><thead><tr>{cells}</tr></thead>'
@@ -199,13 +200,13 @@ def _cells(pool: Pool) -> list[Cell]:
 
 
 def _details(pool: Pool) -> str:
-    folders = ", ".join(escape(str(run.folder)) for run in pool.runs)
+    folders = ", ".join(in_html(run.folder) for run in pool.runs)
     environment = _environment(pool.runs[0])
     return (
-        f"<details><summary>{escape(pool.label)}: recipe, versions, cost</summary>"
+        f"<details><summary>{in_html(pool.label)}: recipe, versions, cost</summary>"
         f'<p class="note">{folders}</p>'
-        f"<pre>{escape(json.dumps(pool.recipe.to_json(), indent=1))}</pre>"
-        f"<pre>{escape(json.dumps(environment, indent=1))}</pre></details>"
+        f"<pre>{html.escape(json.dumps(pool.recipe.to_json(), indent=1))}</pre>"
+        f"<pre>{html.escape(json.dumps(environment, indent=1))}</pre></details>"
     )
 
 

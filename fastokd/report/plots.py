@@ -6,13 +6,15 @@ import io
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from fastokd.checkpoint import write_durably
+from fastokd.names import in_plot
+from fastokd.report.canvas import canvas, plainly
 from fastokd.report.pools import Pool, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What is drawn in this colour follows the page's text, light or dark.
 INK = "#010203"
@@ -26,24 +28,21 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
     Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
     ``attention`` (who listens to whom, over the epochs).
     """
-    drawn = {
-        "loss": _loss(pools),
-        "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
-        "diversity": _diversity(pools),
-        "group_size": _group_size(pools),
-        "attention": _attention(pools),
-    }
+    with plainly():
+        drawn = {
+            "loss": _loss(pools),
+            "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
+            "diversity": _diversity(pools),
+            "group_size": _group_size(pools),
+            "attention": _attention(pools),
+        }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def as_svg(figure: Figure) -> str:
     """The figure as an ``<svg>`` element whose text and axes have the page's colour."""
-    import matplotlib
-
-    # Text stays text: it can be searched, and a page prints it in its own font. A fixed salt
-    # makes the same figure the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastokd"}):
-        buffer = io.StringIO()
+    buffer = io.StringIO()
+    with plainly():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
@@ -60,15 +59,9 @@ def save(figure: Figure, path: Path) -> None:
     """``path`` with ``.svg`` and ``.png`` behind it, black on white."""
     write_durably(path.with_name(f"{path.name}.svg"), on_white(figure).encode())
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120, facecolor="white")
+    with plainly():
+        figure.savefig(png, format="png", dpi=120, facecolor="white")
     write_durably(path.with_name(f"{path.name}.png"), png.getvalue())
-
-
-def _canvas(width: float, height: float) -> Figure:
-    # A canvas of its own: no display, and no state shared with a caller's figures.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _finish(figure: Figure) -> Figure:
@@ -106,13 +99,19 @@ def _colour(index: int) -> str:
 
 def _draw_loss(axes: Any, pools: Sequence[Pool]) -> None:
     for index, pool in enumerate(pools):
-        _plot(axes, pool, lambda row: row["train"]["loss"], color=_colour(index), label=pool.label)
+        _plot(
+            axes,
+            pool,
+            lambda row: row["train"]["loss"],
+            color=_colour(index),
+            label=in_plot(pool.label),
+        )
     together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
     axes.set(title=f"training loss{together}", xlabel="epoch", yscale="log")
 
 
 def _loss(pools: Sequence[Pool]) -> Figure:
-    figure = _canvas(6, 4)
+    figure = canvas(6, 4)
     axes = figure.subplots()
     _draw_loss(axes, pools)
     if len(pools) > 1:
@@ -149,18 +148,18 @@ def _draw_students(axes: Any, pool: Pool) -> None:
             color="gray",
             linestyle="--",
         )
-    axes.set(title=f"test top-1, {recipe.dataset} (%)", xlabel="epoch")
+    axes.set(title=in_plot(f"test top-1, {recipe.dataset} (%)"), xlabel="epoch")
     axes.legend(fontsize="small")
 
 
 def _students(pool: Pool) -> Figure:
-    figure = _canvas(6, 4)
+    figure = canvas(6, 4)
     _draw_students(figure.subplots(), pool)
     return _finish(figure)
 
 
 def _accuracy(pools: Sequence[Pool]) -> Figure:
-    figure = _canvas(6, 4)
+    figure = canvas(6, 4)
     axes = figure.subplots()
 
     def reported(pool: Pool) -> Callable[[Row], float | None]:
@@ -171,7 +170,7 @@ def _accuracy(pools: Sequence[Pool]) -> Figure:
             axes,
             pool,
             reported(pool),
-            label=f"{pool.label}, {pool.reported}",
+            label=in_plot(f"{pool.label}, {pool.reported}"),
             color=_colour(index),
         )
     axes.set(title="test top-1, as reported (%)", xlabel="epoch")
@@ -186,7 +185,7 @@ def _draw_diversity(axes: Any, pools: Sequence[Pool]) -> bool:
             pool,
             lambda row: _test(row, lambda test: test["diversity"]),
             color=_colour(index),
-            label=pool.label,
+            label=in_plot(pool.label),
         )
         for index, pool in enumerate(pools)
     ]
@@ -195,7 +194,7 @@ def _draw_diversity(axes: Any, pools: Sequence[Pool]) -> bool:
 
 
 def _diversity(pools: Sequence[Pool]) -> Figure | None:
-    figure = _canvas(6, 4)
+    figure = canvas(6, 4)
     axes = figure.subplots()
     if not _draw_diversity(axes, pools):
         return None
@@ -212,7 +211,7 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
         key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
         other = pool.label.removeprefix(recipe.name).replace(f" students={recipe.students}", "")
         by_method.setdefault(key + other, []).append(pool)
-    figure = _canvas(6, 4)
+    figure = canvas(6, 4)
     axes = figure.subplots()
     for index, (label, members) in enumerate(by_method.items()):
         by_size = {pool.recipe.students: pool for pool in members}
@@ -227,7 +226,7 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
             marker="o",
             capsize=3,
             color=_colour(index),
-            label=label,
+            label=in_plot(label),
         )
     if not axes.has_data():
         return None
@@ -257,7 +256,7 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
     lines = max(
         len(next(iter(m.values()))[0]) * len(next(iter(m.values()))[0][0]) for _, m in shown
     )
-    figure = _canvas(6, len(shown) * (1.2 + 0.22 * lines))
+    figure = canvas(6, len(shown) * (1.2 + 0.22 * lines))
     panels = figure.subplots(len(shown), squeeze=False)[:, 0]
     for axes, (pool, matrices) in zip(panels, shown, strict=True):
         epochs = sorted(matrices)
@@ -278,7 +277,7 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
         axes.set_yticks(
             range(len(cells)), [f"{_who(pool, s)} to {n}" for s, n in cells], fontsize=7
         )
-        axes.set(title=f"who listens to whom: {pool.label}", xlabel="epoch")
+        axes.set(title=in_plot(f"who listens to whom: {pool.label}"), xlabel="epoch")
         bar = figure.colorbar(picture, ax=axes)
         bar.ax.tick_params(colors=INK)
     return _finish(figure)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastokd.errors import warn
+from fastokd.streams import Outlet, console, tell_lost
 from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
@@ -26,18 +24,16 @@ COLUMNS = (
 SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed in place
 
 
-class Display:
-    """Shows what was measured in each epoch, and how far the run is.
+class Display(Watcher):
+    """Shows what was measured in each epoch, and how far the run is."""
 
-    ``others`` are told every epoch too.
-    """
+    title = "its display"
 
-    def __init__(self, session: Session, quiet: bool, others: Sequence[Watcher] = ()) -> None:
-        self.others = others
+    def __init__(self, session: Session, quiet: bool) -> None:
         self.epochs = session.recipe.epochs
         self.first_epoch = session.epoch
         self.quiet = quiet
-        self.console = Console()
+        self.console = console()
         self.images = 0
         self.started = time.perf_counter()
         self.bar = Progress(
@@ -61,26 +57,26 @@ class Display:
             "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
         )
 
-    def __enter__(self) -> Display:
+    def begin(self) -> None:
         if self.note and not self.quiet:
-            self.console.print(self.note, highlight=False, soft_wrap=True)
+            self._line(self.note)
         if self.live is not None:
             self.live.start(refresh=True)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.live is not None:
             self.live.stop()
-        for watcher in self.others:
-            self._tell(watcher, watcher.close)
+            self._check_lost()
 
-    def _tell(self, watcher: Watcher, what: Callable[[], None]) -> None:
-        """Those who can't be told are told no more; the run doesn't need them."""
-        try:
-            what()
-        except OSError as error:
-            warn(f"{type(watcher).__name__} is told no more: {error}")
-            self.others = [other for other in self.others if other is not watcher]
+    def _line(self, text: str) -> None:
+        # A log has no width: wrapped at 80 columns, an epoch would be two lines of it.
+        self.console.print(text, soft_wrap=True)
+        self._check_lost()
+
+    def _check_lost(self) -> None:
+        out = self.console.file
+        if isinstance(out, Outlet):
+            tell_lost(out)
 
     def view(self) -> Group:
         """The last epochs' table, the columns that nothing fills left out, and the bar."""
@@ -93,15 +89,11 @@ class Display:
         return Group(*([table] if kept else []), self.bar)
 
     def step(self, images: int) -> None:
-        """One step was queued; nothing is read from the device."""
         self.images += images
         rate = self.images / (time.perf_counter() - self.started)
         self.bar.update(self.task, advance=1, rate=rate)
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """One epoch was measured."""
-        for watcher in list(self.others):
-            self._tell(watcher, partial(watcher.row, row))
+    def row(self, row: dict[str, Any]) -> None:
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:
@@ -112,14 +104,14 @@ class Display:
         values.insert(2, f"{left:.0f} s")
         if self.live is not None:
             self.rows = [*self.rows, values][-SHOWN:]
+            self._check_lost()
             return
         line = "  ".join(
             value if name == "epoch" else f"{name} {value}"
             for name, value in zip(COLUMNS, values, strict=True)
             if value
         )
-        # A log has no width: wrapped at 80 columns, an epoch would be two lines of it.
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self._line(line)
 
 
 def cells(row: dict[str, Any], epochs: int) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from fastokd.training.metric_lines import MetricLines
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
+from fastokd.training.watchers import spared
 from fastokd.within_cohort import check_kept
 
 
@@ -124,6 +128,22 @@ class RunFolder:
             )
         return begun
 
+    @contextmanager
+    def beginning(self, session: Session) -> Iterator[None]:
+        """Opens the folder; where what is to begin with the run can't, a new folder is gone again."""
+        made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        self.open(session)
+        try:
+            yield
+        except BaseException:
+            if not session.options.resume and speaks():
+                for entry in self.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                with suppress(OSError):  # somebody else's run may have begun beside it
+                    for place in made:
+                        place.rmdir()
+            raise
+
     def open(self, session: Session) -> None:
         """Starts the folder, or brings the session to where the folder's run stopped.
 
@@ -174,7 +194,10 @@ class RunFolder:
             self.facts.write_recipe(session.recipe)
             self.facts.write_environment(session)
             if session.teacher is not None:
-                facts = {**session.teacher.facts, "taken_from": str(session.teacher.path)}
+                facts = {
+                    **session.teacher.facts,
+                    "taken_from": json.dumps(str(session.teacher.path)),
+                }
                 kept = Weights(self.path / KEPT, session.teacher.state, facts)
                 write_durably(kept.path, kept.to_bytes())
         return None
@@ -299,13 +322,13 @@ class RunFolder:
             raise
 
     def finish(self, session: Session) -> Run:
-        """The student with its publisher's keys, and the report with its plots.
+        """The student with its publisher's keys.
 
         The student is then read back, and has to say alone what it says within the cohort.
 
         Raises:
             DiskError: the student can't be written, or the last steps couldn't be saved and still
-                can't. A report that can't is warned of.
+                can't.
             UserError: the student says something else alone. It and the checkpoints are kept.
         """
         if self._behind:
@@ -315,9 +338,8 @@ class RunFolder:
         text = session.average and session.average.warning(self.metrics())
         if text and speaks():
             warn(text)
-        run = session.ranks.first(lambda: self._report(session))
         check_kept(session, student_of(self.path, tensors, facts, []), self.path)
-        return run
+        return Run(self.path, session.recipe, self.metrics())
 
     def _write_student(
         self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
@@ -329,15 +351,17 @@ class RunFolder:
         with writing(self.path):
             write_durably(self.path / STUDENT, Weights(self.path, plain, student.facts).to_bytes())
 
-    def _report(self, session: Session) -> Run:
-        from fastokd.report.page import report
+    def report(self, session: Session) -> None:
+        """The page with its plots; where it can't be made, a warning says how to make it later."""
 
-        run = Run(self.path, session.recipe, self.metrics())
-        try:
+        def make() -> None:
+            from fastokd.report.page import report
+
             report([self.path])
-        except DiskError as error:
-            warn(f"{error}; `fastokd report {self.path}` makes it where there is room")
-        return run
+
+        command = f"fastokd report {shlex.quote(str(self.path))}"
+        why = f"the run is done, but there is no report (`{command}` makes it)"
+        session.ranks.first(lambda: spared(make, why, of=BaseException))
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

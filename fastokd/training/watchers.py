@@ -1,92 +1,75 @@
-"""Where else a run's metrics go while it trains: TensorBoard, Weights & Biases.
-
-Both are given the rows of ``metrics.jsonl``, so all three say the same.
-"""
+"""Who watches a run. None of them can end it, hold it or hide what it leaves."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from fastokd.errors import UserError
-from fastokd.recipes import Recipe
+from fastokd.errors import in_one_line, warn
 
 
-class Watcher(Protocol):
-    """Is told every epoch."""
+class Watcher:
+    """Is told every step and epoch; does nothing by itself."""
+
+    title = ""
+
+    def begin(self) -> None: ...
+
+    def step(self, images: int) -> None: ...
 
     def row(self, row: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-def check_installed(*, tensorboard: bool, wandb: bool) -> None:
-    """Refuses what was asked for and isn't there, before a run leaves anything.
+def spared(act: Callable[[], object], what: str, *, of: type[BaseException] = Exception) -> bool:
+    """Does what a run can do without; where it raises, a warning says so, and the answer is False."""
+    try:
+        act()
+    except of as error:
+        warn(f"{what}: {in_one_line(error)}")
+        return False
+    return True
 
-    Raises:
-        UserError: names the package.
+
+class Watchers:
+    """All who watch one run; one that fails is told no more, which a warning says.
+
+    ``images`` counts what was trained on.
     """
-    for wanted, name in ((tensorboard, "tensorboard"), (wandb, "wandb")):
-        if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(f"--{name} needs {name}, which isn't here: pip install {name}")
 
+    def __init__(self) -> None:
+        self._watching: list[Watcher] = []
+        self.images = 0
 
-def watchers(
-    recipe: Recipe, folder: Path, first_step: int, *, tensorboard: bool, wandb: bool
-) -> list[Watcher]:
-    """Those that were asked for; ``first_step`` is where a resumed run goes on."""
-    found: list[Watcher] = []
-    if tensorboard:
-        found.append(TensorBoard(folder, first_step))
-    if wandb:
-        found.append(WeightsAndBiases(recipe, folder))
-    return found
+    def __enter__(self) -> Watchers:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for watcher in reversed(self._watching):
+            self._tell(watcher, watcher.close)
 
-class TensorBoard:
-    """Scalars under ``RUN/tensorboard``; what a resumed run repeats replaces what it had."""
+    def begin(self, *watchers: Watcher) -> None:
+        """Adds those without whom the run isn't begun; raises what they raise."""
+        for watcher in watchers:
+            watcher.begin()
+            self._watching.append(watcher)
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def add(self, make: Callable[[], Watcher], title: str) -> None:
+        """Adds one that the run can do without."""
+        spared(lambda: self.begin(make()), f"the run goes on without {title}")
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-
-    def row(self, row: dict[str, Any]) -> None:
-        for name, value in scalars(row):
-            self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A run of that name, with the recipe as its configuration."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project="fastokd", name=folder.name, dir=str(folder), config=recipe.to_json()
-        )
+    def step(self, images: int) -> None:
+        """One step was queued; nothing is read from the device."""
+        self.images += images
+        for watcher in self._watching:
+            self._tell(watcher, watcher.step, images)
 
     def row(self, row: dict[str, Any]) -> None:
-        self.run.log(dict(scalars(row)), step=row["step"])
+        """One epoch was measured, or trained."""
+        for watcher in self._watching:
+            self._tell(watcher, watcher.row, row)
 
-    def close(self) -> None:
-        self.run.finish()
-
-
-def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row by name: ``test/leader_top1``, ``train/ce_S/2``; matrices left out."""
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list) and not any(isinstance(entry, list) for entry in value):
-            yield from scalars(
-                {str(index): entry for index, entry in enumerate(value)}, f"{prefix}{name}/"
-            )
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
+    def _tell(self, watcher: Watcher, what: Callable[..., None], *told: Any) -> None:
+        if not spared(lambda: what(*told), f"the run goes on without {watcher.title}"):
+            self._watching = [other for other in self._watching if other is not watcher]

@@ -177,14 +177,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     with pytest.MonkeyPatch.context() as patch:
         limits = files_up_to(100_000)
         at_save(2, limits.__enter__, patch)
-        display = Display.epoch
+        display = Display.row
 
         def after(self: Display, row: dict[str, Any]) -> None:
             display(self, row)
             if row["epoch"] == 1:
                 limits.__exit__(None, None, None)
 
-        patch.setattr(Display, "epoch", after)
+        patch.setattr(Display, "row", after)
         train(RECIPE, OPTIONS, out=out)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1
@@ -270,33 +270,3 @@ def test_an_export_that_does_not_fit_leaves_nothing(to: str, resnet18: Path) -> 
     with files_up_to(100_000), pytest.raises(DiskError, match=r"can't be written.*too large"):
         export(resnet18, to)
     assert tree(resnet18) - {"export"} == before - {"export"}
-
-
-def test_a_watcher_that_fails_is_told_no_more(capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[str] = []
-
-    class Well:
-        def row(self, row: dict[str, Any]) -> None:
-            told.append("well")
-
-        def close(self) -> None:
-            told.append("closed")
-
-    class Full(Well):
-        def row(self, row: dict[str, Any]) -> None:
-            raise OSError(28, "No space left on device")
-
-    session: Any = SimpleNamespace(
-        recipe=SimpleNamespace(epochs=2, batch_size=1, students=1),
-        epoch=0,
-        data=SimpleNamespace(note=None),
-        steps_left=1,
-        ranks=Ranks(),
-    )
-    with Display(session, True, [Full(), Well()]) as display:
-        for epoch in range(2):
-            display.epoch({"epoch": epoch})
-    assert told == ["well", "well", "closed"]
-    assert capsys.readouterr().err == (
-        "warning: Full is told no more: [Errno 28] No space left on device\n"
-    )

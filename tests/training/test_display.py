@@ -29,7 +29,7 @@ def row(epoch: int, leader: float | None) -> dict[str, Any]:
 def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | None) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
-    monkeypatch.setattr(display, "Console", lambda: console)
+    monkeypatch.setattr(display, "console", lambda: console)
     session = SimpleNamespace(
         recipe=recipe("dml/resnet8/digits", epochs=12),
         epoch=0,
@@ -37,10 +37,12 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | No
         data=SimpleNamespace(note="read from here"),
         ranks=SimpleNamespace(note=lambda batch, students: ""),
     )
-    with Display(session, quiet=False) as live:  # type: ignore[arg-type]
-        for epoch in range(12):
-            live.step(64)
-            live.epoch(row(epoch, leader))
+    live = Display(session, quiet=False)  # type: ignore[arg-type]
+    live.begin()
+    for epoch in range(12):
+        live.step(64)
+        live.row(row(epoch, leader))
+    live.close()
     return out.getvalue()
 
 

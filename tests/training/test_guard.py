@@ -21,12 +21,12 @@ from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
 from fastokd.train import train, train_epoch
 from fastokd.training import interruption, parts
-from fastokd.training.display import Display
 from fastokd.training.guard import Held
 from fastokd.training.interruption import Keeper, StopRequest
 from fastokd.training.nonfinite import settle
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions, Session
+from fastokd.training.watchers import Watchers
 
 BAD = 3  # the step at which something happens
 STEPS = 6
@@ -61,7 +61,7 @@ def go(session: Session, steps: int = STEPS, read_each: bool = False) -> None:
         settle(session, lambda: None)
 
     keeper = Keeper(check, StopRequest(), 1 if read_each else None, None, check=check)
-    train_epoch(session, Display(session, quiet=True), keeper)
+    train_epoch(session, Watchers(), keeper)
 
 
 def digest(session: Session) -> str:

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.train import train
+from fastokd.training.loggers import scalars
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions, Session
-from fastokd.training.watchers import scalars
 
 SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")

@@ -1,0 +1,26 @@
+"""The user whom the machine doesn't know: a container's, with a number but no name and no home."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import pwd
+
+from fastokd.caches import own_folder
+
+
+def make_known() -> None:
+    """Gives a user without a name or a home both, for this process and its children.
+
+    torch, Triton and matplotlib look for them, and some of them end without.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if os.environ.get("HOME"):
+        return
+    try:
+        os.environ["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        os.environ["HOME"] = str(own_folder())
