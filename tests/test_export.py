@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -220,7 +219,8 @@ def assert_printed_lines_run(file: Path, to: str, out: Path, size: int) -> None:
         printed.append(code.replace("PATH_OF_THIS_FOLDER", "."))
     for code in printed:
         scope: dict[str, Any] = {}
-        with contextlib.chdir(done.folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(done.folder)
             exec(code, scope)
         model = scope["model"]
         if to == "onnx":

@@ -1,4 +1,4 @@
-"""``--impl triton`` trains every method, and the step is PyTorch's."""
+"""``--impl triton`` trains every method, and the step is PyTorch's; tensors without elements."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.training.session import RunOptions
+from tests.ops.empty_cases import CASES, assert_as_the_reference
 from tests.training.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
@@ -36,3 +37,9 @@ def test_every_method(method: str, sharing: str, engine: str, triton_device: tor
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     apart = torch.linalg.vector_norm(our_move - their_move) / torch.linalg.vector_norm(their_move)
     assert apart < 1e-2  # Adam's first step is a gradient's sign, and some gradients are next to 0
+
+
+@pytest.mark.parametrize(("op", "dim"), CASES)
+def test_without_one_dimension(op: str, dim: str, triton_device: torch.device) -> None:
+    with triton_device:
+        assert_as_the_reference(op, dim, "triton")
