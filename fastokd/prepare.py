@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastokd.data.layout import Layout, find_layout
+from fastokd.data.layout import Layout, find_layout, refuse_unusable_classes
 from fastokd.data.manifest import Entry, Manifest, write_manifest
 from fastokd.data.scan import SAMPLED, scan, statistics_of
 from fastokd.errors import UserError
@@ -91,7 +91,8 @@ def prepare(
     if imagenet and len(layout.classes) != IMAGENET_CLASSES:
         layout.notes.append(f"ImageNet has 1,000 classes, this folder {len(layout.classes):,}")
     manifest = _scanned(root, layout, workers, quiet)
-    _check_classes(manifest, root)
+    train = [(entry.label, entry.fault) for entry in manifest.entries if entry.split == "train"]
+    refuse_unusable_classes(root, manifest.classes, train)
     return Prepared(write_manifest(manifest, out or root), manifest)
 
 
@@ -136,18 +137,6 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
     return Manifest(root, tuple(layout.classes), mean, std, tuple(entries), tuple(layout.notes))
-
-
-def _check_classes(manifest: Manifest, root: Path) -> None:
-    """A class id without a single image would be trained on nothing."""
-    with_images = {entry.label for entry in manifest.usable("train")}
-    for label, name in enumerate(manifest.classes):
-        if label not in with_images:
-            fault = next(e.fault for e in manifest.entries if e.label == label and e.fault)
-            raise UserError(
-                f"none of the images in {root / 'train' / name} can be used (the first: {fault}): "
-                "replace them or remove the class"
-            )
 
 
 def _rounded(values: tuple[float, ...]) -> str:

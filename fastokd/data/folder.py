@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from fastokd.data import files
+from fastokd.data.layout import Layout, find_layout, held_out_folders, shortened, what_is_left_out
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError
 
-# As torchvision's ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_BYTES = 8 << 30
 
 
@@ -43,15 +42,12 @@ def load_folder(root: Path | None, *, image_size: int) -> DatasetSplits:
     root = files.need_root("imagefolder", root)
     if image_size < 1:
         raise UserError(f"image_size is {image_size}: it must be at least 1")
-    classes = _classes(root / "train")
-    with_val, with_test = (root / "val").is_dir(), (root / "test").is_dir()
-    if not with_val and not with_test:
-        raise UserError(f"{root} has neither val/ nor test/ beside train/: add one")
-    listings = {"train": list_images(root / "train", classes)}
-    if with_val and with_test:
-        listings["val"] = list_images(root / "val", classes)
-    listings["test"] = list_images(root / ("test" if with_test else "val"), classes)
-
+    layout = find_layout(root)
+    folders = held_out_folders("imagefolder", {split for split, _, _ in layout.files})
+    listings = {
+        split: _listing(layout, root, folder)
+        for split, folder in {"train": "train", **folders}.items()
+    }
     total = sum(len(listing.paths) for listing in listings.values()) * image_size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
@@ -63,49 +59,33 @@ def load_folder(root: Path | None, *, image_size: int) -> DatasetSplits:
     mean, std = channel_statistics(splits["train"])
     return DatasetSplits(
         name="imagefolder",
-        class_names=tuple(classes),
+        class_names=tuple(layout.classes),
         mean=mean,
         std=std,
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
-        note="" if with_test else "there is no test/: test is val/",
+        note=_note(layout, ("train", *folders.values())),
     )
 
 
-def _classes(train: Path) -> list[str]:
-    """The sorted names of train's folders; at least two."""
-    if not train.is_dir():
-        raise UserError(
-            f"there is no folder {train}: give --data-root the folder that holds train/"
-        )
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
-    if len(classes) < 2:
-        raise UserError(
-            f"{train} has {len(classes)} folders of classes: it needs at least 2, one a class"
-        )
-    return classes
+def _listing(layout: Layout, root: Path, folder: str) -> Listing:
+    """The images of one folder of classes; at least one."""
+    usable = layout.usable(folder)
+    if not usable:
+        fault = next(layout.faults[path] for split, path, _ in layout.files if split == folder)
+        raise UserError(f"no image in {root / folder} can be used (the first: {fault}): add some")
+    return Listing([root / path for path, _ in usable], [label for _, label in usable])
 
 
-def list_images(folder: Path, classes: list[str]) -> Listing:
-    """The images under ``folder``, class by class; every class of train's must have one there."""
-    extra = sorted({entry.name for entry in os.scandir(folder) if entry.is_dir()} - set(classes))
-    if extra:
-        raise UserError(f"{folder} has a class {extra[0]!r} that train/ lacks: make them agree")
-    listing = Listing([], [])
-    for label, name in enumerate(classes):
-        before = len(listing.paths)
-        for parent, _, names in sorted(os.walk(folder / name, followlinks=True)):
-            for file in sorted(names):
-                if file.lower().endswith(EXTENSIONS):
-                    listing.paths.append(Path(parent, file))
-                    listing.labels.append(label)
-        if len(listing.paths) == before:
-            raise UserError(
-                f"{folder / name} holds no image ({', '.join(EXTENSIONS)}): add some, or remove "
-                "the class everywhere"
-            )
-    return listing
+def _note(layout: Layout, folders: tuple[str, ...]) -> str:
+    parts = [] if "test" in folders else ["there is no test/: test is val/"]
+    parts += shortened(layout.notes)
+    files = [path for split, path, _ in layout.files if split in folders]
+    faults = [(path, layout.faults[path]) for path in files if path in layout.faults]
+    if faults:
+        parts.append(what_is_left_out(faults, len(files), "left out"))
+    return "; ".join(parts)
 
 
 def decode(listing: Listing, image_size: int) -> Split:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastokd.data import dali, files
 from fastokd.data.disk import DiskSplit
+from fastokd.data.layout import held_out_folders, shortened, what_is_left_out
 from fastokd.data.manifest import Manifest, read_manifest
 from fastokd.data.splits import DatasetSplits
 from fastokd.data.views import View
@@ -40,9 +41,6 @@ def load_prepared(
 ) -> DatasetSplits:
     """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
 
-    ImageNet is tested on ``val/``. Any other folder is tested on ``test/`` and validated on
-    ``val/``; without ``test/``, ``val/`` is the test split.
-
     Raises:
         UserError: a folder that isn't prepared, or no image left to train or to test on; a loader
             that can't be had.
@@ -50,8 +48,7 @@ def load_prepared(
     root = files.need_root(name, root)
     manifest = read_manifest(root)
     picked = pick_loader(loader)
-    with_test = name != "imagenet" and any(e.split == "test" for e in manifest.entries)
-    held_out = {"test": "test", "val": "val"} if with_test else {"test": "val"}
+    held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
     for split, folder in {"train": "train", **held_out}.items():
         entries = manifest.usable(folder)
@@ -78,10 +75,9 @@ def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
     if "test" not in folders:
         parts.append("test is val/")
     quarantined = manifest.quarantined(*folders)
+    parts += shortened(manifest.notes)
     if quarantined:
-        first = quarantined[0]
-        parts.append(
-            f"{len(quarantined)} of {sum(e.split in folders for e in manifest.entries):,} files are "
-            f"quarantined and not read (the first: {first.path}, {first.fault})"
-        )
+        total = sum(entry.split in folders for entry in manifest.entries)
+        faults = [(entry.path, entry.fault) for entry in quarantined]
+        parts.append(what_is_left_out(faults, total, "quarantined and not read"))
     return "; ".join(parts)
