@@ -14,6 +14,7 @@ from torch import Tensor
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
+from fastokd.data.waits import Watch
 from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
@@ -111,10 +112,12 @@ def decode(
     pipeline = _pipeline(split, source(), batch, workers)
     stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
     failed: RuntimeError | None = None
+    watch = Watch(lambda: f"DALI, which reads {_first_of(split, fed)} and what comes after it")
     try:
         while True:
             try:
-                images, sizes = pipeline.run(stream)
+                with watch:
+                    images, sizes = pipeline.run(stream)
             except StopIteration:
                 break
             except RuntimeError as error:
@@ -133,6 +136,7 @@ def decode(
             yield torch.from_dlpack(images.as_tensor()), labels_of(split, plan)
         yield from (_empty(split, plan) for plan in fed)
     finally:
+        watch.end()
         # Its threads end here and not when garbage is collected, which may be in a forked process:
         # that has none of them and would wait for ever.
         del pipeline
@@ -155,6 +159,10 @@ def _undecodable(split: DiskSplit, fed: Iterable[DiskBatch], root: bytes) -> Exc
                     "with --resume, or train with --loader torchvision"
                 )
     return None
+
+
+def _first_of(split: DiskSplit, fed: deque[DiskBatch]) -> str:
+    return str(split.path(next(_indices(list(fed)), 0)))
 
 
 def _indices(fed: Iterable[DiskBatch]) -> Iterator[int]:

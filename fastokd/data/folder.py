@@ -6,7 +6,6 @@ For sets that fit there at the size they are trained at; others are streamed (``
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from PIL import Image
 from fastokd.data import files
 from fastokd.data.layout import Layout, find_layout, held_out_folders, shortened, what_is_left_out
 from fastokd.data.splits import DatasetSplits, Split
+from fastokd.data.waits import by_threads, exhausted
 from fastokd.errors import UserError
 
 MAX_BYTES = 8 << 30
@@ -95,13 +95,10 @@ def decode(listing: Listing, image_size: int) -> Split:
     def fill(index: int) -> None:
         images_NHWC[index] = decode_image(listing.paths[index], image_size)
 
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-    try:
-        for _ in pool.map(fill, range(len(listing.paths))):
-            pass
-    finally:
-        # After one damaged image the rest needn't be read.
-        pool.shutdown(cancel_futures=True)
+    indices = range(len(listing.paths))
+    threads = min(8, os.cpu_count() or 1)
+    for _ in by_threads(fill, indices, threads, lambda index: str(listing.paths[index])):
+        pass
     return Split(torch.from_numpy(images_NHWC), torch.tensor(listing.labels))
 
 
@@ -120,6 +117,9 @@ def decode_image(path: Path, size: int) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:
+        no_more = exhausted(error, f"{path} was read")
+        if no_more is not None:
+            raise no_more from error
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
         raise UserError(f"{path} can't be read as an image ({error}): replace it") from error
 

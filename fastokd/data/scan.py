@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from fastokd.data.waits import by_threads, exhausted
 
 # What both loaders read; anything else in an image's clothes is quarantined.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
@@ -32,7 +33,11 @@ class Look(NamedTuple):
 
 
 def look_at(path: Path, *, count_levels: bool = False) -> Look:
-    """Decodes one file; never raises for what is in it."""
+    """Decodes one file; never raises for what is in it.
+
+    Raises:
+        LoaderError: the machine has no more memory or files to give, which is no fault of the file's.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -44,6 +49,10 @@ def look_at(path: Path, *, count_levels: bool = False) -> Look:
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image", None)
     except Exception as error:
+        # Too large an image is its own fault, too few descriptors aren't.
+        no_more = exhausted(error, f"{path} was looked at") if isinstance(error, OSError) else None
+        if no_more is not None:
+            raise no_more from error
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
         return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}", None)
 
@@ -87,22 +96,25 @@ def scan(
         step: is called with the number of files that were just looked at.
     """
     counted = set(sampled)
+    at: dict[int, str] = {}
 
     def look_at_all(first: int) -> list[Look]:
-        last = min(first + CHUNK, len(paths))
-        return [look_at(root / paths[i], count_levels=i in counted) for i in range(first, last)]
+        looks = []
+        for i in range(first, min(first + CHUNK, len(paths))):
+            at[first] = paths[i]
+            looks.append(look_at(root / paths[i], count_levels=i in counted))
+        return looks
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
     # process's, so they are set here and not in the threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            for looks in pool.map(look_at_all, range(0, len(paths), CHUNK)):
-                yield from looks
-                step(len(looks))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        chunks = range(0, len(paths), CHUNK)
+        for looks in by_threads(
+            look_at_all, chunks, workers or cores(), lambda first: str(at.get(first, paths[first]))
+        ):
+            yield from looks
+            step(len(looks))
 
 
 def cores() -> int:

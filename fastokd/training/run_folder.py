@@ -23,7 +23,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, warn
+from fastokd.errors import DataFileError, DiskError, LoaderError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, student_facts
@@ -244,10 +244,10 @@ class RunFolder:
 
     @contextmanager
     def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
-        """Leaves a checkpoint of the last step where a file of the data set stops the run."""
+        """Leaves a checkpoint of the last step where a file of the data set, or its loader, stops the run."""
         try:
             yield
-        except DataFileError:
+        except (DataFileError, LoaderError):
             if session.ranks.size == 1:  # the others are within the step that this one can't take
                 try:
                     save()
