@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastokd.data.layout import Layout, find_layout, refuse_unusable_classes
 from fastokd.data.manifest import Entry, Manifest, write_manifest
-from fastokd.data.scan import SAMPLED, scan, statistics_of
+from fastokd.data.scan import SAMPLED, scan, statistics_of, sums_of
 from fastokd.errors import UserError
 
 IMAGENET_CLASSES = 1000
@@ -126,9 +126,8 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
             step=lambda files: bar.advance(task, files),
         )
         for (split, path, label), look in zip(good, looks, strict=True):
-            entries.append(
-                Entry(split, path, label, look.height, look.width, look.bytes, look.fault)
-            )
+            sums = None if look.levels_3L is None else sums_of(look.levels_3L)
+            entries.append(Entry(split, path, label, *look[:4], mtime=look.mtime, sums=sums))
             if look.levels_3L is not None:
                 levels_3L += look.levels_3L
     if not levels_3L.any():
@@ -136,7 +135,15 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     mean, std = statistics_of(levels_3L)
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
-    return Manifest(root, tuple(layout.classes), mean, std, tuple(entries), tuple(layout.notes))
+    return Manifest(
+        root,
+        tuple(layout.classes),
+        mean,
+        std,
+        tuple(entries),
+        tuple(layout.notes),
+        layout.folders,
+    )
 
 
 def _rounded(values: tuple[float, ...]) -> str:

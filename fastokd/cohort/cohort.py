@@ -82,10 +82,9 @@ class Cohort(nn.Module):
         self.trunk_grad_scale = trunk_grad_scale
         self.model_options = dict(model_options or {})
         self._teacher = None if teacher is None else [_frozen(teacher)]
-        scale_C = torch.tensor([255.0 * s for s in std])
-        shift_C = -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale_C", 1.0 / scale_C, persistent=False)
-        self.register_buffer("shift_C", shift_C, persistent=False)
+        self.register_buffer("scale_C", torch.empty(3), persistent=False)
+        self.register_buffer("shift_C", torch.empty(3), persistent=False)
+        self.normalise_by(mean, std)
 
         built = [self._new_student(index, seed) for index in range(len(self.model_names))]
         self.branch_from = built[0].branch_from if sharing == "branch" else 0
@@ -110,6 +109,11 @@ class Cohort(nn.Module):
         self.own = range(len(built))
         self._exchange: Callable[[list[StudentOutput]], list[StudentOutput]] | None = None
         self.set_engine(engine)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalises images by this mean and deviation, in units of [0, 1], from here on."""
+        self.scale_C.copy_(1.0 / torch.tensor([255.0 * s for s in std]))
+        self.shift_C.copy_(-torch.tensor(mean) / torch.tensor(std))
 
     def train_only(
         self, own: range, exchange: Callable[[list[StudentOutput]], list[StudentOutput]]

@@ -8,9 +8,10 @@ from fastokd.data import dali, files
 from fastokd.data.disk import DiskSplit
 from fastokd.data.layout import held_out_folders, shortened, what_is_left_out
 from fastokd.data.manifest import Manifest, read_manifest
+from fastokd.data.outgrown import refuse_outgrown
 from fastokd.data.splits import DatasetSplits
 from fastokd.data.views import View
-from fastokd.errors import UserError
+from fastokd.errors import UserError, warn
 
 LOADERS = ("auto", "dali", "torchvision")
 # What students of ImageNet are trained with everywhere; so they work in torchvision as they are.
@@ -37,23 +38,41 @@ def pick_loader(name: str) -> str:
 
 
 def load_prepared(
-    name: str, root: Path | None, *, view: View, loader: str = "auto", workers: int = 0
+    name: str,
+    root: Path | None,
+    *,
+    view: View,
+    loader: str = "auto",
+    workers: int = 0,
+    begun: bool = False,
 ) -> DatasetSplits:
     """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
 
+    Args:
+        begun: a run goes on with it: what has changed in the folder since is told, not refused.
+
     Raises:
-        UserError: a folder that isn't prepared, or no image left to train or to test on; a loader
+        UserError: a folder that isn't prepared, or has changed since; no image left to train or to test on; a loader
             that can't be had.
     """
     root = files.need_root(name, root)
     manifest = read_manifest(root)
+    try:
+        refuse_outgrown(manifest, root)
+    except UserError as error:
+        if not begun:
+            raise
+        warn(f"{error}; the run goes on with the images that it began with")
     picked = pick_loader(loader)
     held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
     for split, folder in {"train": "train", **held_out}.items():
         entries = manifest.usable(folder)
         if entries:
-            splits[split] = DiskSplit.of(entries, manifest.root, view, picked, workers)
+            counted = split == "train" and name != "imagenet"
+            splits[split] = DiskSplit.of(
+                entries, manifest.root, view, picked, workers, counted=counted
+            )
         elif split != "val":
             raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
     published = name == "imagenet"

@@ -22,14 +22,15 @@ MAX_PIXELS = 1 << 28
 
 
 class Look(NamedTuple):
-    """One file: its size in pixels and bytes, why it can't be used or "", and, where it was asked
-    for, how often each channel has each level (``[3, 256]``)."""
+    """One file: its size in pixels and bytes, why it can't be used or "", where it was asked for how
+    often each channel has each level (``[3, 256]``), and when it last changed (ns)."""
 
     height: int
     width: int
     bytes: int
     fault: str
     levels_3L: np.ndarray | None
+    mtime: int = 0
 
 
 def look_at(path: Path, *, count_levels: bool = False) -> Look:
@@ -39,13 +40,14 @@ def look_at(path: Path, *, count_levels: bool = False) -> Look:
         LoaderError: the machine has no more memory or files to give, which is no fault of the file's.
     """
     try:
-        size = path.stat().st_size
+        facts = path.stat()
     except OSError as error:
         return Look(0, 0, 0, f"can't be read: {error.strerror or error}", None)
+    size = facts.st_size
     if size == 0:
         return Look(0, 0, 0, "empty", None)
     try:
-        return _decoded(path, size, count_levels)
+        return _decoded(path, size, count_levels)._replace(mtime=facts.st_mtime_ns)
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image", None)
     except Exception as error:
@@ -130,3 +132,22 @@ def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float
     # A channel without contrast must not be divided by nothing.
     std_3 = np.sqrt((share_3L * (levels - mean_3[:, None]) ** 2).sum(1)).clip(min=1 / 255)
     return tuple(mean_3.tolist()), tuple(std_3.tolist())
+
+
+def sums_of(levels_3L: np.ndarray) -> list[int]:
+    """Pixels, the sum of each channel's levels and of their squares, of one image's levels."""
+    levels = np.arange(256)
+    sums = levels_3L @ np.stack((levels, levels**2), 1)
+    return [int(levels_3L[0].sum()), *sums.T.ravel().tolist()]
+
+
+def statistics_of_sums(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As :func:`statistics_of`, of the images whose sums these are; exact up to the last rounding."""
+    pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
+    mean = tuple(total / (255 * pixels) for total in sums[:3])
+    # Of whole numbers: nothing cancels.
+    variances = [
+        (pixels * squares - total**2) / (255 * pixels) ** 2
+        for total, squares in zip(sums[:3], sums[3:], strict=True)
+    ]
+    return mean, tuple(max(variance**0.5, 1 / 255) for variance in variances)

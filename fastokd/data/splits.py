@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +88,8 @@ class DatasetSplits:
         train, val, test: ``val`` is None where nothing is held out.
         note: what a reader of the results should know about the splits, or "".
         loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
+        with_held_out: where ``mean`` and ``std`` were measured without the held-out images, those
+            with them: earlier versions trained with these.
     """
 
     name: str
@@ -98,6 +101,11 @@ class DatasetSplits:
     test: Split | DiskSplit
     note: str = ""
     loader: str = "memory"
+    with_held_out: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> DatasetSplits:
+        """The same splits, whose images are normalised by these."""
+        return replace(self, mean=tuple(mean), std=tuple(std))
 
     @property
     def num_classes(self) -> int:

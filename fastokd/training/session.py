@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class Session:
 
         if data is None:
             with self.ranks.one_a_machine_first():
-                data = load_splits(recipe, options, self.device)
+                begun = options.resume or not training
+                data = load_splits(recipe, options, self.device, begun=begun)
         self.data = data.to(self.device)
         stream = self.data.train.stream(
             recipe.batch_size,
@@ -140,6 +142,11 @@ class Session:
             or options.deterministic
         )
         self.adopt(Choice.of(options.engine, options.compile, options.memory_format))
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Shows the students their images normalised by these from here on."""
+        self.data = self.data.normalised_by(mean, std)
+        self.cohort.normalise_by(mean, std)
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:
         """Runs the students as ``choice`` says from the next step on; state stays as it is.

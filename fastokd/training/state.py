@@ -84,6 +84,9 @@ def check_recipe(session: Session, theirs: dict[str, Any]) -> None:
 def _check_same(session: Session, facts: dict[str, Any]) -> None:
     """Refuses a checkpoint of another recipe, or of data with other classes or statistics."""
     check_recipe(session, facts["recipe"])
+    theirs = tuple(facts["mean"]), tuple(facts["std"])
+    if theirs == session.data.with_held_out:  # a run of an earlier version
+        session.normalise_by(*theirs)
     for name in ("class_names", "mean", "std"):
         if facts[name] != list(getattr(session.data, name)):
             raise UserError(
