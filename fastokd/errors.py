@@ -33,6 +33,11 @@ class DataFileError(UserError):
     whole, so that a run may be continued from the one that it stopped at."""
 
 
+class LoaderError(UserError):
+    """Who reads the data set can't go on: a worker was killed, or the machine has no more memory,
+    files or processes to give; a run may be continued as after a :class:`DataFileError`."""
+
+
 class DeviceLostError(UserError):
     """The GPU refuses everything from here on, so that this process can't go on."""
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastokd.data.layout import Layout, find_layout
+from fastokd.data.layout import Layout, find_layout, refuse_unusable_classes
 from fastokd.data.manifest import Entry, Manifest, write_manifest
-from fastokd.data.scan import SAMPLED, scan, statistics_of
+from fastokd.data.scan import SAMPLED, scan, statistics_of, sums_of
 from fastokd.errors import UserError
 from fastokd.streams import console
 
@@ -91,7 +91,8 @@ def prepare(
     if imagenet and len(layout.classes) != IMAGENET_CLASSES:
         layout.notes.append(f"ImageNet has 1,000 classes, this folder {len(layout.classes):,}")
     manifest = _scanned(root, layout, workers, quiet)
-    _check_classes(manifest, root)
+    train = [(entry.label, entry.fault) for entry in manifest.entries if entry.split == "train"]
+    refuse_unusable_classes(root, manifest.classes, train)
     return Prepared(write_manifest(manifest, out or root), manifest)
 
 
@@ -125,7 +126,10 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
             step=lambda files: bar.advance(task, files),
         )
         for (split, path, label), look in zip(good, looks, strict=True):
-            entries.append(Entry(split, path, label, *look[:5]))
+            sums = None if look.levels_3L is None else sums_of(look.levels_3L)
+            facts = look._asdict() | {"sums": sums}
+            del facts["levels_3L"]
+            entries.append(Entry(split, path, label, **facts))
             if look.levels_3L is not None:
                 levels_3L += look.levels_3L
     if not levels_3L.any():
@@ -133,19 +137,15 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     mean, std = statistics_of(levels_3L)
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
-    return Manifest(root, tuple(layout.classes), mean, std, tuple(entries), tuple(layout.notes))
-
-
-def _check_classes(manifest: Manifest, root: Path) -> None:
-    """A class id without a single image would be trained on nothing."""
-    with_images = {entry.label for entry in manifest.usable("train")}
-    for label, name in enumerate(manifest.classes):
-        if label not in with_images:
-            fault = next(e.fault for e in manifest.entries if e.label == label and e.fault)
-            raise UserError(
-                f"none of the images in {root / 'train' / name} can be used (the first: {fault}): "
-                "replace them or remove the class"
-            )
+    return Manifest(
+        root,
+        tuple(layout.classes),
+        mean,
+        std,
+        tuple(entries),
+        tuple(layout.notes),
+        layout.folders,
+    )
 
 
 def _rounded(values: tuple[float, ...]) -> str:

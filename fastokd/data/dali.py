@@ -16,6 +16,7 @@ from torch import Tensor
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
+from fastokd.data.waits import Watch
 from fastokd.device import staged
 from fastokd.errors import DataFileError
 
@@ -183,10 +184,12 @@ def decode(
     pipeline = _pipeline(split, source(), batch, workers)
     stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
     failed: RuntimeError | None = None
+    watch = Watch(lambda: f"DALI, which reads {_first_of(split, fed)} and what comes after it")
     try:
         while True:
             try:
-                images, sizes = pipeline.run(stream)
+                with watch:
+                    images, sizes = pipeline.run(stream)
             except StopIteration:
                 break
             except RuntimeError as error:
@@ -204,6 +207,7 @@ def decode(
             yield fed.popleft().given(torch.from_dlpack(images.as_tensor()))
         yield from without_dali()
     finally:
+        watch.end()
         # Its threads end here and not when garbage is collected, which may be in a forked process:
         # that has none of them and would wait for ever.
         del pipeline
@@ -229,6 +233,10 @@ def _undecodable(split: DiskSplit, fed: Iterable[_Fed], root: bytes) -> Exceptio
 
 def _indices(fed: Iterable[_Fed]) -> Iterator[int]:
     return (index for one in fed for index in one.whole.index_B.tolist())
+
+
+def _first_of(split: DiskSplit, fed: Iterable[_Fed]) -> str:
+    return str(split.path(next(_indices(list(fed)), 0)))
 
 
 def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:

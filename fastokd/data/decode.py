@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fastokd.data.views import View, centre_boxes
+from fastokd.data.waits import exhausted
 from fastokd.errors import UserError
 
 # Under transparent pixels: white, as pages and papers are.
@@ -36,6 +37,7 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
 
     Raises:
         UserError: it can't be read, or isn't a picture that is read.
+        LoaderError: the machine has no more memory or files to give.
     """
     try:
         with Image.open(path) as image:
@@ -45,6 +47,9 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
     except Image.DecompressionBombError:
         fault = TOO_MANY
     except Exception as error:
+        no_more = exhausted(error, f"{path} was read")
+        if no_more is not None:
+            raise no_more from error
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
         why = " ".join(str(error).split())
         raise UserError(f"{path} can't be read as an image ({why}): replace it") from error

@@ -51,6 +51,8 @@ class DiskSplit:
         loader: ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI, processes of torchvision; 0 for this process's share of the CPUs.
         device: where batches come out.
+        sums_N7: of the images whose colours were counted (0 pixels: of those that weren't), as
+            :class:`fastokd.data.manifest.Entry` has them, int64.
     """
 
     root: Path
@@ -63,12 +65,19 @@ class DiskSplit:
     loader: str
     workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sums_N7: Tensor | None = None
 
     @staticmethod
     def of(
-        entries: list[Entry], root: Path, view: View, loader: str, workers: int = 0
+        entries: list[Entry],
+        root: Path,
+        view: View,
+        loader: str,
+        workers: int = 0,
+        *,
+        counted: bool = False,
     ) -> DiskSplit:
-        """The images of a manifest's entries, in their order."""
+        """The images of a manifest's entries, in their order. ``counted``: with ``sums_N7``."""
         paths = [os.fsencode(entry.path) for entry in entries]
         return DiskSplit(
             root,
@@ -80,6 +89,7 @@ class DiskSplit:
             view,
             loader,
             workers,
+            sums_N7=_sums(entries) if counted else None,
         )
 
     def __len__(self) -> int:
@@ -107,6 +117,7 @@ class DiskSplit:
             sizes_N2=self.sizes_N2[indices_M],
             bytes_N=self.bytes_N[indices_M],
             plain_N=self.plain_N[indices_M],
+            sums_N7=None if self.sums_N7 is None else self.sums_N7[indices_M],
         )
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -229,6 +240,14 @@ class DiskStream:
         assert 0 <= index < len(self)
         (only,) = _decoded(self, iter([self.plan(epoch, index)]))
         return only
+
+
+def _sums(entries: list[Entry]) -> Tensor:
+    sums_N7 = torch.zeros(len(entries), 7, dtype=torch.int64)
+    for index, entry in enumerate(entries):
+        if entry.sums is not None:
+            sums_N7[index] = torch.tensor(entry.sums)
+    return sums_N7
 
 
 def _decoded(stream: DiskStream, plans: Iterator[DiskBatch]) -> Iterator[tuple[Tensor, Tensor]]:

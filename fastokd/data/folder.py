@@ -5,8 +5,6 @@ For sets that fit there at the size they are trained at; others are streamed (``
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +14,11 @@ import torch
 from fastokd.cpus import usable_cpus
 from fastokd.data import files
 from fastokd.data.decode import centre, read_rgb
-from fastokd.data.endings import EXTENSIONS, is_image, left_out
+from fastokd.data.layout import Layout, find_layout, held_out_folders, shortened, what_is_left_out
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.views import View
+from fastokd.data.waits import by_threads
 from fastokd.errors import UserError
 
 MAX_BYTES = 8 << 30
@@ -45,15 +44,12 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
     """
     root = files.need_root("imagefolder", root)
     size = view.image_size
-    classes = _classes(root / "train")
-    with_val, with_test = (root / "val").is_dir(), (root / "test").is_dir()
-    if not with_val and not with_test:
-        raise UserError(f"{root} has neither val/ nor test/ beside train/: add one")
-    listings = {"train": list_images(root / "train", classes)}
-    if with_val and with_test:
-        listings["val"] = list_images(root / "val", classes)
-    listings["test"] = list_images(root / ("test" if with_test else "val"), classes)
-
+    layout = find_layout(root)
+    folders = held_out_folders("imagefolder", {split for split, _, _ in layout.files})
+    listings = {
+        split: _listing(layout, root, folder)
+        for split, folder in {"train": "train", **folders}.items()
+    }
     total = sum(len(listing.paths) for listing in listings.values()) * size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
@@ -63,56 +59,36 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
         )
     splits = {name: decode(listing, view) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])
-    notes = (
-        "" if with_test else "there is no test/: test is val/",
-        left_out(root, [root / split for split in ("train", "val", "test")]),
-    )
     return DatasetSplits(
         name="imagefolder",
-        class_names=tuple(classes),
+        class_names=tuple(layout.classes),
         preprocessing=preprocessing_of(
             "imagefolder", mean=mean, std=std, image_size=size, eval_resize=view.eval_resize
         ),
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
-        note="; ".join(filter(None, notes)),
+        note=_note(layout, ("train", *folders.values())),
     )
 
 
-def _classes(train: Path) -> list[str]:
-    """The sorted names of train's folders; at least two."""
-    if not train.is_dir():
-        raise UserError(
-            f"there is no folder {train}: give --data-root the folder that holds train/"
-        )
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
-    if len(classes) < 2:
-        raise UserError(
-            f"{train} has {len(classes)} folders of classes: it needs at least 2, one a class"
-        )
-    return classes
+def _listing(layout: Layout, root: Path, folder: str) -> Listing:
+    """The images of one folder of classes; at least one."""
+    usable = layout.usable(folder)
+    if not usable:
+        fault = next(layout.faults[path] for split, path, _ in layout.files if split == folder)
+        raise UserError(f"no image in {root / folder} can be used (the first: {fault}): add some")
+    return Listing([root / path for path, _ in usable], [label for _, label in usable])
 
 
-def list_images(folder: Path, classes: list[str]) -> Listing:
-    """The images under ``folder``, class by class; every class of train's must have one there."""
-    extra = sorted({entry.name for entry in os.scandir(folder) if entry.is_dir()} - set(classes))
-    if extra:
-        raise UserError(f"{folder} has a class {extra[0]!r} that train/ lacks: make them agree")
-    listing = Listing([], [])
-    for label, name in enumerate(classes):
-        before = len(listing.paths)
-        for parent, _, names in sorted(os.walk(folder / name, followlinks=True)):
-            for file in sorted(names):
-                if is_image(file):
-                    listing.paths.append(Path(parent, file))
-                    listing.labels.append(label)
-        if len(listing.paths) == before:
-            raise UserError(
-                f"{folder / name} holds no image ({', '.join(EXTENSIONS)}): add some, or remove "
-                "the class everywhere"
-            )
-    return listing
+def _note(layout: Layout, folders: tuple[str, ...]) -> str:
+    parts = [] if "test" in folders else ["there is no test/: test is val/"]
+    parts += shortened(layout.notes)
+    files = [path for split, path, _ in layout.files if split in folders]
+    faults = [(path, layout.faults[path]) for path in files if path in layout.faults]
+    if faults:
+        parts.append(what_is_left_out(faults, len(files), "left out"))
+    return "; ".join(parts)
 
 
 def decode(listing: Listing, view: View) -> Split:
@@ -123,13 +99,10 @@ def decode(listing: Listing, view: View) -> Split:
     def fill(index: int) -> None:
         images_NHWC[index] = centre(read_rgb(listing.paths[index]), view)
 
-    pool = ThreadPoolExecutor(max_workers=min(8, usable_cpus()))
-    try:
-        for _ in pool.map(fill, range(len(listing.paths))):
-            pass
-    finally:
-        # After one damaged image the rest needn't be read.
-        pool.shutdown(cancel_futures=True)
+    indices = range(len(listing.paths))
+    threads = min(8, usable_cpus())
+    for _ in by_threads(fill, indices, threads, lambda index: str(listing.paths[index])):
+        pass
     return Split(torch.from_numpy(images_NHWC), torch.tensor(listing.labels))
 
 

@@ -1,9 +1,11 @@
 """What ``fastokd prepare`` found in a folder of images: every file, its class, size and faults.
 
 ``manifest.jsonl``: a header (a JSON object), then a JSON list a file:
-``[split, path, class id, height, width, bytes, fault, plain]``, the size being that of the upright
-image. A file with a fault is quarantined: it is listed, and no run reads it. What isn't plain
-(:func:`fastokd.data.decode.is_plain`) is left to Pillow by every loader.
+``[split, path, class id, height, width, bytes, fault, plain, mtime, sums]``, the size being that of the
+upright image. A file with a fault is quarantined: it is listed, and no run reads it. What isn't plain
+(:func:`fastokd.data.decode.is_plain`) is left to Pillow by every loader. Manifests of earlier versions
+lack the last three and the header's ``folders``: headers are read for the first, nothing is known about
+what has changed since, and mean and deviation stay those of all of train's images.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,9 @@ VERSION = 1
 
 class Entry(NamedTuple):
     """One file: ``path`` from the set's root; ``label`` is -1 where no class is known; ``fault`` is
-    "" for an image that can be read; ``plain`` is None in manifests that don't say it."""
+    "" for an image that can be read; ``plain`` is None in manifests that don't say it; ``mtime`` in
+    nanoseconds, 0 where it isn't known; ``sums``, of images whose colours were counted: pixels, then
+    the sum of each channel's levels, then that of their squares."""
 
     split: str
     path: str
@@ -33,6 +38,8 @@ class Entry(NamedTuple):
     bytes: int
     fault: str
     plain: bool | None = None
+    mtime: int = 0
+    sums: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Manifest:
         mean, std: of the channels of train's images, in [0, 1].
         entries: in torchvision's order, split by split; files with faults among them.
         notes: what was found that is no image's fault: folders in the wrong place.
+        folders: when each folder last changed (ns), by its path; empty where that isn't known.
     """
 
     root: Path
@@ -53,6 +61,7 @@ class Manifest:
     std: tuple[float, ...]
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    folders: Mapping[str, int] = field(default_factory=dict)
 
     def usable(self, split: str) -> list[Entry]:
         """The images of one split that can be read."""
@@ -81,13 +90,14 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
         "mean": manifest.mean,
         "std": manifest.std,
         "notes": manifest.notes,
+        "folders": manifest.folders,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="ascii") as file:
             try:
                 file.write(json.dumps(header) + "\n")
-                file.writelines(json.dumps(entry) + "\n" for entry in manifest.entries)
+                file.writelines(json.dumps(_row(entry)) + "\n" for entry in manifest.entries)
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o644)
@@ -101,6 +111,10 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
             "give a folder that can be with --out"
         ) from error
     return path
+
+
+def _row(entry: Entry) -> tuple[Any, ...]:
+    return entry if entry.sums is not None else entry[:-1]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -138,7 +152,15 @@ def _checked(header: Any, entries: tuple[Entry, ...], folder: Path) -> Manifest:
         if entry.path.startswith("/") or ".." in entry.path.split("/") or "\0" in entry.path:
             raise ValueError(f"the path {entry.path!r}, which leads out of the folder")
         known = 0 <= entry.label < len(classes)
-        if not entry.fault and not (known and min(entry.height, entry.width, entry.bytes) > 0):
+        seen = known and min(entry.height, entry.width, entry.bytes) > 0 and _counts(entry.sums)
+        if not entry.fault and not seen:
             raise ValueError(f"a line that can't be: {list(entry)}")
     mean, std = (tuple(float(value) for value in header[name]) for name in ("mean", "std"))
-    return Manifest((folder / header["root"]), classes, mean, std, entries, tuple(header["notes"]))
+    folders = {str(path): int(time) for path, time in header.get("folders", {}).items()}
+    notes = tuple(header["notes"])
+    return Manifest((folder / header["root"]), classes, mean, std, entries, notes, folders)
+
+
+def _counts(sums: Any) -> bool:
+    """Whether they can be an image's."""
+    return sums is None or (len(sums) == 7 and sums[0] > 0 and all(0 <= s < 1 << 62 for s in sums))

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from fastokd.data import dali, files
 from fastokd.data.disk import DiskSplit
+from fastokd.data.layout import held_out_folders, shortened, what_is_left_out
 from fastokd.data.manifest import Manifest, read_manifest
+from fastokd.data.outgrown import refuse_outgrown
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.scan import scan
 from fastokd.data.splits import DatasetSplits
 from fastokd.data.views import View
-from fastokd.errors import UserError
+from fastokd.errors import UserError, warn
 
 OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
 LOADERS = ("auto", "dali", "torchvision")
@@ -37,27 +39,42 @@ def pick_loader(name: str) -> str:
 
 
 def load_prepared(
-    name: str, root: Path | None, *, view: View, loader: str = "auto", workers: int = 0
+    name: str,
+    root: Path | None,
+    *,
+    view: View,
+    loader: str = "auto",
+    workers: int = 0,
+    begun: bool = False,
 ) -> DatasetSplits:
     """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
 
-    ImageNet is tested on ``val/``. Any other folder is tested on ``test/`` and validated on
-    ``val/``; without ``test/``, ``val/`` is the test split.
+    Args:
+        begun: a run goes on with it: what has changed in the folder since is told, not refused.
 
     Raises:
-        UserError: a folder that isn't prepared, or no image left to train or to test on; a loader
+        UserError: a folder that isn't prepared, or has changed since; no image left to train or to test on; a loader
             that can't be had.
     """
     root = files.need_root(name, root)
-    manifest = _with_headers(read_manifest(root))
+    manifest = read_manifest(root)
+    try:
+        refuse_outgrown(manifest, root)
+    except UserError as error:
+        if not begun:
+            raise
+        warn(f"{error}; the run goes on with the images that it began with")
+    manifest = _with_headers(manifest)
     picked = pick_loader(loader)
-    with_test = name != "imagenet" and any(e.split == "test" for e in manifest.entries)
-    held_out = {"test": "test", "val": "val"} if with_test else {"test": "val"}
+    held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
     for split, folder in {"train": "train", **held_out}.items():
         entries = manifest.usable(folder)
         if entries:
-            splits[split] = DiskSplit.of(entries, manifest.root, view, picked, workers)
+            counted = split == "train" and name != "imagenet"
+            splits[split] = DiskSplit.of(
+                entries, manifest.root, view, picked, workers, counted=counted
+            )
         elif split != "val":
             raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
     published = name == "imagenet"
@@ -103,10 +120,9 @@ def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
     if "test" not in folders:
         parts.append("test is val/")
     quarantined = manifest.quarantined(*folders)
+    parts += shortened(manifest.notes)
     if quarantined:
-        first = quarantined[0]
-        parts.append(
-            f"{len(quarantined)} of {sum(e.split in folders for e in manifest.entries):,} files are "
-            f"quarantined and not read (the first: {first.path}, {first.fault})"
-        )
+        total = sum(entry.split in folders for entry in manifest.entries)
+        faults = [(entry.path, entry.fault) for entry in quarantined]
+        parts.append(what_is_left_out(faults, total, "quarantined and not read"))
     return "; ".join(parts)

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fastokd.data.cifar import load_cifar
 from fastokd.data.digits import load_digits_splits
 from fastokd.data.fashion_mnist import load_fashion_mnist
-from fastokd.data.folder import load_folder
+from fastokd.data.folder import channel_statistics, load_folder
 from fastokd.data.prepared import load_prepared
 from fastokd.data.preprocessing import preprocessing_of
-from fastokd.data.splits import DatasetSplits, stratified_split
+from fastokd.data.scan import statistics_of_sums
+from fastokd.data.splits import DatasetSplits, Split, stratified_split
 from fastokd.data.views import View
 from fastokd.errors import UserError, unknown_name
 
@@ -27,6 +30,7 @@ class _Request(NamedTuple):
     streamed: bool
     loader: str
     workers: int
+    begun: bool
 
 
 _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
@@ -43,10 +47,14 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
 HELD_OUT_SEED = 0
 # Their sizes are a choice.
 _CHOOSABLE = ("imagefolder", "imagenet")
+# Whose mean and deviation are measured from train; the others' are published.
+_MEASURED = ("imagefolder",)
 
 
 def _prepared(name: str, ask: _Request) -> DatasetSplits:
-    return load_prepared(name, ask.root, view=ask.view, loader=ask.loader, workers=ask.workers)
+    return load_prepared(
+        name, ask.root, view=ask.view, loader=ask.loader, workers=ask.workers, begun=ask.begun
+    )
 
 
 def list_datasets() -> list[str]:
@@ -65,6 +73,7 @@ def load_dataset(
     streamed: bool = False,
     loader: str = "auto",
     workers: int = 0,
+    begun: bool = False,
 ) -> DatasetSplits:
     """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as the files of it.
 
@@ -84,6 +93,8 @@ def load_dataset(
         streamed: an ``imagefolder`` is left on disk, as ``imagenet`` is.
         loader: who decodes images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI or processes of torchvision; 0 for this process's cores.
+        begun: for a run that has begun: that a prepared folder has changed since is told, where it
+            is refused otherwise.
 
     Raises:
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
@@ -96,7 +107,7 @@ def load_dataset(
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     view = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize).view
-    splits = _LOADERS[name](_Request(root, download, view, streamed, loader, workers))
+    splits = _LOADERS[name](_Request(root, download, view, streamed, loader, workers, begun))
     if val == 0:
         return splits
     if splits.val is not None:
@@ -107,4 +118,20 @@ def load_dataset(
         )
     kept, held = stratified_split(splits.train.labels_N, val, HELD_OUT_SEED)
     train, held_out = splits.train.select(kept), splits.train.select(held)
-    return replace(splits, train=train, val=held_out, held_out=val)
+    splits = replace(splits, train=train, val=held_out, held_out=val)
+    return _measured_again(splits) if name in _MEASURED else splits
+
+
+def _measured_again(splits: DatasetSplits) -> DatasetSplits:
+    """With mean and deviation of the images that are left to train on."""
+    train = splits.train
+    if isinstance(train, Split):
+        mean, std = channel_statistics(train)
+    else:
+        counted_M7 = torch.empty(0, 7) if train.sums_N7 is None else train.sums_N7
+        counted_M7 = counted_M7[counted_M7[:, 0] > 0]
+        if len(counted_M7) == 0:  # a manifest of an earlier version
+            return splits
+        mean, std = statistics_of_sums(counted_M7.numpy())
+    shown = replace(splits.preprocessing, mean=mean, std=std)
+    return replace(splits, preprocessing=shown, with_held_out=(splits.mean, splits.std))

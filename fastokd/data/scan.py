@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastokd.cpus import usable_cpus
 from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, upright_rgb
+from fastokd.data.waits import by_threads, exhausted
 
 # Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
 SAMPLED = 20_000
@@ -22,7 +22,7 @@ CHUNK = 64
 class Look(NamedTuple):
     """One file: its upright size in pixels and its bytes, why it can't be used or "", whether it is
     plain (:func:`fastokd.data.decode.is_plain`), and, where it was asked for, how often each channel
-    has each level (``[3, 256]``)."""
+    has each level (``[3, 256]``); and when it last changed (ns)."""
 
     height: int
     width: int
@@ -30,23 +30,33 @@ class Look(NamedTuple):
     fault: str
     plain: bool = False
     levels_3L: np.ndarray | None = None
+    mtime: int = 0
 
 
 def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> Look:
-    """Decodes one file, or without ``pixels`` its header; never raises for what is in it."""
+    """Decodes one file, or without ``pixels`` its header; never raises for what is in it.
+
+    Raises:
+        LoaderError: the machine has no more memory or files to give, which is no fault of the file's.
+    """
     try:
-        size = path.stat().st_size
+        facts = path.stat()
     except OSError as error:
         return Look(0, 0, 0, f"can't be read: {error.strerror or error}")
+    size = facts.st_size
     if size == 0:
         return Look(0, 0, 0, "empty")
     try:
-        return _decoded(path, size, count_levels, pixels)
+        return _decoded(path, size, count_levels, pixels)._replace(mtime=facts.st_mtime_ns)
     except Image.DecompressionBombError:
         return Look(0, 0, size, TOO_MANY)
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image")
     except Exception as error:
+        # Too large an image is its own fault, too few descriptors aren't.
+        no_more = exhausted(error, f"{path} was looked at") if isinstance(error, OSError) else None
+        if no_more is not None:
+            raise no_more from error
         # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
         return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
 
@@ -95,25 +105,28 @@ def scan(
         step: is called with the number of files that were just looked at.
     """
     counted = set(sampled)
+    at: dict[int, str] = {}
 
     def look_at_all(first: int) -> list[Look]:
-        last = min(first + CHUNK, len(paths))
-        return [
-            look_at(root / paths[i], count_levels=i in counted, pixels=pixels)
-            for i in range(first, last)
-        ]
+        looks = []
+        for i in range(first, min(first + CHUNK, len(paths))):
+            at[first] = paths[i]
+            looks.append(look_at(root / paths[i], count_levels=i in counted, pixels=pixels))
+        return looks
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
     # process's, so they are set here and not in the threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cpus()) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            for looks in pool.map(look_at_all, range(0, len(paths), CHUNK)):
-                yield from looks
-                step(len(looks))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        chunks = range(0, len(paths), CHUNK)
+        for looks in by_threads(
+            look_at_all,
+            chunks,
+            workers or usable_cpus(),
+            lambda first: str(at.get(first, paths[first])),
+        ):
+            yield from looks
+            step(len(looks))
 
 
 def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -124,3 +137,22 @@ def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float
     # A channel without contrast must not be divided by nothing.
     std_3 = np.sqrt((share_3L * (levels - mean_3[:, None]) ** 2).sum(1)).clip(min=1 / 255)
     return tuple(mean_3.tolist()), tuple(std_3.tolist())
+
+
+def sums_of(levels_3L: np.ndarray) -> list[int]:
+    """Pixels, the sum of each channel's levels and of their squares, of one image's levels."""
+    levels = np.arange(256)
+    sums = levels_3L @ np.stack((levels, levels**2), 1)
+    return [int(levels_3L[0].sum()), *sums.T.ravel().tolist()]
+
+
+def statistics_of_sums(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As :func:`statistics_of`, of the images whose sums these are; exact up to the last rounding."""
+    pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
+    mean = tuple(total / (255 * pixels) for total in sums[:3])
+    # Of whole numbers: nothing cancels.
+    variances = [
+        (pixels * squares - total**2) / (255 * pixels) ** 2
+        for total, squares in zip(sums[:3], sums[3:], strict=True)
+    ]
+    return mean, tuple(max(variance**0.5, 1 / 255) for variance in variances)

@@ -89,6 +89,8 @@ class DatasetSplits:
         note: what a reader of the results should know about the splits, or "".
         loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
         held_out: how many images were taken out of train for ``val``; 0 where it is the set's own.
+        with_held_out: where ``mean`` and ``std`` were measured without the held-out images, those
+            with them: earlier versions trained with these.
     """
 
     name: str
@@ -99,6 +101,7 @@ class DatasetSplits:
     test: Split | DiskSplit
     note: str = ""
     loader: str = "memory"
+    with_held_out: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     held_out: int = 0
 
     @property

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-import signal
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data.broken import first_broken
 from fastokd.data.disk import DiskBatch, DiskSplit, labels_of
+from fastokd.data.pool import Pool
 from fastokd.data.see import see
+from fastokd.data.waits import exhausted
 from fastokd.errors import DataFileError
 
-# Images that a worker makes at a time: all workers share a batch, and little shared memory is
-# taken, of which containers have 64 MiB.
+# Images that a worker makes at a time: all workers share a batch, and little memory is taken.
 CHUNK = 16
 
 
@@ -30,16 +29,27 @@ class _Part(NamedTuple):
     flips: list[int]
 
 
-class _Decoder(Dataset[Any]):
+class _Decoder:
     """Makes the images of a part, in a worker; a file at fault comes back as a sentence."""
 
     def __init__(self, split: DiskSplit) -> None:
         self.split = split
+        # The row that is being made.
+        self.row = torch.zeros(1, dtype=torch.int64)
+
+    def make(self, part: _Part, row: Tensor) -> Tensor | str:
+        """As the pool asks for it."""
+        self.row = row
+        return self[part]
 
     def __getitem__(self, part: _Part) -> Tensor | str:
         try:
             return self._images(part)
         except Exception as error:
+            at = self.split.path(part.images[int(self.row)])
+            no_more = exhausted(error, f"{at} was read")
+            if no_more is not None:
+                raise no_more from error
             # Decoders of damaged files raise nearly anything; raised here, it would come back
             # wrapped in this worker's traceback.
             found = first_broken(self.split, part.images, error)
@@ -51,6 +61,7 @@ class _Decoder(Dataset[Any]):
         size = self.split.view.image_size
         images_BHWC = torch.empty(len(part.images), size, size, 3, dtype=torch.uint8)
         for row, (index, box, flip) in enumerate(zip(*part, strict=True)):
+            self.row[0] = row
             images_BHWC[row] = see(self.split, index, box, flip=bool(flip))
         return images_BHWC
 
@@ -68,37 +79,22 @@ def decode(
             planned.append(plan)
             yield from _parts(plan)
 
-    made = iter(
-        DataLoader(
-            _Decoder(split),
-            sampler=parts(),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_settle,
-            # Else each epoch would draw from the global generator, and a resumed one once more.
-            generator=torch.Generator(),
-        )
-    )
     size = split.view.image_size
     pinned = split.device.type == "cuda"
-    try:
-        part = next(made, None)
-        while part is not None or planned:
+    shape = (CHUNK, size, size, 3)
+    with Pool(_Decoder(split).make, parts(), shape, workers, _file_of(split)) as pool:
+        pool.feed()
+        while planned:
             plan = planned.popleft()
             B = len(plan.index_B)
             images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
             filled = 0
             while filled < B:
-                if isinstance(part, str):
-                    raise DataFileError(part)
-                assert part is not None
+                part = pool.take()
                 images_BHWC[filled : filled + len(part)] = part
                 filled += len(part)
-                part = next(made, None)
+                pool.feed()
             yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, plan)
-    finally:
-        # The workers end here, not when an error's traceback is collected.
-        del made
 
 
 def _parts(plan: DiskBatch) -> Iterator[_Part]:
@@ -109,11 +105,5 @@ def _parts(plan: DiskBatch) -> Iterator[_Part]:
         yield _Part(index[some], boxes[some], flips[some])
 
 
-def _settle(worker: int) -> None:
-    """Before a worker's first part."""
-    del worker
-    # ^C reaches the whole group; the main process ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
-    # threads that are not here.
-    gc.freeze()
+def _file_of(split: DiskSplit) -> Callable[[_Part, int], Path]:
+    return lambda part, row: split.path(part.images[row])

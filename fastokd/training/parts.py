@@ -28,8 +28,10 @@ from fastokd.training.run_options import RunOptions
 EVAL_BATCH = 512
 
 
-def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> DatasetSplits:
-    """The recipe's data on the device."""
+def load_splits(
+    recipe: Recipe, options: RunOptions, device: torch.device, *, begun: bool = False
+) -> DatasetSplits:
+    """The recipe's data on the device; ``begun`` as for :func:`fastokd.data.load_dataset`."""
     data = load_dataset(
         recipe.dataset,
         options.data_root,
@@ -40,6 +42,7 @@ def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> Da
         streamed=recipe.resized_crop,
         loader=options.loader,
         workers=options.workers,
+        begun=begun,
     )
     return data.to(device)
 

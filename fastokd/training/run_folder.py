@@ -26,7 +26,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.autotuner import Timing
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, UserError, warn
+from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, warn
 from fastokd.models import Student
 from fastokd.recipes import Recipe
 from fastokd.student_file import STUDENT, Weights, run_rows, student_of
@@ -310,10 +310,10 @@ class RunFolder:
 
     @contextmanager
     def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
-        """Leaves a checkpoint of the last step where a file of the data set stops the run."""
+        """Leaves a checkpoint of the last step where a file of the data set, or its loader, stops the run."""
         try:
             yield
-        except DataFileError:
+        except (DataFileError, LoaderError):
             if session.ranks.size == 1:  # the others are within the step that this one can't take
                 try:
                     save()

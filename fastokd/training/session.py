@@ -80,7 +80,8 @@ class Session:
 
         if data is None:
             with self.ranks.one_a_machine_first():
-                data = load_splits(recipe, options, self.device)
+                begun = options.resume or not training
+                data = load_splits(recipe, options, self.device, begun=begun)
         self.data = data.to(self.device)
         # Images that a rank's norms need at once, the method's and the students'.
         self.min_batch = self._min_batch() if training else 1

@@ -107,6 +107,13 @@ def remove(path: str) -> Callable[[Path], None]:
     return change
 
 
+def rename(path: str, other: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        (root / path).rename(root / other)
+
+    return change
+
+
 def write(path: str, content: bytes) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         (root / path).write_bytes(content)
@@ -127,10 +134,9 @@ GREY = png(np.zeros((8, 8), np.uint8))
     ("change", "says"),
     [
         (lambda root: (root / "train").rename(root / "training"), r"no folder .*/train: give"),
-        (lambda root: (root / "val").rename(root / "valid"), "neither val/ nor test/"),
-        (lambda root: (root / "val/extra").mkdir(), "has a class 'extra' that train/ lacks"),
-        (lambda root: (root / "val/dog").rename(root / "dog"), r"val/dog holds no image"),
-        (remove("train/cat"), r"train/cat holds no image"),
+        (lambda root: (root / "val").rename(root / "valid"), "no images in val/ or test/ beside"),
+        (rename("val/dog", "val/extra"), "has a class 'extra' that train/ lacks: add its images"),
+        (remove("train/cat"), r"has 1 folders with images: it needs at least 2"),
         (write("train/cat/2.png", b""), r"train/cat/2\.png can't be read as an image"),
         (write("val/dog/1.png", b"\xff\xd8\xff no"), r"val/dog/1\.png can't be read as an image"),
         (write("val/dog/1.png", GREY[:-30]), r"val/dog/1\.png can't be read as an image"),
@@ -147,7 +153,7 @@ def test_bad_input_is_named(change: Callable[[Path], None], says: str, tmp_path:
 
 
 def test_one_class_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has 1 folders of classes: it needs at least 2"):
+    with pytest.raises(UserError, match="has 1 folders with images: it needs at least 2"):
         load_dataset("imagefolder", write_folder(tmp_path, classes=("cat",)))
 
 

@@ -4,6 +4,7 @@ loader."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fastokd.data.order import keyed_generator
 from fastokd.data.photographs import write_photographs
 from fastokd.data.prepared import load_prepared
 from fastokd.data.views import View
-from fastokd.errors import DataFileError
+from fastokd.errors import DataFileError, UserError
 from fastokd.models import create_model
 from fastokd.prepare import prepare
 from fastokd.recipes import Recipe, list_recipes, recipe
@@ -97,14 +98,19 @@ def test_a_file_that_vanishes_stops_the_run_after_a_checkpoint(root: Path, tmp_p
     split = load_prepared("imagenet", root, view=View(32, 37)).train
     order = torch.randperm(48, generator=keyed_generator(0, 0, "order"))
     victim = split.path(int(order[30]))  # type: ignore[union-attr]
-    content = victim.read_bytes()
-    victim.unlink()
+    content, facts = victim.read_bytes(), victim.stat()
     out = tmp_path / "stopped"
+    fastokd.train(tiny(1), out=out, max_steps=1, **options)
+    victim.unlink()
     try:
+        with pytest.raises(UserError, match=f"1 file is gone .*{victim.name}"):
+            fastokd.train(tiny(1), out=tmp_path / "fresh", **options)
+        assert not (tmp_path / "fresh").exists()
         with pytest.raises(DataFileError, match=victim.name):
-            fastokd.train(tiny(1), out=out, **options)
+            fastokd.train(tiny(1), out=out, resume=True, **options)
     finally:
         victim.write_bytes(content)
+        os.utime(victim, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert newest_checkpoint(out / "checkpoints")[2]["step"] == 2
     again = fastokd.train(tiny(1), out=out, resume=True, **options)
     ours, theirs = (newest_checkpoint(run.folder / "checkpoints")[1] for run in (again, whole))

@@ -98,12 +98,12 @@ def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
 
 
 def test_folders_and_files_in_the_wrong_place(root: Path) -> None:
-    """Beside the classes, in a class of another's, in a class that train lacks, empty."""
+    """Beside the classes, in a class of another's, empty, hidden."""
     image = next((root / "train" / "n00000001").iterdir())
-    stranger, inner = root / "val" / "n00000009", root / "train" / "n00000001" / "n00000000"
-    for folder in (stranger, inner, root / "train" / "n00000005", root / "train" / ".thumbs"):
+    inner, hidden = root / "train" / "n00000001" / "n00000000", root / "train" / ".thumbs"
+    for folder in (inner, hidden, root / "train" / "n00000005", root / "val" / "n00000009"):
         folder.mkdir()
-    for place in (root, root / "train", root / "val", stranger, inner):
+    for place in (root, root / "train", root / "val", inner, hidden):
         shutil.copy(image, place / "lost.JPEG")
     (root / "test").mkdir()
     shutil.copy(image, root / "test" / "unlabelled.JPEG")
@@ -114,16 +114,15 @@ def test_folders_and_files_in_the_wrong_place(root: Path) -> None:
         "lost.JPEG": "outside train/ and val/",
         "train/lost.JPEG": "in no class's folder",
         "val/lost.JPEG": "in no class's folder",
-        "val/n00000009/lost.JPEG": "train/ has no class n00000009",
         "train/n00000001/n00000000/lost.JPEG": (
             "in the folder of class n00000000 inside that of n00000001"
         ),
     }
     assert set(manifest.notes) == {
-        "train/.thumbs holds no image: it is no class",
+        "train/.thumbs is hidden: it is left out",
         "train/n00000005 holds no image: it is no class",
         "train/n00000001: holds a folder of class n00000000",
-        "val/n00000009: train/ has no such class",
+        "val/n00000009 holds no image: it is no class",
         "test/ has no folders of classes: it is left out",
     }
 

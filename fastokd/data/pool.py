@@ -1,0 +1,342 @@
+"""Worker processes that make parts of batches, and the memory in which they hand them over.
+
+The memory is mapped before the workers are forked. So it needs no ``/dev/shm``, of which containers
+have 64 MiB, no file, no name and no descriptor, and it can't run out in the middle of a run. Of each
+worker one pipe is left, which ends when the worker does: no wait outlasts it.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.data.waits import Patience, exhausted
+from fastokd.errors import DataFileError, LoaderError, warn
+
+# Parts that each worker has before it, so that it needn't wait for the next.
+AHEAD = 2
+# Of the free memory, the share that parts may take.
+SHARE = 4
+# Seconds at one and the same image after which a worker is given up.
+GIVEN_UP_AFTER = 900.0
+# Where a worker's row is counted, in bytes.
+ROW = 64
+STATES = {"T": "stopped", "D": "waiting for the disk", "R": "running", "S": "sleeping"}
+
+
+@dataclass
+class _Worker:
+    """One process, and this process's end of its pipe."""
+
+    pid: int
+    pipe: Connection
+
+
+@dataclass
+class _Given:
+    """A part that a worker has before it, where it is made, and what became of it."""
+
+    part: Any
+    worker: int
+    slot: int
+    answer: tuple[str, str] | None = None
+
+
+class Pool:
+    """Makes parts in order, by processes that begin when there is a part for them.
+
+    Args:
+        make: called with a part and the row to count in; gives its images, uint8 ``[n, ...]`` with n
+            of at most ``shape[0]``, or a sentence about a file at fault.
+        parts: what to make. It is read ahead.
+        shape: of the largest part.
+        workers: how many processes at most; fewer where memory has no room for their parts.
+        at: the path of an image, of a part and a row.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any, Tensor], Tensor | str],
+        parts: Iterator[Any],
+        shape: tuple[int, ...],
+        workers: int,
+        at: Callable[[Any, int], Path],
+    ) -> None:
+        self._make, self._parts, self._at = make, parts, at
+        each = torch.Size(shape).numel()
+        self.most = _that_fit(workers, AHEAD * each)
+        size = self.most * (ROW + AHEAD * each)
+        try:
+            memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        except (OSError, ValueError, OverflowError) as error:
+            raise LoaderError(
+                f"there is no memory for the batches of {self.most} workers, {_mib(size)}: choose "
+                "fewer --workers, or a smaller image_size"
+            ) from error
+        rows, images = memory[: self.most * ROW], memory[self.most * ROW :]
+        self._rows = rows.view(torch.int64).view(self.most, -1)[:, 0]
+        self._slots = images.view(self.most * AHEAD, *shape)
+        self._workers: list[_Worker] = []
+        self._free: deque[int] = deque()
+        self._given: deque[_Given] = deque()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+            # Nothing of a worker's has to be saved, and this reaches one that is stopped too.
+            _kill(worker.pid)
+        self._workers.clear()
+
+    def feed(self) -> None:
+        """Hands out parts as long as there are some and a place to make them."""
+        while self._free or len(self._workers) < self.most:
+            part = next(self._parts, None)
+            if part is None:
+                return
+            if len(self._workers) < self.most:
+                self._start()
+            slot = self._free.popleft()
+            self._given.append(_Given(part, slot // AHEAD, slot))
+            worker = self._workers[slot // AHEAD]
+            try:
+                worker.pipe.send((slot, part))
+            except OSError:
+                self._died(worker)
+
+    def take(self) -> Tensor:
+        """The next part's images, to be copied before :meth:`feed`.
+
+        Raises:
+            DataFileError: a file of the part is at fault.
+            LoaderError: a worker was killed or given up, or the machine has no more to give.
+        """
+        given = self._given[0]
+        patience, row = Patience(), -1
+        while given.answer is None:
+            now = int(self._rows[given.worker])
+            if now != row:  # another image: the disk is slow, not hung
+                patience, row = Patience(), now
+            if not self._hear(patience.left + 0.1):
+                self._tell(given, patience)
+        self._given.popleft()
+        self._free.append(given.slot)
+        kind, said = given.answer
+        if kind == "file":
+            raise DataFileError(said)
+        if kind == "machine":
+            raise LoaderError(said)
+        assert kind == "made", f"a loader's worker failed:\n{said}"
+        return self._slots[given.slot, : int(said)]
+
+    def _hear(self, seconds: float) -> bool:
+        """Takes what workers say within that time; whether one did."""
+        pipes = {worker.pipe: worker for worker in self._workers}
+        heard = multiprocessing.connection.wait(list(pipes), seconds)
+        for pipe in heard:
+            assert isinstance(pipe, Connection)
+            try:
+                slot, *answer = pipe.recv()
+            except (EOFError, OSError):
+                self._died(pipes[pipe])
+            next(g for g in self._given if g.slot == slot).answer = tuple(answer)
+        return bool(heard)
+
+    def _start(self) -> None:
+        """One more worker; where there can be no more, those that are there go on."""
+        index = len(self._workers)
+        slots = self._slots[index * AHEAD : (index + 1) * AHEAD]
+        self._rows[index] = 0
+        ours = theirs = None
+        try:
+            ours, theirs = multiprocessing.Pipe()
+            with warnings.catch_warnings():
+                # That other threads' locks may be held: a worker takes none of them.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                parent, pid = os.getpid(), os.fork()
+        except OSError as error:
+            for end in (ours, theirs):
+                if end is not None:
+                    end.close()
+            found = exhausted(error, f"worker {index + 1} of {self.most} was started")
+            if found is None:
+                raise
+            if index == 0:
+                raise found from error
+            warn(f"{found}; {index} workers go on")
+            self.most = index
+            return
+        if pid == 0:
+            try:
+                ours.close()
+                for worker in self._workers:
+                    worker.pipe.close()
+                _serve(
+                    self._make, theirs, slots, index * AHEAD, self._rows[index : index + 1], parent
+                )
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._workers.append(_Worker(pid, ours))
+        self._free.extend(range(index * AHEAD, (index + 1) * AHEAD))
+
+    def _doing(self, index: int) -> str:
+        """The file that a worker is at."""
+        given = next((g for g in self._given if g.worker == index and g.answer is None), None)
+        if given is None:
+            return "had nothing to do"
+        row = min(int(self._rows[index]), len(given.part[0]) - 1)
+        return f"read {self._at(given.part, row)}"
+
+    def _died(self, worker: _Worker) -> None:
+        """Raises with what ended a worker."""
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+        except ChildProcessError:  # where SIGCHLD is ignored, nobody is told how it ended
+            code = -signal.SIGKILL
+        index = self._workers.index(worker)
+        self._workers.remove(worker)
+        worker.pipe.close()
+        where = f"a loader's worker (process {worker.pid}) "
+        doing = f"while it {self._doing(index)}"
+        if code == -signal.SIGKILL:
+            free = free_memory()
+            left = "" if free is None else f"; {_mib(free)} are free now"
+            raise LoaderError(
+                f"{where}was killed (SIGKILL) {doing}, as the kernel does where memory runs out{left}: "
+                f"choose fewer --workers than {self.most} and continue with --resume"
+            )
+        how = (
+            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        )
+        raise LoaderError(
+            f"{where}{how} {doing}: continue with --resume, and if it ends there again remove that "
+            "file and run `fastokd prepare`"
+        )
+
+    def _tell(self, given: _Given, patience: Patience) -> None:
+        worker = self._workers[given.worker]
+        who = f"a loader's worker (process {worker.pid}, {_state(worker.pid)})"
+        path = self._at(given.part, min(int(self._rows[given.worker]), len(given.part[0]) - 1))
+        if patience.passed > GIVEN_UP_AFTER:
+            raise LoaderError(
+                f"{who} has been at {path} for {patience.passed:.0f} s: see whether its disk answers, "
+                "and continue with --resume"
+            )
+        patience.tell(f"{who}, which is at {path}")
+
+
+def _serve(
+    make: Callable[[Any, Tensor], Tensor | str],
+    pipe: Connection,
+    slots: Tensor,
+    first: int,
+    row: Tensor,
+    parent: int,
+) -> None:
+    """A worker's life: it ends with its parent."""
+    # ^C and what a scheduler sends reach the whole group; the main process ends its workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
+    # threads that are not here.
+    gc.freeze()
+    torch.set_num_threads(1)
+    while True:
+        # The pipe's other end may be open in a worker that was forked later.
+        if not pipe.poll(1.0):
+            if os.getppid() != parent:
+                return
+            continue
+        try:
+            slot, part = pipe.recv()
+            pipe.send((slot, *_made(make, part, slots[slot - first], row)))
+        except (EOFError, OSError):
+            return
+
+
+def _made(
+    make: Callable[[Any, Tensor], Tensor | str], part: Any, slot: Tensor, row: Tensor
+) -> tuple[str, str]:
+    """Makes a part in its slot: ("made", how many images), or what went wrong."""
+    try:
+        images = make(part, row)
+        if isinstance(images, str):
+            return "file", images
+        slot[: len(images)] = images
+        return "made", str(len(images))
+    except LoaderError as error:
+        return "machine", str(error)
+    except BaseException:
+        return "bug", traceback.format_exc()
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: of the machine or, where that is less, of its
+    container; None where nobody says."""
+    lines = _lines("/proc/meminfo")
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file "),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        most, taken = (_lines(f"/sys/fs/cgroup/{name}")[:1] for name in (limit, used))
+        if most and taken and most[0].isdecimal():
+            stat = _lines(f"/sys/fs/cgroup/{Path(limit).parent}/memory.stat")
+            kept = sum(int(line.split()[1]) for line in stat if line.startswith(cache))
+            found.append(max(0, int(most[0]) - int(taken[0]) + kept))
+    return min(found, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _that_fit(workers: int, each: int) -> int:
+    """As many of ``workers`` as there is memory for, at least one; fewer are told of."""
+    free = free_memory()
+    fit = workers if free is None else max(1, min(workers, free // SHARE // each))
+    if fit < workers:
+        warn(
+            f"{_mib(free or 0)} of memory are free, and the batches ahead of {workers} workers would take "
+            f"{_mib(workers * each)}: {fit} are started"
+        )
+    return fit
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _state(pid: int) -> str:
+    """What the kernel says that a process does."""
+    fields = "".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return STATES.get(fields[0], fields[0]) if fields else "gone"
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):  # ended, and somebody else has asked
+        pass

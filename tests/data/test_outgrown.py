@@ -1,0 +1,169 @@
+"""A prepared folder that has changed since is noticed before a run; mean and deviation are those of the
+images that are trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastokd.data import DiskSplit, Split, load_dataset
+from fastokd.data.manifest import MANIFEST, read_manifest
+from fastokd.errors import UserError
+from fastokd.prepare import prepare
+from fastokd.recipes import recipe
+from fastokd.student_file import student_facts
+from fastokd.training.session import RunOptions, Session
+from tests.data.make import write_folder
+
+
+def streamed(root: Path, **options: object) -> int:
+    """Images to train on."""
+    splits = load_dataset("imagefolder", root, streamed=True, loader="torchvision", **options)  # type: ignore[arg-type]
+    return len(splits.train)
+
+
+def add(*paths: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for path in paths:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "train/cat/0.png", root / path)
+
+    return change
+
+
+def touch(root: Path) -> None:
+    """Other pixels in as many bytes, as an editor of bitmaps leaves them."""
+    path = root / "train/cat/2.png"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (add("train/cat/9.png"), r"1 file was added \(train/cat/9.png\); run"),
+        (
+            add("train/cat/8.png", "val/cat/8.png", "val/cat/9.png"),
+            r"3 files were added \(.*, \.\.\.",
+        ),
+        (add("train/cow/0.png"), r"1 class was added \(cow\), 1 file was added"),
+        (add("val/cow/0.png"), "has a class 'cow' that train/ lacks"),
+        (add("test/cat/0.png"), r"1 file was added \(test/cat/0.png\)"),
+        (lambda root: (root / "val/dog/0.png").unlink(), r"1 file is gone \(val/dog/0.png\)"),
+        (lambda root: shutil.rmtree(root / "train"), "there is no folder"),
+        (
+            lambda root: (root / "train/cat/1.png").rename(root / "train/cat/x.png"),
+            r"1 file was added \(train/cat/x.png\), 1 file is gone \(train/cat/1.png\)",
+        ),
+        (
+            lambda root: [(root / s / "dog").rename(root / s / "hound") for s in ("train", "val")],
+            r"1 class was added \(hound\), 1 class is gone \(dog\), 8 files were added",
+        ),
+        (
+            lambda root: (root / "train/cat/1.png").write_bytes(b"x"),
+            r"1 file has changed \(train/cat/1.png\)",
+        ),
+        (touch, r"1 file has changed \(train/cat/2.png\)"),
+    ],
+)
+def test_what_changed_is_named(
+    tmp_path: Path,
+    change: Callable[[Path], object],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = write_folder(tmp_path / "set")
+    prepare(root, quiet=True)
+    assert streamed(root) == 8
+    change(root)
+    with pytest.raises(UserError, match=says) as raised:
+        streamed(root)
+    assert "\n" not in str(raised.value)
+    assert f"run `fastokd prepare {root}` again" in str(raised.value)
+    # A run that has begun goes on with what it began with.
+    assert streamed(root, begun=True) == 8
+    assert "isn't what it was when it was prepared" in capsys.readouterr().err
+
+
+def test_a_set_that_was_moved_or_copied_is_the_same(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set")
+    (root / "train/cat/cut.png").write_bytes(b"")
+    (root / "notes.txt").write_text("beside it")
+    prepare(root, quiet=True)
+    (root / "runs").mkdir()
+    moved = root.rename(tmp_path / "moved")
+    assert streamed(moved) == 8
+    # All times are others.
+    shutil.copytree(moved, tmp_path / "copy", copy_function=shutil.copyfile)
+    for folder in (tmp_path / "copy").rglob("*"):
+        os.utime(folder)
+    assert streamed(tmp_path / "copy") == 8
+    prepare(moved, out=tmp_path / "apart", quiet=True)
+    add("train/cat/9.png")(moved)
+    with pytest.raises(UserError, match=rf"fastokd prepare {moved} --out {tmp_path / 'apart'}`"):
+        streamed(tmp_path / "apart")
+
+
+def as_earlier(root: Path) -> None:
+    """The manifest as versions wrote it that didn't note times and sums."""
+    path = root / MANIFEST
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    del header["folders"]
+    path.write_text("\n".join(json.dumps(line) for line in (header, *(row[:7] for row in rows))))
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set")
+    manifest = prepare(root, quiet=True).manifest
+    as_earlier(root)
+    assert read_manifest(root).mean == manifest.mean
+    add("train/cat/9.png")(root)
+    assert streamed(root) == streamed(root, val=2) + 2 == 8
+    splits = load_dataset("imagefolder", root, streamed=True, loader="torchvision", val=2)
+    assert (splits.mean, splits.with_held_out) == (manifest.mean, None)
+
+
+@pytest.mark.parametrize("form", ["memory", "streamed"])
+def test_held_out_images_don_t_enter_mean_and_deviation(tmp_path: Path, form: str) -> None:
+    root = write_folder(tmp_path / "set", count=6, size=(32, 32))
+    for image in (root / "train/dog").glob("[0-3].png"):  # of which some are held out
+        shutil.copy(root / "train/cat/0.png", image)
+    prepare(root, quiet=True)
+    options = {"streamed": form == "streamed", "loader": "torchvision"}
+    whole = load_dataset("imagefolder", root, **options)  # type: ignore[arg-type]
+    assert whole.with_held_out is None
+    splits = load_dataset("imagefolder", root, val=5, **options)  # type: ignore[arg-type]
+    assert isinstance(splits.train, (Split, DiskSplit))
+    pixels = splits.train.read()[0].double().flatten(0, 2) / 255
+    assert splits.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-12)
+    assert splits.std == pytest.approx(pixels.std(0, unbiased=False).tolist(), abs=1e-12)
+    assert splits.with_held_out == (whole.mean, whole.std)
+    assert not np.allclose(splits.mean, whole.mean, atol=1e-4)
+
+
+def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", count=6)
+    ours = recipe("ind-branch/resnet8/imagefolder", val=4, batch_size=4, epochs=1, students=2)
+    options = RunOptions(data_root=root, engine="loop", precision="fp32", device="cpu")
+    session = Session(ours, options)
+    mean, std = session.data.with_held_out or ((), ())
+    assert mean != session.data.mean
+    tensors, facts = session.state()
+    facts |= {"mean": list(mean), "std": list(std)}
+    resumed = Session(ours, options)
+    resumed.load_state(tensors, facts)
+    assert (resumed.data.mean, resumed.data.std) == (mean, std)
+    assert json.loads(student_facts(ours, resumed.data, 0)["mean"]) == list(mean)
+    x_BHWC = session.data.train.read()[0][:2].float()
+    expected = (x_BHWC / 255 - torch.tensor(mean)) / torch.tensor(std)
+    seen = x_BHWC * resumed.cohort.scale_C + resumed.cohort.shift_C
+    torch.testing.assert_close(seen, expected)
+    facts["mean"] = [0.1, 0.2, 0.3]
+    with pytest.raises(UserError, match="trained on other data: its mean differ"):
+        Session(ours, options).load_state(tensors, facts)
