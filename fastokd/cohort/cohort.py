@@ -152,12 +152,12 @@ class Cohort(nn.Module):
 
     def _example(self) -> Tensor:
         """What all students read, on the meta device."""
-        shape = (3, self.image_size, self.image_size)
+        shape: tuple[int, ...] = (3, self.image_size, self.image_size)
         if self.sharing == "branch":
             shape = self._trunk_shape()
         return torch.empty(2, *shape, device="meta")
 
-    def _trunk_shape(self) -> tuple[int, int, int]:
+    def _trunk_shape(self) -> tuple[int, ...]:
         name = self.model_names[0]
         return trunk_shape(name, self.num_classes, self.image_size, **self.model_options)
 

@@ -74,9 +74,9 @@ def map_shapes(
 
 def trunk_shape(
     name: str, num_classes: int, size: int | None = None, /, **options: Any
-) -> tuple[int, int, int]:
-    """(channels, height, width) of what a branch of ``name`` starts from, over images of ``size``
-    (None: the one that it is made for).
+) -> tuple[int, ...]:
+    """(channels, height, width) of what a branch of ``name`` starts from, or (tokens, width), over
+    images of ``size`` (None: the one that it is made for).
 
     Raises:
         UserError: the model has no stated split.
@@ -84,7 +84,7 @@ def trunk_shape(
     model, x_BCHW = _on_meta(name, num_classes, options, size or input_size(name, options))
     with torch.no_grad():
         trunk_BCHW, _ = model.trunk(x_BCHW, model.branch_from)
-    return trunk_BCHW.shape[1], trunk_BCHW.shape[2], trunk_BCHW.shape[3]
+    return tuple(trunk_BCHW.shape[1:])
 
 
 def _on_meta(
