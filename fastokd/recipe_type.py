@@ -46,7 +46,8 @@ class Recipe:
             of the image is cropped and resized instead (RandomResizedCrop).
         image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
             shorter side before the centre crop of a held-out image; 0 for none.
-        val: images held out of the training set, stratified by class; 0 for none.
+        val: images held out of the training set, stratified by class; 0 for none. They are the same
+            for every ``seed``.
         reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
             ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.
         teacher: the recipe that trains the teacher, where the method has one.

@@ -47,6 +47,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "std": lambda value: _numbers(value) and min(value) > 0,
     "input_size": lambda value: _size(value) and value > 0,
     "eval_resize": _size,
+    "val": lambda value: type(value) is int and value >= 0,
 }
 
 
@@ -57,6 +58,8 @@ class Weights:
     ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, ``mean``
     and ``std`` of its images in units of [0, 1], ``input_size`` (their height and width),
     ``eval_resize`` (the shorter side before the centre crop; 0 for the whole centre square),
+    ``dataset`` and ``val`` (what it was trained on, and how many images were held out of that; files
+    of older versions don't say it),
     ``student`` (its index) and ``role`` (why it is this one).
     """
 
@@ -133,6 +136,8 @@ def _facts(recipe: Recipe, names: Any, mean: Any, std: Any, student: int) -> dic
         "eval_resize": json.dumps(recipe.eval_resize),
         "student": json.dumps(student),
         "role": json.dumps(_role(recipe, student)),
+        "dataset": json.dumps(recipe.dataset),
+        "val": json.dumps(recipe.val),
     }
 
 

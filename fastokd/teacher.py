@@ -8,15 +8,23 @@ from typing import Any
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError
 from fastokd.models import Student
-from fastokd.recipe_type import Recipe
+from fastokd.recipes import Recipe, recipe
 from fastokd.student_file import STUDENT, Weights, read_weights
 
 # A run keeps the teacher that it had, so that it can be resumed without it.
 KEPT = "teacher.safetensors"
 
 
+def teacher_recipe(student: Recipe, **changes: Any) -> Recipe:
+    """What trains the teacher of ``student``: at seed 0, with the same images held out.
+
+    ``changes`` as :func:`fastokd.recipe` takes them.
+    """
+    return recipe(student.teacher, seed=0, val=student.val, **changes)
+
+
 def default_path(recipe: Recipe) -> Path:
-    """Where the recipe that trains the teacher leaves it, at its default seed."""
+    """Where :func:`teacher_recipe` leaves it."""
     return Path("runs") / f"{recipe.teacher.replace('/', '-')}-seed0"
 
 
@@ -37,9 +45,36 @@ def find_teacher(recipe: Recipe, given: Path | None, kept: Path | None) -> Weigh
     if not path.exists():
         raise UserError(
             f"{recipe.method} needs a trained teacher, and there is none at {path}: train one with "
-            f"`fastokd train {recipe.teacher}`, or name a run or a {STUDENT} with --teacher"
+            f"`{_command(recipe)}`, or name a run or a {STUDENT} with --teacher"
         )
     return read_weights(path)
+
+
+def _command(student: Recipe) -> str:
+    val = f" --val {student.val}" if student.val else ""
+    return f"fastokd train {student.teacher}{val}"
+
+
+def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Recipe) -> bool:
+    """Whether ``weights`` are known not to have seen the images that ``data`` holds out of train.
+
+    One ``val`` of one data set is one choice of images, whatever the seeds. ``what`` is how the
+    weights came here.
+
+    Raises:
+        UserError: they have seen them.
+    """
+    if not data.held_out:
+        return True
+    if "val" not in weights.facts or "dataset" not in weights.facts:
+        return False
+    if weights.fact("dataset") == data.name and weights.fact("val") != data.held_out:
+        also = f"train one with `{_command(recipe)}`, " if recipe.teacher else ""
+        raise UserError(
+            f"{what} {weights.path} has seen images that --val {data.held_out} holds out, since its "
+            f"own training held out {weights.fact('val') or 'none'}: {also}or leave --val out"
+        )
+    return True
 
 
 def build_teacher(weights: Weights, data: DatasetSplits) -> Student:

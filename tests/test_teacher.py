@@ -16,12 +16,14 @@ from fastokd.checkpoint import save_checkpoint
 from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
+from fastokd.models import create_model
 from fastokd.recipes import recipe
 from fastokd.student_file import read_weights, student_facts
 from fastokd.teacher import build_teacher, find_teacher
 from fastokd.train import train
 from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
+from fastokd.training.session import RunOptions, Session
+from tests.data.make import write_cifar
 
 KD = "kd/resnet8/digits"
 SHORT = RunOptions(max_steps=2, quiet=True, engine="loop", precision="fp32", device="cpu")
@@ -99,6 +101,78 @@ def test_the_default_folder_is_where_its_recipe_trains() -> None:
     from fastokd.training.session import run_path
 
     assert run_path(recipe(r.teacher), RunOptions()) == default
+
+
+def test_the_command_that_trains_it_holds_out_what_its_student_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    student = recipe("kd/resnet32/cifar100", val=5000, seed=3)
+    assert teacher.teacher_recipe(student) == recipe("baseline/resnet110/cifar100", val=5000)
+    with pytest.raises(UserError, match=r"`fastokd train baseline/resnet110/cifar100 --val 5000`"):
+        find_teacher(student, None, None)
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cifar(tmp_path_factory.mktemp("cifar"), "cifar10").parent
+
+
+def cifar_student(path: Path, root: Path, **facts: str | None) -> Path:
+    """An untrained student of CIFAR-10, of which 20 images were held out unless ``facts`` say else."""
+    data = load_dataset("cifar10", root)
+    said = student_facts(recipe("baseline/resnet8/cifar10", val=20), data, 0) | facts
+    kept = {name: value for name, value in said.items() if value is not None}
+    save_file(create_model("resnet8", 10).state_dict(), path, metadata=kept)
+    return path
+
+
+def test_the_held_out_images_are_the_same_for_every_seed(cifar: Path) -> None:
+    options = RunOptions(data_root=cifar, device="cpu", engine="loop")
+    of = recipe("baseline/resnet8/cifar10", val=20, batch_size=20)
+    splits = [Session(dataclasses.replace(of, seed=s), options).data for s in (0, 5)]
+    alone = load_dataset("cifar10", cifar, val=20)
+    for data in splits:
+        assert data.val is not None
+        assert alone.val is not None
+        assert torch.equal(data.val.read()[0], alone.val.read()[0])
+        assert torch.equal(data.train.read()[0], alone.train.read()[0])
+        assert data.held_out == 20
+
+
+@pytest.mark.parametrize("way", ["teacher", "init"])
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({}, ""),
+        ({"val": "0"}, r"has seen images that --val 20 holds out, .* held out none: .*--val 20"),
+        ({"val": "10"}, r"has seen images that --val 20 holds out, .* held out 10"),
+        ({"val": None}, "it may have seen the images of --val 20"),
+        ({"val": "0", "dataset": '"imagefolder"'}, ""),
+    ],
+)
+def test_weights_that_have_seen_the_held_out_images_are_refused(
+    way: str,
+    facts: dict[str, str | None],
+    says: str,
+    cifar: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = cifar_student(tmp_path / "given.safetensors", cifar, **facts)
+    name = "kd" if way == "teacher" else "baseline"
+    of = recipe(f"{name}/resnet8/cifar10", val=20, batch_size=20)
+    value: Any = path if way == "teacher" else (str(path),)
+    options = RunOptions(data_root=cifar, device="cpu", engine="loop", **{way: value})
+    unknown = facts.get("val", "") is None
+    if says and not unknown:
+        with pytest.raises(UserError, match=says if way == "teacher" else says.split(": ")[0]):
+            Session(of, options)
+        Session(dataclasses.replace(of, val=0), options)
+        return
+    Session(of, options)
+    # Of weights to begin from it is usual that they say nothing: those of another library.
+    assert capsys.readouterr().err.count("warning") == (unknown and way == "teacher")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from fastokd.errors import UserError
 
 
 def prepare(
-    folder: Annotated[Path, typer.Argument(help="The folder that holds train/; or imagenet.")],
+    folder: Annotated[
+        str, typer.Argument(help="The folder that holds train/; or imagenet, in --data-root.")
+    ],
     data_root: Annotated[Path | None, typer.Option(help="ImageNet's folder.")] = None,
     val_labels: Annotated[
         Path | None, typer.Option(help="The ground truth of a flat val/; found where it's usual.")
@@ -24,16 +26,21 @@ def prepare(
     """Look at every image of a folder once, and write down what a run will read.
 
     Files that can't be decoded are quarantined and listed. Mean and deviation are measured.
+    imagenet is the data set, unless --data-root is left out and a folder of that name holds train/.
     """
     from fastokd.prepare import prepare as run
 
-    imagenet = str(folder) == "imagenet"
+    imagenet, here = folder == "imagenet", Path(folder) / "train"
+    if imagenet and data_root is None and here.is_dir():
+        imagenet = False
+        if not json_:
+            print(f"the folder {here.parent.resolve()} is meant, since no --data-root is given")
     if imagenet and data_root is None:
         raise UserError("imagenet needs to know where its files are: give --data-root DIR")
     if not imagenet and data_root is not None:
         raise UserError(f"{folder} is the folder: leave --data-root out")
     done = run(
-        data_root if imagenet and data_root else folder,
+        data_root if imagenet and data_root else Path(folder),
         ground_truth=val_labels,
         out=out,
         imagenet=imagenet,

@@ -43,6 +43,8 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
 # Height and width, and the shorter side before a held-out image's centre crop, where the set
 # leaves no choice or none is made.
 _VIEWS = {"imagenet": View(224, 256)}
+# Of the choice of held-out images, whatever a recipe's seed.
+HELD_OUT_SEED = 0
 _CHOOSABLE = ("imagefolder", "imagenet")
 
 
@@ -60,7 +62,6 @@ def load_dataset(
     root: Path | None = None,
     *,
     val: int = 0,
-    seed: int = 0,
     download: bool = False,
     image_size: int | None = None,
     eval_resize: int | None = None,
@@ -75,8 +76,9 @@ def load_dataset(
         root: the folder that holds its files (docs/data.md); ``digits`` needs none, and
             ``fashion_mnist`` none where Debian's package is installed.
         val: images held out of train, stratified by class; 0 holds out none. ``digits``, and image
-            folders with ``val/`` and ``test/``, come with a validation split of their own.
-        seed: of the choice of those images.
+            folders with ``val/`` and ``test/``, come with a validation split of their own. Which
+            images they are depends on the labels and on ``val`` alone, not on a recipe's seed: all
+            seeds, and a teacher with the same ``val``, hold out the same.
         download: fetches what is missing into ``root`` (CIFAR, Fashion-MNIST).
         image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
             ``imagenet`` (224); the others have 32.
@@ -110,5 +112,6 @@ def load_dataset(
         raise UserError(
             f"val is {val}, but {name} comes with {len(splits.val)} images to validate: leave it 0"
         )
-    kept, held = stratified_split(splits.train.labels_N, val, seed)
-    return replace(splits, train=splits.train.select(kept), val=splits.train.select(held))
+    kept, held = stratified_split(splits.train.labels_N, val, HELD_OUT_SEED)
+    train, held_out = splits.train.select(kept), splits.train.select(held)
+    return replace(splits, train=train, val=held_out, held_out=val)

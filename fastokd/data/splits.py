@@ -87,6 +87,7 @@ class DatasetSplits:
         train, val, test: ``val`` is None where nothing is held out.
         note: what a reader of the results should know about the splits, or "".
         loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
+        held_out: how many images were taken out of train for ``val``; 0 where it is the set's own.
     """
 
     name: str
@@ -98,6 +99,7 @@ class DatasetSplits:
     test: Split | DiskSplit
     note: str = ""
     loader: str = "memory"
+    held_out: int = 0
 
     @property
     def num_classes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastokd.report.plots import reported_by
 from fastokd.report.summary import summarise
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_folder import Run
@@ -36,12 +37,14 @@ def _results(run: Run) -> dict[str, Any]:
     found = summarise(run)
     last = next(row for row in reversed(run.metrics) if "test" in row)["test"]
     return {
-        "reported": run.recipe.reported,
+        "reported": reported_by(run.recipe),
         "last epoch": found.last_epoch,
+        "whole epochs": run.standing.epochs,
+        "steps": run.standing.step,
         "last top-1": found.last,
         "best epoch": found.best_epoch,
         "best top-1": found.best,
-        "ensemble top-1": last["ensemble_top1"],
+        "ensemble top-1": last["ensemble_top1"] if run.recipe.students > 1 else None,
         "diversity": last["diversity"],
         "seconds": round(sum(row["seconds"] for row in run.metrics), 1),
     }

@@ -12,13 +12,14 @@ from fastokd.cells import Cell, cells_of, tables
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
 from fastokd.recipes import recipe
-from fastokd.report.plots import as_svg, draw_all, save
+from fastokd.report.plots import as_svg, draw_all, reported_by, save
 from fastokd.report.pools import Pool, pool_runs
+from fastokd.report.published import altered
 from fastokd.report.statistics import Sample, welch
 from fastokd.training.run_folder import Run
 
 CAPTIONS = {
-    "loss": "The loss that is trained, summed over the students.",
+    "loss": "The loss that is trained, of all students of a cohort together.",
     "accuracy": "Accuracy on the test set after each measured epoch; a band is one deviation over "
     "seeds.",
     "diversity": "Mean distance between the peers' predictions (Figure 2 of the OKDDip paper).",
@@ -135,7 +136,7 @@ def _results(pools: Sequence[Pool]) -> str:
                 recipe.dataset,
                 f"{_epochs(pool)} of {recipe.epochs}",
                 len(pool.runs),
-                recipe.reported,
+                reported_by(recipe),
                 pool.last(),
                 pool.best(),
                 _percent(ensemble) if recipe.students > 1 else "",
@@ -155,11 +156,11 @@ def _results(pools: Sequence[Pool]) -> str:
 
 
 def _epochs(pool: Pool) -> int:
-    return min(run.metrics[-1]["epoch"] + 1 for run in pool.runs)
+    return min(run.standing.epochs for run in pool.runs)
 
 
 def _published(pools: Sequence[Pool]) -> str:
-    """The papers' cells of these recipes, beside ours; epochs and data are said."""
+    """The papers' cells of these recipes, beside ours, and all in which ours differ from them."""
     rows = []
     for pool in pools:
         for cell in _cells(pool):
@@ -167,7 +168,9 @@ def _published(pools: Sequence[Pool]) -> str:
             best = pool.best()
             if cell.unit == "error":
                 best = Sample(100 - best.mean, best.std, best.runs)
-            shortened = _epochs(pool) != recipe(cell.recipe).epochs or bool(pool.recipe.val)
+            otherwise = altered(cell, pool.recipe, pool.runs)
+            if otherwise is None:
+                continue
             rows.append(
                 (
                     f"{cell.table}, {cell.row}, {cell.column}",
@@ -176,7 +179,7 @@ def _published(pools: Sequence[Pool]) -> str:
                     best,
                     theirs,
                     welch(best, theirs),
-                    "shortened, no reproduction" if shortened else "",
+                    f"no reproduction: {', '.join(otherwise)}" if otherwise else "",
                 )
             )
     if not rows:
@@ -186,7 +189,7 @@ def _published(pools: Sequence[Pool]) -> str:
 
 
 def _cells(pool: Pool) -> list[Cell]:
-    """Where the papers print a number for this recipe; another student or data set is another."""
+    """Where the papers print a number for a recipe of this name."""
     return [
         cell
         for table in tables()

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastokd.checkpoint import write_durably
+from fastokd.recipes import Recipe
 from fastokd.report.pools import Pool, Row
 
 # What is drawn in this colour follows the page's text, light or dark.
@@ -100,6 +101,11 @@ def _plot(axes: Any, pool: Pool, value: Callable[[Row], float | None], **style: 
     return True
 
 
+def reported_by(recipe: Recipe) -> str:
+    """Whose accuracy is the run's: ``recipe.reported``, but there is no mean of a lone student."""
+    return recipe.reported if recipe.students > 1 else "student"
+
+
 def _colour(index: int) -> str:
     return CYCLE[index % len(CYCLE)]
 
@@ -107,7 +113,8 @@ def _colour(index: int) -> str:
 def _draw_loss(axes: Any, pools: Sequence[Pool]) -> None:
     for index, pool in enumerate(pools):
         _plot(axes, pool, lambda row: row["train"]["loss"], color=_colour(index), label=pool.label)
-    axes.set(title="training loss, all students", xlabel="epoch", yscale="log")
+    together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
+    axes.set(title=f"training loss{together}", xlabel="epoch", yscale="log")
 
 
 def _loss(pools: Sequence[Pool]) -> Figure:
@@ -131,7 +138,11 @@ def _draw_students(axes: Any, pool: Pool) -> None:
             axes,
             pool,
             top1_of(student),
-            label="leader" if leader else f"student {student}",
+            label="leader"
+            if leader
+            else f"student {student}"
+            if recipe.students > 1
+            else "student",
             color=INK if leader else _colour(student),
             linewidth=2 if leader else 1,
         )
@@ -166,7 +177,7 @@ def _accuracy(pools: Sequence[Pool]) -> Figure:
             axes,
             pool,
             reported(pool),
-            label=f"{pool.label}, {pool.recipe.reported}",
+            label=f"{pool.label}, {reported_by(pool.recipe)}",
             color=_colour(index),
         )
     axes.set(title="test top-1, as reported (%)", xlabel="epoch")
@@ -205,7 +216,8 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
     for pool in pools:
         recipe = pool.recipe
         key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
-        by_method.setdefault(key, []).append(pool)
+        other = pool.label.removeprefix(recipe.name).replace(f" students={recipe.students}", "")
+        by_method.setdefault(key + other, []).append(pool)
     figure = _canvas(6, 4)
     axes = figure.subplots()
     for index, (label, members) in enumerate(by_method.items()):

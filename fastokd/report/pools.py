@@ -10,16 +10,20 @@ from typing import Any
 
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
+from fastokd.report.published import Changes, from_its_name, options_of, shown
 from fastokd.report.statistics import Sample
 from fastokd.report.summary import summarise
+from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_folder import Run
 
 Row = dict[str, Any]
+# Said of runs only where others of their name have it otherwise.
+UNSAID = ("precision", "eval_every")
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Runs that differ in nothing but their seeds, and what to call them.
+    """Runs that differ in nothing but their seeds (and the machine), and what to call them.
 
     ``recipe`` is the first one's.
     """
@@ -65,16 +69,18 @@ class Pool:
 
 
 def pool_runs(runs: Sequence[Run]) -> list[Pool]:
-    """Runs with the same recipe but the seed, together, in the order given.
+    """Runs of one recipe and the same options but the seed, together, in the order given; those that
+    have all their epochs apart from those that don't.
 
     Raises:
         UserError: a run has no measured epoch yet.
     """
-    together: list[list[Run]] = []
+    together: list[tuple[_What, list[Run]]] = []
     for run in runs:
         summarise(run)
-        for group in together:
-            if _but_seed(group[0].recipe) == _but_seed(run.recipe):
+        what = _What.of(run)
+        for known, group in together:
+            if known == what:
                 if run.recipe.seed in (member.recipe.seed for member in group):
                     raise UserError(
                         f"{run.folder} and {group[0].folder} are the same recipe with the same "
@@ -83,29 +89,46 @@ def pool_runs(runs: Sequence[Run]) -> list[Pool]:
                 group.append(run)
                 break
         else:
-            together.append([run])
-    names = [group[0].recipe.name for group in together]
-    labels = []
-    for name, group in zip(names, together, strict=True):
-        words = [name]
-        if names.count(name) > 1:
-            words += _differing(group[0].recipe, [g[0].recipe for g in together])
-        labels.append(" ".join(words))
+            together.append((what, [run]))
+    kinds = [what for what, _ in together]
     return [
-        Pool(label, group[0].recipe, tuple(group))
-        for label, group in zip(labels, together, strict=True)
+        Pool(_label(what, kinds, group), group[0].recipe, tuple(group)) for what, group in together
     ]
 
 
-def _but_seed(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, seed=0)
+@dataclass(frozen=True)
+class _What:
+    """What runs of a pool have in common."""
+
+    recipe: Recipe
+    options: Changes
+    whole: bool
+
+    @staticmethod
+    def of(run: Run) -> _What:
+        options = options_of(run)
+        if "init" in options:  # each seed may begin from weights of its own
+            options["init"] = ("trained weights", None)
+        precision = RunFacts(run.folder).environment().get("precision")
+        options["precision"] = (precision, None)
+        return _What(dataclasses.replace(run.recipe, seed=0), options, run.is_whole)
+
+    def changes(self) -> Changes:
+        return from_its_name(self.recipe) | self.options
 
 
-def _differing(recipe: Recipe, others: Sequence[Recipe]) -> list[str]:
-    """Where recipes of one name differ: ``lr=0.05``."""
-    alike = [other for other in others if other.name == recipe.name]
-    return [
-        f"{name}={value}"
-        for name, value in _but_seed(recipe).to_json().items()
-        if any(_but_seed(other).to_json()[name] != value for other in alike)
-    ]
+def _label(what: _What, kinds: Sequence[_What], runs: Sequence[Run]) -> str:
+    """A recipe's name, and all in which runs differ from what it stands for, or from others of it."""
+    alike = [kind for kind in kinds if kind.recipe.name == what.recipe.name]
+    names = dict.fromkeys(name for kind in alike for name in kind.changes())
+    ours = dataclasses.asdict(what.recipe) | what.recipe.method_options
+    words = [what.recipe.name]
+    for name in names:
+        values = [kind.changes().get(name) for kind in alike]
+        value = what.changes().get(name, (ours.get(name), None))
+        if name not in UNSAID or any(other != values[0] for other in values):
+            words += shown({name: value})
+    if not what.whole:
+        epochs = min(run.standing.epochs for run in runs)
+        words.append(f"({epochs} of {what.recipe.epochs} epochs)")
+    return " ".join(words)

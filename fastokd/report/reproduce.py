@@ -14,10 +14,12 @@ from fastokd.cells import Cell, cells_of
 from fastokd.errors import UserError
 from fastokd.methods import method_class
 from fastokd.recipes import Recipe, recipe
+from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
-from fastokd.report.summary import Summary, summarise
+from fastokd.report.summary import summarise
 from fastokd.settings import Planned
 from fastokd.sweep import run_all
+from fastokd.teacher import teacher_recipe
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions
 
@@ -30,7 +32,7 @@ class Result:
 
     ``last`` and ``best`` are in the cell's unit, in %. ``difference`` is the best epoch's, the
     papers' protocol, less the published; None for another task than the paper's. ``caveat`` says
-    why the cell is no reproduction; where it isn't one, there is no ``verdict``.
+    in what the runs differ from the cell; where they do, there is no ``verdict``.
     """
 
     cell: Cell
@@ -109,11 +111,13 @@ def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
     wanted: dict[str, Planned] = {}
     for cell in cells:
         for seed in request.seeds:
-            planned = _planned(request.recipe(cell, seed))
+            planned = _planned(request.recipe(cell, seed), options.max_steps)
             wanted.setdefault(planned.folder, planned)
+    scaled = {} if request.epochs is None else {"epochs": request.epochs}  # as long as its students
     teachers = {
-        name: _planned(_teacher(request, name))
-        for name in dict.fromkeys(p.recipe.teacher for p in wanted.values() if p.recipe.teacher)
+        p.recipe.teacher: _planned(teacher_recipe(p.recipe, **scaled), options.max_steps)
+        for p in wanted.values()
+        if p.recipe.teacher
     }
     # Teachers before those whom they teach.
     order = {planned.folder: planned for planned in (*teachers.values(), *wanted.values())}
@@ -127,38 +131,40 @@ def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
     results = []
     for cell in cells:
         judged = [request.recipe(cell, seed) for seed in request.seeds]
-        sums = [summarise(found[_planned(r).folder], r) for r in judged]
-        results.append(_result(cell, judged[0], sums))
+        runs = [found[_planned(r, options.max_steps).folder] for r in judged]
+        results.append(_result(cell, judged[0], runs))
     title = _title(request, results)
     if options.max_steps is not None:
         title += f", stopped after {options.max_steps} steps"
     return Reproduction(title, _notes(results), tuple(results))
 
 
-def _planned(judged: Recipe) -> Planned:
-    """The training under a cell: the same whatever is reported of it."""
+def _planned(judged: Recipe, max_steps: int | None) -> Planned:
+    """The training under a cell: the same whatever is reported of it.
+
+    One that is cut after ``max_steps`` has a folder of its own: whole students never have a teacher
+    that was cut.
+    """
     method, model, dataset = judged.name.split("/")
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
     trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
     words = [plain.name.replace("/", "-"), f"{trained.epochs}epochs"]
     if trained.val:
         words.append(f"val{trained.val}")
+    if max_steps is not None:
+        words.append(f"{max_steps}steps")
     return Planned("-".join([*words, f"seed{trained.seed}"]), trained, {"seed": trained.seed})
 
 
-def _teacher(request: Request, name: str) -> Recipe:
-    """One teacher for all seeds, as long trained as its students."""
-    changes = {} if request.epochs is None else {"epochs": request.epochs}
-    return recipe(name, seed=0, **changes)
-
-
-def _result(cell: Cell, judged: Recipe, sums: Sequence[Summary]) -> Result:
+def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:
     def in_unit(fractions: list[float]) -> Sample:
         percent = [100 * value for value in fractions]
         return Sample.of([100 - v for v in percent] if cell.unit == "error" else percent)
 
+    sums = [summarise(run, judged) for run in runs]
     best = in_unit([s.best for s in sums])
-    caveat = _caveat(cell, judged, sums)
+    otherwise = altered(cell, judged, runs)
+    caveat = ANOTHER_TASK if otherwise is None else ", ".join(otherwise)
     difference = None
     if cell.mean is not None and caveat != ANOTHER_TASK:
         difference = welch(best, Sample(cell.mean, cell.std, cell.runs))
@@ -172,16 +178,6 @@ def _result(cell: Cell, judged: Recipe, sums: Sequence[Summary]) -> Result:
         verdict=_verdict(cell, difference) if not caveat else "",
         caveat=caveat,
     )
-
-
-def _caveat(cell: Cell, judged: Recipe, sums: Sequence[Summary]) -> str:
-    """Why this is no reproduction of the cell, or "" where it is one."""
-    published = recipe(cell.recipe)
-    if (judged.model, judged.dataset) != (published.model, published.dataset):
-        return ANOTHER_TASK
-    if judged.epochs != published.epochs or any(s.last_epoch != published.epochs for s in sums):
-        return "shortened"
-    return "fewer images" if judged.val else ""
 
 
 def _verdict(cell: Cell, difference: Difference | None) -> str:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from fastokd.training.session import Session
 
 
-COLUMNS = ("epoch", "images/s", "left", "lr", "loss", "leader", "peers", "ensemble", "diversity")
+COLUMNS = (
+    *("epoch", "images/s", "left", "lr", "loss"),
+    *("student", "leader", "peers", "ensemble", "diversity"),
+)
 SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed in place
 
 
@@ -123,7 +126,7 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
     """One epoch's values for :data:`COLUMNS`, but the time left; "" for what there isn't.
 
     Accuracies and diversity are of the held-out images where the recipe has some, else of the test
-    set; ``peers`` is the mean over the students that aren't the leader.
+    set; ``peers`` is the mean over the students that aren't the leader. A lone student is no peer.
     """
     values = [
         f"epoch {row['epoch'] + 1}/{epochs}",
@@ -133,13 +136,16 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
     ]
     scores = row.get("val") or row.get("test")
     if scores is None:
-        return [*values, "", "", "", ""]
+        return [*values, "", "", "", "", ""]
     leader, students = scores["leader_top1"], scores["student_top1"]
+    if len(students) == 1:
+        return [*values, f"{students[0]:.4f}", "", "", "", ""]
     peers = students if leader is None else students[:-1]
     return [
         *values,
+        "",
         "" if leader is None else f"{leader:.4f}",
         f"{sum(peers) / len(peers):.4f}",
-        f"{scores['ensemble_top1']:.4f}" if len(students) > 1 else "",
+        f"{scores['ensemble_top1']:.4f}",
         "" if scores["diversity"] is None else f"{scores['diversity']:.4f}",
     ]

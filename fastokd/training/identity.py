@@ -20,7 +20,7 @@ from fastokd.student_file import STUDENT, read_weights
 from fastokd.teacher import KEPT as KEPT_TEACHER
 from fastokd.teacher import default_path
 from fastokd.training.metric_lines import MetricLines
-from fastokd.training.pretrained import contents_of
+from fastokd.training.pretrained import read_files
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_options import LEFT_OPEN, RunOptions
 
@@ -104,7 +104,7 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))
-        if contents_of(options.init) == contents:
+        if [fingerprint(weights.state) for weights in read_files(options.init)] == contents:
             begun["init"] = options.init
         elif named == options.init:
             begun["init"] = tuple(f"{name}, as it was," for name in named)

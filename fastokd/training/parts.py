@@ -34,7 +34,6 @@ def load_splits(recipe: Recipe, options: RunOptions, device: torch.device) -> Da
         recipe.dataset,
         options.data_root,
         val=recipe.val,
-        seed=0,
         download=options.download,
         image_size=recipe.image_size,
         eval_resize=recipe.eval_resize,

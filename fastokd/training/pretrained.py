@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastokd import authors
-from fastokd.checkpoint import fingerprint
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
@@ -173,6 +172,6 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in found.items() if not key.startswith(METHOD_KEYS)}
 
 
-def contents_of(paths: Sequence[str | Path]) -> list[str]:
-    """The :func:`fingerprint` of the weights in each file; raises as :func:`begin_from`."""
-    return [fingerprint(_read(Path(path)).state) for path in paths]
+def read_files(paths: Iterable[str | Path]) -> list[Weights]:
+    """The weights in each file; raises as :func:`begin_from`."""
+    return [_read(Path(path)) for path in paths]

@@ -54,7 +54,7 @@ class RunFacts:
         path = self.environment_file
         try:
             found = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error

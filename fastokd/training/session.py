@@ -23,24 +23,24 @@ from fastokd.device import (
     use_device,
 )
 from fastokd.distributed.launch import device_here
-from fastokd.distributed.ranks import Ranks, first
+from fastokd.distributed.ranks import Ranks, first, speaks
 from fastokd.distributed.state import gathered, mine, share_state
 from fastokd.distributed.students import Row
 from fastokd.distributed.sync_norm import synchronise
-from fastokd.errors import UserError
+from fastokd.errors import UserError, warn
 from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import choose
 from fastokd.recipes import Recipe
 from fastokd.teacher import KEPT as KEPT_TEACHER
-from fastokd.teacher import Weights, find_teacher
+from fastokd.teacher import Weights, check_held_out, find_teacher
 from fastokd.training.allocator import keep_freed_memory
 from fastokd.training.ema import LeaderAverage
 from fastokd.training.guard import Guard
 from fastokd.training.optimizers import set_rate
 from fastokd.training.parts import RepeatedBatch, build_cohort, build_optimizers, load_splits
-from fastokd.training.pretrained import begin_from, contents_of
+from fastokd.training.pretrained import begin_from, read_files
 from fastokd.training.run_options import KEPT, RunOptions
 from fastokd.training.state import as_state, load_state, state_of
 from fastokd.training.step import StepProgram
@@ -103,6 +103,8 @@ class Session:
         if training and method_class(recipe.method).needs.teacher:
             kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
             self.teacher = self.ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
+            if kept is None or self.teacher.path != kept:
+                self._check_held_out(self.teacher)
         self.cohort, self.method = build_cohort(recipe, self.data, options, self.teacher)
         self.began_from: list[str] = []
         # Of the weights that the run takes from elsewhere.
@@ -113,7 +115,10 @@ class Session:
             files = [Path(name) for name in options.init]
             names = self.data.class_names
             self.began_from = begin_from(self.cohort, files, names, recipe.kept_student)
-            self.contents["init_sha256"] = contents_of(files)
+            given = read_files(files)
+            for weights in given:
+                check_held_out(weights, self.data, "--init", recipe)
+            self.contents["init_sha256"] = [fingerprint(weights.state) for weights in given]
         if training and self.method.needs.heldout and self.data.val is None:
             raise UserError(
                 f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
@@ -189,6 +194,14 @@ class Session:
         if options.teacher is not None and not method_class(recipe.method).needs.teacher:
             raise UserError(
                 f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            )
+
+    def _check_held_out(self, teacher: Weights) -> None:
+        """Refuses a teacher that has seen the images held out here."""
+        if not check_held_out(teacher, self.data, "the teacher", self.recipe) and speaks():
+            warn(
+                f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
+                f"have seen the images of --val {self.data.held_out}"
             )
 
     def parts_of(self, batch: int) -> int:

@@ -292,6 +292,25 @@ def test_an_interrupted_manifest_leaves_the_old_one(
     assert not list(root.glob("tmp*"))
 
 
+def test_a_folder_called_imagenet_is_itself_unless_a_data_root_is_given(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "imagenet")
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "imagenet" / "manifest.jsonl"
+    for word in ("imagenet", "./imagenet"):
+        assert cli.run_command(["prepare", word]) == 0
+        said = capsys.readouterr().out
+        assert "written to imagenet/manifest.jsonl" in said
+        assert ("is meant, since no --data-root is given" in said) == (word == "imagenet")
+        mine.unlink()
+    assert cli.run_command(["prepare", "imagenet", "--data-root", str(root)]) == 0
+    assert not mine.exists()
+    capsys.readouterr()
+    assert cli.run_command(["prepare", "./imagenet", "--data-root", str(root)]) == 2
+    assert "imagenet is the folder: leave --data-root out" in capsys.readouterr().err
+
+
 def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command(["prepare", "imagenet", "--data-root", str(root), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

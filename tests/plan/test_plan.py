@@ -89,6 +89,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "students on GPUs" in capsys.readouterr().out
 
 
+def test_hours_count_the_images_that_are_trained_on() -> None:
+    """Of 50,000 images 20,000 are held out: 235 batches an epoch, not 391."""
+    of = recipe("baseline/resnet8/cifar100", val=20_000)
+    modelled = plan(of, "h100")["modelled"]
+    seconds = of.batch_size / modelled["images_per_second"]
+    assert modelled["hours"] == pytest.approx(300 * 235 * seconds / 3600)
+
+
 def test_an_engine_that_cant_serve_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     mixed = "okddip-network/resnet8+resnet20+resnet8/cifar100"
     counts = plan(recipe(mixed, batch_size=4), "h100")["counted"]["launches_eager"]

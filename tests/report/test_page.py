@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastokd.checkpoint import save_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.report.difference import diff_runs
-from fastokd.report.page import report
+from fastokd.report.page import _published, report
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.training.run_folder import Run
@@ -25,7 +28,7 @@ from tests.report.fake import FakeTrain
 EPOCHS = 3
 
 
-def make(folder: Path, name: str, *seeds: int, **changes: object) -> list[Path]:
+def make(folder: Path, name: str, *seeds: int, **changes: Any) -> list[Path]:
     """Runs of one recipe: every seed a tenth of a point better than the one before."""
     fake = FakeTrain(lambda recipe, epoch: 0.5 + epoch / 10 + recipe.seed / 1000)
     made = []
@@ -90,8 +93,76 @@ def test_a_cell_of_the_papers_stands_beside_ours_and_says_that_it_is_short(tmp_p
     make(tmp_path, "okddip-branch/resnet32/cifar100", 0, 1)
     page = report([tmp_path], tmp_path / "cell.html").read_text()
     assert "table2, resnet32, okddip_branch" in page
-    assert "shortened, no reproduction" in page
+    assert "no reproduction: epochs=3 (300)<" in page
     assert f"{EPOCHS} of 300" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "says"),
+    [
+        ({"lr": 0.05}, {}, "lr=0.05 (0.1)"),
+        ({"weight_decay": 0.0}, {}, "weight_decay=0 (0.0005)"),
+        ({"mix": "probs"}, {}, "mix=probs (logits)"),
+        ({"students": 3}, {}, "students=3 (4)"),
+        ({"milestones": [1]}, {}, "milestones=1 (150 225)"),
+        ({"val": 5000}, {}, "val=5000 (0)"),
+        ({"model_options": {"width": 2}}, {}, "width=2 (None)"),
+        ({}, {"ema": 0.9}, "ema=0.9 (None)"),
+        ({}, {"clip_norm": 1.0}, "clip_norm=1 (None)"),
+        ({}, {"init": ["w.pth"]}, "init=w.pth (None)"),
+        ({}, {"eval_every": 1, "ema": None, "precision": "bf16"}, ""),
+    ],
+)
+def test_all_in_which_a_run_differs_from_a_cell_stands_beside_it(
+    changes: dict[str, Any], options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    name = "okddip-branch/resnet32/cifar100"
+    (run,) = make(tmp_path, name, 0, **changes)
+    (run / "environment.json").write_text(json.dumps(options))
+    (pool,) = pool_runs([Run.load(run)])
+    page = _published([pool])
+    row = page[page.index("table2, resnet32, okddip_branch") :].split("</tr>")[0]
+    assert "no reproduction: " in row
+    assert "epochs=3 (300)" in row
+    assert says in row.replace("epochs=3 (300)", "")
+    if not says:
+        assert row.count("=") == 1, "nothing else differs"
+    assert says.split(" (")[0].replace("w.pth", "trained weights") in pool.label
+
+
+def test_another_task_is_never_beside_a_cell(tmp_path: Path) -> None:
+    (run,) = make(tmp_path, "okddip-branch/resnet32/cifar100", 0, model="resnet8")
+    assert _published(pool_runs([Run.load(run)])) == ""
+
+
+def test_a_run_that_was_cut_is_marked_and_not_pooled(tmp_path: Path) -> None:
+    name = "okddip-branch/resnet32/cifar100"
+    whole, cut = make(tmp_path, name, 0, 1)
+    shutil.rmtree(cut / "checkpoints")
+    save_checkpoint(cut / "checkpoints/last-000000002", {}, {"epoch": 2, "step": 2})
+    pools = pool_runs([Run.load(whole), Run.load(cut)])
+    assert "2 of 3 epochs trained, 2 steps" in _published(pools)
+    assert [pool.label for pool in pools] == [
+        f"{name} epochs=3",
+        f"{name} epochs=3 (2 of 3 epochs)",
+    ]
+    assert diff_runs(whole, cut)["results"]["whole epochs"] == [3, 2]
+
+
+def test_runs_of_other_options_are_not_pooled(tmp_path: Path) -> None:
+    runs = make(tmp_path, "dml/resnet8/digits", 0, 1)
+    (runs[1] / "environment.json").write_text(json.dumps({"ema": 0.9}))
+    labels = [pool.label for pool in pool_runs([Run.load(run) for run in runs])]
+    assert labels == ["dml/resnet8/digits epochs=3 ema=None", "dml/resnet8/digits epochs=3 ema=0.9"]
+
+
+def test_a_lone_student_has_no_mean(tmp_path: Path) -> None:
+    (run,) = make(tmp_path, "baseline/resnet8/digits", 0)
+    page = report([run]).read_text()
+    assert "<td>student</td>" in page
+    assert "all students</text>" not in page
+    assert "student 0" not in page
+    assert "<td>mean</td>" not in page
 
 
 def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
@@ -99,8 +170,8 @@ def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
     make(tmp_path / "b", "dml/resnet8/digits", 0, lr=0.05)
     pools = pool_runs([Run.load(p.parent) for p in sorted(tmp_path.glob("*/*/recipe.json"))])
     assert [pool.label for pool in pools] == [
-        "dml/resnet8/digits lr=0.1",
-        "dml/resnet8/digits lr=0.05",
+        "dml/resnet8/digits epochs=3 lr=0.1",
+        "dml/resnet8/digits epochs=3 lr=0.05",
     ]
     assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
 

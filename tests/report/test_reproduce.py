@@ -42,7 +42,7 @@ def test_every_table_is_made(table: str, fake: FakeTrain, tmp_path: Path) -> Non
     assert len(set(trained)) == len(trained)
     assert "no reproduction" in made.title
     assert "3 epochs" in made.title
-    assert all(result.caveat == "shortened" for result in made.results)
+    assert all(result.caveat.startswith("epochs=3 (") for result in made.results)
     assert all(result.verdict == "" for result in made.results)
     json.dumps(made.to_json())
 
@@ -113,6 +113,27 @@ def test_held_out_images_make_it_no_reproduction(fake: FakeTrain, tmp_path: Path
     assert "no reproduction" in made.title
     assert {result.best_on for result in made.results} == {"val"}
     assert "best on val" in printed(made)
+    assert {result.caveat for result in made.results} == {"val=5000 (0)"}
+
+
+def test_what_a_run_has_otherwise_is_said_beside_the_cell(fake: FakeTrain, tmp_path: Path) -> None:
+    request = Request("table5", (0, 1), only="okddip_mean")
+    assert reproduce(request, tmp_path / "t", RunOptions()).results[0].verdict != ""
+    (run, _) = sorted((tmp_path / "t").glob("okddip*"))
+    (run / "environment.json").write_text(json.dumps({"ema": 0.9}))
+    (result,) = reproduce(request, tmp_path / "t", RunOptions(ema=0.9)).results
+    assert (result.verdict, result.caveat) == ("", "ema=0.9 (None)")
+    with pytest.raises(UserError, match=r"--ema \(0.9 there, None here\)"):
+        reproduce(request, tmp_path / "t", RunOptions())
+
+
+def test_a_teacher_never_sees_its_students_held_out_images(fake: FakeTrain, tmp_path: Path) -> None:
+    fake.val = True
+    reproduce(Request("table6", (1,), val=100, epochs=2, only="kd/"), tmp_path / "t", RunOptions())
+    names = [name for name, _, _ in fake.calls]
+    assert sum(name.startswith("baseline/resnet110/") for name in names) == 2
+    for path in (tmp_path / "t").glob("*/recipe.json"):
+        assert json.loads(path.read_text())["val"] == 100, path
 
 
 def test_the_ensembles_table_shares_the_runs_of_the_students(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastokd.recipes import recipe
 from fastokd.training import display
-from fastokd.training.display import COLUMNS, Display
+from fastokd.training.display import COLUMNS, Display, cells
 
 
 def row(epoch: int, leader: float | None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | No
 def test_a_terminal_has_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, terminal=True, leader=0.9)
     last = text[text.rindex("images/s  left") - 10 :]
-    assert all(column in last for column in COLUMNS)
+    assert all(column in last for column in COLUMNS if column != "student")
     for value in ("12/12", "1,234", "0 s", "0.1", "1.250", "0.9000", "0.6000", "0.8000", "0.0321"):
         assert value in last
     assert " 3/12" in last
@@ -69,3 +69,11 @@ def test_a_file_has_a_plain_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_column_that_nothing_fills_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "leader" not in shown(monkeypatch, terminal=True, leader=None)
     assert "leader" not in shown(monkeypatch, terminal=False, leader=None)
+
+
+def test_a_lone_student_is_nobodys_peer() -> None:
+    lone = row(0, None)
+    lone["test"] |= {"student_top1": [0.5], "diversity": None}
+    told = dict(zip(COLUMNS, [*cells(lone, 1)[:2], "0 s", *cells(lone, 1)[2:]], strict=True))
+    assert told["student"] == "0.5000"
+    assert {name for name, value in told.items() if value} == {*COLUMNS[:5], "student"}

@@ -1,0 +1,100 @@
+"""What a run has otherwise than the recipe that its name, or a cell of the papers, stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from fastokd.cells import Cell
+from fastokd.errors import UserError
+from fastokd.methods import option_defaults
+from fastokd.recipes import Recipe, recipe
+from fastokd.student_file import read_weights
+from fastokd.teacher import KEPT
+from fastokd.training.identity import deciding
+from fastokd.training.run_folder import Run
+
+# Another value of these is another task, which isn't compared.
+TASK = ("method", "model", "dataset", "sharing")
+# What follows from the epochs where nothing else is asked for.
+SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
+Changes = dict[str, tuple[Any, Any]]
+
+
+def altered(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> list[str] | None:
+    """All in which ``runs``, judged by the recipe ``judged``, differ from a cell: ``"lr=0.05 (0.1)"``.
+
+    Every field of the recipe but name and seed, every option of method and student, the options of
+    the run that change its numbers, the teacher's model, and epochs that weren't trained. None where
+    the cell is of another task.
+    """
+    published = recipe(cell.recipe)
+    changes = differences(judged, published)
+    if any(name in changes for name in TASK):
+        return None
+    for run in runs:
+        changes |= options_of(run)
+    found = [f"{name}={_word(ours)} ({_word(theirs)})" for name, (ours, theirs) in changes.items()]
+    return found + [_cut(run) for run in runs if not run.is_whole][:1]
+
+
+def differences(ours: Recipe, theirs: Recipe) -> Changes:
+    """The fields and options in which two recipes differ, both values; name and seed left out."""
+    scaled = theirs if ours.epochs == theirs.epochs else theirs.with_epochs(ours.epochs)
+    changes: Changes = {}
+    for field in dataclasses.fields(Recipe):
+        name = field.name
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if name in ("name", "seed", "method_options"):
+            continue
+        if name == "model_options":
+            changes |= _changed(a, b)
+        elif a != b and not (name in SCHEDULE and a == getattr(scaled, name)):
+            changes[name] = (a, b)
+    options = [{**option_defaults(r.method), **r.method_options} for r in (ours, theirs)]
+    return changes | (_changed(*options) if ours.method == theirs.method else {})
+
+
+def from_its_name(of: Recipe) -> Changes:
+    """In what a recipe differs from the one that its name stands for."""
+    try:
+        return differences(of, recipe(of.name))
+    except UserError:  # the name of a method or data set that isn't known here
+        return {}
+
+
+def options_of(run: Run) -> Changes:
+    """The options of a run that change its numbers, and a teacher of another model than the recipe's."""
+    changes: Changes = {name: (value, None) for name, value in deciding(run.folder).items()}
+    kept = run.folder / KEPT
+    if run.recipe.teacher and kept.is_file():
+        model, wanted = read_weights(kept).model, run.recipe.teacher.split("/")[1]
+        if model != wanted:
+            changes["teacher's model"] = (model, wanted)
+    return changes
+
+
+def shown(changes: Changes) -> list[str]:
+    """``["lr=0.05"]``."""
+    return [f"{name}={_word(ours)}" for name, (ours, _) in changes.items()]
+
+
+def _changed(ours: dict[str, Any], theirs: dict[str, Any]) -> Changes:
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    }
+
+
+def _cut(run: Run) -> str:
+    at = run.standing
+    return f"{at.epochs} of {run.recipe.epochs} epochs trained, {at.step} steps"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
