@@ -63,6 +63,7 @@ def abandon(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+    stream.close()
 
 
 GONE = {"Broken pipe": closed_pipe, "Input/output error": dead_terminal, "No space": full_disk}
