@@ -16,7 +16,7 @@ from pathlib import Path
 
 # How often a thread of libgomp looks for work before it sleeps. libgomp's own 300,000 take a core
 # from another program after each of a step's thousands of parallel regions; with none a thread is
-# woken in each of them. docs/performance.md has what values between cost.
+# woken in each of them. bench/bench_two_programs.py measures what lies between.
 SPIN_COUNT = 1000
 # Either of these says how threads wait, OpenMP's own setting or libgomp's.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
