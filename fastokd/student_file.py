@@ -285,7 +285,7 @@ def _newer(run: Path, written: Weights) -> Weights:
         return written
     if checkpoint_step(path) <= step:
         return written
-    if step < 0 and faults and _finished(run, facts):
+    if step < 0 and ("recipe" not in facts or (faults and _finished(run, facts))):
         return written  # an older file doesn't say its step, but the run's end wrote it
     if step >= 0:
         warn(f"{written.path} is of step {step}, and the run went on: {path.name} is used")

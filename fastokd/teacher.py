@@ -96,9 +96,10 @@ def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
         raise UserError(f"the teacher {path} knows {what}: train one on {data.name}")
     for name in shown.differences(data.preprocessing):
         value, here = getattr(shown, name), getattr(data.preprocessing, name)
+        by = f"normalised by {name}" if name in ("mean", "std") else f"whose {name} is"
         raise UserError(
-            f"the teacher {path} was trained on other images: their {name} is {_shown(value)}, and "
-            f"{data.name}'s is {_shown(here)}; train one on {data.name} as it is shown here"
+            f"the teacher {path} was trained on images {by} {_shown(value)}, and {data.name}'s is "
+            f"{_shown(here)}: it would see other images; train one on {data.name} as it is shown here"
         )
     return weights.build()
 

@@ -101,7 +101,7 @@ def alike(
             f"the student of {where} gives other logits alone than within its cohort: "
             f"{furthest:.2g} of the largest apart, and at most {allowed:.2g} is allowed, so that what "
             f"the run measured isn't what {alone.path} does; its checkpoints are kept: train it with "
-            "--engine loop, and report the model"
+            "another --engine, and report the model"
         )
     return furthest
 

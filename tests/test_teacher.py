@@ -181,8 +181,8 @@ def test_weights_that_have_seen_the_held_out_images_are_refused(
     [
         ({"class_names": json.dumps(["a", "b"])}, "knows 2 classes, and digits has 10"),
         ({"class_names": json.dumps(list("9876543210"))}, "in another order than digits's"),
-        ({"mean": json.dumps([0.1, 0.1, 0.1])}, "their mean is"),
-        ({"std": json.dumps([0.1, 0.1, 0.1])}, "their std is"),
+        ({"mean": json.dumps([0.1, 0.1, 0.1])}, "normalised by mean"),
+        ({"std": json.dumps([0.1, 0.1, 0.1])}, "normalised by std"),
         ({"std": json.dumps([0.1, 0.1])}, "its std is"),
         ({"model": "resnet14"}, "is no resnet14"),
         ({"model": "resnet9"}, "unknown model"),

@@ -205,6 +205,8 @@ def from_facts(said: Mapping[str, Any], fact: Callable[[str], Any]) -> Preproces
         said: the names that the file has.
         fact: gives one of them, checked, or raises.
     """
+    if "mean" not in said:
+        fact("input_size")  # what says neither is told so by this one
     mean, std = tuple(fact("mean")), tuple(fact("std"))
     same = (p for p in KNOWN.values() if _same(p.mean, mean) and _same(p.std, std))
     usual = next(same, None)
