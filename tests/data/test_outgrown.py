@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastokd.data import DiskSplit, Split, load_dataset
+from fastokd.data import DiskSplit, Split, load_dataset, outgrown
 from fastokd.data.manifest import MANIFEST, read_manifest
 from fastokd.errors import UserError
 from fastokd.prepare import prepare
@@ -70,6 +70,10 @@ def touch(root: Path) -> None:
             r"1 file has changed \(train/cat/1.png\)",
         ),
         (touch, r"1 file has changed \(train/cat/2.png\)"),
+        (
+            lambda root: (add("train/cat/9.png")(root), touch(root)),
+            r"1 file was added \(train/cat/9.png\), 1 file has changed \(train/cat/2.png\)",
+        ),
     ],
 )
 def test_what_changed_is_named(
@@ -89,6 +93,23 @@ def test_what_changed_is_named(
     # A run that has begun goes on with what it began with.
     assert streamed(root, begun=True) == 8
     assert "isn't what it was when it was prepared" in capsys.readouterr().err
+
+
+def test_no_more_files_are_looked_at_than_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "set")
+    prepare(root, quiet=True)
+    for path in root.rglob("*.png"):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    monkeypatch.setattr(outgrown, "CHECKED", 6)  # of 16: every third
+    with pytest.raises(
+        UserError, match=r": 6 files have changed \(train/cat/0.png, train/cat/3.png"
+    ):
+        streamed(root)
+    monkeypatch.setattr(outgrown, "CHECKED", 5)
+    with pytest.raises(UserError, match=": 4 files have changed"):
+        streamed(root)
 
 
 def test_a_set_that_was_moved_or_copied_is_the_same(tmp_path: Path) -> None:

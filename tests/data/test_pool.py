@@ -210,6 +210,9 @@ def test_as_many_workers_as_there_is_memory_for(
     assert len(children()) == 2
     assert same(iter([*seen, *batches]), iter(whole))
     assert "1 MiB of memory are free, and the batches ahead of 6 workers" in capsys.readouterr().err
+    monkeypatch.setattr(pool, "free_memory", lambda: 0)
+    assert same(stream.batches(0), iter(whole))
+    assert "1 are started" in capsys.readouterr().err
 
 
 def test_waits_of_threads_are_told_of(
