@@ -79,6 +79,11 @@ def test_a_rate_is_scaled_however_it_and_the_batch_are_said(
         ) == 0  # fmt: skip
 
 
+def test_a_run_s_settings_say_its_scaled_rate() -> None:
+    (entry,) = plan(DIGITS, {}, {"batch_size": [32]}, seeds=[1], scale_lr=True)
+    assert entry.settings == {"batch_size": 32, "seed": 1, "lr": pytest.approx(0.05)}
+
+
 def test_a_seed_is_a_setting() -> None:
     seeds = [0, 1]
     by_set = plan(DIGITS, {}, {"seed": seeds})

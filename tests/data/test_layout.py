@@ -95,6 +95,25 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert both_forms(root)[1]["train"] == labels["train"]
 
 
+def test_folders_within_a_class_are_read_in_torchvision_s_order(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set")
+    for inner in ("b", "a", "a/deep", "a-b", "cat", "Z"):
+        (root / "train/cat" / inner).mkdir(exist_ok=True)
+        shutil.copy(root / "train/cat/0.png", root / "train/cat" / inner / "0.png")
+    layout = find_layout(root)
+    theirs = [(str(Path(p).relative_to(root)), c) for p, c in ImageFolder(root / "train").samples]
+    assert layout.usable("train") == theirs
+    assert layout.notes == []
+    # Of links to one folder the first in this order is followed.
+    pool = write_folder(tmp_path / "pool", splits=("all",), classes=("x",))
+    link(root / "train/cat/a/2", pool / "all/x")
+    link(root / "train/cat/b/1", pool / "all/x")
+    layout = find_layout(root)
+    assert ("train/cat/a/2/0.png", 0) in layout.usable("train")
+    (note,) = layout.notes
+    assert note.startswith("train/cat/b/1 is a link to a folder that is read already")
+
+
 def test_hidden_names_are_left_out(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set")
     expected = find_layout(root).files

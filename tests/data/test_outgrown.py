@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastokd.data import DiskSplit, Split, load_dataset
+from fastokd.data import DiskSplit, Split, load_dataset, outgrown
 from fastokd.data.manifest import MANIFEST, read_manifest
 from fastokd.errors import UserError
 from fastokd.export import export
@@ -73,6 +73,10 @@ def touch(root: Path) -> None:
             r"1 file has changed \(train/cat/1.png\)",
         ),
         (touch, r"1 file has changed \(train/cat/2.png\)"),
+        (
+            lambda root: (add("train/cat/9.png")(root), touch(root)),
+            r"1 file was added \(train/cat/9.png\), 1 file has changed \(train/cat/2.png\)",
+        ),
     ],
 )
 def test_what_changed_is_named(
@@ -92,6 +96,23 @@ def test_what_changed_is_named(
     # A run that has begun goes on with what it began with.
     assert streamed(root, begun=True) == 8
     assert "isn't what it was when it was prepared" in capsys.readouterr().err
+
+
+def test_no_more_files_are_looked_at_than_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "set")
+    prepare(root, quiet=True)
+    for path in root.rglob("*.png"):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    monkeypatch.setattr(outgrown, "CHECKED", 6)  # of 16: every third
+    with pytest.raises(
+        UserError, match=r": 6 files have changed \(train/cat/0.png, train/cat/3.png"
+    ):
+        streamed(root)
+    monkeypatch.setattr(outgrown, "CHECKED", 5)
+    with pytest.raises(UserError, match=": 4 files have changed"):
+        streamed(root)
 
 
 def test_a_set_that_was_moved_or_copied_is_the_same(tmp_path: Path) -> None:
@@ -162,9 +183,8 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     resumed = Session(ours, options)
     resumed.load_state(tensors, facts)
     assert (resumed.data.mean, resumed.data.std) == (mean, std)
-    assert json.loads(
-        student_facts(ours, resumed.data.class_names, resumed.data.preprocessing, 0)["mean"]
-    ) == list(mean)
+    said = student_facts(ours, resumed.data.class_names, resumed.data.preprocessing, 0)
+    assert json.loads(said["mean"]) == list(mean)
     x_BHWC = session.data.train.read()[0][:2].float()
     expected = (x_BHWC / 255 - torch.tensor(mean)) / torch.tensor(std)
     seen = x_BHWC * resumed.cohort.scale_C + resumed.cohort.shift_C

@@ -130,6 +130,23 @@ def test_a_slow_worker_is_told_of_and_waited_for(
     assert children() == []
 
 
+def test_a_worker_that_goes_on_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a part takes, each of its images was read in time."""
+    monkeypatch.setattr(waits, "TELL_AFTER", 0.2)
+    monkeypatch.setattr(pool, "GIVEN_UP_AFTER", 1.0)
+
+    def make(part: list[list[int]], row: Tensor) -> Tensor:
+        for number in part[0]:
+            row.fill_(number)
+            time.sleep(0.1)
+        return torch.ones(1, 4, dtype=torch.uint8)
+
+    parts = iter([[list(range(30))]])
+    with pool.Pool(make, parts, (1, 4), 1, lambda part, row: Path(str(row))) as slow:
+        slow.feed()
+        assert slow.take().tolist() == [[1] * 4]
+
+
 def test_workers_end_with_the_run(root: Path) -> None:
     reader, writer = os.pipe()
     run = os.fork()
@@ -210,6 +227,9 @@ def test_as_many_workers_as_there_is_memory_for(
     assert len(children()) == 2
     assert same(iter([*seen, *batches]), iter(whole))
     assert "1 MiB of memory are free, and the batches ahead of 6 workers" in capsys.readouterr().err
+    monkeypatch.setattr(pool, "free_memory", lambda: 0)
+    assert same(stream.batches(0), iter(whole))
+    assert "1 are started" in capsys.readouterr().err
 
 
 def test_waits_of_threads_are_told_of(

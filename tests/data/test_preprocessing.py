@@ -117,6 +117,13 @@ def test_what_the_network_sees_is_taken_as_it_is(name: str, tmp_path: Path) -> N
     assert_the_same(recipe(f"baseline/resnet8/{name}"), data, files, tmp_path)
 
 
+def test_a_picture_whose_centre_is_of_the_network_s_size_is_cropped(tmp_path: Path) -> None:
+    """Not brought to eight pixels and back."""
+    pixels_HW = np.random.default_rng(0).integers(256, size=(32, 44), dtype=np.uint8)
+    shown = KNOWN["digits"].read(save(pixels_HW, tmp_path / "wide.png"))
+    assert np.array_equal(shown, np.repeat(pixels_HW[:, 6:38, None], 3, 2))
+
+
 def assert_shown(data: DatasetSplits, files: list[Path]) -> None:
     """Pixel for pixel."""
     shown = np.stack([data.preprocessing.read(file) for file in files])
@@ -236,12 +243,7 @@ def test_a_teacher_of_other_images_is_refused(
     scored(of, data, file)
     build_teacher(read_weights(file), data)
     other = dataclasses.replace(data.preprocessing, **change)
-    theirs = dataclasses.replace(data, preprocessing=other)
-    save_file(
-        read_weights(file).state,
-        file,
-        student_facts(of, theirs.class_names, theirs.preprocessing, 0),
-    )
+    save_file(read_weights(file).state, file, student_facts(of, data.class_names, other, 0))
     with pytest.raises(UserError, match=says):
         build_teacher(read_weights(file), data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,7 @@ def write_wild(folder: Path, photo: Image.Image) -> None:
     clear.putalpha(ramp)
     for suffix in ("png", "webp", "tif"):
         clear.save(folder / f"rgba.{suffix}")
+    clear.resize((30, 600)).save(folder / "tall.png")  # of several bands
     grey.putalpha(ramp)
     grey.save(folder / "la.png")
     grey = photo.convert("L")
@@ -73,6 +75,10 @@ def write_wild(folder: Path, photo: Image.Image) -> None:
     for suffix in ("jpg", "tif"):
         photo.convert("CMYK").save(folder / f"cmyk.{suffix}")
     photo.save(folder / "adobe.jpg", keep_rgb=True)
+    photo.save(file := io.BytesIO(), "JPEG")
+    # Components of YCbCr's numbers that Adobe's marker says to be RGB, as some scanners write them.
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+    (folder / "adobe0.jpg").write_bytes(file.getvalue()[:2] + marker + file.getvalue()[20:])
     photo.convert("YCbCr").save(folder / "ycc.tif")
     photo.convert("1").save(folder / "one.png")
     grey.save(folder / "grey.jpg")
@@ -159,7 +165,7 @@ def test_boxes_of_turned_images_are_drawn_upright(loader: str, root: Path) -> No
     assert all(torch.equal(crop, crops[0]) for crop in crops)
 
 
-@pytest.mark.parametrize("name", ["rgba.png", "la.png", "pa.png", "p1.png", "trns.png"])
+@pytest.mark.parametrize("name", ["rgba.png", "la.png", "pa.png", "p1.png", "trns.png", "tall.png"])
 def test_transparent_pixels_are_white(name: str, root: Path) -> None:
     """Partly transparent ones in proportion; whatever colour lies hidden under them."""
     with Image.open(root / "val" / "a" / name) as image:

@@ -29,6 +29,7 @@ from fastokd.training.ema import LeaderAverage
 from fastokd.training.run_folder import Run, RunFolder
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
+from fastokd.within_cohort import first_images, within_cohort
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "device": "cpu"}
 
@@ -156,6 +157,17 @@ def test_a_finished_student_outlives_its_damaged_checkpoint(averaged: Run, tmp_p
     without_step(run / STUDENT)
     assert read_weights(run).path == run / STUDENT
     assert read_weights(run, student=0).path == run / "checkpoints" / "last-000000002"
+
+
+def test_a_damaged_checkpoint_does_not_bring_back_an_older_student(
+    plain: Run, tmp_path: Path
+) -> None:
+    """Of a run that went on: the file doesn't say its step, and wasn't written at the run's end."""
+    run = copied(plain, tmp_path)
+    without_step(run / STUDENT)
+    gone_on(run, 2)
+    spoil(run / "checkpoints" / "last-000000004")
+    assert read_weights(run).path == run / "checkpoints" / "last-000000003"
 
 
 def test_the_average_is_kept_scored_chosen_and_told(averaged: Run, tmp_path: Path) -> None:
@@ -352,6 +364,20 @@ def test_a_student_that_is_another_alone_is_written_and_the_run_says_so(
     assert list_checkpoints(tmp_path / "run/checkpoints")
     state = load_file(tmp_path / "run" / STUDENT)
     assert torch.equal(state["fc.weight"], kept[0].cohort.student_state(1)["fc.weight"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cohort_that_was_compared_is_as_it_was(training: bool) -> None:
+    session = Session(small(), RunOptions(**QUICK))
+    images_BHWC = first_images(session.data)
+    assert session.data.val is not None
+    assert torch.equal(images_BHWC, session.data.val.read()[0][:16])
+    cohort = session.cohort.train(training)
+    before = {key: value.clone() for key, value in cohort.student_state(1).items()}
+    other = {key: value * 2 for key, value in before.items()}
+    within_cohort(cohort, 1, other, images_BHWC)
+    assert cohort.training == training
+    assert all(torch.equal(v, before[k]) for k, v in cohort.student_state(1).items())
 
 
 def test_an_export_compares_the_student_within_its_cohort(plain: Run, tmp_path: Path) -> None:
