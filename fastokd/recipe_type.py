@@ -203,7 +203,7 @@ class Recipe:
         judged = self.judged(metrics)
         if judged == "average":
             return float(metrics["ema_top1"])
-        if judged == "kept":
+        if judged in ("kept", "student"):
             return float(metrics["student_top1"][self.kept_student])
         return float(metrics[f"{judged}_top1"])
 

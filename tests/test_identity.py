@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from fastokd.checkpoint import fingerprint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
+from fastokd.report.summary import summarise
 from fastokd.settings import Planned, plan
-from fastokd.student_file import STUDENT
+from fastokd.student_file import STUDENT, read_weights
 from fastokd.sweep import _Index, run_all, run_or_resume
 from fastokd.train import train
 from fastokd.training.identity import Standing, standing
@@ -217,3 +219,19 @@ def test_a_fingerprint_is_of_names_shapes_types_and_values() -> None:
         {"c": base["a"], "b": base["b"]},
     ]
     assert len({fingerprint(one) for one in (base, *others)}) == 5
+
+
+def test_the_best_epoch_is_the_best_checkpoints(tmp_path: Path) -> None:
+    """An epoch that was cut may score more: its weights aren't kept as the best."""
+    out = tmp_path / "run"
+    train(replace(ALONE, epochs=2), OPTIONS, out=out, max_steps=3)
+    rows = Run.load(out).metrics
+    assert [row["epoch"] for row in rows] == [0, 1]
+    for row, top1 in zip(rows, (0.5, 1.0), strict=True):
+        for split in ("val", "test"):
+            row[split] |= {"mean_top1": top1, "student_top1": [top1]}
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise(Run.load(out))
+    score = read_weights(out, best=True).fact("score")
+    assert (found.best_epoch, found.best) == (score["epoch"], score["top1"]) == (1, 0.5)
+    assert (found.last_epoch, found.last) == (2, 1.0)

@@ -42,7 +42,9 @@ CPU = torch.device("cpu")
 def scored(of: Recipe, data: DatasetSplits, file: Path) -> tuple[Tensor, float]:
     """A student's file, its cohort's probabilities on the test split, and the accuracy there."""
     cohort, method = build_cohort(of, data, RunOptions())
-    save_file(cohort.student_state(0), file, student_facts(of, data, 0))
+    save_file(
+        cohort.student_state(0), file, student_facts(of, data.class_names, data.preprocessing, 0)
+    )
     stream = evaluation_stream(data.test)
     found = measure(cohort, method, stream, False, lambda: autocast(CPU, "fp32"))
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_imagenet_is_tested_on_the_centre_of_256(photos: Path, tmp_path: Path) -
     data = load_splits(of, RunOptions(data_root=photos, loader="torchvision"), CPU)
     assert isinstance(data.test, DiskSplit)
     assert data.test.view == View(224, 256)
-    facts = student_facts(of, data, 0)
+    facts = student_facts(of, data.class_names, data.preprocessing, 0)
     assert (facts["input_size"], facts["eval_resize"]) == ("224", "256")
     save_file({"x": torch.zeros(1)}, tmp_path / "s.safetensors", facts)
     assert read_weights(tmp_path / "s.safetensors").preprocessing == data.preprocessing
@@ -235,7 +237,11 @@ def test_a_teacher_of_other_images_is_refused(
     build_teacher(read_weights(file), data)
     other = dataclasses.replace(data.preprocessing, **change)
     theirs = dataclasses.replace(data, preprocessing=other)
-    save_file(read_weights(file).state, file, student_facts(of, theirs, 0))
+    save_file(
+        read_weights(file).state,
+        file,
+        student_facts(of, theirs.class_names, theirs.preprocessing, 0),
+    )
     with pytest.raises(UserError, match=says):
         build_teacher(read_weights(file), data)
 
