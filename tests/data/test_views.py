@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastokd.data.order import keyed_generator
-from fastokd.data.views import View, centre_windows, random_boxes
+from fastokd.data.views import AREA, RATIO, TRIES, View, centre_windows, random_boxes
 from fastokd.errors import UserError
 
 N = 4000
@@ -40,6 +40,26 @@ def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
         strict=True,
     ):
         assert ks_2samp(a, b).pvalue > 1e-4
+
+
+def test_the_first_try_that_fits_is_taken() -> None:
+    """As torchvision: a run that goes on must draw what it would have drawn."""
+    height, width, B = 60, 40, 50
+    boxes = random_boxes(torch.tensor([[height, width]]).expand(B, 2), keyed_generator(5)).tolist()
+    generator = keyed_generator(5)
+    areas, ratios = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64).tolist()
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    later = 0
+    for box, area_T, ratio_T in zip(boxes, areas, ratios, strict=True):
+        for t, (a, r) in enumerate(zip(area_T, ratio_T, strict=True)):
+            area = (AREA[0] + (AREA[1] - AREA[0]) * a) * height * width
+            ratio = math.exp(low + (high - low) * r)
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                assert box[2:] == [h, w]
+                later += t > 0
+                break
+    assert later > 5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (2, 3), (375, 500)])
