@@ -79,7 +79,10 @@ def test_each_format_gives_the_students_logits(
                 net = timm.create_model("resnet18", num_classes=10, checkpoint_path=str(file))
             elif to == "hub":
                 net = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
-                assert "library_name: timm" in (done.folder / "README.md").read_text()
+                card = (done.folder / "README.md").read_text()
+                assert "library_name: timm" in card
+                assert "one network" in card
+                assert "teach each other" not in card
             else:
                 net = torchvision.models.resnet18(num_classes=10)
                 net.load_state_dict(load_file(file))
@@ -93,6 +96,7 @@ def test_the_student_that_is_taken_is_named_and_why(resnet8: Run, tmp_path: Path
     assert "peer 1 of okddip" in peer.lines[0]
     card = (peer.folder / "README.md").read_text()
     assert "peer 1 of okddip" in card
+    assert "teach each other" in card
     top1 = resnet8.last["test"]["student_top1"]
     assert f"{100 * top1[1]:.2f} %" in card
     kept = json.loads((peer.folder / "student.json").read_text())
