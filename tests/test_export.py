@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_the_student_that_is_taken_is_named_and_why(resnet8: Run, tmp_path: Path
     assert f"{100 * top1[1]:.2f} %" in card
     kept = json.loads((peer.folder / "student.json").read_text())
     assert kept["student"] == 1
+
+
+def test_an_export_that_was_killed_is_in_nobodys_way(resnet8: Run, tmp_path: Path) -> None:
+    left = tmp_path / f".again.tmp{os.getpid()}"
+    left.mkdir()
+    (left / "resnet8.safetensors").write_bytes(b"half")
+    export(resnet8.folder, "safetensors", tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
 def test_an_export_that_says_something_else_is_not_kept(
