@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def test_each_format_gives_the_students_logits(
                 net = timm.create_model("resnet18", num_classes=10, checkpoint_path=str(file))
             elif to == "hub":
                 net = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
-                assert "library_name: timm" in (done.folder / "README.md").read_text()
+                card = (done.folder / "README.md").read_text()
+                assert "library_name: timm" in card
+                assert "one network" in card
+                assert "teach each other" not in card
             else:
                 net = torchvision.models.resnet18(num_classes=10)
                 net.load_state_dict(load_file(file))
@@ -93,10 +97,19 @@ def test_the_student_that_is_taken_is_named_and_why(resnet8: Run, tmp_path: Path
     assert "peer 1 of okddip" in peer.lines[0]
     card = (peer.folder / "README.md").read_text()
     assert "peer 1 of okddip" in card
+    assert "teach each other" in card
     top1 = resnet8.last["test"]["student_top1"]
     assert f"{100 * top1[1]:.2f} %" in card
     kept = json.loads((peer.folder / "student.json").read_text())
     assert kept["student"] == 1
+
+
+def test_an_export_that_was_killed_is_in_nobodys_way(resnet8: Run, tmp_path: Path) -> None:
+    left = tmp_path / f".again.tmp{os.getpid()}"
+    left.mkdir()
+    (left / "resnet8.safetensors").write_bytes(b"half")
+    export(resnet8.folder, "safetensors", tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
 def test_an_export_that_says_something_else_is_not_kept(

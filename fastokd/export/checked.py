@@ -93,6 +93,8 @@ def export(
     form = FORMATS[to]
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     made = [parent for parent in folder.parents if not parent.exists()]
+    # An export that was killed may have had this process's number, as containers count from 1.
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         with in_utf8(beside) as place:

@@ -133,6 +133,8 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
 def _origin(weights: Weights) -> str:
     if "converted_from" in weights.facts:
         return f"Converted by fastokd from a checkpoint of {weights.fact('converted_from')}."
+    if weights.fact("role") == "the only student":
+        return "Trained with fastokd."
     return "Trained with fastokd in a group of students that teach each other."
 
 
@@ -145,10 +147,11 @@ def _trained(weights: Weights) -> list[str]:
     if "recipe" not in weights.facts:
         return []
     recipe = Recipe.from_json(weights.fact("recipe"))
+    networks = f"{recipe.students} networks" if recipe.students > 1 else "one network"
     lines = [
         "## Training",
         "",
-        f"Recipe `{on_a_line(recipe.name)}`: {in_markdown(recipe.method)}, {recipe.students} networks, {recipe.dataset}, "
+        f"Recipe `{on_a_line(recipe.name)}`: {in_markdown(recipe.method)}, {networks}, {recipe.dataset}, "
         f"{recipe.epochs} epochs, seed {recipe.seed}.",
         "",
     ]
