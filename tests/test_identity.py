@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastokd.settings import Planned, plan
 from fastokd.student_file import STUDENT
 from fastokd.sweep import _Index, run_all, run_or_resume
 from fastokd.train import train
+from fastokd.training.folder_lock import alone_in
 from fastokd.training.identity import Standing, standing
 from fastokd.training.run_folder import Run
 from fastokd.training.run_options import RunOptions
@@ -76,6 +78,19 @@ def test_two_sweeps_share_an_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stop"), first.kept_if_begun():
         raise UserError("stop")
     assert len(index_of(tmp_path / "out")) == 3, "the other's runs stay listed"
+
+
+def test_an_index_that_another_sweep_writes_is_waited_for(tmp_path: Path) -> None:
+    first, second = (plan(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1))
+    index = _Index(tmp_path)
+    index.want(first, anew=False)
+    with futures.ThreadPoolExecutor() as others:
+        with alone_in(tmp_path):
+            wanted = others.submit(_Index(tmp_path).want, second, anew=False)
+            with pytest.raises(futures.TimeoutError):
+                wanted.result(0.3)
+        wanted.result(30)
+    assert [row["folder"] for row in index_of(tmp_path)] == [first.folder, second.folder]
 
 
 def test_a_run_that_was_cut_goes_on(tmp_path: Path) -> None:
