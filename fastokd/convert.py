@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastokd import authors
-from fastokd.checkpoint import load_checkpoint, run_checkpoint, write_durably
+from fastokd.checkpoint import list_checkpoints, run_checkpoint, write_durably
 from fastokd.data import load_dataset
 from fastokd.data.cifar import LAYOUTS
 from fastokd.data.preprocessing import preprocessing_of
@@ -145,9 +145,7 @@ def _data_facts(
 
 def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     weights = read_weights(source)
-    model = weights.facts.get("model")
-    if model is None:
-        raise UserError(f"{source} doesn't say its model: take a run's student.safetensors")
+    model = weights.model
     transfusion, epoch = _transfusion(source, weights)
     authors.save(out, weights.state, model=model, paper=paper, transfusion=transfusion, epoch=epoch)
     lines = [f"{model} for {paper}'s code, written to {out}"]
@@ -163,12 +161,12 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
 def _transfusion(source: Path, weights: Weights) -> tuple[dict[str, Tensor] | None, int]:
     """The transfusion of an FFSD run or checkpoint beside the student's ``weights``, and the epochs
     that it was trained for."""
-    if source.is_file():
-        return None, 0
-    if weights.path.is_dir():
-        tensors, facts = load_checkpoint(weights.path)
-    else:
-        _, tensors, facts = run_checkpoint(source)
+    saved = weights.path
+    if saved.is_file():
+        saved = source
+        if not list_checkpoints(source / "checkpoints"):  # a file, or a run without them
+            return None, 0
+    _, tensors, facts = run_checkpoint(saved)
     prefix = "method.transfusion."
     found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     epoch = facts.get("epoch")

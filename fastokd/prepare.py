@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastokd.data.layout import Layout, find_layout, refuse_unusable_classes
 from fastokd.data.manifest import Entry, Manifest, write_manifest
-from fastokd.data.scan import SAMPLED, scan, statistics_of, sums_of
+from fastokd.data.scan import SAMPLED, scan, statistics_of
 from fastokd.errors import UserError
 from fastokd.streams import console
 
@@ -102,7 +102,6 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     # Spread evenly, so that every class has its part.
     take = np.linspace(0, len(train) - 1, min(SAMPLED, len(train))).round().astype(int)
     sampled = [train[i] for i in np.unique(take)]
-    levels_3L = np.zeros((3, 256))
     entries = [
         Entry(split, path, label, 0, 0, 0, layout.faults[path])
         for split, path, label in layout.files
@@ -126,15 +125,11 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
             step=lambda files: bar.advance(task, files),
         )
         for (split, path, label), look in zip(good, looks, strict=True):
-            sums = None if look.levels_3L is None else sums_of(look.levels_3L)
-            facts = look._asdict() | {"sums": sums}
-            del facts["levels_3L"]
-            entries.append(Entry(split, path, label, **facts))
-            if look.levels_3L is not None:
-                levels_3L += look.levels_3L
-    if not levels_3L.any():
+            entries.append(Entry(split, path, label, **look._asdict()))
+    sums = [entry.sums for entry in entries if entry.sums is not None]
+    if not sums:
         raise UserError(f"no image in {root / 'train'} can be read: is the folder what it seems?")
-    mean, std = statistics_of(levels_3L)
+    mean, std = statistics_of(np.array(sums))
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
     return Manifest(

@@ -87,9 +87,10 @@ def alike(
         UserError: further than the tolerance; the message names ``where``, the run.
     """
     network = alone.build().to(images_BHWC.device)
-    own_BC = network(_normal(alone, images_BHWC, torch.float32))
+    shown = alone.preprocessing
+    own_BC = network(shown.normalized(images_BHWC))
     try:
-        exact_BC = network.double()(_normal(alone, images_BHWC, torch.float64))
+        exact_BC = network.double()(shown.normalized(images_BHWC, torch.float64))
     except RuntimeError:  # a network that casts to float32 itself
         exact_BC = own_BC
     furthest = furthest_apart(logits_BC, exact_BC)
@@ -103,12 +104,6 @@ def alike(
             "another --engine, and report the model"
         )
     return furthest
-
-
-def _normal(student: Weights, images_BHWC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised ``[B, 3, H, W]`` as the student's file says."""
-    mean_3, std_3 = (images_BHWC.new_tensor(student.fact(n), dtype=dtype) for n in ("mean", "std"))
-    return ((images_BHWC.to(dtype) / 255 - mean_3) / std_3).permute(0, 3, 1, 2).contiguous()
 
 
 def furthest_apart(got_BC: Tensor, wanted_BC: Tensor) -> float:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -353,6 +354,8 @@ def test_an_ffsd_runs_leader_goes_back_with_its_own_transfusion(tmp_path: Path) 
     assert same(
         authors.read(run / "modelleader_best.pth", model="wrn_16_2").state, student.state_dict()
     )
+    shutil.rmtree(run / "checkpoints")
+    assert "of which the student has none" in convert(run, tmp_path / "without.pth")[0]
 
 
 def test_back_only_to_networks_that_they_have(tmp_path: Path) -> None:

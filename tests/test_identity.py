@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from fastokd.checkpoint import fingerprint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipes import recipe
+from fastokd.report.summary import summarise
 from fastokd.settings import Planned, plan
-from fastokd.student_file import STUDENT
+from fastokd.student_file import STUDENT, Weights, read_weights
 from fastokd.sweep import _Index, run_all, run_or_resume
 from fastokd.train import train
 from fastokd.training.folder_lock import alone_in
-from fastokd.training.identity import Standing, standing
+from fastokd.training.identity import Standing, other_teacher, standing
 from fastokd.training.run_folder import Run
 from fastokd.training.run_options import RunOptions
 
@@ -193,6 +195,11 @@ def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
             ask()
     shutil.rmtree(teacher)
     assert train(taught, options, resume=True).is_whole, "a run has kept its own"
+    kept = read_weights(out / "teacher.safetensors")
+    plain = {**kept.facts, "taken_from": str(teacher / STUDENT)}  # of an earlier version
+    kept.path.write_bytes(Weights(kept.path, kept.state, plain).to_bytes())
+    assert other_teacher(out, teacher) == []
+    assert other_teacher(out, tmp_path / "gone") != []
 
 
 def test_a_run_that_was_stopped_before_it_was_tuned_takes_any_engine() -> None:
@@ -232,3 +239,19 @@ def test_a_fingerprint_is_of_names_shapes_types_and_values() -> None:
         {"c": base["a"], "b": base["b"]},
     ]
     assert len({fingerprint(one) for one in (base, *others)}) == 5
+
+
+def test_the_best_epoch_is_the_best_checkpoints(tmp_path: Path) -> None:
+    """An epoch that was cut may score more: its weights aren't kept as the best."""
+    out = tmp_path / "run"
+    train(replace(ALONE, epochs=2), OPTIONS, out=out, max_steps=3)
+    rows = Run.load(out).metrics
+    assert [row["epoch"] for row in rows] == [0, 1]
+    for row, top1 in zip(rows, (0.5, 1.0), strict=True):
+        for split in ("val", "test"):
+            row[split] |= {"mean_top1": top1, "student_top1": [top1]}
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise(Run.load(out))
+    score = read_weights(out, best=True).fact("score")
+    assert (found.best_epoch, found.best) == (score["epoch"], score["top1"]) == (1, 0.5)
+    assert (found.last_epoch, found.last) == (2, 1.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.child import Result, tail
+from fastokd.cpus import usable_cpus
 
 FOLDER = Path("tests/gpu")
 SHARES = 12
@@ -58,7 +59,7 @@ def _prove(result: Result, patterns: list[str], beside: list[list[str]] | None =
     files = _files(patterns)
     if not files:
         raise FileNotFoundError(f"{FOLDER} has no {' or '.join(patterns)}")
-    shares = min(2, os.cpu_count() or 1) if result.dry else SHARES
+    shares = min(2, usable_cpus()) if result.dry else SHARES
     of = shares * SAMPLES.get(result.path.stem, 1) if result.dry else shares
     # What a library of this machine warns of is in the log; it isn't what is proven.
     tests = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]

@@ -9,7 +9,6 @@ import torch
 from fastokd.device import CASTS
 
 SIDE = 2048
-FLOPS = 2 * SIDE**3
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastokd.models import (
     trunk_shape,
 )
 from fastokd.models.layers import NormAct
+from fastokd.models.student import with_versions
 from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.normalize import normalize, scale_and_shift
 
@@ -241,6 +242,11 @@ class Cohort(nn.Module):
         """Student ``index`` alone under its plain keys, the trunk's included."""
         own = self.students[index].state_dict()
         return {**(self.trunk.state_dict() if self.trunk is not None else {}), **own}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        return super().load_state_dict(with_versions(self, state_dict), strict, assign)
 
     def student(self, index: int) -> Student:
         """Student ``index`` as a whole model of its own, with copies of the weights."""

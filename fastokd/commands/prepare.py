@@ -35,7 +35,9 @@ def prepare(
     if imagenet and data_root is None and here.is_dir():
         imagenet = False
         if not json_:
-            print(f"the folder {here.parent.resolve()} is meant, since no --data-root is given")
+            print(
+                f"the folder {on_a_line(here.parent.resolve())} is meant, since no --data-root is given"
+            )
     if imagenet and data_root is None:
         raise UserError("imagenet needs to know where its files are: give --data-root DIR")
     if not imagenet and data_root is not None:

@@ -5,6 +5,7 @@ For sets that fit there at the size they are trained at; others are streamed (``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,10 @@ import torch
 
 from fastokd.cpus import usable_cpus
 from fastokd.data import files
-from fastokd.data.decode import centre, read_rgb
 from fastokd.data.layout import Layout, find_layout, held_out_folders, shortened, what_is_left_out
-from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.preprocessing import Preprocessing
+from fastokd.data.scan import statistics_of, sums_of
 from fastokd.data.splits import DatasetSplits, Split
-from fastokd.data.views import View
 from fastokd.data.waits import by_threads
 from fastokd.errors import UserError
 
@@ -31,11 +31,11 @@ class Listing(NamedTuple):
     labels: list[int]
 
 
-def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
+def load_folder(root: Path | None, shown: Preprocessing) -> DatasetSplits:
     """``root/train/CLASS/*.png|jpg|...``, with ``val/`` or ``test/`` or both beside it.
 
     Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Every
-    image is seen as ``view`` says. Without ``test/``, ``val/`` is the test split, and ``note`` says
+    image is seen as ``shown`` says, whose mean and deviation train's take the place of. Without ``test/``, ``val/`` is the test split, and ``note`` says
     so.
 
     Raises:
@@ -43,7 +43,7 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
             be read, more images than memory should hold.
     """
     root = files.need_root("imagefolder", root)
-    size = view.image_size
+    size = shown.input_size
     layout = find_layout(root)
     folders = held_out_folders("imagefolder", {split for split, _, _ in layout.files})
     listings = {
@@ -57,14 +57,12 @@ def load_folder(root: Path | None, *, view: View) -> DatasetSplits:
             f"most {MAX_BYTES / 2**30:.0f} are taken: choose a smaller image_size, or stream it from "
             "disk with --set resized_crop=true --set crop_padding=0"
         )
-    splits = {name: decode(listing, view) for name, listing in listings.items()}
+    splits = {name: decode(listing, shown) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])
     return DatasetSplits(
         name="imagefolder",
         class_names=tuple(layout.classes),
-        preprocessing=preprocessing_of(
-            "imagefolder", mean=mean, std=std, image_size=size, eval_resize=view.eval_resize
-        ),
+        preprocessing=replace(shown, mean=mean, std=std),
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
@@ -91,13 +89,13 @@ def _note(layout: Layout, folders: tuple[str, ...]) -> str:
     return "; ".join(parts)
 
 
-def decode(listing: Listing, view: View) -> Split:
+def decode(listing: Listing, shown: Preprocessing) -> Split:
     """Every image of ``listing`` in memory, decoded by a pool of threads."""
-    size = view.image_size
+    size = shown.input_size
     images_NHWC = np.empty((len(listing.paths), size, size, 3), np.uint8)
 
     def fill(index: int) -> None:
-        images_NHWC[index] = centre(read_rgb(listing.paths[index]), view)
+        images_NHWC[index] = shown.read(listing.paths[index])
 
     indices = range(len(listing.paths))
     threads = min(8, usable_cpus())
@@ -107,13 +105,6 @@ def decode(listing: Listing, view: View) -> Split:
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, for images in [0, 1], exact in float64."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts_3L = torch.stack(
-        [torch.bincount(split.images_NHWC[..., c].flatten(), minlength=256) for c in range(3)]
-    ).double()
-    share_3L = counts_3L / counts_3L.sum(1, keepdim=True)
-    mean_3 = share_3L @ levels
-    # A channel without contrast must not be divided by nothing.
-    std_3 = ((share_3L * (levels - mean_3[:, None]) ** 2).sum(1).sqrt()).clamp(min=1 / 255)
-    return tuple(mean_3.tolist()), tuple(std_3.tolist())
+    """Mean and deviation of each channel, for images in [0, 1]."""
+    parts = split.images_NHWC.split(1024)  # counting takes eight bytes a value
+    return statistics_of(np.array([sums_of(part.numpy()) for part in parts]))

@@ -66,18 +66,18 @@ def load_prepared(
         warn(f"{error}; the run goes on with the images that it began with")
     manifest = _with_headers(manifest)
     picked = pick_loader(loader)
+    published = name == "imagenet"  # mean and deviation
     held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
     for split, folder in {"train": "train", **held_out}.items():
         entries = manifest.usable(folder)
         if entries:
-            counted = split == "train" and name != "imagenet"
+            counted = split == "train" and not published
             splits[split] = DiskSplit.of(
                 entries, manifest.root, view, picked, workers, counted=counted
             )
         elif split != "val":
             raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
-    published = name == "imagenet"
     return DatasetSplits(
         name=name,
         class_names=manifest.classes,

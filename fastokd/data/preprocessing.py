@@ -98,9 +98,11 @@ class Preprocessing:
             shown_NHW = large_N1HW[:, 0].round().clamp(0, 255).to(torch.uint8)
         return shown_NHW[..., None].expand(-1, -1, -1, 3).contiguous()
 
-    def normalized(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 images as the cohort normalises them, float32 ``[B, 3, H, W]``."""
-        return normalize(images_BHWC, *scale_and_shift(self.mean, self.std)).contiguous()
+    def normalized(self, images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 images as the cohort normalises them, ``[B, 3, H, W]`` in ``dtype``."""
+        scale_C, shift_C = scale_and_shift(self.mean, self.std, dtype)
+        here = images_BHWC.device
+        return normalize(images_BHWC, scale_C.to(here), shift_C.to(here), dtype).contiguous()
 
     def differences(self, other: Preprocessing, near: float = NEAR) -> list[str]:
         """The names of what isn't the same; mean and deviation may be ``near``."""

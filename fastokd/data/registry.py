@@ -14,10 +14,9 @@ from fastokd.data.digits import load_digits_splits
 from fastokd.data.fashion_mnist import load_fashion_mnist
 from fastokd.data.folder import channel_statistics, load_folder
 from fastokd.data.prepared import load_prepared
-from fastokd.data.preprocessing import preprocessing_of
-from fastokd.data.scan import statistics_of_sums
+from fastokd.data.preprocessing import Preprocessing, preprocessing_of
+from fastokd.data.scan import statistics_of
 from fastokd.data.splits import DatasetSplits, Split, stratified_split
-from fastokd.data.views import View
 from fastokd.errors import UserError, unknown_name
 
 
@@ -26,7 +25,7 @@ class _Request(NamedTuple):
 
     root: Path | None
     download: bool
-    view: View
+    shown: Preprocessing
     streamed: bool
     loader: str
     workers: int
@@ -39,7 +38,7 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
     "imagefolder": lambda ask: (
-        _prepared("imagefolder", ask) if ask.streamed else load_folder(ask.root, view=ask.view)
+        _prepared("imagefolder", ask) if ask.streamed else load_folder(ask.root, ask.shown)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
 }
@@ -53,7 +52,7 @@ _MEASURED = ("imagefolder",)
 
 def _prepared(name: str, ask: _Request) -> DatasetSplits:
     return load_prepared(
-        name, ask.root, view=ask.view, loader=ask.loader, workers=ask.workers, begun=ask.begun
+        name, ask.root, view=ask.shown.view, loader=ask.loader, workers=ask.workers, begun=ask.begun
     )
 
 
@@ -106,8 +105,8 @@ def load_dataset(
         raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
-    view = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize).view
-    splits = _LOADERS[name](_Request(root, download, view, streamed, loader, workers, begun))
+    shown = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize)
+    splits = _LOADERS[name](_Request(root, download, shown, streamed, loader, workers, begun))
     if val == 0:
         return splits
     if splits.val is not None:
@@ -132,6 +131,6 @@ def _measured_again(splits: DatasetSplits) -> DatasetSplits:
         counted_M7 = counted_M7[counted_M7[:, 0] > 0]
         if len(counted_M7) == 0:  # a manifest of an earlier version
             return splits
-        mean, std = statistics_of_sums(counted_M7.numpy())
+        mean, std = statistics_of(counted_M7.numpy())
     shown = replace(splits.preprocessing, mean=mean, std=std)
     return replace(splits, preprocessing=shown, with_held_out=(splits.mean, splits.std))

@@ -21,19 +21,19 @@ CHUNK = 64
 
 class Look(NamedTuple):
     """One file: its upright size in pixels and its bytes, why it can't be used or "", whether it is
-    plain (:func:`fastokd.data.decode.is_plain`), and, where it was asked for, how often each channel
-    has each level (``[3, 256]``); and when it last changed (ns)."""
+    plain (:func:`fastokd.data.decode.is_plain`); where it was asked for, :func:`sums_of` its pixels;
+    and when it last changed (ns)."""
 
     height: int
     width: int
     bytes: int
     fault: str
     plain: bool = False
-    levels_3L: np.ndarray | None = None
+    sums: list[int] | None = None
     mtime: int = 0
 
 
-def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> Look:
+def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
     """Decodes one file, or without ``pixels`` its header; never raises for what is in it.
 
     Raises:
@@ -47,7 +47,7 @@ def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> L
     if size == 0:
         return Look(0, 0, 0, "empty")
     try:
-        return _decoded(path, size, count_levels, pixels)._replace(mtime=facts.st_mtime_ns)
+        return _decoded(path, size, count, pixels)._replace(mtime=facts.st_mtime_ns)
     except Image.DecompressionBombError:
         return Look(0, 0, size, TOO_MANY)
     except UnidentifiedImageError:
@@ -61,20 +61,16 @@ def look_at(path: Path, *, count_levels: bool = False, pixels: bool = True) -> L
         return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
 
 
-def _decoded(path: Path, size: int, count_levels: bool, pixels: bool) -> Look:
+def _decoded(path: Path, size: int, count: bool, pixels: bool) -> Look:
     with Image.open(path) as image:
         width, height = image.size
         fault = fault_of(image)
         if fault:
             return Look(height, width, size, fault)
         plain = is_plain(image)
-        if count_levels:
+        if count:
             rgb = upright_rgb(image)
-            pixels_HW3 = np.asarray(rgb)
-            levels_3L = np.stack(
-                [np.bincount(pixels_HW3[..., c].ravel(), minlength=256) for c in range(3)]
-            )
-            return Look(rgb.height, rgb.width, size, "", plain, levels_3L)
+            return Look(rgb.height, rgb.width, size, "", plain, sums_of(np.asarray(rgb)))
         if pixels or image.format not in ("JPEG", "MPO"):  # of others the header isn't enough
             # All of the bits are read, but of a JPEG an eighth of each side is computed.
             eighth = image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
@@ -99,7 +95,7 @@ def scan(
     Threads are enough: Pillow decodes without the interpreter's lock.
 
     Args:
-        sampled: positions of the images whose levels are counted.
+        sampled: positions of the images whose colours are counted.
         pixels: False reads headers alone.
         workers: threads; 0 for one a CPU that this process may use.
         step: is called with the number of files that were just looked at.
@@ -111,7 +107,7 @@ def scan(
         looks = []
         for i in range(first, min(first + CHUNK, len(paths))):
             at[first] = paths[i]
-            looks.append(look_at(root / paths[i], count_levels=i in counted, pixels=pixels))
+            looks.append(look_at(root / paths[i], count=i in counted, pixels=pixels))
         return looks
 
     # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
@@ -129,25 +125,17 @@ def scan(
             step(len(looks))
 
 
-def statistics_of(levels_3L: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, for images in [0, 1], of counted levels."""
-    levels = np.arange(256) / 255
-    share_3L = levels_3L / levels_3L.sum(1, keepdims=True)
-    mean_3 = share_3L @ levels
-    # A channel without contrast must not be divided by nothing.
-    std_3 = np.sqrt((share_3L * (levels - mean_3[:, None]) ** 2).sum(1)).clip(min=1 / 255)
-    return tuple(mean_3.tolist()), tuple(std_3.tolist())
-
-
-def sums_of(levels_3L: np.ndarray) -> list[int]:
-    """Pixels, the sum of each channel's levels and of their squares, of one image's levels."""
+def sums_of(images: np.ndarray) -> list[int]:
+    """Pixels, the sum of each channel's levels and that of their squares, of uint8 ``[..., 3]``."""
+    counts_3L = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
     levels = np.arange(256)
-    sums = levels_3L @ np.stack((levels, levels**2), 1)
-    return [int(levels_3L[0].sum()), *sums.T.ravel().tolist()]
+    sums = counts_3L @ np.stack((levels, levels**2), 1)
+    return [int(counts_3L[0].sum()), *sums.T.ravel().tolist()]
 
 
-def statistics_of_sums(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As :func:`statistics_of`, of the images whose sums these are; exact up to the last rounding."""
+def statistics_of(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, for images in [0, 1], of images with these
+    :func:`sums_of`; exact up to the last rounding."""
     pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
     mean = tuple(total / (255 * pixels) for total in sums[:3])
     # Of whole numbers: nothing cancels.
@@ -155,4 +143,5 @@ def statistics_of_sums(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[fl
         (pixels * squares - total**2) / (255 * pixels) ** 2
         for total, squares in zip(sums[:3], sums[3:], strict=True)
     ]
+    # A channel without contrast must not be divided by nothing.
     return mean, tuple(max(variance**0.5, 1 / 255) for variance in variances)

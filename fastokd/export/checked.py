@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -163,7 +163,9 @@ def _through(
         warn(f"{error} (the student isn't compared within its cohort)")
         return ()
     how = facts.get("how", {})
-    cohort, _ = build_cohort(recipe, data, RunOptions())
+    # The run keeps the mean and deviation that it began with.
+    shown = replace(data, preprocessing=weights.preprocessing)
+    cohort, _ = build_cohort(recipe, shown, RunOptions())
     cohort.load_state_dict(below(tensors, "cohort."))
     cohort.set_engine(how.get("engine", "auto"))
     index = weights.fact("student")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +17,20 @@ class StudentOutput(NamedTuple):
     logits_BC: Tensor
     features_BD: Tensor
     maps: tuple[Tensor, ...]
+
+
+def with_versions(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state`` with the versions that modules of other libraries look for when they are filled;
+    files of tensors don't hold them."""
+    if hasattr(state, "_metadata"):
+        return state
+    versioned = OrderedDict(state)
+    versioned._metadata = {  # type: ignore[attr-defined]
+        path: {"version": part._version}
+        for path, part in module.named_modules()
+        if "_version" in vars(type(part)) and not type(part).__module__.startswith("torch.")
+    }
+    return versioned
 
 
 class Student(nn.Module):
@@ -96,6 +112,11 @@ class Student(nn.Module):
                     delattr(self.get_submodule(parent), child)
         if stop is not None:
             delattr(self, self.head_name)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        return super().load_state_dict(with_versions(self, state_dict), strict, assign)
 
     def published_key(self, key: str) -> str:
         """The key of one state entry in the checkpoints of whoever published the network.

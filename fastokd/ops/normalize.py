@@ -43,7 +43,9 @@ def normalize(
     return x_BHWC.permute(0, 3, 1, 2)
 
 
-def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """``scale_C`` and ``shift_C``, float32, of a mean and a deviation in units of [0, 1]."""
-    scale_C = 1.0 / torch.tensor([255.0 * s for s in std])
-    return scale_C, -torch.tensor(mean) / torch.tensor(std)
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """``scale_C`` and ``shift_C`` of a mean and a deviation in units of [0, 1]."""
+    scale_C = 1.0 / torch.tensor([255.0 * s for s in std], dtype=dtype)
+    return scale_C, -torch.tensor(mean, dtype=dtype) / torch.tensor(std, dtype=dtype)

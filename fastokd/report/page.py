@@ -17,6 +17,7 @@ from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.published import altered
 from fastokd.report.statistics import Sample, welch
+from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_folder import Run
 
 CAPTIONS = {
@@ -211,8 +212,7 @@ def _details(pool: Pool) -> str:
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    path = run.folder / "environment.json"
-    found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    found = RunFacts(run.folder).environment()
     rates = [row["images_per_second"] for row in run.metrics if row.get("images_per_second")]
     if rates:
         found["images_per_second (median)"] = round(sorted(rates)[len(rates) // 2], 1)

@@ -36,7 +36,9 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
     if not rows:
         raise UserError(f"{run.folder} has no measured epoch yet: train it on with --resume")
     chosen_on = "val" if all("val" in row for row in rows) else "test"
-    best = max(rows, key=lambda row: recipe.score(row[chosen_on]))
+    # As its best checkpoint: an epoch that was cut counts only where there is no other.
+    whole = [row for row in rows if row["epoch"] < run.standing.epochs]
+    best = max(whole or rows, key=lambda row: recipe.score(row[chosen_on]))
     return Summary(
         last=recipe.score(rows[-1]["test"]),
         last_epoch=rows[-1]["epoch"] + 1,

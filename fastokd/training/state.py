@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Of a folder, mean and deviation change by less when a few files do, or how they are read.
 CHANGED = 0.05
+# Earlier versions summed in another order.
+ROUNDED = 1e-9
 
 
 def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,14 +100,15 @@ def _check_same(session: Session, facts: dict[str, Any]) -> None:
     theirs = replace(ours, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     differing = [] if facts["class_names"] == list(session.data.class_names) else ["class_names"]
     changed = theirs.differences(ours, CHANGED)
-    if (theirs.mean, theirs.std) == session.data.with_held_out:  # of a run of an earlier version
-        changed = []
+    if session.data.with_held_out is not None:  # as a run of an earlier version measured them
+        mean, std = session.data.with_held_out
+        changed = theirs.differences(replace(ours, mean=mean, std=std), ROUNDED) and changed
     for name in [*differing, *changed]:
         raise UserError(
             f"the checkpoint was trained on other data: its {name} differ from those of "
             f"the {session.recipe.dataset} here; give the --data-root that it was trained on"
         )
-    if theirs != ours and speaks():
+    if theirs.differences(ours, ROUNDED) and speaks():
         warn(
             f"the images of the {session.recipe.dataset} here have another mean or deviation than the "
             "run began with: the folder has changed since, or an earlier fastokd measured them "

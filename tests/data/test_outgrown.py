@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastokd.data import DiskSplit, Split, load_dataset, outgrown
 from fastokd.data.manifest import MANIFEST, read_manifest
 from fastokd.errors import UserError
+from fastokd.export import export
 from fastokd.prepare import prepare
 from fastokd.recipes import recipe
 from fastokd.student_file import student_facts
+from fastokd.train import train
 from fastokd.training.session import RunOptions, Session
 from tests.data.make import write_folder
 
@@ -189,3 +192,15 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     facts["mean"] = [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="trained on other data: its mean differ"):
         Session(ours, options).load_state(tensors, facts)
+
+
+def test_an_export_is_compared_by_the_runs_own_statistics(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", count=6, size=(32, 32))
+    ours = recipe("ind-branch/resnet8/imagefolder", batch_size=6, epochs=1, students=2)
+    options = RunOptions(data_root=root, engine="loop", precision="fp32", device="cpu", quiet=True)
+    run = train(ours, options, out=tmp_path / "run")
+    before = load_dataset("imagefolder", root).mean
+    Image.new("RGB", (32, 32), (220, 200, 180)).save(root / "train/dog/0.png")
+    assert load_dataset("imagefolder", root).mean != pytest.approx(before, abs=0.01)
+    found = export(run.folder, "safetensors", options=options)
+    assert "within its cohort, engine loop" in found.lines[1]

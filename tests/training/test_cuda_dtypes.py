@@ -37,11 +37,11 @@ CUDA_TAKES: dict[str, set[torch.dtype]] = {
     "_fused_adam_": FLOATS,
     # ForeachBinaryOpScalar.cu, ...List.cu, ...ScalarTensor.cu, ForeachUnaryOp.cu, ForeachCopy.cu
     "_foreach_add_": NUMBERS,
+    "_foreach_sub": NUMBERS,
     "_foreach_sub_": NUMBERS,
     "_foreach_mul_": NUMBERS,
     "_foreach_copy_": NUMBERS,
     "_foreach_norm": FLOATS,  # ForeachReduceOp.cu
-    "_foreach_lerp_": FLOATS,  # ForeachTernaryOp.cu
     "_log_softmax": FLOATS,  # SoftMax.cu
     "_log_softmax_backward_data": FLOATS,
     "_softmax": FLOATS,
