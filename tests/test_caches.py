@@ -57,15 +57,15 @@ def test_the_first_folder_that_can_be_written_is_taken(
     assert cache_roots()[0] == place / "file/inside"  # something may have been cached there
 
 
-@pytest.mark.parametrize("kind", ["open to others", "a link", "absent"])
+@pytest.mark.parametrize("kind", ["open to others", "open to a group", "a link", "absent"])
 def test_no_library_is_loaded_from_a_temporary_folder_of_others(
     kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", NO_PLACE)
     folder = place / "tmp" / f"fastokd-{os.getuid()}"
-    if kind == "open to others":
+    if kind.startswith("open"):
         folder.mkdir()
-        folder.chmod(0o777)
+        folder.chmod(0o770 if kind.endswith("a group") else 0o707)
     elif kind == "a link":
         folder.symlink_to(place / "home")
     else:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from fastokd.errors import UserError
 from fastokd.recipes import recipe
 from fastokd.report.summary import summarise
 from fastokd.settings import Planned, plan
-from fastokd.student_file import STUDENT, read_weights
+from fastokd.student_file import STUDENT, Weights, read_weights
 from fastokd.sweep import _Index, run_all, run_or_resume
 from fastokd.train import train
-from fastokd.training.identity import Standing, standing
+from fastokd.training.folder_lock import alone_in
+from fastokd.training.identity import Standing, other_teacher, standing
 from fastokd.training.run_folder import Run
 from fastokd.training.run_options import RunOptions
 
@@ -78,6 +80,19 @@ def test_two_sweeps_share_an_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stop"), first.kept_if_begun():
         raise UserError("stop")
     assert len(index_of(tmp_path / "out")) == 3, "the other's runs stay listed"
+
+
+def test_an_index_that_another_sweep_writes_is_waited_for(tmp_path: Path) -> None:
+    first, second = (plan(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1))
+    index = _Index(tmp_path)
+    index.want(first, anew=False)
+    with futures.ThreadPoolExecutor() as others:
+        with alone_in(tmp_path):
+            wanted = others.submit(_Index(tmp_path).want, second, anew=False)
+            with pytest.raises(futures.TimeoutError):
+                wanted.result(0.3)
+        wanted.result(30)
+    assert [row["folder"] for row in index_of(tmp_path)] == [first.folder, second.folder]
 
 
 def test_a_run_that_was_cut_goes_on(tmp_path: Path) -> None:
@@ -180,6 +195,11 @@ def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
             ask()
     shutil.rmtree(teacher)
     assert train(taught, options, resume=True).is_whole, "a run has kept its own"
+    kept = read_weights(out / "teacher.safetensors")
+    plain = {**kept.facts, "taken_from": str(teacher / STUDENT)}  # of an earlier version
+    kept.path.write_bytes(Weights(kept.path, kept.state, plain).to_bytes())
+    assert other_teacher(out, teacher) == []
+    assert other_teacher(out, tmp_path / "gone") != []
 
 
 def test_a_run_that_was_stopped_before_it_was_tuned_takes_any_engine() -> None:

@@ -62,6 +62,12 @@ def test_a_figure_has_no_formulas(tmp_path: Path) -> None:
     save(figure, tmp_path / "figure")
 
 
+def test_a_label_leaves_room_for_the_axes() -> None:
+    """A wide letter takes two narrow ones' room."""
+    assert [len(in_plot(letter * 200)) for letter in "a狗"] == [61, 31]
+    assert in_plot("a" * 60) == "a" * 60
+
+
 def test_a_report_of_a_folder_with_such_a_name(tmp_path: Path) -> None:
     train = FakeTrain(lambda recipe, epoch: 0.5)
     place = tmp_path / NAME

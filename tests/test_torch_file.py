@@ -8,6 +8,7 @@ import datetime
 import pathlib
 import re
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ FORMS: dict[str, Any] = {
     "timm": lambda s: {"state_dict": s, "state_dict_ema": other(s), "args": argparse.Namespace()},
     "an average alone": lambda s: {"state_dict_ema": behind("module.", s), "epoch": 1},
     "a state within a state": lambda s: {"state": {"model": behind("module.", s)}, "epoch": 1},
+    "the model of a state within a state": lambda s: {
+        "state": {"model": s, "critic": other(s)}, "epoch": 1
+    },
     "a teacher beside it": lambda s: {"model": s, "teacher": other(s)},
     "under another name": lambda s: {"classifier": s, "optimizer": {"state": {}}},
     "model_state": lambda s: {"epoch": 3, "model_state": s},
@@ -124,6 +128,18 @@ def test_every_reader_finds_them(state: State, tmp_path: Path) -> None:
         assert all(torch.equal(ours[key], value) for key, value in state.items())
     convert(path)
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
+
+
+def test_what_is_compressed_is_refused(tmp_path: Path) -> None:
+    """Even where it doesn't become smaller: torch writes none, and its reader would unpack it."""
+    plain, packed = tmp_path / "plain.pth", tmp_path / "packed.pth"
+    torch.save({"w": torch.randint(256, (4000,), dtype=torch.uint8)}, plain)
+    with zipfile.ZipFile(plain) as ours, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for member in ours.infolist():
+            out.writestr(member.filename, ours.read(member))
+        assert sum(member.file_size for member in out.infolist()) < packed.stat().st_size
+    with pytest.raises(UserError, match="refused: it unpacks to more than it holds"):
+        state_dict_in(packed)
 
 
 @pytest.mark.parametrize("numpy", [b"numpy.core", b"numpy._core"])

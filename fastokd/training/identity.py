@@ -118,6 +118,8 @@ def other_teacher(folder: Path, given: Path | None) -> list[str]:
         return []
     weights = read_weights(kept)
     source = weights.facts.get("taken_from", "")
+    if source.startswith('"'):  # files of earlier versions have the path as it is
+        source = weights.fact("taken_from")
     if given.exists():
         same = fingerprint(read_weights(given).state) == fingerprint(weights.state)
     else:

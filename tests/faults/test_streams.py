@@ -117,6 +117,17 @@ def test_an_outlet_escapes_what_its_stream_cannot_say() -> None:
     assert Outlet(None).write("nobody listens") == 14
 
 
+def test_what_is_written_in_parts_is_written_whole(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A system may take less than it is given, as a terminal that is stopped does."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:3]))
+    Outlet(sys.__stdout__).write("eleven parts of it\n")
+    monkeypatch.undo()
+    assert capfd.readouterr().out == "eleven parts of it\n"
+
+
 def fastokd(where: Path, redirected: str, *arguments: str, **environment: str) -> Any:
     """The program in a shell of its own."""
     words = " ".join([sys.executable, "-m", "fastokd", *arguments, redirected])
@@ -139,6 +150,8 @@ def test_a_program_whose_streams_are_closed_or_cut(tmp_path: Path) -> None:
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["epoch"] for row in rows] == [0, 1]
     assert (tmp_path / "run/report.html").is_file()
+    closed = fastokd(tmp_path, ">&-", "list", "models")
+    assert (closed.returncode, closed.stderr) == (0, "")
     cut = fastokd(tmp_path, "| true; exit ${PIPESTATUS[0]}", "list", "recipes")
     assert (cut.returncode, cut.stderr) == (141, "")
 

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor, nn
 
 import fastokd
 from fastokd.errors import UserError
 from fastokd.methods import create_method
-from fastokd.models import least_batch
+from fastokd.models import least_batch, registry
+from fastokd.models.external import ExternalStudent
+from fastokd.models.registry import ModelSpec
 from fastokd.plan.plan import plan
 from fastokd.training.session import RunOptions, Session
 
@@ -33,6 +36,26 @@ COUNT = 21
 )
 def test_the_fewest_images_that_norms_need(name: str, size: int, least: int) -> None:
     assert least_batch(name, 10, {}, (size, size)) == least
+
+
+class Reading(nn.Module):
+    """Another library's classifier that reads values while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y / y.abs().max().item() if self.training else y
+
+
+def test_a_student_whose_training_reads_values_is_given_any_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build = lambda classes: ExternalStudent(Reading(), "reading", classes, 32)  # noqa: E731
+    monkeypatch.setitem(registry._SPECS, "reading", ModelSpec("reading", build, 32, ""))
+    assert least_batch("reading", 10, {}, (32, 32)) == 1
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_all_in_which_a_run_differs_from_a_cell_stands_beside_it(
 def test_another_task_is_never_beside_a_cell(tmp_path: Path) -> None:
     (run,) = make(tmp_path, "okddip-branch/resnet32/cifar100", 0, model="resnet8")
     assert _published(pool_runs([Run.load(run)])) == ""
+    (run,) = make(tmp_path / "other", "okddip-branch/resnet32/cifar100", 0, sharing="network")
+    assert _published(pool_runs([Run.load(run)])) == ""
 
 
 def test_a_run_that_was_cut_is_marked_and_not_pooled(tmp_path: Path) -> None:

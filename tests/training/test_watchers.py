@@ -17,6 +17,7 @@ from fastokd.train import train
 from fastokd.training.loggers import scalars
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions, Session
+from fastokd.training.watchers import Watcher, Watchers
 
 SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
@@ -36,6 +37,25 @@ def test_tensorboard_says_what_metrics_say(tmp_path: Path) -> None:
             assert told[row["step"]] == pytest.approx(value, rel=1e-6), name
     assert "test/leader_top1" in events.Tags()["scalars"]
     assert "train/kd_S/0" in events.Tags()["scalars"]
+
+
+def test_who_began_last_is_closed_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """And one that fails keeps nobody from being closed."""
+    closed = []
+
+    class Closing(Watcher):
+        def __init__(self, title: str) -> None:
+            self.title = title
+
+        def close(self) -> None:
+            closed.append(self.title)
+            if self.title == "b":
+                raise OSError("full")
+
+    with Watchers() as watchers:
+        watchers.begin(*map(Closing, "abc"))
+    assert closed == ["c", "b", "a"]
+    assert capsys.readouterr().err == "warning: the run goes on without b: OSError: full\n"
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_written(
