@@ -67,4 +67,4 @@ def _what_fits(student: Student) -> str:
         return "choose another student"
     all_above = len(fits) > 1 and tuple(fits) == USUAL[-len(fits) :]
     sizes = f"{fits[0]} and more" if all_above else ", ".join(map(str, fits))
-    return f"of the usual sizes it takes {sizes}; choose another --image-size or another student"
+    return f"of the usual sizes it takes {sizes}; choose another student, or --image-size if the data set has a choice"
