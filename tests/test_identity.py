@@ -26,7 +26,7 @@ from fastokd.settings import Planned, plan
 from fastokd.student_file import STUDENT, Weights, read_weights
 from fastokd.sweep import _Index, run_all, run_or_resume
 from fastokd.train import train
-from fastokd.training.folder_lock import alone_in
+from fastokd.training.folder_lock import FolderLock, alone_in
 from fastokd.training.identity import Standing, other_teacher, standing
 from fastokd.training.run_folder import Run
 from fastokd.training.run_options import RunOptions
@@ -109,6 +109,12 @@ def test_a_run_that_was_cut_goes_on(tmp_path: Path) -> None:
     assert (folder / STUDENT).stat().st_mtime_ns == cut, "the same asking is done"
     with pytest.raises(UserError, match=r"max_steps is 2, but the run in .* has taken 3"):
         train(Run.load(folder).recipe, OPTIONS, out=folder, max_steps=2, resume=True)
+    lock = FolderLock(folder)
+    lock.take()
+    assert run_command(command) == 2
+    lock.release()
+    (row,) = index_of(out)
+    assert (row["state"], "last" in row) == ("wanted", False), "what it had isn't what is wanted"
     assert run_command(command) == 0
     run = Run.load(folder)
     assert run.is_whole
