@@ -63,18 +63,13 @@ def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:
         UserError: it has taken more steps than are asked for.
     """
     at = standing(folder, MetricLines(folder / "metrics.jsonl").read())
-    refuse_fewer_steps(folder, at.step, max_steps)
-    ended = at.epochs >= wanted.epochs or at.step == max_steps
-    return ended and (folder / STUDENT).is_file()
-
-
-def refuse_fewer_steps(folder: Path, step: int, max_steps: int | None) -> None:
-    """Refuses ``max_steps`` below the steps that a run has taken: its numbers are of more."""
-    if max_steps is not None and step > max_steps:
+    if max_steps is not None and at.step > max_steps:
         raise UserError(
-            f"max_steps is {max_steps}, but the run in {folder} has taken {step}: ask for at least "
+            f"max_steps is {max_steps}, but the run in {folder} has taken {at.step}: ask for at least "
             "as many, or choose another --out"
         )
+    ended = at.epochs >= wanted.epochs or at.step == max_steps
+    return ended and (folder / STUDENT).is_file()
 
 
 def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:

@@ -36,7 +36,6 @@ from fastokd.training.identity import (
     Standing,
     begun_with,
     other_teacher,
-    refuse_fewer_steps,
     standing,
 )
 from fastokd.training.metric_lines import MetricLines
@@ -156,7 +155,6 @@ class RunFolder:
         if found is None:
             return
         session.load_state(*found)
-        refuse_fewer_steps(self.path, session.step, session.options.max_steps)
         # An unfinished epoch's row will be written again, unless no step is left to take.
         rows = [
             row
