@@ -66,9 +66,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", default=["demo", "test", "proofs"])
     parser.add_argument("--bind", action="append", type=Path, default=[])
-    parser.add_argument(
-        "--root", type=Path, help="where the root is made, and left; a temporary folder"
-    )
+    parser.add_argument("--root", type=Path, help="where the root is made, or was, and left")
     given = parser.parse_args(words)
     for tool in ("dpkg-query", "unshare", "git"):
         if shutil.which(tool) is None:
@@ -135,7 +133,7 @@ def _names(text: str, separator: str) -> list[str]:
 def populate(root: Path, packages: Iterable[str]) -> None:
     """Copies the packages' files and the committed tree into ``root``."""
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        if Path("/", name).is_symlink():
+        if Path("/", name).is_symlink() and not (root / name).is_symlink():
             (root / "usr" / name).mkdir(parents=True, exist_ok=True)
             (root / name).symlink_to(Path("usr", name))
     listed = subprocess.run(
@@ -153,8 +151,10 @@ def populate(root: Path, packages: Iterable[str]) -> None:
             shutil.copy2(source, place, follow_symlinks=False)
     for link in Path("/usr/bin").iterdir():  # awk, c++ and others, which alternatives stand for
         name = link.name
-        if link.is_symlink() and os.readlink(link) == f"/etc/alternatives/{name}":
-            (root / "usr/bin" / name).symlink_to(f"/etc/alternatives/{name}")
+        place = root / "usr/bin" / name
+        stands = link.is_symlink() and os.readlink(link) == f"/etc/alternatives/{name}"
+        if stands and not place.is_symlink():
+            place.symlink_to(f"/etc/alternatives/{name}")
     for name in CONFIGURED:
         source, place = Path("/etc", name), root / "etc" / name
         if source.is_dir():
