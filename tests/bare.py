@@ -80,7 +80,9 @@ def main(words: list[str] | None = None) -> int:
 
 def run(root: Path, targets: list[str], binds: list[Path]) -> int:
     """Makes the root in ``root`` and runs ``make install``, then the targets without a network."""
-    populate(root, closure(WANTED))
+    if not (root / "usr").exists():
+        populate(root, closure(WANTED))
+    unpack(root)
     for path in binds:
         place = root / path.relative_to("/")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -131,9 +133,9 @@ def _names(text: str, separator: str) -> list[str]:
 
 
 def populate(root: Path, packages: Iterable[str]) -> None:
-    """Copies the packages' files and the committed tree into ``root``."""
+    """Copies the packages' files into ``root``."""
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        if Path("/", name).is_symlink() and not (root / name).is_symlink():
+        if Path("/", name).is_symlink():
             (root / "usr" / name).mkdir(parents=True, exist_ok=True)
             (root / name).symlink_to(Path("usr", name))
     listed = subprocess.run(
@@ -151,18 +153,20 @@ def populate(root: Path, packages: Iterable[str]) -> None:
             shutil.copy2(source, place, follow_symlinks=False)
     for link in Path("/usr/bin").iterdir():  # awk, c++ and others, which alternatives stand for
         name = link.name
-        place = root / "usr/bin" / name
-        stands = link.is_symlink() and os.readlink(link) == f"/etc/alternatives/{name}"
-        if stands and not place.is_symlink():
-            place.symlink_to(f"/etc/alternatives/{name}")
+        if link.is_symlink() and os.readlink(link) == f"/etc/alternatives/{name}":
+            (root / "usr/bin" / name).symlink_to(f"/etc/alternatives/{name}")
     for name in CONFIGURED:
         source, place = Path("/etc", name), root / "etc" / name
         if source.is_dir():
-            shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(source, place, symlinks=True)
         elif source.exists() and not place.exists():
             shutil.copy2(source, place)
     for name in ("dev", "sys", "proc", "tmp", "mnt", HOME.lstrip("/"), PROJECT.lstrip("/")):
         (root / name).mkdir(parents=True, exist_ok=True)
+
+
+def unpack(root: Path) -> None:
+    """Puts the committed tree where the project lies there."""
     tree = subprocess.run(
         ["git", "-C", str(CHECKOUT), "archive", "HEAD"], check=True, capture_output=True
     ).stdout
