@@ -158,7 +158,7 @@ def populate(root: Path, packages: Iterable[str]) -> None:
     for name in CONFIGURED:
         source, place = Path("/etc", name), root / "etc" / name
         if source.is_dir():
-            shutil.copytree(source, place, symlinks=True)
+            shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
         elif source.exists() and not place.exists():
             shutil.copy2(source, place)
     for name in ("dev", "sys", "proc", "tmp", "mnt", HOME.lstrip("/"), PROJECT.lstrip("/")):

@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+from fastokd.kernels import attention as kernel
 from torch import Tensor
 
 from fastokd.errors import UserError
-from fastokd.kernels import attention as kernel
 from tests.ops.map_cases import LOSSES, OPS, assert_within_budget, draw, near_tie, run
 from tests.ops.map_edges import Edges
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from fastokd.kernels import fusion_step as kernel
+
 from tests.ops.fusion_cases import assert_within_budget, draw
 
 pytestmark = pytest.mark.gpu

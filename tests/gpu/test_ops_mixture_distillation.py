@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-
 from fastokd.kernels import mixture_distillation as kernel
+
 from tests.ops.mixture_cases import Case, assert_within_budget
 from tests.ops.mixture_cases import draw as draw_case
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastokd.kernels import mixture_distillation as kernel
 from torch import Tensor
 
-from fastokd.kernels import mixture_distillation as kernel
 from fastokd.ops.peer_attention_distillation import peer_attention_distillation
 from tests.ops.mixture_cases import assert_errors_within_budget
 from tests.ops.poison import poisoned

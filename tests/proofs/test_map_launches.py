@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fastokd.kernels import attention, feature_transfer, fusion_step
 from torch import Tensor, nn
 
-from fastokd.kernels import attention, feature_transfer, fusion_step
 from fastokd.reference import ffsd as eager
 from tests.proofs.offline import compiling_for
 from tests.proofs.test_launches import Count, Head
