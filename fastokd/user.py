@@ -5,8 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import pwd
+import tempfile
 
-from fastokd.caches import own_folder
+from fastokd.caches import NOWHERE, own_folder
 
 
 def make_known() -> None:
@@ -23,4 +24,15 @@ def make_known() -> None:
     try:
         os.environ["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
-        os.environ["HOME"] = str(own_folder())
+        os.environ["HOME"] = _own_home()
+
+
+def _own_home() -> str:
+    """A folder that is nobody else's, the same one each time where that can be."""
+    folder = own_folder()
+    if folder != NOWHERE:
+        return str(folder)
+    try:
+        return tempfile.mkdtemp(prefix="fastokd-")
+    except OSError:
+        return os.sep  # nothing is kept

@@ -24,7 +24,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"fastokd-uid{os.getuid()}"
+    return tmp_path / f"fastokd-{os.getuid()}"
 
 
 def test_it_gets_a_name_and_a_home_of_its_own(nobody: Path) -> None:

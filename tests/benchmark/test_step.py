@@ -135,7 +135,7 @@ def test_a_worker_ends_with_its_parent() -> None:
     program = (
         "from fastokd.benchmark.worker import Spec, Worker; from fastokd.recipes import recipe;"
         f"worker = Worker(Spec(recipe({TINY!r}, batch_size=2), 'reference', threads=1));"
-        "print(worker._process.pid); import os; os._exit(0)"
+        "print(worker._process.pid, flush=True); import os; os._exit(0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60

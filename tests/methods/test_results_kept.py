@@ -74,7 +74,8 @@ def shifted(results: ModuleType, row: object, by: float) -> object:
     last = run.metrics[-1]
     runs = [
         results.replace(
-            run, metrics=[{**last, "test": {**last["test"], "mean_top1": 0.9 + by + 0.001 * i}}]
+            run,
+            metrics=[{**last, "test": {**last["test"], "student_top1": [0.9 + by + 0.001 * i]}}],
         )
         for i in (-1, 0, 1)
     ]

@@ -61,7 +61,7 @@ def test_a_student_whose_training_reads_values_is_given_any_batch(
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("vgg16", 24, "can't take images of 24x24 .*it takes 32 and more; choose another --image"),
+        ("vgg16", 24, "can't take images of 24x24 .*it takes 32 and more; choose another student"),
         ("torchvision:alexnet", 32, "too small.*it takes 64 and more"),
         ("torchvision:vit_b_16", 32, "Expected 224 but got 32.*usual sizes it takes 224;"),
         ("timm:vit_tiny_patch16_224", 64, "doesn't match model .*usual sizes it takes 224;"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,10 @@ def test_initial_weights_do_not_depend_on_the_engine(engine: str) -> None:
     )
 
 
+@pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile on a CPU needs Python.h (python3-dev)",
+)
 def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     """Epochs 0, 40 (the ramp), 150 (the rate): what changes is read, not frozen, nor recompiled."""
     eager, compiled = session_of(batch(4)), session_of(batch(4), compile=True)
