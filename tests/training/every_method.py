@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +15,10 @@ from fastokd.errors import UserError
 from fastokd.methods import MethodLoss, list_methods, method_class
 from fastokd.recipes import Recipe, recipe
 
+COMPILES = pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile on a CPU needs Python.h (python3-dev)",
+)
 METHODS = [
     (method, sharing) for method in list_methods() for sharing in method_class(method).needs.sharing
 ]

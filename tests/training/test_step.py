@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fastokd.recipes import Recipe, recipe
 from fastokd.training.captured import CapturedStep
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.step import training_step
-from tests.training.every_method import Recorder
+from tests.training.every_method import COMPILES, Recorder
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 
@@ -207,10 +206,7 @@ def test_initial_weights_do_not_depend_on_the_engine(engine: str) -> None:
     )
 
 
-@pytest.mark.skipif(
-    not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="torch.compile on a CPU needs Python.h (python3-dev)",
-)
+@COMPILES
 def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     """Epochs 0, 40 (the ramp), 150 (the rate): what changes is read, not frozen, nor recompiled."""
     eager, compiled = session_of(batch(4)), session_of(batch(4), compile=True)

@@ -24,6 +24,7 @@ from fastokd.training.session import Session
 from fastokd.training.step import training_step
 from fastokd.training.trial import ask, job, time_compiled, time_eager
 from fastokd.training.tuning import tune
+from tests.training.every_method import COMPILES
 from tests.training.tuned import (
     AUTO,
     LONG,
@@ -339,6 +340,7 @@ def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
 
 
 @pytest.mark.proof
+@COMPILES
 def test_a_compiled_candidate_answers_from_its_own_process() -> None:
     session = session_of(small(batch_size=4), compile=True)
     timing = time_compiled(session, Choice("loop", True), 10**6, 10**3)
