@@ -17,6 +17,7 @@ from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.published import altered
 from fastokd.report.statistics import Sample, welch
+from fastokd.report.summary import summarise
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.run_folder import Run
 
@@ -148,7 +149,7 @@ def _results(pools: Sequence[Pool]) -> str:
         )
     first = ("recipe", "networks", "data", "epochs", "runs", "reported")
     head = (*first, "last epoch (%)", "best epoch (%)", "ensemble (%)", "diversity", "training")
-    on_val = any("val" in row for row in pools[0].runs[0].metrics)
+    on_val = summarise(pools[0].runs[0]).best_on == "val"
     how = "on held-out images" if on_val else "on the test set, as the papers did it"
     note = (
         '<p class="note">Top-1 on the test set, mean ± deviation over runs. The best epoch is '

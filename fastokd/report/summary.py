@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastokd.errors import UserError
 from fastokd.recipes import Recipe
+from fastokd.training.metric_lines import choosing_split
 from fastokd.training.run_folder import Run
 
 
@@ -35,7 +36,7 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
     rows = [row for row in run.metrics if "test" in row]
     if not rows:
         raise UserError(f"{run.folder} has no measured epoch yet: train it on with --resume")
-    chosen_on = "val" if all("val" in row for row in rows) else "test"
+    chosen_on = choosing_split(rows)
     # As its best checkpoint: an epoch that was cut counts only where there is no other.
     whole = [row for row in rows if row["epoch"] < run.standing.epochs]
     best = max(whole or rows, key=lambda row: recipe.score(row[chosen_on]))

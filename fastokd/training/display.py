@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastokd.streams import Outlet, console, tell_lost
+from fastokd.training.metric_lines import choosing_split
 from fastokd.training.watchers import Watcher
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
         f"{row['lr']:g}",
         f"{row['train']['loss']:.3f}",
     ]
-    scores = row.get("val") or row.get("test")
+    scores = row.get(choosing_split([row]))
     if scores is None:
         return [*values, "", "", "", "", ""]
     leader, students = scores["leader_top1"], scores["student_top1"]

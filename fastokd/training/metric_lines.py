@@ -75,6 +75,12 @@ class MetricLines:
         self._waiting.clear()
 
 
+def choosing_split(rows: Sequence[Row]) -> str:
+    """The split that the best epoch of ``rows`` is chosen on: ``"val"``, or ``"test"`` where images
+    weren't held out in all of them."""
+    return "val" if all(row.get("val") for row in rows) else "test"
+
+
 def _line(row: Row) -> bytes:
     return (json.dumps(row) + "\n").encode()
 

@@ -38,7 +38,7 @@ from fastokd.training.identity import (
     other_teacher,
     standing,
 )
-from fastokd.training.metric_lines import MetricLines
+from fastokd.training.metric_lines import MetricLines, choosing_split
 from fastokd.training.run_facts import RunFacts
 from fastokd.training.session import RunOptions, Session, run_path
 from fastokd.training.state import check_recipe
@@ -264,7 +264,7 @@ class RunFolder:
             session.best = score
         session.ranks.first(lambda: self.lines.add(row))
         try:
-            self.save(session, best_on="val" if row.get("val") else "test", better=better)
+            self.save(session, best_on=choosing_split([row]), better=better)
         except DiskError as error:
             if better and not session.ranks.first(lambda: self._best(session).is_dir()):
                 session.best = before  # the best that is kept
@@ -363,7 +363,5 @@ class RunFolder:
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
-    held_out = row.get("val") or row.get("test")
-    if held_out is None:
-        return None
-    return recipe.score(held_out)
+    measured = row.get(choosing_split([row]))
+    return None if measured is None else recipe.score(measured)
