@@ -12,6 +12,7 @@ from rich.console import Console
 from fastokd.recipes import recipe
 from fastokd.training import display
 from fastokd.training.display import COLUMNS, Display, cells
+from fastokd.training.metric_lines import choosing_split
 
 
 def row(epoch: int, leader: float | None) -> dict[str, Any]:
@@ -79,3 +80,10 @@ def test_a_lone_student_is_nobodys_peer() -> None:
     told = dict(zip(COLUMNS, [*cells(lone, 1)[:2], "0 s", *cells(lone, 1)[2:]], strict=True))
     assert told["student"] == "0.5000"
     assert {name for name, value in told.items() if value} == {*COLUMNS[:5], "student"}
+
+
+def test_the_best_epoch_is_chosen_on_held_out_images_where_all_have_some() -> None:
+    held, none = {"val": {"mean_top1": 0.5}, "test": {}}, {"test": {"mean_top1": 0.5}}
+    assert choosing_split([held, held]) == "val"
+    assert choosing_split([held, none]) == "test"
+    assert choosing_split([none]) == "test"
