@@ -36,6 +36,8 @@ SHARE = 4
 GIVEN_UP_AFTER = 900.0
 # Where a worker's row is counted, in bytes.
 ROW = 64
+# What reaches a whole process group (^C, a scheduler's end): a worker leaves it to the main process.
+OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATES = {"T": "stopped", "D": "waiting for the disk", "R": "running", "S": "sleeping"}
 
 
@@ -170,7 +172,8 @@ class Pool:
             with warnings.catch_warnings():
                 # That other threads' locks may be held: a worker takes none of them.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                parent, pid = os.getpid(), os.fork()
+                parent = os.getpid()
+                pid = _fork()
         except OSError as error:
             for end in (ours, theirs):
                 if end is not None:
@@ -243,6 +246,20 @@ class Pool:
         patience.tell(f"{who}, which is at {path}")
 
 
+def _fork() -> int:
+    """``os.fork``, whose child ignores what is sent to the whole group from its first moment."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_GROUP)
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid == 0:
+            for signum in OF_THE_GROUP:
+                signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
 def _serve(
     make: Callable[[Any, Tensor], Tensor | str],
     pipe: Connection,
@@ -252,9 +269,6 @@ def _serve(
     parent: int,
 ) -> None:
     """A worker's life: it ends with its parent."""
-    # ^C and what a scheduler sends reach the whole group; the main process ends its workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
     # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
     # threads that are not here.
     gc.freeze()

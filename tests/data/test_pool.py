@@ -48,8 +48,20 @@ def stream_of(root: Path, workers: int = 2) -> DiskStream:
 
 
 def children(pid: int | str = "self") -> list[int]:
+    """The processes that a process began, without those that earlier tests have left to this one."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    found = [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    return [child for child in found if child not in _earlier]
+
+
+_earlier: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def earlier() -> None:
+    """Such as the compiler's own workers, which stay."""
+    _earlier.clear()
+    _earlier[:] = children()
 
 
 def send(signum: int) -> None:
@@ -95,6 +107,22 @@ def test_what_is_sent_to_the_group_doesn_t_end_workers(root: Path) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         send(signum)
     assert same(iter([first, *batches]), stream.batches(0))
+
+
+def test_a_signal_before_a_worker_has_begun_doesn_t_end_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = os.fork
+
+    def slowly() -> int:
+        pid = fork()
+        if pid == 0:
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), signum)
+        return pid
+
+    monkeypatch.setattr(os, "fork", slowly)
+    assert len(list(stream_of(root).batches(0))) == 6
 
 
 def test_a_slow_worker_is_told_of_and_waited_for(
