@@ -145,12 +145,15 @@ def _run(arguments: Sequence[str]) -> int:
         _complain(_usage_error(error, arguments))
         return 2
     if code == INTERRUPTED:
-        _complain("interrupted; train continues where --resume is added")
+        resumes = "; --resume continues a run that has saved a checkpoint"
+        _complain(f"interrupted{resumes if 'train' in arguments else ''}")
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """The console script."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as before_torch left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     open_missing()
     code = run_command(sys.argv[1:])
     if still_busy():

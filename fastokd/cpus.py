@@ -41,8 +41,9 @@ def share_of_cpus() -> int:
 
 
 def ranks_here() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    """Processes of this run on this machine: as torchrun says, 1 where it wasn't torchrun."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(ranks)) if ranks.isdecimal() else 1
 
 
 def affinity() -> set[int]:
@@ -124,13 +125,20 @@ def settle_threads() -> None:
     """Lowers torch's threads to this process's share of the CPUs. Leaves what the user set."""
     import torch
 
-    if not _set_by_user(COUNTING) and torch.get_num_threads() > share_of_cpus():
+    if not _threads_set() and torch.get_num_threads() > share_of_cpus():
         torch.set_num_threads(share_of_cpus())
 
 
 def _set_by_user(names: tuple[str, ...]) -> list[str]:
     """Which of these variables are set, each in words."""
     return [f"{name} is {os.environ[name]}" for name in names if os.environ.get(name)]
+
+
+def _threads_set() -> list[str]:
+    """:func:`_set_by_user` of the threads; what OpenMP can't read is as if it weren't set."""
+    return _set_by_user(
+        tuple(n for n in COUNTING if re.match(r"\s*0*[1-9]\d*\s*(,|$)", os.environ.get(n, "")))
+    )
 
 
 def waiting() -> str:
@@ -148,7 +156,7 @@ def said() -> str:
 
     usable, ranks, quota = usable_cpus(), ranks_here(), cpu_quota()
     threads = torch.get_num_threads()
-    reasons = _set_by_user(COUNTING)
+    reasons = _threads_set()
     if quota is not None and math.ceil(quota) <= usable:
         reasons.append(f"a quota of {quota:g}")
     if ranks > 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from fastokd.commands.help import keep_docstrings
 from fastokd.device import pick_device
 from fastokd.errors import UserError, unknown_name
 
+ROOT = Path(__file__).parents[1]
 RECIPE = "okddip-branch/resnet8/digits"
 
 
@@ -206,13 +209,44 @@ def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_interrupted_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted() -> list[str]:
+    def interrupted(*_: object, **__: object) -> list[str]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastokd.list_models", interrupted)
-    code, _, err = run(capsys, "list", "models")
-    assert code == 130
-    assert "--resume" in err
+    assert run(capsys, "list", "models") == (130, "", "fastokd: interrupted\n")
+    monkeypatch.setattr("fastokd.settings.plan", interrupted)
+    code, _, err = run(capsys, "train", RECIPE)
+    assert (code, err) == (
+        130,
+        "fastokd: interrupted; --resume continues a run that has saved a checkpoint\n",
+    )
+
+
+def test_interrupted_while_it_loads_it_ends_in_silence(tmp_path: Path) -> None:
+    """As a program ends that has not begun: by the signal."""
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    command = [sys.executable, "-m", "fastokd", "list", "models"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_loaded_it_can_be_interrupted_as_any_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    monkeypatch.setattr("fastokd.list_models", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fastokd", "list", "models"])
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
 
 
 def test_a_log_has_a_line_an_epoch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
 
 def test_ranks_of_one_machine_share_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 8)
-    for ranks, share in (("", 8), ("3", 2), ("16", 1)):
+    for ranks, share in (("", 8), ("x", 8), ("0", 8), ("3", 2), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert share_of_cpus() == share
     assert "16 ranks share them" in said()
@@ -173,6 +173,26 @@ def test_what_a_user_set_is_kept() -> None:
         f"1 thread on {usable_cpus()} CPUs (OMP_NUM_THREADS is 1, 2 ranks share them, "
         "OMP_WAIT_POLICY is passive)".replace("1 CPUs", "1 CPU"),
     ]
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1", "1.5"])
+def test_a_number_of_threads_that_openmp_cant_read_isnt_set(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cpus.COUNTING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert "OMP_NUM_THREADS" not in said()
+    found = torch.get_num_threads()
+    monkeypatch.setattr(cpus, "usable_cpus", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        cpus.settle_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(found)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert "OMP_NUM_THREADS is 4,2" in said()
 
 
 def test_a_torch_that_is_loaded_already_is_left_as_it_is() -> None:

@@ -76,6 +76,8 @@ def is_plain(image: Image.Image) -> bool:
     if image.mode not in ("L", "RGB") or image.format not in ("JPEG", "MPO", "PNG"):
         return False
     if image.format == "PNG":
+        if not _ends(image):
+            return False
         raw = [tile[3] for tile in getattr(image, "tile", ())]
         image.load()  # what comes after the pixels may say how they are meant
         alike = raw in (["L"], ["RGB"])  # of 8 bits
@@ -85,6 +87,18 @@ def is_plain(image: Image.Image) -> bool:
         ycbcr = image.info.get("adobe_transform", 1) == 1
         alike = components in ([1], [1, 2, 3]) and ycbcr
     return alike and not _transparent(image) and orientation(image) == 1
+
+
+def _ends(png: Image.Image) -> bool:
+    """Whether a PNG's last chunk is its end: Pillow goes without, other decoders don't."""
+    file = getattr(png, "fp", None)
+    if file is None:
+        return False
+    place = file.tell()
+    file.seek(-min(12, file.seek(0, 2)), 2)
+    end = file.read()
+    file.seek(place)
+    return end == b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def upright_rgb(image: Image.Image, background: int = BACKGROUND) -> Image.Image:

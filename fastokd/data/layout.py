@@ -80,7 +80,9 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
             "leave the ground truth out"
         )
     if not any(split != "train" for split, _, _ in layout.files):
-        raise UserError(f"{root} has no images in val/ or test/ beside train/: add some")
+        near = next((root / n for n in ("valid", "validation") if (root / n).is_dir()), None)
+        fix = f"rename {near} to val" if near is not None else "add some"
+        raise UserError(f"{root} has no images in val/ or test/ beside train/: {fix}")
     _add_strays(layout, root, "", "outside train/ and val/")
     return layout
 

@@ -2,13 +2,13 @@
 
 A run asks when each folder last changed, and of up to ``CHECKED`` files their size and time, spread over
 the set. Folders are listed again only where one of them has changed. A set that was copied has new times
-throughout: there the names and sizes decide. The loaders compare the size of every file that they read.
+throughout, none of which was there before: there the names and sizes decide. The loaders compare the size
+of every file that they read.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -65,25 +65,25 @@ def _names(manifest: Manifest) -> list[str]:
 
 def _files(manifest: Manifest, moved: set[str]) -> tuple[list[str], list[str]]:
     """Of the files that are checked: which are gone, and which aren't what they were."""
-    usable = [entry for entry in manifest.entries if not entry.fault and entry.mtime]
-    checked = usable[:: max(1, -(-len(usable) // CHECKED))]
+    known = [entry for entry in manifest.entries if entry.mtime]
+    checked = known[:: max(1, -(-len(known) // CHECKED))]
     gone: list[str] = []
     changed: list[str] = []
-    touched: dict[str, list[str]] = defaultdict(list)
-    counts: dict[str, int] = defaultdict(int)
+    touched: dict[str, int] = {}
     for entry, facts in zip(checked, _stats(manifest.root, checked), strict=True):
-        folder = os.path.dirname(entry.path)
-        counts[folder] += 1
         if facts is None:
             gone.append(entry.path)
         elif facts.st_size != entry.bytes:
             changed.append(entry.path)
         elif facts.st_mtime_ns != entry.mtime:
-            touched[folder].append(entry.path)
-    for folder, paths in touched.items():
-        copied = folder in moved and len(paths) == counts[folder]
-        changed += [] if copied else paths
-    return gone, changed
+            touched[entry.path] = facts.st_mtime_ns
+    copied = (
+        len(touched) + len(changed) + len(gone) == len(checked)
+        and {os.path.dirname(path) for path in touched} <= moved
+        # Folders that were exchanged have each other's times.
+        and {entry.mtime for entry in checked}.isdisjoint(touched.values())
+    )
+    return gone, changed if copied else sorted([*changed, *touched])
 
 
 def _stats(root: Path, entries: list[Entry]) -> Iterable[os.stat_result | None]:

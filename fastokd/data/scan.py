@@ -43,11 +43,15 @@ def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
         facts = path.stat()
     except OSError as error:
         return Look(0, 0, 0, f"can't be read: {error.strerror or error}")
-    size = facts.st_size
+    looked = _looked(path, facts.st_size, count, pixels)
+    return looked._replace(mtime=facts.st_mtime_ns)
+
+
+def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
     if size == 0:
         return Look(0, 0, 0, "empty")
     try:
-        return _decoded(path, size, count, pixels)._replace(mtime=facts.st_mtime_ns)
+        return _decoded(path, size, count, pixels)
     except Image.DecompressionBombError:
         return Look(0, 0, size, TOO_MANY)
     except UnidentifiedImageError:

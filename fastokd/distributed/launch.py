@@ -35,8 +35,36 @@ class EndedByAnother(SystemExit):
 
 
 def launched() -> int:
-    """Processes that torchrun started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that torchrun started for this run; 1 without it.
+
+    Raises:
+        UserError: what the environment says can't be torchrun's.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal() or int(size) == 0:
+        raise UserError(
+            f"WORLD_SIZE is {size!r} in the environment: start several processes by torchrun, or "
+            "`unset WORLD_SIZE` for one"
+        )
+    return int(size)
+
+
+def _require_torchrun() -> None:
+    """Raises a :class:`UserError` where the variables of a launch are inherited in part."""
+    size = launched()
+    rank, port = os.environ.get("RANK", ""), os.environ.get("MASTER_PORT", "")
+    right = {
+        "RANK": rank.isdecimal() and int(rank) < size,
+        "MASTER_ADDR": bool(os.environ.get("MASTER_ADDR")),
+        "MASTER_PORT": port.isdecimal(),
+    }
+    name = next((name for name, is_right in right.items() if not is_right), None)
+    if name is not None:
+        found = repr(os.environ[name]) if name in os.environ else "not set"
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, but {name} is {found}: start by torchrun, or "
+            "`unset WORLD_SIZE` for one process"
+        )
 
 
 def of_the_first_rank() -> bool:
@@ -65,10 +93,12 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
 
     Raises:
         EndedByAnother: another rank failed first; its message is printed by it.
+        UserError: the environment lacks a part of what torchrun sets.
     """
     if launched() == 1 or dist.is_initialized():
         yield
         return
+    _require_torchrun()
     where = device_here(device)
     if capture:
         # NCCL's watchdog thread must not query events during graph capture.

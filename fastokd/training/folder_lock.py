@@ -62,6 +62,8 @@ class FolderLock:
             if not (self.path / "checkpoints").is_dir():
                 raise UserError(f"there is no run to resume in {self.path}: leave --resume out")
             return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: choose another --out")
         if self.path.exists() and not self._is_free():
             raise UserError(
                 f"{self.path} exists already and is never overwritten: add --resume to continue it, "

@@ -134,7 +134,10 @@ GREY = png(np.zeros((8, 8), np.uint8))
     ("change", "says"),
     [
         (lambda root: (root / "train").rename(root / "training"), r"no folder .*/train: give"),
-        (lambda root: (root / "val").rename(root / "valid"), "no images in val/ or test/ beside"),
+        (
+            lambda root: (root / "val").rename(root / "valid"),
+            "beside train/: rename .*/valid to val$",
+        ),
         (rename("val/dog", "val/extra"), "has a class 'extra' that train/ lacks: add its images"),
         (remove("train/cat"), r"has 1 folders with images: it needs at least 2"),
         (write("train/cat/2.png", b""), r"train/cat/2\.png can't be read as an image"),

@@ -41,6 +41,28 @@ def add(*paths: str) -> Callable[[Path], None]:
     return change
 
 
+def exchange(*splits: str) -> Callable[[Path], None]:
+    """Two classes' folders, whose files are as large."""
+
+    def change(root: Path) -> None:
+        for split in splits:
+            cat, dog = root / split / "cat", root / split / "dog"
+            cat.rename(root / "x")
+            dog.rename(cat)
+            (root / "x").rename(dog)
+
+    return change
+
+
+def rewrite(root: Path) -> None:
+    """A class's folder made anew, of other pictures."""
+    names = sorted(path.name for path in (root / "train/cat").iterdir())
+    shutil.rmtree(root / "train/cat")
+    (root / "train/cat").mkdir()
+    for name in names:
+        shutil.copyfile(root / "train/dog" / name, root / "train/cat" / name)
+
+
 def touch(root: Path) -> None:
     """Other pixels in as many bytes, as an editor of bitmaps leaves them."""
     path = root / "train/cat/2.png"
@@ -96,6 +118,49 @@ def test_what_changed_is_named(
     # A run that has begun goes on with what it began with.
     assert streamed(root, begun=True) == 8
     assert "isn't what it was when it was prepared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [exchange("train"), exchange("train", "val"), rewrite],
+    ids=["train's folders", "all folders", "rewritten"],
+)
+def test_pictures_of_one_size_that_were_exchanged_are_noticed(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    for number, path in enumerate(
+        f"{split}/{name}/{i}.bmp"
+        for split in ("train", "val")
+        for name in ("cat", "dog")
+        for i in range(2)
+    ):
+        (tmp_path / "set" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number * 9, 0, 0)).save(tmp_path / "set" / path)
+        os.utime(tmp_path / "set" / path, ns=(0, (number + 1) * 1_000_000_000))
+    for number, folder in enumerate(sorted((tmp_path / "set").rglob("*/"))):
+        os.utime(folder, ns=(0, (number + 1) * 1_000_000_000))
+    prepare(tmp_path / "set", quiet=True)
+    change(tmp_path / "set")
+    with pytest.raises(UserError, match="files have changed"):
+        streamed(tmp_path / "set")
+
+
+def test_a_file_that_was_repaired_is_noticed(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set")
+    broken = {name: root / f"train/cat/{name}.png" for name in ("empty", "cut", "text")}
+    good = (root / "train/cat/0.png").read_bytes()
+    broken["empty"].write_bytes(b"")
+    broken["cut"].write_bytes(good[: len(good) // 2])
+    broken["text"].write_text("no image")
+    prepare(root, quiet=True)
+    assert streamed(root) == 8
+    for path in broken.values():
+        kept = path.read_bytes()
+        path.write_bytes(good)
+        with pytest.raises(UserError, match=rf"1 file has changed \({path.relative_to(root)}\)"):
+            streamed(root)
+        path.write_bytes(kept)
+        prepare(root, quiet=True)
 
 
 def test_no_more_files_are_looked_at_than_is_said(

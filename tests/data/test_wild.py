@@ -89,6 +89,8 @@ def write_wild(folder: Path, photo: Image.Image) -> None:
     for name in ("rgb.png", "rgb.bmp", "rgb.ppm", "CAPS.JPG"):
         photo.save(folder / name)
     photo.save(folder / "j.jfif", format="JPEG")
+    # Without its last chunk, which other decoders wait for.
+    (folder / "noend.png").write_bytes((folder / "rgb.png").read_bytes()[:-12])
     Image.new("RGB", (40_000, 1), "red").save(folder / "line.png")
 
 

@@ -12,6 +12,42 @@ from pathlib import Path
 import pytest
 
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
+from fastokd.distributed.launch import joined, launched
+from fastokd.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("inherited", "says"),
+    [
+        ("WORLD_SIZE=two", "WORLD_SIZE is 'two' in the environment: start several processes by"),
+        ("WORLD_SIZE=0", "WORLD_SIZE is '0' in the environment"),
+        (
+            "WORLD_SIZE=2",
+            "WORLD_SIZE is 2 in the environment, but RANK is not set: start by torchrun",
+        ),
+        ("WORLD_SIZE=2 RANK=2", "but RANK is '2'"),
+        ("WORLD_SIZE=2 RANK=", "but RANK is ''"),
+        ("WORLD_SIZE=2 RANK=0", "but MASTER_ADDR is not set"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost", "but MASTER_PORT is not set"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "but MASTER_PORT is 'x'"),
+    ],
+)
+def test_a_part_of_a_launch_is_refused(
+    inherited: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell inherits it that a launcher, or a notebook, left."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in inherited.split():
+        monkeypatch.setenv(*word.split("=", 1))
+    with pytest.raises(UserError, match=f"{says}.*`unset WORLD_SIZE` for one"), joined("cpu"):
+        pass
+
+
+def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with joined("cpu"):
+        assert launched() == 1
 
 
 def torchrun(out: Path, *arguments: str) -> subprocess.Popen[str]:
