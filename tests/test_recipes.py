@@ -169,6 +169,7 @@ def test_a_mixed_cohort_has_a_student_for_each_name() -> None:
     r = recipe("okddip-network/resnet20+resnet32+resnet20/cifar100")
     assert r.students == 3
     assert r.models == ("resnet20", "resnet32", "resnet20")
+    assert recipe("dml/resnet20+resnet32/cifar100").models == ("resnet20", "resnet32")
     assert recipe("dml/resnet20/cifar100").models == ("resnet20",) * 4
 
 

@@ -168,6 +168,8 @@ def test_a_protocol_that_torch_does_not_read_is_said(state: State, tmp_path: Pat
         (lambda s: {"student": s, "teacher": other(s)}, "state dicts, student, teacher, and does"),
         (lambda s: {"model": s, "state_dict": other(s)}, "state dicts, model, state_dict, and"),
         (lambda s: {"epoch": 3, "lr": 0.1}, "holds no state dict: it has 'epoch', 'lr'"),
+        (lambda s: dict.fromkeys("abcde", 1), "'a', 'b', 'c', 'd', 'e'$"),
+        (lambda s: dict.fromkeys("abcdefg", 1), "'a', 'b', 'c', 'd', 'e' and 2 more$"),
         (lambda s: {}, "it has nothing"),
         (lambda s: {"optimizer": {"state": s}}, "holds no state dict"),
         (lambda s: {"model": {**s, "conv1.weight": "x"}}, "'conv1.weight' among its weights"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ from fastokd.evaluate import evaluate_session
 from fastokd.models import create_model
 from fastokd.recipes import Recipe, recipe
 from fastokd.train import training_step
-from fastokd.training import parts, run_folder
+from fastokd.training import optimizers, parts, run_folder
 from fastokd.training.run_folder import Run
 from fastokd.training.session import RunOptions, Session
 from fastokd.training.state import as_state
@@ -242,6 +244,21 @@ def test_rates_of_an_optimizer_that_takes_numbers(monkeypatch: pytest.MonkeyPatc
     assert all(p.grad is None for p in session.cohort.parameters())
 
 
+def test_apex_is_given_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its FusedSGD is torch's own here, whose defaults are apex's: no momentum, no Nesterov."""
+    apex = types.ModuleType("apex.optimizers")
+    apex.FusedSGD = torch.optim.SGD  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+    monkeypatch.setattr(optimizers, "apex_missing", lambda: None)
+    group = {"params": [torch.zeros(2)], "lr": torch.tensor(0.5), "weight_decay": 0.25}
+    made = optimizers.create_optimizer("apex-sgd", [group], small(momentum=0.75, nesterov=True))
+    (found,) = made.param_groups
+    told = {name: found[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
+    assert told == {"lr": 0.5, "momentum": 0.75, "nesterov": True, "weight_decay": 0.25}
+    assert isinstance(found["lr"], float)
+
+
 class TestRefusals:
     def test_an_existing_folder_is_never_overwritten(self, finished: Run) -> None:
         before = (finished.folder / "metrics.jsonl").read_bytes()
@@ -272,8 +289,6 @@ class TestRefusals:
             fastokd.train(small(), out=tmp_path / "run", optimizer="apex-sgd", **QUICK)
 
     def test_apex_of_another_make(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fastokd.training import optimizers
-
         monkeypatch.setattr(optimizers.metadata, "version", lambda name: "0.9.10dev")
         assert "isn't NVIDIA's" in (optimizers.apex_missing() or "")
 

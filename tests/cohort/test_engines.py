@@ -74,6 +74,9 @@ def test_dropout_masks_are_one_draw_for_every_engine() -> None:
     cohort = Cohort(("vgg16", 2), 10, model_options={"dropout": 0.5}).double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     dropped = step(cohort, "loop", images)["out.logits"]
+    for engine in ("grouped", "vmap"):
+        found = step(cohort, engine, images)["out.logits"]
+        torch.testing.assert_close(found, dropped, rtol=1e-9, atol=1e-9)
     plain = Cohort(("vgg16", 2), 10).double()
     plain.load_state_dict(cohort.state_dict())
     assert not torch.allclose(dropped, step(plain, "loop", images)["out.logits"])

@@ -91,6 +91,14 @@ def test_missing_root_is_named(name: str, tmp_path: Path) -> None:
         load_dataset(name, file)
 
 
+def test_a_root_may_begin_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cifar(tmp_path / "sets", "cifar10")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_dataset("cifar10", Path("~/sets")).train) == 100
+
+
 def test_image_size_is_for_folders() -> None:
     with pytest.raises(UserError, match="image_size is 64, but digits is shown at 32"):
         load_dataset("digits", image_size=64)

@@ -107,6 +107,22 @@ def test_weights_and_temperature_on_the_device(draw: Draw, triton_device: torch.
     )
 
 
+def test_a_weight_is_its_number_times_its_tensor(draw: Draw, triton_device: torch.device) -> None:
+    """And so is the temperature; the public function has only ever one of the two."""
+    case = draw(B=2)
+    tensors = [torch.tensor(x, device=triton_device) for x in ([1.0, 0.5, 2.0], 0.7, 0.3, 2.5)]
+    numbers = [0.5, 0.25, 2.0, 0.5]
+    products = [x * number for x, number in zip(tensors, numbers, strict=True)]
+    found, expected = (
+        kernel.launch(
+            case.logits_SBC, None, case.labels_B, case.scores, *weights, *factors,
+            "logits", False, 0.0, True, False, True,
+        )
+        for weights, factors in ((tensors, numbers), (products, [1.0] * 4))
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
 def test_strides(draw: Draw) -> None:
     """Logits that lie [B, S, C], labels from a wider tensor, one row of scores for all."""
     case = draw(S=3, B=3, C=12, E=1)

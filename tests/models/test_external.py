@@ -230,6 +230,31 @@ def test_tied_weights_are_refused() -> None:
         ExternalStudent(net, "small", 10, 16, split_at="first")
 
 
+def test_each_part_keeps_the_tensors_of_the_network_itself_that_it_uses() -> None:
+    """Parameters and buffers that belong to no layer: each is in one part, and none is lost."""
+
+    class Shifted(Small):
+        def __init__(self) -> None:
+            super().__init__(chain)
+            self.early, self.late = (nn.Parameter(torch.ones(())) for _ in range(2))
+            for name in ("mean", "scale", "unused"):
+                self.register_buffer(name, torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first((x - self.mean) * self.early)).mean((2, 3))
+            return self.fc(y * self.scale * self.late)
+
+    trunk, branch = (
+        ExternalStudent(Shifted(), "shifted", 10, 16, split_at="first") for _ in range(2)
+    )
+    trunk.keep_stages(0, 1)
+    branch.keep_stages(1, None)
+    first = ["first.bias", "first.weight", "early", "mean"]
+    assert set(trunk.state_dict()) == {f"net.{name}" for name in first}
+    rest = ["second.bias", "second.weight", "fc.bias", "fc.weight", "late", "scale", "unused"]
+    assert set(branch.state_dict()) == {f"net.{name}" for name in rest}
+
+
 def test_training_mode_may_run_other_code() -> None:
     """A functional dropout behind the cut is traced in both modes."""
 

@@ -58,6 +58,25 @@ def test_a_student_whose_training_reads_values_is_given_any_batch(
     assert least_batch("reading", 10, {}, (32, 32)) == 1
 
 
+class Emptying(nn.Module):
+    """A classifier of images of 64 pixels and more: of smaller ones a cut leaves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.then, self.fc = nn.ZeroPad2d(-16), nn.ReLU(), nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.then(self.cut(x)).mean((2, 3)))
+        return y
+
+
+def test_the_first_layer_that_leaves_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = lambda classes: ExternalStudent(Emptying(), "emptying", classes, 64)  # noqa: E731
+    monkeypatch.setitem(registry._SPECS, "emptying", ModelSpec("emptying", build, 64, ""))
+    with pytest.raises(UserError, match=r"32x32 \(ZeroPad2d gives \[2, 3, 0, 0\]\): of the usual"):
+        least_batch("emptying", 10, {}, (32, 32))
+
+
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [

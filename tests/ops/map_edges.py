@@ -68,6 +68,23 @@ class Edges:
             if key in theirs:  # the other map's is a difference of equals
                 torch.testing.assert_close(ours[key].double(), theirs[key], rtol=1e-4, atol=1e-9)
 
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_just_below_eps_the_norm_is_constant(self, name: str) -> None:
+        """At half of eps the second term would be a quarter of the first: large enough to be seen."""
+
+        def halved(m: Tensor) -> Tensor:
+            power = 1 if name == "feature" else 2
+            norm_B = (m if power == 1 else m.square().mean(1)).flatten(1).norm(dim=1)
+            return m * (0.5e-12 / norm_B).pow(1 / power).view(-1, 1, 1, 1)
+
+        x, y = draw(2, dtype=torch.float32, layout="last", device=self.device)
+        for key, pair in (("grad_x", (halved(x), y)), ("grad_y", (x, halved(y)))):
+            ours = run(name, *pair, self.impl)
+            theirs = run(name, *(m.double() for m in pair), "torch")
+            if key in theirs:  # the other map's is a difference of equals
+                atol = 1e-5 * float(theirs[key].abs().max())
+                torch.testing.assert_close(ours[key].double(), theirs[key], rtol=1e-4, atol=atol)
+
     def test_zero_maps_stay_zero(self) -> None:
         zero = torch.zeros(2, 3, 2, 2, device=self.device)
         assert (ops.attention_map(zero, impl=self.impl) == 0).all()

@@ -99,6 +99,16 @@ def test_maps_that_nearly_agree(op: str, scale: float, apart: float) -> None:
         assert error <= 1.5 * budget + allowed, name
 
 
+@pytest.mark.usefixtures("capability")
+def test_large_maps_that_nearly_agree() -> None:
+    """A million values: summed in fp32 alone, what tells the maps apart would be lost."""
+    x, noise = draw(1, 256, 64, 64, dtype=torch.float32, layout="last")
+    y = 1.1 * (x + 1e-2 * noise)
+    found = run("feature", x, y, "cpp", asks=(False, False))["result"]
+    exact = run("feature", x.double(), y.double(), "torch", asks=(False, False))["result"]
+    torch.testing.assert_close(found.double(), exact, rtol=5e-5, atol=0)
+
+
 @pytest.mark.parametrize("op", ["attention", "feature"])
 def test_equal_maps_have_zero_gradients(op: str) -> None:
     x, _ = draw(3, 17, 5, 7, dtype=torch.float32, layout="last")

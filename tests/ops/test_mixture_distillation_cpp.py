@@ -73,6 +73,21 @@ def test_many_classes(S: int) -> None:
         assert_within_budget(draw(S, 2, 22_000, mix=mix))
 
 
+@pytest.mark.usefixtures("capability")
+def test_mixtures_whose_powers_nearly_underflow() -> None:
+    """Two students, each sure of a class of its own: their mixture is far below 0 everywhere, and
+    its powers reach a float32's end, one class after another."""
+    for apart in range(160, 190, 2):
+        case = draw(2, 16, 50, temperature=1.0, batched=False, seed=apart)
+        case.scores[:] = 0.0
+        for s in range(2):
+            case.logits_SBC[s, :, s] += apart
+        exact = case.double().run("torch")
+        for name, x in case.run("cpp").items():
+            # A mixed logit of 90 is rounded by 4e-6.
+            torch.testing.assert_close(x.double(), exact[name], rtol=1e-4, atol=2e-5)
+
+
 @st.composite
 def calls(d: st.DrawFn) -> dict[str, Any]:
     """Arguments of ``draw``."""

@@ -94,6 +94,29 @@ def test_the_operator_checks_what_it_is_given(change: dict[str, object], says: s
         OP(*call)
 
 
+def test_a_weight_is_its_number_times_its_tensor() -> None:
+    """And so is the temperature; the public function has only ever one of the two."""
+    names = ("ce_weight_S", "kd_weight_S", "mixture_ce_weight_S", "temperature_0d")
+    tensors = [torch.tensor(x) for x in ([1.0, 0.5, 2.0], 0.7, 0.3, 2.5)]
+    numbers = {"ce_weight": 0.5, "kd_weight": 0.25, "mixture_ce_weight": 2.0, "temperature": 0.5}
+    products = [x * number for x, number in zip(tensors, numbers.values(), strict=True)]
+    found = OP(*(arguments() | dict(zip(names, tensors, strict=True)) | numbers).values())
+    ones = dict.fromkeys(numbers, 1.0)
+    expected = OP(*(arguments() | dict(zip(names, products, strict=True)) | ones).values())
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_number_may_lie_on_the_cpu_beside_tensors_on_meta() -> None:
+    args = arguments() | {"kd_weight_S": torch.tensor(0.5)}
+    where = {
+        name: x.to("meta") if isinstance(x, Tensor) and x.dim() else x for name, x in args.items()
+    }
+    assert all(x.is_meta for x in OP(*where.values()))
+    where["scores"] = args["scores"]
+    with pytest.raises(UserError, match="mixture_distillation has tensors on meta and others"):
+        OP(*where.values())
+
+
 @pytest.fixture(params=["cpp", "triton"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """C++ carries its own gradients, Triton's are carried in Python: here both those of the CPU's

@@ -210,6 +210,7 @@ def test_a_difference_names_recipe_and_results(
     found = diff_runs(first, second)
     assert found["recipe"] == {"seed": [0, 3]}
     assert found["results"]["last top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
+    assert found["results"]["whole epochs"] == [3, 3]  # results stand there where they agree too
     assert run_command(["diff", str(first), str(second)]) == 0
     assert "seed: 0 | 3" in capsys.readouterr().out
 
