@@ -27,6 +27,7 @@ from fastokd.errors import UserError, warn
 from fastokd.models import Student, create_model
 from fastokd.names import in_utf8
 from fastokd.recipe_type import Recipe
+from fastokd.torch_file import refuse_what_is_none
 from fastokd.training.metric_lines import MetricLines, Row
 
 STUDENT = "student.safetensors"
@@ -315,6 +316,7 @@ def _from_file(path: Path) -> Weights:
                 path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}
             )
     except (OSError, SafetensorError) as error:
+        refuse_what_is_none(path)
         raise UserError(
             f"{path} can't be read as a {STUDENT}: {error}; an author's .pth is turned into one "
             "by `fastokd convert`"

@@ -7,80 +7,22 @@ A state dict may be the file or stand in a whole training state, under wrappers'
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastokd.errors import UserError
-
-
-class _Unread:
-    """Stands for a value that a training state holds beside the weights; takes what the file gives
-    it, and keeps none of it."""
-
-    def __new__(cls, *_: Any) -> _Unread:
-        return object.__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class _Dictionary:
-    """Stands for a class of dictionaries."""
-
-    def __new__(cls, *_: Any) -> Any:
-        return {}
-
-
-_NUMPY = [
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
-      for name in ("scalar", "_reconstruct")),
-    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
-    *(f"numpy.{name}" for name in ("dtype", "ndarray", "bool_", "str_")),
-    *(f"numpy.{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)
-      if (kind, bits) != ("float", 8)),
-]  # fmt: skip
-_PATHS = [
-    f"{module}.{pure}{kind}Path"
-    for module in ("pathlib", "pathlib._local")
-    for pure in ("", "Pure")
-    for kind in ("", "Posix", "Windows")
-]
-_LIGHTNING = [
-    f"{package}.AttributeDict"
-    for package in (
-        "pytorch_lightning.utilities.parsing",
-        "lightning.pytorch.utilities.parsing",
-        "lightning_fabric.utilities.data",
-        "lightning.fabric.utilities.data",
-    )
-]
-_TYPES = [
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
-      for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
-    "datetime.datetime",
-    "datetime.timedelta",
-    "types.SimpleNamespace",
-    "torch.torch_version.TorchVersion",
-]  # fmt: skip
-# What else training states hold. The file's names are never looked up: NumPy's own code isn't called
-# with what a file says.
-_STANDS_FOR: list[Any] = [
-    argparse.Namespace,
-    *((_Unread, name) for name in (*_NUMPY, *_PATHS, *_TYPES)),
-    *((_Dictionary, name) for name in ("collections.defaultdict", *_LIGHTNING)),
-]
+from fastokd.stand_ins import Unread, stand_ins, strangers
 
 # Where trainers put a model's state dict within their checkpoint.
 PLACES = (
@@ -96,12 +38,12 @@ PLACES = (
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)")
 _NO_MODEL = re.compile(r"optim|sched|scaler|criterion|loss|metric|config|args|hyper|hparam|rng")
 # Modules that wrap a network: their names stand before all of its keys,
-_AROUND = ("module", "model", "net", "network", "_orig_mod", "_forward_module")
+AROUND = ("module", "model", "net", "network", "_orig_mod", "_forward_module")
 # or, where a part of it was wrapped, within.
-_WITHIN = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What a trainer's module has beside its network.
+WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What a trainer's module has beside its network: a word of these in its name.
 _BESIDE = re.compile(
-    r"(criterion|loss|metric|train|val|test|ema|n_averaged)|.*(_ema|_loss|_metrics?)$"
+    r"n_averaged|(.*_)?(criterion|loss|metrics?|acc|accuracy|train|val|test|ema)(_.*)?"
 )
 
 
@@ -134,84 +76,134 @@ def state_dict_in(path: Path) -> StateDict:
     """
     content = unpickled(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
+        why = ", which could run code: save its state_dict()" if isinstance(content, Unread) else ""
+        raise UserError(f"{path} holds no state dict, but a {type(content).__name__}{why}")
     found = dict(_state_dicts(content))
     if not found:
-        raise UserError(f"{path} holds no state dict: it has {_some(content)}")
-    trained = [place for place in found if not _AVERAGE.search(place)] or list(found)
-    named = [place for place in trained if place.rpartition(".")[2] in PLACES] or trained
-    if len(named) > 1:
-        raise UserError(
-            f"{path} holds several state dicts, {', '.join(named)}, and doesn't say which is the "
-            "model's: save the one that you mean in a file of its own"
-        )
-    place = named[0]
-    for key, value in found[place].items():
+        raise UserError(f"{path} holds no state dict: it has {_some(content)}{_unread(content)}")
+    place, notes = models_own(path, found, lambda place: place.rpartition(".")[2] in PLACES)
+    # A number or an option of the trainer's has no dot in its name.
+    entries = {
+        key: value
+        for key, value in found[place].items()
+        if isinstance(value, Tensor) or (isinstance(key, str) and "." in key)
+    }
+    for key, value in entries.items():
         if not is_plain(key, value):
             raise UserError(f"{path} has {key!r} among its weights, which is no plain tensor")
-    averages = [other for other in found if other != place and _AVERAGE.search(other)]
-    notes = [f"{path} holds an average too, {', '.join(averages)}: {place} is taken"]
-    return StateDict(_unwrapped(found[place]), place, content, tuple(notes if averages else ()))
+    weights, within = _unwrapped(path, entries)
+    return StateDict(weights, place, content, (*notes, *within))
+
+
+def models_own(
+    path: Path, places: Collection[str], is_usual: Callable[[str], bool]
+) -> tuple[str, list[str]]:
+    """Which of ``places`` has the model's own weights, and what a user should know of the choice.
+
+    Raises:
+        UserError: several are no averages, and not just one ``is_usual``.
+    """
+    trained = [place for place in places if not _AVERAGE.search(place)] or list(places)
+    usual = [place for place in trained if is_usual(place)] or trained
+    if len(usual) > 1 and "" not in usual:
+        raise UserError(
+            f"{path} holds several state dicts, {', '.join(usual)}, and doesn't say which is the "
+            "model's: save the one that you mean in a file of its own"
+        )
+    own = "" if "" in usual else usual[0]
+    return own, _averages(path, (place for place in places if place != own), own)
+
+
+def _averages(path: Path, others: Iterable[str], own: str) -> list[str]:
+    averages = [place for place in others if _AVERAGE.search(place)]
+    taken = own or "what stands outside it"
+    note = f"{path} holds an average too, {', '.join(averages)}: {taken} is taken"
+    return [note] if averages else []
 
 
 def _state_dicts(content: dict[Any, Any], at: str = "", deep: int = 3) -> Iterator[tuple[str, Any]]:
-    """Every state dict and its place: a mapping with tensors, and no mapping, in it."""
-    if not any(isinstance(value, dict) for value in content.values()):
-        if any(isinstance(value, Tensor) for value in content.values()):
-            yield at, content
-        return
+    """Every state dict and its place: a mapping with tensors; where mappings stand among these, one
+    of them has a name as within a network."""
+    tensors = [key for key, value in content.items() if isinstance(value, Tensor)]
+    nested = any(isinstance(value, dict) for value in content.values())
+    if tensors and not (nested and all("." not in str(k) or _NO_MODEL.search(k) for k in tensors)):
+        yield at, content
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, dict) and deep and not _NO_MODEL.search(key):
             yield from _state_dicts(value, f"{at}.{key}" if at else key, deep - 1)
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same under the keys of the network within all wrappers."""
-    plain = {_WITHIN.sub("", key): value for key, value in weights.items()}
+def _unwrapped(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The same under the keys of the network within all wrappers, and what a user should know."""
+    plain = {WITHIN.sub("", key): value for key, value in weights.items()}
+    notes: list[str] = []
     while True:
-        heads = {key.partition(".")[0] for key in plain}
-        around = [h for h in heads if h in _AROUND and h not in plain]
+        heads = dict.fromkeys(key.partition(".")[0] for key in plain)
+        around = [h for h in heads if h in AROUND and h not in plain]
         beside = [h for h in heads if h not in around and _BESIDE.fullmatch(h)]
         if len(around) != 1 or len(heads) != 1 + len(beside):
-            return plain
+            return plain, notes
         (head,) = around
+        notes += _averages(path, (h for h in beside if h not in plain), head)
         plain = {
             k.removeprefix(f"{head}."): v for k, v in plain.items() if k.startswith(f"{head}.")
         }
 
 
 def _some(content: dict[Any, Any]) -> str:
-    names = [repr(key) for key in content]
-    return (
-        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        or "nothing"
-    )
+    return some([repr(key) for key in content]) or "nothing"
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _unread(content: dict[Any, Any], deep: int = 1) -> str:
+    """Why weights may be missed: the first value that wasn't read."""
+    for key, value in content.items():
+        if isinstance(value, Unread):
+            name = type(value).__name__
+            if name.startswith("numpy.") and not name.endswith(".scalar"):
+                return f"; {key!r} is a NumPy array: save each as a tensor, by torch.from_numpy"
+            return f"; {key!r} is a {name}, which could run code: save its state_dict() instead"
+        if isinstance(value, dict) and deep and (found := _unread(value, deep - 1)):
+            return found
+    return ""
 
 
 def unpickled(path: Path) -> Any:
     """The file's content, built of tensors and plain values alone; what else training states hold
-    beside them (NumPy's numbers, paths, dates) is there without its value.
+    beside them (NumPy's numbers, paths, dates, objects of any class) is there without its value. The
+    file's names are never looked up. A safetensors file under another name is read as what it is.
 
     Raises:
-        UserError: it can't be read, holds anything else, or unpacks to more than it holds.
+        UserError: it can't be read, or unpacks to more than it holds.
     """
+    refuse_what_is_none(path)
     _refuse_a_bomb(path)
+    kinds = stand_ins(_pickles(path))
+    # A trainer's options are read, for what they say.
+    known: list[Any] = [argparse.Namespace, *((kind, name) for name, kind in kinds.items())]
     try:
-        with torch.serialization.safe_globals(_STANDS_FOR), warnings.catch_warnings():
+        if is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
             # Of pickle protocols that these files weren't written with.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, TypeError, AttributeError) as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "Unsupported operand" in str(error):
             raise UserError(
                 f"{path} is no checkpoint of torch, or is damaged, or was written with another "
                 "pickle protocol than torch's: save it again by torch.save without pickle_protocol"
             ) from error
-        if found is None:
+        names = [found.group(1)] if found else strangers(kinds)
+        if not names:
             raise UserError(f"{path} is no checkpoint of torch, or is damaged") from error
         raise UserError(
-            f"{path} is refused: beside tensors and plain values it holds {found.group(1)}, which "
+            f"{path} is refused: beside tensors and plain values it holds {some(names)}, which "
             "could run code; save its state dict alone where you trust it"
         ) from error
     except OSError as error:
@@ -221,18 +213,55 @@ def unpickled(path: Path) -> Any:
         raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
 
 
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """Those in a file of torch's, each at its begin."""
+    if _is_zip(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    yield io.BytesIO(archive.read(name))
+    else:
+        with open(path, "rb") as file:
+            for _ in range(4):  # the old format's number, version and machine, and the content
+                yield file
+
+
 def is_plain(key: Any, value: Any) -> bool:
     """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided
     return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
 
 
-def _is_zip(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as those of safetensors do, whatever its name."""
+    begins = _begins(path)
+    size = int.from_bytes(begins[:8], "little")
+    return begins[8:9] == b"{" and size + 8 <= path.stat().st_size
+
+
+def refuse_what_is_none(path: Path) -> None:
+    """Says what was fetched in place of a file of weights.
+
+    Raises:
+        UserError: it is a pointer to the file, or a web page.
+    """
+    begins = _begins(path).lstrip().lower()
+    if begins.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-LFS pointer in place of the file: get it by git lfs pull")
+    if begins.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page in place of the file: download the file itself")
+
+
+def _begins(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"PK\x03\x04"
+            return file.read(100)
     except OSError:
-        return False
+        return b""
+
+
+def _is_zip(path: Path) -> bool:
+    return _begins(path).startswith(b"PK\x03\x04")
 
 
 def _refuse_a_bomb(path: Path) -> None:
@@ -245,6 +274,11 @@ def _refuse_a_bomb(path: Path) -> None:
             return  # of torch's old format, or no checkpoint: the reader says so
         # torch's reader of zips is another: what this one can't look through isn't given to it.
         raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
+    if any(re.fullmatch(r"[^/]+/constants\.pkl", member.filename) for member in members):
+        raise UserError(
+            f"{path} is a TorchScript archive, whose code isn't run: save its state_dict() by "
+            "torch.save"
+        )
     if any(member.compress_type for member in members) or (
         sum(member.file_size for member in members) > path.stat().st_size
     ):

@@ -8,7 +8,7 @@ one of their own, drawn by the seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from fastokd.errors import UserError
 from fastokd.models import Student, create_model
 from fastokd.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
 from fastokd.student_file import Weights, read_weights
-from fastokd.torch_file import state_dict_in
+from fastokd.torch_file import AROUND, WITHIN, is_safetensors, models_own, state_dict_in
 
 # torchvision's GoogLeNet and Inception have these; students are built without.
 AUXILIARY = ("aux", "AuxLogits.")
+# How many wrappers' names may stand before a network's keys.
+DEEP = 4
 
 
 def begin_from(
@@ -68,13 +70,13 @@ def _fill(
         )
     (name,) = names
     classifier = _classifier(name, cohort.num_classes, cohort.model_options)
-    state, left_out = _fitting(given, name, cohort, classifier)
+    state, left_out, chosen = _fitting(given, name, cohort, classifier)
     known = list(given.fact("class_names")) if "class_names" in given.facts else None
     why = ""
     if any(key not in state for key in classifier) or (known and known != list(class_names)):
         why = _other_classes(given, known, class_names)
         state = {key: value for key, value in state.items() if key not in classifier}
-    notes = [f"{name} begins from {given.path}"]
+    notes = [f"{name} begins from {given.path}", *chosen]
     if left_out:
         notes.append(f"left out, as auxiliary: {some(left_out)}")
     if why:
@@ -111,18 +113,28 @@ def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
 
 
 def _fitting(
-    given: Weights, name: str, cohort: Cohort, classifier: Iterable[str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's entries under our keys, a classifier of another shape left out; and what else was.
+    given: Weights, name: str, cohort: Cohort, classifier: Collection[str]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The file's entries under our keys, a classifier of another shape left out; what else was; and
+    what a user should know of the choice.
 
     Raises:
-        UserError: what is left doesn't fit, by key.
+        UserError: what is left doesn't fit, by key; integers in place of weights.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Student = create_model(name, cohort.num_classes, **cohort.model_options)
     wanted = model.state_dict()
     ours = {model.published_key(key): key for key in wanted}
-    state = {ours.get(key, key): value for key, value in given.state.items()}
+
+    def is_network(keys: Iterable[str], *, whole: bool) -> bool:
+        found = {ours.get(key, key) for key in keys}
+        needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+        if whole:
+            needed -= set(classifier)
+        return needed <= found and all(k in wanted or k.startswith(AUXILIARY) for k in found)
+
+    theirs, chosen = _network_in(given, is_network)
+    state = {ours.get(key, key): value for key, value in theirs.items()}
     left_out = [key for key in state if key not in wanted and key.startswith(AUXILIARY)]
     layout = {key: (key, value.shape) for key, value in wanted.items()}
     for key in classifier:
@@ -133,7 +145,45 @@ def _fitting(
     faults = faults_of(state, layout)
     if faults:
         raise UserError(f"{given.path} is no {name}: {described(faults)[1]}")
-    return state, left_out
+    for key, value in state.items():
+        if wanted[key].is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{given.path} has {model.published_key(key)} in {kind}, and weights are in floating "
+                "point: save it so, dequantised where it was quantised"
+            )
+    return state, left_out, chosen
+
+
+def _network_in(
+    given: Weights, is_network: Callable[..., bool]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The file's entries under the keys of the network: those under one common prefix are its, where
+    they are just a network's, whatever stands beside; else all.
+
+    Args:
+        is_network: of keys, and of whether they are all that the file has.
+    """
+    plain = {WITHIN.sub("", key): value for key, value in given.state.items()}
+    under: dict[str, dict[str, Tensor]] = {"": plain}
+    for key, value in plain.items():
+        end = -1
+        for _ in range(DEEP):
+            end = key.find(".", end + 1)
+            if end < 0:
+                break
+            under.setdefault(key[: end + 1], {})[key[end + 1 :]] = value
+    found = [at for at, own in under.items() if is_network(own, whole=len(own) == len(plain))]
+    if not found or "" in found:
+        return plain, []
+    under[""] = {key: value for key, value in plain.items() if not key.startswith(tuple(found))}
+    if is_network(under[""], whole=False):
+        found.append("")
+    at, notes = models_own(given.path, found, lambda at: {*at[:-1].split(".")} <= {*AROUND})
+    beside = [key for key in plain if not key.startswith(tuple(found))]
+    if beside:
+        notes.append(f"left out, as beside the network: {some(beside)}")
+    return under[at], notes
 
 
 def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str]) -> str:
@@ -147,7 +197,7 @@ def _read(path: Path) -> tuple[Weights, list[str]]:
     cohort the student that is kept. And what should be known of the choice."""
     if not path.exists():
         raise UserError(f"--init is {path}, and there is no such file")
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors" or is_safetensors(path):
         return read_weights(path), []
     found = state_dict_in(path)
     if sharing_of(found.weights)[0] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,68 @@ def test_where_trainers_put_it(tmp_path: Path, place: str) -> None:
     assert "conv1.weight" in same(made.student_state(0), weights())
 
 
+def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value + 1 for key, value in state.items()}
+
+
+BESIDE = {"projector.weight": torch.ones(2, 2)}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("form", "note"),
+    [
+        (lambda s: behind("module.", s), ""),
+        (lambda s: behind("model.", s), ""),
+        (lambda s: behind("_orig_mod.", s), ""),
+        (lambda s: behind("module._orig_mod.", s), ""),
+        (lambda s: behind("_fsdp_wrapped_module.", s), ""),
+        (lambda s: behind("backbone.", s), ""),
+        (lambda s: {**behind("backbone.", s), **BESIDE}, "beside the network: projector.weight"),
+        (lambda s: {**behind("net.", s), **behind("teacher.", other(s))}, ""),
+        (lambda s: {**behind("model.", s), **behind("ema_model.module.", other(s))}, "an average"),
+        (lambda s: {**behind("student.", s), **behind("student_ema.", other(s))}, "an average"),
+        (lambda s: {**s, **behind("ema_model.module.", other(s))}, "an average"),
+        (lambda s: behind("ema_model.module.", s), ""),
+    ],
+)
+def test_the_one_group_that_is_the_network_is_taken(
+    form: Any, note: str, suffix: str, tmp_path: Path
+) -> None:
+    """Whatever stands beside it, and whatever stands before its keys."""
+    file = tmp_path / f"w.{suffix}"
+    content = form(weights())
+    save_file(content, file) if suffix != "pth" else torch.save(content, file)
+    made = cohort(students=1)
+    notes = begin_from(made, [file], NAMES, 0)
+    assert same(made.student_state(0), weights()) >= {"conv1.weight", "fc.weight"}
+    assert note in "; ".join(notes)
+
+
+def test_without_a_classifier_only_where_it_is_all(tmp_path: Path) -> None:
+    """Else what stands beside may be the classifier."""
+    body = {k: v for k, v in behind("backbone.", weights()).items() if ".fc." not in k}
+    made = cohort(students=1)
+    begin_from(made, [saved(tmp_path / "body.pth", body)], NAMES, 0)
+    assert "conv1.weight" in same(made.student_state(0), weights())
+    file = saved(tmp_path / "headed.pth", {**body, "head.fc.weight": weights()["fc.weight"]})
+    with pytest.raises(UserError, match=r"extra: backbone\.conv1\.weight"):
+        begin_from(made, [file], NAMES, 0)
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    """But a count of batches may be of any kind."""
+    state = {k: v.to(torch.int32) if v.dim() == 0 else v for k, v in weights().items()}
+    begin_from(cohort(students=1), [saved(tmp_path / "w.pth", state)], NAMES, 0)
+    state["fc.weight"] = state["fc.weight"].to(torch.int32)
+    with pytest.raises(UserError, match=r"w\.pth has fc\.weight in int32"):
+        begin_from(cohort(students=1), [saved(tmp_path / "w.pth", state)], NAMES, 0)
+
+
 def test_a_foreign_model_in_its_own_names(tmp_path: Path) -> None:
     """torchvision's keys have no ``net.``; an auxiliary classifier is left out, and said."""
     name = "torchvision:squeezenet1_1"
@@ -145,7 +208,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     wide = {**state, "conv1.weight": torch.ones(64, 3, 7, 7)}
     saved(tmp_path / "code.pth", Hostile())
     save_file(lacking, tmp_path / "lacking.safetensors")
+    two = {**behind("student.", state), **behind("teacher.", state)}
     cases = [
+        (
+            [saved(tmp_path / "two.pth", two).name],
+            r"several state dicts, student\., teacher\., and",
+        ),
         (["lacking.safetensors"], r"1 missing: conv1.weight; 1 extra: head.weight"),
         ([saved(tmp_path / "wide.pth", wide).name], r"conv1.weight \(\[64, 3, 7, 7\], not"),
         (["code.pth"], "could run code"),

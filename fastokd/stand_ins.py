@@ -1,0 +1,114 @@
+"""Classes that stand for what a pickle names, so that torch's reader reads the rest; none runs code.
+
+torch reads tensors, and calls nothing but what it knows or was told of. It is told of a class that
+does nothing for every other name: none of the file's names is ever looked up.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import IO, Any
+
+
+class Unread:
+    """Stands for a value that isn't read: takes what the file gives it, and keeps none of it. Each of
+    the file's types has a subclass of its own, of the same name."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _Dictionary(Unread):
+    """Stands for a class of dictionaries: of these the entries are read."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class _List(Unread):
+    """Stands for a class that is filled as a list is."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+_FILLED_AS = {"APPEND": _List, "APPENDS": _List, "SETITEM": _Dictionary, "SETITEMS": _Dictionary}
+# Read as it is, for the options that it says.
+_READ = ("argparse.Namespace",)
+# More names than a training state has would slow torch's reader down.
+MOST_NAMES = 200
+# What every file of tensors names.
+_TORCHS = re.compile(
+    r"torch\.(\w+|(_utils|_tensor)\.\w+|nn\.parameter\.Parameter|serialization\._get_layout)"
+    r"|collections\.(OrderedDict|Counter)|_codecs\.encode"
+)
+
+
+def stand_ins(pickles: Iterable[IO[bytes]]) -> dict[str, type]:
+    """A class for every type and function that the pickles name. torch prefers its own to these, and
+    refuses what isn't among them: all of a file that can't be looked through, or names too many."""
+    kinds: dict[str, type] = {}
+    try:
+        for file in pickles:
+            _look_through(file, kinds)
+    except Exception:  # what is wrong with it, torch's reader says
+        return {}
+    if len(kinds) > MOST_NAMES:
+        return {}
+    # torch knows some of Python 2's names by those of Python 3: each is given under both.
+    made = {name: type(_name_now(name), (kind,), {}) for name, kind in kinds.items()}
+    both = made | {kind.__name__: kind for kind in made.values()}
+    return {name: kind for name, kind in both.items() if name not in _READ}
+
+
+def _name_now(name: str) -> str:
+    """What Python 3 calls what Python 2 called ``name``."""
+    module, _, attribute = name.rpartition(".")
+    renamed = (IMPORT_MAPPING.get(module, module), attribute)
+    return ".".join(NAME_MAPPING.get((module, attribute), renamed))
+
+
+def strangers(kinds: dict[str, type]) -> list[str]:
+    """The names of those of ``kinds`` that don't stand for torch's own for tensors."""
+    names = dict.fromkeys(kind.__name__ for kind in kinds.values())
+    return [name for name in names if not _TORCHS.fullmatch(name)]
+
+
+def _look_through(file: IO[bytes], kinds: dict[str, type]) -> None:
+    """Adds one pickle's names, and how their objects are filled: the stack has a name where an
+    unpickler's has what it stands for, or an object of it."""
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name, before = opcode.name, opcode.stack_before
+        if name == "GLOBAL":
+            module, _, attribute = str(argument).partition(" ")
+            stack.append(f"{module}.{attribute}")
+            if re.fullmatch(r"[\w.]+", stack[-1]):
+                kinds.setdefault(stack[-1], Unread)
+        elif "PUT" in name:
+            memo[argument] = stack[-1]
+        elif "GET" in name:
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(pickletools.markobject)
+        else:
+            if pickletools.markobject in before:
+                while stack.pop() is not pickletools.markobject:
+                    pass
+                before = before[: before.index(pickletools.markobject)]
+            taken = [stack.pop() for _ in before]
+            if name in _FILLED_AS and taken[-1] in kinds:
+                kinds[taken[-1]] = _FILLED_AS[name]
+            same = name in (*_FILLED_AS, "REDUCE", "NEWOBJ", "BUILD")
+            stack += [taken[-1]] if same else [None] * len(opcode.stack_after)
