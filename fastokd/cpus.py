@@ -17,7 +17,7 @@ from pathlib import Path
 # How often a thread of libgomp looks for work before it sleeps. libgomp's own 300,000 take a core
 # from another program after each of a step's thousands of parallel regions; with none a thread is
 # woken in each of them. bench/bench_two_programs.py measures what lies between.
-SPIN_COUNT = 1000
+SPIN_COUNT = 1500
 # Either of these says how threads wait, OpenMP's own setting or libgomp's.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Either of these says how many there are.
@@ -151,7 +151,7 @@ def waiting() -> str:
 
 def said() -> str:
     """What was chosen, why, and who else is there, in a line: ``2 threads on 2 CPUs (spin count
-    1000); nothing else runs on them``. Takes 0.2 s."""
+    1500); nothing else runs on them``. Takes 0.2 s."""
     import torch
 
     usable, ranks, quota = usable_cpus(), ranks_here(), cpu_quota()
