@@ -267,6 +267,10 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
         authors.load(path, model="resnet20", num_classes=10)
     with pytest.raises(UserError, match="student is 1, but the file has 0 to 0"):
         authors.read(path, model="resnet20").student(1)
+    # Which model it is isn't said: the sentence names the one that fits but for a key.
+    write(path, {key: value for key, value in state.items() if key != "bn1.weight"}, cfg="anything")
+    with pytest.raises(UserError, match="nearest to resnet20 with 100 classes: 1 missing: bn1"):
+        authors.load(path)
     write(path, state, cfg="resnet20", index="fusion")
     with pytest.raises(UserError, match="FFSD's fusion module"):
         authors.load(path)

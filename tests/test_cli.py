@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from fastokd import cli
 from fastokd.commands.help import keep_docstrings
 from fastokd.device import pick_device
 from fastokd.errors import UserError, unknown_name
+from fastokd.training.run_options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "okddip-branch/resnet8/digits"
@@ -200,6 +202,12 @@ def test_where_there_is_no_name_none_is_offered() -> None:
     assert str(unknown_name("option", "warmth", [])) == "unknown option 'warmth': there is none"
 
 
+def test_of_many_names_the_rest_is_counted() -> None:
+    names = [f"{number:02}" for number in range(62)]
+    for count, end in ((60, "58, 59"), (61, "58, 59 and 1 more"), (62, "58, 59 and 2 more")):
+        assert str(unknown_name("option", "warmth", names[:count])).endswith(end)
+
+
 def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys)
     assert (code, err) == (0, "")
@@ -265,3 +273,57 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="'cuda:2', but this machine's GPUs end at cuda:1"):
         pick_device("cuda:2")
+
+
+def test_every_option_of_train_is_the_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No option is dropped on the way; each is given a value that isn't its default."""
+    asked: dict[str, object] = {
+        "data_root": tmp_path / "data",
+        "download": True,
+        "device": "cpu",
+        "precision": "fp32",
+        "engine": "loop",
+        "compile": True,
+        "memory_format": "contiguous",
+        "capture": True,
+        "impl": "torch",
+        "loader": "torchvision",
+        "workers": 3,
+        "teacher": tmp_path / "teacher.safetensors",
+        "init": ("a.pth", "b.pth"),
+        "out": tmp_path / "run",
+        "resume": True,
+        "max_steps": 7,
+        "overfit_batch": True,
+        "optimizer": "apex-sgd",
+        "accumulate": 2,
+        "clip_norm": 0.5,
+        "skip_nonfinite": 4,
+        "ema": 0.75,
+        "eval_every": 5,
+        "save_every_steps": 6,
+        "save_every_minutes": 2.5,
+        "parallel": "students",
+        "sync_bn": True,
+        "deterministic": True,
+        "show_augmentation": True,
+        "tensorboard": True,
+        "wandb": True,
+        "quiet": True,
+    }
+    assert asked.keys() == {field.name for field in dataclasses.fields(RunOptions)}
+    given: list[str] = []
+    for name, value in asked.items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, tuple) else (value,):
+            given += [flag] if one is True else [flag, str(one)]
+    runs: list[RunOptions] = []
+
+    def record(_: object, options: RunOptions) -> None:
+        runs.append(options)
+
+    monkeypatch.setattr(sys.modules["fastokd.train"], "train", record)
+    assert run(capsys, "train", RECIPE, *given) == (0, "", "")
+    assert [dataclasses.asdict(options) for options in runs] == [asked]

@@ -213,6 +213,7 @@ def test_what_is_reported_is_scored() -> None:
         ("dml/resnet32/cifar100", {"reported": "best"}, "reported is 'best'"),
         ("dml/resnet32/cifar100", {"epochs": 0}, "epochs is 0"),
         ("dml/resnet32/cifar100", {"lr": float("nan")}, "lr is nan"),
+        ("dml/resnet32/cifar100", {"crop_padding": 32}, "it must be below image_size, 32"),
         ("dml/resnet32/cifar100", {"method_options": {"temperature": 0.0}}, "temperature is 0"),
         ("dml/resnet32/cifar100", {"method_options": {"warmth": 1}}, "unknown option of dml"),
         ("dml/resnet32/cifar100", {"method_options": {"temperature": "hot"}}, "is 'hot': it must"),

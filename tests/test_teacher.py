@@ -187,6 +187,8 @@ def test_weights_that_have_seen_the_held_out_images_are_refused(
         ({"model": "resnet14"}, "is no resnet14"),
         ({"model": "resnet9"}, "unknown model"),
         ({"mean": None}, "doesn't say its mean"),
+        ({"mean": "[0.1,"}, "its mean can't be read"),
+        ({"mean": "[" * 100_000}, "its mean can't be read"),
         ({"model": None}, "doesn't say its model"),
     ],
 )

@@ -83,3 +83,11 @@ def test_the_timed_loops_learn(cpp_ops: None) -> None:
     ):
         losses = torch.stack([loop.step() for _ in range(6)])
         assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_loss_of_a_published_step_is_the_first_networks() -> None:
+    loop = loops.PublishedLoop.drawn(recipe("ffsd/resnet8/cifar100", batch_size=4), RunOptions())
+    first, *others = [loss.detach() for loss, _ in loop.losses()]
+    assert others
+    assert all(loss != first for loss in others)
+    torch.testing.assert_close(loop.step(), first)

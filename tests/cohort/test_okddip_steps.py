@@ -123,3 +123,14 @@ def test_cohort_equals_reference(sharing: str, students: int) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("sharing", ["branch", "network"])
+def test_the_published_cohort_gives_logits_and_features_of_every_student(sharing: str) -> None:
+    reference = ReferenceOKDDip("resnet8", 10, 3, sharing).eval()
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    logits, features = reference(x_BCHW)
+    wanted = reference.outputs(x_BCHW)
+    for got, out in ((logits, wanted.logits), (features, wanted.features)):
+        assert len(got) == 3
+        assert all(torch.equal(x, y) for x, y in zip(got, out, strict=True))

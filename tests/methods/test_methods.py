@@ -264,3 +264,9 @@ def test_peers_are_compared_in_fp32_under_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         scores_BSS = peer_scores(query, key, 3)
     torch.testing.assert_close(scores_BSS[:, :2, :2].double(), exact, rtol=1e-6, atol=1e-4)
+
+
+def test_a_ramp_is_kept_as_exact_as_is_asked() -> None:
+    """A method that is called by hand in float64 has its weight in float64."""
+    assert Progress.start(ramp=0.3).ramp.item() == 0.3
+    assert Progress.start(ramp=0.3, dtype=torch.float32).ramp.dtype == torch.float32

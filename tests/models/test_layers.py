@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model, list_models, model_spec, register_model
-from fastokd.models.layers import ConcatChannels, NormAct
+from fastokd.models.layers import ConcatChannels, Dropout, NormAct
 
 FAN_IN = {"densenet_40_12"}
 
@@ -66,6 +66,15 @@ def test_only_swappable_layers_know_their_channels(name: str) -> None:
         assert not leaf or isinstance(module, known + plain), type(module)
         assert not getattr(module, "inplace", False)
         assert not isinstance(module, nn.BatchNorm2d) or isinstance(module, NormAct)
+
+
+def test_a_given_dropout_mask_serves_one_forward() -> None:
+    """A student that is trained on by itself, after an engine, draws its own again."""
+    layer, x_BD = Dropout(0.5, 64), torch.ones(3, 64)
+    layer.mask_BD = torch.full((3, 64), 2.0)
+    assert torch.equal(layer(x_BD), 2 * x_BD)
+    assert (layer(x_BD) == 0).any()
+    assert layer(torch.ones(5, 64)).shape == (5, 64)
 
 
 def test_norm_act_hands_over_to_an_engine() -> None:

@@ -27,6 +27,12 @@ def test_losses_meet_the_published_code(name: str) -> None:
     close(grad, g[f"grad_{name}_loss"])
 
 
+def test_a_shifted_map_in_bf16_is_rounded_once() -> None:
+    other_BCHW = torch.randn(3, 5, 6, 7).bfloat16()
+    exact_BCHW = ops.shifted_map(other_BCHW.float(), impl="torch")
+    assert torch.equal(ops.shifted_map(other_BCHW, impl="torch"), exact_BCHW.bfloat16())
+
+
 def test_shifted_map_meets_the_published_code() -> None:
     g = golden("ffsd_attention")
     close(ops.shifted_map(g["other_map_BCHW"], impl="torch"), g["shifted_map_BCHW"])

@@ -15,6 +15,7 @@ from fastokd.plan.devices import GPUS, Cpu
 from fastokd.plan.ops import Op, Product
 from fastokd.plan.plan import layers, plan
 from fastokd.plan.roofline import fuse, gradient_traffic, launches, student_traffic, terms
+from fastokd.plan.table import lines
 from fastokd.plan.trace import trace_ours, trace_reference
 from fastokd.recipes import recipe
 
@@ -87,6 +88,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "students on GPUs" not in text, "a branch cohort's students share their trunk"
     assert run_command(["plan", "okddip-network/resnet8/cifar100", "--gpus", "2"]) == 0
     assert "students on GPUs" in capsys.readouterr().out
+
+
+def test_the_table_has_each_way_of_sharing_by_its_own_figures() -> None:
+    found = plan(recipe("okddip-network/resnet8/cifar100"), "a100", gpus=2)
+    modelled = found["modelled"]
+    said = {line.split()[0]: line for line in lines(found)}
+    for word, name in (("gradients", "gradient_traffic"), ("students", "students_across_gpus")):
+        assert f" {modelled[f'{name}_bytes'] / 1e6:,.1f} MB a step" in said[word]
+        assert f" {modelled[f'{name}_ms']:.3g} ms" in said[word]
 
 
 def test_hours_count_the_images_that_are_trained_on() -> None:
