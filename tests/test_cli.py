@@ -235,9 +235,14 @@ def test_interrupted_while_it_loads_it_ends_in_silence(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     command = [sys.executable, "-m", "fastokd", "list", "models"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    # What starts the tests may have ignored it, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
