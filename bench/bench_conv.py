@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.turns import Clock, Row, in_turn, main, summary
-from fastokd.training.allocator import keep_freed_memory
+from fastokd.learner.allocator import keep_freed_memory
 
 # Inputs, outputs, side, stride, batch.
 LAYERS = [

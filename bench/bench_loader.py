@@ -29,14 +29,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastokd.data import Augment, Split, dali
-from fastokd.data.manifest import read_manifest
+from fastokd.data import Augment, Split
+from fastokd.data.disk import dali
+from fastokd.data.disk.manifest import read_manifest
+from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import write_photographs
-from fastokd.data.prepared import load_prepared
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.views import View
-from fastokd.prepare import prepare
-from fastokd.training.allocator import keep_freed_memory
+from fastokd.learner.allocator import keep_freed_memory
 
 BATCH = 64
 CIFAR_BATCH = 128

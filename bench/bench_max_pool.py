@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from bench.turns import Clock, Row, in_turn, main, summary
+from fastokd.learner.allocator import keep_freed_memory
 from fastokd.ops.max_pool import max_pool
-from fastokd.training.allocator import keep_freed_memory
 
 SHAPE = (16, 64, 112, 112)
 

@@ -15,7 +15,7 @@ import torch
 from fastokd.device import pick_precision
 from fastokd.plan.check import HEADER, check
 from fastokd.plan.devices import Cpu
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 RECIPES = {
     "okddip-branch/resnet32/cifar100": 128,

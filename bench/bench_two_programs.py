@@ -5,7 +5,7 @@
 
 Every setting is two processes that train for ``--seconds`` when they are told to: one of them, then
 both at once, setting after setting, round after round. The first row is libgomp's own setting. A
-ratio is one round's. ``fastokd.cpus.SPIN_COUNT`` is what every program of ours takes: at most 5% slower
+ratio is one round's. ``fastokd.host.cpus.SPIN_COUNT`` is what every program of ours takes: at most 5% slower
 alone than the first row, at most 2.5 times slower beside an equal than alone.
 """
 
@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastokd.cpus import SPIN_COUNT, WAITING, said
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions, Session
-from fastokd.training.trial import next_batch, time_steps
+from fastokd.host.cpus import SPIN_COUNT, WAITING, said
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions, Session
+from fastokd.run.trial import next_batch, time_steps
 
 # What libgomp takes where there are no more threads than CPUs.
 OWN = 300_000

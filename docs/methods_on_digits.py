@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.device import environment, pick_device
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 from fastokd.report.statistics import Sample
 from fastokd.report.summary import summarise
-from fastokd.training.session import RunOptions
-from fastokd.settings import parse_seeds
-from fastokd.sweep import run_or_resume
+from fastokd.run.session import RunOptions
+from fastokd.recipe.settings import parse_seeds
+from fastokd.run.sweep import run_or_resume
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "methods_on_digits.json", HERE / "methods_on_digits.md"

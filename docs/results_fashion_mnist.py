@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastokd.checkpoint import write_durably
-from fastokd.recipes import recipe
-from fastokd.sweep import run_or_resume
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import recipe
+from fastokd.run.sweep import run_or_resume
+from fastokd.run.session import RunOptions
 
 KEPT = Path(__file__).parent / "fashion_mnist"
 MODEL = "resnet8"

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 from fastokd.report.plots import draw_all, on_white
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.statistics import Sample, welch
-from fastokd.training.run_folder import Run
+from fastokd.run.folder import Run
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "fashion_mnist", HERE / "results.md"

@@ -3,19 +3,19 @@
 __version__ = "0.1.0"
 
 # Before torch, which is loaded by all others.
-from fastokd import before_torch  # noqa: F401  # isort: skip
+from fastokd.host import before_torch  # noqa: F401  # isort: skip
 
 # Imported here, not on first use: ``train`` and ``evaluate`` are functions and modules by one
 # name, and the function must be what ``fastokd.train`` means whoever imported the module first.
-from fastokd import cpus
 from fastokd.cohort import Cohort, CohortOutput
 from fastokd.data import list_datasets
 from fastokd.errors import UserError
+from fastokd.host import cpus
 from fastokd.methods import Method, MethodLoss, list_methods
 from fastokd.models import list_models
-from fastokd.recipes import Recipe, list_recipes, recipe
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import Recipe, list_recipes, recipe
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
 
 from fastokd.evaluate import evaluate  # isort: skip
 from fastokd.train import train  # isort: skip

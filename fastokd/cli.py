@@ -20,11 +20,11 @@ from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
 from fastokd.distributed.launch import of_the_first_rank
 from fastokd.errors import DISK, UserError
+from fastokd.host.names import on_a_line
+from fastokd.host.streams import guarded, open_missing, reason
 from fastokd.methods import register_method
-from fastokd.names import on_a_line
-from fastokd.streams import guarded, open_missing, reason
-from fastokd.training.interruption import Interrupted
-from fastokd.training.loggers import still_busy
+from fastokd.run.interruption import Interrupted
+from fastokd.run.loggers import still_busy
 
 INTERRUPTED = 130  # by ^C, as shells have it
 # What shells have for a program whose reader went away.

@@ -13,13 +13,13 @@ from rich.table import Table
 from fastokd.commands.help import keep_docstring
 from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
-from fastokd.recipes import recipe
+from fastokd.host.streams import console, open_missing, say
+from fastokd.recipe.names import recipe
+from fastokd.recipe.settings import parse_seeds
 from fastokd.report.page import report
-from fastokd.settings import parse_seeds
-from fastokd.streams import console, open_missing, say
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
 from fastokd.train import train
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd import cpus
 from fastokd.errors import UserError
+from fastokd.host import cpus
 
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}

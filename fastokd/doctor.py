@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from fastokd import cpus
-from fastokd.caches import cache_root
 from fastokd.device import pick_device, pick_precision
+from fastokd.host import cpus
+from fastokd.host.caches import cache_root
+from fastokd.learner.optimizers import apex_missing
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import IMPLS, choose, unavailable
 from fastokd.ops.fused_bn_act import ON_A_GPU
-from fastokd.training.optimizers import apex_missing
 
 OPS = (
     "mixture_distillation",

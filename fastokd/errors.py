@@ -6,7 +6,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-from fastokd.streams import warn as warn
+from fastokd.host.streams import warn as warn
 
 
 class UserError(ValueError):

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd import authors
 from fastokd.checkpoint import run_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskStream, load_dataset
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Ranks
-from fastokd.distributed.state import share_state
 from fastokd.errors import UserError
+from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
-from fastokd.recipes import Recipe
-from fastokd.training.parts import evaluation_stream
-from fastokd.training.session import RunOptions, Session
+from fastokd.recipe.names import Recipe
+from fastokd.run.build import evaluation_stream
+from fastokd.run.session import RunOptions, Session
+from fastokd.student import authors
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Scores a run folder's newest checkpoint, or one checkpoint, on its data set.
 
-    A file is taken as one of the papers' authors (:mod:`fastokd.authors`): it needs a ``dataset``,
+    A file is taken as one of the papers' authors (:mod:`fastokd.student.authors`): it needs a ``dataset``,
     and takes a ``model`` where its keys don't say which it is.
 
     Returns:

@@ -11,26 +11,26 @@ from typing import Any
 
 from torch import Tensor
 
-from fastokd import cpus
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
-from fastokd.names import on_a_line
-from fastokd.recipes import Recipe
-from fastokd.streams import say
-from fastokd.training.display import Display
-from fastokd.training.interruption import ECHO, Keeper, StopRequest
-from fastokd.training.loggers import check_installed, loggers
-from fastokd.training.nonfinite import settle
-from fastokd.training.out_of_memory import saying_what_fits
-from fastokd.training.run_facts import RunFacts
-from fastokd.training.run_folder import Run, RunFolder
-from fastokd.training.session import RunOptions, Session, run_path
-from fastokd.training.step import training_step
-from fastokd.training.tuning import tune
-from fastokd.training.watchers import Watchers
+from fastokd.host import cpus
+from fastokd.host.names import on_a_line
+from fastokd.host.streams import say
+from fastokd.learner.step import training_step
+from fastokd.recipe.names import Recipe
+from fastokd.run.display import Display
+from fastokd.run.facts import RunFacts
+from fastokd.run.folder import Run, RunFolder
+from fastokd.run.hooks import Watchers
+from fastokd.run.interruption import ECHO, Keeper, StopRequest
+from fastokd.run.loggers import check_installed, loggers
+from fastokd.run.nonfinite import settle
+from fastokd.run.out_of_memory import saying_what_fits
+from fastokd.run.session import RunOptions, Session, run_path
+from fastokd.run.tuning import tune
 
 __all__ = ["resume", "train", "train_epoch", "training_step"]
 

@@ -19,7 +19,8 @@ from fastokd import cli
 from fastokd.commands.help import keep_docstrings
 from fastokd.device import pick_device
 from fastokd.errors import UserError, unknown_name
-from fastokd.training.run_options import RunOptions
+from fastokd.recipe import settings
+from fastokd.run.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "okddip-branch/resnet8/digits"
@@ -42,7 +43,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
 
 
 def test_every_listed_recipe_resolves() -> None:
-    from fastokd.recipes import list_recipes, recipe
+    from fastokd.recipe.names import list_recipes, recipe
 
     for name in list_recipes():
         assert recipe(name).name == name
@@ -222,7 +223,7 @@ def test_interrupted_is_no_traceback(
 
     monkeypatch.setattr("fastokd.list_models", interrupted)
     assert run(capsys, "list", "models") == (130, "", "fastokd: interrupted\n")
-    monkeypatch.setattr("fastokd.settings.plan", interrupted)
+    monkeypatch.setattr(settings, "plan", interrupted)
     code, _, err = run(capsys, "train", RECIPE)
     assert (code, err) == (
         130,

@@ -8,7 +8,7 @@ import pytest
 
 from fastokd import demo
 from fastokd.data import load_dataset
-from fastokd.training.run_folder import Run
+from fastokd.run.folder import Run
 
 
 def test_nearest_neighbours_are_the_bar_to_clear() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastokd import authors
 from fastokd.benchmark.loops import PublishedLoop
 from fastokd.benchmark.peak import MatmulPeak
 from fastokd.device import CASTS, PRECISIONS, staged, use_device
 from fastokd.evaluate import evaluate_published
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions, Session
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions, Session
+from fastokd.student import authors
 
 RECIPE = recipe("okddip-branch@2/resnet8/digits")
 SECOND = RunOptions(device="cuda:1")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastokd import authors
 from fastokd.cli import run_command
 from fastokd.cohort import Cohort
-from fastokd.data import fashion_mnist
 from fastokd.data.photographs import write_photographs
+from fastokd.data.sets import fashion_mnist
 from fastokd.models import create_model
+from fastokd.student import authors
 from tests.data.make import write_cifar, write_fashion_mnist, write_folder
 from tests.documented import (
     ELSEWHERE,
@@ -125,7 +125,7 @@ def test_the_commands_of_a_page(
             if arguments[0] == "train":  # whose page takes seconds to draw
                 patch.setattr("fastokd.report.page.report", lambda runs: None)
             if any(word in MANY_RUNS for word in arguments):
-                patch.setattr("fastokd.sweep.train", fake)
+                patch.setattr("fastokd.run.sweep.train", fake)
             assert run_command(arguments) == 0, f"{command.text}\n{capsys.readouterr().err}"
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.methods import list_methods, register_method
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHORT = ["--max-steps", "2", "--quiet", "--engine", "loop", "--device", "cpu"]

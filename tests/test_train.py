@@ -22,13 +22,15 @@ from fastokd.cohort import Cohort
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
+from fastokd.learner import optimizers
+from fastokd.learner.state import as_state
 from fastokd.models import create_model
-from fastokd.recipes import Recipe, recipe
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run import build as parts
+from fastokd.run import folder as run_folder
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions, Session
 from fastokd.train import training_step
-from fastokd.training import optimizers, parts, run_folder
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions, Session
-from fastokd.training.state import as_state
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop"}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 from fastokd.train import train
 from tests.data.make import write_cifar, write_folder
 

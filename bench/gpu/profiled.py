@@ -13,7 +13,7 @@ from bench.gpu.child import Result
 from bench.gpu.machine import the_device
 from bench.gpu.steps import large_recipe, small_recipe
 from bench.gpu.timing import Program, free
-from fastokd.training.captured import WARM_UP_STEPS
+from fastokd.learner.captured import WARM_UP_STEPS
 
 LONGEST, NAME = 30, 110
 LEAST_SECONDS = 7.0

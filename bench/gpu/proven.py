@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.child import Result, tail
-from fastokd.cpus import usable_cpus
+from fastokd.host.cpus import usable_cpus
 
 FOLDER = Path("tests/gpu")
 SHARES = 12

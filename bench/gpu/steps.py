@@ -15,7 +15,7 @@ from bench.gpu.machine import the_device
 from bench.gpu.timing import FULL, LARGE, Program, measure
 from fastokd import ops
 from fastokd.benchmark.step import step_flops
-from fastokd.recipes import Recipe, recipe
+from fastokd.recipe.names import Recipe, recipe
 
 STUDENTS = 4
 

@@ -15,9 +15,9 @@ import torch
 from bench.gpu.child import Result
 from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
-from fastokd.recipes import Recipe
-from fastokd.training.captured import WARM_UP_STEPS
-from fastokd.training.session import RunOptions
+from fastokd.learner.captured import WARM_UP_STEPS
+from fastokd.recipe.names import Recipe
+from fastokd.run.session import RunOptions
 
 # A section with less time left goes on to no further block.
 SPARE_SECONDS = 4.0

@@ -15,7 +15,7 @@ from fastokd.benchmark.equality import Agreement, agreement
 from fastokd.benchmark.step import InTurn, StepTiming, step_macs
 from fastokd.benchmark.worker import Spec
 from fastokd.errors import UserError, unknown_name
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 STUDENT_COUNTS = (1, 2, 4, 8)
 

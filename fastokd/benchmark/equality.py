@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.errors import UserError
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
-from fastokd.training.session import RunOptions, Session
+from fastokd.run.session import RunOptions, Session
 
 SLACK, TINY, LOSS_TINY, FLOOR = 2.0, 1e-2, 1e-3, 0.05
 # Of small images, and of large ones, where float64 takes its time.

@@ -27,11 +27,11 @@ from fastokd.benchmark.synthetic import (
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.errors import UserError
 from fastokd.models import create_model
-from fastokd.recipes import Recipe
-from fastokd.recipes import recipe as named_recipe
+from fastokd.recipe.names import Recipe
+from fastokd.recipe.names import recipe as named_recipe
+from fastokd.run.session import RunOptions, Session
+from fastokd.run.tuning import tune
 from fastokd.train import training_step
-from fastokd.training.session import RunOptions, Session
-from fastokd.training.tuning import tune
 
 # Steps of CIFAR's recipes.
 LONG_RUN = 300 * 391

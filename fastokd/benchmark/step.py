@@ -24,7 +24,7 @@ from fastokd.device import pick_device
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
 from fastokd.models.info import count_macs
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 
 PEAKS = 5
 

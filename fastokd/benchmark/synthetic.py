@@ -12,8 +12,8 @@ from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.methods import method_class
 from fastokd.models import create_model
-from fastokd.recipes import Recipe, recipe
-from fastokd.teacher import STUDENT
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.student.teacher import STUDENT
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "imagenet": 1000}
 # An image folder has the classes that its user has; ImageNet's number stands for them.

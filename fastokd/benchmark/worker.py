@@ -27,8 +27,8 @@ from fastokd.cohort import ENGINES
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
-from fastokd.recipes import Recipe
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import Recipe
+from fastokd.run.session import RunOptions
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,

@@ -143,7 +143,7 @@ def plan(
 
 
 def _resolved(name: str, **changes: Any) -> Any:
-    from fastokd.recipes import recipe
+    from fastokd.recipe.names import recipe
 
     return recipe(name, **{key: value for key, value in changes.items() if value is not None})
 

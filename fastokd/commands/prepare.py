@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastokd.errors import UserError
-from fastokd.names import on_a_line
+from fastokd.host.names import on_a_line
 
 
 def prepare(
@@ -29,7 +29,7 @@ def prepare(
     Files that can't be decoded are quarantined and listed. Mean and deviation are measured.
     imagenet is the data set, unless --data-root is left out and a folder of that name holds train/.
     """
-    from fastokd.prepare import prepare as run
+    from fastokd.data.disk.prepare import prepare as run
 
     imagenet, here = folder == "imagenet", Path(folder) / "train"
     if imagenet and data_root is None and here.is_dir():

@@ -44,11 +44,11 @@ def reproduce(
 
     The same command again goes on with what is missing.
     """
+    from fastokd.host.streams import console
+    from fastokd.recipe.settings import parse_seeds
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
-    from fastokd.settings import parse_seeds
-    from fastokd.streams import console
-    from fastokd.training.session import RunOptions
+    from fastokd.run.session import RunOptions
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
     options = RunOptions(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd.commands.options import DataRoot, Device, Json, Loader, Precision, Workers
-from fastokd.names import on_a_line
+from fastokd.host.names import on_a_line
 
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
@@ -55,8 +55,8 @@ def export(
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
-    from fastokd.export import export as turn
-    from fastokd.training.session import RunOptions
+    from fastokd.run.session import RunOptions
+    from fastokd.student.export import export as turn
 
     done = turn(
         source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
@@ -71,7 +71,7 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Say what a student sees in pictures of your own."""
-    from fastokd.predict import predict as look
+    from fastokd.student.predict import predict as look
 
     found = look(student, images, top=top)
     if json_:
@@ -100,7 +100,7 @@ def evaluate(
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
-    from fastokd.training.session import RunOptions
+    from fastokd.run.session import RunOptions
 
     options = RunOptions(
         data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
@@ -130,7 +130,7 @@ def convert(
     data_root: DataRoot = None,
 ) -> None:
     """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
-    from fastokd.convert import convert as turn
+    from fastokd.student.convert import convert as turn
 
     done = turn(
         source, out, model=model, student=student, paper=paper, dataset=dataset, data_root=data_root

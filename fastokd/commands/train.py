@@ -21,11 +21,11 @@ from fastokd.commands.options import (
 )
 from fastokd.distributed.launch import launched, of_the_first_rank
 from fastokd.errors import UserError
-from fastokd.names import on_a_line
-from fastokd.streams import say
+from fastokd.host.names import on_a_line
+from fastokd.host.streams import say
 
 if TYPE_CHECKING:
-    from fastokd.settings import Planned
+    from fastokd.recipe.settings import Planned
 
 
 def train(
@@ -110,10 +110,10 @@ def train(
     With several --seeds, or several values to a --set: a folder for each run and an index; the same
     command again goes on with what is missing.
     """
-    from fastokd.settings import parse_seeds, parse_settings, plan
-    from fastokd.sweep import run_all, sweep_folder
+    from fastokd.recipe.settings import parse_seeds, parse_settings, plan
+    from fastokd.run.session import RunOptions
+    from fastokd.run.sweep import run_all, sweep_folder
     from fastokd.train import train as run
-    from fastokd.training.session import RunOptions
 
     quiet = quiet or not of_the_first_rank()
     flags = {
@@ -189,7 +189,7 @@ def train(
 
 def _what_was_scaled(name: str, planned: list[Planned], scale_lr: bool) -> list[str]:
     """A line for each rate that follows its batch, and each schedule that follows its epochs."""
-    from fastokd.recipes import recipe
+    from fastokd.recipe.names import recipe
 
     lines = []
     for resolved in (entry.recipe for entry in planned):

@@ -1,6 +1,6 @@
 """Data sets, in memory and on disk, and the batches that a run draws from them."""
 
-from fastokd.data.disk import DiskSplit, DiskStream
+from fastokd.data.disk.split import DiskSplit, DiskStream
 from fastokd.data.registry import list_datasets, load_dataset
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.stream import Augment, BatchStream, Draws

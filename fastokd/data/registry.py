@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from fastokd.data.cifar import load_cifar
-from fastokd.data.digits import load_digits_splits
-from fastokd.data.fashion_mnist import load_fashion_mnist
-from fastokd.data.folder import channel_statistics, load_folder
-from fastokd.data.prepared import load_prepared
+from fastokd.data.disk.prepared import load_prepared
+from fastokd.data.disk.scan import statistics_of
 from fastokd.data.preprocessing import Preprocessing, preprocessing_of
-from fastokd.data.scan import statistics_of
+from fastokd.data.sets.cifar import load_cifar
+from fastokd.data.sets.digits import load_digits_splits
+from fastokd.data.sets.fashion_mnist import load_fashion_mnist
+from fastokd.data.sets.folder import channel_statistics, load_folder
 from fastokd.data.splits import DatasetSplits, Split, stratified_split
 from fastokd.errors import UserError, unknown_name
 

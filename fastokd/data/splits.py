@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastokd.data.disk import DiskSplit
+from fastokd.data.disk.split import DiskSplit
 from fastokd.data.order import keyed_generator
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.stream import Augment, BatchStream

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 import fastokd.csrc
-from fastokd.caches import cache_root, cache_roots
-from fastokd.cpus import usable_cpus
+from fastokd.host.caches import cache_root, cache_roots
+from fastokd.host.cpus import usable_cpus
 
 COMMAND = "python -m fastokd.ops"
 

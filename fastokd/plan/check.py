@@ -9,7 +9,7 @@ from fastokd.benchmark.worker import Spec
 from fastokd.plan.devices import Cpu
 from fastokd.plan.roofline import terms
 from fastokd.plan.trace import trace_ours, trace_reference
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 
 
 @dataclass(frozen=True)

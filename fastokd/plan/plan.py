@@ -26,7 +26,7 @@ from fastokd.plan.roofline import (
     terms,
 )
 from fastokd.plan.trace import Step, trace_ours, trace_reference
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 
 REPLAYS = 2
 TRAIN_IMAGES = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastokd.plan.devices import Device, Gpu
 from fastokd.plan.ops import Op
-from fastokd.recipes import Recipe
+from fastokd.recipe.names import Recipe
 
 FUSIBLE = ("pointwise", "reduction", "norm")
 

@@ -21,14 +21,14 @@ from fastokd.benchmark.loops import PublishedLoop, published_networks
 from fastokd.benchmark.synthetic import num_classes
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
+from fastokd.learner.optimizers import create_optimizer
 from fastokd.methods import OptimGroup, Progress, create_method, method_class
 from fastokd.models import create_model
 from fastokd.ops import conv, max_pool
 from fastokd.plan.ops import Op, describe
-from fastokd.recipes import Recipe
-from fastokd.recipes import recipe as named_recipe
+from fastokd.recipe.names import Recipe
+from fastokd.recipe.names import recipe as named_recipe
 from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
-from fastokd.training.optimizers import create_optimizer
 
 CHANNELS_LAST = torch.channels_last
 

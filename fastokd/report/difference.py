@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.report.summary import summarise
-from fastokd.training.run_facts import RunFacts
-from fastokd.training.run_folder import Run
+from fastokd.run.facts import RunFacts
+from fastokd.run.folder import Run
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastokd.cells import Cell, cells_of, tables
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
-from fastokd.names import in_html
-from fastokd.recipes import recipe
+from fastokd.host.names import in_html
+from fastokd.recipe.cells import Cell, cells_of, tables
+from fastokd.recipe.names import recipe
 from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.published import altered
 from fastokd.report.statistics import Sample, welch
 from fastokd.report.summary import summarise
-from fastokd.training.run_facts import RunFacts
-from fastokd.training.run_folder import Run
+from fastokd.run.facts import RunFacts
+from fastokd.run.folder import Run
 
 CAPTIONS = {
     "loss": "The loss that is trained, of all students of a cohort together.",

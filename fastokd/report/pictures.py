@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastokd.report.plots import draw_all, on_white
 from fastokd.report.pools import pool_runs
-from fastokd.training.run_folder import Run
+from fastokd.run.folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

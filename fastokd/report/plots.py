@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastokd.checkpoint import write_durably
-from fastokd.names import in_plot
+from fastokd.host.names import in_plot
 from fastokd.report.canvas import canvas, plainly
 from fastokd.report.pools import Pool, Row
 

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastokd.cells import Cell
 from fastokd.errors import UserError
 from fastokd.methods import option_defaults
-from fastokd.recipes import Recipe, recipe
-from fastokd.student_file import read_weights
-from fastokd.teacher import KEPT
-from fastokd.training.identity import deciding
-from fastokd.training.run_folder import Run
+from fastokd.recipe.cells import Cell
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.folder import Run
+from fastokd.run.identity import deciding
+from fastokd.student.file import read_weights
+from fastokd.student.teacher import KEPT
 
 # Another value of these is another task, which isn't compared.
 TASK = ("method", "model", "dataset", "sharing")

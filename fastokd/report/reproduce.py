@@ -10,18 +10,18 @@ from typing import Any
 
 from rich.table import Table
 
-from fastokd.cells import Cell, cells_of
 from fastokd.errors import UserError
 from fastokd.methods import method_class
-from fastokd.recipes import Recipe, recipe
+from fastokd.recipe.cells import Cell, cells_of
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.recipe.settings import Planned
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.summary import summarise
-from fastokd.settings import Planned
-from fastokd.sweep import run_all
-from fastokd.teacher import teacher_recipe
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
+from fastokd.run.sweep import run_all
+from fastokd.student.teacher import teacher_recipe
 
 ANOTHER_TASK = "another task"
 

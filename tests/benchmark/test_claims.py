@@ -14,7 +14,7 @@ from fastokd.benchmark.step import StepTiming
 from fastokd.benchmark.worker import Spec
 from fastokd.cli import run_command
 from fastokd.errors import UserError
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 BENCH = Path(__file__).parent.parent.parent / "bench"
 TINY = Claim("tiny", "a tiny cohort", "okddip-branch/resnet8/digits", batch_size=4, ours="fp32")

@@ -9,8 +9,8 @@ import torch
 
 from fastokd.benchmark import loops
 from fastokd.benchmark.equality import agreement
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions
 
 NAMES = (
     "okddip-branch/resnet8/cifar100",

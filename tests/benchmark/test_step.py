@@ -14,8 +14,8 @@ from fastokd.benchmark.worker import Spec, Worker
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.facts import __file__ as FACTS
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions
 
 TINY = "okddip-branch/resnet8/digits"
 KEYS = {
@@ -135,7 +135,7 @@ def test_a_worker_hands_on_what_its_loop_refuses() -> None:
 
 def test_a_worker_ends_with_its_parent() -> None:
     program = (
-        "from fastokd.benchmark.worker import Spec, Worker; from fastokd.recipes import recipe;"
+        "from fastokd.benchmark.worker import Spec, Worker; from fastokd.recipe.names import recipe;"
         f"worker = Worker(Spec(recipe({TINY!r}, batch_size=2), 'reference', threads=1));"
         "print(worker._process.pid, flush=True); import os; os._exit(0)"
     )

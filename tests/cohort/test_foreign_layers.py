@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations
 from fastokd import Cohort
 from fastokd.cohort.cohort import ENGINES
 from fastokd.distributed.ranks import Line, Ranks
-from fastokd.distributed.sync_norm import sync_norm, synchronise
 from fastokd.errors import UserError
+from fastokd.learner.sync_norm import sync_norm, synchronise
 from fastokd.models import Student, registry
 from fastokd.models.external import ExternalStudent
 from fastokd.models.layers import Dropout, NormAct, conv3x3, numbered

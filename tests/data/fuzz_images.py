@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 from fastokd.data.decode import centre, read_rgb
-from fastokd.data.disk import DiskSplit
-from fastokd.data.manifest import read_manifest
-from fastokd.data.prepared import pick_loader
+from fastokd.data.disk.manifest import read_manifest
+from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import pick_loader
+from fastokd.data.disk.split import DiskSplit
+from fastokd.data.disk.workers import _Decoder, _Part
 from fastokd.data.views import View
-from fastokd.data.workers import _Decoder, _Part
 from fastokd.errors import DataFileError, UserError
-from fastokd.prepare import prepare
 from tests.data.mutate import mutated
 
 BATCH = 16

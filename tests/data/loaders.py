@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastokd.data import dali
+from fastokd.data.disk import dali
 
 _MISSING = dali.why_not()
 needs_dali = pytest.mark.skipif(_MISSING is not None, reason=f"no DALI: {_MISSING}")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastokd.data import files, load_dataset
-from fastokd.data.cifar import LAYOUTS
+from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.sets import files
+from fastokd.data.sets.cifar import LAYOUTS
 from fastokd.errors import UserError
 from tests.data.make import cifar_content, pack, python2_pickle, write_cifar
 

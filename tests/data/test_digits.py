@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastokd.data import load_dataset
-from fastokd.data.digits import digits_indices, digits_pixels
-from fastokd.data.folder import channel_statistics
+from fastokd.data.sets.digits import digits_indices, digits_pixels
+from fastokd.data.sets.folder import channel_statistics
 from fastokd.data.splits import stratified_split
 from fastokd.errors import UserError
 

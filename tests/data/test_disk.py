@@ -14,11 +14,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from fastokd.data import Augment, DiskSplit, load_dataset
+from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import write_photographs
-from fastokd.data.prepared import load_prepared
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
-from fastokd.prepare import prepare
 from tests.data.loaders import LOADERS, needs_dali
 
 SMALL = View(32, 37)
@@ -212,7 +212,7 @@ def test_dali_is_chosen_where_it_is_installed(root: Path) -> None:
 def test_the_loader_is_chosen_and_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="loader is 'ffcv': choose auto"):
         load_dataset("imagenet", root, loader="ffcv")
-    monkeypatch.setattr("fastokd.data.dali.why_not", lambda: "no module nvidia")
+    monkeypatch.setattr("fastokd.data.disk.dali.why_not", lambda: "no module nvidia")
     splits = load_dataset("imagenet", root)
     assert (splits.loader, splits.train.image_size) == ("torchvision", (224, 224))
     assert splits.note.startswith("images are decoded by torchvision")

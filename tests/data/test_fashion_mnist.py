@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastokd.data import fashion_mnist, load_dataset
-from fastokd.data.idx import read_idx
+from fastokd.data import load_dataset
+from fastokd.data.sets import fashion_mnist
+from fastokd.data.sets.idx import read_idx
 from fastokd.errors import UserError
 from tests.data.make import idx_bytes, write_fashion_mnist
 

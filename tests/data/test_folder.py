@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from fastokd.data import folder, load_dataset
+from fastokd.data import load_dataset
 from fastokd.data.decode import centre, read_rgb
-from fastokd.data.folder import channel_statistics
+from fastokd.data.sets import folder
+from fastokd.data.sets.folder import channel_statistics
 from fastokd.data.splits import Split
 from fastokd.data.views import View
 from fastokd.errors import UserError

@@ -15,15 +15,15 @@ from torchvision.models import resnet18
 import fastokd
 from fastokd import cli
 from fastokd.checkpoint import newest_checkpoint
+from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.order import keyed_generator
 from fastokd.data.photographs import write_photographs
-from fastokd.data.prepared import load_prepared
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from fastokd.models import create_model
-from fastokd.prepare import prepare
-from fastokd.recipes import Recipe, list_recipes, recipe
-from fastokd.training.session import RunOptions, Session
+from fastokd.recipe.names import Recipe, list_recipes, recipe
+from fastokd.run.session import RunOptions, Session
 from tests.data.loaders import LOADERS, needs_dali
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}

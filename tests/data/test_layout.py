@@ -12,9 +12,9 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from fastokd.data import load_dataset
-from fastokd.data.layout import find_layout
+from fastokd.data.disk.layout import find_layout
+from fastokd.data.disk.prepare import prepare
 from fastokd.errors import UserError
-from fastokd.prepare import prepare
 from tests.data.make import write_folder
 
 

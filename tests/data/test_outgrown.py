@@ -14,15 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastokd.data import DiskSplit, Split, load_dataset, outgrown
-from fastokd.data.manifest import MANIFEST, read_manifest
+from fastokd.data import DiskSplit, Split, load_dataset
+from fastokd.data.disk import outgrown
+from fastokd.data.disk.manifest import MANIFEST, read_manifest
+from fastokd.data.disk.prepare import prepare
 from fastokd.errors import UserError
-from fastokd.export import export
-from fastokd.prepare import prepare
-from fastokd.recipes import recipe
-from fastokd.student_file import student_facts
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions, Session
+from fastokd.student.export import export
+from fastokd.student.file import student_facts
 from fastokd.train import train
-from fastokd.training.session import RunOptions, Session
 from tests.data.make import write_folder
 
 

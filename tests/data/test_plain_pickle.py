@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastokd.data.plain_pickle import read_plain_pickle
+from fastokd.data.sets.plain_pickle import read_plain_pickle
 from fastokd.errors import UserError
 from tests.data.make import python2_pickle
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from fastokd.checkpoint import newest_checkpoint
-from fastokd.data import DiskSplit, pool, waits
-from fastokd.data.disk import DiskStream
+from fastokd.data import DiskSplit, waits
+from fastokd.data.disk import pool
+from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
+from fastokd.data.disk.scan import look_at
+from fastokd.data.disk.split import DiskStream
 from fastokd.data.photographs import write_photographs
-from fastokd.data.prepared import load_prepared
-from fastokd.data.scan import look_at
 from fastokd.data.views import View
 from fastokd.errors import LoaderError
-from fastokd.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 

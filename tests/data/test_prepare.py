@@ -16,10 +16,10 @@ from torchvision.datasets import ImageFolder
 
 from fastokd import cli
 from fastokd.data import DiskSplit, load_dataset
-from fastokd.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from fastokd.data.disk.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import write_photographs
 from fastokd.errors import UserError
-from fastokd.prepare import prepare
 from tests.data.loaders import LOADERS
 from tests.data.make import write_folder
 

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from fastokd.data import DatasetSplits, DiskSplit, load_dataset
 from fastokd.data.decode import centre
-from fastokd.data.digits import digits_indices, digits_pixels
+from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import photographs, write_photographs
 from fastokd.data.preprocessing import KNOWN, Preprocessing, preprocessing_of
+from fastokd.data.sets.digits import digits_indices, digits_pixels
 from fastokd.data.views import View
 from fastokd.device import autocast
 from fastokd.errors import UserError
 from fastokd.evaluate import measure
-from fastokd.export.hub import _shown_by_timm
-from fastokd.predict import predict
-from fastokd.prepare import prepare
-from fastokd.recipes import Recipe, recipe
-from fastokd.student_file import read_weights, student_facts
-from fastokd.teacher import build_teacher
-from fastokd.training.parts import build_cohort, evaluation_stream, load_splits
-from fastokd.training.run_options import RunOptions
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.build import build_cohort, evaluation_stream, load_splits
+from fastokd.run.options import RunOptions
+from fastokd.student.export.hub import _shown_by_timm
+from fastokd.student.file import read_weights, student_facts
+from fastokd.student.predict import predict
+from fastokd.student.teacher import build_teacher
 from tests.data.loaders import LOADERS, as_dali
 from tests.data.make import write_cifar, write_fashion_mnist
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset
 from fastokd.data.decode import MAX_PIXELS, read_rgb
-from fastokd.data.manifest import MANIFEST, read_manifest
+from fastokd.data.disk.manifest import MANIFEST, read_manifest
+from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import photographs
 from fastokd.errors import UserError
-from fastokd.prepare import prepare
 from tests.data.loaders import LOADERS, as_dali
 
 ORIENTATIONS = range(1, 9)

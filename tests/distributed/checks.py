@@ -16,17 +16,17 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice
-from fastokd.cohort.autotuner import Timing
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
-from fastokd.recipes import Recipe, recipe
-from fastokd.training import tuning_worker
-from fastokd.training.interruption import Interrupted, StopRequest
-from fastokd.training.session import RunOptions, Session
-from fastokd.training.step import training_step
-from fastokd.training.trial import job, time_eager
-from fastokd.training.tuning import tune
-from fastokd.training.untouched import untouched
+from fastokd.learner.step import training_step
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run import trial_worker as tuning_worker
+from fastokd.run.autotuner import Timing
+from fastokd.run.interruption import Interrupted, StopRequest
+from fastokd.run.session import RunOptions, Session
+from fastokd.run.trial import job, time_eager
+from fastokd.run.tuning import tune
+from fastokd.run.untouched import untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 
@@ -140,8 +140,8 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
     session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": False}))
     timings = [Timing(Choice("loop"), 2.0 - rank), Timing(Choice("grouped"), 1.0 + rank)]
     with (
-        patch("fastokd.training.tuning._measure", return_value=timings) as measured,
-        patch("fastokd.training.tuning.cache_root", return_value=cache),
+        patch("fastokd.run.tuning._measure", return_value=timings) as measured,
+        patch("fastokd.run.tuning.cache_root", return_value=cache),
     ):
         tune(session, 10_000)
     return session.choice.engine, measured.call_count
@@ -152,8 +152,8 @@ def refused_tuning(one: Recipe, cache: Path) -> str:
     session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": True}))
     failed = Timing(session.choice, note="no compiler", failed=True)
     with (
-        patch("fastokd.training.tuning._measure", return_value=[failed]),
-        patch("fastokd.training.tuning.cache_root", return_value=cache),
+        patch("fastokd.run.tuning._measure", return_value=[failed]),
+        patch("fastokd.run.tuning.cache_root", return_value=cache),
     ):
         try:
             tune(session, 10_000)
@@ -167,8 +167,8 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
     stand-in, and nothing may be timed."""
     with (
         patch("torch.compile", side_effect=lambda body, **how: body) as compiled,
-        patch("fastokd.training.tuning.cache_root", return_value=cache),
-        patch("fastokd.training.tuning._eager") as measured,
+        patch("fastokd.run.tuning.cache_root", return_value=cache),
+        patch("fastokd.run.tuning._eager") as measured,
     ):
         session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
         opened = not session.settled
@@ -213,8 +213,8 @@ def timed_shares(one: Recipe) -> tuple[int, int]:
         return [1.0] * count
 
     with (
-        patch("fastokd.training.trial.time_steps", noting),
-        patch("fastokd.training.tuning_worker.time_steps", noting),
+        patch("fastokd.run.trial.time_steps", noting),
+        patch("fastokd.run.trial_worker.time_steps", noting),
         # The worker is a process alone.
         patch("fastokd.distributed.ranks.world_size", return_value=1),
     ):

@@ -29,11 +29,11 @@ from pathlib import Path
 
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.ops import _cpp
-from fastokd.recipes import recipe
-from fastokd.student_file import read_weights
+from fastokd.recipe.names import recipe
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
+from fastokd.student.file import read_weights
 from fastokd.train import train
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
 
 RECIPE = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=100)
 OPTIONS = RunOptions(

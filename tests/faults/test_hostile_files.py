@@ -19,17 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fastokd import authors
 from fastokd.checkpoint import load_checkpoint, save_checkpoint
-from fastokd.convert import convert
-from fastokd.data.manifest import Entry, Manifest, read_manifest, write_manifest
+from fastokd.data.disk.manifest import Entry, Manifest, read_manifest, write_manifest
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
-from fastokd.recipes import Recipe, recipe
-from fastokd.student_file import read_weights
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.folder import RunFolder
+from fastokd.run.session import RunOptions, run_path
+from fastokd.student import authors
+from fastokd.student.convert import convert
+from fastokd.student.file import read_weights
 from fastokd.train import train
-from fastokd.training.run_folder import RunFolder
-from fastokd.training.session import RunOptions, run_path
 
 SMALL = recipe("baseline/resnet8/digits", epochs=1, batch_size=250)
 QUICK: dict[str, Any] = {"engine": "loop", "precision": "fp32", "device": "cpu", "quiet": True}

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 from fastokd.report.page import report
-from fastokd.training.run_folder import Run, RunFolder
-from fastokd.training.session import RunOptions
+from fastokd.run.folder import Run, RunFolder
+from fastokd.run.session import RunOptions
 
 # The module, which the function hides.
 import fastokd.train  # noqa: F401  isort: skip

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions
 from fastokd.train import train
-from fastokd.training.session import RunOptions
 from tests.faults.kill import digest
 
 SMALL = dataclasses.replace(
@@ -32,7 +32,7 @@ def _scaled() -> Iterator[None]:
     """fp16's loss scale, which grows every third step, in fp32: on CPUs fp16 takes minutes."""
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastokd.training.session.gradient_scaler", lambda *_: scaler())
+        patch.setattr("fastokd.run.session.gradient_scaler", lambda *_: scaler())
         patch.setattr("fastokd.report.page.report", lambda runs: None)
         yield
 

@@ -16,8 +16,8 @@ import torch
 
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from fastokd.errors import UserError
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions, Session
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions, Session
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 

@@ -18,12 +18,12 @@ import pytest
 
 from fastokd.cli import run_command
 from fastokd.distributed.ranks import Ranks
-from fastokd.recipes import recipe
-from fastokd.streams import Outlet
+from fastokd.host.streams import Outlet
+from fastokd.recipe.names import recipe
+from fastokd.run.display import Display
+from fastokd.run.folder import RunFolder
+from fastokd.run.session import RunOptions
 from fastokd.train import train
-from fastokd.training.display import Display
-from fastokd.training.run_folder import RunFolder
-from fastokd.training.session import RunOptions
 
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
 RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=500)

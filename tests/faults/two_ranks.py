@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
+from fastokd.run.options import RunOptions
 from fastokd.train import train
-from fastokd.training.run_options import RunOptions
 
 RECIPE = dataclasses.replace(recipe("dml-network@2/resnet8/digits", epochs=2), batch_size=100)
 OPTIONS = RunOptions(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import fastokd
 from fastokd.benchmark.loops import OurLoop
-from fastokd.recipes import Recipe, recipe
-from fastokd.training.captured import WARM_UP_STEPS, CapturedStep
-from fastokd.training.session import RunOptions, Session
-from fastokd.training.step import training_step
-from tests.training.every_method import Recorder, small
+from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep
+from fastokd.learner.step import training_step
+from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.session import RunOptions, Session
+from tests.learner.every_method import Recorder, small
 
 pytestmark = pytest.mark.gpu
 STEPS = 30

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastokd.distributed.replicas import Replicas
+from fastokd.learner.replicas import Replicas
 from tests.gpu.test_capture import graphs, session_of, train
-from tests.training.every_method import small
+from tests.learner.every_method import small
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import fastokd
 from fastokd.benchmark.loops import OurLoop
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_kernel_selection")]
 

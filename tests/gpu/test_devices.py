@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.training.session import RunOptions
+from fastokd.run.session import RunOptions
 from tests.gpu.test_ops_peer_attention_distillation import drawn, found
+from tests.learner.every_method import small
 from tests.ops import fusion_cases, map_cases, mixture_cases
-from tests.training.every_method import small
 
 pytestmark = pytest.mark.gpu
 FP32 = torch.float32

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.training.session import RunOptions
-from tests.training.every_method import METHODS, small
+from fastokd.run.session import RunOptions
+from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.training.session import RunOptions
+from fastokd.run.session import RunOptions
+from tests.learner.every_method import METHODS, small
 from tests.ops.empty_cases import CASES, assert_as_the_reference
-from tests.training.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
 

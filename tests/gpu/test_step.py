@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.training.session import RunOptions
-from fastokd.training.step import training_step
-from tests.training.every_method import METHODS, small
+from fastokd.learner.step import training_step
+from fastokd.run.session import RunOptions
+from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
 

@@ -9,14 +9,14 @@ import torch
 
 from fastokd.cohort import Choice
 from fastokd.errors import UserError
-from fastokd.training.captured import CapturedStep
-from fastokd.training.guard import random_state
-from fastokd.training.recording import recording
-from fastokd.training.session import Session
-from fastokd.training.step import training_step
-from fastokd.training.trial import next_batch
-from fastokd.training.tuning import tune
-from tests.training.tuned import (
+from fastokd.learner.captured import CapturedStep
+from fastokd.learner.guard import random_state
+from fastokd.learner.recording import recording
+from fastokd.learner.step import training_step
+from fastokd.run.session import Session
+from fastokd.run.trial import next_batch
+from fastokd.run.tuning import tune
+from tests.run.tuned import (
     LONG,
     cache,  # noqa: F401
     failing,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastokd.methods import list_methods, method_class
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
 from fastokd.train import train
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
 
 QUICK = RunOptions(device="cpu", precision="fp32", engine="loop", eval_every=2, quiet=True)
 # FFSD's two epochs are in test_ffsd.py; baseline's are the teacher's.

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from fastokd.methods import list_methods, option_defaults
-from fastokd.recipes import recipe
-from fastokd.settings import parse_settings
+from fastokd.recipe.names import recipe
+from fastokd.recipe.settings import parse_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted([*(DOCS / "methods").glob("*.md"), DOCS / "methods.md", DOCS / "recipes.md"])

@@ -18,10 +18,10 @@ from fastokd.methods import Method, Progress, create_method
 from fastokd.methods.ffsd import FFSD
 from fastokd.models import registry
 from fastokd.models.resnet import ResNet
-from fastokd.recipes import Recipe, recipe
+from fastokd.recipe.names import Recipe, recipe
 from fastokd.reference import Lambdas, ReferenceFFSD, ffsd_losses
+from fastokd.run.session import RunOptions, Session
 from fastokd.train import training_step
-from fastokd.training.session import RunOptions, Session
 
 MAPS = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
 

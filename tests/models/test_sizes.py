@@ -17,7 +17,7 @@ from fastokd.models import least_batch, registry
 from fastokd.models.external import ExternalStudent
 from fastokd.models.registry import ModelSpec
 from fastokd.plan.plan import plan
-from fastokd.training.session import RunOptions, Session
+from fastokd.run.session import RunOptions, Session
 
 QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "loop", "quiet": True}
 COUNT = 21

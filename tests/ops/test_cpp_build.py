@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastokd import caches
+from fastokd.host import caches
 from fastokd.ops import _cpp
 from fastokd.ops._dispatch import unavailable
 

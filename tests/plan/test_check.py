@@ -6,7 +6,7 @@ import pytest
 
 from fastokd.plan.check import Prediction, check
 from fastokd.plan.devices import Cpu
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 
 def test_both_programs_are_predicted_and_measured() -> None:

@@ -17,7 +17,7 @@ from fastokd.plan.plan import layers, plan
 from fastokd.plan.roofline import fuse, gradient_traffic, launches, student_traffic, terms
 from fastokd.plan.table import lines
 from fastokd.plan.trace import trace_ours, trace_reference
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 
 TINY = "okddip-branch/resnet8/cifar100"
 

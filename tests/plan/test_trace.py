@@ -12,8 +12,8 @@ from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
 from fastokd.plan.trace import torchs_layers, trace_ours, trace_reference
-from fastokd.recipes import recipe
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import recipe
+from fastokd.run.session import RunOptions
 
 TINY = "okddip-branch/resnet8/cifar100"
 

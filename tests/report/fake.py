@@ -10,9 +10,9 @@ from typing import Any
 
 from fastokd.checkpoint import save_checkpoint
 from fastokd.errors import UserError
-from fastokd.recipes import Recipe
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
+from fastokd.recipe.names import Recipe
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
 
 Accuracy = Callable[[Recipe, int], float]
 

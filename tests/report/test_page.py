@@ -16,13 +16,13 @@ import pytest
 from fastokd.checkpoint import save_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
-from fastokd.recipes import recipe
+from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
 from fastokd.report.page import _published, report
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
-from fastokd.training.run_folder import Run
-from fastokd.training.session import RunOptions
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
 from tests.report.fake import FakeTrain
 
 EPOCHS = 3

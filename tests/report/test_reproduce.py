@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastokd import sweep
-from fastokd.cells import cells_of, tables
 from fastokd.cli import run_command
 from fastokd.errors import UserError
-from fastokd.recipes import Recipe
+from fastokd.recipe.cells import cells_of, tables
+from fastokd.recipe.names import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
 from fastokd.report.summary import summarise
-from fastokd.training.session import RunOptions
+from fastokd.run import sweep
+from fastokd.run.session import RunOptions
 from tests.report.fake import FakeTrain
 
 
@@ -198,7 +198,7 @@ def test_a_run_of_another_recipe_is_never_mixed_in(fake: FakeTrain, tmp_path: Pa
 def test_the_best_epoch_of_a_validation_split_is_scored_on_test(
     fake: FakeTrain, tmp_path: Path
 ) -> None:
-    from fastokd.recipes import recipe
+    from fastokd.recipe.names import recipe
 
     r = recipe("dml/resnet8/digits", epochs=3)
     run = fake(r, RunOptions(out=tmp_path / "run"))

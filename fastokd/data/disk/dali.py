@@ -1,0 +1,250 @@
+"""Batches decoded by NVIDIA DALI: one pipeline, on the CPU or, decoding included, on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastokd.data.disk.broken import first_broken
+from fastokd.data.disk.split import DiskBatch, DiskSplit, labels_of
+from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
+from fastokd.data.waits import Watch
+from fastokd.device import staged
+from fastokd.errors import DataFileError
+
+# Batches that are decoded ahead.
+AHEAD = 2
+# Of a GPU's JPEGs, the share that its hardware decoder takes; the rest is decoded by its cores.
+HARDWARE_LOAD = 0.75
+
+
+def why_not() -> str | None:
+    """Why DALI can't serve here; None where it can."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return f"{error}; install fastokd[dali-cuda12] or fastokd[dali-cuda13]"
+    return None
+
+
+def version() -> str:
+    """DALI's version."""
+    import nvidia.dali
+
+    return str(nvidia.dali.__version__)
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """Operators, the pipeline's decorator and constants; untyped, as their stubs lack half."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    return fn, pipeline_def, types
+
+
+def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int) -> Any:
+    """File names and windows in; uint8 ``[B, H, W, 3]`` and the files' sizes out.
+
+    Nothing in it is random: what is drawn comes in, so that any batch can be made again.
+    """
+    fn, pipeline_def, types = _dali()
+    on_gpu = split.device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=(split.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=AHEAD,
+    )
+    def pipeline() -> Any:
+        path, start, shape, roi_start, roi_end = fn.external_source(
+            source=source,
+            num_outputs=5,
+            dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2],
+            ndim=1,
+        )
+        encoded = fn.io.file.read(path)
+        options = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
+        images = fn.decoders.image_slice(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            start=start,
+            shape=shape,
+            axis_names="HW",
+            output_type=types.RGB,
+            # Of what is turned, transparent or rare none comes here.
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            **options,
+        )
+        images = fn.resize(
+            images,
+            size=[split.view.image_size] * 2,
+            # Of an image to be mirrored, the start lies right of the end.
+            roi_start=roi_start,
+            roi_end=roi_end,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return images, encoded.shape()
+
+    return pipeline()
+
+
+class _Fed:
+    """One batch between being planned and given: DALI decodes its plain images, Pillow the rest."""
+
+    def __init__(self, split: DiskSplit, plan: DiskBatch) -> None:
+        self.split, self.whole = split, plan
+        plain_B = split.plain_N[plan.index_B]
+        # Where in the batch either kind is.
+        self.plain_R, self.rest_R = (which.nonzero()[:, 0] for which in (plain_B, ~plain_B))
+        self.plain, self.rest = _rows(plan, self.plain_R), _rows(plan, self.rest_R)
+        self.seen: list[Future[Tensor]] | None = None
+
+    def begin(self, pool: ThreadPoolExecutor) -> None:
+        """Has what Pillow decodes decoded, once."""
+        if self.seen is not None:
+            return
+        self.seen = []
+        rest = self.rest
+        for row, index in enumerate(rest.index_B.tolist()):
+            # Imported where it is used: torchvision takes its time.
+            from fastokd.data.disk.see import see
+
+            box = None if rest.box_B4 is None else rest.box_B4[row].tolist()
+            flip = bool(rest.flip_B[row])
+            self.seen.append(pool.submit(see, self.split, index, box, flip=flip))
+
+    def given(self, images: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The batch, of DALI's images and the others."""
+        labels_B = labels_of(self.split, self.whole)
+        if images is not None and not self.seen:
+            return images, labels_B
+        device, size = self.split.device, self.split.view.image_size
+        B = len(self.whole.index_B)
+        images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, device=device)
+        if images is not None:
+            images_BHWC.index_copy_(0, self._moved(self.plain_R), images)
+        if self.seen:
+            seen = torch.stack([self._result(row, one) for row, one in enumerate(self.seen)])
+            images_BHWC.index_copy_(0, self._moved(self.rest_R), self._moved(seen))
+        return images_BHWC, labels_B
+
+    def _moved(self, host: Tensor) -> Tensor:
+        device = self.split.device
+        return staged(host, device).to(device, non_blocking=True)
+
+    def _result(self, row: int, one: Future[Tensor]) -> Tensor:
+        try:
+            return one.result()
+        except Exception as error:
+            raise first_broken(self.split, [int(self.rest.index_B[row])], error) from None
+
+
+def _rows(plan: DiskBatch, rows_R: Tensor) -> DiskBatch:
+    box_B4 = plan.box_B4
+    boxes = None if box_B4 is None else box_B4[rows_R]
+    return DiskBatch(plan.index_B[rows_R], boxes, plan.flip_B[rows_R])
+
+
+def decode(
+    split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
+    # Of what was planned and hasn't been given yet, oldest first.
+    fed: deque[_Fed] = deque()
+    root = os.fsencode(split.root) + b"/"
+    # torch's own threads would be as many for each of these.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    def source() -> Iterator[Any]:
+        for plan in plans:
+            fed.append(_Fed(split, plan))
+            ahead()
+            if len(fed[-1].plain.index_B):
+                yield _inputs(split, fed[-1].plain, root)
+
+    def ahead() -> None:
+        for one in itertools.islice(fed, AHEAD + 1):
+            one.begin(pool)
+
+    def without_dali() -> Iterator[tuple[Tensor, Tensor]]:
+        while fed and not len(fed[0].plain.index_B):
+            ahead()
+            yield fed.popleft().given(None)
+
+    pipeline = _pipeline(split, source(), batch, workers)
+    stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
+    failed: RuntimeError | None = None
+    watch = Watch(lambda: f"DALI, which reads {_first_of(split, fed)} and what comes after it")
+    try:
+        while True:
+            try:
+                with watch:
+                    images, sizes = pipeline.run(stream)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                # Its traceback would keep the pipeline alive.
+                failed = error.with_traceback(None)
+            yield from without_dali()
+            if failed is not None:
+                found = first_broken(split, _indices(fed), failed)
+                raise (_undecodable(split, fed, root) or failed) if found is failed else found
+            ahead()
+            # A part of a file may decode well though its end is gone.
+            expected = split.bytes_N[fed[0].plain.index_B].numpy()
+            if not np.array_equal(sizes.as_array()[:, 0], expected):
+                raise first_broken(split, _indices(fed), None)
+            yield fed.popleft().given(torch.from_dlpack(images.as_tensor()))
+        yield from without_dali()
+    finally:
+        watch.end()
+        # Its threads end here and not when garbage is collected, which may be in a forked process:
+        # that has none of them and would wait for ever.
+        del pipeline
+        pool.shutdown(cancel_futures=True)
+
+
+def _undecodable(split: DiskSplit, fed: Iterable[_Fed], root: bytes) -> Exception | None:
+    """The first file that DALI alone can't decode: Pillow, which `prepare` looks with, is milder."""
+    for one in fed:
+        for row in range(len(one.plain.index_B)):
+            lone = _rows(one.plain, torch.tensor([row]))
+            pipeline = _pipeline(split, iter([_inputs(split, lone, root)]), 1, 1)
+            try:
+                pipeline.run()
+            except RuntimeError:
+                path = split.path(int(lone.index_B))
+                return DataFileError(
+                    f"{path} is damaged in a way that DALI can't decode: write it anew and continue "
+                    "with --resume, or train with --loader torchvision"
+                )
+    return None
+
+
+def _indices(fed: Iterable[_Fed]) -> Iterator[int]:
+    return (index for one in fed for index in one.whole.index_B.tolist())
+
+
+def _first_of(split: DiskSplit, fed: Iterable[_Fed]) -> str:
+    return str(split.path(next(_indices(list(fed)), 0)))
+
+
+def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
+    if plan.box_B4 is None:
+        windows = centre_windows(split.sizes_N2[plan.index_B], split.view)
+    else:
+        windows = windows_of_boxes(plan.box_B4)
+    paths = [
+        np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[plan.index_B.numpy()]
+    ]
+    return paths, *mirrored(windows, plan.flip_B)

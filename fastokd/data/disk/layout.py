@@ -1,0 +1,238 @@
+"""Where the images of a set lie and which class each has; what lies in the wrong place.
+
+``train/CLASS/**`` and ``val/CLASS/**`` or ``test/CLASS/**``, in the order of torchvision's
+``ImageFolder``; or ILSVRC's flat ``val/``, whose classes a ground-truth file has. Sets in memory, on
+disk and ``fastokd prepare`` are all listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastokd.data.disk.ground_truth import read_ground_truth
+from fastokd.data.disk.walk import Found, entries, images_in, is_image, walk_classes
+from fastokd.errors import UserError
+
+# Notes that a run's first lines have room for.
+SHOWN = 3
+
+
+@dataclass
+class Layout:
+    """What a folder holds.
+
+    Attributes:
+        classes: names of train's folders that hold an image, sorted by code point.
+        files: (split, path from the root, class id) of each image; the class id is -1 with a fault.
+        faults: by path, why a file can't be used where it lies.
+        notes: folders in the wrong place, without images or left out.
+        folders: of every folder that was listed, when it last changed (ns), by path.
+    """
+
+    classes: list[str] = field(default_factory=list)
+    files: list[tuple[str, str, int]] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    folders: dict[str, int] = field(default_factory=dict)
+
+    def usable(self, split: str) -> list[tuple[str, int]]:
+        """(path, class id) of the images of one split."""
+        return [(p, label) for s, p, label in self.files if s == split and p not in self.faults]
+
+
+def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool = True) -> Layout:
+    """Every image under ``root``.
+
+    Args:
+        root: the folder that holds ``train/``.
+        ground_truth: the classes of a flat ``val/``; None looks in the usual places.
+        labelled: False lists a flat ``val/`` without its classes.
+
+    Raises:
+        UserError: no ``train/`` with at least two classes, a class that train lacks, a class whose
+            files can't be used, nothing to be tested on, a flat ``val/`` without its classes, a
+            folder that can't be listed.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give the one that holds train/ and val/")
+    if not (root / "train").is_dir():
+        raise UserError(f"there is no folder {root / 'train'}: give the folder that holds train/")
+    layout = Layout()
+    _add_train(layout, root)
+    flat_val = False
+    for split in ("val", "test"):
+        folder = root / split
+        if not folder.is_dir():
+            continue
+        names = _folders(layout, root, split)
+        if names:
+            _add_held_out(layout, root, split, names)
+        elif split == "val":
+            flat_val = True
+            _add_flat(layout, root, ground_truth, labelled)
+        else:
+            layout.notes.append("test/ has no folders of classes: it is left out")
+    if ground_truth is not None and not flat_val:
+        raise UserError(
+            f"{root / 'val'} has folders of classes, which say more than {ground_truth}: "
+            "leave the ground truth out"
+        )
+    if not any(split != "train" for split, _, _ in layout.files):
+        near = next((root / n for n in ("valid", "validation") if (root / n).is_dir()), None)
+        fix = f"rename {near} to val" if near is not None else "add some"
+        raise UserError(f"{root} has no images in val/ or test/ beside train/: {fix}")
+    _add_strays(layout, root, "", "outside train/ and val/")
+    return layout
+
+
+def shortened(notes: Sequence[str]) -> list[str]:
+    """As many notes as a line has room for."""
+    more = len(notes) - SHOWN
+    return [*notes[:SHOWN], *([f"and {more:,} more such notes"] if more > 0 else [])]
+
+
+def held_out_folders(name: str, splits: Iterable[str]) -> dict[str, str]:
+    """Which folder is which split, train aside, of the ``splits`` that hold files.
+
+    ImageNet is tested on ``val/``. Any other set is tested on ``test/`` and validated on ``val/``;
+    without ``test/``, ``val/`` is the test split.
+    """
+    splits = set(splits)
+    if name == "imagenet" or "test" not in splits:
+        return {"test": "val"}
+    return {"test": "test", "val": "val"} if "val" in splits else {"test": "test"}
+
+
+def refuse_unusable_classes(
+    root: Path, classes: Iterable[str], files: Iterable[tuple[int, str]]
+) -> None:
+    """Refuses a class without a single image: it would be trained on nothing.
+
+    ``files``: (class id, fault or "") of train's files.
+    """
+    faults: dict[int, str] = {}
+    good: set[int] = set()
+    for label, fault in files:
+        if fault:
+            faults.setdefault(label, fault)
+        else:
+            good.add(label)
+    for label, name in enumerate(classes):
+        if label not in good:
+            raise UserError(
+                f"none of the images in {root / 'train' / name} can be used (the first: "
+                f"{faults[label]}): replace them or remove the class"
+            )
+
+
+def what_is_left_out(files: list[tuple[str, str]], total: int, how: str) -> str:
+    """One clause about files with faults, (path, fault) each, of ``total``."""
+    path, fault = files[0]
+    are = "is" if len(files) == 1 and total == 1 else "are"
+    return f"{len(files)} of {total:,} files {are} {how} (the first: {path}, {fault})"
+
+
+def _folders(layout: Layout, root: Path, split: str) -> list[str]:
+    """The names of a split's visible folders, sorted."""
+    found = entries(root / split, layout.folders, root)
+    for entry in found:
+        if entry.hidden and entry.kind == "folder":
+            layout.notes.append(f"{split}/{entry.name} is hidden: it is left out")
+        elif entry.kind == "broken" and not is_image(entry.name):
+            layout.notes.append(f"{split}/{entry.name} is a link that leads nowhere")
+    return [entry.name for entry in found if entry.kind == "folder" and not entry.hidden]
+
+
+def _add_train(layout: Layout, root: Path) -> None:
+    train = root / "train"
+    names = _folders(layout, root, "train")
+    below = walk_classes(root, "train", names, layout.folders, layout.notes)
+    layout.classes = [name for name in names if below[name]]
+    layout.notes += [f"train/{n} holds no image: it is no class" for n in names if not below[n]]
+    if len(layout.classes) < 2:
+        nested = names and (train / names[0]).is_dir() and len(names) == 1
+        hint = f"; is {train / names[0]} the folder that you mean?" if nested else ""
+        raise UserError(
+            f"{train} has {len(layout.classes)} folders with images: it needs at least 2, one a "
+            f"class{hint}"
+        )
+    for label, name in enumerate(layout.classes):
+        _add_class(layout, "train", name, label, below[name])
+    labelled = [(label, layout.faults.get(path, "")) for _, path, label in layout.files]
+    refuse_unusable_classes(root, layout.classes, labelled)
+    _add_strays(layout, root, "train", "in no class's folder")
+
+
+def _add_held_out(layout: Layout, root: Path, split: str, names: list[str]) -> None:
+    labels = {name: label for label, name in enumerate(layout.classes)}
+    below = walk_classes(root, split, names, layout.folders, layout.notes)
+    for name in names:
+        if name in labels:
+            _add_class(layout, split, name, labels[name], below[name])
+        elif below[name]:
+            raise UserError(
+                f"{root / split} has a class {name!r} that train/ lacks: add its images to "
+                f"{root / 'train' / name}, or remove {root / split / name}"
+            )
+        else:
+            layout.notes.append(f"{split}/{name} holds no image: it is no class")
+    _add_strays(layout, root, split, "in no class's folder")
+    _note_missing(layout, split)
+
+
+def _note_missing(layout: Layout, split: str) -> None:
+    """Classes that can't be tested."""
+    there = {label for _, label in layout.usable(split)}
+    missing = [name for label, name in enumerate(layout.classes) if label not in there]
+    if missing:
+        layout.notes.append(
+            f"{split}/ has no image of {len(missing):,} of {len(layout.classes):,} classes (the "
+            f"first: {missing[0]})"
+        )
+
+
+def _add_class(layout: Layout, split: str, name: str, label: int, images: list[Found]) -> None:
+    """One class of one split; a class's folder inside another's is in the wrong place."""
+    classes = set(layout.classes)
+    seen: set[str] = set()
+    for image in images:
+        inner = image.path.split("/")[2:-1]
+        misplaced = next((part for part in inner if part in classes and part != name), None)
+        layout.files.append((split, image.path, label))
+        if misplaced is not None:
+            layout.faults[image.path] = f"in the folder of class {misplaced} inside that of {name}"
+            if misplaced not in seen:
+                seen.add(misplaced)
+                layout.notes.append(f"{split}/{name}: holds a folder of class {misplaced}")
+        elif image.fault:
+            layout.faults[image.path] = image.fault
+
+
+def _add_strays(layout: Layout, root: Path, split: str, fault: str) -> None:
+    for image in images_in(root / split, root):
+        layout.files.append((split or "none", image.path, -1))
+        layout.faults[image.path] = fault
+
+
+def _add_flat(layout: Layout, root: Path, ground_truth: Path | None, labelled: bool) -> None:
+    images = images_in(root / "val", root)
+    if not labelled:
+        layout.files += [("val", image.path, -1) for image in images]
+    if not images or not labelled:
+        return
+    labels = {name: label for label, name in enumerate(layout.classes)}
+    names = [Path(image.path).name for image in images]
+    truth = read_ground_truth(root, ground_truth, names, layout.classes)
+    for name, image in zip(names, images, strict=True):
+        known = truth.get(name)
+        label = -1 if known is None else labels.get(known, -1)
+        layout.files.append(("val", image.path, label))
+        if image.fault:
+            layout.faults[image.path] = image.fault
+        elif known is None:
+            layout.faults[image.path] = "the ground truth doesn't name it"
+        elif label < 0:
+            layout.faults[image.path] = f"train/ has no class {known}"
+    _note_missing(layout, "val")

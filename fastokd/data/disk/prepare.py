@@ -1,0 +1,147 @@
+"""``fastokd prepare``: looks at every image of a folder once and writes its manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastokd.data.disk.layout import Layout, find_layout, refuse_unusable_classes
+from fastokd.data.disk.manifest import Entry, Manifest, write_manifest
+from fastokd.data.disk.scan import SAMPLED, scan, statistics_of
+from fastokd.errors import UserError
+from fastokd.host.streams import console
+
+IMAGENET_CLASSES = 1000
+# As many faults as a screen shows; the manifest has them all.
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was found and where it is written."""
+
+    path: Path
+    manifest: Manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts, every quarantined file among them."""
+        found = self.manifest
+        counts = Counter(entry.split for entry in found.entries if not entry.fault)
+        return {
+            "manifest": str(self.path),
+            "classes": len(found.classes),
+            "images": {split: counts[split] for split in ("train", "val", "test")},
+            "mean": list(found.mean),
+            "std": list(found.std),
+            "quarantined": [{"path": e.path, "fault": e.fault} for e in found.quarantined()],
+            "notes": list(found.notes),
+        }
+
+    def lines(self) -> list[str]:
+        """The facts for a person."""
+        facts = self.to_json()
+        images = ", ".join(f"{count:,} {split}" for split, count in facts["images"].items())
+        lines = [
+            f"{facts['classes']:,} classes; images: {images}",
+            f"mean {_rounded(self.manifest.mean)}, deviation {_rounded(self.manifest.std)}",
+            *facts["notes"],
+        ]
+        quarantined = facts["quarantined"]
+        if quarantined:
+            lines.append(f"quarantined, {len(quarantined):,} files that no run will read:")
+            lines += [f"  {file['path']}: {file['fault']}" for file in quarantined[:SHOWN]]
+            if len(quarantined) > SHOWN:
+                lines.append(f"  and {len(quarantined) - SHOWN:,} more; the manifest lists them")
+        return [*lines, f"written to {self.path}"]
+
+
+def prepare(
+    root: Path,
+    *,
+    ground_truth: Path | None = None,
+    out: Path | None = None,
+    imagenet: bool = False,
+    workers: int = 0,
+    quiet: bool = False,
+) -> Prepared:
+    """Scans ``root`` in parallel and writes ``manifest.jsonl``.
+
+    Args:
+        root: the folder that holds ``train/`` and ``val/`` or ``test/``.
+        ground_truth: the classes of ILSVRC's flat ``val/``; looked for where it isn't given.
+        out: where the manifest goes, for an image folder that can't be written; ``root``.
+        imagenet: says so where the classes aren't ImageNet's 1,000.
+        workers: threads; 0 for one a core.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: a layout that isn't understood; a class whose images are all damaged.
+    """
+    if workers < 0:
+        raise UserError(f"workers is {workers}: it must be at least 0")
+    for place in () if out is None else (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file: give a folder for the manifest with --out")
+    layout = find_layout(root, ground_truth)
+    if imagenet and len(layout.classes) != IMAGENET_CLASSES:
+        layout.notes.append(f"ImageNet has 1,000 classes, this folder {len(layout.classes):,}")
+    manifest = _scanned(root, layout, workers, quiet)
+    train = [(entry.label, entry.fault) for entry in manifest.entries if entry.split == "train"]
+    refuse_unusable_classes(root, manifest.classes, train)
+    return Prepared(write_manifest(manifest, out or root), manifest)
+
+
+def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
+    good = [file for file in layout.files if file[1] not in layout.faults]
+    train = [i for i, (split, _, _) in enumerate(good) if split == "train"]
+    # Spread evenly, so that every class has its part.
+    take = np.linspace(0, len(train) - 1, min(SAMPLED, len(train))).round().astype(int)
+    sampled = [train[i] for i in np.unique(take)]
+    entries = [
+        Entry(split, path, label, 0, 0, 0, layout.faults[path])
+        for split, path, label in layout.files
+        if path in layout.faults
+    ]
+    bar = Progress(
+        TextColumn("looking at"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        disable=quiet,
+    )
+    with bar:
+        task = bar.add_task("", total=len(good))
+        looks = scan(
+            root,
+            [path for _, path, _ in good],
+            sampled=sampled,
+            workers=workers,
+            step=lambda files: bar.advance(task, files),
+        )
+        for (split, path, label), look in zip(good, looks, strict=True):
+            entries.append(Entry(split, path, label, **look._asdict()))
+    sums = [entry.sums for entry in entries if entry.sums is not None]
+    if not sums:
+        raise UserError(f"no image in {root / 'train'} can be read: is the folder what it seems?")
+    mean, std = statistics_of(np.array(sums))
+    place = {path: i for i, (_, path, _) in enumerate(layout.files)}
+    entries.sort(key=lambda entry: place[entry.path])
+    return Manifest(
+        root,
+        tuple(layout.classes),
+        mean,
+        std,
+        tuple(entries),
+        tuple(layout.notes),
+        layout.folders,
+    )
+
+
+def _rounded(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,129 @@
+"""Prepared folders of images as data sets: ImageNet, and any folder that is streamed from disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fastokd.data.disk import dali
+from fastokd.data.disk.layout import held_out_folders, shortened, what_is_left_out
+from fastokd.data.disk.manifest import Manifest, read_manifest
+from fastokd.data.disk.outgrown import refuse_outgrown
+from fastokd.data.disk.scan import scan
+from fastokd.data.disk.split import DiskSplit
+from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.sets import files
+from fastokd.data.splits import DatasetSplits
+from fastokd.data.views import View
+from fastokd.errors import UserError, warn
+
+OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
+LOADERS = ("auto", "dali", "torchvision")
+
+
+def pick_loader(name: str) -> str:
+    """``"auto"`` is DALI where it is installed, else torchvision.
+
+    Raises:
+        UserError: an unknown loader; DALI asked for where it can't be had, and why.
+    """
+    if name not in LOADERS:
+        raise UserError(f"loader is {name!r}: choose {', '.join(LOADERS)}")
+    if name == "torchvision":
+        return name
+    reason = dali.why_not()
+    if reason is None:
+        return "dali"
+    if name == "dali":
+        raise UserError(f"loader is 'dali', which isn't here: {reason}")
+    return "torchvision"
+
+
+def load_prepared(
+    name: str,
+    root: Path | None,
+    *,
+    view: View,
+    loader: str = "auto",
+    workers: int = 0,
+    begun: bool = False,
+) -> DatasetSplits:
+    """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
+
+    Args:
+        begun: a run goes on with it: what has changed in the folder since is told, not refused.
+
+    Raises:
+        UserError: a folder that isn't prepared, or has changed since; no image left to train or to test on; a loader
+            that can't be had.
+    """
+    root = files.need_root(name, root)
+    manifest = read_manifest(root)
+    try:
+        refuse_outgrown(manifest, root)
+    except UserError as error:
+        if not begun:
+            raise
+        warn(f"{error}; the run goes on with the images that it began with")
+    manifest = _with_headers(manifest)
+    picked = pick_loader(loader)
+    published = name == "imagenet"  # mean and deviation
+    held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
+    splits = {}
+    for split, folder in {"train": "train", **held_out}.items():
+        entries = manifest.usable(folder)
+        if entries:
+            counted = split == "train" and not published
+            splits[split] = DiskSplit.of(
+                entries, manifest.root, view, picked, workers, counted=counted
+            )
+        elif split != "val":
+            raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
+    return DatasetSplits(
+        name=name,
+        class_names=manifest.classes,
+        preprocessing=preprocessing_of(
+            name,
+            mean=None if published else manifest.mean,
+            std=None if published else manifest.std,
+            image_size=view.image_size,
+            eval_resize=view.eval_resize,
+        ),
+        train=splits["train"],
+        val=splits.get("val"),
+        test=splits["test"],
+        note=_note(manifest, picked, ("train", *held_out.values())),
+        loader=picked,
+    )
+
+
+def _with_headers(manifest: Manifest) -> Manifest:
+    """What manifests of earlier versions don't say is read from the headers of the images: which
+    are turned, and which not every decoder decodes alike."""
+    old = [i for i, e in enumerate(manifest.entries) if not e.fault and e.plain is None]
+    if not old:
+        return manifest
+    entries = list(manifest.entries)
+    looks = scan(manifest.root, [entries[i].path for i in old], pixels=False)
+    for i, look in zip(old, looks, strict=True):
+        # A file at fault stays, and is named when it is read: a resumed run has the same images.
+        size = entries[i][3:5] if look.fault else look[:2]
+        entries[i] = entries[i]._replace(height=size[0], width=size[1], plain=look.plain)
+    return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))
+
+
+def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
+    parts = [f"images are decoded by {loader}{f' {dali.version()}' if loader == 'dali' else ''}"]
+    odd = sum(e.split in folders and not e.fault and not e.plain for e in manifest.entries)
+    if odd and loader == "dali":
+        parts.append(f"{odd:,} files that are turned, transparent or rare are decoded by Pillow")
+    parts += [OLD] if OLD in manifest.notes else []
+    if "test" not in folders:
+        parts.append("test is val/")
+    quarantined = manifest.quarantined(*folders)
+    parts += shortened(manifest.notes)
+    if quarantined:
+        total = sum(entry.split in folders for entry in manifest.entries)
+        faults = [(entry.path, entry.fault) for entry in quarantined]
+        parts.append(what_is_left_out(faults, total, "quarantined and not read"))
+    return "; ".join(parts)

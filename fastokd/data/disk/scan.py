@@ -1,0 +1,151 @@
+"""Looks at every image of a set once: can it be read, how large is it, what are its colours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, upright_rgb
+from fastokd.data.waits import by_threads, exhausted
+from fastokd.host.cpus import usable_cpus
+
+# Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
+SAMPLED = 20_000
+CHUNK = 64
+
+
+class Look(NamedTuple):
+    """One file: its upright size in pixels and its bytes, why it can't be used or "", whether it is
+    plain (:func:`fastokd.data.decode.is_plain`); where it was asked for, :func:`sums_of` its pixels;
+    and when it last changed (ns)."""
+
+    height: int
+    width: int
+    bytes: int
+    fault: str
+    plain: bool = False
+    sums: list[int] | None = None
+    mtime: int = 0
+
+
+def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
+    """Decodes one file, or without ``pixels`` its header; never raises for what is in it.
+
+    Raises:
+        LoaderError: the machine has no more memory or files to give, which is no fault of the file's.
+    """
+    try:
+        facts = path.stat()
+    except OSError as error:
+        return Look(0, 0, 0, f"can't be read: {error.strerror or error}")
+    looked = _looked(path, facts.st_size, count, pixels)
+    return looked._replace(mtime=facts.st_mtime_ns)
+
+
+def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
+    if size == 0:
+        return Look(0, 0, 0, "empty")
+    try:
+        return _decoded(path, size, count, pixels)
+    except Image.DecompressionBombError:
+        return Look(0, 0, size, TOO_MANY)
+    except UnidentifiedImageError:
+        return Look(0, 0, size, "no image")
+    except Exception as error:
+        # Too large an image is its own fault, too few descriptors aren't.
+        no_more = exhausted(error, f"{path} was looked at") if isinstance(error, OSError) else None
+        if no_more is not None:
+            raise no_more from error
+        # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
+        return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
+
+
+def _decoded(path: Path, size: int, count: bool, pixels: bool) -> Look:
+    with Image.open(path) as image:
+        width, height = image.size
+        fault = fault_of(image)
+        if fault:
+            return Look(height, width, size, fault)
+        plain = is_plain(image)
+        if count:
+            rgb = upright_rgb(image)
+            return Look(rgb.height, rgb.width, size, "", plain, sums_of(np.asarray(rgb)))
+        if pixels or image.format not in ("JPEG", "MPO"):  # of others the header isn't enough
+            # All of the bits are read, but of a JPEG an eighth of each side is computed.
+            eighth = image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            width, height = (width, height) if eighth else image.size
+        if orientation(image) > 4:
+            width, height = height, width
+        return Look(height, width, size, "", plain)
+
+
+def scan(
+    root: Path,
+    paths: list[str],
+    *,
+    sampled: Iterable[int] = (),
+    pixels: bool = True,
+    workers: int = 0,
+    step: Callable[[int], None] = lambda files: None,
+) -> Iterator[Look]:
+    """A :class:`Look` at each of ``paths`` below ``root``, in order, by several threads.
+
+    Threads are enough: Pillow decodes without the interpreter's lock.
+
+    Args:
+        sampled: positions of the images whose colours are counted.
+        pixels: False reads headers alone.
+        workers: threads; 0 for one a CPU that this process may use.
+        step: is called with the number of files that were just looked at.
+    """
+    counted = set(sampled)
+    at: dict[int, str] = {}
+
+    def look_at_all(first: int) -> list[Look]:
+        looks = []
+        for i in range(first, min(first + CHUNK, len(paths))):
+            at[first] = paths[i]
+            looks.append(look_at(root / paths[i], count=i in counted, pixels=pixels))
+        return looks
+
+    # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
+    # process's, so they are set here and not in the threads.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chunks = range(0, len(paths), CHUNK)
+        for looks in by_threads(
+            look_at_all,
+            chunks,
+            workers or usable_cpus(),
+            lambda first: str(at.get(first, paths[first])),
+        ):
+            yield from looks
+            step(len(looks))
+
+
+def sums_of(images: np.ndarray) -> list[int]:
+    """Pixels, the sum of each channel's levels and that of their squares, of uint8 ``[..., 3]``."""
+    counts_3L = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+    levels = np.arange(256)
+    sums = counts_3L @ np.stack((levels, levels**2), 1)
+    return [int(counts_3L[0].sum()), *sums.T.ravel().tolist()]
+
+
+def statistics_of(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, for images in [0, 1], of images with these
+    :func:`sums_of`; exact up to the last rounding."""
+    pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
+    mean = tuple(total / (255 * pixels) for total in sums[:3])
+    # Of whole numbers: nothing cancels.
+    variances = [
+        (pixels * squares - total**2) / (255 * pixels) ** 2
+        for total, squares in zip(sums[:3], sums[3:], strict=True)
+    ]
+    # A channel without contrast must not be divided by nothing.
+    return mean, tuple(max(variance**0.5, 1 / 255) for variance in variances)

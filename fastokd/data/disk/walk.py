@@ -1,0 +1,200 @@
+"""The image files below folders: each folder once, links followed, hidden names left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from fastokd.errors import UserError
+
+# torchvision's ImageFolder has all but the last four, which are JPEGs and PNGs too.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jfif", ".jpe", ".mpo", ".apng"),
+)
+# What systems and programs leave beside images, in lower case; with it every name that begins with
+# a dot.
+HIDDEN = (
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbs.db",
+    "desktop.ini",
+)
+
+
+class Found(NamedTuple):
+    """One file with an image's ending: its path from the root, and why it can't be used or ""."""
+
+    path: str
+    fault: str
+
+
+class Entry(NamedTuple):
+    """One name in a folder. ``kind``: ``"folder"`` or ``"file"``, through links too; ``"broken"``, a
+    link that leads nowhere; ``"other"``, a pipe or a device, whose reader would wait."""
+
+    name: str
+    kind: str
+    link: bool
+    hidden: bool
+
+
+# Why what has an image's ending can't be used.
+_FAULTS = {"file": "", "broken": "a link that leads nowhere", "other": "no regular file"}
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image: by its ending, as torchvision has it."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is no part of a data set."""
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def entries(
+    folder: Path | str, folders: dict[str, int] | None = None, root: Path | None = None
+) -> list[Entry]:
+    """What a folder holds, sorted by name. ``folders``: when it last changed is noted there, under
+    its path from ``root``.
+
+    Raises:
+        UserError: it can't be listed.
+    """
+    try:
+        if folders is not None and root is not None:
+            # Before it is listed: what is added meanwhile is noticed later.
+            folders[below_root(str(folder), root)] = os.stat(folder).st_mtime_ns
+        with os.scandir(folder) as found:
+            return sorted(_entry(entry) for entry in found)
+    except OSError as error:
+        raise UserError(
+            f"can't list {folder} ({error.strerror or error}): make it readable, or move it away"
+        ) from error
+
+
+def _entry(entry: os.DirEntry[str]) -> Entry:
+    link = entry.is_symlink()
+    try:
+        if entry.is_dir():
+            kind = "folder"
+        elif entry.is_file():
+            kind = "file"
+        else:
+            kind = "broken" if link and not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself, or through a folder that can't be entered
+        kind = "broken"
+    return Entry(entry.name, kind, link, is_hidden(entry.name))
+
+
+def images_in(folder: Path, root: Path) -> list[Found]:
+    """The image files directly in a folder."""
+    return [
+        Found(below_root(str(folder / entry.name), root), _FAULTS[entry.kind])
+        for entry in entries(folder)
+        if entry.kind in _FAULTS and not entry.hidden and is_image(entry.name)
+    ]
+
+
+def below_root(path: str, root: Path) -> str:
+    """A path that begins with ``root``, without it."""
+    return path if str(root) == "." else path[len(f"{root}/".replace("//", "/")) :]
+
+
+def walk_classes(
+    root: Path, split: str, names: list[str], folders: dict[str, int], notes: list[str]
+) -> dict[str, list[Found]]:
+    """The image files of each class of one split, in torchvision's order: by folder, then by name.
+
+    Links to files and folders are followed, but no folder is walked twice in a split: a link to one
+    that is part of it already, or lies above it, is noted instead. What lies in a class's own folder
+    is never taken by a link from elsewhere.
+
+    Args:
+        names: the class folders.
+        folders, notes: as in :class:`fastokd.data.disk.layout.Layout`; added to.
+    """
+    top = root / split
+    walk = _Walk(root, folders, notes)
+    for above in (top.resolve(), *top.resolve().parents):
+        walk.first_time(str(above))
+    real = [name for name in names if not (top / name).is_symlink()]
+    for name in real:
+        walk.first_time(str(top / name))
+        walk.below(name, str(top / name), linked=False)
+    # All of them are known before one is walked: a class linked from within another is its own.
+    linked = [n for n in names if n not in real and walk.follows(str(top / n))]
+    for name in linked:
+        walk.below(name, str(top / name), linked=True)
+    while walk.links:
+        links, walk.links = sorted(walk.links), []
+        for path, name in links:
+            if walk.follows(path):
+                walk.below(name, path, linked=True)
+    if walk.others:
+        notes.append(
+            f"{split}/: {len(walk.others):,} files are left out, as none of the endings "
+            f"{', '.join(EXTENSIONS)} is theirs (the first: {min(walk.others)})"
+        )
+    return {name: [found for _, found in sorted(walk.found.get(name, []))] for name in names}
+
+
+class _Walk:
+    """Where a walk has been, and what it found: by class, with its folder and name to sort by."""
+
+    def __init__(self, root: Path, folders: dict[str, int], notes: list[str]) -> None:
+        self.root, self.folders, self.notes = root, folders, notes
+        self.seen: set[tuple[int, int]] = set()
+        self.links: list[tuple[str, str]] = []
+        self.others: list[str] = []
+        self.found: dict[str, list[tuple[tuple[str, str], Found]]] = {}
+
+    def first_time(self, folder: str) -> bool:
+        """Whether the walk hasn't been there; from now on it has."""
+        try:
+            facts = os.stat(folder)
+        except OSError:  # said where it is listed
+            return True
+        identity = facts.st_dev, facts.st_ino
+        if identity in self.seen:
+            return False
+        self.seen.add(identity)
+        return True
+
+    def follows(self, link: str) -> bool:
+        """Whether a link to a folder is walked; else that is noted."""
+        if self.first_time(link):
+            return True
+        self.notes.append(
+            f"{below_root(link, self.root)} is a link to a folder that is read already: it isn't followed"
+        )
+        return False
+
+    def below(self, name: str, top: str, *, linked: bool) -> None:
+        """Everything in ``top``, which is of class ``name``; its links are kept for later."""
+        stack = [top]
+        images = self.found.setdefault(name, [])
+        while stack:
+            folder = stack.pop()
+            for entry in entries(folder, self.folders, self.root):
+                path = f"{folder}/{entry.name}"
+                if entry.hidden:
+                    continue
+                if entry.kind == "folder" and entry.link:
+                    self.links.append((path, name))
+                elif entry.kind == "folder":
+                    # Outside links real folders can't be reached twice.
+                    if self.first_time(path) or not linked:
+                        stack.append(path)
+                elif is_image(entry.name):
+                    found = Found(below_root(path, self.root), _FAULTS[entry.kind])
+                    images.append(((folder, entry.name), found))
+                elif entry.kind == "broken":
+                    self.notes.append(f"{below_root(path, self.root)} is a link that leads nowhere")
+                else:
+                    self.others.append(below_root(path, self.root))

@@ -1,0 +1,109 @@
+"""Batches decoded by torchvision in worker processes: where DALI isn't."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastokd.data.disk.broken import first_broken
+from fastokd.data.disk.pool import Pool
+from fastokd.data.disk.see import see
+from fastokd.data.disk.split import DiskBatch, DiskSplit, labels_of
+from fastokd.data.waits import exhausted
+from fastokd.errors import DataFileError
+
+# Images that a worker makes at a time: all workers share a batch, and little memory is taken.
+CHUNK = 16
+
+
+class _Part(NamedTuple):
+    """Images of one batch, as plain numbers: tensors would travel as open files."""
+
+    images: list[int]
+    boxes: list[list[int] | None]
+    flips: list[int]
+
+
+class _Decoder:
+    """Makes the images of a part, in a worker; a file at fault comes back as a sentence."""
+
+    def __init__(self, split: DiskSplit) -> None:
+        self.split = split
+        # The row that is being made.
+        self.row = torch.zeros(1, dtype=torch.int64)
+
+    def make(self, part: _Part, row: Tensor) -> Tensor | str:
+        """As the pool asks for it."""
+        self.row = row
+        return self[part]
+
+    def __getitem__(self, part: _Part) -> Tensor | str:
+        try:
+            return self._images(part)
+        except Exception as error:
+            at = self.split.path(part.images[int(self.row)])
+            no_more = exhausted(error, f"{at} was read")
+            if no_more is not None:
+                raise no_more from error
+            # Decoders of damaged files raise nearly anything; raised here, it would come back
+            # wrapped in this worker's traceback.
+            found = first_broken(self.split, part.images, error)
+            if isinstance(found, DataFileError):
+                return str(found)
+            raise
+
+    def _images(self, part: _Part) -> Tensor:
+        size = self.split.view.image_size
+        images_BHWC = torch.empty(len(part.images), size, size, 3, dtype=torch.uint8)
+        for row, (index, box, flip) in enumerate(zip(*part, strict=True)):
+            self.row[0] = row
+            images_BHWC[row] = see(self.split, index, box, flip=bool(flip))
+        return images_BHWC
+
+
+def decode(
+    split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
+    del batch  # this loader has no buffers to size
+    # Planned and not given back yet, oldest first.
+    planned: deque[DiskBatch] = deque()
+
+    def parts() -> Iterator[_Part]:
+        for plan in plans:
+            planned.append(plan)
+            yield from _parts(plan)
+
+    size = split.view.image_size
+    pinned = split.device.type == "cuda"
+    shape = (CHUNK, size, size, 3)
+    with Pool(_Decoder(split).make, parts(), shape, workers, _file_of(split)) as pool:
+        pool.feed()
+        while planned:
+            plan = planned.popleft()
+            B = len(plan.index_B)
+            images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+            filled = 0
+            while filled < B:
+                part = pool.take()
+                images_BHWC[filled : filled + len(part)] = part
+                filled += len(part)
+                pool.feed()
+            yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, plan)
+
+
+def _parts(plan: DiskBatch) -> Iterator[_Part]:
+    index, flips = plan.index_B.tolist(), plan.flip_B.tolist()
+    boxes = [None] * len(index) if plan.box_B4 is None else plan.box_B4.tolist()
+    for first in range(0, len(index), CHUNK):
+        some = slice(first, first + CHUNK)
+        yield _Part(index[some], boxes[some], flips[some])
+
+
+def _file_of(split: DiskSplit) -> Callable[[_Part, int], Path]:
+    return lambda part, row: split.path(part.images[row])

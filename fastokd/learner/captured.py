@@ -1,0 +1,104 @@
+"""A whole training step as CUDA graphs, one for each batch shape.
+
+The first steps run eagerly: they are training steps like any other, after which optimizer states
+exist, DDP has built its buckets and libraries have chosen their kernels. From then on a shape that
+has run eagerly before is captured when it comes again, and replayed each time after that. An
+epoch's smaller last batch therefore runs eagerly in the first epoch and has a graph of its own
+from the second one on.
+
+Eager steps and captures share one side stream. Autograd and DDP run a parameter's gradient on the
+stream where its accumulator was made, and the allocator keeps a pool of memory for each stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.learner.recording import recording
+
+# DistributedDataParallel measures and rebuilds its buckets within the first eleven.
+WARM_UP_STEPS = 11
+
+Step = Callable[[Tensor, Tensor], Any]
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], Any]], tuple[Any, Replay]]
+
+
+class CapturedStep:
+    """Calls ``step`` until it is warm, captures it for each shape of a batch, replays it.
+
+    Args:
+        step: (images, labels) to what the step returns, without gradient history; it must read
+            nothing back, and everything else that it reads must stay the same tensors.
+        device: where the step runs.
+        record: runs a function of no arguments under capture; returns its result and the replay.
+        warm_up: eager steps before the first capture.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        record: Record | None = None,
+        warm_up: int = WARM_UP_STEPS,
+    ) -> None:
+        self.step = step
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.record = record or self._record_graph
+        self.left = warm_up
+        self.graphs: dict[torch.Size, _Graph | None] = {}
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        shape = images.shape
+        if self.left > 0 or shape not in self.graphs:
+            self.left -= 1
+            self.graphs[shape] = None
+            return self._beside(lambda: self.step(images, labels))
+        graph = self.graphs[shape]
+        if graph is None:
+            # A capture runs nothing: this batch's step is the first replay.
+            graph = self.graphs[shape] = _Graph(self.step, self.record, images, labels)
+        return graph(images, labels)
+
+    def _record_graph(self, body: Callable[[], Any]) -> tuple[Any, Replay]:
+        """``body`` captured: its result's tensors, and the replay that fills them.
+
+        The graphs share one pool of memory: they never run at the same time, and a step's result
+        is read before the next step.
+        """
+        assert self.stream is not None
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a loader's threads may allocate during the capture.
+        with recording(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            result = body()
+        return result, graph.replay
+
+    def _beside(self, body: Callable[[], Any]) -> Any:
+        """Runs ``body`` on the side stream, ordered with the current one; as it is on a CPU."""
+        if self.stream is None:
+            return body()
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = body()
+        current.wait_stream(self.stream)
+        return result
+
+
+class _Graph:
+    """The captured step of one shape: its input tensors, its result's tensors, its replay."""
+
+    def __init__(self, step: Step, record: Record, images: Tensor, labels: Tensor) -> None:
+        self.inputs = images.clone(), labels.clone()
+        self.result, self.replay = record(lambda: step(*self.inputs))
+
+    def __call__(self, *batch: Tensor) -> Any:
+        for kept, new in zip(self.inputs, batch, strict=True):
+            kept.copy_(new, non_blocking=True)
+        self.replay()
+        return self.result

@@ -1,0 +1,101 @@
+"""The state of a run on several ranks as one process would hold it: what a checkpoint keeps.
+
+Weights, running statistics and optimizer states stand under the same names however the run is
+spread, so that it may go on in another arrangement. What a rank has for itself (random numbers, the
+metrics of its share of an unfinished epoch) stands under ``rank<r>.``, rank 0's as ever.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastokd.run.session import Session
+
+OWN = re.compile(r"(rng|meter)\.")
+RANK = re.compile(r"rank\d+\.")
+
+
+@torch.no_grad()
+def share_state(session: Session) -> None:
+    """Gives every rank each student as the rank that trains it has it, and with data parallelism
+    the first rank's running statistics."""
+    ranks = session.ranks
+    if ranks.size == 1:
+        return
+    S = len(session.cohort.students)
+    sources = [ranks.owner(student, S) for student in range(S)]
+
+    def source(student: int | None) -> int:
+        return 0 if student is None else sources[student]
+
+    for name, value in session.cohort.state_dict().items():
+        where, _, rest = name.partition(".")
+        _broadcast(value, source(int(rest.split(".")[0]) if where == "students" else None))
+    for name, value in session.method.state_dict().items():
+        _broadcast(value, source(session.method.belongs_to(name)))
+    if session.average is not None:
+        for value in session.average.state.values():
+            _broadcast(value, source(session.kept_student))
+
+
+def _broadcast(value: Tensor, source: int) -> None:
+    dense = value.contiguous()  # another memory order is no tensor that a collective takes
+    dist.broadcast(dense, src=source)
+    if dense.data_ptr() != value.data_ptr():
+        value.copy_(dense)
+
+
+def gathered(session: Session, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with what the other ranks have, on rank 0; as they are elsewhere.
+
+    :func:`share_state` has been called. Sent are optimizer states that are trained elsewhere, and
+    what each rank has for itself.
+    """
+    ranks = session.ranks
+    if ranks.size == 1:
+        return tensors
+    sent = {}
+    if ranks.rank > 0:
+        for name, value in tensors.items():
+            if OWN.match(name):
+                sent[f"rank{ranks.rank}.{name}"] = value.cpu()
+            elif name.startswith("optim.") and ranks.rank < ranks.students.size:
+                sent[name] = value.cpu()
+    pieces = ranks.collect(sent)
+    if pieces is None:
+        return tensors
+    whole = dict(tensors)
+    for piece in pieces[1:]:
+        whole |= {name: value for name, value in piece.items() if name not in tensors}
+    return whole
+
+
+def mine(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's tensors as this rank takes them up.
+
+    In the arrangement of before each rank finds its own. In another the unfinished epoch's metrics
+    go on from their sum on rank 0, and the other ranks' random numbers begin anew: not the same
+    bits.
+    """
+    ranks = session.ranks
+    rows, columns = facts.get("ranks", (1, 1))
+    common = {k: v for k, v in tensors.items() if not RANK.match(k)}
+    if ranks.rank == 0 and (rows, columns) != ranks.arrangement:
+        for row in range(1, rows):
+            prefix = f"rank{row * columns}.meter."
+            for name, value in tensors.items():
+                if name.startswith(prefix):
+                    total = f"meter.{name.removeprefix(prefix)}"
+                    common[total] = common[total] + value if total in common else value
+    if ranks.rank == 0:
+        return common
+    prefix = f"rank{ranks.rank}."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    shared = {k: v for k, v in common.items() if not OWN.match(k)}
+    return shared | own if (rows, columns) == ranks.arrangement else shared

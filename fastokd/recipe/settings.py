@@ -1,0 +1,122 @@
+"""What a command line says of a recipe: flags and ``--set``, merged, every setting said once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastokd.errors import UserError, unknown_name
+from fastokd.recipe.names import Recipe, recipe
+
+# What a recipe's name says.
+NAMED = ("method", "model", "dataset", "sharing")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that is wanted: its folder's name and its recipe."""
+
+    folder: str
+    recipe: Recipe
+    settings: Mapping[str, Any]
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """``["lr=0.1,0.05", "mix=logits,probs"]`` as lists of values.
+
+    Values are JSON (numbers, true, ``[10,15]``) or, where one isn't, words.
+
+    Raises:
+        UserError: a text of another form; a setting that is named twice, or that can't be set.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key or not values:
+            raise UserError(f"--set is {text!r}: write KEY=VALUE or KEY=VALUE,VALUE")
+        if key in settings:
+            raise UserError(f"--set names {key} twice: write {key}=VALUE,VALUE")
+        if key in NAMED:
+            raise UserError(f"--set can't change {key}: a recipe's name says it, name another")
+        if key == "name":
+            raise unknown_name("setting", key, Recipe.__dataclass_fields__.keys() - {"name"})
+        try:
+            settings[key] = json.loads(f"[{values}]")
+        except ValueError:
+            settings[key] = values.split(",")
+    return settings
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0,1,2"`` as numbers, each once."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"--seeds is {text!r}: write whole numbers, such as 0,1,2")
+    return list(dict.fromkeys(int(word) for word in words))
+
+
+def plan(
+    name: str,
+    flags: Mapping[str, Any],
+    settings: Mapping[str, Sequence[Any]],
+    *,
+    seeds: Sequence[int] | None = None,
+    scale_lr: bool = False,
+) -> list[Planned]:
+    """A run for every combination of the settings' values and the seeds.
+
+    Args:
+        name: the recipe's.
+        flags: one value of a setting each, or None where the flag wasn't given.
+        settings: what ``--set`` names, by :func:`parse_settings`. Their values name the folders.
+        seeds: of ``--seeds``.
+        scale_lr: the rate of each run, as its recipe has it by then, times its batch over the named
+            recipe's own: Goyal et al.'s rule (arXiv 1706.02677). It holds for the recipe's SGD; a
+            method's own Adam keeps its rate.
+
+    Raises:
+        UserError: a setting that is said twice, with different values; whatever
+            :func:`fastokd.recipe` raises.
+    """
+    said = {key: value for key, value in flags.items() if value is not None}
+    if seeds is not None and "seed" in said:
+        raise UserError("--seed and --seeds say the same thing: give one of them")
+    for key, values in settings.items():
+        both = (
+            [seeds] if key == "seed" and seeds is not None else [[said[key]]] if key in said else []
+        )
+        for others in both:
+            if list(others) != list(values):
+                flag = "seeds" if others is seeds else key.replace("_", "-")
+                raise UserError(
+                    f"{key} is {_list(others)} by --{flag} and {_list(values)} by --set: leave one "
+                    "of them out"
+                )
+    every_seed = settings.get("seed") or seeds or [said.get("seed", 0)]
+    swept = {key: values for key, values in settings.items() if key != "seed"}
+    planned = []
+    for values in itertools.product(*swept.values()):
+        chosen = dict(zip(swept, values, strict=True))
+        words = [f"{key}={_word(value)}" for key, value in chosen.items()]
+        for seed in every_seed:
+            resolved = recipe(name, **{**said, **chosen, "seed": seed})
+            settled = {**chosen, "seed": seed}
+            if scale_lr:
+                share = resolved.batch_size / recipe(name).batch_size
+                resolved = replace(resolved, lr=resolved.lr * share)
+                settled["lr"] = resolved.lr
+            folder = "-".join([name.replace("/", "-"), *words, f"seed{seed}"])
+            planned.append(Planned(folder, resolved, settled))
+    return planned
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def _word(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return "".join(letter if letter.isalnum() or letter in "._-,+" else "_" for letter in text)

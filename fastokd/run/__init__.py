@@ -1,0 +1,1 @@
+"""A run: a learner with data and a position, its folder, and what watches it."""

@@ -1,0 +1,91 @@
+"""Which engine is the fastest here: what is tried, what it measured, and the choice.
+
+Nothing is assumed: grouped convolutions and compiled code win on some machines and lose on others.
+This file knows no session; :mod:`fastokd.run.tuning` measures with one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastokd.cohort.choice import FORMATS, Choice
+
+# The most that a choice is expected to take off a step: what a trial may cost is weighed with it.
+SAVABLE = 0.3
+# A choice must beat the plain loop by more than timings scatter.
+MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one candidate measured, or why it has no figure.
+
+    ``failed``: it can't run. ``final``: another run needn't try it again. ``compile_seconds``:
+    before its first step.
+    """
+
+    choice: Choice
+    step_ms: float | None = None
+    compile_seconds: float = 0.0
+    note: str = ""
+    failed: bool = False
+    final: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Timing:
+        """The reverse of :meth:`to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: what can't have been written by it.
+        """
+        timing = Timing(**{**values, "choice": Choice(**values["choice"])})
+        times = (timing.compile_seconds, *([] if timing.step_ms is None else [timing.step_ms]))
+        if not all(0 <= float(time) < math.inf for time in times):
+            raise ValueError(f"{values} is no timing")
+        return timing
+
+
+def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]:
+    """Every engine in every layout that isn't named already; the plain loop first."""
+    formats = list(FORMATS) if memory_format == "auto" else [memory_format]
+    return [Choice(engine, False, layout) for layout in formats for engine in engines]
+
+
+def pick(timings: Sequence[Timing], steps: int) -> Choice:
+    """The fastest for a run of so many steps, compiling included.
+
+    The first is the default: it stays unless another is clearly faster or it can't run. Where nothing
+    was timed, the first that hasn't failed is taken.
+    """
+    default = timings[0]
+    known = [timing for timing in timings if timing.step_ms is not None]
+
+    def cost(timing: Timing) -> float:
+        assert timing.step_ms is not None
+        return timing.step_ms * steps + 1e3 * timing.compile_seconds
+
+    able = next((timing for timing in timings if not timing.failed), default)
+    best = min(known, key=cost, default=able)
+    if default.step_ms is None:
+        slow = default.final  # its trial took longer than it could save
+        return best.choice if default.failed or slow else default.choice
+    return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice
+
+
+def table(timings: Sequence[Timing], chosen: Choice) -> str:
+    """The measurements as lines of text; the chosen one is marked."""
+    lines = ["  engine, how, layout                  ms a step"]
+    for timing in timings:
+        mark = "*" if timing.choice == chosen else " "
+        took = "" if timing.step_ms is None else f"{timing.step_ms:9.1f}"
+        compiled = f"  (compiled in {timing.compile_seconds:.0f} s)" * bool(timing.compile_seconds)
+        note = f"  {timing.note}" if timing.note else ""
+        lines.append(f"{mark} {timing.choice!s:36}{took}{compiled}{note}")
+    return "\n".join(lines)

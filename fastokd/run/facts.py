@@ -1,0 +1,79 @@
+"""What a run says of itself beside its numbers: its recipe, its environment, how it was tuned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastokd.checkpoint import write_durably
+from fastokd.device import environment
+from fastokd.errors import UserError
+from fastokd.recipe.names import Recipe
+from fastokd.run.autotuner import Timing
+from fastokd.run.session import Session
+
+
+class RunFacts:
+    """``recipe.json``, ``environment.json`` and ``tuning.json`` of one run.
+
+    What writes raises OSError, and then the file is as it was.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe_file = folder / "recipe.json"
+        self.environment_file = folder / "environment.json"
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe.
+
+        Raises:
+            UserError: there is none, or the file isn't what a run writes.
+        """
+        path = self.recipe_file
+        if not path.is_file():
+            raise UserError(f"{self.folder} is no run folder: it has no recipe.json")
+        try:
+            return Recipe.from_json(json.loads(path.read_bytes()))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} can't be read ({error}): put back the one that the run wrote"
+            ) from error
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """The resolved recipe."""
+        _write(self.recipe_file, recipe.to_json())
+
+    def environment(self) -> dict[str, Any]:
+        """What the run's numbers depend on beside its recipe; empty where nobody wrote it.
+
+        Raises:
+            UserError: the file isn't what a run writes.
+        """
+        path = self.environment_file
+        try:
+            found = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is no environment of a run: put it back or remove it")
+        return found
+
+    def write_environment(self, session: Session) -> None:
+        """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
+        facts = {**environment(session.device, session.precision), **session.how()}
+        begun = self.environment() if session.options.resume else {}
+        if "init_sha256" in begun:  # a resumed run doesn't read them again
+            facts.setdefault("init_sha256", begun["init_sha256"])
+        _write(self.environment_file, facts)
+
+    def write_tuning(self, timings: list[Timing]) -> None:
+        """What the engine was chosen by."""
+        _write(self.folder / "tuning.json", {"timings": [timing.to_json() for timing in timings]})
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    write_durably(path, (json.dumps(values, indent=1) + "\n").encode())

@@ -1,0 +1,367 @@
+"""A run's folder: recipe, environment, metrics, checkpoints, the student, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastokd.checkpoint import (
+    checkpoint_step,
+    link_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    write_durably,
+    writing,
+)
+from fastokd.distributed.ranks import first, speaks
+from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, warn
+from fastokd.learner.state import check_recipe
+from fastokd.models import Student
+from fastokd.recipe.names import Recipe
+from fastokd.run.autotuner import Timing
+from fastokd.run.facts import RunFacts
+from fastokd.run.hooks import spared
+from fastokd.run.identity import (
+    Standing,
+    begun_with,
+    other_teacher,
+    standing,
+)
+from fastokd.run.lock import FolderLock
+from fastokd.run.metric_lines import MetricLines, choosing_split
+from fastokd.run.session import RunOptions, Session, run_path
+from fastokd.student.file import STUDENT, Weights, run_rows, student_of
+from fastokd.student.teacher import KEPT
+from fastokd.student.within_cohort import check_kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished (or interrupted) run: where it lies and what it measured."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The metrics of the last epoch."""
+        return self.metrics[-1]
+
+    @property
+    def standing(self) -> Standing:
+        """How far it is: an epoch that was cut isn't counted."""
+        return standing(self.folder, self.metrics)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all epochs of its recipe."""
+        return self.standing.epochs >= self.recipe.epochs
+
+    @staticmethod
+    def load(folder: Path) -> Run:
+        """Reads a run folder back."""
+        where = RunFolder(folder)
+        return Run(folder, where.recipe(), where.metrics())
+
+
+class RunFolder:
+    """Reads and writes one run folder (DESIGN's layout)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.lines = MetricLines(path / "metrics.jsonl")
+        self.lock = FolderLock(path)
+        self.facts = RunFacts(path)
+        # Whether the newest steps couldn't be saved.
+        self._behind = False
+
+    @staticmethod
+    def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
+        """The folder of a run that is about to start; nothing is written yet. Of several processes
+        the first alone looks, and writes.
+
+        Raises:
+            UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
+                can't be written.
+        """
+        folder = RunFolder(run_path(recipe, options))
+
+        def claim() -> RunFolder:
+            with writing(folder.path):  # a name that is too long is refused where it is looked for
+                folder.lock.check(options.resume)
+            return folder
+
+        return first(claim)
+
+    def as_begun(self, options: RunOptions) -> RunOptions:
+        """The options of a run that goes on here as it was begun; others are left as they are.
+
+        Raises:
+            UserError: something is asked for that differs from what the run was begun with.
+        """
+        return first(lambda: self._as_begun(options))
+
+    def _as_begun(self, options: RunOptions) -> RunOptions:
+        if not options.resume or not self.facts.environment_file.is_file():
+            return options
+        if self.facts.recipe_file.is_file():
+            self.recipe()  # what can't be read is said before anything is trained
+        begun = options.as_begun(begun_with(self.path, options), self.path)
+        for difference in other_teacher(self.path, options.teacher):
+            raise UserError(
+                f"the run in {self.path} was begun otherwise: it differs in {difference}; leave "
+                "--teacher out to resume it as it was, or choose another --out"
+            )
+        return begun
+
+    @contextmanager
+    def beginning(self, session: Session) -> Iterator[None]:
+        """Opens the folder; where what is to begin with the run can't, a new folder is gone again."""
+        made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        self.open(session)
+        try:
+            yield
+        except BaseException:
+            if not session.options.resume and speaks():
+                for entry in self.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                with suppress(OSError):  # somebody else's run may have begun beside it
+                    for place in made:
+                        place.rmdir()
+            raise
+
+    def open(self, session: Session) -> None:
+        """Starts the folder, or brings the session to where the folder's run stopped.
+
+        A run that was killed before its first checkpoint starts again.
+
+        Raises:
+            UserError: another process is at work in the folder.
+        """
+        found = session.ranks.first(lambda: self._open(session))
+        if found is None:
+            return
+        session.load_state(*found)
+        # An unfinished epoch's row will be written again, unless no step is left to take.
+        rows = [
+            row
+            for row in self.metrics()
+            if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
+        ]
+        session.ranks.first(lambda: self._replace_lines(rows))
+        # What the best checkpoint scored, by what the run is judged by now.
+        kept = session.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
+        scores = [
+            _score(row, session.recipe)
+            for row in rows
+            if kept and row.get("step") == checkpoint_step(kept[0])
+        ]
+        session.best = next((score for score in scores if score is not None), session.best)
+
+    def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint, where the run goes on."""
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+        if not session.options.resume:
+            # Another run may have come and gone since the folder was found free.
+            self.lock.check(resume=False)
+        with writing(self.path):
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
+        if session.options.resume and list_checkpoints(self.checkpoints):
+            _, tensors, facts, _ = newest_checkpoint(self.checkpoints)
+            return tensors, facts
+        if session.options.resume and self.facts.recipe_file.is_file():
+            check_recipe(session, self.recipe().to_json())
+            self._start_again()
+        with writing(self.path):
+            self.facts.write_recipe(session.recipe)
+            self.facts.write_environment(session)
+            if session.teacher is not None:
+                facts = {
+                    **session.teacher.facts,
+                    "taken_from": json.dumps(str(session.teacher.path)),
+                }
+                kept = Weights(self.path / KEPT, session.teacher.state, facts)
+                write_durably(kept.path, kept.to_bytes())
+        return None
+
+    def _start_again(self) -> None:
+        """Leaves out the line of an epoch whose checkpoint never came."""
+        if (self.path / STUDENT).is_file():
+            raise UserError(
+                f"{self.path} holds a student and no checkpoint to go on from: put its checkpoints/ "
+                "back, or choose another --out"
+            )
+        if self.lines.path.is_file():
+            self._replace_lines([])
+
+    def _replace_lines(self, rows: list[dict[str, Any]]) -> None:
+        with writing(self.path):
+            self.lines.replace(rows)
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self.lock.release()
+
+    def settled(self, session: Session, timings: list[Timing]) -> None:
+        """Keeps the choice of engine, and what it was chosen by."""
+
+        def keep() -> None:
+            with writing(self.path):
+                self.facts.write_tuning(timings)
+                self.facts.write_environment(session)
+
+        session.ranks.first(keep)
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe; raises as :meth:`RunFacts.recipe`."""
+        return self.facts.recipe()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far; raises as :meth:`MetricLines.read`."""
+        return self.lines.read()
+
+    def show_batch(self, session: Session) -> Path:
+        """Leaves the next batch as a picture, cropped and flipped as it is trained on."""
+        from torchvision.utils import make_grid, save_image
+
+        images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
+        images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
+        path = self.path / "augmentation.png"
+
+        def keep() -> Path:
+            with writing(self.path):
+                save_image(make_grid(images_BCHW, nrow=8), path)
+            return path
+
+        return session.ranks.first(keep)
+
+    def record(self, session: Session, row: dict[str, Any]) -> None:
+        """One epoch: its line, its checkpoint, and the best one's where it is that.
+
+        The best is chosen on held-out images where the recipe has some, else on the test set, and
+        of whole epochs alone: a run that was stopped within one ends as one that wasn't.
+        """
+        score = _score(row, session.recipe) if session.batch == 0 else None
+        before = session.best
+        better = score is not None and (before is None or score > before)
+        if better:
+            session.best = score
+        session.ranks.first(lambda: self.lines.add(row))
+        try:
+            self.save(session, best_on=choosing_split([row]), better=better)
+        except DiskError as error:
+            if better and not session.ranks.first(lambda: self._best(session).is_dir()):
+                session.best = before  # the best that is kept
+            if speaks():
+                warn(f"{error}; training goes on, and saves when it is time again")
+
+    def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
+        """A checkpoint of the session as it stands; the best one too where it is ``better``.
+
+        All ranks ask for it together; the first writes, and none goes on before it has. The lines
+        of its epochs come before it: a resumed run doesn't train them again.
+
+        Raises:
+            DiskError: the disk refuses; what was written before is whole.
+        """
+        tensors, facts = session.state()
+        if best_on is not None:
+            facts["best_on"] = best_on
+        self._behind = True
+        session.ranks.first(lambda: self._save(session, tensors, facts, better))
+        self._behind = False
+
+    def _save(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
+    ) -> None:
+        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
+        with writing(self.path):
+            self.lines.write()
+            # The best one first: a run that is killed in between repeats the epoch, and writes
+            # both.
+            if better:
+                save_checkpoint(best, tensors, facts)
+                prune_checkpoints(self.checkpoints, "best", 1)
+                link_checkpoint(best, last)
+            else:
+                save_checkpoint(last, tensors, facts)
+            prune_checkpoints(self.checkpoints, "last", 2)
+
+    def _best(self, session: Session) -> Path:
+        return self.checkpoints / f"best-{session.step:09d}"
+
+    @contextmanager
+    def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
+        """Leaves a checkpoint of the last step where a file of the data set, or its loader, stops the run."""
+        try:
+            yield
+        except (DataFileError, LoaderError):
+            if session.ranks.size == 1:  # the others are within the step that this one can't take
+                try:
+                    save()
+                except DiskError as error:
+                    warn(str(error))
+            raise
+
+    def finish(self, session: Session) -> Run:
+        """The student with its publisher's keys.
+
+        The student is then read back, and has to say alone what it says within the cohort.
+
+        Raises:
+            DiskError: the student can't be written, or the last steps couldn't be saved and still
+                can't.
+            UserError: the student says something else alone. It and the checkpoints are kept.
+        """
+        if self._behind:
+            self.save(session)
+        tensors, facts = session.state()
+        session.ranks.first(lambda: self._write_student(session, tensors, facts))
+        text = session.average and session.average.warning(self.metrics())
+        if text and speaks():
+            warn(text)
+        check_kept(session, student_of(self.path, tensors, facts, []), self.path)
+        return Run(self.path, session.recipe, self.metrics())
+
+    def _write_student(
+        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        student = student_of(self.path, tensors, facts, run_rows(self.path))
+        member = session.cohort.students[session.kept_student]
+        assert isinstance(member, Student)
+        plain = {member.published_key(key): value for key, value in student.state.items()}
+        with writing(self.path):
+            write_durably(self.path / STUDENT, Weights(self.path, plain, student.facts).to_bytes())
+
+    def report(self, session: Session) -> None:
+        """The page with its plots; where it can't be made, a warning says how to make it later."""
+
+        def make() -> None:
+            from fastokd.report.page import report
+
+            report([self.path])
+
+        command = f"fastokd report {shlex.quote(str(self.path))}"
+        why = f"the run is done, but there is no report (`{command}` makes it)"
+        session.ranks.first(lambda: spared(make, why, of=BaseException))
+
+
+def _score(row: dict[str, Any], recipe: Recipe) -> float | None:
+    measured = row.get(choosing_split([row]))
+    return None if measured is None else recipe.score(measured)

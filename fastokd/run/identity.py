@@ -1,0 +1,133 @@
+"""Which run a folder holds, and how far it is.
+
+A run is its recipe and the options that decide its numbers (:data:`KEPT`), the contents of ``init``
+and of the teacher among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
+from fastokd.device import pick_device, pick_precision
+from fastokd.errors import UserError
+from fastokd.methods import method_class
+from fastokd.recipe.names import Recipe
+from fastokd.run.facts import RunFacts
+from fastokd.run.metric_lines import MetricLines
+from fastokd.run.options import LEFT_OPEN, RunOptions
+from fastokd.student.file import STUDENT, read_weights
+from fastokd.student.init import read_files
+from fastokd.student.teacher import KEPT as KEPT_TEACHER
+from fastokd.student.teacher import default_path
+
+# Of a run's options those that change its numbers by more than their last bits. The papers' protocol
+# has none of them.
+DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is: whole epochs, and steps in all."""
+
+    epochs: int
+    step: int
+
+
+def standing(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Standing:
+    """Where a run's newest checkpoint is; where there is none, by its lines ``rows``.
+
+    An epoch that was cut has a line too, so lines alone can't tell whether a single epoch is whole.
+    """
+    for path in list_checkpoints(folder / "checkpoints"):
+        try:
+            facts = read_facts(path)
+            return Standing(int(facts["epoch"]), int(facts["step"]))
+        except (UserError, KeyError, TypeError, ValueError):  # noqa: PERF203
+            continue  # the one before it
+    if not rows:
+        return Standing(0, 0)
+    epochs, step = rows[-1]["epoch"] + 1, rows[-1].get("step", 0)
+    a_whole = [row["step"] / (row["epoch"] + 1) for row in rows[:-1] if "step" in row]
+    cut = bool(a_whole) and step < max(a_whole) * epochs
+    return Standing(epochs - cut, step)
+
+
+def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:
+    """Whether the run in ``folder`` has all epochs of its recipe, or the ``max_steps`` asked for.
+
+    Raises:
+        UserError: it has taken more steps than are asked for.
+    """
+    at = standing(folder, MetricLines(folder / "metrics.jsonl").read())
+    if max_steps is not None and at.step > max_steps:
+        raise UserError(
+            f"max_steps is {max_steps}, but the run in {folder} has taken {at.step}: ask for at least "
+            "as many, or choose another --out"
+        )
+    ended = at.epochs >= wanted.epochs or at.step == max_steps
+    return ended and (folder / STUDENT).is_file()
+
+
+def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
+    """Refuses a run of another recipe, or one that ``options`` wouldn't train, and says in what.
+
+    Of options that leave the machine a choice, any choice will do; but ``precision="auto"`` is what
+    it is on this machine.
+    """
+    theirs, ours = RunFacts(folder).recipe().to_json(), wanted.to_json()
+    differing = [f"{k} ({theirs[k]} there, {ours[k]} wanted)" for k in ours if theirs[k] != ours[k]]
+    precision = pick_precision(options.precision, pick_device(options.device))
+    asked = replace(options, precision=precision)
+    differing += asked.differing(begun_with(folder, asked), LEFT_OPEN)
+    if method_class(wanted.method).needs.teacher:
+        default = default_path(wanted)
+        given = options.teacher or (default if default.exists() else None)
+        differing += other_teacher(folder, given)
+    if differing:
+        raise UserError(
+            f"{folder} holds another run: it differs in {', '.join(differing)}; choose another --out"
+        )
+
+
+def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
+    """What the run was begun with, ``init`` as ``options`` name it where its contents are the same."""
+    begun = RunFacts(folder).environment()
+    contents = begun.get("init_sha256")
+    if contents and options.init and all(Path(name).exists() for name in options.init):
+        named = tuple(begun.get("init", ()))
+        if [fingerprint(weights.state) for weights in read_files(options.init)] == contents:
+            begun["init"] = options.init
+        elif named == options.init:
+            begun["init"] = tuple(f"{name}, as it was," for name in named)
+    return begun
+
+
+def other_teacher(folder: Path, given: Path | None) -> list[str]:
+    """In what the teacher ``given`` differs from the one that the run in ``folder`` has kept."""
+    kept = folder / KEPT_TEACHER
+    if given is None or not kept.is_file():
+        return []
+    weights = read_weights(kept)
+    source = weights.facts.get("taken_from", "")
+    if source.startswith('"'):  # files of earlier versions have the path as it is
+        source = weights.fact("taken_from")
+    if given.exists():
+        same = fingerprint(read_weights(given).state) == fingerprint(weights.state)
+    else:
+        same = given in (Path(source), *Path(source).parents)
+    return [] if same else [f"--teacher ({source} as it was there, {given} as it is here)"]
+
+
+def deciding(folder: Path) -> dict[str, Any]:
+    """Of what the run in ``folder`` was begun with, what changes its numbers; what is usual, or
+    unknown, is left out."""
+    begun, usual = RunFacts(folder).environment(), RunOptions()
+    return {
+        name: begun[name]
+        for name in DECIDING
+        if name in begun and begun[name] not in ([], getattr(usual, name))
+    }

@@ -1,0 +1,179 @@
+"""Where else a run's metrics go while it trains: TensorBoard, Weights & Biases.
+
+Both are given the rows of ``metrics.jsonl``, so all three say the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastokd.errors import UserError, in_one_line
+from fastokd.host.names import in_utf8, on_a_line
+from fastokd.recipe.names import Recipe
+from fastokd.run.hooks import Watcher
+
+# Seconds that a logger has to begin, where it may have to reach a server, and to end.
+BEGIN, END = 60.0, 30.0
+THREAD = "fastokd-logger"
+
+
+class Sink(Protocol):
+    """Takes rows somewhere else; it is made, used and closed in one thread."""
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_installed(*, tensorboard: bool, wandb: bool) -> None:
+    """Refuses what was asked for and isn't there, before a run leaves anything.
+
+    Raises:
+        UserError: names the package.
+    """
+    for wanted, name in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(f"--{name} needs {name}, which isn't here: pip install {name}")
+
+
+def loggers(
+    recipe: Recipe, folder: Path, first_step: int, *, tensorboard: bool, wandb: bool
+) -> list[Logger]:
+    """Those that were asked for; ``first_step`` is where a resumed run goes on."""
+    found = []
+    if tensorboard:
+        found.append(Logger(TensorBoard, folder, first_step))
+    if wandb:
+        found.append(Logger(WeightsAndBiases, recipe, folder))
+    return found
+
+
+class Logger(Watcher):
+    """A sink in a thread of its own: what it raises, asks or waits for never reaches the run."""
+
+    def __init__(self, sink: Any, *arguments: Any) -> None:
+        self.title, self._sink, self._arguments = sink.title, sink, arguments
+        self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._begun = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            sink: Sink = self._sink(*self._arguments)
+            self._begun.set()
+            while (row := self._rows.get()) is not None:
+                sink.row(row)
+            sink.close()
+        except BaseException as error:
+            self._error = error
+            self._begun.set()
+
+    def begin(self) -> None:
+        """Begins, without asking anything of whoever is at the terminal.
+
+        Raises:
+            UserError: it can't; says why and what to do.
+        """
+        asked, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115
+        try:
+            self._thread.start()
+            begun = self._begun.wait(BEGIN)
+        finally:
+            sys.stdin.close()
+            sys.stdin = asked
+        if self._error is not None or not begun:
+            self._rows.put(None)  # where it begins late, it ends
+            why = f"no answer within {BEGIN:g} s" if not self._error else in_one_line(self._error)
+            raise UserError(f"{self.title} can't be used: {why}; {self._sink.fix}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._raise_error()
+        self._rows.put(row)
+
+    def close(self) -> None:
+        self._rows.put(None)
+        self._thread.join(END)
+        self._raise_error()
+        if self._thread.is_alive():
+            raise TimeoutError(f"it didn't end within {END:g} s; {self._sink.later}")
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"{in_one_line(self._error)}; {self._sink.later}")
+
+
+def still_busy() -> bool:
+    """Whether a logger hasn't ended, though its run has."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
+
+
+class TensorBoard:
+    """Scalars under ``RUN/tensorboard``; what a resumed run repeats replaces what it had."""
+
+    title = "TensorBoard"
+    fix = "install tensorboard anew, or leave --tensorboard out"
+    later = "metrics.jsonl has every row"
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = ExitStack()
+        place = self.folder.enter_context(in_utf8(folder)) / "tensorboard"
+        self.writer = SummaryWriter(str(place), purge_step=first_step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        for name, value in scalars(row):
+            self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+        self.folder.close()
+
+
+class WeightsAndBiases:
+    """A run of that name, with the recipe as its configuration."""
+
+    title = "Weights & Biases"
+    fix = (
+        "`wandb login` or WANDB_API_KEY lets it in, WANDB_MODE=offline needs neither that nor a "
+        "network, or leave --wandb out"
+    )
+    later = "metrics.jsonl has every row, and `wandb sync` sends what RUN/wandb holds"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        import wandb
+
+        name = on_a_line(folder.name)
+        self.folder = ExitStack()
+        place = str(self.folder.enter_context(in_utf8(folder)))
+        self.run = wandb.init(project="fastokd", name=name, dir=place, config=recipe.to_json())
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.run.log(dict(scalars(row)), step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+        self.folder.close()
+
+
+def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row by name: ``test/leader_top1``, ``train/ce_S/2``; matrices left out."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and not any(isinstance(entry, list) for entry in value):
+            yield from scalars(
+                {str(index): entry for index, entry in enumerate(value)}, f"{prefix}{name}/"
+            )
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)

@@ -1,0 +1,171 @@
+"""What is done about a step that wasn't taken: it is found, told, and skipped or stopped at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastokd.errors import DiskError, UserError, warn
+from fastokd.learner.guard import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from fastokd.run.session import Session
+
+
+def settle(session: Session, save: Callable[[], None]) -> None:
+    """Reads the flag; where it is up, the session stands before the first bad step again.
+
+    Then either that step is skipped (``skip_nonfinite``) and those after it are to be taken anew,
+    or the state is saved and the run stops.
+
+    Raises:
+        UserError: a step isn't finite and no more may be skipped; the message says where and what.
+    """
+    fault = session.guard.read()
+    if fault is None:
+        return
+    session.step -= fault.untaken
+    session.batch -= fault.untaken
+    set_random_state(fault.random_before, session.device)
+    session.guard.forget()
+    what = (
+        f"step {session.step} (epoch {session.epoch}, batch {session.batch}, counted from 0; seed "
+        f"{session.recipe.seed}) isn't finite: {find(session)}"
+    )
+    most = session.options.skip_nonfinite
+    if session.skipped >= most:
+        try:
+            save()
+            kept = "the state before it is saved"
+        except DiskError as error:
+            kept = f"the state before it couldn't be saved ({error})"
+        raise UserError(
+            f"{what}; it wasn't taken{_and_skipped(session)}, and {kept}: lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
+            f"{session.skipped + 1}"
+        )
+    session.skipped += 1
+    if session.ranks.rank == 0:
+        warn(f"{what}; it is skipped, {session.skipped} of {most}")
+    set_random_state(fault.random_after, session.device)
+    session.step += 1
+    session.batch += 1
+
+
+def find(session: Session) -> str:
+    """What isn't finite in the step that is next: one thing, and what it leads to.
+
+    The step is taken once more, as it was but for an update; the session stays as it is.
+    """
+    batches = session.stream.batches(session.epoch, session.batch)
+    images_BHWC, labels_B = next(iter(batches))
+    with _replayed(session):
+        found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
+    # Of several ranks it may be in one's share alone.
+    found = next(filter(None, session.ranks.gather(found)), [])
+    return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
+
+
+def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[str]:
+    """In the order in which one thing leads to another."""
+    if _is_bad(images_BHWC):
+        bad_B = (~images_BHWC.isfinite()).flatten(1).any(1)
+        yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
+    yield from _first_bad(_parameters(session), "")
+    session.begin_step(labels_B.shape[0])
+    program = session.step_program
+    for images, labels, progress, share in program.parts(images_BHWC, labels_B):
+        logits_SBC, extra_EBC, loss = program.eager(images, labels, progress)
+        session.scaler.scale(loss.total * share).backward()
+        if extra_EBC is not None and _is_bad(extra_EBC):
+            yield f"the teacher's logits hold {_value(extra_EBC)}"
+        for student, logits_BC in enumerate(logits_SBC):
+            if _is_bad(logits_BC):
+                yield f"student {student}'s logits hold {_value(logits_BC)}"
+        for name, value in loss.parts.items():
+            yield from _bad_terms(name, value)
+        if _is_bad(loss.total):
+            yield f"the loss is {_value(loss.total)}"
+    yield from _first_bad(_statistics(session), "would ")
+    gradients = [
+        (f"the gradient of {name}", parameter.grad)
+        for name, parameter in _parameters(session)
+        if parameter.grad is not None
+    ]
+    scale = f" at a loss scale of {session.scaler.get_scale():g}"
+    for found in _first_bad(gradients, ""):
+        yield found + (scale if session.scaler.is_enabled() else "")
+
+
+@contextmanager
+def _replayed(session: Session) -> Iterator[None]:
+    """Gives back what a forward and a backward change: buffers, random states, gradients."""
+    state = random_state(session.device)
+    buffers = [x for module in (session.cohort, session.method) for x in module.buffers()]
+    before = [x.clone() for x in buffers]
+    try:
+        yield
+    finally:
+        for buffer, was in zip(buffers, before, strict=True):
+            buffer.copy_(was)
+        for parameter in session.parameters():
+            parameter.grad = None
+        set_random_state(state, session.device)
+
+
+def _parameters(session: Session) -> list[tuple[str, Tensor]]:
+    return [
+        *((_owner(name), value) for name, value in session.cohort.named_parameters()),
+        *((f"the method's {name}", value) for name, value in session.method.named_parameters()),
+    ]
+
+
+def _statistics(session: Session) -> list[tuple[str, Tensor]]:
+    named = [
+        *((_owner(name), value) for name, value in session.cohort.named_buffers()),
+        *((f"the method's {name}", value) for name, value in session.method.named_buffers()),
+    ]
+    return [(name, value) for name, value in named if name.endswith(("_mean", "_var"))]
+
+
+def _first_bad(named: list[tuple[str, Tensor]], would: str) -> Iterator[str]:
+    for name, value in named:
+        if _is_bad(value):
+            yield f"{name} {would}hold{'' if would else 's'} {_value(value)}"
+            return
+
+
+def _bad_terms(name: str, value: Tensor) -> Iterator[str]:
+    """A term of the loss by its student where it has one for each."""
+    if not _is_bad(value):
+        return
+    if not name.endswith("_S"):
+        yield f"the loss's {name} is {_value(value)}"
+        return
+    for student, term in enumerate(value):
+        if _is_bad(term):
+            yield f"student {student}'s {name.removesuffix('_S')} is {_value(term)}"
+
+
+def _owner(name: str) -> str:
+    """A name of the cohort's, as a person says it: ``students.1.fc.weight``, student 1's fc.weight."""
+    first, _, rest = name.partition(".")
+    if first != "students":
+        return f"the {first}'s {rest}"
+    student, _, rest = rest.partition(".")
+    return f"student {student}'s {rest}"
+
+
+def _is_bad(value: Tensor) -> bool:
+    return value.is_floating_point() and not bool(value.isfinite().all())
+
+
+def _value(value: Tensor) -> str:
+    """The first that isn't finite."""
+    return f"{value[~value.isfinite()][0].item()}"
+
+
+def _and_skipped(session: Session) -> str:
+    return f" ({session.skipped} were skipped before it)" if session.skipped else ""

@@ -1,0 +1,215 @@
+"""Where and how a recipe runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastokd.data.disk.prepared import LOADERS
+from fastokd.errors import UserError
+
+# What a run is, beside its recipe: these decide its numbers, or their last bits, and a resumed run
+# keeps them as they were. The contents of `init` and of the teacher count too (identity.py).
+KEPT = (
+    "device",
+    "precision",
+    "engine",
+    "compile",
+    "memory_format",
+    "capture",
+    "impl",
+    "loader",
+    "optimizer",
+    "accumulate",
+    "clip_norm",
+    "ema",
+    "overfit_batch",
+    "sync_bn",
+    "deterministic",
+    "init",
+    "eval_every",
+)
+# The values by which an option leaves it to the machine, or to what is measured there.
+LEFT_OPEN = {
+    **{"device": "auto", "engine": "auto", "compile": None},
+    **{"memory_format": "auto", "impl": "auto", "loader": "auto"},
+}
+# What is open until a run is tuned.
+TUNED = ("engine", "compile", "memory_format")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a recipe runs: the machine's part, and the few habits of the step.
+
+    Attributes:
+        out: the run folder; None for ``runs/`` and the recipe's name.
+        data_root: where data sets lie. ``download`` fetches the ones that can be had.
+        device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        precision: ``"auto"`` (bf16 where the device has instructions for it, else fp32),
+            ``"bf16"``, ``"fp16"`` (with a loss scale that adapts), ``"tf32"`` (GPUs), ``"fp32"``.
+        engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"``, or ``"auto"``, which
+            measures where a run is long enough to gain by it (``docs/performance.md``).
+        compile: whether forward and loss go through ``torch.compile``; None leaves it to
+            ``engine="auto"``, and is False beside a named engine.
+        memory_format: of maps and weights: ``"channels_last"``, ``"contiguous"``, or ``"auto"``.
+        capture: the whole step as one CUDA graph.
+        loader: who decodes images on disk: ``"dali"``, ``"torchvision"``, or ``"auto"`` (DALI where
+            it is installed). ``workers``: its threads or processes; 0 for this process's cores.
+        impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
+            for the default folder of the recipe that trains it.
+        init: what the students begin from: a run, a checkpoint, a ``student.safetensors`` or a state
+            dict (``.pth``); one for all, or one for each (``fastokd/student/init.py``).
+        resume: continue the run in ``out``, as it was begun.
+        max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
+            again, a check that a set-up can learn at all.
+        optimizer: ``"sgd"``, or ``"apex-sgd"`` where NVIDIA apex is installed.
+        accumulate: a batch is taken in so many parts, whose gradients add up to the batch's; only
+            BatchNorm sees the parts.
+        clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
+        skip_nonfinite: so many steps in all that aren't finite are left out, rather than stopped at.
+        ema: decay of a running average of the kept student's weights, which is then what is kept,
+            after a warm-up (``fastokd/learner/ema.py``); None for none.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
+            never. It is saved after every epoch, and where a signal stops the run.
+        parallel: what several processes share (``torchrun``): ``"data"``, each batch, or
+            ``"students"``, the students, and what ranks remain the batch (``docs/distributed.md``).
+        sync_bn: BatchNorm over the batch of all ranks, not over each one's share.
+        deterministic: the same bits from the same command on the same machine, on a GPU too
+            (``docs/reliability.md``): only kernels that give them, and no engine chosen by timing.
+        show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
+        tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
+        quiet: no progress bar and no lines.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    out: Path | None = None
+    data_root: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+    engine: str = "auto"
+    compile: bool | None = None
+    memory_format: str = "auto"
+    capture: bool = False
+    impl: str = "auto"
+    loader: str = "auto"
+    workers: int = 0
+    teacher: Path | None = None
+    init: tuple[str, ...] = ()
+    resume: bool = False
+    max_steps: int | None = None
+    overfit_batch: bool = False
+    optimizer: str = "sgd"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    skip_nonfinite: int = 0
+    ema: float | None = None
+    eval_every: int = 1
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = 15.0
+    parallel: str = "data"
+    sync_bn: bool = False
+    deterministic: bool = False
+    show_augmentation: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("out", "data_root", "teacher"):
+            if getattr(self, name) is not None:  # a string is as good as a path
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "init", tuple(self.init))
+        for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.save_every_minutes is not None and not self.save_every_minutes > 0:
+            raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
+        for name in ("workers", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
+            raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
+        if self.memory_format not in MEMORY_FORMATS:
+            raise UserError(
+                f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
+            )
+        if self.sync_bn and self.engine not in ("auto", "loop"):
+            raise UserError(
+                f"engine is {self.engine!r}, but sync_bn runs the students one after another: leave "
+                "one of them out"
+            )
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON holds them; ``RunOptions(**values)`` reads them again."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    def differing(self, begun: Mapping[str, Any], unsaid: Mapping[str, Any]) -> list[str]:
+        """Each option in which these differ from those that a run was begun with, and both values.
+
+        ``unsaid``: the value of each option by which it isn't asked for. What ``begun`` doesn't say,
+        as an older run, or leaves open until it is tuned, is as it is here.
+        """
+        begun = {**begun, "init": tuple(begun.get("init", ()))}
+        return [
+            f"{_flag(name)} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
+            for name in KEPT
+            if name in begun
+            and not _is_open(name, begun[name])
+            and not (name in unsaid and getattr(self, name) == unsaid[name])
+            and getattr(self, name) != begun[name]
+            and not (name == "device" and str(begun[name]).startswith(f"{self.device}:"))
+        ]
+
+    def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
+        """These options for a run that ``begun`` describes: what isn't asked for is as it was.
+
+        Raises:
+            UserError: something is asked for that differs; both values are named.
+        """
+        known = {name: begun[name] for name in KEPT if name in begun}
+        known = {name: value for name, value in known.items() if not _is_open(name, value)}
+        known["init"] = tuple(begun.get("init", ()))
+        differing = self.differing(begun, {name: getattr(RunOptions(), name) for name in KEPT})
+        if differing:
+            raise UserError(
+                f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
+                "leave that out to resume it as it was, or choose another --out"
+            )
+        try:
+            return replace(self, **known)
+        except TypeError as error:
+            raise UserError(
+                f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
+                "damaged, remove it to resume with the options given"
+            ) from error
+
+
+def _is_open(name: str, value: Any) -> bool:
+    return name in TUNED and value == LEFT_OPEN[name]
+
+
+def _said(value: Any) -> Any:
+    return " ".join(value) or None if isinstance(value, tuple) else value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

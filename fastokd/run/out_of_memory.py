@@ -1,0 +1,87 @@
+"""A step that can't be taken as it is asked for: what could."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastokd.cohort import Choice
+from fastokd.errors import UserError
+from fastokd.run.session import Session
+
+
+@contextmanager
+def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[None]:
+    """Turns running out of memory within a step into a sentence with the batch that would fit.
+
+    It is found by trying halves; the session can't go on after that.
+
+    Raises:
+        UserError: the step ran out of memory; or an operator has no deterministic form, where one is
+            asked for.
+    """
+    refused = ""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if session.options.deterministic and "does not have a deterministic" in said:
+            what = said.partition(" does not have")[0]
+            raise UserError(
+                f"--deterministic is asked for, but {what} has no deterministic form on "
+                f"{session.device}: leave --deterministic out, or choose another model"
+            ) from error
+        if not _is_out_of_memory(error):
+            raise
+        refused = str(error).splitlines()[0]
+        # The frames hold the step's activations.
+        traceback.clear_frames(error.__traceback__)
+    if not refused:
+        return
+    B, ranks = labels_B.shape[0], session.ranks.data.size
+    parts = session.parts_of(B)
+    if session.row is not None:  # nothing can be tried here without the other ranks
+        raise UserError(
+            f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}): "
+            "choose a smaller --batch-size, or --accumulate to keep the recipe's"
+        )
+    fitting = _largest_half(session, images_BHWC, labels_B, -(-B // parts))
+    if fitting is None:
+        advice = "not even a part of one fits: choose a smaller model, or fewer --students"
+    else:
+        advice = (
+            f"{fitting} would fit: --batch-size {fitting * ranks}, or --accumulate {-(-B // fitting)} to "
+            "keep the recipe's"
+        )
+    raise UserError(
+        f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}); {advice}"
+    )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -> int | None:
+    """The first of a half, a quarter, ... of ``size`` images whose gradients can be had."""
+    choice = Choice(session.choice.engine, False, session.choice.memory_format)
+    session.adopt(choice, alone=True)  # of several ranks each finds out for itself
+    while size > session.min_batch:
+        size = -(-size // 2)
+        for parameter in session.parameters():
+            parameter.grad = None
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            session.begin_step(size)
+            session.step_program.gradients(images[:size], labels[:size])
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            return size
+    return None

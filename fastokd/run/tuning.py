@@ -1,0 +1,178 @@
+"""``engine="auto"``: candidates are timed on the run's own batches, and the fastest is kept.
+
+What is asked for (``compile``, ``capture``, ``memory_format``) holds for whatever is chosen. A run
+too short to gain isn't measured. One candidate's failure is a row of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from fastokd.cohort.choice import Choice
+from fastokd.cohort.cohort import ENGINES
+from fastokd.device import environment
+from fastokd.errors import UserError
+from fastokd.host.caches import cache_root
+from fastokd.run.autotuner import SAVABLE, Timing, eager_candidates, pick, table
+from fastokd.run.interruption import StopRequest
+from fastokd.run.options import KEPT
+from fastokd.run.session import Session
+from fastokd.run.timing_cache import TimingCache
+from fastokd.run.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_steps
+from fastokd.run.untouched import untouched
+
+# The two fastest engines are tried compiled.
+COMPILED = 2
+# Options that decide no step's time, or that ``step_key`` has resolved.
+ELSEWHERE = {"device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init"}
+ELSEWHERE |= {"eval_every"}
+
+
+def tune(
+    session: Session,
+    steps: int,
+    say: Callable[[str], None] = lambda text: None,
+    stop: StopRequest | None = None,
+) -> list[Timing]:
+    """Chooses for a session of ``steps`` more steps, unless it is settled; what was measured.
+
+    With several processes the first one's choice is everybody's. Where ``stop`` receives a signal
+    the session stays unsettled, by its default.
+
+    Raises:
+        UserError: nothing can run as it is asked for; on every rank.
+        DeviceLostError: a candidate took the GPU from this process; the next one leaves it out.
+    """
+    if session.settled:
+        return []
+    timings: list[Timing] = []
+
+    def measured() -> tuple[Choice, bool]:
+        asked = stop or StopRequest()
+        with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
+            timings.extend(_measure(session, steps, cache, lambda: asked.received is not None))
+        settled = asked.received is None
+        chosen = _chosen(session, timings, steps) if settled else session.choice
+        if any(timing.step_ms is not None for timing in timings):
+            cache.write(timings)
+            if settled:
+                say(table(timings, chosen))
+        return chosen, settled
+
+    chosen, session.settled = session.ranks.first(measured)
+    session.adopt(chosen)
+    return timings
+
+
+def step_key(session: Session) -> dict[str, Any]:
+    """All that a step's time depends on."""
+    recipe, options = session.recipe, session.options
+    machine = environment(session.device, session.precision)
+    names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "waiting", "precision")
+    return {
+        **{name: machine[name] for name in names},
+        "models": recipe.models,
+        "model_options": recipe.model_options,
+        "sharing": recipe.sharing,
+        "method": [recipe.method, {k: str(v) for k, v in recipe.method_options.items()}],
+        "classes": session.cohort.num_classes,
+        "batch": [recipe.batch_size // session.ranks.data.size, recipe.image_size],
+        "options": {name: getattr(options, name) for name in KEPT if name not in ELSEWHERE},
+    }
+
+
+def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
+    """The fastest of those that are as asked for.
+
+    Raises:
+        UserError: none of them can run.
+    """
+    options = session.options
+    asked = [t for t in timings if options.compile in (None, t.choice.compile)]
+    if all(timing.failed for timing in asked):
+        flags = " and ".join(
+            ["--capture"] * options.capture + ["--compile"] * bool(options.compile)
+        )
+        raise UserError(
+            f"{flags} is asked for, but no engine can ({asked[0].choice}: {asked[0].note}): leave "
+            "it out"
+        )
+    return pick(asked, steps)
+
+
+def _measure(
+    session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
+) -> list[Timing]:
+    """A timing for every candidate, the default's first; the known ones as they are."""
+    options = session.options
+    # A damaged file may name an engine that there isn't.
+    known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
+    eager = eager_candidates(ENGINES, options.memory_format)
+    unknown = [choice for choice in eager if choice not in known]
+    trial_steps = warm_up_steps(session) + TIMED_STEPS
+    note = f"not timed: {steps} steps are too few to gain by it"
+    if unknown and SAVABLE * steps <= 2 * trial_steps * len(unknown):
+        timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
+    else:
+        timings = _eager(session, eager, known, cache, stopped)
+        if options.compile is not False:
+            timings += _compiled(session, timings, steps, known, cache, stopped)
+    if session.choice not in [timing.choice for timing in timings]:
+        if stopped():
+            note = "not timed: the run was stopped"
+        timings.append(Timing(session.choice, note=note, final=False))
+    return sorted(timings, key=lambda timing: timing.choice != session.choice)
+
+
+def _eager(
+    session: Session,
+    choices: list[Choice],
+    known: dict[Choice, Timing],
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+) -> list[Timing]:
+    """Those of ``choices`` that there is time for, the first of which is the default."""
+    timings: list[Timing] = []
+    with untouched(session) as put_back:
+        for choice in choices:
+            if stopped():
+                break
+            if choice in known:
+                timings.append(known[choice])
+                continue
+            best_ms = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
+            # Nothing else can run where the plain loop can't, and it is never left out.
+            default = choice == choices[0] and not session.options.capture
+            with nullcontext() if default else cache.on_trial(choice):
+                timings.append(time_eager(session, choice, best_ms, default=default))
+                put_back()
+    return timings
+
+
+def _compiled(
+    session: Session,
+    eager: list[Timing],
+    steps: int,
+    known: dict[Choice, Timing],
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+) -> list[Timing]:
+    """The fastest engines compiled; before them the default, where compiling is asked for."""
+    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
+    ranked = sorted(times, key=lambda choice: times[choice])
+    best_ms = times[ranked[0]] if ranked else None
+    choices = [session.choice] if session.choice.compile else []
+    choices += [replace(choice, compile=True) for choice in ranked]
+    timings: list[Timing] = []
+    for choice in list(dict.fromkeys(choices))[:COMPILED]:
+        if stopped():
+            break
+        if choice in known:
+            timings.append(known[choice])
+            continue
+        with cache.on_trial(choice):
+            timings.append(time_compiled(session, choice, steps, best_ms, stopped))
+    return timings

@@ -1,0 +1,267 @@
+"""Checkpoints as the papers' authors publish them, in and out; loading one runs no code.
+
+FFSD's hold ``{"weight", "epoch", "cfg", "index"}``, one network each, the leader's with its
+transfusion (``trans_fusion_module``). OKDDip's hold ``{"state_dict", "epoch", "optim_dict", ...}``:
+one network; students ``stu0..`` that share nothing; or a trunk with branches ``layer3_0..``, whose
+projections (``query_weight``, ``key_weight``) or gate (``control_v1``, ``bn_v1``) are the method's.
+Where there is a leader it is the last student. DataParallel's ``module.`` may stand before every
+key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.checkpoint import write_durably
+from fastokd.cohort import Cohort
+from fastokd.errors import UserError
+from fastokd.methods.ffsd_modules import Squeeze
+from fastokd.models import Student, create_model
+from fastokd.student.published_keys import (
+    BRANCHES,
+    FFSD_NAMES,
+    OKDDIP_NAMES,
+    classes_of,
+    described,
+    faults_of,
+    layout_of,
+    method_layout,
+    our_name,
+    renamed,
+    sharing_of,
+)
+from fastokd.student.torch_file import StateDict, state_dict_in
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One of the authors' checkpoints under our keys.
+
+    Attributes:
+        paper: ``"FFSD"``, ``"OKDDip"`` or ``"another trainer"``: whose the file is.
+        sharing: ``"branch"`` or ``"network"``; None for a file of one network.
+        has_leader: the last of several students is the leader.
+        state: a student's state, or a cohort's where ``sharing`` says so.
+        method_state: what belongs to the method: projections, gate, transfusion.
+        notes: what a user should know, a sentence each.
+        dataset: as the options in the file name it; None where it has none.
+    """
+
+    paper: str
+    model: str
+    num_classes: int
+    sharing: str | None
+    students: int
+    has_leader: bool
+    state: dict[str, Tensor]
+    method_state: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+    dataset: str | None = None
+
+    @property
+    def kept_student(self) -> int:
+        """The leader, or the first student where there is none."""
+        return self.students - 1 if self.has_leader else 0
+
+    def student_state(self, index: int) -> dict[str, Tensor]:
+        """Student ``index`` alone, under its plain keys."""
+        if not 0 <= index < self.students:
+            raise UserError(f"student is {index}, but the file has 0 to {self.students - 1}")
+        if self.sharing is None:
+            return self.state
+        prefixes = ("trunk.", f"students.{index}.")
+        return {
+            key.removeprefix(prefix): value
+            for prefix in prefixes
+            for key, value in self.state.items()
+            if key.startswith(prefix)
+        }
+
+    def student(self, index: int | None = None) -> Student:
+        """One student in eval mode: the kept one unless ``index`` names another."""
+        state = self.student_state(self.kept_student if index is None else index)
+        student = create_model(self.model, self.num_classes)
+        return _filled(student, state)
+
+    def cohort(self, **options: Any) -> Cohort:
+        """All students in eval mode; ``options`` as :class:`fastokd.Cohort` takes them."""
+        cohort = Cohort(
+            (self.model, self.students),
+            self.num_classes,
+            sharing=self.sharing or "network",
+            **options,
+        )
+        state = self.state
+        if self.sharing is None:
+            state = {f"students.0.{key}": value for key, value in state.items()}
+        return _filled(cohort, state)
+
+
+def load(
+    path: str | Path, *, model: str | None = None, num_classes: int | None = None
+) -> Student | Cohort:
+    """One of the authors' checkpoints as a module in eval mode.
+
+    Args:
+        path: FFSD's ``model*.pth`` or OKDDip's ``last.pth`` and ``best.pth``.
+        model: our name or theirs; found by the keys and shapes where it is left out.
+        num_classes: C; read from the classifier where it is left out.
+
+    Returns:
+        The student of a file that holds one, else the cohort (its leader the last student). It is
+        in float64 where the file is, else in float32.
+
+    Raises:
+        UserError: a file that can't be read or holds code, keys that are missing or extra, shapes
+            that don't fit.
+    """
+    published = read(path, model=model, num_classes=num_classes)
+    return published.student() if published.sharing is None else published.cohort()
+
+
+def read(
+    path: str | Path, *, model: str | None = None, num_classes: int | None = None
+) -> Published:
+    """What :func:`load` reads, before a module is made of it; raises as it does."""
+    path = Path(path)
+    found = _found(path)
+    weights, facts = found.weights, found.beside
+    paper = {"weight": "FFSD", "state_dict": "OKDDip"}.get(found.place, "another trainer")
+    if facts.get("index") == "fusion":
+        raise UserError(
+            f"{path} holds FFSD's fusion module, which is no student: take modelleader_best.pth"
+        )
+    sharing, students = sharing_of(weights)
+    names = _candidates(path, model, paper, sharing, facts.get("cfg"))
+    classes = num_classes or classes_of(weights)
+
+    nearest: tuple[int, str] | None = None
+    for name in names:
+        layout = layout_of(name, classes, sharing, students)
+        extras = method_layout(weights, name, sharing, students)
+        faults = faults_of(weights, {**layout, **extras})
+        if not faults:
+            return Published(
+                paper,
+                name,
+                classes,
+                sharing,
+                students,
+                has_leader=sharing is not None and "query_weight.weight" in weights,
+                state=renamed(weights, layout),
+                method_state=renamed(weights, extras),
+                notes=(*found.notes, *_notes(name, sharing, weights)),
+                dataset=_option(facts.get("cfg"), "dataset"),
+            )
+        count, text = described(faults)
+        if nearest is None or count < nearest[0]:
+            nearest = count, f"{name} with {classes} classes: {text}"
+    assert nearest is not None
+    what = "isn't" if model else "is none of the published networks; it is nearest to"
+    raise UserError(f"{path} {what} {nearest[1]}")
+
+
+def save(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    model: str,
+    paper: str = "FFSD",
+    transfusion: Mapping[str, Tensor] | None = None,
+    epoch: int = 0,
+) -> None:
+    """Writes one student as the authors do; their code needs no newer torch than 1.0 to read it.
+
+    Args:
+        path: replaced where it exists. FFSD's ``test.py`` takes it as ``--load_path``.
+        state: the student's, under its plain keys.
+        model: our name of it.
+        paper: ``"FFSD"``: a leader, as ``modelleader_best.pth``. ``"OKDDip"``: one network, as
+            ``best.pth``, such as the teacher of ``train_kd.py``.
+        transfusion: the state of the method's ``transfusion``. FFSD's ``test.py`` asks for one but
+            scores without it; where it is left out, a new one for two students is written.
+
+    Raises:
+        UserError: a model that the paper hasn't, a state that isn't this model's.
+    """
+    published = {"FFSD": FFSD_NAMES, "OKDDip": OKDDIP_NAMES}.get(paper)
+    if published is None:
+        raise UserError(f"paper is {paper!r}: choose FFSD or OKDDip")
+    if model not in published:
+        raise UserError(f"{paper} has no {model}: it has {', '.join(sorted(published))}")
+    faults = faults_of(state, layout_of(model, classes_of(state), None, 1))
+    if faults:
+        raise UserError(f"the state isn't {model}'s: {described(faults)[1]}")
+    weights = {key: value.detach().cpu().clone() for key, value in state.items()}
+    content: dict[str, Any] = {"state_dict": weights, "epoch": epoch}
+    if paper == "FFSD":
+        width = create_model(model, 2).feature_dim
+        own = Squeeze(width, 2 * width).state_dict() if transfusion is None else transfusion
+        weights |= {f"trans_fusion_module.{k}": v.detach().cpu().clone() for k, v in own.items()}
+        name = published[model]
+        content = {"weight": weights, "epoch": epoch, "cfg": name, "index": "leader"}
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    write_durably(Path(path), buffer.getvalue())
+
+
+def _found(path: Path) -> StateDict:
+    found = state_dict_in(path)
+    # The DenseNet of ONE names its branches as ResNets do, that of OKDDip has its own name.
+    rename = re.compile(r"^layer3_(\d+)\.denselayer")
+    weights = {rename.sub(r"Branch\1.denselayer", key): v for key, v in found.weights.items()}
+    return replace(found, weights=weights)
+
+
+def _candidates(
+    path: Path, model: str | None, paper: str, sharing: str | None, cfg: Any
+) -> list[str]:
+    """The networks that the file may hold, the likeliest first."""
+    if model is not None:
+        name = our_name(model)
+        if sharing == "branch" and name not in BRANCHES:
+            raise UserError(f"{path} holds branches, and {model} has no published branch form")
+        return [name]
+    if paper != "FFSD":
+        return list(dict.fromkeys([*OKDDIP_NAMES, *FFSD_NAMES]))
+    # FFSD names the model, or keeps all its options.
+    hint = our_name(_option(cfg, "model") or str(cfg))
+    return sorted(FFSD_NAMES, key=lambda name: name != hint)
+
+
+def _option(cfg: Any, name: str) -> str | None:
+    """One of the options that FFSD keeps in a file, where there are any."""
+    options = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
+    value = options.get(name) if isinstance(options, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _notes(model: str, sharing: str | None, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    if model != "densenet_40_12" or sharing != "branch":
+        return ()
+    notes = "the published branches of DenseNet share one last block: each student has its copy"
+    if "query_weight.weight" not in weights:
+        return (notes,)
+    return (
+        notes,
+        "the published leader of this network skips its final norm, which none here does: the last "
+        "student is the peer that the same weights also are",
+    )
+
+
+def _filled(module: M, state: dict[str, Tensor]) -> M:
+    wide = any(value.dtype == torch.float64 for value in state.values())
+    module.to(torch.float64 if wide else torch.float32)
+    module.load_state_dict(state)
+    return module.eval()

@@ -1,0 +1,172 @@
+"""The layout of a model hub: weights, a configuration, a card. Files only; nothing is uploaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastokd.checkpoint import write_durably
+from fastokd.data.preprocessing import Preprocessing
+from fastokd.errors import UserError
+from fastokd.host.names import in_markdown, on_a_line
+from fastokd.models import Student
+from fastokd.recipe.recipe import Recipe
+from fastokd.student.export.formats import (
+    Classifier,
+    Format,
+    arguments,
+    call,
+    foreign_name,
+    read_safetensors,
+    statements,
+    write_safetensors,
+)
+from fastokd.student.file import OPTIONAL, Weights
+
+FILE = "model.safetensors"
+# On a card, for the folder that holds it.
+HERE = "PATH_OF_THIS_FOLDER"
+
+
+def _in_timm(weights: Weights) -> bool:
+    try:
+        foreign_name(weights, "timm")
+    except UserError:
+        return False
+    return True
+
+
+def _write(weights: Weights, student: Student, folder: Path) -> str:
+    (folder / write_safetensors(weights, student, folder)).rename(folder / FILE)
+    about = weights.about()
+    classes = len(about["class_names"])
+    in_timm = _in_timm(weights)
+    # timm's form: `local-dir:` reads it.
+    config = {
+        "architecture": foreign_name(weights, "timm") if in_timm else weights.model,
+        "num_classes": classes,
+        "label_names": about["class_names"],
+        "model_args": {
+            key: value
+            for key, value in arguments(weights, "timm" if in_timm else "fastokd").items()
+            if key != "num_classes"
+        },
+        "pretrained_cfg": {"num_classes": classes, **_shown_by_timm(weights.preprocessing)},
+    }
+    write_durably(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    card = _card(weights, about, "timm" if in_timm else "fastokd")
+    write_durably(folder / "README.md", card.encode())
+    return FILE
+
+
+def _shown_by_timm(shown: Preprocessing) -> dict[str, Any]:
+    """timm's words; of small grey pictures they only say how one of ``input_size`` is shown."""
+    share = shown.input_size / shown.view.resize
+    # timm takes the whole part of input_size / crop_pct.
+    while math.floor(shown.input_size / share) < shown.view.resize:
+        share = math.nextafter(share, 0)
+    return {
+        "input_size": [3, shown.input_size, shown.input_size],
+        "mean": list(shown.mean),
+        "std": list(shown.std),
+        "interpolation": "bilinear",
+        "crop_pct": share,
+        "crop_mode": "center",
+    }
+
+
+def _read(weights: Weights, path: Path) -> Classifier:
+    if not (_in_timm(weights) and importlib.util.find_spec("timm")):
+        return read_safetensors(weights, path)
+    import timm
+
+    net: nn.Module = timm.create_model(f"local-dir:{path.parent}", pretrained=True)
+    return net.eval()
+
+
+def _statements(weights: Weights, name: str) -> list[str]:
+    if _in_timm(weights):
+        made = call("timm.create_model", f"local-dir:{Path(name).parent}", {"pretrained": True})
+        return ["import timm", f"model = {made}.eval()"]
+    return statements(weights, name)
+
+
+def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
+    """What the student is, what it was trained on, how to load it: all from its own facts."""
+    classes = len(about["class_names"])
+    use = "\n".join(_statements(weights, f"{HERE}/{FILE}"))
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: image-classification",
+        "tags:",
+        "- image-classification",
+        "- knowledge-distillation",
+        "---",
+        "",
+        f"# {weights.model}, {classes} classes",
+        "",
+        f"{_origin(weights)} This is {in_markdown(about['role'])}.",
+        "",
+        *_trained(weights),
+        "## Images",
+        "",
+        weights.preprocessing.sentence(),
+        "",
+        f"RGB, {about['input_size']} x {about['input_size']}, from 0 to 1, less "
+        f"{_numbers(about['mean'])}, divided by {_numbers(about['std'])} (red, green, blue). "
+        "The classes, in order, are in `student.json`.",
+        "",
+        "## Use",
+        "",
+        f"```python\n{use}\n```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(weights: Weights) -> str:
+    if "converted_from" in weights.facts:
+        return f"Converted by fastokd from a checkpoint of {weights.fact('converted_from')}."
+    if weights.fact("role") == "the only student":
+        return "Trained with fastokd."
+    return "Trained with fastokd in a group of students that teach each other."
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _trained(weights: Weights) -> list[str]:
+    """The recipe, and the accuracy of exactly these weights where it was measured."""
+    if "recipe" not in weights.facts:
+        return []
+    recipe = Recipe.from_json(weights.fact("recipe"))
+    networks = f"{recipe.students} networks" if recipe.students > 1 else "one network"
+    lines = [
+        "## Training",
+        "",
+        f"Recipe `{on_a_line(recipe.name)}`: {in_markdown(recipe.method)}, {networks}, {recipe.dataset}, "
+        f"{recipe.epochs} epochs, seed {recipe.seed}.",
+        "",
+    ]
+    said = {name: weights.fact(name) for name in OPTIONAL if name in weights.facts}
+    if said.get("ema") is not None:
+        lines += [f"The weights are a running average over the steps, of decay {said['ema']}.", ""]
+    if said.get("score"):
+        split, top1, epoch = (said["score"][name] for name in ("split", "top1", "epoch"))
+        name = {"test": "Test", "val": "Validation"}[split]
+        lines += [f"{name} top-1 of these weights, after epoch {epoch}: {100 * top1:.2f} %.", ""]
+    return lines
+
+
+def _how(weights: Weights, name: str) -> str:
+    return "; ".join(_statements(weights, name))
+
+
+HUB = Format(_write, _read, _how)

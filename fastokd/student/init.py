@@ -1,0 +1,212 @@
+"""``--init``: students that begin from trained weights.
+
+One file begins every student, or each has its own. A classifier that was trained for other classes
+gives way to a new one. Several students of one file would see the same images, and stay the same
+network for ever: so only the one that is kept takes the file's classifier, and the others begin with
+one of their own, drawn by the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort import Cohort
+from fastokd.errors import UserError
+from fastokd.models import Student, create_model
+from fastokd.student import authors
+from fastokd.student.file import Weights, read_weights
+from fastokd.student.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
+from fastokd.student.torch_file import AROUND, WITHIN, is_safetensors, models_own, state_dict_in
+
+# torchvision's GoogLeNet and Inception have these; students are built without.
+AUXILIARY = ("aux", "AuxLogits.")
+# How many wrappers' names may stand before a network's keys.
+DEEP = 4
+
+
+def begin_from(
+    cohort: Cohort, paths: Sequence[Path], class_names: Sequence[str], kept: int
+) -> list[str]:
+    """Fills the students from one file, or from one for each, the leader's last.
+
+    Args:
+        class_names: the data set's. A classifier for others is replaced.
+        kept: the student that is taken away in the end.
+
+    Returns:
+        What was taken from each file and what wasn't, a sentence each.
+
+    Raises:
+        UserError: a file that can't be read or holds code; keys that are missing, extra or of
+            another shape, by name; more files than one and fewer than students.
+    """
+    S = len(cohort.students)
+    if len(paths) not in (1, S):
+        raise UserError(f"--init names {len(paths)} files for {S} students: give one, or {S}")
+    if cohort.trunk is not None and len(set(paths)) > 1:
+        raise UserError("--init names several files, but a branch cohort shares a trunk: give one")
+    notes: list[str] = []
+    for path in dict.fromkeys(paths):
+        mine = [s for s in range(S) if paths[s if len(paths) > 1 else 0] == path]
+        given, chosen = _read(path)
+        notes += _fill(cohort, mine, given, class_names, kept) + chosen
+    return notes
+
+
+def _fill(
+    cohort: Cohort, mine: list[int], given: Weights, class_names: Sequence[str], kept: int
+) -> list[str]:
+    """Fills the students ``mine`` from one file."""
+    names = {cohort.model_names[s] for s in mine}
+    if len(names) > 1:
+        raise UserError(
+            f"{given.path} can't begin {' and '.join(sorted(names))} at once: give one --init a "
+            "student"
+        )
+    (name,) = names
+    classifier = _classifier(name, cohort.num_classes, cohort.model_options)
+    state, left_out, chosen = _fitting(given, name, cohort, classifier)
+    known = list(given.fact("class_names")) if "class_names" in given.facts else None
+    why = ""
+    if any(key not in state for key in classifier) or (known and known != list(class_names)):
+        why = _other_classes(given, known, class_names)
+        state = {key: value for key, value in state.items() if key not in classifier}
+    notes = [f"{name} begins from {given.path}", *chosen]
+    if left_out:
+        notes.append(f"left out, as auxiliary: {some(left_out)}")
+    if why:
+        notes.append(f"{why}: each student begins with a new classifier ({', '.join(classifier)})")
+    elif len(mine) > 1:
+        holder = kept if kept in mine else mine[0]
+        notes.append(
+            f"its classifier is student {holder}'s; the others have new ones, or all would stay "
+            "alike"
+        )
+    else:
+        holder = mine[0]
+    for s in mine:
+        own = state
+        if not why and s != holder:
+            own = {key: value for key, value in state.items() if key not in classifier}
+        _load(cohort.students[s], own)
+    if cohort.trunk is not None:
+        _load(cohort.trunk, state)
+    return notes
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """What of ``state`` is the module's; a branch's holds no trunk, and the trunk's no branch."""
+    own = module.state_dict().keys()
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
+    """The keys whose shapes follow the number of classes."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        states = [create_model(name, c, **options).state_dict() for c in (classes, classes + 1)]
+    return [key for key, value in states[0].items() if value.shape != states[1][key].shape]
+
+
+def _fitting(
+    given: Weights, name: str, cohort: Cohort, classifier: Collection[str]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The file's entries under our keys, a classifier of another shape left out; what else was; and
+    what a user should know of the choice.
+
+    Raises:
+        UserError: what is left doesn't fit, by key; integers in place of weights.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Student = create_model(name, cohort.num_classes, **cohort.model_options)
+    wanted = model.state_dict()
+    ours = {model.published_key(key): key for key in wanted}
+
+    def is_network(keys: Iterable[str], *, whole: bool) -> bool:
+        found = {ours.get(key, key) for key in keys}
+        needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+        if whole:
+            needed -= set(classifier)
+        return needed <= found and all(k in wanted or k.startswith(AUXILIARY) for k in found)
+
+    theirs, chosen = _network_in(given, is_network)
+    state = {ours.get(key, key): value for key, value in theirs.items()}
+    left_out = [key for key in state if key not in wanted and key.startswith(AUXILIARY)]
+    layout = {key: (key, value.shape) for key, value in wanted.items()}
+    for key in classifier:
+        if key not in state or state[key].shape != layout[key][1]:
+            del layout[key]
+    for key in [*left_out, *(key for key in classifier if key not in layout)]:
+        state.pop(key, None)
+    faults = faults_of(state, layout)
+    if faults:
+        raise UserError(f"{given.path} is no {name}: {described(faults)[1]}")
+    for key, value in state.items():
+        if wanted[key].is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{given.path} has {model.published_key(key)} in {kind}, and weights are in floating "
+                "point: save it so, dequantised where it was quantised"
+            )
+    return state, left_out, chosen
+
+
+def _network_in(
+    given: Weights, is_network: Callable[..., bool]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The file's entries under the keys of the network: those under one common prefix are its, where
+    they are just a network's, whatever stands beside; else all.
+
+    Args:
+        is_network: of keys, and of whether they are all that the file has.
+    """
+    plain = {WITHIN.sub("", key): value for key, value in given.state.items()}
+    under: dict[str, dict[str, Tensor]] = {"": plain}
+    for key, value in plain.items():
+        end = -1
+        for _ in range(DEEP):
+            end = key.find(".", end + 1)
+            if end < 0:
+                break
+            under.setdefault(key[: end + 1], {})[key[end + 1 :]] = value
+    found = [at for at, own in under.items() if is_network(own, whole=len(own) == len(plain))]
+    if not found or "" in found:
+        return plain, []
+    under[""] = {key: value for key, value in plain.items() if not key.startswith(tuple(found))}
+    if is_network(under[""], whole=False):
+        found.append("")
+    at, notes = models_own(given.path, found, lambda at: {*at[:-1].split(".")} <= {*AROUND})
+    beside = [key for key in plain if not key.startswith(tuple(found))]
+    if beside:
+        notes.append(f"left out, as beside the network: {some(beside)}")
+    return under[at], notes
+
+
+def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str]) -> str:
+    if known is None:
+        return f"{given.path} was trained for other classes than these {len(ours)}"
+    return f"{given.path} knows {some(known)}, not {some(list(ours))}"
+
+
+def _read(path: Path) -> tuple[Weights, list[str]]:
+    """A run, checkpoint or student of ours, or a state dict that somebody else saved; of an author's
+    cohort the student that is kept. And what should be known of the choice."""
+    if not path.exists():
+        raise UserError(f"--init is {path}, and there is no such file")
+    if path.is_dir() or path.suffix == ".safetensors" or is_safetensors(path):
+        return read_weights(path), []
+    found = state_dict_in(path)
+    if sharing_of(found.weights)[0] is not None:
+        published = authors.read(path)
+        return Weights(path, published.student_state(published.kept_student), {}), []
+    own = {key: v for key, v in found.weights.items() if not key.startswith(METHOD_KEYS)}
+    return Weights(path, own, {}), list(found.notes)
+
+
+def read_files(paths: Iterable[str | Path]) -> list[Weights]:
+    """The weights in each file; raises as :func:`begin_from`."""
+    return [_read(Path(path))[0] for path in paths]

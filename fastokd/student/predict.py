@@ -1,0 +1,71 @@
+"""What a student says of someone's own pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastokd.errors import UserError
+from fastokd.student.file import Weights, read_weights
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One picture's most probable classes, the first one first; probabilities from 0 to 1."""
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@torch.no_grad()
+def predict(student: str | Path, images: Sequence[str | Path], *, top: int = 5) -> list[Prediction]:
+    """The ``top`` classes of each picture.
+
+    A picture is shown to the student as its held-out images were: :class:`Preprocessing`.
+
+    Args:
+        student: a run folder, a checkpoint, an export of ``fastokd export`` to safetensors, timm
+            or hub, or a ``student.safetensors``.
+        images: files that Pillow reads.
+        top: how many classes; at most all.
+
+    Raises:
+        UserError: no student there, a picture that is missing or can't be read.
+    """
+    if top < 1:
+        raise UserError(f"top is {top}: it must be at least 1")
+    weights = _weights(Path(student))
+    network = weights.build()
+    names, shown = weights.fact("class_names"), weights.preprocessing
+    predictions = []
+    for path in map(Path, images):
+        if not path.is_file():
+            raise UserError(f"there is no picture {path}: name a file that Pillow reads")
+        pixels_BHWC = torch.tensor(shown.read(path))[None]
+        logits_BC = network(shown.normalized(pixels_BHWC))
+        best = logits_BC.softmax(1)[0].topk(min(top, len(names)))
+        predictions.append(
+            Prediction(
+                path,
+                tuple(names[index] for index in best.indices.tolist()),
+                tuple(best.values.tolist()),
+            )
+        )
+    return predictions
+
+
+def _weights(path: Path) -> Weights:
+    """Of an export's folder, its one file."""
+    if (path / "student.json").is_file():
+        found = sorted(path.glob("*.safetensors"))
+        if not found:
+            raise UserError(
+                f"{path} is no export that fastokd reads back: name the run, or an export to "
+                "safetensors, timm or hub"
+            )
+        path = found[0]
+    return read_weights(path)

@@ -1,0 +1,287 @@
+"""Files that ``torch.save`` wrote, of whatever origin; reading one runs no code.
+
+A state dict may be the file or stand in a whole training state, under wrappers' prefixes:
+:func:`state_dict_in` finds it for every reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastokd.errors import UserError
+from fastokd.student.stand_ins import Unread, stand_ins, strangers
+
+# Where trainers put a model's state dict within their checkpoint.
+PLACES = (
+    "state_dict",
+    "model",
+    "weight",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "net_state_dict",
+)
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)")
+_NO_MODEL = re.compile(r"optim|sched|scaler|criterion|loss|metric|config|args|hyper|hparam|rng")
+# Modules that wrap a network: their names stand before all of its keys,
+AROUND = ("module", "model", "net", "network", "_orig_mod", "_forward_module")
+# or, where a part of it was wrapped, within.
+WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What a trainer's module has beside its network: a word of these in its name.
+_BESIDE = re.compile(
+    r"n_averaged|(.*_)?(criterion|loss|metrics?|acc|accuracy|train|val|test|ema)(_.*)?"
+)
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One network's weights in a file.
+
+    Attributes:
+        weights: under the network's own keys.
+        place: where in the file they stand; "" for the file itself.
+        beside: all that the file holds.
+        notes: what a user should know of the choice, a sentence each.
+    """
+
+    weights: dict[str, Tensor]
+    place: str
+    beside: dict[Any, Any]
+    notes: tuple[str, ...] = ()
+
+
+def state_dict_in(path: Path) -> StateDict:
+    """The state dict that a file is, or holds.
+
+    Of a model and its average the model's is taken. The prefixes of DataParallel, torch.compile,
+    AveragedModel and of a trainer's module are taken off.
+
+    Raises:
+        UserError: as :func:`unpickled`; there is no state dict, or there are several and none is
+            the model's; an entry is no plain tensor.
+    """
+    content = unpickled(path)
+    if not isinstance(content, dict):
+        why = ", which could run code: save its state_dict()" if isinstance(content, Unread) else ""
+        raise UserError(f"{path} holds no state dict, but a {type(content).__name__}{why}")
+    found = dict(_state_dicts(content))
+    if not found:
+        raise UserError(f"{path} holds no state dict: it has {_some(content)}{_unread(content)}")
+    place, notes = models_own(path, found, lambda place: place.rpartition(".")[2] in PLACES)
+    # A number or an option of the trainer's has no dot in its name.
+    entries = {
+        key: value
+        for key, value in found[place].items()
+        if isinstance(value, Tensor) or (isinstance(key, str) and "." in key)
+    }
+    for key, value in entries.items():
+        if not is_plain(key, value):
+            raise UserError(f"{path} has {key!r} among its weights, which is no plain tensor")
+    weights, within = _unwrapped(path, entries)
+    return StateDict(weights, place, content, (*notes, *within))
+
+
+def models_own(
+    path: Path, places: Collection[str], is_usual: Callable[[str], bool]
+) -> tuple[str, list[str]]:
+    """Which of ``places`` has the model's own weights, and what a user should know of the choice.
+
+    Raises:
+        UserError: several are no averages, and not just one ``is_usual``.
+    """
+    trained = [place for place in places if not _AVERAGE.search(place)] or list(places)
+    usual = [place for place in trained if is_usual(place)] or trained
+    if len(usual) > 1 and "" not in usual:
+        raise UserError(
+            f"{path} holds several state dicts, {', '.join(usual)}, and doesn't say which is the "
+            "model's: save the one that you mean in a file of its own"
+        )
+    own = "" if "" in usual else usual[0]
+    return own, _averages(path, (place for place in places if place != own), own)
+
+
+def _averages(path: Path, others: Iterable[str], own: str) -> list[str]:
+    averages = [place for place in others if _AVERAGE.search(place)]
+    taken = own or "what stands outside it"
+    note = f"{path} holds an average too, {', '.join(averages)}: {taken} is taken"
+    return [note] if averages else []
+
+
+def _state_dicts(content: dict[Any, Any], at: str = "", deep: int = 3) -> Iterator[tuple[str, Any]]:
+    """Every state dict and its place: a mapping with tensors; where mappings stand among these, one
+    of them has a name as within a network."""
+    tensors = [key for key, value in content.items() if isinstance(value, Tensor)]
+    nested = any(isinstance(value, dict) for value in content.values())
+    if tensors and not (nested and all("." not in str(k) or _NO_MODEL.search(k) for k in tensors)):
+        yield at, content
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, dict) and deep and not _NO_MODEL.search(key):
+            yield from _state_dicts(value, f"{at}.{key}" if at else key, deep - 1)
+
+
+def _unwrapped(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The same under the keys of the network within all wrappers, and what a user should know."""
+    plain = {WITHIN.sub("", key): value for key, value in weights.items()}
+    notes: list[str] = []
+    while True:
+        heads = dict.fromkeys(key.partition(".")[0] for key in plain)
+        around = [h for h in heads if h in AROUND and h not in plain]
+        beside = [h for h in heads if h not in around and _BESIDE.fullmatch(h)]
+        if len(around) != 1 or len(heads) != 1 + len(beside):
+            return plain, notes
+        (head,) = around
+        notes += _averages(path, (h for h in beside if h not in plain), head)
+        plain = {
+            k.removeprefix(f"{head}."): v for k, v in plain.items() if k.startswith(f"{head}.")
+        }
+
+
+def _some(content: dict[Any, Any]) -> str:
+    return some([repr(key) for key in content]) or "nothing"
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _unread(content: dict[Any, Any], deep: int = 1) -> str:
+    """Why weights may be missed: the first value that wasn't read."""
+    for key, value in content.items():
+        if isinstance(value, Unread):
+            name = type(value).__name__
+            if name.startswith("numpy.") and not name.endswith(".scalar"):
+                return f"; {key!r} is a NumPy array: save each as a tensor, by torch.from_numpy"
+            return f"; {key!r} is a {name}, which could run code: save its state_dict() instead"
+        if isinstance(value, dict) and deep and (found := _unread(value, deep - 1)):
+            return found
+    return ""
+
+
+def unpickled(path: Path) -> Any:
+    """The file's content, built of tensors and plain values alone; what else training states hold
+    beside them (NumPy's numbers, paths, dates, objects of any class) is there without its value. The
+    file's names are never looked up. A safetensors file under another name is read as what it is.
+
+    Raises:
+        UserError: it can't be read, or unpacks to more than it holds.
+    """
+    refuse_what_is_none(path)
+    _refuse_a_bomb(path)
+    kinds = stand_ins(_pickles(path))
+    # A trainer's options are read, for what they say.
+    known: list[Any] = [argparse.Namespace, *((kind, name) for name, kind in kinds.items())]
+    try:
+        if is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
+            # Of pickle protocols that these files weren't written with.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, TypeError, AttributeError) as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if "Unsupported operand" in str(error):
+            raise UserError(
+                f"{path} is no checkpoint of torch, or is damaged, or was written with another "
+                "pickle protocol than torch's: save it again by torch.save without pickle_protocol"
+            ) from error
+        names = [found.group(1)] if found else strangers(kinds)
+        if not names:
+            raise UserError(f"{path} is no checkpoint of torch, or is damaged") from error
+        raise UserError(
+            f"{path} is refused: beside tensors and plain values it holds {some(names)}, which "
+            "could run code; save its state dict alone where you trust it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        # A damaged file can make the unpickler raise anything.
+        raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
+
+
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """Those in a file of torch's, each at its begin."""
+    if _is_zip(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    yield io.BytesIO(archive.read(name))
+    else:
+        with open(path, "rb") as file:
+            for _ in range(4):  # the old format's number, version and machine, and the content
+                yield file
+
+
+def is_plain(key: Any, value: Any) -> bool:
+    """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as those of safetensors do, whatever its name."""
+    begins = _begins(path)
+    size = int.from_bytes(begins[:8], "little")
+    return begins[8:9] == b"{" and size + 8 <= path.stat().st_size
+
+
+def refuse_what_is_none(path: Path) -> None:
+    """Says what was fetched in place of a file of weights.
+
+    Raises:
+        UserError: it is a pointer to the file, or a web page.
+    """
+    begins = _begins(path).lstrip().lower()
+    if begins.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-LFS pointer in place of the file: get it by git lfs pull")
+    if begins.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page in place of the file: download the file itself")
+
+
+def _begins(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(100)
+    except OSError:
+        return b""
+
+
+def _is_zip(path: Path) -> bool:
+    return _begins(path).startswith(b"PK\x03\x04")
+
+
+def _refuse_a_bomb(path: Path) -> None:
+    """torch stores what it zips as it is; members that unpack to more are nobody's weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        if not _is_zip(path):
+            return  # of torch's old format, or no checkpoint: the reader says so
+        # torch's reader of zips is another: what this one can't look through isn't given to it.
+        raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
+    if any(re.fullmatch(r"[^/]+/constants\.pkl", member.filename) for member in members):
+        raise UserError(
+            f"{path} is a TorchScript archive, whose code isn't run: save its state_dict() by "
+            "torch.save"
+        )
+    if any(member.compress_type for member in members) or (
+        sum(member.file_size for member in members) > path.stat().st_size
+    ):
+        raise UserError(
+            f"{path} is refused: it unpacks to more than it holds, which no checkpoint of torch does"
+        )

@@ -1,1 +1,0 @@
-"""What trains: a session, its step, and what a run leaves behind."""

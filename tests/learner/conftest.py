@@ -1,0 +1,5 @@
+"""Fixtures of the tests of training."""
+
+from tests.run.tuned import cache
+
+__all__ = ["cache"]

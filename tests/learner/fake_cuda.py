@@ -1,0 +1,127 @@
+"""A step on CUDA tensors that have no memory: what a GPU would be asked to do, on any machine.
+
+Fake tensors have a device, a shape and a layout, and no values. The backward is left out: autograd's
+engine asks for the streams of a device, which must be there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastokd.benchmark.loops import OurLoop
+from fastokd.learner.guard import Guard
+from fastokd.methods import Progress, create_method
+from fastokd.run.build import build_optimizers
+from fastokd.run.session import RunOptions, Session
+from tests.learner.every_method import small
+
+CUDA = torch.device("cuda:0")
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operators; ``on_the_host`` are those that touched a tensor of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.on_the_host: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        self.ops[name] += 1
+        # They write in place, and have no form without values.
+        out = None if name.startswith(("_amp_", "_fused_")) else func(*args, **kwargs)
+        if name == "convolution" and any(x.stride(1) == 1 for x in args[:2]):
+            # As cuDNN's: channels-last where the input or the weight is.
+            out = torch.empty_like(out, memory_format=torch.channels_last)
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if any(x.device.type != "cuda" for x in tensors):
+            self.on_the_host.add(name)
+        return out
+
+
+def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any) -> Dispatched:
+    """What a bf16 step dispatches on a GPU, from the images to the metrics, but for the backward."""
+    chosen = RunOptions(device="cpu", precision="bf16", engine=engine, clip_norm=1.0, ema=0.9)
+    recipe = small(method, sharing, method_options=options)
+    session, B = OurLoop(recipe, chosen).session, recipe.batch_size
+    session.options = dataclasses.replace(chosen, impl=impl)
+    session.method = create_method(
+        recipe.method, session.cohort.shape, impl=impl, **recipe.method_options
+    )
+    draws = session.method.draw(B, torch.Generator())
+    capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
+    with FakeTensorMode(), fake_autocast(), capturing:
+        _move(session)
+        session.progress.draws = {name: _fake(x) for name, x in draws.items()}
+        images_BHWC = torch.empty(B, 32, 32, 3, dtype=torch.uint8, device=CUDA)
+        labels_B = torch.empty(B, dtype=torch.long, device=CUDA)
+        program = session.step_program
+        held = program.held
+        with Dispatched() as seen:
+            for tensors in held:
+                tensors.take()
+            logits_SBC, extra_EBC, loss = program.eager(images_BHWC, labels_B, session.progress)
+            session.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
+            for parameter in session.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            program.update()
+            session.guard.counted()
+            losses = {"loss": loss.total, **loss.parts}
+            session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
+    return seen
+
+
+def _move(session: Session) -> None:
+    """Puts the session on a GPU; its values are lost."""
+    modules: list[nn.Module] = [session.cohort, session.method]
+    if session.cohort.teacher is not None:
+        modules.append(session.cohort.teacher)
+    for module in (part for whole in modules for part in whole.modules()):
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
+            for name, value in table.items():
+                if isinstance(value, nn.Parameter):
+                    table[name] = nn.Parameter(_fake(value), requires_grad=value.requires_grad)
+                elif value is not None:
+                    table[name] = _fake(value)
+    assert session.average is not None
+    session.average.state = {name: _fake(x) for name, x in session.average.state.items()}
+    session.average.updates = _fake(session.average.updates)
+    session.device = CUDA
+    session.autocast = fake_autocast  # type: ignore[method-assign]
+    session.guard = Guard(CUDA)
+    session.progress = Progress.start(CUDA, dtype=torch.float32)
+    session.optimizers = build_optimizers(
+        session.cohort, session.method, session.recipe, session.options, CUDA
+    )
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+
+
+@contextmanager
+def fake_autocast() -> Iterator[None]:
+    """``torch.autocast("cuda", torch.bfloat16)``, which is off where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)

@@ -1,0 +1,186 @@
+"""Several runs by one command: settings parsed and checked, a folder each, an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastokd.cli import run_command
+from fastokd.errors import UserError
+from fastokd.recipe.names import recipe
+from fastokd.recipe.settings import parse_seeds, parse_settings, plan
+from fastokd.run import sweep
+from fastokd.run.session import RunOptions
+from fastokd.run.sweep import run_all
+from fastokd.train import train
+from tests.report.fake import FakeTrain
+
+DIGITS = "okddip-branch/resnet8/digits"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
+    stand_in = FakeTrain(lambda recipe, epoch: 0.5 + recipe.lr)
+    monkeypatch.setattr(sweep, "train", stand_in)
+    return stand_in
+
+
+def test_settings_are_json_or_words() -> None:
+    assert parse_settings(["lr=0.1,0.05", "mix=logits,probs", "milestones=[1,2],[3,4]"]) == {
+        "lr": [0.1, 0.05],
+        "mix": ["logits", "probs"],
+        "milestones": [[1, 2], [3, 4]],
+    }
+    assert parse_settings(["detach_targets=true"]) == {"detach_targets": [True]}
+    assert parse_seeds("0,1, 2,1") == [0, 1, 2]
+
+
+def test_settings_of_recipe_and_method_are_applied() -> None:
+    r = recipe(DIGITS, seed=3, lr=1, mix="probs", milestones=[5, 9], epochs=12)
+    assert (r.seed, r.lr, r.milestones, r.epochs) == (3, 1.0, (5, 9), 12)
+    assert r.method_options == {"temperature": 3.0, "mix": "probs"}
+    assert recipe("kdcl/resnet8/digits", target="naive").method_options["target"] == "naive"
+
+
+def test_every_combination_is_planned() -> None:
+    planned = plan(DIGITS, {}, {"lr": [0.1, 0.05], "mix": ["logits", "probs"]}, seeds=[0, 1])
+    assert len({entry.folder for entry in planned}) == 8
+    assert planned[0].folder == "okddip-branch-resnet8-digits-lr=0.1-mix=logits-seed0"
+    assert {(e.recipe.lr, e.recipe.method_options["mix"], e.recipe.seed) for e in planned} == {
+        (lr, mix, seed) for lr in (0.1, 0.05) for mix in ("logits", "probs") for seed in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "rates"),
+    [
+        (["--batch-size", "32"], {"batch_size": [32]}, [0.05]),
+        (["--batch-size", "32", "--lr", "0.2"], {"lr": [0.2]}, [0.1]),
+        (["--set", "batch_size=32"], {}, [0.05]),
+        (["--set", "batch_size=32,128", "--set", "lr=0.2"], {}, [0.1, 0.4]),
+        (["--set", "batch_size=32", "--set", "lr=0.2,0.4"], {}, [0.1, 0.2]),
+    ],
+)
+def test_a_rate_is_scaled_however_it_and_the_batch_are_said(
+    arguments: list[str],
+    settings: dict[str, list[Any]],
+    rates: list[float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command(["train", DIGITS, *arguments, "--scale-lr", "--print-recipe"]) == 0
+    printed = capsys.readouterr().out.replace("}\n{", "}\n\n{").split("\n\n")
+    assert [json.loads(text)["lr"] for text in printed] == pytest.approx(rates)
+    for key, values in settings.items():  # said twice, alike
+        assert run_command(
+            ["train", DIGITS, *arguments, "--set", f"{key}={values[0]}", "--print-recipe"]
+        ) == 0  # fmt: skip
+
+
+def test_a_run_s_settings_say_its_scaled_rate() -> None:
+    (entry,) = plan(DIGITS, {}, {"batch_size": [32]}, seeds=[1], scale_lr=True)
+    assert entry.settings == {"batch_size": 32, "seed": 1, "lr": pytest.approx(0.05)}
+
+
+def test_a_seed_is_a_setting() -> None:
+    seeds = [0, 1]
+    by_set = plan(DIGITS, {}, {"seed": seeds})
+    assert by_set == plan(DIGITS, {}, {}, seeds=seeds)
+    assert by_set == plan(DIGITS, {}, {"seed": seeds}, seeds=seeds)
+    assert [entry.recipe.seed for entry in by_set] == seeds
+
+
+def test_an_option_is_a_setting_like_a_field() -> None:
+    assert recipe(DIGITS, temperature=2) == recipe(DIGITS, method_options={"temperature": 2})
+    with pytest.raises(UserError, match="temperature is both 2 and 4: leave one of them out"):
+        recipe(DIGITS, temperature=4, method_options={"temperature": 2})
+    with pytest.raises(UserError, match=r"students is 4, but okddip-branch@3/\S+ names 3"):
+        recipe("okddip-branch@3/resnet8/digits", students=4)
+    with pytest.raises(UserError, match=r"lr=0.2 is no option of a run.*fastokd.recipe"):
+        train(recipe(DIGITS), lr=0.2)
+
+
+def test_runs_are_indexed_and_made_once(fake: FakeTrain, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    planned = plan(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05]}, seeds=[0, 1])
+    run_all(out, planned, RunOptions())
+    index = json.loads((out / "index.json").read_text())
+    assert [entry["folder"] for entry in index] == [entry.folder for entry in planned]
+    assert all((out / entry["folder"] / "metrics.jsonl").is_file() for entry in index)
+    assert index[2]["settings"] == {"lr": 0.05, "seed": 0}
+    assert index[2]["best"] == pytest.approx(0.55)
+    assert index[2]["best_on"] == "test"
+    more = plan(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05, 0.2]}, seeds=[0, 1])
+    run_all(out, more, RunOptions())
+    assert len(fake.calls) == 6
+    assert len(json.loads((out / "index.json").read_text())) == 6
+
+
+def test_the_command_trains_goes_on_and_refuses(
+    fake: FakeTrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    command = ["train", DIGITS, "--seeds", "0,1", "--epochs", "2", "--out", str(out)]
+    assert run_command(command) == 0
+    assert run_command(command) == 0
+    assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # says nothing new
+    assert [seed for _, seed, _ in fake.calls] == [0, 1, 2]
+    assert "index.json" in capsys.readouterr().out
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    command[-1] = str(other)
+    assert run_command(command) == 2
+    assert "holds no index.json" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "lr"], "write KEY=VALUE"),
+        (["--set", "=1"], "write KEY=VALUE"),
+        (["--set", "lr="], "write KEY=VALUE"),
+        (["--set", "lr=0.1", "--set", "lr=0.2"], "names lr twice"),
+        (["--set", "lr=fast"], "lr is 'fast': it must be a number"),
+        (["--set", "epochs=2.5"], "epochs is 2.5: it must be a whole number"),
+        (["--set", "flip=1"], "flip is 1: it must be true or false"),
+        (["--set", "students=true"], "students is True: it must be a whole number"),
+        (["--set", "warmth=3"], "unknown setting 'warmth'"),
+        (["--set", "impl=torch"], "unknown setting 'impl'"),
+        (["--set", "temperature=0"], "temperature is 0"),
+        (["--set", "method=dml"], "can't change method"),
+        (["--seeds", "one"], "write whole numbers"),
+        (["--seeds", "0,-1"], "write whole numbers"),
+        (["--seeds", "0,1", "--seed", "2"], "give one of them"),
+        (
+            ["--batch-size", "32", "--set", "batch_size=64"],
+            "batch_size is 32 by --batch-size and 64",
+        ),
+        (["--lr", "0.2", "--set", "lr=0.1,0.2"], "lr is 0.2 by --lr and 0.1,0.2 by --set"),
+        (["--temperature", "2", "--set", "temperature=3"], "temperature is 2.0 by --temperature"),
+        (["--epochs", "2", "--set", "epochs=3"], "leave one of them out"),
+        (["--val", "1", "--set", "val=2"], "leave one of them out"),
+        (["--seed", "1", "--set", "seed=2"], "leave one of them out"),
+        (["--seeds", "0,1", "--set", "seed=2"], "seed is 0,1 by --seeds and 2 by --set"),
+    ],
+)
+def test_what_can_be_got_wrong(
+    arguments: list[str],
+    says: str,
+    fake: FakeTrain,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "sweep"
+    assert run_command(["train", DIGITS, *arguments, "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_broken_index_is_named(fake: FakeTrain, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"index.json can't be read"):
+        run_all(tmp_path, plan(DIGITS, {}, {}, seeds=[0]), RunOptions())

@@ -1,0 +1,332 @@
+"""Every export is read back by the library that it is for, and says what the student says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastokd.cli import run_command
+from fastokd.data import load_dataset
+from fastokd.data.preprocessing import preprocessing_of
+from fastokd.errors import UserError
+from fastokd.models import create_model
+from fastokd.recipe.names import recipe
+from fastokd.run.folder import Run
+from fastokd.run.session import RunOptions
+from fastokd.student.convert import convert
+from fastokd.student.export import FORMATS, checked, export
+from fastokd.student.export.formats import call
+from fastokd.student.file import read_weights
+from fastokd.student.predict import Prediction, predict
+from fastokd.train import train
+
+SHORT = RunOptions(max_steps=2, quiet=True, engine="loop", precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("export") / "run"
+    return train(recipe("baseline/resnet18/digits", batch_size=8), SHORT, out=out)
+
+
+@pytest.fixture(scope="module")
+def resnet8(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("export") / "run"
+    return train(recipe("okddip-branch@3/resnet8/digits"), SHORT, out=out)
+
+
+@pytest.fixture(scope="module", name="images_BCHW")
+def fixture_images() -> torch.Tensor:
+    digits = load_dataset("digits")
+    assert digits.val is not None
+    normal = (digits.val.images_NHWC[:5].float() / 255 - digits.mean[0]) / digits.std[0]
+    return normal.permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_each_format_gives_the_students_logits(
+    to: str, resnet18: Run, images_BCHW: torch.Tensor, tmp_path: Path
+) -> None:
+    """Loaded here by hand, by nothing of ours; five images where the export saw two."""
+    done = export(resnet18.folder, to, tmp_path / to)
+    about = json.loads((done.folder / "student.json").read_text())
+    file = done.folder / about["file"]
+    assert about["class_names"] == [str(digit) for digit in range(10)]
+    assert about["input_size"] == 32
+    with torch.no_grad():
+        wanted = read_weights(resnet18.folder).build()(images_BCHW)
+        if to == "onnx":
+            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            got = torch.from_numpy(session.run(["logits"], {"images": images_BCHW.numpy()})[0])
+        elif to == "torch-export":
+            got = torch.export.load(file).module()(images_BCHW)
+        else:
+            if to == "torchvision":
+                net = torchvision.models.resnet18(num_classes=10)
+                net.load_state_dict(torch.load(file, weights_only=True))
+            elif to == "timm":
+                net = timm.create_model("resnet18", num_classes=10, checkpoint_path=str(file))
+            elif to == "hub":
+                net = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
+                card = (done.folder / "README.md").read_text()
+                assert "library_name: timm" in card
+                assert "one network" in card
+                assert "teach each other" not in card
+            else:
+                net = torchvision.models.resnet18(num_classes=10)
+                net.load_state_dict(load_file(file))
+            got = net.eval()(images_BCHW)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_the_student_that_is_taken_is_named_and_why(resnet8: Run, tmp_path: Path) -> None:
+    assert "the leader of okddip" in export(resnet8.folder, "safetensors").lines[0]
+    peer = export(resnet8.folder, "hub", tmp_path / "peer", student=1)
+    assert "peer 1 of okddip" in peer.lines[0]
+    card = (peer.folder / "README.md").read_text()
+    assert "peer 1 of okddip" in card
+    assert "teach each other" in card
+    top1 = resnet8.last["test"]["student_top1"]
+    assert f"{100 * top1[1]:.2f} %" in card
+    kept = json.loads((peer.folder / "student.json").read_text())
+    assert kept["student"] == 1
+
+
+def test_an_export_that_was_killed_is_in_nobodys_way(resnet8: Run, tmp_path: Path) -> None:
+    left = tmp_path / f".again.tmp{os.getpid()}"
+    left.mkdir()
+    (left / "resnet8.safetensors").write_bytes(b"half")
+    export(resnet8.folder, "safetensors", tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_an_export_that_says_something_else_is_not_kept(
+    resnet8: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = FORMATS["torch-export"]
+    monkeypatch.setitem(
+        FORMATS,
+        "torch-export",
+        form._replace(read=lambda weights, path: lambda x: form.read(weights, path)(x) * 1.01),
+    )
+    with pytest.raises(UserError, match="gives other logits"):
+        export(resnet8.folder, "torch-export", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_no_number_are_not_kept(resnet8: Run) -> None:
+    nan = torch.full((2, 10), torch.nan)
+    with pytest.raises(UserError, match="gives other logits"):
+        checked._compare(nan, torch.ones(2, 10), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "coreml"], "unknown format 'coreml'"),
+        (["--to", "torchvision"], "no network of torchvision"),
+        (["--to", "timm"], "no network of timm"),
+        (["--to", "hub", "--student", "3"], "student is 3"),
+        (["--to", "hub", "--out", "."], "exists already"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, resnet8: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["export", str(resnet8.folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_sees_a_picture(resnet8: Run, tmp_path: Path) -> None:
+    """As the held-out images are seen: the same pixels give the same probabilities."""
+    digits = load_dataset("digits")
+    image = digits.test.images_NHWC[7]
+    wide = np.zeros((32, 40, 3), np.uint8)  # the centre square is what counts
+    wide[:, 4:36] = image.numpy()
+    Image.fromarray(wide).save(tmp_path / "seven.png")
+    (seen,) = predict(resnet8.folder, [tmp_path / "seven.png"], top=3)
+    normal = (image.float() / 255 - digits.mean[0]) / digits.std[0]
+    with torch.no_grad():
+        logits = read_weights(resnet8.folder).build()(normal.permute(2, 0, 1)[None])
+    best = logits.softmax(1)[0].topk(3)
+    assert seen.classes == tuple(str(index) for index in best.indices.tolist())
+    assert seen.probabilities == pytest.approx(best.values.tolist(), abs=1e-6)
+    exported = export(resnet8.folder, "hub", tmp_path / "hub").folder
+    assert predict(exported, [tmp_path / "seven.png"], top=3) == [seen]
+
+
+def test_a_centre_crop_is_of_a_larger_picture(resnet8: Run, tmp_path: Path) -> None:
+    """ImageNet's form: the shorter side to 40, the middle 32 of it."""
+    file = tmp_path / "student.safetensors"
+    weights = read_weights(resnet8.folder)
+
+    def seen(eval_resize: int, name: str) -> Prediction:
+        shown = preprocessing_of("imagefolder", eval_resize=eval_resize).to_facts()
+        save_file(weights.state, file, {**weights.facts, **shown})
+        return predict(file, [tmp_path / name])[0]
+
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.fromarray(noise[4:36, 4:36]).save(tmp_path / "middle.png")
+    whole, middle = seen(40, "noise.png"), seen(0, "middle.png")
+    assert whole.probabilities == middle.probabilities
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), [("none.png", "there is no picture"), ("text.png", "can't be read")]
+)
+def test_what_is_no_picture_is_said(
+    image: str, message: str, resnet8: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    assert run_command(["predict", str(resnet8.folder), str(tmp_path / image)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_student_of_another_library_keeps_that_librarys_keys(tmp_path: Path) -> None:
+    name = "baseline/timm:mobilenetv3_small_050/digits"
+    done = train(recipe(name, batch_size=8), dataclasses.replace(SHORT, max_steps=1),
+                 out=tmp_path / "run")  # fmt: skip
+    net = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    net.load_state_dict(load_file(done.folder / "student.safetensors"))
+
+
+def student_file(path: Path, model: str, size: int, **options: Any) -> Path:
+    """A student of drawn weights, as a run's."""
+    network = create_model(model, 10, **options)
+    state = {network.published_key(key): value for key, value in network.state_dict().items()}
+    facts = {
+        "model": model,
+        "model_options": json.dumps(options),
+        "class_names": json.dumps([str(c) for c in range(10)]),
+        "student": "0",
+        "role": json.dumps("the only student"),
+        **preprocessing_of("imagefolder", image_size=size).to_facts(),
+    }
+    save_file(state, path, facts)
+    return path
+
+
+@torch.no_grad()
+def assert_printed_lines_run(file: Path, to: str, out: Path, size: int) -> None:
+    """The line that `export` prints gives the student's logits, and so does the card's code."""
+    done = export(file, to, out)
+    images_BCHW = torch.randn(2, 3, size, size)
+    wanted_BC = read_weights(file).build()(images_BCHW)
+    printed = [done.lines[-1].removeprefix("read it by ")]
+    if to == "hub":
+        card = (done.folder / "README.md").read_text()
+        code = card.partition("```python\n")[2].partition("```")[0]
+        printed.append(code.replace("PATH_OF_THIS_FOLDER", "."))
+    for code in printed:
+        scope: dict[str, Any] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(done.folder)
+            exec(code, scope)
+        model = scope["model"]
+        if to == "onnx":
+            got_BC = torch.from_numpy(model.run(["logits"], {"images": images_BCHW.numpy()})[0])
+        else:
+            got_BC = model(images_BCHW)
+        close = 1e-4 * wanted_BC.abs().max().item()
+        torch.testing.assert_close(got_BC, wanted_BC, rtol=0, atol=close)
+
+
+VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "class_token": False,
+       "global_pool": "avg", "input_size": 32}  # fmt: skip
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "vgg16": (32, {"dropout": 0.25}),
+    "timm:vit_tiny_patch16_224": (32, VIT),
+    "torchvision:googlenet": (32, {"transform_input": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "to"),
+    [
+        ("vgg16", "hub"),
+        *(("timm:vit_tiny_patch16_224", to) for to in ("safetensors", "timm", "hub")),
+        *(("torchvision:googlenet", to) for to in ("safetensors", "torchvision", "hub")),
+    ],
+)
+def test_printed_lines_run(model: str, to: str, tmp_path: Path) -> None:
+    """With the model's options, and a path with quotes in it."""
+    size, options = OPTIONS[model]
+    file = student_file(tmp_path / "student.safetensors", model, size, **options)
+    assert_printed_lines_run(file, to, tmp_path / 'it\'s "here"; now', size)
+
+
+# Its exporter takes long, and reads nothing of what `convert` says but the size.
+SLOW = {"onnx": pytest.mark.proof}
+
+
+@pytest.mark.parametrize("to", [pytest.param(to, marks=SLOW.get(to, ())) for to in FORMATS])
+def test_what_convert_writes_goes_anywhere(to: str, tmp_path: Path) -> None:
+    model = "resnet18" if to in ("torchvision", "timm") else "resnet20"
+    torch.save({"state_dict": create_model(model, 100).state_dict()}, tmp_path / "best.pth")
+    convert(tmp_path / "best.pth", tmp_path / "ours.safetensors", dataset="cifar100")
+    assert_printed_lines_run(tmp_path / "ours.safetensors", to, tmp_path / to, 32)
+    if to == "hub":
+        card = (tmp_path / to / "README.md").read_text()
+        assert "Converted by fastokd from a checkpoint of OKDDip." in card
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+        seen = [
+            predict(tmp_path / at, [tmp_path / "red.png"]) for at in ("hub", "ours.safetensors")
+        ]
+        assert seen[0] == seen[1]
+
+
+def test_options_are_printed_as_they_are() -> None:
+    options = {"num_classes": 3, "class": 1, 'x"); import os; (': "it's"}
+    made = eval(call("seen", "a 'name'", options), {"seen": lambda name, **more: (name, more)})
+    assert made == ("a 'name'", options)
+
+
+def same_bytes(first: Path, second: Path) -> None:
+    """And nothing in them says where they or the sources lie."""
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    sources = [str(Path(str(module.__file__)).parents[1]) for module in (checked, torch)]
+    for name in names:
+        ours, theirs = ((folder / name).read_bytes() for folder in (first, second))
+        assert ours == theirs, name
+        for place in (*sources, str(first.parents[2]), str(second.parents[2])):
+            assert place.encode() not in ours, (name, place)
+
+
+def test_the_same_training_gives_the_same_bytes(resnet8: Run, tmp_path: Path) -> None:
+    """Under another name in another place."""
+    again = train(resnet8.recipe, SHORT, out=tmp_path / "elsewhere" / "another-name")
+    runs = (resnet8.folder, again.folder)
+    ours, theirs = ((run / "student.safetensors").read_bytes() for run in runs)
+    assert ours == theirs
+    for to in ("onnx", "torch-export", "hub"):
+        same_bytes(*(export(run, to, run / "bytes" / to).folder for run in runs))
+    # The page says where the run lies and how fast it was; else it is the same.
+    times = (" s</td>", "images_per_second")
+    pages = [
+        [
+            line
+            for line in (run / "report.html").read_text().splitlines()
+            if str(run) not in line and not any(words in line for words in times)
+        ]
+        for run in runs
+    ]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torchvision", "timm"])
+def test_the_same_student_gives_the_same_bytes(to: str, resnet18: Run, tmp_path: Path) -> None:
+    same_bytes(*(export(resnet18.folder, to, tmp_path / "x" / name).folder for name in ("a", "b")))
