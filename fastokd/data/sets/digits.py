@@ -24,7 +24,7 @@ def digits_pixels() -> tuple[Tensor, Tensor]:
 
 def digits_indices() -> dict[str, Tensor]:
     """The committed split: indices of 500 images to train, 297 to validate, 1,000 to test."""
-    text = resources.files("fastokd.data").joinpath("digits_split.json").read_text("utf-8")
+    text = resources.files("fastokd.data.sets").joinpath("digits_split.json").read_text("utf-8")
     split = json.loads(text)
     return {name: torch.tensor(split[name]) for name in ("train", "val", "test")}
 
