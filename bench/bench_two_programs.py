@@ -23,7 +23,8 @@ from pathlib import Path
 
 from fastokd.host.cpus import SPIN_COUNT, WAITING, said
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.run.trial import next_batch, time_steps
 
 # What libgomp takes where there are no more threads than CPUs.
@@ -66,7 +67,7 @@ class Program:
 def serve(lines: Iterable[str]) -> None:
     """A program's side: trains for as many seconds as each line says."""
     one = recipe(RECIPE)
-    session = Session(one, RunOptions(device="cpu", engine="loop", quiet=True))
+    session = build(one, RunOptions(device="cpu", engine="loop", quiet=True))
     batch = next_batch(session)
     time_steps(session, batch, WARM_UP)
     print(0.0, flush=True)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from fastokd.checkpoint import write_durably
 from fastokd.recipe.names import recipe
 from fastokd.run.sweep import run_or_resume
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 KEPT = Path(__file__).parent / "fashion_mnist"
 MODEL = "resnet8"

@@ -15,7 +15,7 @@ from fastokd.methods import Method, MethodLoss, list_methods
 from fastokd.models import list_models
 from fastokd.recipe.names import Recipe, list_recipes, recipe
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 from fastokd.evaluate import evaluate  # isort: skip
 from fastokd.train import train  # isort: skip

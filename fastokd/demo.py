@@ -18,7 +18,7 @@ from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.page import report
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 

@@ -11,17 +11,29 @@ from torch import Tensor
 
 from fastokd.checkpoint import run_checkpoint
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream, DiskStream, load_dataset
+from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
-from fastokd.distributed.ranks import Ranks
+from fastokd.distributed.ranks import Line, Ranks
 from fastokd.errors import UserError
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
-from fastokd.recipe.names import Recipe
-from fastokd.run.build import evaluation_stream
-from fastokd.run.session import RunOptions, Session
+from fastokd.recipe.recipe import Recipe
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from fastokd.student import authors
+
+EVAL_BATCH = 512
+
+
+def evaluation_stream(
+    split: Split | DiskSplit, line: Line | None = None
+) -> BatchStream | DiskStream:
+    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
+    line = line or Line()
+    size = min(EVAL_BATCH * line.size, len(split))
+    return split.stream(size, rank=line.rank, world_size=line.size)
 
 
 @torch.no_grad()
@@ -82,9 +94,8 @@ def evaluate(
         if value is not None:
             raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
     path, tensors, facts = run_checkpoint(path)
-    session = Session(
-        Recipe.from_json(facts.get("recipe")), options or RunOptions(), training=False
-    )
+    recipe = Recipe.from_json(facts.get("recipe"))
+    session = build(recipe, options or RunOptions(), training=False)
     session.load_state(tensors, facts)
     return evaluate_session(session)
 
@@ -131,28 +142,34 @@ def evaluate_session(
     session: Session, between: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
     """Scores the cohort as it stands on the held-out splits; ``between`` as :func:`measure`."""
-    share_state(session)
+    share_state(session.learner)
     splits = {"val": session.data.val, "test": session.data.test}
     results = {
         name: measure(
-            session.cohort,
-            session.method,
-            evaluation_stream(split, session.ranks.data),
+            session.learner.cohort,
+            session.learner.method,
+            evaluation_stream(split, session.learner.ranks.data),
             session.recipe.has_leader,
-            session.autocast,
+            session.learner.autocast,
             between,
-            session.ranks,
+            session.learner.ranks,
         )
         for name, split in splits.items()
         if split is not None
     }
-    if session.average is not None:
-        lone, nobody = _alone(session, session.average.state)
+    if session.learner.average is not None:
+        lone, nobody = _alone(session, session.learner.average.state)
         for name, split in splits.items():
             if split is not None:
-                stream = evaluation_stream(split, session.ranks.data)
+                stream = evaluation_stream(split, session.learner.ranks.data)
                 alone = measure(
-                    lone, nobody, stream, False, session.autocast, between, session.ranks
+                    lone,
+                    nobody,
+                    stream,
+                    False,
+                    session.learner.autocast,
+                    between,
+                    session.learner.ranks,
                 )
                 results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
     return results
@@ -160,16 +177,16 @@ def evaluate_session(
 
 def _alone(session: Session, state: dict[str, Tensor]) -> tuple[Cohort, Method]:
     """The kept student with the weights ``state``, as a cohort of one."""
-    name = session.recipe.models[session.kept_student]
+    name = session.recipe.models[session.recipe.kept_student]
     lone = Cohort(
         (name, 1),
-        session.cohort.num_classes,
+        session.learner.cohort.num_classes,
         sharing="network",
-        impl=session.cohort.impl,
+        impl=session.learner.cohort.impl,
         mean=session.data.mean,
         std=session.data.std,
         model_options=session.recipe.model_options,
     )
     lone.students[0].load_state_dict(state)
-    lone.to(session.device).set_memory_format(session.cohort.memory_format)
+    lone.to(session.learner.device).set_memory_format(session.learner.cohort.memory_format)
     return lone, create_method("baseline", lone.shape)

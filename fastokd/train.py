@@ -1,15 +1,13 @@
-"""The loop. What is trained is the recipe's business, how it is run the session's."""
+"""The loop: what is trained is the recipe's choice, how it runs is the options'."""
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
@@ -20,48 +18,36 @@ from fastokd.host import cpus
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import say
 from fastokd.learner.step import training_step
-from fastokd.recipe.names import Recipe
-from fastokd.run.display import Display
-from fastokd.run.facts import RunFacts
+from fastokd.recipe.recipe import Recipe
+from fastokd.report.page import report
+from fastokd.run.build import build
+from fastokd.run.display import Display, show_batch
+from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.folder import Run, RunFolder
-from fastokd.run.hooks import Watchers
+from fastokd.run.hooks import Hooks, spared
 from fastokd.run.interruption import ECHO, Keeper, StopRequest
 from fastokd.run.loggers import check_installed, loggers
 from fastokd.run.nonfinite import settle
+from fastokd.run.options import RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
-from fastokd.run.session import RunOptions, Session, run_path
+from fastokd.run.session import Session
 from fastokd.run.tuning import tune
 
-__all__ = ["resume", "train", "train_epoch", "training_step"]
+__all__ = ["resume", "train", "train_epoch"]
 
 
-def train_epoch(session: Session, told: Watchers, keeper: Keeper) -> dict[str, Any]:
+def train_epoch(session: Session, hooks: Hooks, keeper: Keeper) -> dict[str, Any]:
     """The rest of one epoch; the training metrics of all of it."""
-    session.cohort.train()
-    session.method.train()
+    learner = session.learner
+    learner.train()
     session.begin_epoch()
-    for images_BHWC, labels_B in batches(session, keeper):
+    for images_BHWC, labels_B in session.batches(keeper.settle):
         session.begin_step(labels_B.shape[0])
         with saying_what_fits(session, images_BHWC, labels_B):
-            logits_SBC, loss = training_step(session, images_BHWC, labels_B)
-        losses = {"loss": loss.total, **loss.parts}
-        session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
-        session.batch += 1
-        session.step += 1
-        told.step(labels_B.shape[0] * session.ranks.data.size)
-        keeper.stepped()
-    return session.meter.result(session.ranks)
-
-
-def batches(session: Session, keeper: Keeper) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rest of one epoch, and again what comes after a step that wasn't taken."""
-    while session.batch < len(session.stream) and not session.stopped:
-        for batch in session.stream.batches(session.epoch, session.batch):
-            index = session.batch
-            yield batch
-            if session.stopped or session.batch != index + 1:
-                break
-        keeper.check()
+            logits_SBC, loss = training_step(learner, images_BHWC, labels_B)
+        session.finish_step(logits_SBC, labels_B, loss)
+        hooks.on_step(labels_B.shape[0] * learner.ranks.data.size)
+    return session.meter.result(learner.ranks)
 
 
 def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
@@ -105,74 +91,77 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
     asked = {"tensorboard": options.tensorboard, "wandb": options.wandb}
     check_installed(**asked)
     folder = RunFolder.claim(recipe, options)
-    session = Session(recipe, folder.as_begun(options))
+    session = build(recipe, folder.as_begun(options))
+    ranks = session.learner.ranks
     tell = _silent if options.quiet else say
-    for note in session.began_from:
+    for note in session.notes:
         tell(note)
-    with closing(folder), StopRequest(echo=ECHO if session.ranks.size > 1 else 0.0) as stop:
-        with Watchers() as told:
+    with closing(folder), StopRequest(echo=ECHO if ranks.size > 1 else 0.0) as stop:
+        with Hooks() as hooks:
             with folder.beginning(session):
                 found = loggers(recipe, folder.path, session.step, **asked)
-                session.ranks.first(lambda: told.begin(*found))
+                ranks.first(lambda: hooks.add(*found))
             if not options.quiet:  # looking takes 0.2 s
                 tell(cpus.said())
             if options.show_augmentation:
-                picture = on_a_line(folder.show_batch(session))
+                picture = on_a_line(show_batch(session, folder.path))
                 tell(f"a batch as the students see it: {picture}")
             if not session.settled:
                 timings = tune(session, session.steps_left, tell, stop)
                 if session.settled:  # else a signal came, and the resumed run chooses
                     folder.settled(session, timings)
-            told.add(lambda: Display(session, options.quiet), Display.title)
-            run = _train_epochs(session, folder, told, stop)
+            hooks.try_add(lambda: Display(session, options.quiet), Display.title)
+            run = _train_epochs(session, folder, hooks, stop)
         with stop.telling(_give_up):
-            folder.report(session)
+            ranks.first(lambda: _report(folder.path))
     return run
 
 
-def _train_epochs(session: Session, folder: RunFolder, told: Watchers, stop: StopRequest) -> Run:
-    """Every epoch that is left. What the run is for is written before anybody is told of it."""
-    recipe, options = session.recipe, session.options
+def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopRequest) -> Run:
+    """Every epoch that is left. The run's files are written before any hook is called."""
+    recipe, options, learner = session.recipe, session.options, session.learner
     keeper = Keeper(
         lambda: folder.save(session),
         stop,
         options.save_every_steps,
         options.save_every_minutes,
-        check=lambda: settle(session, lambda: folder.save(session)),
-        agree=Agreement(session.ranks),
+        settle=lambda: settle(session, lambda: folder.save(session)),
+        agree=Agreement(learner.ranks),
+        is_over=lambda: session.is_over,
     )
+    hooks.add(keeper)
     run = None
     with folder.keeping(session, keeper.save_now):
-        while not _is_over(session):
-            started, images = time.perf_counter(), told.images
-            train_metrics = train_epoch(session, told, keeper)
+        while not session.is_over:
+            started, images = time.perf_counter(), hooks.images
+            train_metrics = train_epoch(session, hooks, keeper)
             seconds = time.perf_counter() - started
             row: dict[str, Any] = {
                 "epoch": session.epoch,
                 "step": session.step,
                 "seconds": seconds,
-                "images_per_second": (told.images - images) / seconds,
+                "images_per_second": (hooks.images - images) / seconds,
                 "lr": recipe.learning_rate(session.epoch),
-                "kd_weight": session.progress.ramp.item(),
+                "kd_weight": learner.progress.ramp.item(),
                 "skipped_steps": session.skipped,
                 "train": train_metrics,
             }
             last = session.stopped or session.epoch + 1 == recipe.epochs
             if last or (session.epoch + 1) % options.eval_every == 0:
-                row |= evaluate_session(session, keeper)
+                row |= evaluate_session(session, hooks.on_batch)
             session.finish_epoch()
             folder.record(session, row)
-            if _is_over(session):
+            if session.is_over:
                 run = folder.finish(session)
-            told.row(row)
-            keeper.saved()
-            if run is None:
-                keeper()
+            hooks.on_epoch(row)
     return run or folder.finish(session)
 
 
-def _is_over(session: Session) -> bool:
-    return session.epoch >= session.recipe.epochs or session.stopped
+def _report(folder: Path) -> None:
+    """The page with its plots; where it can't be made, a warning says how to make it later."""
+    command = f"fastokd report {shlex.quote(str(folder))}"
+    why = f"the run is done, but there is no report (`{command}` makes it)"
+    spared(lambda: report([folder]), why, of=BaseException)
 
 
 def _give_up() -> None:

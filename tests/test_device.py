@@ -14,7 +14,8 @@ from fastokd.benchmark.peak import MatmulPeak
 from fastokd.device import CASTS, PRECISIONS, staged, use_device
 from fastokd.evaluate import evaluate_published
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.student import authors
 
 RECIPE = recipe("okddip-branch@2/resnet8/digits")
@@ -39,7 +40,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "begin",
     [
-        lambda: Session(RECIPE, SECOND),
+        lambda: build(RECIPE, SECOND),
         lambda: PublishedLoop.drawn(RECIPE, SECOND),
         lambda: evaluate_published(Path("file"), "digits", model=None, options=SECOND),
     ],

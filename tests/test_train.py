@@ -24,13 +24,14 @@ from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.learner import optimizers
 from fastokd.learner.state import as_state
+from fastokd.learner.step import training_step
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run import build as parts
 from fastokd.run import folder as run_folder
+from fastokd.run.build import build
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions, Session
-from fastokd.train import training_step
+from fastokd.run.options import RunOptions
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop"}
 
@@ -118,13 +119,13 @@ def test_the_kept_student_alone_scores_what_the_run_says(finished: Run) -> None:
 
 def test_evaluating_moves_nothing(tmp_path: Path) -> None:
     """Nor the running statistics of students, nor those of a method (ONE's gate has some)."""
-    session = Session(small("one/resnet8/digits"), RunOptions(**QUICK))
+    session = build(small("one/resnet8/digits"), RunOptions(**QUICK))
     before = {key: value.clone() for key, value in session.state()[0].items()}
     evaluate_session(session)
     for key, value in session.state()[0].items():
         assert torch.equal(value, before[key]), key
-    assert session.cohort.training
-    assert session.method.training
+    assert session.learner.cohort.training
+    assert session.learner.method.training
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -194,11 +195,11 @@ def test_counts_of_an_optimizer_come_back_where_its_parameters_are() -> None:
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:
-    session = Session(small(epochs=300), RunOptions(**QUICK))
+    session = build(small(epochs=300), RunOptions(**QUICK))
     for epoch, lr in ((0, 0.1), (149, 0.1), (150, 0.01), (224, 0.01), (225, 0.001), (299, 0.001)):
         session.epoch = epoch
         session.begin_epoch()
-        group = session.optimizers[0].param_groups[0]
+        group = session.learner.optimizers[0].param_groups[0]
         assert group["lr"].item() == pytest.approx(lr)
         assert group["weight_decay"] == 5e-4
         assert group["nesterov"]
@@ -206,12 +207,12 @@ def test_the_schedule_reaches_the_optimizer() -> None:
 
 
 def test_the_ramp_reaches_the_loss() -> None:
-    session = Session(small(epochs=300), RunOptions(**QUICK))
-    ramp = session.progress.ramp
+    session = build(small(epochs=300), RunOptions(**QUICK))
+    ramp = session.learner.progress.ramp
     for epoch, weight in ((0, 0.006737947), (40, 0.2865048), (80, 1.0), (299, 1.0)):
         session.epoch = epoch
         session.begin_epoch()
-        assert session.progress.ramp is ramp  # in place: a captured step reads this tensor
+        assert session.learner.progress.ramp is ramp  # in place: a captured step reads this tensor
         assert ramp.item() == pytest.approx(weight)
 
 
@@ -237,13 +238,13 @@ def test_rates_of_an_optimizer_that_takes_numbers(monkeypatch: pytest.MonkeyPatc
         return made[0]
 
     monkeypatch.setattr(parts, "create_optimizer", create)
-    session = Session(small(epochs=300, students=2, batch_size=8), RunOptions(**QUICK))
+    session = build(small(epochs=300, students=2, batch_size=8), RunOptions(**QUICK))
     session.epoch = 225
     session.begin_epoch()
     session.begin_step(8)
-    training_step(session, *session.stream.batch(0, 0))
+    training_step(session.learner, *session.stream.batch(0, 0))
     assert made[0].param_groups[0]["lr"] == pytest.approx(0.001)
-    assert all(p.grad is None for p in session.cohort.parameters())
+    assert all(p.grad is None for p in session.learner.cohort.parameters())
 
 
 def test_apex_is_given_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +315,7 @@ class TestRefusals:
     ) -> None:
         """Whole by its digests, and of another network, other data, or nobody's."""
         _, whole, known, _ = newest_checkpoint(finished.folder / "checkpoints")
-        session = Session(small(), RunOptions(**QUICK))
+        session = build(small(), RunOptions(**QUICK))
         with pytest.raises(UserError, match="the checkpoint"):
             session.load_state({**whole, **tensors}, {**known, **facts})
 
@@ -324,14 +325,14 @@ class TestRefusals:
         """Of a folder they move a little with the version that measures them."""
         _, tensors, facts, _ = newest_checkpoint(finished.folder / "checkpoints")
         mean = [value + 0.004 for value in facts["mean"]]
-        session = Session(small(), RunOptions(**QUICK))
+        session = build(small(), RunOptions(**QUICK))
         session.load_state(tensors, facts)
         assert capsys.readouterr().err == ""
         session.load_state(tensors, {**facts, "mean": mean})
         assert "the run keeps its own" in capsys.readouterr().err
         assert session.data.mean == tuple(mean)
         theirs = Cohort(("resnet8", 1), 10, sharing="network", mean=mean, std=facts["std"])
-        assert torch.equal(session.cohort.shift_C, theirs.shift_C)
+        assert torch.equal(session.learner.cohort.shift_C, theirs.shift_C)
         assert session.state()[1]["mean"] == mean
 
     def test_one_batch_is_not_resumed_as_a_whole_set(self, finished: Run) -> None:

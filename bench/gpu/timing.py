@@ -17,7 +17,7 @@ from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
 from fastokd.learner.captured import WARM_UP_STEPS
 from fastokd.recipe.names import Recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 # A section with less time left goes on to no further block.
 SPARE_SECONDS = 4.0
@@ -176,7 +176,7 @@ class _Timed:
             "finite": math.isfinite(last) and math.isfinite(self.row["first_loss"]),
         }
         if isinstance(self.loop, OurLoop):
-            self.row["steps_not_taken"] = bool(self.loop.session.guard.fault.item())
+            self.row["steps_not_taken"] = bool(self.loop.session.learner.guard.fault.item())
         return True
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe
 from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 
 SLACK, TINY, LOSS_TINY, FLOOR = 2.0, 1e-2, 1e-3, 0.05
 # Of small images, and of large ones, where float64 takes its time.
@@ -63,7 +64,7 @@ def agreement(of: Recipe, options: RunOptions) -> Agreement:
     plain = PublishedLoop.drawn(of, dataclasses.replace(options, precision=ours.precision))
     exact = PublishedLoop.drawn(of, dataclasses.replace(options, precision="fp32"))
     with torch.no_grad():
-        for parameter in ours.session.cohort.parameters():
+        for parameter in ours.session.learner.cohort.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(SHARPER)
     ours.session.begin_step(of.batch_size)
@@ -83,24 +84,24 @@ def agreement(of: Recipe, options: RunOptions) -> Agreement:
 @torch.no_grad()
 def _take(loop: PublishedLoop, session: Session) -> None:
     """Gives the loop our weights, our teacher and our draws."""
-    weights = {**session.cohort.state_dict(), **session.method.state_dict()}
+    weights = {**session.learner.cohort.state_dict(), **session.learner.method.state_dict()}
     for name, value in loop.model.state_dict().items():
         value.copy_(weights[name])
-    dtype, teacher = loop.x_BCHW.dtype, session.cohort.teacher
+    dtype, teacher = loop.x_BCHW.dtype, session.learner.cohort.teacher
     if isinstance(loop.model, (ReferenceKD, ReferenceOKDDipKD)):
         assert teacher is not None
         loop.model.set_teacher(copy.deepcopy(teacher).to(dtype))
-    for name, value in session.progress.draws.items():
+    for name, value in session.learner.progress.draws.items():
         setattr(loop.model, name, value.to(dtype))
 
 
 def _our_grads(loop: OurLoop) -> tuple[Tensor, dict[str, Tensor]]:
     session = loop.session
-    with session.autocast():
-        out = session.cohort(loop.images_BHWC)
-        loss = session.method(out, loop.labels_B, session.progress)
+    with session.learner.autocast():
+        out = session.learner.cohort(loop.images_BHWC)
+        loss = session.learner.method(out, loop.labels_B, session.learner.progress)
     loss.total.backward()
-    return loss.total.detach(), _named(session.cohort) | _named(session.method)
+    return loss.total.detach(), _named(session.learner.cohort) | _named(session.learner.method)
 
 
 def _grads(loop: PublishedLoop) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,12 +26,13 @@ from fastokd.benchmark.synthetic import (
 )
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.errors import UserError
+from fastokd.learner.step import training_step
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.run.tuning import tune
-from fastokd.train import training_step
 
 # Steps of CIFAR's recipes.
 LONG_RUN = 300 * 391
@@ -81,26 +82,25 @@ class OurLoop:
         with tempfile.TemporaryDirectory() as folder:
             teacher = drawn_teacher(of, data, Path(folder))
             options = dataclasses.replace(options, teacher=teacher, quiet=True)
-            session = self.session = Session(of, options, data=data)
-        self.device, self.precision = session.device, session.precision
+            session = self.session = build(of, options, data=data)
+        self.device, self.precision = session.learner.device, session.learner.precision
         self.images_BHWC = batch.images_NHWC.to(self.device)
         self.labels_B = batch.labels_N.to(self.device)
         session.epoch = int(of.ramp_epochs)  # the ramp's end: every term has its whole weight
-        session.cohort.train()
-        session.method.train()
+        session.learner.train()
         session.begin_epoch()
 
     def step(self) -> Tensor:
         """One step; the total loss, still on the device."""
         self.session.begin_step(len(self.labels_B))
-        _, loss = training_step(self.session, self.images_BHWC, self.labels_B)
+        _, loss = training_step(self.session.learner, self.images_BHWC, self.labels_B)
         self.session.step += 1
         return loss.total.detach()
 
     def choose(self) -> dict[str, Any]:
         """What ``engine="auto"`` takes for a long run of this recipe, as options."""
         tune(self.session, LONG_RUN)
-        return dataclasses.asdict(self.session.choice)
+        return dataclasses.asdict(self.session.learner.choice)
 
     def facts(self) -> dict[str, Any]:
         """The engine, and what served each op of ours: seen in one more step."""
@@ -111,7 +111,7 @@ class OurLoop:
         if not seen.names & {"mixture_distillation", "peer_attention_distillation"}:
             impls["mixture_distillation"] = "torch"
         impls.setdefault("fused_bn_act", "torch")
-        choice = self.session.choice
+        choice = self.session.learner.choice
         return {"engine": choice.engine, "way": str(choice), "impls": impls}
 
 

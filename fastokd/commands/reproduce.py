@@ -48,7 +48,7 @@ def reproduce(
     from fastokd.recipe.settings import parse_seeds
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
-    from fastokd.run.session import RunOptions
+    from fastokd.run.options import RunOptions
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
     options = RunOptions(

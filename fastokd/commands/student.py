@@ -55,7 +55,7 @@ def export(
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
-    from fastokd.run.session import RunOptions
+    from fastokd.run.options import RunOptions
     from fastokd.student.export import export as turn
 
     done = turn(
@@ -100,7 +100,7 @@ def evaluate(
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
-    from fastokd.run.session import RunOptions
+    from fastokd.run.options import RunOptions
 
     options = RunOptions(
         data_root=data_root, device=device, precision=precision, loader=loader, workers=workers

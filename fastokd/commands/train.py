@@ -111,7 +111,7 @@ def train(
     command again goes on with what is missing.
     """
     from fastokd.recipe.settings import parse_seeds, parse_settings, plan
-    from fastokd.run.session import RunOptions
+    from fastokd.run.options import RunOptions
     from fastokd.run.sweep import run_all, sweep_folder
     from fastokd.train import train as run
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
-from fastokd.run.metric_lines import Row
 
 # Of accuracy: an average that is further behind the weights spans too many steps.
 FAR = 0.05
@@ -60,7 +61,7 @@ class LeaderAverage:
             self.state[key].copy_(now[key])
         self.updates.add_(1)
 
-    def warning(self, rows: list[Row]) -> str | None:
+    def warning(self, rows: list[dict[str, Any]]) -> str | None:
         """What to say where the average scores far less than the student itself, by the last of a
         run's ``metrics.jsonl`` that were measured."""
         measured = [row["test"] for row in rows if "ema_top1" in row.get("test", ())]

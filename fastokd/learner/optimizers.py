@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.recipe.names import Recipe
+from fastokd.recipe.recipe import Recipe
 
 
 def create_optimizer(
@@ -100,3 +98,12 @@ def apex_missing() -> str | None:
     if not torch.cuda.is_available():
         return "apex's FusedSGD needs a GPU"
     return None
+
+
+def as_state(value: Tensor, like: Tensor) -> Tensor:
+    """A copy on the device of ``like`` and in its memory layout; a count stays a count."""
+    if value.dim() == 0:
+        return value.to(like.device, copy=True)
+    if value.shape != like.shape:
+        raise ValueError(f"an optimizer's {list(value.shape)} for a parameter {list(like.shape)}")
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)

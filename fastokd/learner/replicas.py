@@ -10,13 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
+from fastokd.methods import Method
 
 
 class Replicas:
@@ -26,10 +25,26 @@ class Replicas:
     stream where the capture will be; and never by ranks that only evaluate.
     """
 
-    def __init__(self, session: Session, forward: Callable[..., Any]) -> None:
-        self.session = session
-        self.forward = forward
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        cohort: nn.Module,
+        method: Method,
+        group: Any,
+        *,
+        accumulates: bool,
+    ) -> None:
+        """``group``: the ranks that share a batch; ``accumulates``: a batch is taken in parts."""
+        self.watched = _Watched(forward, cohort, method)
         self.ddp: DistributedDataParallel | None = None
+        # In a static graph the parts of a batch can't keep their gradients back.
+        self.options: dict[str, Any] = {
+            "process_group": group,
+            "gradient_as_bucket_view": True,
+            "static_graph": not accumulates,
+            "find_unused_parameters": accumulates,
+            _BUFFERS: method.needs.running_statistics,
+        }
 
     def __call__(self, *args: Any) -> Any:
         return self._made()(*args)
@@ -40,21 +55,8 @@ class Replicas:
 
     def _made(self) -> DistributedDataParallel:
         if self.ddp is None:
-            self.ddp = self._make()
+            self.ddp = DistributedDataParallel(self.watched, **self.options)
         return self.ddp
-
-    def _make(self) -> DistributedDataParallel:
-        session = self.session
-        # In a static graph the parts of a batch can't keep their gradients back.
-        in_parts = session.options.accumulate > 1
-        options: dict[str, Any] = {
-            "process_group": session.ranks.data.group,
-            "gradient_as_bucket_view": True,
-            "static_graph": not in_parts,
-            "find_unused_parameters": in_parts,
-            _BUFFERS: session.method.needs.running_statistics,
-        }
-        return DistributedDataParallel(_Step(session, self.forward), **options)
 
 
 # The papers' loops ran DataParallel, which keeps the running statistics of the first GPU's share.
@@ -66,13 +68,13 @@ _BUFFERS = (
 )
 
 
-class _Step(nn.Module):
+class _Watched(nn.Module):
     """What DDP watches: everything trained, and the function that runs it."""
 
-    def __init__(self, session: Session, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], cohort: nn.Module, method: nn.Module) -> None:
         super().__init__()
-        self.cohort = session.cohort
-        self.method = session.method
+        self.cohort = cohort
+        self.method = method
         self.run = forward
 
     def forward(self, *args: Any) -> Any:

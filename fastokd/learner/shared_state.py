@@ -8,40 +8,40 @@ metrics of its share of an unfinished epoch) stands under ``rank<r>.``, rank 0's
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
+from fastokd.distributed.ranks import Ranks
+from fastokd.learner.learner import Learner
 
 OWN = re.compile(r"(rng|meter)\.")
 RANK = re.compile(r"rank\d+\.")
 
 
 @torch.no_grad()
-def share_state(session: Session) -> None:
+def share_state(learner: Learner) -> None:
     """Gives every rank each student as the rank that trains it has it, and with data parallelism
     the first rank's running statistics."""
-    ranks = session.ranks
+    ranks = learner.ranks
     if ranks.size == 1:
         return
-    S = len(session.cohort.students)
+    S = len(learner.cohort.students)
     sources = [ranks.owner(student, S) for student in range(S)]
 
     def source(student: int | None) -> int:
         return 0 if student is None else sources[student]
 
-    for name, value in session.cohort.state_dict().items():
+    for name, value in learner.cohort.state_dict().items():
         where, _, rest = name.partition(".")
         _broadcast(value, source(int(rest.split(".")[0]) if where == "students" else None))
-    for name, value in session.method.state_dict().items():
-        _broadcast(value, source(session.method.belongs_to(name)))
-    if session.average is not None:
-        for value in session.average.state.values():
-            _broadcast(value, source(session.kept_student))
+    for name, value in learner.method.state_dict().items():
+        _broadcast(value, source(learner.method.belongs_to(name)))
+    if learner.average is not None:
+        for value in learner.average.state.values():
+            _broadcast(value, source(learner.average.index))
 
 
 def _broadcast(value: Tensor, source: int) -> None:
@@ -51,13 +51,12 @@ def _broadcast(value: Tensor, source: int) -> None:
         value.copy_(dense)
 
 
-def gathered(session: Session, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gathered(ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` with what the other ranks have, on rank 0; as they are elsewhere.
 
     :func:`share_state` has been called. Sent are optimizer states that are trained elsewhere, and
     what each rank has for itself.
     """
-    ranks = session.ranks
     if ranks.size == 1:
         return tensors
     sent = {}
@@ -76,14 +75,13 @@ def gathered(session: Session, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def mine(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
+def mine(ranks: Ranks, tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
     """A checkpoint's tensors as this rank takes them up.
 
     In the arrangement of before each rank finds its own. In another the unfinished epoch's metrics
     go on from their sum on rank 0, and the other ranks' random numbers begin anew: not the same
     bits.
     """
-    ranks = session.ranks
     rows, columns = facts.get("ranks", (1, 1))
     common = {k: v for k, v in tensors.items() if not RANK.match(k)}
     if ranks.rank == 0 and (rows, columns) != ranks.arrangement:

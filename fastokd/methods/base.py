@@ -145,6 +145,14 @@ class Method(nn.Module):
         del name
         return None
 
+    def after_step(self, cohort: Cohort, progress: Progress) -> None:
+        """Runs after the optimizer in every step, without gradient: averages of parameters, hybrids.
+
+        It may be captured in a CUDA graph, so its conditions are device tensors. What it writes in
+        cohort and method is restored where the step is skipped, and is part of a checkpoint as far as
+        it is in their state dicts.
+        """
+
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
         """What a method renews between epochs; ``heldout`` are images and labels."""
         del cohort, heldout

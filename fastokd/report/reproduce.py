@@ -19,7 +19,7 @@ from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.summary import summarise
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.run.sweep import run_all
 from fastokd.student.teacher import teacher_recipe
 

@@ -1,38 +1,131 @@
-"""A run's parts, built from a recipe: data, cohort, method, optimizers."""
+"""A session from a recipe and options, resolved from the bottom up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort import Cohort
-from fastokd.data import (
-    BatchStream,
-    DatasetSplits,
-    DiskSplit,
-    DiskStream,
-    Split,
-    load_dataset,
+from fastokd.checkpoint import fingerprint, list_checkpoints
+from fastokd.cohort import Choice, Cohort
+from fastokd.data import Augment, DatasetSplits, load_dataset
+from fastokd.device import (
+    pick_precision,
+    set_kernel_selection,
+    set_matmul_precision,
+    use_device,
 )
-from fastokd.distributed.ranks import Line
-from fastokd.learner.optimizers import create_optimizer
-from fastokd.methods import Method, OptimGroup, create_method, method_class
-from fastokd.ops.fused_bn_act import norm_impl
-from fastokd.recipe.names import Recipe
+from fastokd.distributed.launch import device_here
+from fastokd.distributed.ranks import Ranks, first, speaks
+from fastokd.errors import UserError, warn
+from fastokd.learner.allocator import keep_freed_memory
+from fastokd.learner.build import build_cohort, build_optimizers
+from fastokd.learner.ema import LeaderAverage
+from fastokd.learner.learner import Learner
+from fastokd.learner.student_parallel import StudentParallel
+from fastokd.learner.sync_norm import synchronise
+from fastokd.methods import Method, method_class
+from fastokd.models import least_batch
+from fastokd.ops import _cpp
+from fastokd.ops._dispatch import choose
+from fastokd.recipe.recipe import Recipe
+from fastokd.run.facts import run_path
 from fastokd.run.options import RunOptions
-from fastokd.student.teacher import Weights, build_teacher
+from fastokd.run.session import Session, Stream
+from fastokd.student.init import begin_from, read_files
+from fastokd.student.teacher import KEPT as KEPT_TEACHER
+from fastokd.student.teacher import Weights, build_teacher, check_held_out, find_teacher
 
-EVAL_BATCH = 512
+
+def build(
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    training: bool = True,
+    data: DatasetSplits | None = None,
+) -> Session:
+    """The session of a run at its beginning.
+
+    ``training=False``: it only evaluates, and needs neither teacher nor held-out images.
+    ``data`` replaces the recipe's (a benchmark's random images).
+
+    Raises:
+        UserError: the recipe or an option can't be met here; the message names the value.
+    """
+    _check_fit(recipe, options)
+    device = use_device(device_here(options.device))
+    precision = pick_precision(options.precision, device)
+    set_matmul_precision(precision)
+    set_kernel_selection(device, options.deterministic)
+    if training and device.type == "cpu":
+        keep_freed_memory()
+    ranks = Ranks.here(options.parallel, recipe.students, device)
+
+    if data is None:
+        with ranks.one_a_machine_first():
+            data = load_splits(recipe, options, begun=options.resume or not training)
+    data = data.to(device)
+    min_batch = _min_batch(recipe, data, ranks, options.sync_bn) if training else 1
+    stream = _training_stream(recipe, options, data, ranks, min_batch)
+
+    _check_impl(options.impl, device)
+    torch.manual_seed(recipe.seed)
+    teacher = _find_teacher(recipe, options, data, ranks) if training else None
+    cohort, method = _cohort_and_method(recipe, options, data, teacher)
+    contents: dict[str, Any] = {}
+    if teacher is not None:
+        contents["teacher_sha256"] = fingerprint(teacher.state)
+    notes: tuple[str, ...] = ()
+    if training:
+        notes, begun_from = _begin_from(recipe, options, data, cohort)
+        contents |= begun_from
+    if training and method.needs.heldout and data.val is None:
+        raise UserError(
+            f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
+            "has none apart: hold some out, for example with --val 5000"
+        )
+
+    cohort.to(device)
+    method.to(device)
+    if options.sync_bn:
+        synchronise(cohort, method, ranks)
+    student_parallel = None
+    if training and ranks.students.size > 1:
+        student_parallel = StudentParallel(cohort, method, ranks, precision, recipe.method)
+    average = None
+    if options.ema is not None:
+        average = LeaderAverage(cohort, recipe.kept_student, options.ema)
+    learner = Learner(
+        cohort,
+        method,
+        build_optimizers(cohort, method, recipe, options.optimizer, device),
+        device=device,
+        precision=precision,
+        ranks=ranks,
+        student_parallel=student_parallel,
+        average=average,
+        accumulate=options.accumulate,
+        min_batch=min_batch,
+        clip_norm=options.clip_norm,
+        capture=options.capture,
+    )
+    ranks.seed_global(recipe.seed, 0)
+    learner.adopt(Choice.of(options.engine, options.compile, options.memory_format))
+    settled = (
+        options.engine != "auto"
+        or options.sync_bn
+        or student_parallel is not None
+        or options.deterministic
+    )
+    return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
 
 
-def load_splits(
-    recipe: Recipe, options: RunOptions, device: torch.device, *, begun: bool = False
-) -> DatasetSplits:
-    """The recipe's data on the device; ``begun`` as for :func:`fastokd.data.load_dataset`."""
-    data = load_dataset(
+def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> DatasetSplits:
+    """The recipe's data; ``begun`` as for :func:`fastokd.data.load_dataset`."""
+    return load_dataset(
         recipe.dataset,
         options.data_root,
         val=recipe.val,
@@ -44,74 +137,75 @@ def load_splits(
         workers=options.workers,
         begun=begun,
     )
-    return data.to(device)
 
 
-def build_cohort(
-    recipe: Recipe, data: DatasetSplits, options: RunOptions, teacher: Weights | None = None
-) -> tuple[Cohort, Method]:
-    """The cohort and the method, on the CPU, with weights that the seed decides."""
-    needs = method_class(recipe.method).needs
-    frozen: nn.Module | None = None
-    if teacher is not None:
-        with torch.random.fork_rng(devices=[]):
-            frozen = build_teacher(teacher, data)
-    cohort = Cohort(
-        recipe.models,
-        len(data.class_names),
-        sharing=recipe.sharing,
-        impl=norm_impl(options.impl),
-        mean=data.mean,
-        std=data.std,
+def _check_fit(recipe: Recipe, options: RunOptions) -> None:
+    """Raises on options that this recipe has no use for."""
+    if options.accumulate > recipe.batch_size:
+        raise UserError(
+            f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
+            "choose at most as many"
+        )
+    if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+        raise UserError(
+            f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+        )
+
+
+def _check_impl(impl: str, device: torch.device) -> None:
+    """Builds the C++ ops, never inside a step, and raises where ``impl`` can't serve here."""
+    if device.type == "cpu" and impl in ("auto", "cpp"):
+        _cpp.ensure_built()
+    # Every op is asked again with its arguments; here only so that no folder is made first.
+    choose("the loss", impl, device, {"cpp": None, "triton": None})
+
+
+def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool) -> int:
+    """The fewest images that the norms of a rank need, and so each part of an accumulated batch.
+
+    Raises:
+        UserError: a student can't take images of this size, or the batch is too small.
+    """
+    size = ranks.data.size
+    least = {recipe.method: method_class(recipe.method).needs.min_batch}
+    for name in dict.fromkeys(recipe.models):
+        shown = (len(data.class_names), recipe.model_options, data.train.image_size)
+        least[name] = least_batch(name, *shown)
+    if sync_bn:  # the norms see the batch of all ranks
+        least = {name: -(-count // size) for name, count in least.items()}
+    who = max(least, key=lambda name: least[name])
+    if recipe.batch_size // size < least[who]:
+        each = f", {recipe.batch_size // size} on each of {size} ranks" if size > 1 else ""
+        raise UserError(
+            f"batch_size is {recipe.batch_size}{each}, but {who} normalises over a batch of at "
+            f"least {least[who]}: choose a larger --batch-size"
+        )
+    return least[who]
+
+
+def _training_stream(
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
+) -> Stream:
+    """This rank's training batches; a last batch too small for the norms is left out."""
+    rest = len(data.train) % recipe.batch_size
+    stream = data.train.stream(
+        recipe.batch_size,
         seed=recipe.seed,
-        teacher=frozen,
-        trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
-        model_options=recipe.model_options,
-        image_size=data.train.image_size[0],
+        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        shuffle=True,
+        drop_last=0 < rest // ranks.data.size < min_batch,
+        rank=ranks.data.rank,
+        world_size=ranks.data.size,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed * 1_000_003 + 999_983)
-        method = create_method(
-            recipe.method, cohort.shape, impl=options.impl, **recipe.method_options
-        )
-    return cohort, method
-
-
-def build_optimizers(
-    cohort: Cohort, method: Method, recipe: Recipe, options: RunOptions, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """One optimizer for each kind that is asked for; rates are device tensors."""
-    groups = [OptimGroup(list(cohort.parameters())), *method.optim_groups()]
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for group in groups:
-        # What another rank trains asks for no gradient here.
-        trained = [parameter for parameter in group.parameters if parameter.requires_grad]
-        if not trained:
-            continue
-        lr = recipe.lr if group.lr is None else group.lr
-        decay = recipe.weight_decay if group.weight_decay is None else group.weight_decay
-        by_kind.setdefault(group.optimizer, []).append(
-            {
-                "params": trained,
-                "lr": torch.tensor(lr, device=device),
-                "weight_decay": decay,
-                "initial_lr": lr,
-                "scheduled": group.scheduled,
-                "warm_up": group.warm_up,
-            }
-        )
-    return [
-        create_optimizer(options.optimizer if kind == "sgd" else kind, groups, recipe)
-        for kind, groups in by_kind.items()
-    ]
+    return RepeatedBatch(stream) if options.overfit_batch else stream
 
 
 class RepeatedBatch:
     """The first batch of a stream, as often as the stream has batches (``--overfit-batch``)."""
 
-    def __init__(self, stream: BatchStream | DiskStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.count = len(stream)
-        self.only = stream.batch(0, 0)
+        self.only = next(iter(stream.batches(0)))
 
     def __len__(self) -> int:
         return self.count
@@ -123,10 +217,53 @@ class RepeatedBatch:
             yield self.only
 
 
-def evaluation_stream(
-    split: Split | DiskSplit, line: Line | None = None
-) -> BatchStream | DiskStream:
-    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
-    line = line or Line()
-    size = min(EVAL_BATCH * line.size, len(split))
-    return split.stream(size, rank=line.rank, world_size=line.size)
+def _find_teacher(
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
+) -> Weights | None:
+    """The teacher that the method needs: what the run has kept, or what the options name."""
+    if not method_class(recipe.method).needs.teacher:
+        return None
+    kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
+    teacher: Weights = ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
+    if kept is not None and teacher.path == kept:
+        return teacher
+    if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
+        warn(
+            f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
+            f"have seen the images of --val {data.held_out}"
+        )
+    return teacher
+
+
+def _cohort_and_method(
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: Weights | None
+) -> tuple[Cohort, Method]:
+    frozen: nn.Module | None = None
+    if teacher is not None:
+        with torch.random.fork_rng(devices=[]):
+            frozen = build_teacher(teacher, data)
+    return build_cohort(
+        recipe,
+        len(data.class_names),
+        image_size=data.train.image_size[0],
+        mean=data.mean,
+        std=data.std,
+        impl=options.impl,
+        teacher=frozen,
+    )
+
+
+def _begin_from(
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, cohort: Cohort
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Loads ``--init`` into the cohort, unless the run goes on from a checkpoint of its own; what to
+    say of it, and the SHA-256 of the weights."""
+    where = run_path(recipe, options) / "checkpoints"
+    if not options.init or (options.resume and first(lambda: bool(list_checkpoints(where)))):
+        return (), {}
+    files = [Path(name) for name in options.init]
+    notes = begin_from(cohort, files, data.class_names, recipe.kept_student)
+    given = read_files(files)
+    for weights in given:
+        check_held_out(weights, data, "--init", recipe)
+    return tuple(notes), {"init_sha256": [fingerprint(weights.state) for weights in given]}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torchvision.utils import make_grid, save_image
 
+from fastokd.checkpoint import writing
 from fastokd.host.streams import Outlet, console, tell_lost
-from fastokd.run.hooks import Watcher
+from fastokd.run.hooks import Hook
 from fastokd.run.metric_lines import choosing_split
-
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
-
+from fastokd.run.session import Session
 
 COLUMNS = (
     *("epoch", "images/s", "left", "lr", "loss"),
@@ -25,7 +25,7 @@ COLUMNS = (
 SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed in place
 
 
-class Display(Watcher):
+class Display(Hook):
     """Shows what was measured in each epoch, and how far the run is."""
 
     title = "its display"
@@ -51,20 +51,20 @@ class Display(Watcher):
             if shown
             else None
         )
-        ranks = session.ranks.note(session.recipe.batch_size, session.recipe.students)
+        ranks = session.learner.ranks.note(session.recipe.batch_size, session.recipe.students)
         self.note = "\n".join(filter(None, (session.data.note, ranks)))
         left = max(session.steps_left, 1)
         self.task = self.bar.add_task(
             "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
         )
 
-    def begin(self) -> None:
+    def on_begin(self) -> None:
         if self.note and not self.quiet:
             self._line(self.note)
         if self.live is not None:
             self.live.start(refresh=True)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         if self.live is not None:
             self.live.stop()
             self._check_lost()
@@ -89,12 +89,12 @@ class Display(Watcher):
             table.add_row(*(row[index].removeprefix("epoch ") for index in kept))
         return Group(*([table] if kept else []), self.bar)
 
-    def step(self, images: int) -> None:
+    def on_step(self, images: int) -> None:
         self.images += images
         rate = self.images / (time.perf_counter() - self.started)
         self.bar.update(self.task, advance=1, rate=rate)
 
-    def row(self, row: dict[str, Any]) -> None:
+    def on_epoch(self, row: dict[str, Any]) -> None:
         epoch = row["epoch"] + 1
         self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.quiet:
@@ -142,3 +142,17 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
         f"{scores['ensemble_top1']:.4f}",
         "" if scores["diversity"] is None else f"{scores['diversity']:.4f}",
     ]
+
+
+def show_batch(session: Session, folder: Path) -> Path:
+    """Leaves the next batch as a picture, ``augmentation.png``, as the students see it."""
+    images_BHWC, _ = session.next_batch()
+    images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
+    path = folder / "augmentation.png"
+
+    def write() -> Path:
+        with writing(folder):
+            save_image(make_grid(images_BCHW, nrow=8), path)
+        return path
+
+    return session.learner.ranks.first(write)

@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastokd.checkpoint import write_durably
 from fastokd.device import environment
 from fastokd.errors import UserError
-from fastokd.recipe.names import Recipe
+from fastokd.recipe.recipe import Recipe
 from fastokd.run.autotuner import Timing
-from fastokd.run.session import Session
+from fastokd.run.options import RunOptions
+
+
+def run_path(recipe: Recipe, options: RunOptions) -> Path:
+    """Where a run lies: ``out``, or ``runs/`` and the recipe's name."""
+    return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
 
 
 class RunFacts:
@@ -62,10 +69,12 @@ class RunFacts:
             raise UserError(f"{path} is no environment of a run: put it back or remove it")
         return found
 
-    def write_environment(self, session: Session) -> None:
+    def write_environment(
+        self, device: torch.device, precision: str, how: dict[str, Any], *, resumed: bool
+    ) -> None:
         """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
-        facts = {**environment(session.device, session.precision), **session.how()}
-        begun = self.environment() if session.options.resume else {}
+        facts = {**environment(device, precision), **how}
+        begun = self.environment() if resumed else {}
         if "init_sha256" in begun:  # a resumed run doesn't read them again
             facts.setdefault("init_sha256", begun["init_sha256"])
         _write(self.environment_file, facts)

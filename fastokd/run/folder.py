@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,21 +25,21 @@ from fastokd.checkpoint import (
 )
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, warn
-from fastokd.learner.state import check_recipe
 from fastokd.models import Student
-from fastokd.recipe.names import Recipe
+from fastokd.recipe.recipe import Recipe
 from fastokd.run.autotuner import Timing
-from fastokd.run.facts import RunFacts
-from fastokd.run.hooks import spared
+from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.identity import (
     Standing,
     begun_with,
+    check_recipe,
     other_teacher,
     standing,
 )
 from fastokd.run.lock import FolderLock
 from fastokd.run.metric_lines import MetricLines, choosing_split
-from fastokd.run.session import RunOptions, Session, run_path
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from fastokd.student.file import STUDENT, Weights, run_rows, student_of
 from fastokd.student.teacher import KEPT
 from fastokd.student.within_cohort import check_kept
@@ -151,7 +150,7 @@ class RunFolder:
         Raises:
             UserError: another process is at work in the folder.
         """
-        found = session.ranks.first(lambda: self._open(session))
+        found = session.learner.ranks.first(lambda: self._open(session))
         if found is None:
             return
         session.load_state(*found)
@@ -161,9 +160,9 @@ class RunFolder:
             for row in self.metrics()
             if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
         ]
-        session.ranks.first(lambda: self._replace_lines(rows))
+        session.learner.ranks.first(lambda: self._replace_lines(rows))
         # What the best checkpoint scored, by what the run is judged by now.
-        kept = session.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
+        kept = session.learner.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
         scores = [
             _score(row, session.recipe)
             for row in rows
@@ -186,11 +185,11 @@ class RunFolder:
             _, tensors, facts, _ = newest_checkpoint(self.checkpoints)
             return tensors, facts
         if session.options.resume and self.facts.recipe_file.is_file():
-            check_recipe(session, self.recipe().to_json())
+            check_recipe(session.recipe, self.recipe().to_json())
             self._start_again()
         with writing(self.path):
             self.facts.write_recipe(session.recipe)
-            self.facts.write_environment(session)
+            self._write_environment(session)
             if session.teacher is not None:
                 facts = {
                     **session.teacher.facts,
@@ -224,9 +223,15 @@ class RunFolder:
         def keep() -> None:
             with writing(self.path):
                 self.facts.write_tuning(timings)
-                self.facts.write_environment(session)
+                self._write_environment(session)
 
-        session.ranks.first(keep)
+        session.learner.ranks.first(keep)
+
+    def _write_environment(self, session: Session) -> None:
+        learner, resumed = session.learner, session.options.resume
+        self.facts.write_environment(
+            learner.device, learner.precision, session.how(), resumed=resumed
+        )
 
     def recipe(self) -> Recipe:
         """The run's resolved recipe; raises as :meth:`RunFacts.recipe`."""
@@ -235,21 +240,6 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; raises as :meth:`MetricLines.read`."""
         return self.lines.read()
-
-    def show_batch(self, session: Session) -> Path:
-        """Leaves the next batch as a picture, cropped and flipped as it is trained on."""
-        from torchvision.utils import make_grid, save_image
-
-        images_BHWC, _ = next(iter(session.stream.batches(session.epoch, session.batch)))
-        images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
-        path = self.path / "augmentation.png"
-
-        def keep() -> Path:
-            with writing(self.path):
-                save_image(make_grid(images_BCHW, nrow=8), path)
-            return path
-
-        return session.ranks.first(keep)
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
         """One epoch: its line, its checkpoint, and the best one's where it is that.
@@ -262,11 +252,11 @@ class RunFolder:
         better = score is not None and (before is None or score > before)
         if better:
             session.best = score
-        session.ranks.first(lambda: self.lines.add(row))
+        session.learner.ranks.first(lambda: self.lines.add(row))
         try:
             self.save(session, best_on=choosing_split([row]), better=better)
         except DiskError as error:
-            if better and not session.ranks.first(lambda: self._best(session).is_dir()):
+            if better and not session.learner.ranks.first(lambda: self._best(session).is_dir()):
                 session.best = before  # the best that is kept
             if speaks():
                 warn(f"{error}; training goes on, and saves when it is time again")
@@ -284,7 +274,7 @@ class RunFolder:
         if best_on is not None:
             facts["best_on"] = best_on
         self._behind = True
-        session.ranks.first(lambda: self._save(session, tensors, facts, better))
+        session.learner.ranks.first(lambda: self._save(session, tensors, facts, better))
         self._behind = False
 
     def _save(
@@ -312,7 +302,9 @@ class RunFolder:
         try:
             yield
         except (DataFileError, LoaderError):
-            if session.ranks.size == 1:  # the others are within the step that this one can't take
+            if (
+                session.learner.ranks.size == 1
+            ):  # the others are within the step that this one can't take
                 try:
                     save()
                 except DiskError as error:
@@ -332,8 +324,8 @@ class RunFolder:
         if self._behind:
             self.save(session)
         tensors, facts = session.state()
-        session.ranks.first(lambda: self._write_student(session, tensors, facts))
-        text = session.average and session.average.warning(self.metrics())
+        session.learner.ranks.first(lambda: self._write_student(session, tensors, facts))
+        text = session.learner.average and session.learner.average.warning(self.metrics())
         if text and speaks():
             warn(text)
         check_kept(session, student_of(self.path, tensors, facts, []), self.path)
@@ -343,23 +335,11 @@ class RunFolder:
         self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
     ) -> None:
         student = student_of(self.path, tensors, facts, run_rows(self.path))
-        member = session.cohort.students[session.kept_student]
+        member = session.learner.cohort.students[session.recipe.kept_student]
         assert isinstance(member, Student)
         plain = {member.published_key(key): value for key, value in student.state.items()}
         with writing(self.path):
             write_durably(self.path / STUDENT, Weights(self.path, plain, student.facts).to_bytes())
-
-    def report(self, session: Session) -> None:
-        """The page with its plots; where it can't be made, a warning says how to make it later."""
-
-        def make() -> None:
-            from fastokd.report.page import report
-
-            report([self.path])
-
-        command = f"fastokd report {shlex.quote(str(self.path))}"
-        why = f"the run is done, but there is no report (`{command}` makes it)"
-        session.ranks.first(lambda: spared(make, why, of=BaseException))
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

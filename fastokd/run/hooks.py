@@ -1,4 +1,4 @@
-"""Who watches a run. None of them can end it, hold it or hide what it leaves."""
+"""What follows a run: display, loggers, checkpoints between epochs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ from typing import Any
 from fastokd.errors import in_one_line, warn
 
 
-class Watcher:
-    """Is told every step and epoch; does nothing by itself."""
+class Hook:
+    """Is called at the events of a run; the base class does nothing.
 
+    Attributes:
+        optional: the run goes on without a hook that raises, and a warning says so.
+        title: what that warning calls it.
+    """
+
+    optional = True
     title = ""
 
-    def begin(self) -> None: ...
+    def on_begin(self) -> None:
+        """The run begins."""
 
-    def step(self, images: int) -> None: ...
+    def on_step(self, images: int) -> None:
+        """A step over ``images`` images was queued; nothing is read from the device."""
 
-    def row(self, row: dict[str, Any]) -> None: ...
+    def on_batch(self) -> None:
+        """A batch of an evaluation was queued."""
 
-    def close(self) -> None: ...
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """An epoch was trained, or measured, and is saved: its row of ``metrics.jsonl``."""
+
+    def on_end(self) -> None:
+        """The run has ended."""
 
 
 def spared(act: Callable[[], object], what: str, *, of: type[BaseException] = Exception) -> bool:
@@ -32,44 +45,48 @@ def spared(act: Callable[[], object], what: str, *, of: type[BaseException] = Ex
     return True
 
 
-class Watchers:
-    """All who watch one run; one that fails is told no more, which a warning says.
+class Hooks:
+    """All hooks of one run, called in the order in which they were added.
 
     ``images`` counts what was trained on.
     """
 
     def __init__(self) -> None:
-        self._watching: list[Watcher] = []
+        self._hooks: list[Hook] = []
         self.images = 0
 
-    def __enter__(self) -> Watchers:
+    def __enter__(self) -> Hooks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for watcher in reversed(self._watching):
-            self._tell(watcher, watcher.close)
+        for hook in reversed(self._hooks):
+            self._call(hook, hook.on_end)
 
-    def begin(self, *watchers: Watcher) -> None:
-        """Adds those without whom the run isn't begun; raises what they raise."""
-        for watcher in watchers:
-            watcher.begin()
-            self._watching.append(watcher)
+    def add(self, *hooks: Hook) -> None:
+        """Adds hooks that the run can't begin without; raises what their ``on_begin`` raises."""
+        for hook in hooks:
+            hook.on_begin()
+            self._hooks.append(hook)
 
-    def add(self, make: Callable[[], Watcher], title: str) -> None:
-        """Adds one that the run can do without."""
-        spared(lambda: self.begin(make()), f"the run goes on without {title}")
+    def try_add(self, make: Callable[[], Hook], title: str) -> None:
+        """Adds a hook; where it can't be made or begun, a warning says so."""
+        spared(lambda: self.add(make()), f"the run goes on without {title}")
 
-    def step(self, images: int) -> None:
-        """One step was queued; nothing is read from the device."""
+    def on_step(self, images: int) -> None:
         self.images += images
-        for watcher in self._watching:
-            self._tell(watcher, watcher.step, images)
+        for hook in self._hooks:
+            self._call(hook, hook.on_step, images)
 
-    def row(self, row: dict[str, Any]) -> None:
-        """One epoch was measured, or trained."""
-        for watcher in self._watching:
-            self._tell(watcher, watcher.row, row)
+    def on_batch(self) -> None:
+        for hook in self._hooks:
+            self._call(hook, hook.on_batch)
 
-    def _tell(self, watcher: Watcher, what: Callable[..., None], *told: Any) -> None:
-        if not spared(lambda: what(*told), f"the run goes on without {watcher.title}"):
-            self._watching = [other for other in self._watching if other is not watcher]
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        for hook in self._hooks:
+            self._call(hook, hook.on_epoch, row)
+
+    def _call(self, hook: Hook, event: Callable[..., None], *values: Any) -> None:
+        if not hook.optional:
+            event(*values)
+        elif not spared(lambda: event(*values), f"the run goes on without {hook.title}"):
+            self._hooks = [other for other in self._hooks if other is not hook]

@@ -78,8 +78,7 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
     Of options that leave the machine a choice, any choice will do; but ``precision="auto"`` is what
     it is on this machine.
     """
-    theirs, ours = RunFacts(folder).recipe().to_json(), wanted.to_json()
-    differing = [f"{k} ({theirs[k]} there, {ours[k]} wanted)" for k in ours if theirs[k] != ours[k]]
+    differing = other_recipe(wanted, RunFacts(folder).recipe().to_json())
     precision = pick_precision(options.precision, pick_device(options.device))
     asked = replace(options, precision=precision)
     differing += asked.differing(begun_with(folder, asked), LEFT_OPEN)
@@ -90,6 +89,24 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
     if differing:
         raise UserError(
             f"{folder} holds another run: it differs in {', '.join(differing)}; choose another --out"
+        )
+
+
+def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
+    """Each setting in which ``theirs`` differs from ``recipe``, and both values."""
+    ours = recipe.to_json()
+    return [
+        f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
+    ]
+
+
+def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
+    """Raises where a checkpoint's recipe ``theirs`` isn't ``recipe``, and says what differs."""
+    differing = other_recipe(recipe, theirs)
+    if differing:
+        raise UserError(
+            f"the checkpoint is of another recipe: it differs in {', '.join(differing)}; "
+            "resume with the run's own recipe, or choose another --out"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import DiskError, warn
 from fastokd.learner.guard import READ_EVERY
+from fastokd.run.hooks import Hook
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
@@ -87,18 +88,21 @@ class StopRequest:
             os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
 
 
-class Keeper:
-    """Called between two steps: saves when it is time, and where a signal came saves and stops.
+class Keeper(Hook):
+    """Between two steps or batches it saves when it is time; where a signal came it saves and stops.
 
     Args:
         save: writes a checkpoint.
         stop: listens for signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
-        check: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
-            steps; it may take the run back, or raise.
+        settle: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
+            steps; it may move the run back, or raise.
         agree: turns what this rank wishes, (whether it is time to save, the signal or 0), into what
             all ranks do at this same moment.
+        is_over: whether the run has ended, so that a signal needs no answer.
     """
+
+    optional = False
 
     def __init__(
         self,
@@ -106,11 +110,13 @@ class Keeper:
         stop: StopRequest,
         every_steps: int | None,
         every_minutes: float | None,
-        check: Callable[[], None] = lambda: None,
+        settle: Callable[[], None] = lambda: None,
         agree: Callable[[bool, int], tuple[bool, int]] = lambda due, signum: (due, signum),
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.save = save
-        self._check = check
+        self._settle = settle
+        self._is_over = is_over
         self.stop = stop
         self.every_steps = every_steps
         self.every_minutes = every_minutes
@@ -118,14 +124,14 @@ class Keeper:
         self._unchecked = 0
         self.saved()
 
-    def check(self) -> None:
-        """Whether the steps so far were taken."""
+    def settle(self) -> None:
+        """Looks whether the steps so far were taken."""
         self._unchecked = 0
-        self._check()
+        self._settle()
 
     def save_now(self) -> None:
         """A checkpoint of the steps that were taken."""
-        self.check()
+        self.settle()
         self.save()
         self.saved()
 
@@ -133,15 +139,21 @@ class Keeper:
         """Counts from here on: a checkpoint was written."""
         self._steps, self._time = 0, time.monotonic()
 
-    def stepped(self) -> None:
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """The epoch's checkpoint was written with its row."""
+        self.saved()
+        if not self._is_over():
+            self.on_batch()
+
+    def on_step(self, images: int) -> None:
         """One step was taken."""
         self._steps += 1
         self._unchecked += 1
         if self._unchecked >= READ_EVERY:
-            self.check()
-        self()
+            self.settle()
+        self.on_batch()
 
-    def __call__(self) -> None:
+    def on_batch(self) -> None:
         """A moment between two steps, or two batches of an evaluation.
 
         Raises:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from fastokd.errors import UserError, in_one_line
 from fastokd.host.names import in_utf8, on_a_line
-from fastokd.recipe.names import Recipe
-from fastokd.run.hooks import Watcher
+from fastokd.recipe.recipe import Recipe
+from fastokd.run.hooks import Hook
 
 # Seconds that a logger has to begin, where it may have to reach a server, and to end.
 BEGIN, END = 60.0, 30.0
@@ -56,7 +56,7 @@ def loggers(
     return found
 
 
-class Logger(Watcher):
+class Logger(Hook):
     """A sink in a thread of its own: what it raises, asks or waits for never reaches the run."""
 
     def __init__(self, sink: Any, *arguments: Any) -> None:
@@ -77,7 +77,7 @@ class Logger(Watcher):
             self._error = error
             self._begun.set()
 
-    def begin(self) -> None:
+    def on_begin(self) -> None:
         """Begins, without asking anything of whoever is at the terminal.
 
         Raises:
@@ -95,11 +95,11 @@ class Logger(Watcher):
             why = f"no answer within {BEGIN:g} s" if not self._error else in_one_line(self._error)
             raise UserError(f"{self.title} can't be used: {why}; {self._sink.fix}")
 
-    def row(self, row: dict[str, Any]) -> None:
+    def on_epoch(self, row: dict[str, Any]) -> None:
         self._raise_error()
         self._rows.put(row)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         self._rows.put(None)
         self._thread.join(END)
         self._raise_error()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastokd.errors import DiskError, UserError, warn
-from fastokd.learner.guard import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
+from fastokd.learner.guard import set_random_state
+from fastokd.learner.state import snapshot
+from fastokd.learner.step import parts
+from fastokd.run.session import Session
 
 
 def settle(session: Session, save: Callable[[], None]) -> None:
@@ -24,13 +22,13 @@ def settle(session: Session, save: Callable[[], None]) -> None:
     Raises:
         UserError: a step isn't finite and no more may be skipped; the message says where and what.
     """
-    fault = session.guard.read()
+    fault = session.learner.guard.read()
     if fault is None:
         return
     session.step -= fault.untaken
     session.batch -= fault.untaken
-    set_random_state(fault.random_before, session.device)
-    session.guard.forget()
+    set_random_state(fault.random_before, session.learner.device)
+    session.learner.guard.forget()
     what = (
         f"step {session.step} (epoch {session.epoch}, batch {session.batch}, counted from 0; seed "
         f"{session.recipe.seed}) isn't finite: {find(session)}"
@@ -47,9 +45,9 @@ def settle(session: Session, save: Callable[[], None]) -> None:
             f"{session.skipped + 1}"
         )
     session.skipped += 1
-    if session.ranks.rank == 0:
+    if session.learner.ranks.rank == 0:
         warn(f"{what}; it is skipped, {session.skipped} of {most}")
-    set_random_state(fault.random_after, session.device)
+    set_random_state(fault.random_after, session.learner.device)
     session.step += 1
     session.batch += 1
 
@@ -59,12 +57,14 @@ def find(session: Session) -> str:
 
     The step is taken once more, as it was but for an update; the session stays as it is.
     """
-    batches = session.stream.batches(session.epoch, session.batch)
-    images_BHWC, labels_B = next(iter(batches))
-    with _replayed(session):
+    images_BHWC, labels_B = session.next_batch()
+    restore = snapshot(session.learner)
+    try:
         found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
+    finally:
+        restore()
     # Of several ranks it may be in one's share alone.
-    found = next(filter(None, session.ranks.gather(found)), [])
+    found = next(filter(None, session.learner.ranks.gather(found)), [])
     return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
 
 
@@ -75,10 +75,11 @@ def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterat
         yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
     yield from _first_bad(_parameters(session), "")
     session.begin_step(labels_B.shape[0])
-    program = session.step_program
-    for images, labels, progress, share in program.parts(images_BHWC, labels_B):
-        logits_SBC, extra_EBC, loss = program.eager(images, labels, progress)
-        session.scaler.scale(loss.total * share).backward()
+    learner = session.learner
+    for images, labels, progress in parts(learner, images_BHWC, labels_B):
+        share = labels.shape[0] / labels_B.shape[0]
+        logits_SBC, extra_EBC, loss = learner.eager(images, labels, progress)
+        session.learner.scaler.scale(loss.total * share).backward()
         if extra_EBC is not None and _is_bad(extra_EBC):
             yield f"the teacher's logits hold {_value(extra_EBC)}"
         for student, logits_BC in enumerate(logits_SBC):
@@ -94,38 +95,28 @@ def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterat
         for name, parameter in _parameters(session)
         if parameter.grad is not None
     ]
-    scale = f" at a loss scale of {session.scaler.get_scale():g}"
+    scale = f" at a loss scale of {session.learner.scaler.get_scale():g}"
     for found in _first_bad(gradients, ""):
-        yield found + (scale if session.scaler.is_enabled() else "")
-
-
-@contextmanager
-def _replayed(session: Session) -> Iterator[None]:
-    """Gives back what a forward and a backward change: buffers, random states, gradients."""
-    state = random_state(session.device)
-    buffers = [x for module in (session.cohort, session.method) for x in module.buffers()]
-    before = [x.clone() for x in buffers]
-    try:
-        yield
-    finally:
-        for buffer, was in zip(buffers, before, strict=True):
-            buffer.copy_(was)
-        for parameter in session.parameters():
-            parameter.grad = None
-        set_random_state(state, session.device)
+        yield found + (scale if session.learner.scaler.is_enabled() else "")
 
 
 def _parameters(session: Session) -> list[tuple[str, Tensor]]:
     return [
-        *((_owner(name), value) for name, value in session.cohort.named_parameters()),
-        *((f"the method's {name}", value) for name, value in session.method.named_parameters()),
+        *((_owner(name), value) for name, value in session.learner.cohort.named_parameters()),
+        *(
+            (f"the method's {name}", value)
+            for name, value in session.learner.method.named_parameters()
+        ),
     ]
 
 
 def _statistics(session: Session) -> list[tuple[str, Tensor]]:
     named = [
-        *((_owner(name), value) for name, value in session.cohort.named_buffers()),
-        *((f"the method's {name}", value) for name, value in session.method.named_buffers()),
+        *((_owner(name), value) for name, value in session.learner.cohort.named_buffers()),
+        *(
+            (f"the method's {name}", value)
+            for name, value in session.learner.method.named_buffers()
+        ),
     ]
     return [(name, value) for name, value in named if name.endswith(("_mean", "_var"))]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastokd.cohort import Choice
 from fastokd.errors import UserError
+from fastokd.learner.step import gradients
 from fastokd.run.session import Session
 
 
@@ -33,7 +34,7 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
             what = said.partition(" does not have")[0]
             raise UserError(
                 f"--deterministic is asked for, but {what} has no deterministic form on "
-                f"{session.device}: leave --deterministic out, or choose another model"
+                f"{session.learner.device}: leave --deterministic out, or choose another model"
             ) from error
         if not _is_out_of_memory(error):
             raise
@@ -42,11 +43,13 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
         traceback.clear_frames(error.__traceback__)
     if not refused:
         return
-    B, ranks = labels_B.shape[0], session.ranks.data.size
-    parts = session.parts_of(B)
-    if session.row is not None:  # nothing can be tried here without the other ranks
+    B, ranks = labels_B.shape[0], session.learner.ranks.data.size
+    parts = session.learner.parts_of(B)
+    if (
+        session.learner.student_parallel is not None
+    ):  # nothing can be tried here without the other ranks
         raise UserError(
-            f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}): "
+            f"a step of {B} images doesn't fit into the memory of {session.learner.device} ({refused}): "
             "choose a smaller --batch-size, or --accumulate to keep the recipe's"
         )
     fitting = _largest_half(session, images_BHWC, labels_B, -(-B // parts))
@@ -58,7 +61,7 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
             "keep the recipe's"
         )
     raise UserError(
-        f"a step of {B} images doesn't fit into the memory of {session.device} ({refused}); {advice}"
+        f"a step of {B} images doesn't fit into the memory of {session.learner.device} ({refused}); {advice}"
     )
 
 
@@ -68,17 +71,17 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -> int | None:
     """The first of a half, a quarter, ... of ``size`` images whose gradients can be had."""
-    choice = Choice(session.choice.engine, False, session.choice.memory_format)
-    session.adopt(choice, alone=True)  # of several ranks each finds out for itself
-    while size > session.min_batch:
+    choice = Choice(session.learner.choice.engine, False, session.learner.choice.memory_format)
+    session.learner.adopt(choice, alone=True)  # of several ranks each finds out for itself
+    while size > session.learner.min_batch:
         size = -(-size // 2)
-        for parameter in session.parameters():
+        for parameter in session.learner.parameters():
             parameter.grad = None
-        if session.device.type == "cuda":
+        if session.learner.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
             session.begin_step(size)
-            session.step_program.gradients(images[:size], labels[:size])
+            gradients(session.learner, images[:size], labels[:size])
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

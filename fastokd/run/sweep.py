@@ -17,7 +17,7 @@ from fastokd.report.summary import summarise
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.identity import is_done, refuse_another
 from fastokd.run.lock import alone_in
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 INDEX = "index.json"

@@ -50,7 +50,7 @@ def warm_up_steps(session: Session, compiled: bool = False) -> int:
     """Steps before those that count: one, one more on a GPU (in the first, cuDNN times its algorithms
     for seconds) and where it compiles (the second may compile again, for states that the first one
     made), and those up to a capture."""
-    on_gpu = session.device.type == "cuda"
+    on_gpu = session.learner.device.type == "cuda"
     return 1 + on_gpu + compiled + (WARM_UP_STEPS + 1) * session.options.capture
 
 
@@ -72,17 +72,17 @@ def time_eager(
         # Other errors may be transient (memory ran out), so they aren't cached.
         final, note = isinstance(error, UserError), in_one_line(error)
         _forget(error)
-    if is_lost(session.device):
+    if is_lost(session.learner.device):
         raise DeviceLostError(
-            f"{choice} made {session.device} unusable for this process ({note}): start again, a run "
+            f"{choice} made {session.learner.device} unusable for this process ({note}): start again, a run "
             "with --resume; the candidate is then left out"
         )
     return Timing(choice, note=note, failed=True, final=final)
 
 
 def _timed(session: Session, choice: Choice, best_ms: float | None, default: bool) -> Timing:
-    session.adopt(choice, alone=True)
-    batch = next_batch(session)
+    session.learner.adopt(choice, alone=True)
+    batch = session.next_batch()
     fits: AbstractContextManager[Any] = nullcontext()
     if default:
         fits = saying_what_fits(session, *batch)
@@ -100,25 +100,19 @@ def _forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def next_batch(session: Session) -> Batch:
-    """The batch that is next, which stays next."""
-    return next(iter(session.stream.batches(session.epoch, session.batch)))
-
-
 def time_steps(session: Session, batch: Batch, count: int) -> list[float]:
     """Milliseconds of each of ``count`` steps, all on one batch."""
-    session.cohort.train()
-    session.method.train()
+    session.learner.train()
     session.begin_epoch()
     return [_one_step(session, *batch) for _ in range(count)]
 
 
 def _one_step(session: Session, images: Tensor, labels: Tensor) -> float:
-    _wait(session.device)
+    _wait(session.learner.device)
     started = clock()
     session.begin_step(labels.shape[0])
-    training_step(session, images, labels)
-    _wait(session.device)
+    training_step(session.learner, images, labels)
+    _wait(session.learner.device)
     return 1e3 * (clock() - started)
 
 
@@ -149,8 +143,8 @@ def job(session: Session, choice: Choice) -> dict[str, Any]:
     """The run's recipe, options and data, for a process that draws its images and is alone."""
     options = replace(
         session.options,
-        device=str(session.device),
-        precision=session.precision,
+        device=str(session.learner.device),
+        precision=session.learner.precision,
         engine=choice.engine,
         compile=choice.compile,
         memory_format=choice.memory_format,
@@ -162,12 +156,12 @@ def job(session: Session, choice: Choice) -> dict[str, Any]:
         quiet=True,
     )
     # This rank's share of the batch. What crops images on disk is the loader.
-    batch_size = session.recipe.batch_size // session.ranks.data.size
+    batch_size = session.recipe.batch_size // session.learner.ranks.data.size
     recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),
-        "image": list(next_batch(session)[0].shape[1:]),
+        "image": list(session.next_batch()[0].shape[1:]),
     }
     return {"recipe": recipe.to_json(), "options": options.to_json(), "data": data}
 

@@ -14,8 +14,9 @@ from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import in_one_line
 from fastokd.methods import register_method
 from fastokd.recipe.names import Recipe
-from fastokd.run.session import RunOptions, Session
-from fastokd.run.trial import TIMED_STEPS, next_batch, time_steps, warm_up_steps
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
+from fastokd.run.trial import TIMED_STEPS, time_steps, warm_up_steps
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +26,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             register_method(job["recipe"]["method"])
         recipe = Recipe.from_json(job["recipe"])
         data = drawn(recipe.batch_size, **job["data"])
-        session = Session(recipe, RunOptions(**job["options"]), data=data)
-        batch = next_batch(session)
+        session = build(recipe, RunOptions(**job["options"]), data=data)
+        batch = session.next_batch()
         before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
         step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
     except Exception as error:

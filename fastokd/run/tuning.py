@@ -6,23 +6,26 @@ too short to gain isn't measured. One candidate's failure is a row of the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
-from fastokd.device import environment
+from fastokd.device import environment, is_lost
 from fastokd.errors import UserError
 from fastokd.host.caches import cache_root
+from fastokd.learner.state import snapshot
 from fastokd.run.autotuner import SAVABLE, Timing, eager_candidates, pick, table
 from fastokd.run.interruption import StopRequest
 from fastokd.run.options import KEPT
 from fastokd.run.session import Session
 from fastokd.run.timing_cache import TimingCache
 from fastokd.run.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_steps
-from fastokd.run.untouched import untouched
 
 # The two fastest engines are tried compiled.
 COMPILED = 2
@@ -55,22 +58,22 @@ def tune(
         with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
             timings.extend(_measure(session, steps, cache, lambda: asked.received is not None))
         settled = asked.received is None
-        chosen = _chosen(session, timings, steps) if settled else session.choice
+        chosen = _chosen(session, timings, steps) if settled else session.learner.choice
         if any(timing.step_ms is not None for timing in timings):
             cache.write(timings)
             if settled:
                 say(table(timings, chosen))
         return chosen, settled
 
-    chosen, session.settled = session.ranks.first(measured)
-    session.adopt(chosen)
+    chosen, session.settled = session.learner.ranks.first(measured)
+    session.learner.adopt(chosen)
     return timings
 
 
 def step_key(session: Session) -> dict[str, Any]:
     """All that a step's time depends on."""
     recipe, options = session.recipe, session.options
-    machine = environment(session.device, session.precision)
+    machine = environment(session.learner.device, session.learner.precision)
     names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "waiting", "precision")
     return {
         **{name: machine[name] for name in names},
@@ -78,8 +81,8 @@ def step_key(session: Session) -> dict[str, Any]:
         "model_options": recipe.model_options,
         "sharing": recipe.sharing,
         "method": [recipe.method, {k: str(v) for k, v in recipe.method_options.items()}],
-        "classes": session.cohort.num_classes,
-        "batch": [recipe.batch_size // session.ranks.data.size, recipe.image_size],
+        "classes": session.learner.cohort.num_classes,
+        "batch": [recipe.batch_size // session.learner.ranks.data.size, recipe.image_size],
         "options": {name: getattr(options, name) for name in KEPT if name not in ELSEWHERE},
     }
 
@@ -120,11 +123,11 @@ def _measure(
         timings = _eager(session, eager, known, cache, stopped)
         if options.compile is not False:
             timings += _compiled(session, timings, steps, known, cache, stopped)
-    if session.choice not in [timing.choice for timing in timings]:
+    if session.learner.choice not in [timing.choice for timing in timings]:
         if stopped():
             note = "not timed: the run was stopped"
-        timings.append(Timing(session.choice, note=note, final=False))
-    return sorted(timings, key=lambda timing: timing.choice != session.choice)
+        timings.append(Timing(session.learner.choice, note=note, final=False))
+    return sorted(timings, key=lambda timing: timing.choice != session.learner.choice)
 
 
 def _eager(
@@ -152,6 +155,34 @@ def _eager(
     return timings
 
 
+@contextmanager
+def untouched(session: Session) -> Iterator[Callable[[], None]]:
+    """Restores the learner at the end, and at each call of the function that it yields.
+
+    A trial that failed half-way is undone like any other, and its memory is freed.
+    """
+    learner = session.learner
+    choice, training, restore = learner.choice, learner.cohort.training, snapshot(learner)
+
+    def put_back() -> None:
+        learner.adopt(choice)  # lays the optimizers' states out as the parameters lie
+        restore()
+        learner.train(training)
+        gc.collect()  # a step and its graphs refer to each other
+        if learner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    lost = False
+    try:
+        yield put_back
+    except Exception:
+        lost = is_lost(learner.device)
+        raise
+    finally:
+        if not lost:
+            put_back()
+
+
 def _compiled(
     session: Session,
     eager: list[Timing],
@@ -164,7 +195,7 @@ def _compiled(
     times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
     ranked = sorted(times, key=lambda choice: times[choice])
     best_ms = times[ranked[0]] if ranked else None
-    choices = [session.choice] if session.choice.compile else []
+    choices = [session.learner.choice] if session.learner.choice.compile else []
     choices += [replace(choice, compile=True) for choice in ranked]
     timings: list[Timing] = []
     for choice in list(dict.fromkeys(choices))[:COMPILED]:

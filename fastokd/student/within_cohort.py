@@ -32,16 +32,18 @@ def check_kept(session: Session, kept: Weights, run: Path) -> None:
         UserError: as :func:`alike`. Images that can't be read are warned of.
     """
     try:
-        images_BHWC = session.ranks.first(lambda: first_images(session.data).cpu())
+        images_BHWC = session.learner.ranks.first(lambda: first_images(session.data).cpu())
     except UserError as error:
         if speaks():
             warn(f"{error} (the student wasn't compared within its cohort)")
         return
-    images_BHWC = images_BHWC.to(session.device)
-    logits_BC = within_cohort(session.cohort, session.kept_student, kept.state, images_BHWC)
+    images_BHWC = images_BHWC.to(session.learner.device)
+    logits_BC = within_cohort(
+        session.learner.cohort, session.recipe.kept_student, kept.state, images_BHWC
+    )
     file = run / STUDENT
-    session.ranks.first(
-        lambda: alike(logits_BC, read_weights(file), images_BHWC, session.precision, run)
+    session.learner.ranks.first(
+        lambda: alike(logits_BC, read_weights(file), images_BHWC, session.learner.precision, run)
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from fastokd.benchmark import loops
 from fastokd.benchmark.equality import agreement
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 NAMES = (
     "okddip-branch/resnet8/cifar100",
@@ -67,7 +67,7 @@ def test_a_wrong_ramp_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(ours):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            self.session.progress.ramp.fill_(0.8)
+            self.session.learner.progress.ramp.fill_(0.8)
 
     monkeypatch.setattr("fastokd.benchmark.equality.OurLoop", Wrong)
     assert not found("okddip-branch/resnet8/cifar100", "fp32").holds

@@ -23,7 +23,8 @@ from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, list_recipes, recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from tests.data.loaders import LOADERS, needs_dali
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}
@@ -128,10 +129,10 @@ def test_the_leader_of_a_resnet18_is_torchvisions(root: Path, tmp_path: Path) ->
     theirs = resnet18(num_classes=2).eval()
     theirs.load_state_dict(load_file(run.folder / "student.safetensors"))
     _, tensors, facts, _ = newest_checkpoint(run.folder / "checkpoints")
-    session = Session(run.recipe, RunOptions(**QUICK, data_root=root), training=False)
+    session = build(run.recipe, RunOptions(**QUICK, data_root=root), training=False)
     session.load_state(tensors, facts)
     ours = create_model("resnet18", 2).eval()
-    ours.load_state_dict(session.cohort.student_state(1))
+    ours.load_state_dict(session.learner.cohort.student_state(1))
     x_BCHW = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x_BCHW), theirs(x_BCHW))
 

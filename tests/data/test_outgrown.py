@@ -20,7 +20,8 @@ from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.student.export import export
 from fastokd.student.file import student_facts
 from fastokd.train import train
@@ -241,12 +242,12 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     root = write_folder(tmp_path / "set", count=6)
     ours = recipe("ind-branch/resnet8/imagefolder", val=4, batch_size=4, epochs=1, students=2)
     options = RunOptions(data_root=root, engine="loop", precision="fp32", device="cpu")
-    session = Session(ours, options)
+    session = build(ours, options)
     mean, std = session.data.with_held_out or ((), ())
     assert mean != session.data.mean
     tensors, facts = session.state()
     facts |= {"mean": list(mean), "std": list(std)}
-    resumed = Session(ours, options)
+    resumed = build(ours, options)
     resumed.load_state(tensors, facts)
     assert (resumed.data.mean, resumed.data.std) == (mean, std)
     said = student_facts(ours, resumed.data.class_names, resumed.data.preprocessing, 0)
@@ -257,7 +258,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     torch.testing.assert_close(seen, expected)
     facts["mean"] = [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="trained on other data: its mean differ"):
-        Session(ours, options).load_state(tensors, facts)
+        build(ours, options).load_state(tensors, facts)
 
 
 def test_an_export_is_compared_by_the_runs_own_statistics(tmp_path: Path) -> None:

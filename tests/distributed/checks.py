@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from fastokd.run.untouched import untouched
 from torch import Tensor
 
 import fastokd
@@ -22,11 +23,12 @@ from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run import trial_worker as tuning_worker
 from fastokd.run.autotuner import Timing
+from fastokd.run.build import build
 from fastokd.run.interruption import Interrupted, StopRequest
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from fastokd.run.trial import job, time_eager
 from fastokd.run.tuning import tune
-from fastokd.run.untouched import untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 
@@ -37,11 +39,11 @@ def small(name: str, **changes: Any) -> Recipe:
 
 def session_of(one: Recipe, frozen: bool = True, **options: Any) -> Session:
     """In float64; with norms by running statistics, which is what parts of a batch agree on."""
-    session = Session(one, RunOptions(**{**PLAIN, **options}))
-    session.cohort.double()
-    session.method.double()
-    session.cohort.train(not frozen)
-    session.method.train(not frozen)
+    session = build(one, RunOptions(**{**PLAIN, **options}))
+    session.learner.cohort.double()
+    session.learner.method.double()
+    session.learner.cohort.train(not frozen)
+    session.learner.method.train(not frozen)
     return session
 
 
@@ -52,14 +54,18 @@ def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dic
     for index in range(count):
         images, labels = session.stream.batch(0, index)
         session.begin_step(len(labels))
-        logits_SBC, loss = training_step(session, images, labels)
+        logits_SBC, loss = training_step(session.learner, images, labels)
         session.meter.update(logits_SBC, labels, {"loss": loss.total, **loss.parts})
         session.step += 1
-    metrics = session.meter.result(session.ranks)
+    metrics = session.meter.result(session.learner.ranks)
     tensors = session.state()[0]
     kinds = ("cohort.", "method.", "optim.")
     # Optimizer states are collected on rank 0 alone.
-    kept = {k: v for k, v in tensors.items() if k.startswith(kinds[: 3 - bool(session.ranks.rank)])}
+    kept = {
+        k: v
+        for k, v in tensors.items()
+        if k.startswith(kinds[: 3 - bool(session.learner.ranks.rank)])
+    }
     return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
 
 
@@ -137,20 +143,20 @@ def tuned(one: Recipe, cache: Path) -> tuple[str, int]:
     """The engine that a session settles on, and how many candidates this rank timed; only rank 0
     finds one faster."""
     rank = torch.distributed.get_rank()
-    session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": False}))
+    session = build(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": False}))
     timings = [Timing(Choice("loop"), 2.0 - rank), Timing(Choice("grouped"), 1.0 + rank)]
     with (
         patch("fastokd.run.tuning._measure", return_value=timings) as measured,
         patch("fastokd.run.tuning.cache_root", return_value=cache),
     ):
         tune(session, 10_000)
-    return session.choice.engine, measured.call_count
+    return session.learner.choice.engine, measured.call_count
 
 
 def refused_tuning(one: Recipe, cache: Path) -> str:
     """What this rank is told where rank 0 finds that nothing runs as it is asked for."""
-    session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": True}))
-    failed = Timing(session.choice, note="no compiler", failed=True)
+    session = build(one, RunOptions(**{**PLAIN, "engine": "auto", "compile": True}))
+    failed = Timing(session.learner.choice, note="no compiler", failed=True)
     with (
         patch("fastokd.run.tuning._measure", return_value=[failed]),
         patch("fastokd.run.tuning.cache_root", return_value=cache),
@@ -170,17 +176,17 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
         patch("fastokd.run.tuning.cache_root", return_value=cache),
         patch("fastokd.run.tuning._eager") as measured,
     ):
-        session = Session(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
+        session = build(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
         opened = not session.settled
         tune(session, 3)
         assert session.settled
         assert not measured.called
-        assert compiled.called == session.choice.compile
+        assert compiled.called == session.learner.choice.compile
         session.begin_epoch()
         images, labels = session.stream.batch(0, 0)
         session.begin_step(len(labels))
-        training_step(session, images, labels)
-    return str(session.choice), opened
+        training_step(session.learner, images, labels)
+    return str(session.learner.choice), opened
 
 
 def statistics_read(one: Recipe) -> list[dict[str, Tensor]]:
@@ -192,19 +198,19 @@ def statistics_read(one: Recipe) -> list[dict[str, Tensor]]:
         del arguments
         found.append({k: v.clone() for k, v in method.named_buffers() if "running" in k})
 
-    session.method.register_forward_pre_hook(note)
+    session.learner.method.register_forward_pre_hook(note)
     session.begin_epoch()
     for index in range(2):
         images, labels = session.stream.batch(0, index)
         session.begin_step(len(labels))
-        training_step(session, images, labels)
+        training_step(session.learner, images, labels)
         session.step += 1
     return found
 
 
 def timed_shares(one: Recipe) -> tuple[int, int]:
     """Images of a step that times an eager candidate here, and a compiled one in its own process."""
-    session = Session(one, RunOptions(**PLAIN))
+    session = build(one, RunOptions(**PLAIN))
     told = json.loads(json.dumps(job(session, Choice("loop", True))))
     sizes: list[int] = []
 
@@ -228,27 +234,27 @@ def timed_shares(one: Recipe) -> tuple[int, int]:
 
 def timed_alone(one: Recipe) -> list[Any]:
     """A step that rank 0 times while the other waits; then one that both take."""
-    session = Session(one, RunOptions(**PLAIN))
-    if session.ranks.rank == 0:
+    session = build(one, RunOptions(**PLAIN))
+    if session.learner.ranks.rank == 0:
         with untouched(session):
             assert time_eager(session, Choice("grouped"), None).step_ms
-    session.ranks.wait()
+    session.learner.ranks.wait()
     session.begin_epoch()
     images, labels = session.stream.batch(0, 0)
     session.begin_step(len(labels))
-    training_step(session, images, labels)
-    return [session.choice.engine, session.cohort.state_dict()]
+    training_step(session.learner, images, labels)
+    return [session.learner.choice.engine, session.learner.cohort.state_dict()]
 
 
 def clipped(one: Recipe, options: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
     """The norm by which gradients are clipped to 1, where what the students share has the most of
     it; and those gradients."""
     session = session_of(one, **options)
-    shared = {id(p) for p in session.method.parameters()}
-    for p in session.parameters():
+    shared = {id(p) for p in session.learner.method.parameters()}
+    for p in session.learner.parameters():
         p.grad = torch.full_like(p, 1.0 if id(p) in shared else 1e-3)
-    if session.row is None:
-        norm = torch.nn.utils.clip_grad_norm_(session.parameters(), 1.0)
+    if session.learner.student_parallel is None:
+        norm = torch.nn.utils.clip_grad_norm_(session.learner.parameters(), 1.0)
     else:
-        norm = session.row.clip(session.parameters(), 1.0)
-    return norm.item(), {name: p.grad for name, p in session.method.named_parameters()}
+        norm = session.learner.student_parallel.clip(session.learner.parameters(), 1.0)
+    return norm.item(), {name: p.grad for name, p in session.learner.method.named_parameters()}

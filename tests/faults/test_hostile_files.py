@@ -24,8 +24,9 @@ from fastokd.data.disk.manifest import Entry, Manifest, read_manifest, write_man
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.facts import run_path
 from fastokd.run.folder import RunFolder
-from fastokd.run.session import RunOptions, run_path
+from fastokd.run.options import RunOptions
 from fastokd.student import authors
 from fastokd.student.convert import convert
 from fastokd.student.file import read_weights

@@ -17,7 +17,8 @@ import torch
 from fastokd.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 
@@ -38,7 +39,7 @@ def real_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = recipe("okddip-branch/resnet8/digits", students=2, batch_size=250)
     options = RunOptions(engine="loop", precision="fp32", device="cpu", ema=0.9)
     folder = tmp_path_factory.mktemp("checkpoints")
-    save_checkpoint(folder / "last-000000002", *Session(small, options).state())
+    save_checkpoint(folder / "last-000000002", *build(small, options).state())
     shutil.copytree(folder / "last-000000002", folder / "last-000000001")
     return folder / "last-000000002"
 

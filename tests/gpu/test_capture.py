@@ -15,7 +15,8 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from tests.learner.every_method import Recorder, small
 
 pytestmark = pytest.mark.gpu
@@ -37,8 +38,8 @@ def session_of(device: torch.device, one: Recipe, captured: bool, **options: Any
 
 
 def double(session: Session) -> None:
-    session.cohort.double()
-    session.method.double()
+    session.learner.cohort.double()
+    session.learner.method.double()
 
 
 def train(
@@ -56,12 +57,12 @@ def train(
         images = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
         labels = torch.randint(10, (size,), generator=generator)
         session.begin_step(size)
-        device = session.device
-        loss = training_step(session, images.to(device), labels.to(device))[1]
+        device = session.learner.device
+        loss = training_step(session.learner, images.to(device), labels.to(device))[1]
         losses.append(loss.total.clone())
         session.step += 1
     return [loss.item() for loss in losses], torch.cat(
-        [p.detach().flatten().double() for p in session.parameters()]
+        [p.detach().flatten().double() for p in session.learner.parameters()]
     )
 
 
@@ -89,7 +90,7 @@ def test_captured_is_eager_across_ramp_and_rate(device: torch.device, engine: st
 
 def train_start(device: torch.device, one: Recipe) -> Tensor:
     session = session_of(device, one, False)
-    return torch.cat([p.detach().flatten().double() for p in session.parameters()])
+    return torch.cat([p.detach().flatten().double() for p in session.learner.parameters()])
 
 
 @pytest.mark.parametrize(
@@ -127,15 +128,15 @@ def test_a_ragged_batch_has_a_graph_of_its_own(device: torch.device) -> None:
 def test_a_nan_in_a_replay_changes_nothing(device: torch.device) -> None:
     session = session_of(device, small("dml", "network"), True, precision="bf16")
     train(session, [6] * (WARM_UP_STEPS + 3))
-    weight = next(iter(session.cohort.parameters()))
+    weight = next(iter(session.learner.cohort.parameters()))
     with torch.no_grad():
         weight[(0,) * weight.dim()] = float("nan")
     before = {k: v.clone() for k, v in session.state()[0].items() if not k.startswith("rng")}
     session.begin_step(6)
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8, device=device)
     labels = torch.zeros(6, dtype=torch.long, device=device)
-    training_step(session, images, labels)
-    assert session.guard.fault == 1
+    training_step(session.learner, images, labels)
+    assert session.learner.guard.fault == 1
     for key, value in session.state()[0].items():
         if key in before:
             torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import fastokd
 from fastokd.benchmark.loops import OurLoop
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_kernel_selection")]
 
@@ -48,5 +48,5 @@ def test_imagenet_s_form_has_deterministic_kernels(device: torch.device, engine:
         loop = OurLoop(one, options)
         for _ in range(14):
             loop.step()
-        ends.append(torch.cat([p.detach().flatten() for p in loop.session.parameters()]))
+        ends.append(torch.cat([p.detach().flatten() for p in loop.session.learner.parameters()]))
     assert torch.equal(*ends)

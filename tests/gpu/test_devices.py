@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.gpu.test_ops_peer_attention_distillation import drawn, found
 from tests.learner.every_method import small
 from tests.ops import fusion_cases, map_cases, mixture_cases
@@ -65,6 +65,6 @@ def test_a_step(method: str, sharing: str, devices: tuple[torch.device, torch.de
         options = RunOptions(device=str(device), precision="fp32", engine="loop")
         loop = OurLoop(small(method, sharing), options)
         losses = [loop.step().item() for _ in range(2)]
-        assert {p.device for p in loop.session.parameters()} == {device}
+        assert {p.device for p in loop.session.learner.parameters()} == {device}
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.gpu
 def after(steps: int, device: torch.device, method: str, sharing: str, **options: object) -> Tensor:
     """All that is trained, in float64, after some steps on one batch."""
     loop = OurLoop(small(method, sharing), RunOptions(device=str(device), **options))  # type: ignore[arg-type]
-    loop.session.cohort.double()
-    loop.session.method.double()
+    loop.session.learner.cohort.double()
+    loop.session.learner.method.double()
     for _ in range(steps):
         loop.step()
-    return torch.cat([p.detach().flatten() for p in loop.session.parameters()])
+    return torch.cat([p.detach().flatten() for p in loop.session.learner.parameters()])
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])
@@ -43,7 +43,7 @@ def test_a_fused_step_is_the_plain_one(device: torch.device, method: str, sharin
         session = loop.session
         session.begin_step(len(loop.labels_B))
         session.step_program.gradients(loop.images_BHWC, loop.labels_B)
-        found = [p.grad.flatten() for p in session.parameters() if p.grad is not None]
+        found = [p.grad.flatten() for p in session.learner.parameters() if p.grad is not None]
         gradients.append(torch.cat(found))
     plain, fused = gradients
     assert torch.linalg.vector_norm(fused - plain) <= 1e-3 * torch.linalg.vector_norm(plain)

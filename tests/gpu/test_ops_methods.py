@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 from tests.ops.empty_cases import CASES, assert_as_the_reference
 
@@ -29,9 +29,9 @@ def test_every_method(method: str, sharing: str, engine: str, triton_device: tor
             device=str(triton_device), precision="fp32", engine=engine, impl=impl, quiet=True
         )
         loop = OurLoop(small(method, sharing), options)
-        before = [p.detach().clone() for p in loop.session.parameters()]
+        before = [p.detach().clone() for p in loop.session.learner.parameters()]
         total = loop.step()
-        moves = zip(loop.session.parameters(), before, strict=True)
+        moves = zip(loop.session.learner.parameters(), before, strict=True)
         found.append((total, torch.cat([(p.detach() - was).flatten() for p, was in moves])))
     (ours, our_move), (theirs, their_move) = found
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.step import training_step
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu
@@ -40,16 +40,18 @@ def loop_of(device: torch.device, method: str, sharing: str, **options: Any) -> 
 def test_a_bf16_step_never_waits(device: torch.device, method: str, sharing: str) -> None:
     loop = loop_of(device, method, sharing, clip_norm=1.0, ema=0.9)
     session = loop.session
-    before = [p.detach().clone() for p in session.parameters()]
+    before = [p.detach().clone() for p in session.learner.parameters()]
     loop.step()  # kernels are compiled, momenta made
     with no_waiting(device):
         session.begin_step(len(loop.labels_B))
-        logits_SBC, loss = training_step(session, loop.images_BHWC, loop.labels_B)
+        logits_SBC, loss = training_step(session.learner, loop.images_BHWC, loop.labels_B)
         losses = {"loss": loss.total, **loss.parts}
-        session.meter.update(logits_SBC, loop.labels_B, losses, session.guard.fault)
+        session.meter.update(logits_SBC, loop.labels_B, losses, session.learner.guard.fault)
     assert loss.total.isfinite()
-    assert session.guard.fault == 0
-    moved = [not torch.equal(p, was) for p, was in zip(session.parameters(), before, strict=True)]
+    assert session.learner.guard.fault == 0
+    moved = [
+        not torch.equal(p, was) for p, was in zip(session.learner.parameters(), before, strict=True)
+    ]
     assert sum(moved) > 0.9 * len(moved)
 
 
@@ -74,7 +76,7 @@ def test_the_guard_finds_a_nan_in_bf16(device: torch.device, engine: str) -> Non
     images_BCHW = loop.images_BHWC.permute(0, 3, 1, 2).float() / 255
     images_BCHW[2, 1, 5, 5] = float("nan")
     session.begin_step(len(loop.labels_B))
-    training_step(session, images_BCHW, loop.labels_B)
-    assert session.guard.fault == 1
+    training_step(session.learner, images_BCHW, loop.labels_B)
+    assert session.learner.guard.fault == 1
     for key, value in state.items():
         assert torch.equal(session.state()[0][key], value), key

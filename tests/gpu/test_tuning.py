@@ -104,17 +104,17 @@ def test_tuning_survives_a_candidate_that_cannot_be_captured_and_one_without_mem
 ) -> None:
     no_capture_of(device, monkeypatch, "grouped")
     session = bf16_session(device)
-    before, random = fingerprint(session), random_state(session.device)
+    before, random = fingerprint(session), random_state(session.learner.device)
     with monkeypatch.context() as patch:
         failing(patch, "vmap", raising(torch.OutOfMemoryError("CUDA out of memory")), after=2)
         timings = tune(session, LONG)
     assert [timing.failed for timing in timings] == [False, True, True]
     assert "capturing" in timings[1].note
     assert timings[2].note == "OutOfMemoryError: CUDA out of memory"
-    assert session.choice == Choice()
+    assert session.learner.choice == Choice()
     session.settled = False
     assert fingerprint(session) == before
-    torch.testing.assert_close(random_state(session.device), random)
+    torch.testing.assert_close(random_state(session.learner.device), random)
     plain = bf16_session(device)
     for one in (session, plain):  # eager, captured, replayed
         batch = next_batch(one)

@@ -23,7 +23,8 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.guard import Guard
 from fastokd.methods import Progress, create_method
 from fastokd.run.build import build_optimizers
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from tests.learner.every_method import small
 
 CUDA = torch.device("cuda:0")
@@ -58,14 +59,14 @@ def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any)
     recipe = small(method, sharing, method_options=options)
     session, B = OurLoop(recipe, chosen).session, recipe.batch_size
     session.options = dataclasses.replace(chosen, impl=impl)
-    session.method = create_method(
-        recipe.method, session.cohort.shape, impl=impl, **recipe.method_options
+    session.learner.method = create_method(
+        recipe.method, session.learner.cohort.shape, impl=impl, **recipe.method_options
     )
-    draws = session.method.draw(B, torch.Generator())
+    draws = session.learner.method.draw(B, torch.Generator())
     capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
     with FakeTensorMode(), fake_autocast(), capturing:
         _move(session)
-        session.progress.draws = {name: _fake(x) for name, x in draws.items()}
+        session.learner.progress.draws = {name: _fake(x) for name, x in draws.items()}
         images_BHWC = torch.empty(B, 32, 32, 3, dtype=torch.uint8, device=CUDA)
         labels_B = torch.empty(B, dtype=torch.long, device=CUDA)
         program = session.step_program
@@ -73,22 +74,24 @@ def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any)
         with Dispatched() as seen:
             for tensors in held:
                 tensors.take()
-            logits_SBC, extra_EBC, loss = program.eager(images_BHWC, labels_B, session.progress)
-            session.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
-            for parameter in session.parameters():
+            logits_SBC, extra_EBC, loss = program.eager(
+                images_BHWC, labels_B, session.learner.progress
+            )
+            session.learner.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
+            for parameter in session.learner.parameters():
                 parameter.grad = torch.empty_like(parameter)
             program.update()
-            session.guard.counted()
+            session.learner.guard.counted()
             losses = {"loss": loss.total, **loss.parts}
-            session.meter.update(logits_SBC, labels_B, losses, session.guard.fault)
+            session.meter.update(logits_SBC, labels_B, losses, session.learner.guard.fault)
     return seen
 
 
 def _move(session: Session) -> None:
     """Puts the session on a GPU; its values are lost."""
-    modules: list[nn.Module] = [session.cohort, session.method]
-    if session.cohort.teacher is not None:
-        modules.append(session.cohort.teacher)
+    modules: list[nn.Module] = [session.learner.cohort, session.learner.method]
+    if session.learner.cohort.teacher is not None:
+        modules.append(session.learner.cohort.teacher)
     for module in (part for whole in modules for part in whole.modules()):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
@@ -97,15 +100,17 @@ def _move(session: Session) -> None:
                     table[name] = nn.Parameter(_fake(value), requires_grad=value.requires_grad)
                 elif value is not None:
                     table[name] = _fake(value)
-    assert session.average is not None
-    session.average.state = {name: _fake(x) for name, x in session.average.state.items()}
-    session.average.updates = _fake(session.average.updates)
-    session.device = CUDA
-    session.autocast = fake_autocast  # type: ignore[method-assign]
-    session.guard = Guard(CUDA)
-    session.progress = Progress.start(CUDA, dtype=torch.float32)
-    session.optimizers = build_optimizers(
-        session.cohort, session.method, session.recipe, session.options, CUDA
+    assert session.learner.average is not None
+    session.learner.average.state = {
+        name: _fake(x) for name, x in session.learner.average.state.items()
+    }
+    session.learner.average.updates = _fake(session.learner.average.updates)
+    session.learner.device = CUDA
+    session.learner.autocast = fake_autocast  # type: ignore[method-assign]
+    session.learner.guard = Guard(CUDA)
+    session.learner.progress = Progress.start(CUDA, dtype=torch.float32)
+    session.learner.optimizers = build_optimizers(
+        session.learner.cohort, session.learner.method, session.recipe, session.options, CUDA
     )
 
 

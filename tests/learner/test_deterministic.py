@@ -10,8 +10,9 @@ import torch
 from fastokd.device import set_kernel_selection
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
-from fastokd.run.session import RunOptions, Session
 from fastokd.run.tuning import tune
 
 pytestmark = pytest.mark.usefixtures("own_kernel_selection")
@@ -43,15 +44,15 @@ def test_a_program_that_is_deterministic_already_stays_so() -> None:
 
 def test_no_timing_chooses_a_deterministic_run_s_engine() -> None:
     one = recipe("okddip-branch/resnet8/digits", epochs=300)
-    session = Session(one, RunOptions(deterministic=True, quiet=True))
+    session = build(one, RunOptions(deterministic=True, quiet=True))
     assert session.settled
     assert tune(session, 100_000) == []
-    assert session.choice.engine == "loop"
+    assert session.learner.choice.engine == "loop"
     assert session.how()["deterministic"]
 
 
 def test_an_operator_without_a_deterministic_form_is_a_sentence() -> None:
-    session = Session(
+    session = build(
         recipe("baseline/resnet8/digits"), RunOptions(deterministic=True, quiet=True, impl="torch")
     )
     said = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set"

@@ -22,11 +22,13 @@ from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run import build as parts
 from fastokd.run import interruption
+from fastokd.run.build import build
 from fastokd.run.folder import Run
 from fastokd.run.hooks import Watchers
 from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.nonfinite import settle
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from fastokd.train import train, train_epoch
 
 BAD = 3  # the step at which something happens
@@ -42,13 +44,13 @@ def small(name: str = "okddip-branch", **changes: Any) -> Recipe:
 
 def session_of(one: Recipe | None = None, training: bool = True, **options: Any) -> Session:
     plain = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
-    session = Session(one or small(), RunOptions(**{**plain, **options}), training=training)
+    session = build(one or small(), RunOptions(**{**plain, **options}), training=training)
 
     # The loss of every step depends on a random number, so that random states matter.
     def times(_module: Any, _args: Any, loss: MethodLoss) -> MethodLoss:
         return MethodLoss(loss.total * (1 + torch.rand(())), loss.parts)
 
-    session.method.register_forward_hook(times)
+    session.learner.method.register_forward_hook(times)
     return session
 
 
@@ -109,11 +111,11 @@ def poison_student(session: Session, student: int = 1) -> None:
             bad[student, 0, 0] = NAN
             out.logits_SBC = out.logits_SBC + bad
 
-    session.cohort.register_forward_hook(one_bad)
+    session.learner.cohort.register_forward_hook(one_bad)
 
 
 def poison_gradient(session: Session, student: int = 2) -> None:
-    weight = session.cohort.students[student].get_submodule("fc").weight
+    weight = session.learner.cohort.students[student].get_submodule("fc").weight
 
     def grown(gradient: Tensor) -> Tensor:
         return gradient.index_fill(0, torch.tensor([4]), INF) if when(session) else gradient
@@ -129,12 +131,12 @@ def poison_term(session: Session) -> None:
         kd_S[0] = INF if when(session) else kd_S[0]
         return MethodLoss(loss.total, {**loss.parts, "kd_S": kd_S})
 
-    session.method.register_forward_hook(one_bad)
+    session.learner.method.register_forward_hook(one_bad)
 
 
 def poison_statistic(session: Session) -> None:
     """A variance overflows, which nothing else shows: the batch is normalised by its own."""
-    norm = session.cohort.students[0].get_submodule("layer3.0.bn2")
+    norm = session.learner.cohort.students[0].get_submodule("layer3.0.bn2")
 
     def overflow(module: nn.Module, _args: Any) -> None:
         if when(session):
@@ -196,7 +198,7 @@ def test_whatever_the_engine_and_the_method(
 def test_a_weight() -> None:
     session = session_of(small("dml-network"))
     go(session, steps=2)
-    session.cohort.students[1].get_submodule("layer2.0.conv1").weight.data[3, 1, 0, 0] = NAN  # type: ignore[operator, index]
+    session.learner.cohort.students[1].get_submodule("layer2.0.conv1").weight.data[3, 1, 0, 0] = NAN  # type: ignore[operator, index]
     before = digest(session)
     with pytest.raises(UserError, match=r"step 2 .* student 1's layer2.0.conv1.weight holds nan, "):
         go(session)
@@ -219,7 +221,7 @@ def test_a_teacher(value: float) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         session = session_of(recipe("kd/resnet8/digits", batch_size=6), training=False)
-        session.cohort._teacher = [Teacher(session).eval().requires_grad_(False)]
+        session.learner.cohort._teacher = [Teacher(session).eval().requires_grad_(False)]
         sessions.append(session)
     whole, hurt = sessions
     go(whole, steps=BAD)
@@ -258,7 +260,7 @@ def test_a_skipped_step_leaves_the_same_run_whenever_it_is_noticed(kind: str) ->
 
 def test_no_more_are_skipped_than_may_be(capsys: pytest.CaptureFixture[str]) -> None:
     session = session_of(skip_nonfinite=2)
-    weight = session.cohort.students[0].get_submodule("fc").weight
+    weight = session.learner.cohort.students[0].get_submodule("fc").weight
     weight.register_hook(lambda g: g * INF if session.step in (1, 2, 4) else g)  # type: ignore[union-attr, operator]
     with pytest.raises(UserError, match=r"step 4 .*\(2 were skipped before it\).*-nonfinite 3"):
         go(session)
@@ -296,7 +298,7 @@ def test_an_optimizer_that_knows_no_flag_is_held_too(monkeypatch: pytest.MonkeyP
 def scaled(**options: Any) -> Session:
     """In fp16, with a loss scale that overflows nothing."""
     session = session_of(precision="fp16", **options)
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 1024.0})
+    session.learner.scaler.load_state_dict({**session.learner.scaler.state_dict(), "scale": 1024.0})
     return session
 
 
@@ -304,14 +306,16 @@ def test_an_overflow_in_fp16_is_no_fault_but_commits_nothing() -> None:
     session = scaled(ema=0.9)
     go(session, steps=2)
     kept = {k: v.clone() for k, v in session.state()[0].items() if k.startswith(("co", "op", "em"))}
-    scale = session.scaler.get_scale()
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 2.0**60})
+    scale = session.learner.scaler.get_scale()
+    session.learner.scaler.load_state_dict(
+        {**session.learner.scaler.state_dict(), "scale": 2.0**60}
+    )
     go(session, steps=3)
     now = session.state()[0]
     assert session.step == 3
     assert [k for k, v in kept.items() if not torch.equal(now[k], v)] == []
-    assert session.scaler.get_scale() == 2.0**59
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": scale})
+    assert session.learner.scaler.get_scale() == 2.0**59
+    session.learner.scaler.load_state_dict({**session.learner.scaler.state_dict(), "scale": scale})
     go(session, steps=4)
     changed = [k for k, v in kept.items() if not torch.equal(session.state()[0][k], v)]
     assert len(changed) > len(kept) // 2
@@ -319,22 +323,24 @@ def test_an_overflow_in_fp16_is_no_fault_but_commits_nothing() -> None:
 
 def test_a_loss_scale_that_falls_to_nothing_is_one() -> None:
     session = scaled()
-    weight = session.cohort.students[0].get_submodule("fc").weight
+    weight = session.learner.cohort.students[0].get_submodule("fc").weight
     weight.register_hook(lambda g: g * INF)  # type: ignore[union-attr, operator]
     go(session, steps=1)
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 2.0**-13})
+    session.learner.scaler.load_state_dict(
+        {**session.learner.scaler.state_dict(), "scale": 2.0**-13}
+    )
     with pytest.raises(UserError, match=r"step 3 .*student 0's fc.weight holds .* scale of 3"):
         go(session)
-    assert session.scaler.get_scale() == 2.0**-15
+    assert session.learner.scaler.get_scale() == 2.0**-15
 
 
 def test_a_forward_that_overflows_in_fp16_is_one() -> None:
     session = scaled(skip_nonfinite=1)
     poison_student(session)
-    scale = session.scaler.get_scale()
+    scale = session.learner.scaler.get_scale()
     go(session)
     assert session.skipped == 1
-    assert session.scaler.get_scale() == scale
+    assert session.learner.scaler.get_scale() == scale
 
 
 def test_a_flag_is_read_every_so_often_and_before_a_save(monkeypatch: pytest.MonkeyPatch) -> None:

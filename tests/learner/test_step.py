@@ -18,7 +18,9 @@ from fastokd.errors import UserError
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from tests.learner.every_method import COMPILES, Recorder
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
@@ -29,13 +31,13 @@ def small(name: str = "okddip-branch/resnet8/digits", **changes: object) -> Reci
 
 
 def session_of(one: Recipe | None = None, **options: Any) -> Session:
-    return Session(one or small(), RunOptions(**{**PLAIN, **options}))
+    return build(one or small(), RunOptions(**{**PLAIN, **options}))
 
 
 def doubled(session: Session) -> Session:
     """The session in float64."""
-    session.cohort.double()
-    session.method.double()
+    session.learner.cohort.double()
+    session.learner.method.double()
     return session
 
 
@@ -46,7 +48,7 @@ def take(session: Session, steps: int, first: int = 0) -> list[float]:
     for index in range(first, first + steps):
         images, labels = session.stream.batch(0, index)
         session.begin_step(len(labels))
-        losses.append(training_step(session, images, labels)[1].total.item())
+        losses.append(training_step(session.learner, images, labels)[1].total.item())
         session.step += 1
     return losses
 
@@ -57,7 +59,7 @@ def state(session: Session) -> dict[str, Tensor]:
 
 def frozen_norms(session: Session) -> Session:
     """BatchNorm by its running statistics: then the parts of a batch are the batch."""
-    session.cohort.eval()
+    session.learner.cohort.eval()
     return session
 
 
@@ -86,7 +88,7 @@ def test_ffsds_decoders_teach_on_the_statistics_from_before_the_step() -> None:
         losses = []
         for _ in range(2):
             session.begin_step(8)
-            losses.append(training_step(session, images, labels)[1].total.item())
+            losses.append(training_step(session.learner, images, labels)[1].total.item())
         found.append((losses, {k: v for k, v in state(session).items() if "num_batches" not in k}))
     (whole, after), (parts, in_parts) = found
     # A variance is taken over n - 1 values: of the first part's 32 in the last map, not of 64.
@@ -100,14 +102,16 @@ def test_ffsds_decoders_teach_on_the_statistics_from_before_the_step() -> None:
 def test_parts_are_what_the_norms_see_and_memory_holds() -> None:
     sizes: list[int] = []
     session = session_of(accumulate=4)
-    session.cohort.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    session.learner.cohort.register_forward_pre_hook(
+        lambda _module, args: sizes.append(len(args[0]))
+    )
     session.begin_epoch()
     session.begin_step(8)
-    logits_SBC, loss = training_step(session, *session.stream.batch(0, 0))
+    logits_SBC, loss = training_step(session.learner, *session.stream.batch(0, 0))
     assert sizes == [2, 2, 2, 2]
     assert logits_SBC.shape == (2, 8, 10)
     assert loss.parts["ce_S"].shape == (2,)
-    assert session.parts_of(3) == 3
+    assert session.learner.parts_of(3) == 3
     gate = session_of(small("one/resnet8/digits"), accumulate=4)
     assert [gate.parts_of(b) for b in (8, 5, 2)] == [4, 2, 1]
 
@@ -117,10 +121,10 @@ def test_a_clipped_gradient_has_the_norm() -> None:
     seen: list[Tensor] = []
 
     def look(*_: Any) -> None:
-        norms = [p.grad.norm() for p in session.parameters() if p.grad is not None]
+        norms = [p.grad.norm() for p in session.learner.parameters() if p.grad is not None]
         seen.append(torch.stack(norms).norm())
 
-    session.optimizers[0].register_step_pre_hook(look)
+    session.learner.optimizers[0].register_step_pre_hook(look)
     take(session, 1)
     assert seen[0].item() == pytest.approx(0.5, rel=1e-4)
 
@@ -128,19 +132,21 @@ def test_a_clipped_gradient_has_the_norm() -> None:
 def test_fp16_scales_the_loss_and_skips_what_overflows() -> None:
     """A scale far too large: the first step changes nothing but the scale; it comes back too."""
     session = session_of(precision="fp16")
-    assert session.scaler.is_enabled()
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 2.0**60})
-    before = {k: v.clone() for k, v in session.cohort.named_parameters()}
+    assert session.learner.scaler.is_enabled()
+    session.learner.scaler.load_state_dict(
+        {**session.learner.scaler.state_dict(), "scale": 2.0**60}
+    )
+    before = {k: v.clone() for k, v in session.learner.cohort.named_parameters()}
     take(session, 1)
-    assert all(torch.equal(v, before[k]) for k, v in session.cohort.named_parameters())
-    assert session.scaler.get_scale() == 2.0**59
-    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 1024.0})
+    assert all(torch.equal(v, before[k]) for k, v in session.learner.cohort.named_parameters())
+    assert session.learner.scaler.get_scale() == 2.0**59
+    session.learner.scaler.load_state_dict({**session.learner.scaler.state_dict(), "scale": 1024.0})
     take(session, 1)
-    assert not all(torch.equal(v, before[k]) for k, v in session.cohort.named_parameters())
+    assert not all(torch.equal(v, before[k]) for k, v in session.learner.cohort.named_parameters())
     tensors, facts = session.state()
     again = session_of(precision="fp16")
     again.load_state(tensors, facts)
-    assert again.scaler.state_dict() == session.scaler.state_dict()
+    assert again.scaler.state_dict() == session.learner.scaler.state_dict()
 
 
 def test_a_clipped_fp16_gradient_is_clipped_unscaled() -> None:
@@ -149,23 +155,25 @@ def test_a_clipped_fp16_gradient_is_clipped_unscaled() -> None:
     moves = []
     for precision in ("fp16", "fp32"):
         session = session_of(precision=precision, clip_norm=0.1)
-        before = torch.cat([p.detach().flatten() for p in session.parameters()])
+        before = torch.cat([p.detach().flatten() for p in session.learner.parameters()])
         take(session, 1)
-        moves.append(torch.cat([p.detach().flatten() for p in session.parameters()]) - before)
+        moves.append(
+            torch.cat([p.detach().flatten() for p in session.learner.parameters()]) - before
+        )
     ours, theirs = moves
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 def test_the_average_follows_the_leader_and_is_what_is_kept(tmp_path: Path) -> None:
     session = session_of(ema=0.75)
-    average = session.average
+    average = session.learner.average
     assert average is not None
     key = "layer3.0.conv2.weight"
-    expected = session.cohort.student_state(1)[key].clone()
+    expected = session.learner.cohort.student_state(1)[key].clone()
     for index in range(3):
         take(session, 1, first=index)
         share = max(0.25, 9 / (10 + index))
-        expected = expected + share * (session.cohort.student_state(1)[key] - expected)
+        expected = expected + share * (session.learner.cohort.student_state(1)[key] - expected)
     torch.testing.assert_close(average.state[key], expected)
     assert average.state["bn1.num_batches_tracked"] == 3
     run = fastokd.train(
@@ -190,10 +198,12 @@ def test_a_run_changes_its_engine_with_momentum_and_average() -> None:
     states = []
     for choices in (turns, [Choice("loop")] * len(turns)):
         session = doubled(session_of(small("okddip-network/resnet8/digits", batch_size=6), ema=0.9))
-        assert session.average is not None
-        session.average.state = {k: v.clone() for k, v in session.cohort.student_state(1).items()}
+        assert session.learner.average is not None
+        session.learner.average.state = {
+            k: v.clone() for k, v in session.learner.cohort.student_state(1).items()
+        }
         for index, choice in enumerate(choices):
-            session.adopt(choice)
+            session.learner.adopt(choice)
             take(session, 1, first=index)
         states.append(state(session))
     torch.testing.assert_close(states[0], states[1], rtol=1e-9, atol=1e-9)
@@ -288,7 +298,7 @@ def test_out_of_memory_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.M
             if len(images[0]) > 70:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-        session.cohort.register_forward_pre_hook(refuse)
+        session.learner.cohort.register_forward_pre_hook(refuse)
         return session
 
     monkeypatch.setattr(train_module, "Session", limited)

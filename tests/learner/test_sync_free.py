@@ -18,7 +18,7 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.optimizers import create_optimizer, step_unless
 from fastokd.learner.step import training_step
 from fastokd.methods.kdcl_targets import covariance_weights
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 from tests.learner.fake_cuda import CUDA, Dispatched, fake_step
 
@@ -67,9 +67,9 @@ def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str,
     for _ in range(2):
         session.begin_step(len(loop.labels_B))
         with NoWaits() as watch:
-            logits_SBC, loss = training_step(session, loop.images_BHWC, loop.labels_B)
+            logits_SBC, loss = training_step(session.learner, loop.images_BHWC, loop.labels_B)
             losses = {"loss": loss.total, **loss.parts}
-            session.meter.update(logits_SBC, loop.labels_B, losses, session.guard.fault)
+            session.meter.update(logits_SBC, loop.labels_B, losses, session.learner.guard.fault)
         assert watch.ops > 100
 
 
@@ -127,7 +127,7 @@ class Copies(TorchDispatchMode):
 
 def test_a_steps_draws_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     session = OurLoop(small("okddip_random", "branch"), RunOptions(device="cpu")).session
-    session.device = CUDA
+    session.learner.device = CUDA
     pinned: list[Tensor] = []
 
     def pin_memory(host: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 import fastokd
 from fastokd.cohort import Cohort, CohortShape
 from fastokd.errors import UserError
+from fastokd.learner.step import training_step
 from fastokd.methods import Method, Progress, create_method
 from fastokd.methods.ffsd import FFSD
 from fastokd.models import registry
 from fastokd.models.resnet import ResNet
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.reference import Lambdas, ReferenceFFSD, ffsd_losses
-from fastokd.run.session import RunOptions, Session
-from fastokd.train import training_step
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 
 MAPS = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
 
@@ -214,18 +216,18 @@ def small(**changes: object) -> Recipe:
 
 def test_optimizers_are_the_published_ones() -> None:
     """SGD for networks, fusion and transfusion; Adam for decoders, which the warm-up passes by."""
-    session = Session(small(warmup_epochs=4.0, milestones=(1,)), RunOptions(device="cpu"))
+    session = build(small(warmup_epochs=4.0, milestones=(1,)), RunOptions(device="cpu"))
     session.epoch = 1
     session.begin_epoch()
-    (sgd, adam) = session.optimizers
+    (sgd, adam) = session.learner.optimizers
     assert isinstance(sgd, torch.optim.SGD)
     assert isinstance(adam, torch.optim.Adam)
     assert [group["weight_decay"] for group in sgd.param_groups] == [1e-4, 1e-4, 1e-5]
     assert [float(group["lr"]) for group in sgd.param_groups] == pytest.approx([0.005] * 3)
     (decoders,) = adam.param_groups
     assert (decoders["weight_decay"], float(decoders["lr"])) == (1e-4, pytest.approx(1e-4))
-    trained = {p for o in session.optimizers for g in o.param_groups for p in g["params"]}
-    modules: list[nn.Module] = [session.cohort, session.method]
+    trained = {p for o in session.learner.optimizers for g in o.param_groups for p in g["params"]}
+    modules: list[nn.Module] = [session.learner.cohort, session.learner.method]
     assert trained == {p for module in modules for p in module.parameters()}
 
 
@@ -243,11 +245,11 @@ def test_a_resumed_session_goes_on_to_the_bit() -> None:
 
     def step(session: Session) -> dict[str, Tensor]:
         session.begin_epoch()
-        training_step(session, *session.stream.batch(0, 0))
+        training_step(session.learner, *session.stream.batch(0, 0))
         return session.state()[0]
 
     options = RunOptions(device="cpu", precision="fp32")
-    first, second = Session(small(), options), Session(small(), options)
+    first, second = build(small(), options), build(small(), options)
     step(first)
     second.load_state(*first.state())
     theirs = step(second)

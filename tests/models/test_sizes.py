@@ -17,7 +17,8 @@ from fastokd.models import least_batch, registry
 from fastokd.models.external import ExternalStudent
 from fastokd.models.registry import ModelSpec
 from fastokd.plan.plan import plan
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 
 QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "loop", "quiet": True}
 COUNT = 21
@@ -128,16 +129,16 @@ def test_a_last_batch_of_one_image_is_left_out(folder: Path, tmp_path: Path) -> 
 
 
 def test_parts_and_batches_of_one_image(folder: Path, tmp_path: Path) -> None:
-    session = Session(small(), RunOptions(data_root=folder, accumulate=10, **QUICK))
-    assert session.min_batch == 2
-    assert [session.parts_of(batch) for batch in (10, 5, 2)] == [5, 2, 1]
+    session = build(small(), RunOptions(data_root=folder, accumulate=10, **QUICK))
+    assert session.learner.min_batch == 2
+    assert [session.learner.parts_of(batch) for batch in (10, 5, 2)] == [5, 2, 1]
     with pytest.raises(UserError, match=r"batch_size is 1, but resnet8 normalises over .* least 2"):
         fastokd.train(small(batch_size=1), out=tmp_path / "run", data_root=folder, **QUICK)
     assert not (tmp_path / "run").exists()
     # 21 images in batches of 4 leave one.
-    assert len(Session(small(batch_size=4), RunOptions(data_root=folder, **QUICK)).stream) == 5
+    assert len(build(small(batch_size=4), RunOptions(data_root=folder, **QUICK)).stream) == 5
     larger = small(batch_size=4, image_size=32)
-    assert len(Session(larger, RunOptions(data_root=folder, **QUICK)).stream) == 6
+    assert len(build(larger, RunOptions(data_root=folder, **QUICK)).stream) == 6
 
 
 def test_no_folder_is_made_for_a_student_that_cannot_take_the_images(

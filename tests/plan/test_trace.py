@@ -13,7 +13,7 @@ from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
 from fastokd.plan.trace import torchs_layers, trace_ours, trace_reference
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 TINY = "okddip-branch/resnet8/cifar100"
 
@@ -43,11 +43,11 @@ def test_our_step_is_counted_as_it_runs(name: str, engine: str, cpp_ops: None) -
     session = loop.session
     session.begin_step(of.batch_size)
     with torchs_layers(), Real() as real:
-        with session.autocast():
-            out = session.cohort(loop.images_BHWC)
-            loss = session.method(out, loop.labels_B, session.progress)
+        with session.learner.autocast():
+            out = session.learner.cohort(loop.images_BHWC)
+            loss = session.learner.method(out, loop.labels_B, session.learner.progress)
         loss.total.backward()
-        for optimizer in session.optimizers:
+        for optimizer in session.learner.optimizers:
             optimizer.step()
     step = trace_ours(of, 4, engine, "bf16", "auto")
     assert [op.name for op in step.ops] == real.names
@@ -103,7 +103,7 @@ def test_activations_are_what_autograd_saves() -> None:
     of = recipe(TINY, batch_size=16)
     loop = OurLoop(of, RunOptions(precision="fp32", impl="torch"))
     session = loop.session
-    own = {p.untyped_storage().data_ptr() for p in session.cohort.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in session.learner.cohort.parameters()}
     saved: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -113,8 +113,8 @@ def test_activations_are_what_autograd_saves() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = session.cohort(loop.images_BHWC)
-        loss = session.method(out, loop.labels_B, session.progress)
+        out = session.learner.cohort(loop.images_BHWC)
+        loss = session.learner.method(out, loop.labels_B, session.learner.progress)
     assert loss.total.requires_grad
     counted = trace_ours(of, 16, "loop", "fp32", "torch").activation_bytes
     assert counted == pytest.approx(sum(saved.values()), rel=0.05)

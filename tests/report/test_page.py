@@ -22,7 +22,7 @@ from fastokd.report.page import _published, report
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
 
 EPOCHS = 3

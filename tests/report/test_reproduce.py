@@ -17,7 +17,7 @@ from fastokd.recipe.names import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
 from fastokd.report.summary import summarise
 from fastokd.run import sweep
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
 
 

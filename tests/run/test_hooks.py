@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
+from fastokd.run.build import build
 from fastokd.run.folder import Run
 from fastokd.run.hooks import Watcher, Watchers
 from fastokd.run.loggers import scalars
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
@@ -73,7 +74,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_written(
 def test_the_picture_is_the_first_batch(tmp_path: Path) -> None:
     train(SMALL, OPTIONS, out=tmp_path / "run", show_augmentation=True, max_steps=1)
     picture = np.asarray(Image.open(tmp_path / "run/augmentation.png"))
-    session = Session(SMALL, OPTIONS)
+    session = build(SMALL, OPTIONS)
     images, _ = session.stream.batch(0, 0)
     # Two pixels between the images: the second of the second row.
     tile = picture[36:68, 36:68]

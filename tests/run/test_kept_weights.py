@@ -25,8 +25,10 @@ from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.report.summary import summarise
+from fastokd.run.build import build
 from fastokd.run.folder import Run, RunFolder
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 from fastokd.student.export import export
 from fastokd.student.file import STUDENT, Weights, read_weights
 from fastokd.student.within_cohort import first_images, within_cohort
@@ -44,14 +46,14 @@ def take(session: Session) -> None:
     images, labels = session.stream.batch(0, session.step % 2)
     session.begin_epoch()
     session.begin_step(len(labels))
-    training_step(session, images, labels)
+    training_step(session.learner, images, labels)
     session.step, session.batch = session.step + 1, session.batch + 1
 
 
 def gone_on(run: Path, steps: int) -> RunFolder:
     """The run resumed and stopped after some steps, as by SIGTERM."""
     folder = RunFolder(run)
-    session = Session(folder.recipe(), folder.as_begun(RunOptions(**QUICK, out=run, resume=True)))
+    session = build(folder.recipe(), folder.as_begun(RunOptions(**QUICK, out=run, resume=True)))
     folder.open(session)
     for _ in range(steps):
         take(session)
@@ -118,7 +120,7 @@ def test_a_student_of_before_the_newest_checkpoint_is_not_used(
     done = export(run, "safetensors")
     assert f"from {saved}" in done.lines[0]
     assert of_step(read_weights(done.folder / "resnet8.safetensors")) == 4
-    begun = Session(small(), RunOptions(**QUICK, init=(str(run),)))
+    begun = build(small(), RunOptions(**QUICK, init=(str(run),)))
     ours = begun.cohort.student_state(1)["layer3.0.conv1.weight"]
     assert torch.equal(ours, tensors["cohort.students.1.layer3.0.conv1.weight"])
 
@@ -217,10 +219,10 @@ def test_what_was_not_measured_has_no_score(plain: Run, tmp_path: Path) -> None:
 
 def test_the_average_is_scored_by_its_own_weights() -> None:
     """Which always says the same class here, and the student itself doesn't."""
-    session = Session(small(), RunOptions(**QUICK, ema=0.9))
+    session = build(small(), RunOptions(**QUICK, ema=0.9))
     take(session)
-    assert session.average is not None
-    state = session.average.state
+    assert session.learner.average is not None
+    state = session.learner.average.state
     state["fc.weight"].zero_()
     state["fc.bias"].copy_(torch.arange(10) == 3)
     test = evaluate_session(session)["test"]
@@ -231,7 +233,7 @@ def test_the_average_is_scored_by_its_own_weights() -> None:
 
 def test_of_equal_epochs_the_first_is_the_best(averaged: Run, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    session = Session(small(), RunOptions(**QUICK, out=folder.path))
+    session = build(small(), RunOptions(**QUICK, out=folder.path))
     folder.open(session)
     for epoch in range(2):
         session.step, session.epoch = 2 * (epoch + 1), epoch + 1
@@ -253,25 +255,25 @@ def test_the_best_so_far_is_known_by_what_the_run_is_judged_by(
     save_checkpoint(saved, tensors, {**facts, "best": 0.999})
     folder = RunFolder(run)
     options = folder.as_begun(RunOptions(**QUICK, out=run, resume=True))
-    session = Session(folder.recipe(), options)
+    session = build(folder.recipe(), options)
     folder.open(session)
     folder.close()
     assert session.best == facts["best"]
 
 
 def test_the_share_of_a_step_falls_to_what_the_decay_says_and_is_resumed() -> None:
-    session = Session(small(), RunOptions(**QUICK, ema=0.6))
-    average = session.average
+    session = build(small(), RunOptions(**QUICK, ema=0.6))
+    average = session.learner.average
     assert average is not None
     key = "bn1.running_var"
     expected = average.state[key].clone()
     for t in range(3):
         take(session)
         share = max(1 - 0.6, 9 / (10 + t))
-        expected += share * (session.cohort.student_state(1)[key] - expected)
+        expected += share * (session.learner.cohort.student_state(1)[key] - expected)
     torch.testing.assert_close(average.state[key], expected)
     tensors, facts = session.state()
-    again = Session(small(), RunOptions(**QUICK, ema=0.6))
+    again = build(small(), RunOptions(**QUICK, ema=0.6))
     again.load_state(tensors, facts)
     assert again.average is not None
     assert again.average.updates == 3
@@ -294,13 +296,13 @@ def test_a_recorded_update_counts_on() -> None:
 
     states = []
     for recorded in (False, True):
-        session = Session(small(), RunOptions(**QUICK, ema=0.99))
-        average = session.average
+        session = build(small(), RunOptions(**QUICK, ema=0.99))
+        average = session.learner.average
         assert average is not None
         step = update = updating(average)
         with torch.no_grad():
             for turn in range(3):
-                for parameter in session.cohort.parameters():
+                for parameter in session.learner.cohort.parameters():
                     parameter.add_(0.01)
                 if recorded and turn == 0:
                     step = make_fx(update)(torch.zeros(()))  # which takes the first one
@@ -330,12 +332,12 @@ def test_dropout_goes_on_where_it_stopped() -> None:
     """In a run that is resumed after other numbers were drawn."""
     dropping = recipe("baseline/vgg16/digits", batch_size=4, model_options={"dropout": 0.5})
     options = RunOptions(**QUICK)
-    whole = Session(dropping, options)
+    whole = build(dropping, options)
     take(whole)
     tensors, facts = copy.deepcopy(whole.state())
     take(whole)
     torch.manual_seed(99)
-    resumed = Session(dropping, options)
+    resumed = build(dropping, options)
     torch.manual_seed(99)
     resumed.load_state(tensors, facts)
     take(resumed)
@@ -368,11 +370,11 @@ def test_a_student_that_is_another_alone_is_written_and_the_run_says_so(
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_cohort_that_was_compared_is_as_it_was(training: bool) -> None:
-    session = Session(small(), RunOptions(**QUICK))
+    session = build(small(), RunOptions(**QUICK))
     images_BHWC = first_images(session.data)
     assert session.data.val is not None
     assert torch.equal(images_BHWC, session.data.val.read()[0][:16])
-    cohort = session.cohort.train(training)
+    cohort = session.learner.cohort.train(training)
     before = {key: value.clone() for key, value in cohort.student_state(1).items()}
     other = {key: value * 2 for key, value in before.items()}
     within_cohort(cohort, 1, other, images_BHWC)

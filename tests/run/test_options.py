@@ -13,8 +13,9 @@ import fastokd
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.run.build import build
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop"}
 
@@ -86,20 +87,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
 
 def test_a_last_batch_of_one_is_left_out_where_a_norm_needs_two() -> None:
     """ONE's gate normalises over the batch; 500 images are 499 and one."""
-    session = Session(small(name="one/resnet8/digits", batch_size=499), RunOptions(**QUICK))
+    session = build(small(name="one/resnet8/digits", batch_size=499), RunOptions(**QUICK))
     assert len(session.stream) == 1
-    other = Session(small(batch_size=499), RunOptions(**QUICK))
+    other = build(small(batch_size=499), RunOptions(**QUICK))
     assert len(other.stream) == 2
     with pytest.raises(UserError, match=r"batch_size is 1, but one normalises over .* at least 2"):
-        Session(small(name="one/resnet8/digits", batch_size=1), RunOptions(**QUICK))
+        build(small(name="one/resnet8/digits", batch_size=1), RunOptions(**QUICK))
 
 
 def test_no_draw_repeats_an_initial_weights_generator() -> None:
-    session = Session(
+    session = build(
         small(name="okddip_random-branch/resnet8/digits", students=3), RunOptions(**QUICK)
     )
     session.begin_step(1)
-    draws = session.progress.draws["belief_BPP"].flatten()
+    draws = session.learner.progress.draws["belief_BPP"].flatten()
     torch.manual_seed(session.recipe.seed * 1_000_003)
     assert not torch.equal(draws, 1 - torch.rand(draws.shape))
 
@@ -118,7 +119,7 @@ def test_no_draw_repeats_an_initial_weights_generator() -> None:
 )
 def test_what_cannot_be_had_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Session(small(), RunOptions(**{**QUICK, **options}))
+        build(small(), RunOptions(**{**QUICK, **options}))
 
 
 def test_a_string_is_as_good_as_a_path() -> None:

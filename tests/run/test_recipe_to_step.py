@@ -22,12 +22,14 @@ def trunk_gradient(name: str) -> tuple[Tensor, Tensor]:
     session.begin_epoch()
     images, labels_B = session.stream.batch(0, 0)
     session.begin_step(len(labels_B))
-    trunk = session.cohort.trunk
+    trunk = session.learner.cohort.trunk
     assert trunk is not None
     found = []
-    for scale in (session.cohort.trunk_grad_scale, 1.0):
-        session.cohort.trunk_grad_scale = scale
-        loss = session.method(session.cohort(images), labels_B, session.progress)
+    for scale in (session.learner.cohort.trunk_grad_scale, 1.0):
+        session.learner.cohort.trunk_grad_scale = scale
+        loss = session.learner.method(
+            session.learner.cohort(images), labels_B, session.learner.progress
+        )
         gradients = torch.autograd.grad(loss.total, list(trunk.parameters()))
         found.append(torch.cat([g.flatten() for g in gradients]))
     return found[0], found[1]
@@ -56,7 +58,7 @@ def test_the_ramp_is_the_recipes(name: str, epoch: int, ramp: float) -> None:
     session = session_of(recipe(f"{name}/resnet8/digits", students=3, batch_size=8, epochs=300))
     session.epoch = epoch
     session.begin_epoch()
-    assert session.progress.ramp.item() == pytest.approx(ramp, rel=1e-6)
+    assert session.learner.progress.ramp.item() == pytest.approx(ramp, rel=1e-6)
 
 
 def test_draws_are_of_the_step() -> None:
@@ -67,7 +69,7 @@ def test_draws_are_of_the_step() -> None:
         session.step, session.batch = step, batch
         session.recipe = small("okddip_random-branch/resnet8/digits", students=3, seed=seed)
         session.begin_step(8)
-        return session.progress.draws["belief_BPP"].clone()
+        return session.learner.progress.draws["belief_BPP"].clone()
 
     assert not torch.equal(drawn(0, 0), drawn(100, 0))
     assert not torch.equal(drawn(0, 0), drawn(0, 0, seed=1))
@@ -84,11 +86,11 @@ class Undecayed(OKDDip):
 def test_a_groups_zeros_are_its_own() -> None:
     """They stand for no decay and no rate; only None stands for the recipe's."""
     session = session_of(small(weight_decay=5e-4))
-    method = Undecayed(session.cohort.shape)
-    plain = create_method("okddip", session.cohort.shape)
+    method = Undecayed(session.learner.cohort.shape)
+    plain = create_method("okddip", session.learner.cohort.shape)
     for one, decay, rate in ((method, 0.0, 0.0), (plain, 5e-4, 0.1)):
         (optimizer,) = build_optimizers(
-            session.cohort, one, session.recipe, session.options, session.device
+            session.learner.cohort, one, session.recipe, session.options, session.learner.device
         )
         students, own = optimizer.param_groups
         assert students["weight_decay"] == 5e-4

@@ -22,6 +22,7 @@ from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
 from fastokd.run import trial, tuning, untouched
 from fastokd.run import trial_worker as tuning_worker
+from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.trial import ask, job, time_compiled, time_eager
@@ -49,7 +50,7 @@ def begun(session: Session, steps: int) -> str:
     session.begin_epoch()
     for index in range(steps):
         session.begin_step(8)
-        training_step(session, *session.stream.batch(0, index))
+        training_step(session.learner, *session.stream.batch(0, index))
     return fingerprint(session)
 
 
@@ -93,12 +94,12 @@ def test_a_candidate_that_fails_is_a_row(
     first = str(error).splitlines()[:1] or [""]
     assert timings[1].note == f"{type(error).__name__}: {first[0]}".rstrip(": ")
     session.settled = False
-    session.adopt(Choice())
+    session.learner.adopt(Choice())
     assert fingerprint(session) == before
     plain = session_of(precision=precision)
     begun(plain, 3)
     session.begin_step(8)
-    training_step(session, *session.stream.batch(0, 2))
+    training_step(session.learner, *session.stream.batch(0, 2))
     assert fingerprint(session) == fingerprint(plain)
 
 
@@ -117,9 +118,9 @@ def test_a_step_that_fails_half_way_through_its_update_is_undone(
     real = getattr(owner, name)
 
     def half(*arguments: Any) -> None:
-        if session.choice != last or place == "optimizer":
+        if session.learner.choice != last or place == "optimizer":
             real(*arguments)
-        if session.choice == last:
+        if session.learner.choice == last:
             raise RuntimeError("half-way")
 
     with monkeypatch.context() as patch:
@@ -127,11 +128,11 @@ def test_a_step_that_fails_half_way_through_its_update_is_undone(
         timings = tune(session, LONG)
     assert timings[-1].note == "RuntimeError: half-way"
     session.settled = False
-    session.adopt(Choice())
+    session.learner.adopt(Choice())
     assert fingerprint(session) == before
     session.begin_step(8)
-    training_step(session, *session.stream.batch(0, 1))
-    assert session.guard.read() is None
+    training_step(session.learner, *session.stream.batch(0, 1))
+    assert session.learner.guard.read() is None
 
 
 def test_numbers_are_drawn_as_before_after_a_failed_capture(
@@ -169,7 +170,7 @@ def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatc
             assert held[0]() is None
     finally:
         gc.enable()
-    assert all(parameter.grad is None for parameter in session.parameters())
+    assert all(parameter.grad is None for parameter in session.learner.parameters())
 
 
 def test_what_the_default_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +182,7 @@ def test_what_the_default_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RuntimeError, match="the loop is broken"):
             tune(session, LONG)
         assert fingerprint(session) == before
-    session.cohort.register_forward_pre_hook(_too_many)
+    session.learner.cohort.register_forward_pre_hook(_too_many)
     with pytest.raises(UserError, match=r"a step of 8 images doesn't fit.*--batch-size 4"):
         tune(session, LONG)
 
@@ -289,7 +290,7 @@ def test_the_worker_takes_the_options_of_the_run(
     made: list[Session] = []
 
     def noting(*arguments: Any, **how: Any) -> Session:
-        made.append(Session(*arguments, **how))
+        made.append(build(*arguments, **how))
         return made[-1]
 
     monkeypatch.setattr(tuning_worker, "Session", noting)

@@ -64,7 +64,7 @@ def take(session: Session, steps: int) -> None:
     session.begin_epoch()
     for _ in range(steps):
         session.begin_step(len(batch[1]))
-        training_step(session, *batch)
+        training_step(session.learner, *batch)
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -98,7 +98,7 @@ def test_what_is_asked_for_runs(
     told = answering(monkeypatch)
     session = session_of(engine=engine, compile=compile, capture=capture)
     timings = tune(session, steps)
-    assert str(session.choice) == f"{runs}, channels_last"
+    assert str(session.learner.choice) == f"{runs}, channels_last"
     assert bool(timings) == (engine == "auto")
     weighed = engine == "auto" and compile is not False and steps == LONG
     assert [name for name, _ in told] == (["loop", "grouped"] if compile else ["grouped", "loop"])[
@@ -118,19 +118,19 @@ def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.Monke
     session = session_of()
     said: list[str] = []
     timings = tune(session, SHORT, said.append)
-    assert session.choice == Choice()
+    assert session.learner.choice == Choice()
     assert said == []
     session.settled = False
     timings = tune(session, MEDIUM, said.append)
     assert [timing.choice.engine for timing in timings] == ["loop", "grouped", "vmap"]
-    assert session.cohort.engine == ("grouped" if slow == "loop" else "loop")
+    assert session.learner.cohort.engine == ("grouped" if slow == "loop" else "loop")
     assert session.settled
-    assert "* " + session.cohort.engine in said[0]
+    assert "* " + session.learner.cohort.engine in said[0]
     # What is known isn't measured again, for a short run neither.
     monkeypatch.setattr(tuning, "time_eager", None)
     again = session_of()
     tune(again, 2)
-    assert again.choice == session.choice
+    assert again.choice == session.learner.choice
 
 
 def test_what_cannot_take_the_cohort_is_listed_with_the_reason() -> None:
@@ -140,7 +140,7 @@ def test_what_cannot_take_the_cohort_is_listed_with_the_reason() -> None:
     session = session_of(mixed)
     said: list[str] = []
     timings = tune(session, MEDIUM, said.append)
-    assert session.cohort.engine == "loop"
+    assert session.learner.cohort.engine == "loop"
     assert [timing.failed for timing in timings] == [False, True, True]
     assert said[0].count("not a mixed cohort: use loop") == 2
 
@@ -149,7 +149,7 @@ def test_a_short_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "time_eager", None)
     session = session_of(memory_format="auto", compile=None)
     timings = tune(session, SHORT)
-    assert session.choice == Choice()
+    assert session.learner.choice == Choice()
     assert len(timings) == 6
     assert all("50 steps are too few" in timing.note for timing in timings)
 
@@ -235,7 +235,7 @@ def test_a_capture_that_fails_for_one_engine_leaves_the_others(
     timings = tune(session, LONG)
     assert [timing.failed for timing in timings] == [True, False, True]
     assert "not permitted when stream is capturing" in timings[0].note
-    assert session.choice == Choice("grouped")
+    assert session.learner.choice == Choice("grouped")
     take(session, WARM_UP + 2)
 
 
@@ -258,7 +258,7 @@ def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
     answering(monkeypatch, loop=failed)
     session = session_of(compile=True)
     tune(session, LONG)
-    assert session.choice == Choice("grouped", True)
+    assert session.learner.choice == Choice("grouped", True)
     answering(monkeypatch, loop=failed, grouped=failed)
     other = small(batch_size=9)  # of which nothing is known
     with pytest.raises(UserError, match=r"--compile is asked for, .*no compiler\): leave it out"):

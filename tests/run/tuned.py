@@ -21,7 +21,9 @@ from fastokd.learner.step import StepProgram
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run import session as session_module
 from fastokd.run import trial, tuning
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 
 AUTO: dict[str, Any] = {
     "quiet": True,
@@ -57,7 +59,7 @@ def small(**changes: object) -> Recipe:
 
 
 def session_of(one: Recipe | None = None, **options: Any) -> Session:
-    return Session(one or small(), RunOptions(**{**EAGER, **options}))
+    return build(one or small(), RunOptions(**{**EAGER, **options}))
 
 
 def fingerprint(session: Session) -> str:
@@ -67,8 +69,12 @@ def fingerprint(session: Session) -> str:
     for key, value in sorted(tensors.items()):
         digest.update(key.encode() + repr((value.shape, value.stride())).encode())
         digest.update(value.contiguous().cpu().numpy().tobytes())
-    grads = [p.grad is None for p in session.parameters()]
-    where = [str(session.choice), session.cohort.training, session.cohort.engine]
+    grads = [p.grad is None for p in session.learner.parameters()]
+    where = [
+        str(session.learner.choice),
+        session.learner.cohort.training,
+        session.learner.cohort.engine,
+    ]
     return digest.hexdigest() + repr((grads, where))
 
 
@@ -125,10 +131,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, refused: dict[str, Exception] | No
             super().__init__(session, alone=alone)
             session.options = options
             if options.capture:
-                self.captured = CapturedStep(self.run, session.device, self.record, WARM_UP)
+                self.captured = CapturedStep(self.run, session.learner.device, self.record, WARM_UP)
 
         def record(self, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-            error = (refused or {}).get(self.session.choice.engine)
+            error = (refused or {}).get(self.session.learner.choice.engine)
             if error is not None:
                 torch.rand(3)
                 body()

@@ -17,8 +17,9 @@ from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
+from fastokd.run.build import build
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions, Session
+from fastokd.run.options import RunOptions
 from fastokd.student import teacher
 from fastokd.student.file import read_weights, student_facts
 from fastokd.student.teacher import build_teacher, find_teacher
@@ -98,7 +99,7 @@ def test_the_default_folder_is_found(
 def test_the_default_folder_is_where_its_recipe_trains() -> None:
     r = recipe("kd/resnet32/cifar100")
     default = teacher.default_path(r)
-    from fastokd.run.session import run_path
+    from fastokd.run.facts import run_path
 
     assert run_path(recipe(r.teacher), RunOptions()) == default
 
@@ -131,7 +132,7 @@ def cifar_student(path: Path, root: Path, **facts: str | None) -> Path:
 def test_the_held_out_images_are_the_same_for_every_seed(cifar: Path) -> None:
     options = RunOptions(data_root=cifar, device="cpu", engine="loop")
     of = recipe("baseline/resnet8/cifar10", val=20, batch_size=20)
-    splits = [Session(dataclasses.replace(of, seed=s), options).data for s in (0, 5)]
+    splits = [build(dataclasses.replace(of, seed=s), options).data for s in (0, 5)]
     alone = load_dataset("cifar10", cifar, val=20)
     for data in splits:
         assert data.val is not None
@@ -168,10 +169,10 @@ def test_weights_that_have_seen_the_held_out_images_are_refused(
     unknown = facts.get("val", "") is None
     if says and not unknown:
         with pytest.raises(UserError, match=says if way == "teacher" else says.split(": ")[0]):
-            Session(of, options)
-        Session(dataclasses.replace(of, val=0), options)
+            build(of, options)
+        build(dataclasses.replace(of, val=0), options)
         return
-    Session(of, options)
+    build(of, options)
     # Of weights to begin from it is usual that they say nothing: those of another library.
     assert capsys.readouterr().err.count("warning") == (unknown and way == "teacher")
 

@@ -22,7 +22,7 @@ from fastokd.learner.state import below
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import build_cohort, load_splits
 from fastokd.run.folder import RunFolder
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.student.export.hub import HUB
 from fastokd.student.file import Weights, read_weights, student_of
@@ -137,7 +137,7 @@ def _images(
         noise = torch.randn(BATCH, 3, size, size, generator=generator)
         return noise, f"{BATCH} images of seeded noise", ()
     recipe = RunFolder(run).recipe()
-    data = load_splits(recipe, options, torch.device("cpu"))
+    data = load_splits(recipe, options)
     name = "test" if data.val is None else "validation"
     images_BHWC = first_images(data)
     images_BCHW = weights.preprocessing.normalized(images_BHWC)
@@ -167,7 +167,13 @@ def _through(
     how = facts.get("how", {})
     # The run keeps the mean and deviation that it began with.
     shown = replace(data, preprocessing=weights.preprocessing)
-    cohort, _ = build_cohort(recipe, shown, RunOptions())
+    cohort, _ = build_cohort(
+        recipe,
+        len(shown.class_names),
+        image_size=shown.train.image_size[0],
+        mean=shown.mean,
+        std=shown.std,
+    )
     cohort.load_state_dict(below(tensors, "cohort."))
     cohort.set_engine(how.get("engine", "auto"))
     index = weights.fact("student")

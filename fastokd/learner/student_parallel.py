@@ -16,7 +16,6 @@ gradients that are made equal.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -29,39 +28,38 @@ from fastokd.errors import UserError
 from fastokd.methods import Method, MethodLoss
 from fastokd.models import StudentOutput
 
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
 
-
-class Row:
-    """A session's cohort and method made to train this rank's students alone.
+class StudentParallel:
+    """Makes a cohort and its method train this rank's students only.
 
     Raises:
         UserError: the students share a trunk, or the precision has a loss scale.
     """
 
-    def __init__(self, session: Session) -> None:
-        recipe, ranks = session.recipe, session.ranks
-        if recipe.sharing == "branch":
+    def __init__(
+        self, cohort: Cohort, method: Method, ranks: Ranks, precision: str, name: str
+    ) -> None:
+        """``name``: the method's, for the message."""
+        if cohort.sharing == "branch":
             raise UserError(
-                f"parallel is 'students', but the branches of {recipe.method} share a trunk, whose "
+                f"parallel is 'students', but the branches of {name} share a trunk, whose "
                 "gradient needs all of them on one GPU: use --parallel data, or a network form"
             )
-        if session.precision == "fp16":
+        if precision == "fp16":
             raise UserError(
                 "parallel is 'students', but fp16's loss scale follows the overflows of all "
                 "students: use --precision bf16, or --parallel data"
             )
         self.line = ranks.students
-        own = ranks.share(recipe.students)
-        session.cohort.train_only(own, Exchange(self.line, session.cohort, session.method))
+        own = ranks.share(len(cohort.students))
+        cohort.train_only(own, Exchange(self.line, cohort, method))
         self.shared: list[nn.Parameter] = []
-        for name, parameter in session.method.named_parameters():
-            owner = session.method.belongs_to(name)
+        for name, parameter in method.named_parameters():
+            owner = method.belongs_to(name)
             parameter.requires_grad_(owner is None or owner in own)
             if owner is None:
                 self.shared.append(parameter)
-        self.sums_up = session.method.needs.own_rows
+        self.sums_up = method.needs.own_rows
 
     def whole(self, loss: MethodLoss) -> MethodLoss:
         """The loss with the value of all ranks' rows, and the gradient of this rank's."""

@@ -1,0 +1,194 @@
+"""What one training step changes, and how this process takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.cohort import Choice, Cohort
+from fastokd.device import autocast, gradient_scaler
+from fastokd.distributed.ranks import Ranks
+from fastokd.errors import UserError
+from fastokd.learner.captured import CapturedStep
+from fastokd.learner.ema import LeaderAverage
+from fastokd.learner.guard import Guard, Held, Shared
+from fastokd.learner.optimizers import as_state, made_ready
+from fastokd.learner.replicas import Replicas
+from fastokd.learner.student_parallel import StudentParallel
+from fastokd.methods import Method, MethodLoss, Progress
+
+Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
+
+
+class Learner:
+    """The cohort, its method, and all that a step needs beside a batch.
+
+    Attributes:
+        progress: what changes from step to step, as device tensors that the owner fills.
+        scaler: the loss scale of fp16; disabled in other precisions.
+        guard: the flag on the device that skips a step which isn't finite.
+        average: the running average of the kept student's weights, or None.
+        student_parallel: this rank trains a share of the students, or None.
+        choice: engine, compiler and memory format in use; :meth:`adopt` changes it.
+        forward: :meth:`eager`, compiled and inside of DDP where asked for.
+        captured: the CUDA graphs of this choice's step, which ``step.py`` makes.
+        before: what a step writes in place and no optimizer skips, from before the step.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        method: Method,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        device: torch.device,
+        precision: str,
+        ranks: Ranks,
+        student_parallel: StudentParallel | None = None,
+        average: LeaderAverage | None = None,
+        accumulate: int = 1,
+        min_batch: int = 1,
+        clip_norm: float | None = None,
+        capture: bool = False,
+    ) -> None:
+        """``accumulate``: parts that a batch is taken in, each of at least ``min_batch`` images;
+        ``clip_norm``: the largest norm of all gradients; ``capture``: the step is a CUDA graph.
+
+        Raises:
+            UserError: ``capture`` without a GPU.
+        """
+        if capture and device.type != "cuda":
+            raise UserError(
+                f"capture is asked for on {device}, but only a GPU has graphs: leave --capture out"
+            )
+        self.cohort, self.method, self.optimizers = cohort, method, optimizers
+        self.device, self.precision, self.ranks = device, precision, ranks
+        self.student_parallel, self.average = student_parallel, average
+        self.accumulate, self.min_batch = accumulate, min_batch
+        self.clip_norm, self.capture = clip_norm, capture
+        self.progress = Progress.start(device, dtype=torch.float32)
+        self.scaler = gradient_scaler(device, precision)
+        self.guard = Guard(device)
+        self.choice = Choice()
+        self._before: Before | None = None
+
+    def adopt(self, choice: Choice, *, alone: bool = False) -> None:
+        """Runs the students by ``choice`` from the next step on; all state stays as it is.
+
+        ``alone``: the steps that follow are timed or tried on this rank only.
+
+        Raises:
+            UserError: the engine can't take these students; the message says why.
+        """
+        with self.autocast():  # the engine checks the dtype that it will run in
+            self.cohort.set_engine(choice.engine)
+        self.cohort.set_memory_format(choice.torch_memory_format)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        # A fused optimizer walks through both as they lie in memory.
+                        state[key] = as_state(value, parameter)
+        self.choice = choice
+        self._before = None
+        self.forward: Forward = self.eager
+        if choice.compile:
+            self.forward = torch.compile(self.eager, dynamic=False)
+        self.replicas: Replicas | None = None
+        if self.ranks.data.size > 1 and not alone:
+            self.forward = self.replicas = Replicas(
+                self.forward,
+                self.cohort,
+                self.method,
+                self.ranks.data.group,
+                accumulates=self.accumulate > 1,
+            )
+        self.captured: CapturedStep | None = None
+        self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
+
+    def eager(
+        self, images_BHWC: Tensor, labels_B: Tensor, progress: Progress
+    ) -> tuple[Tensor, Tensor | None, MethodLoss]:
+        """The forward pass: the students' logits, a teacher's, the loss."""
+        with self.autocast():
+            out = self.cohort(images_BHWC)
+            loss = self.method(out, labels_B, progress)
+            if self.student_parallel is not None:
+                loss = self.student_parallel.whole(loss)
+        return out.logits_SBC, out.extra_logits_EBC, loss
+
+    def autocast(self) -> Any:
+        """The context of the forward pass."""
+        return autocast(self.device, self.precision)
+
+    def train(self, mode: bool = True) -> None:
+        """Puts cohort and method in training mode."""
+        self.cohort.train(mode)
+        self.method.train(mode)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, the method's included."""
+        return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+
+    def parts_of(self, batch: int) -> int:
+        """The number of parts that a batch of ``batch`` images is taken in."""
+        return max(1, min(self.accumulate, batch // self.min_batch))
+
+    def sending(self, last: bool) -> AbstractContextManager[Any]:
+        """DDP averages gradients in the backward of the last part only."""
+        return nullcontext() if last or self.replicas is None else self.replicas.apart()
+
+    @property
+    def before(self) -> Before:
+        if self._before is None:
+            self._before = Before(self)
+        return self._before
+
+
+class Before:
+    """What a step writes in place and no optimizer skips: running statistics, and the rest.
+
+    The rest: other buffers, the average, what an optimizer without a flag writes, and all parameters
+    where the method has an ``after_step``.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        modules = (learner.cohort, learner.method)
+        statistics = running_statistics(*modules)
+        rest = [x for module in modules for x in module.buffers()]
+        if learner.average is not None:
+            rest += learner.average.tensors()
+        for optimizer in learner.optimizers:
+            rest += made_ready(optimizer)
+        if type(learner.method).after_step is not Method.after_step:
+            rest += [p for module in modules for p in module.parameters()]
+        rest = list({id(x): x for x in rest}.values())
+        known = {id(x) for x in statistics}
+        self.statistics = Held(statistics)
+        self.rest = Held(x for x in rest if id(x) not in known)
+        # The parts of an accumulated batch each start from these, where the method reads them.
+        self.read: Shared | None = None
+        if learner.method.needs.running_statistics:
+            self.read = Shared(running_statistics(learner.method))
+
+    def take(self) -> None:
+        """Copies the values before the step."""
+        self.statistics.take()
+        self.rest.take()
+
+    def put_back(self, untaken: Tensor) -> None:
+        """Restores the copies where the 0-d ``untaken`` isn't 0."""
+        self.statistics.put_back(untaken)
+        self.rest.put_back(untaken)
+
+
+def running_statistics(*modules: nn.Module) -> list[Tensor]:
+    """The running means and variances of all norms."""
+    norms = [
+        n for m in modules for n in m.modules() if isinstance(n, nn.modules.batchnorm._NormBase)
+    ]
+    return [x for n in norms for x in (n.running_mean, n.running_var) if x is not None]
