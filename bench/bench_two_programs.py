@@ -25,7 +25,7 @@ from fastokd.host.cpus import SPIN_COUNT, WAITING, said
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
-from fastokd.run.trial import next_batch, time_steps
+from fastokd.run.trial import time_steps
 
 # What libgomp takes where there are no more threads than CPUs.
 OWN = 300_000
@@ -68,7 +68,7 @@ def serve(lines: Iterable[str]) -> None:
     """A program's side: trains for as many seconds as each line says."""
     one = recipe(RECIPE)
     session = build(one, RunOptions(device="cpu", engine="loop", quiet=True))
-    batch = next_batch(session)
+    batch = session.next_batch()
     time_steps(session, batch, WARM_UP)
     print(0.0, flush=True)
     for line in lines:

@@ -36,12 +36,12 @@ from fastokd.run.tuning import tune
 __all__ = ["resume", "train", "train_epoch"]
 
 
-def train_epoch(session: Session, hooks: Hooks, keeper: Keeper) -> dict[str, Any]:
+def train_epoch(session: Session, hooks: Hooks) -> dict[str, Any]:
     """The rest of one epoch; the training metrics of all of it."""
     learner = session.learner
     learner.train()
     session.begin_epoch()
-    for images_BHWC, labels_B in session.batches(keeper.settle):
+    for images_BHWC, labels_B in session.batches(hooks.on_last_batch):
         session.begin_step(labels_B.shape[0])
         with saying_what_fits(session, images_BHWC, labels_B):
             logits_SBC, loss = training_step(learner, images_BHWC, labels_B)
@@ -134,7 +134,7 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
     with folder.keeping(session, keeper.save_now):
         while not session.is_over:
             started, images = time.perf_counter(), hooks.images
-            train_metrics = train_epoch(session, hooks, keeper)
+            train_metrics = train_epoch(session, hooks)
             seconds = time.perf_counter() - started
             row: dict[str, Any] = {
                 "epoch": session.epoch,

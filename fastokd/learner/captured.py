@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.errors import UserError
 from fastokd.learner.recording import recording
 
 # DistributedDataParallel measures and rebuilds its buckets within the first eleven.
@@ -26,6 +27,14 @@ WARM_UP_STEPS = 11
 Step = Callable[[Tensor, Tensor], Any]
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Any, Replay]]
+
+
+def check_captures(device: torch.device) -> None:
+    """Raises where ``device`` can't capture a CUDA graph."""
+    if device.type != "cuda":
+        raise UserError(
+            f"capture is asked for on {device}, but only a GPU has graphs: leave --capture out"
+        )
 
 
 class CapturedStep:

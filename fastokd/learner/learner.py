@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler
 from fastokd.distributed.ranks import Ranks
-from fastokd.errors import UserError
-from fastokd.learner.captured import CapturedStep
+from fastokd.learner.captured import CapturedStep, check_captures
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import Guard, Held, Shared
 from fastokd.learner.optimizers import as_state, made_ready
@@ -61,10 +60,8 @@ class Learner:
         Raises:
             UserError: ``capture`` without a GPU.
         """
-        if capture and device.type != "cuda":
-            raise UserError(
-                f"capture is asked for on {device}, but only a GPU has graphs: leave --capture out"
-            )
+        if capture:
+            check_captures(device)
         self.cohort, self.method, self.optimizers = cohort, method, optimizers
         self.device, self.precision, self.ranks = device, precision, ranks
         self.student_parallel, self.average = student_parallel, average

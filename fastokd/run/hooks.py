@@ -28,6 +28,9 @@ class Hook:
     def on_batch(self) -> None:
         """A batch of an evaluation was queued."""
 
+    def on_last_batch(self) -> None:
+        """All batches of the epoch are queued; the hook may move the session's position back."""
+
     def on_epoch(self, row: dict[str, Any]) -> None:
         """An epoch was trained, or measured, and is saved: its row of ``metrics.jsonl``."""
 
@@ -80,6 +83,10 @@ class Hooks:
     def on_batch(self) -> None:
         for hook in self._hooks:
             self._call(hook, hook.on_batch)
+
+    def on_last_batch(self) -> None:
+        for hook in self._hooks:
+            self._call(hook, hook.on_last_batch)
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         for hook in self._hooks:

@@ -124,14 +124,14 @@ class Keeper(Hook):
         self._unchecked = 0
         self.saved()
 
-    def settle(self) -> None:
+    def on_last_batch(self) -> None:
         """Looks whether the steps so far were taken."""
         self._unchecked = 0
         self._settle()
 
     def save_now(self) -> None:
         """A checkpoint of the steps that were taken."""
-        self.settle()
+        self.on_last_batch()
         self.save()
         self.saved()
 
@@ -150,7 +150,7 @@ class Keeper(Hook):
         self._steps += 1
         self._unchecked += 1
         if self._unchecked >= READ_EVERY:
-            self.settle()
+            self.on_last_batch()
         self.on_batch()
 
     def on_batch(self) -> None:

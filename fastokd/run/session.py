@@ -103,10 +103,10 @@ class Session:
                 factor = rate / recipe.lr if group["scheduled"] else 1.0
                 set_rate(group, group["initial_lr"] * factor)
 
-    def batches(self, settle: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the epoch. A step that wasn't taken is followed by the batches after it.
 
-        ``settle`` is called at the end, and may move the position back.
+        ``at_end`` may move the position back.
         """
         while self.batch < len(self.stream) and not self.stopped:
             for batch in self.stream.batches(self.epoch, self.batch):
@@ -114,7 +114,7 @@ class Session:
                 yield batch
                 if self.stopped or self.batch != index + 1:
                     break
-            settle()
+            at_end()
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the next step; the position stays."""

@@ -11,6 +11,7 @@ from fastokd.benchmark import loops
 from fastokd.benchmark.equality import agreement
 from fastokd.recipe.names import recipe
 from fastokd.run.options import RunOptions
+from fastokd.run.session import Session
 
 NAMES = (
     "okddip-branch/resnet8/cifar100",
@@ -50,14 +51,14 @@ def test_and_so_it_is_in_bf16() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_wrong_temperature_is_seen(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = loops.Session
+    build = loops.build
 
-    class Wrong(session):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.method.temperature = 2.0
+    def wrong(*args: Any, **kwargs: Any) -> Session:
+        session = build(*args, **kwargs)
+        session.learner.method.temperature = 2.0
+        return session
 
-    monkeypatch.setattr(loops, "Session", Wrong)
+    monkeypatch.setattr(loops, "build", wrong)
     assert not found("okddip-branch/resnet8/cifar100", precision).holds
 
 

@@ -254,7 +254,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     assert json.loads(said["mean"]) == list(mean)
     x_BHWC = session.data.train.read()[0][:2].float()
     expected = (x_BHWC / 255 - torch.tensor(mean)) / torch.tensor(std)
-    seen = x_BHWC * resumed.cohort.scale_C + resumed.cohort.shift_C
+    seen = x_BHWC * resumed.learner.cohort.scale_C + resumed.learner.cohort.shift_C
     torch.testing.assert_close(seen, expected)
     facts["mean"] = [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="trained on other data: its mean differ"):

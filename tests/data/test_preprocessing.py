@@ -25,9 +25,10 @@ from fastokd.data.sets.digits import digits_indices, digits_pixels
 from fastokd.data.views import View
 from fastokd.device import autocast
 from fastokd.errors import UserError
-from fastokd.evaluate import measure
+from fastokd.evaluate import evaluation_stream, measure
+from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run.build import build_cohort, evaluation_stream, load_splits
+from fastokd.run.build import load_splits
 from fastokd.run.options import RunOptions
 from fastokd.student.export.hub import _shown_by_timm
 from fastokd.student.file import read_weights, student_facts
@@ -41,7 +42,9 @@ CPU = torch.device("cpu")
 
 def scored(of: Recipe, data: DatasetSplits, file: Path) -> tuple[Tensor, float]:
     """A student's file, its cohort's probabilities on the test split, and the accuracy there."""
-    cohort, method = build_cohort(of, data, RunOptions())
+    cohort, method = build_cohort(
+        of, len(data.class_names), image_size=data.train.image_size[0], mean=data.mean, std=data.std
+    )
     save_file(
         cohort.student_state(0), file, student_facts(of, data.class_names, data.preprocessing, 0)
     )
@@ -147,7 +150,7 @@ def test_a_folder_in_memory_and_streamed(
     streamed: Any = {"resized_crop": True, "crop_padding": 0} if loader != "memory" else {}
     of = recipe("baseline/resnet8/imagefolder", eval_resize=eval_resize, **streamed)
     chosen: Any = {} if loader == "memory" else {"loader": loader, "workers": 1}
-    data = load_splits(of, RunOptions(data_root=photos, **chosen), CPU)
+    data = load_splits(of, RunOptions(data_root=photos, **chosen))
     assert data.loader == loader
     assert data.preprocessing.view == View(32, eval_resize)
     files = sorted((photos / "val").rglob("*.JPEG"))
@@ -174,7 +177,7 @@ def test_held_out_images_in_memory_are_cropped(photos: Path) -> None:
 def test_imagenet_is_tested_on_the_centre_of_256(photos: Path, tmp_path: Path) -> None:
     """From the recipe to the loader and to the student's file."""
     of = recipe("baseline/resnet18/imagenet")
-    data = load_splits(of, RunOptions(data_root=photos, loader="torchvision"), CPU)
+    data = load_splits(of, RunOptions(data_root=photos, loader="torchvision"))
     assert isinstance(data.test, DiskSplit)
     assert data.test.view == View(224, 256)
     facts = student_facts(of, data.class_names, data.preprocessing, 0)
@@ -238,7 +241,7 @@ def test_a_teacher_of_other_images_is_refused(
     change: dict[str, Any], says: str, photos: Path, tmp_path: Path
 ) -> None:
     of = recipe("baseline/resnet8/imagefolder")
-    data = load_splits(of, RunOptions(data_root=photos), CPU)
+    data = load_splits(of, RunOptions(data_root=photos))
     file = tmp_path / "teacher.safetensors"
     scored(of, data, file)
     build_teacher(read_weights(file), data)

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from fastokd.run.untouched import untouched
 from torch import Tensor
 
 import fastokd
@@ -28,7 +27,7 @@ from fastokd.run.interruption import Interrupted, StopRequest
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.trial import job, time_eager
-from fastokd.run.tuning import tune
+from fastokd.run.tuning import tune, untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
 

@@ -221,10 +221,10 @@ def test_a_signal_that_finds_no_room_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
     stop = StopRequest()
     keeper = Keeper(full, stop, 1, None)
-    keeper.stepped()  # goes on
+    keeper.on_step(1)  # goes on
     stop.received = signal.SIGTERM
     with pytest.raises(DiskError):
-        keeper.stepped()
+        keeper.on_step(1)
 
 
 def test_calls_of_a_report_may_fail(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import fastokd
 from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep
-from fastokd.learner.step import training_step
+from fastokd.learner.step import step, training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
@@ -32,8 +33,9 @@ def session_of(device: torch.device, one: Recipe, captured: bool, **options: Any
     )
     session = OurLoop(one, chosen).session
     if captured and not on_gpu:
-        program = session.step_program
-        program.captured = CapturedStep(program.run, device, Recorder())
+        learner = session.learner
+        learner.capture = True
+        learner.captured = CapturedStep(partial(step, learner), device, Recorder())
     return session
 
 
@@ -67,7 +69,7 @@ def train(
 
 
 def graphs(session: Session) -> int:
-    captured = session.step_program.captured
+    captured = session.learner.captured
     assert captured is not None
     return sum(graph is not None for graph in captured.graphs.values())
 
@@ -108,8 +110,8 @@ def test_captured_with_fused_losses(
     theirs, _ = train(eager, [16] * (WARM_UP_STEPS + 9))
     ours, _ = train(captured, [16] * (WARM_UP_STEPS + 9))
     assert graphs(captured) == 1
-    assert eager.guard.read() is None
-    assert captured.guard.read() is None
+    assert eager.learner.guard.read() is None
+    assert captured.learner.guard.read() is None
     assert ours == pytest.approx(theirs, rel=0.05)
 
 

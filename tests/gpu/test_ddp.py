@@ -41,12 +41,14 @@ def test_a_ddp_step_is_the_plain_one(
 ) -> None:
     one = small(method, "network", lr=0.01)
     plain, replicated = (session_of(device, one, how) for how in (False, captured))
-    program = replicated.step_program
-    program.forward = program.replicas = Replicas(replicated, program.forward)
-    replicated.guard.share = largest
+    learner = replicated.learner
+    learner.forward = learner.replicas = Replicas(
+        learner.forward, learner.cohort, learner.method, learner.ranks.data.group, accumulates=False
+    )
+    learner.guard.share = largest
     theirs, theirs_end = train(plain, [6] * 16)
     ours, ours_end = train(replicated, [6] * 16)
-    assert program.replicas.ddp is not None
+    assert learner.replicas.ddp is not None
     assert not captured or graphs(replicated) == 1
     assert ours == pytest.approx(theirs, rel=1e-2)
     assert torch.linalg.vector_norm(ours_end - theirs_end) < 1e-2 * torch.linalg.vector_norm(

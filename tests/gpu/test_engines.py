@@ -42,7 +42,7 @@ def test_a_fused_step_is_the_plain_one(device: torch.device, method: str, sharin
         loop = OurLoop(small(method, sharing), options)
         session = loop.session
         session.begin_step(len(loop.labels_B))
-        session.step_program.gradients(loop.images_BHWC, loop.labels_B)
+        gradients(session.learner, loop.images_BHWC, loop.labels_B)
         found = [p.grad.flatten() for p in session.learner.parameters() if p.grad is not None]
         gradients.append(torch.cat(found))
     plain, fused = gradients

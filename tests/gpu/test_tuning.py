@@ -14,7 +14,6 @@ from fastokd.learner.guard import random_state
 from fastokd.learner.recording import recording
 from fastokd.learner.step import training_step
 from fastokd.run.session import Session
-from fastokd.run.trial import next_batch
 from fastokd.run.tuning import tune
 from tests.run.tuned import (
     LONG,
@@ -117,15 +116,15 @@ def test_tuning_survives_a_candidate_that_cannot_be_captured_and_one_without_mem
     torch.testing.assert_close(random_state(session.learner.device), random)
     plain = bf16_session(device)
     for one in (session, plain):  # eager, captured, replayed
-        batch = next_batch(one)
+        batch = one.next_batch()
         one.begin_epoch()
-        one.cohort.train()
-        one.method.train()
+        one.learner.cohort.train()
+        one.learner.method.train()
         for _ in range(15):
             one.begin_step(len(batch[1]))
-            loss = training_step(one, *batch)[1].total
+            loss = training_step(one.learner, *batch)[1].total
         assert loss.isfinite()
-    first, second = ([p.detach() for p in one.parameters()] for one in (session, plain))
+    first, second = ([p.detach() for p in one.learner.parameters()] for one in (session, plain))
     torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)
 
 

@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import OurLoop
+from fastokd.learner import step as step_module
+from fastokd.learner.build import build_optimizers
 from fastokd.learner.guard import Guard
-from fastokd.methods import Progress, create_method
-from fastokd.run.build import build_optimizers
+from fastokd.learner.learner import Learner
+from fastokd.methods import MethodLoss, Progress, create_method
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from tests.learner.every_method import small
@@ -69,22 +71,24 @@ def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any)
         session.learner.progress.draws = {name: _fake(x) for name, x in draws.items()}
         images_BHWC = torch.empty(B, 32, 32, 3, dtype=torch.uint8, device=CUDA)
         labels_B = torch.empty(B, dtype=torch.long, device=CUDA)
-        program = session.step_program
-        held = program.held
-        with Dispatched() as seen:
-            for tensors in held:
-                tensors.take()
-            logits_SBC, extra_EBC, loss = program.eager(
-                images_BHWC, labels_B, session.learner.progress
-            )
-            session.learner.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
-            for parameter in session.learner.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            program.update()
-            session.learner.guard.counted()
+        learner = session.learner
+        learner.before  # noqa: B018  # made before the step is counted
+        with mock.patch.object(step_module, "gradients", without_backward), Dispatched() as seen:
+            logits_SBC, loss = step_module.step(learner, images_BHWC, labels_B)
             losses = {"loss": loss.total, **loss.parts}
             session.meter.update(logits_SBC, labels_B, losses, session.learner.guard.fault)
     return seen
+
+
+def without_backward(
+    learner: Learner, images_BHWC: Tensor, labels_B: Tensor
+) -> tuple[Tensor, MethodLoss]:
+    """In place of ``gradients``: the forward, and gradients that nobody computed."""
+    logits_SBC, extra_EBC, loss = learner.eager(images_BHWC, labels_B, learner.progress)
+    learner.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
+    for parameter in learner.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    return logits_SBC, loss
 
 
 def _move(session: Session) -> None:
@@ -110,7 +114,7 @@ def _move(session: Session) -> None:
     session.learner.guard = Guard(CUDA)
     session.learner.progress = Progress.start(CUDA, dtype=torch.float32)
     session.learner.optimizers = build_optimizers(
-        session.learner.cohort, session.learner.method, session.recipe, session.options, CUDA
+        session.learner.cohort, session.learner.method, session.recipe, "sgd", CUDA
     )
 
 

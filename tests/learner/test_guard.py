@@ -20,11 +20,11 @@ from fastokd.learner.guard import Held
 from fastokd.methods import MethodLoss
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run import build as parts
+from fastokd.learner import build as parts
 from fastokd.run import interruption
 from fastokd.run.build import build
 from fastokd.run.folder import Run
-from fastokd.run.hooks import Watchers
+from fastokd.run.hooks import Hooks
 from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.nonfinite import settle
 from fastokd.run.options import RunOptions
@@ -63,8 +63,9 @@ def go(session: Session, steps: int = STEPS, read_each: bool = False) -> None:
     def check() -> None:
         settle(session, lambda: None)
 
-    keeper = Keeper(check, StopRequest(), 1 if read_each else None, None, check=check)
-    train_epoch(session, Watchers(), keeper)
+    hooks = Hooks()
+    hooks.add(Keeper(check, StopRequest(), 1 if read_each else None, None, settle=check))
+    train_epoch(session, hooks)
 
 
 def digest(session: Session) -> str:
@@ -272,7 +273,7 @@ def test_no_more_are_skipped_than_may_be(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_first_step_of_all() -> None:
     """Torch's fused SGD would leave momentum as the memory was, and the next step would use it."""
     hurt, whole = session_of(skip_nonfinite=1), session_of()
-    weight = hurt.cohort.students[0].get_submodule("fc").weight
+    weight = hurt.learner.cohort.students[0].get_submodule("fc").weight
     weight.register_hook(lambda g: g * NAN if hurt.step == 0 else g)  # type: ignore[union-attr, operator]
     go(hurt, steps=3)
     whole.step = whole.batch = whole.skipped = 1
@@ -347,10 +348,10 @@ def test_a_flag_is_read_every_so_often_and_before_a_save(monkeypatch: pytest.Mon
     monkeypatch.setattr(interruption, "READ_EVERY", 3)
     done: list[str] = []
     keeper = Keeper(
-        lambda: done.append("save"), StopRequest(), 4, None, check=lambda: done.append("check")
+        lambda: done.append("save"), StopRequest(), 4, None, settle=lambda: done.append("check")
     )
     for _ in range(7):
-        keeper.stepped()
+        keeper.on_step(1)
     assert done == ["check", "check", "save", "check"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import fastokd
 from fastokd.cohort import Choice
 from fastokd.errors import UserError
 from fastokd.learner.captured import CapturedStep
-from fastokd.learner.step import training_step
+from fastokd.learner.step import step, training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
@@ -69,8 +70,8 @@ def test_a_batch_in_parts_is_the_batch_where_the_norms_allow(name: str) -> None:
     whole = frozen_norms(doubled(session_of(one)))
     parts = frozen_norms(doubled(session_of(one, accumulate=3)))
     if name == "ffsd":
-        whole.method.eval()
-        parts.method.eval()
+        whole.learner.method.eval()
+        parts.learner.method.eval()
     assert take(whole, 2) == pytest.approx(take(parts, 2), rel=1e-9)
     torch.testing.assert_close(state(parts), state(whole), rtol=1e-9, atol=1e-9)
 
@@ -113,7 +114,7 @@ def test_parts_are_what_the_norms_see_and_memory_holds() -> None:
     assert loss.parts["ce_S"].shape == (2,)
     assert session.learner.parts_of(3) == 3
     gate = session_of(small("one/resnet8/digits"), accumulate=4)
-    assert [gate.parts_of(b) for b in (8, 5, 2)] == [4, 2, 1]
+    assert [gate.learner.parts_of(b) for b in (8, 5, 2)] == [4, 2, 1]
 
 
 def test_a_clipped_gradient_has_the_norm() -> None:
@@ -146,7 +147,7 @@ def test_fp16_scales_the_loss_and_skips_what_overflows() -> None:
     tensors, facts = session.state()
     again = session_of(precision="fp16")
     again.load_state(tensors, facts)
-    assert again.scaler.state_dict() == session.learner.scaler.state_dict()
+    assert again.learner.scaler.state_dict() == session.learner.scaler.state_dict()
 
 
 def test_a_clipped_fp16_gradient_is_clipped_unscaled() -> None:
@@ -220,8 +221,8 @@ def test_initial_weights_do_not_depend_on_the_engine(engine: str) -> None:
 def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
     """Epochs 0, 40 (the ramp), 150 (the rate): what changes is read, not frozen, nor recompiled."""
     eager, compiled = session_of(batch(4)), session_of(batch(4), compile=True)
-    assert compiled.choice.compile
-    start = torch.cat([p.detach().flatten() for p in eager.parameters()])
+    assert compiled.learner.choice.compile
+    start = torch.cat([p.detach().flatten() for p in eager.learner.parameters()])
     for epoch in (0, 40, 150):
         losses = []
         for session in (eager, compiled):
@@ -273,9 +274,11 @@ def test_a_captured_step_reads_each_batch_from_the_same_tensors(
     one = small("okddip_random-branch/resnet8/digits", students=2)
     plain, captured = session_of(one), session_of(one)
     recorder = Recorder()
-    step = CapturedStep(captured.step_program.run, captured.device, recorder, warm_up=2)
+    graphs = CapturedStep(
+        partial(step, captured.learner), captured.learner.device, recorder, warm_up=2
+    )
     for index, size in enumerate(sizes):
-        for session, run in ((plain, plain.step_program), (captured, step)):
+        for session, run in ((plain, partial(step, plain.learner)), (captured, graphs)):
             session.epoch = 40 * index
             session.begin_epoch()
             images, labels = (part[:size] for part in session.stream.batch(0, index))
@@ -289,7 +292,7 @@ def test_a_captured_step_reads_each_batch_from_the_same_tensors(
 def test_out_of_memory_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The package has a function of that name.
     train_module = importlib.import_module("fastokd.train")
-    real = train_module.Session
+    real = train_module.build
 
     def limited(*args: Any, **kwargs: Any) -> Session:
         session = real(*args, **kwargs)
@@ -301,6 +304,6 @@ def test_out_of_memory_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.M
         session.learner.cohort.register_forward_pre_hook(refuse)
         return session
 
-    monkeypatch.setattr(train_module, "Session", limited)
+    monkeypatch.setattr(train_module, "build", limited)
     with pytest.raises(UserError, match=r"63 would fit: --batch-size 63, or --accumulate 4"):
         fastokd.train(small(batch_size=250), out=tmp_path / "run", **PLAIN)

@@ -79,7 +79,7 @@ def test_other_engines_read_nothing_back(method: str, engine: str) -> None:
     how = RunOptions(device="cpu", precision="bf16", engine=engine, impl="torch")
     loop = OurLoop(small(method, "network"), how)
     with NoWaits() as watch:
-        training_step(loop.session, loop.images_BHWC, loop.labels_B)
+        training_step(loop.session.learner, loop.images_BHWC, loop.labels_B)
     assert watch.ops > 100
 
 

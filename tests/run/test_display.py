@@ -36,14 +36,14 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | No
         epoch=0,
         steps_left=96,
         data=SimpleNamespace(note="read from here"),
-        ranks=SimpleNamespace(note=lambda batch, students: ""),
+        learner=SimpleNamespace(ranks=SimpleNamespace(note=lambda batch, students: "")),
     )
     live = Display(session, quiet=False)  # type: ignore[arg-type]
-    live.begin()
+    live.on_begin()
     for epoch in range(12):
-        live.step(64)
-        live.row(row(epoch, leader))
-    live.close()
+        live.on_step(64)
+        live.on_epoch(row(epoch, leader))
+    live.on_end()
     return out.getvalue()
 
 

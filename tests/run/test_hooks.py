@@ -15,7 +15,7 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.folder import Run
-from fastokd.run.hooks import Watcher, Watchers
+from fastokd.run.hooks import Hook, Hooks
 from fastokd.run.loggers import scalars
 from fastokd.run.options import RunOptions
 from fastokd.train import train
@@ -44,17 +44,17 @@ def test_who_began_last_is_closed_first(capsys: pytest.CaptureFixture[str]) -> N
     """And one that fails keeps nobody from being closed."""
     closed = []
 
-    class Closing(Watcher):
+    class Closing(Hook):
         def __init__(self, title: str) -> None:
             self.title = title
 
-        def close(self) -> None:
+        def on_end(self) -> None:
             closed.append(self.title)
             if self.title == "b":
                 raise OSError("full")
 
-    with Watchers() as watchers:
-        watchers.begin(*map(Closing, "abc"))
+    with Hooks() as hooks:
+        hooks.add(*map(Closing, "abc"))
     assert closed == ["c", "b", "a"]
     assert capsys.readouterr().err == "warning: the run goes on without b: OSError: full\n"
 

@@ -171,7 +171,7 @@ def test_state_is_saved_every_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -
     keeper = Keeper(lambda: saves.append(clock[0]), StopRequest(), None, 0.5)
     for _ in range(10):
         clock[0] += 10
-        keeper.stepped()
+        keeper.on_step(1)
     assert saves == [30, 60, 90]
 
 

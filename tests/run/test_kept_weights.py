@@ -121,7 +121,7 @@ def test_a_student_of_before_the_newest_checkpoint_is_not_used(
     assert f"from {saved}" in done.lines[0]
     assert of_step(read_weights(done.folder / "resnet8.safetensors")) == 4
     begun = build(small(), RunOptions(**QUICK, init=(str(run),)))
-    ours = begun.cohort.student_state(1)["layer3.0.conv1.weight"]
+    ours = begun.learner.cohort.student_state(1)["layer3.0.conv1.weight"]
     assert torch.equal(ours, tensors["cohort.students.1.layer3.0.conv1.weight"])
 
 
@@ -275,11 +275,11 @@ def test_the_share_of_a_step_falls_to_what_the_decay_says_and_is_resumed() -> No
     tensors, facts = session.state()
     again = build(small(), RunOptions(**QUICK, ema=0.6))
     again.load_state(tensors, facts)
-    assert again.average is not None
-    assert again.average.updates == 3
+    assert again.learner.average is not None
+    assert again.learner.average.updates == 3
     older = {name: value for name, value in tensors.items() if name != "ema_updates"}
     again.load_state(older, facts)
-    assert again.average.share() == torch.tensor(1 - 0.6)
+    assert again.learner.average.share() == torch.tensor(1 - 0.6)
 
 
 def updating(average: LeaderAverage) -> Callable[[Tensor], Any]:
@@ -342,7 +342,7 @@ def test_dropout_goes_on_where_it_stopped() -> None:
     resumed.load_state(tensors, facts)
     take(resumed)
     for (key, ours), theirs in zip(
-        resumed.cohort.state_dict().items(), whole.cohort.state_dict().values(), strict=True
+        resumed.learner.cohort.state_dict().items(), whole.learner.cohort.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs), key
 
@@ -353,19 +353,19 @@ def test_a_student_that_is_another_alone_is_written_and_the_run_says_so(
     """Its cohort multiplies its logits, which no file can say."""
     kept: list[Session] = []
 
-    class Louder(Session):
-        def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, **named)
-            head = self.cohort.students[1].get_submodule("fc")
-            head.register_forward_hook(lambda module, inputs, output: output * 1.01)
-            kept.append(self)
+    def louder(*given: Any, **named: Any) -> Session:
+        session = build(*given, **named)
+        head = session.learner.cohort.students[1].get_submodule("fc")
+        head.register_forward_hook(lambda module, inputs, output: output * 1.01)
+        kept.append(session)
+        return session
 
-    monkeypatch.setattr(importlib.import_module("fastokd.train"), "Session", Louder)
+    monkeypatch.setattr(importlib.import_module("fastokd.train"), "build", louder)
     with pytest.raises(UserError, match=r"gives other logits alone than within its cohort: 0\.0"):
         fastokd.train(small(), out=tmp_path / "run", max_steps=1, **QUICK)
     assert list_checkpoints(tmp_path / "run/checkpoints")
     state = load_file(tmp_path / "run" / STUDENT)
-    assert torch.equal(state["fc.weight"], kept[0].cohort.student_state(1)["fc.weight"])
+    assert torch.equal(state["fc.weight"], kept[0].learner.cohort.student_state(1)["fc.weight"])
 
 
 @pytest.mark.parametrize("training", [False, True])

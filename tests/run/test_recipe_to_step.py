@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastokd.learner.build import build_optimizers
 from fastokd.methods import OptimGroup, create_method
 from fastokd.methods.okddip import OKDDip
 from fastokd.recipe.names import recipe
-from fastokd.run.build import build_optimizers
 from tests.learner.test_step import doubled, session_of, small
 
 
@@ -90,7 +90,7 @@ def test_a_groups_zeros_are_its_own() -> None:
     plain = create_method("okddip", session.learner.cohort.shape)
     for one, decay, rate in ((method, 0.0, 0.0), (plain, 5e-4, 0.1)):
         (optimizer,) = build_optimizers(
-            session.learner.cohort, one, session.recipe, session.options, session.learner.device
+            session.learner.cohort, one, session.recipe, "sgd", session.learner.device
         )
         students, own = optimizer.param_groups
         assert students["weight_decay"] == 5e-4

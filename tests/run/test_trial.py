@@ -17,16 +17,17 @@ import torch
 import fastokd
 from fastokd.cohort import Choice
 from fastokd.errors import DeviceLostError, UserError
+from fastokd.learner import state as state_module
 from fastokd.learner import step
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
-from fastokd.run import trial, tuning, untouched
+from fastokd.run import trial, tuning
 from fastokd.run import trial_worker as tuning_worker
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.trial import ask, job, time_compiled, time_eager
-from fastokd.run.tuning import tune
+from fastokd.run.tuning import tune, untouched
 from tests.learner.every_method import COMPILES
 from tests.run.tuned import (
     AUTO,
@@ -59,7 +60,7 @@ def test_trials_leave_no_trace(steps: int, precision: str) -> None:
     """Before the first step, when optimizers have no state, and in mid-run."""
     session = session_of(precision=precision)
     before = begun(session, steps)
-    with untouched.untouched(session) as put_back:
+    with untouched(session) as put_back:
         for choice in (GROUPED, Choice("loop", False, "contiguous"), Choice("vmap")):
             assert time_eager(session, choice, None).step_ms
         torch.rand(3)
@@ -142,7 +143,7 @@ def test_numbers_are_drawn_as_before_after_a_failed_capture(
     session = session_of(capture=True)
     before = fingerprint(session)
     expected = torch.rand(5, generator=torch.Generator().set_state(torch.get_rng_state()))
-    with untouched.untouched(session):
+    with untouched(session):
         assert time_eager(session, GROUPED, None).failed
     assert fingerprint(session) == before
     assert torch.equal(torch.rand(5), expected)
@@ -165,7 +166,7 @@ def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatc
     session = session_of()
     gc.disable()
     try:
-        with untouched.untouched(session):
+        with untouched(session):
             assert time_eager(session, GROUPED, None).failed
             assert held[0]() is None
     finally:
@@ -221,10 +222,10 @@ def test_a_lost_gpu_ends_the_process_and_its_candidate_is_left_out(
 
     session = session_of()
     with monkeypatch.context() as patch:
-        for module in (trial, untouched):
+        for module in (trial, tuning):
             patch.setattr(module, "is_lost", lambda device: bool(lost))
         failing(patch, "grouped", fault)
-        patch.setattr(untouched, "set_random_state", restoring)
+        patch.setattr(state_module, "set_random_state", restoring)
         with pytest.raises(DeviceLostError, match=f"^grouped, eager, channels_last {CLOSED}"):
             tune(session, LONG)
     assert fastokd.errors.UserError in DeviceLostError.__mro__
@@ -293,9 +294,9 @@ def test_the_worker_takes_the_options_of_the_run(
         made.append(build(*arguments, **how))
         return made[-1]
 
-    monkeypatch.setattr(tuning_worker, "Session", noting)
+    monkeypatch.setattr(tuning_worker, "build", noting)
     assert tuning_worker.work(told)["step_ms"] > 0
-    assert made[0].choice == Choice("grouped", True, "contiguous")
+    assert made[0].learner.choice == Choice("grouped", True, "contiguous")
     assert made[0].options == options
 
 
@@ -335,7 +336,7 @@ def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
     """The run that asks holds memory on the same device; any other error is remembered."""
     told = job(session_of(), Choice("loop", True))
     for error, final in ((memory(), False), (RuntimeError("no lowering"), True)):
-        monkeypatch.setattr(tuning_worker, "Session", lambda *_, e=error, **__: raising(e)())
+        monkeypatch.setattr(tuning_worker, "build", lambda *_, e=error, **__: raising(e)())
         answer = tuning_worker.work(json.loads(json.dumps(told)))
         assert answer["failed"]
         assert answer["final"] == final

@@ -23,7 +23,6 @@ from fastokd.run import trial, tuning
 from fastokd.run.autotuner import Timing, pick, table
 from fastokd.run.interruption import Interrupted
 from fastokd.run.session import Session
-from fastokd.run.trial import next_batch
 from fastokd.run.tuning import tune
 from tests.run.tuned import (
     AUTO,
@@ -60,7 +59,7 @@ def answering(
 
 def take(session: Session, steps: int) -> None:
     """Steps as a run takes them."""
-    batch = next_batch(session)
+    batch = session.next_batch()
     session.begin_epoch()
     for _ in range(steps):
         session.begin_step(len(batch[1]))
@@ -108,7 +107,7 @@ def test_what_is_asked_for_runs(
     compiled.clear()
     take(session, WARM_UP + 2)
     assert bool(compiled) == runs.endswith("compiled")
-    captured = session.step_program.captured
+    captured = session.learner.captured
     assert (captured is not None and None not in captured.graphs.values()) == capture
 
 
@@ -130,7 +129,7 @@ def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(tuning, "time_eager", None)
     again = session_of()
     tune(again, 2)
-    assert again.choice == session.learner.choice
+    assert again.learner.choice == session.learner.choice
 
 
 def test_what_cannot_take_the_cohort_is_listed_with_the_reason() -> None:
@@ -265,5 +264,5 @@ def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
         tune(session_of(other, compile=True), LONG)
     unasked = session_of(other, compile=None)
     timings = tune(unasked, LONG)
-    assert unasked.choice == Choice("loop")
+    assert unasked.learner.choice == Choice("loop")
     assert [asdict(t.choice)["compile"] for t in timings if t.failed] == [True, True]

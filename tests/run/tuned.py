@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from fastokd.cohort import Choice
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
+from fastokd.learner import learner as learner_module
+from fastokd.learner import step as step_module
 from fastokd.learner.captured import CapturedStep
-from fastokd.learner.step import StepProgram
+from fastokd.learner.learner import Learner
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run import session as session_module
 from fastokd.run import trial, tuning
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
@@ -124,29 +125,25 @@ def recorded(monkeypatch: pytest.MonkeyPatch, refused: dict[str, Exception] | No
     """Has a CPU capture: the body runs in replays. A recording of an engine in ``refused`` fails,
     after it has drawn a random number and run the step."""
 
-    class Recorded(StepProgram):
-        def __init__(self, session: Session, *, alone: bool = False) -> None:
-            options = session.options
-            session.options = replace(options, capture=False)
-            super().__init__(session, alone=alone)
-            session.options = options
-            if options.capture:
-                self.captured = CapturedStep(self.run, session.learner.device, self.record, WARM_UP)
+    def record(learner: Learner, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        error = (refused or {}).get(learner.choice.engine)
+        if error is not None:
+            torch.rand(3)
+            body()
+            raise error
+        kept: list[Any] = []
 
-        def record(self, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-            error = (refused or {}).get(self.session.learner.choice.engine)
-            if error is not None:
-                torch.rand(3)
-                body()
-                raise error
-            kept: list[Any] = []
+        def replay() -> None:
+            kept[:] = body()
 
-            def replay() -> None:
-                kept[:] = body()
+        return kept, replay
 
-            return kept, replay
+    def captured(body: Any, device: torch.device) -> CapturedStep:
+        (learner,) = body.args
+        return CapturedStep(body, device, partial(record, learner), WARM_UP)
 
-    monkeypatch.setattr(session_module, "StepProgram", Recorded)
+    monkeypatch.setattr(step_module, "CapturedStep", captured)
+    monkeypatch.setattr(learner_module, "check_captures", lambda device: None)
     monkeypatch.setattr(trial, "WARM_UP_STEPS", WARM_UP)
 
 
