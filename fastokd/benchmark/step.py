@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastokd.benchmark.peak import MatmulPeak
 from fastokd.benchmark.synthetic import num_classes
-from fastokd.benchmark.worker import Spec, Worker
+from fastokd.benchmark.worker import Spec, Timed
 from fastokd.device import pick_device
 from fastokd.errors import UserError
 from fastokd.models import Student, create_model
@@ -140,10 +140,10 @@ class InTurn:
             torch.set_num_threads(threads)
         self.specs = tuple(spec.settled() for spec in specs)
         self.seconds: list[list[float]] = [[] for _ in specs]
-        self.workers: list[Worker] = []
+        self.workers: list[Timed] = []
         try:
             for spec in self.specs:
-                worker = Worker(spec)
+                worker = Timed(spec)
                 self.workers.append(worker)  # at once: it is ended though the next one fails
         except BaseException:
             self.close()

@@ -2,20 +2,15 @@
 
 The parent asks for one step at a time, which lets it time several loops in turn::
 
-    with Worker(Spec(recipe, "fastokd")) as ours, Worker(Spec(recipe, "reference")) as theirs:
+    with Timed(Spec(recipe, "fastokd")) as ours, Timed(Spec(recipe, "reference")) as theirs:
         times = [(ours.step(), theirs.step()) for _ in range(20)]
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,6 +24,7 @@ from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
+from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,
@@ -88,110 +84,66 @@ class Spec:
         """
         if self.loop != "fastokd" or self.engine != "auto":
             return self
-        with Worker(self) as worker:
-            return replace(self, **worker.facts["choice"])
+        with Timed(self) as timed:
+            return replace(self, **timed.first["choice"])
 
 
-class Worker:
+class Timed(Worker):
     """A loop in its own process, ready to step when the constructor returns.
 
     Raises:
-        UserError: what the loop's own construction raises.
+        UserError: the loop's own construction raises it.
     """
 
     def __init__(self, spec: Spec) -> None:
-        text = json.dumps({**asdict(spec), "recipe": spec.recipe.to_json()})
-        environment = dict(os.environ)
-        if spec.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(spec.threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastokd.benchmark.worker", text],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        job = {**asdict(spec), "recipe": spec.recipe.to_json()}
         try:
-            self.facts = self._answer()
-        except BaseException:
+            super().__init__("fastokd.benchmark.worker:loop_here", job, threads=spec.threads)
+        except WorkerEndedError as ended:
+            raise UserError(f"the timed loop: {ended}") from ended
+        if "error" in self.first:
             self.close()
-            raise
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError("the timed loop ended early: its own message stands above")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer
-
-    def _ask(self, question: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+            raise UserError(self.first["error"])
+        self.facts = self.first
 
     def step(self) -> float:
         """Trains one step; the seconds that it took."""
-        seconds: float = self._ask("step")["seconds"]
+        seconds: float = self.ask("step")["seconds"]
         return seconds
 
     def peak_memory(self) -> int:
         """The most bytes that were held in any step so far, beyond the imports."""
-        peak: int = self._ask("memory")["bytes"]
+        peak: int = self.ask("memory")["bytes"]
         return peak
 
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def serve(text: str, say: Callable[[dict[str, Any]], None]) -> None:
-    """The worker's side: answers one question a line until its input ends."""
-    values = json.loads(text)
-    spec = Spec(**{**values, "recipe": Recipe.from_json(values["recipe"])})
+def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:
+    """The loop of a :class:`Spec`: its facts, and what answers ``"step"`` and ``"memory"``."""
+    spec = Spec(**{**job, "recipe": Recipe.from_json(job["recipe"])})
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     try:
         memory = PeakMemory(pick_device(spec.device))
         loop = LOOPS[spec.loop](spec.recipe, spec.options())
         if isinstance(loop, OurLoop) and spec.engine == "auto":
-            say({"choice": loop.choose()})
-            return
+            return {"choice": loop.choose()}, None
         # The first step makes what is kept between steps; the second is looked at op by op.
         loop.step()
         facts = loop.facts()
         loop.step()
         synchronize(loop.device)
     except UserError as error:
-        say({"error": str(error)})
-        return
-    say({**facts, **_machine(loop)})
-    for question in sys.stdin:
-        if question.strip() == "memory":
-            say({"bytes": memory.read()})
-            continue
+        return {"error": str(error)}, None
+
+    def answer(question: str) -> Answer:
+        if question == "memory":
+            return {"bytes": memory.read()}
         start = time.perf_counter()
         loop.step()
         synchronize(loop.device)
-        say({"seconds": time.perf_counter() - start})
+        return {"seconds": time.perf_counter() - start}
+
+    return {**facts, **_machine(loop)}, answer
 
 
 def _machine(loop: Loop) -> dict[str, Any]:
@@ -205,19 +157,3 @@ def _machine(loop: Loop) -> dict[str, Any]:
         "precision": loop.precision,
         "threads": torch.get_num_threads(),
     }
-
-
-def main() -> None:
-    """Answers alone go where the parent reads; whatever else is printed goes to its errors."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-    serve(sys.argv[1], say)
-
-
-if __name__ == "__main__":
-    main()

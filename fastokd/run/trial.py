@@ -1,21 +1,15 @@
 """One candidate of ``engine="auto"``, timed over a few steps; or why it can't take them.
 
 An eager candidate runs in this process. A compiled one runs in a process of its own
-(``tuning_worker.py``), which is killed when it has cost what it could save.
+(``worker.py``), which is killed when it has cost what it could save.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from time import perf_counter as clock
 from typing import Any
@@ -24,13 +18,20 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort.choice import Choice
+from fastokd.data import DatasetSplits, Split
+from fastokd.data.preprocessing import Preprocessing
 from fastokd.device import is_lost
 from fastokd.errors import DeviceLostError, UserError, in_one_line
 from fastokd.learner.captured import WARM_UP_STEPS
 from fastokd.learner.step import training_step
+from fastokd.methods import register_method
+from fastokd.recipe.recipe import Recipe
 from fastokd.run.autotuner import SAVABLE, Timing
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
+from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
 # Of each candidate: those that warm it up, and these.
 TIMED_STEPS = 3
@@ -40,8 +41,6 @@ HOPELESS = 3.0
 COMPILE_SECONDS = 60.0
 # The most that a compiled trial takes, in seconds.
 PATIENCE = 600.0
-# Between two looks whether the run is to stop.
-LOOK_EVERY = 0.5
 
 Batch = tuple[Tensor, Tensor]
 
@@ -135,11 +134,26 @@ def time_compiled(
     if seconds <= COMPILE_SECONDS:
         note = f"not tried: it could save {seconds:.0f} s, and compiling takes longer"
         return Timing(choice, note=note, final=False)
-    command = [sys.executable, "-m", "fastokd.run.trial_worker"]
-    return Timing(choice, **ask(command, job(session, choice), seconds, stopped))
+    told = job(session, choice)
+    return Timing(choice, **ask("fastokd.run.trial:trial_here", told, seconds, stopped))
 
 
-def job(session: Session, choice: Choice) -> dict[str, Any]:
+def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) -> Answer:
+    """What the function ``make`` answers in a process of its own: fields of a :class:`Timing`."""
+    threads = torch.get_num_threads()
+    try:
+        with Worker(
+            make, told, threads=threads, seconds=seconds, stopped=stopped, quiet=True
+        ) as worker:
+            return worker.first
+    except WorkerEndedError as ended:
+        note = str(ended)
+        if stopped():
+            return {"note": note, "final": False}
+        return {"note": note} if note.startswith("killed") else {"note": note, "failed": True}
+
+
+def job(session: Session, choice: Choice) -> Answer:
     """The run's recipe, options and data, for a process that draws its images and is alone."""
     options = replace(
         session.options,
@@ -166,48 +180,29 @@ def job(session: Session, choice: Choice) -> dict[str, Any]:
     return {"recipe": recipe.to_json(), "options": options.to_json(), "data": data}
 
 
-def ask(
-    command: list[str],
-    told: dict[str, Any],
-    seconds: float,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """What ``command`` answers to what it is told, both in JSON: fields of a :class:`Timing`.
-
-    After ``seconds``, or where the run is ``stopped``, it is killed with all that it started.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for a method of one's own
-    env.pop("WORLD_SIZE", None)  # torchrun's: this one is alone
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        start_new_session=True,
-    )
-    end, given = time.monotonic() + seconds, iter([json.dumps(told)])
+def trial_here(job: Answer) -> tuple[Answer, None]:
+    """Trains a few steps on random images: ms a step, and what came before; or why it can't."""
     try:
-        while True:
-            try:
-                out, errors = process.communicate(next(given, None), timeout=LOOK_EVERY)
-                break
-            except subprocess.TimeoutExpired:
-                if stopped():
-                    return {"note": "not timed: the run was stopped", "final": False}
-                if time.monotonic() > end:
-                    return {"note": f"killed after {seconds:.0f} s"}
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode != 0:
-        lines = errors.strip().splitlines() or [f"it ended with {process.returncode}"]
-        return {"note": f"it failed: {lines[-1][:200]}", "failed": True}
-    for line in reversed(out.splitlines()):
-        with suppress(ValueError):  # a module of the user's may print at its end
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    return {"note": "it answered nothing", "failed": True}
+        if ":" in job["recipe"]["method"]:  # named by the user whose run this is
+            register_method(job["recipe"]["method"])
+        recipe = Recipe.from_json(job["recipe"])
+        data = _random_splits(recipe.batch_size, **job["data"])
+        session = build(recipe, RunOptions(**job["options"]), data=data)
+        batch = session.next_batch()
+        before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
+        step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
+    except Exception as error:
+        # Memory may run out because of what else is on the device: another run tries again.
+        final = not isinstance(error, torch.OutOfMemoryError)
+        return {"note": in_one_line(error), "failed": True, "final": final}, None
+    return {"compile_seconds": before / 1e3, "step_ms": step_ms}, None
+
+
+def _random_splits(
+    count: int, image: list[int], class_names: list[str], preprocessing: dict[str, Any]
+) -> DatasetSplits:
+    """``count`` random images of the shape ``[H, W, 3]`` for each split."""
+    images_NHWC = torch.randint(256, (count, *image), dtype=torch.uint8)
+    split = Split(images_NHWC, torch.arange(count) % len(class_names))
+    shown = Preprocessing(**preprocessing)
+    return DatasetSplits("drawn", tuple(class_names), shown, split, split, split)

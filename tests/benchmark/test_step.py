@@ -10,7 +10,7 @@ import pytest
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.benchmark.step import StepTiming, step_flops, step_macs, time_steps
-from fastokd.benchmark.worker import Spec, Worker
+from fastokd.benchmark.worker import Spec, Timed
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.facts import __file__ as FACTS
@@ -130,13 +130,13 @@ def test_bad_input(flags: str, message: str, capsys: pytest.CaptureFixture[str])
 
 def test_a_worker_hands_on_what_its_loop_refuses() -> None:
     with pytest.raises(UserError, match="sets dropout, which the published loop doesn't take"):
-        Worker(Spec(recipe("okddip-branch/vgg16/cifar100", batch_size=2), "reference"))
+        Timed(Spec(recipe("okddip-branch/vgg16/cifar100", batch_size=2), "reference"))
 
 
 def test_a_worker_ends_with_its_parent() -> None:
     program = (
-        "from fastokd.benchmark.worker import Spec, Worker; from fastokd.recipe.names import recipe;"
-        f"worker = Worker(Spec(recipe({TINY!r}, batch_size=2), 'reference', threads=1));"
+        "from fastokd.benchmark.worker import Spec, Timed; from fastokd.recipe.names import recipe;"
+        f"worker = Timed(Spec(recipe({TINY!r}, batch_size=2), 'reference', threads=1));"
         "print(worker._process.pid, flush=True); import os; os._exit(0)"
     )
     done = subprocess.run(

@@ -20,13 +20,12 @@ from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run import trial_worker as tuning_worker
 from fastokd.run.autotuner import Timing
 from fastokd.run.build import build
 from fastokd.run.interruption import Interrupted, StopRequest
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.run.trial import job, time_eager
+from fastokd.run.trial import job, time_eager, trial_here
 from fastokd.run.tuning import tune, untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
@@ -219,12 +218,11 @@ def timed_shares(one: Recipe) -> tuple[int, int]:
 
     with (
         patch("fastokd.run.trial.time_steps", noting),
-        patch("fastokd.run.trial_worker.time_steps", noting),
         # The worker is a process alone.
         patch("fastokd.distributed.ranks.world_size", return_value=1),
     ):
         time_eager(session, Choice("loop"), None)
-        answer = tuning_worker.work(told)
+        answer = trial_here(told)[0]
     assert answer.get("step_ms") == 1.0, answer
     eager, compiled = dict.fromkeys(sizes[:2]), dict.fromkeys(sizes[2:])
     assert len(eager) == len(compiled) == 1

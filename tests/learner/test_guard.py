@@ -16,11 +16,11 @@ from fastokd import train as training
 from fastokd.checkpoint import load_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
+from fastokd.learner import build as parts
 from fastokd.learner.guard import Held
 from fastokd.methods import MethodLoss
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.learner import build as parts
 from fastokd.run import interruption
 from fastokd.run.build import build
 from fastokd.run.folder import Run

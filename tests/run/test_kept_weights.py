@@ -342,7 +342,9 @@ def test_dropout_goes_on_where_it_stopped() -> None:
     resumed.load_state(tensors, facts)
     take(resumed)
     for (key, ours), theirs in zip(
-        resumed.learner.cohort.state_dict().items(), whole.learner.cohort.state_dict().values(), strict=True
+        resumed.learner.cohort.state_dict().items(),
+        whole.learner.cohort.state_dict().values(),
+        strict=True,
     ):
         assert torch.equal(ours, theirs), key
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
+import os
+import subprocess
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,10 @@ from fastokd.learner import step
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
 from fastokd.run import trial, tuning
-from fastokd.run import trial_worker as tuning_worker
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.run.trial import ask, job, time_compiled, time_eager
+from fastokd.run.trial import ask, job, time_compiled, time_eager, trial_here
 from fastokd.run.tuning import tune, untouched
 from tests.learner.every_method import COMPILES
 from tests.run.tuned import (
@@ -294,8 +295,8 @@ def test_the_worker_takes_the_options_of_the_run(
         made.append(build(*arguments, **how))
         return made[-1]
 
-    monkeypatch.setattr(tuning_worker, "build", noting)
-    assert tuning_worker.work(told)["step_ms"] > 0
+    monkeypatch.setattr(trial, "build", noting)
+    assert trial_here(told)[0]["step_ms"] > 0
     assert made[0].learner.choice == Choice("grouped", True, "contiguous")
     assert made[0].options == options
 
@@ -321,7 +322,7 @@ def test_the_worker_takes_the_recipe_of_the_run(
     assert told["recipe"]["resized_crop"] is False
     if case == "no method here":
         told["recipe"]["method"] = "nowhere:Method"
-    answer = tuning_worker.work(json.loads(json.dumps(told)))
+    answer = trial_here(json.loads(json.dumps(told)))[0]
     if case == "no method here":
         assert answer["failed"]
         assert "nowhere:Method can't be loaded" in answer["note"]
@@ -336,8 +337,8 @@ def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
     """The run that asks holds memory on the same device; any other error is remembered."""
     told = job(session_of(), Choice("loop", True))
     for error, final in ((memory(), False), (RuntimeError("no lowering"), True)):
-        monkeypatch.setattr(tuning_worker, "build", lambda *_, e=error, **__: raising(e)())
-        answer = tuning_worker.work(json.loads(json.dumps(told)))
+        monkeypatch.setattr(trial, "build", lambda *_, e=error, **__: raising(e)())
+        answer = trial_here(json.loads(json.dumps(told)))[0]
         assert answer["failed"]
         assert answer["final"] == final
         assert trial.Timing(Choice(), **answer).note.startswith(type(error).__name__)
@@ -353,16 +354,35 @@ def test_a_compiled_candidate_answers_from_its_own_process() -> None:
     assert timing.compile_seconds > 1
 
 
+def spawns(job: Any) -> Any:
+    subprocess.run(["sleep", "600"], check=False)
+
+
+def chatty(job: Any) -> Any:
+    print("bye")
+    return {"step_ms": 2.0}, None
+
+
+def failing_worker(job: Any) -> Any:
+    raise ValueError("no compiler")
+
+
+def launched_size(job: Any) -> Any:
+    return {"note": os.environ.get("WORLD_SIZE", "alone")}, None
+
+
+def asked(make: Any, seconds: float = 30.0, stopped: Callable[[], bool] = lambda: False) -> Any:
+    return ask(f"{__name__}:{make.__name__}", {}, seconds, stopped)
+
+
 def test_a_candidate_that_takes_too_long_is_killed_with_all_that_it_started() -> None:
-    spawns = [sys.executable, "-c", "import subprocess as s; s.run(['sleep', '600'])"]
     started = time.monotonic()
-    assert ask(spawns, {}, 1.0) == {"note": "killed after 1 s"}
-    assert ask(spawns, {}, 600.0, lambda: True)["note"] == "not timed: the run was stopped"
+    assert asked(spawns, 1.0) == {"note": "killed after 1 s"}
+    stopped = {"note": "not timed: the run was stopped", "final": False}
+    assert asked(spawns, 600.0, lambda: True) == stopped
     assert time.monotonic() - started < 60
-    chatty = "print('{\"step_ms\": 2.0}'); print('bye')"
-    assert ask([sys.executable, "-c", chatty], {}, 30.0) == {"step_ms": 2.0}
-    assert ask([sys.executable, "-c", "print('bye')"], {}, 30.0)["failed"]
-    answer = ask([sys.executable, "-c", "raise ValueError('no compiler')"], {}, 30.0)
+    assert asked(chatty) == {"step_ms": 2.0}
+    answer = asked(failing_worker)
     assert answer == {"note": "it failed: ValueError: no compiler", "failed": True}
     assert asdict(trial.Timing(Choice(), **answer))["failed"]
 
@@ -371,5 +391,4 @@ def test_the_worker_is_alone_though_torchrun_started_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    says = "import os, json; print(json.dumps({'note': str('WORLD_SIZE' in os.environ)}))"
-    assert ask([sys.executable, "-c", says], {}, 30.0) == {"note": "False"}
+    assert asked(launched_size) == {"note": "alone"}

@@ -47,7 +47,7 @@ def answering(
     """In place of the worker: what it answers for an engine; what it was told."""
     told: list[tuple[str, dict[str, Any]]] = []
 
-    def ask(command: list[str], job: dict[str, Any], *more: object) -> dict[str, Any]:
+    def ask(make: str, job: dict[str, Any], *more: object) -> dict[str, Any]:
         engine = job["options"]["engine"]
         told.append((engine, job))
         plain = {"step_ms": COMPILED_MS.get(engine, 1e3), "compile_seconds": 1.0}
