@@ -42,7 +42,7 @@ DIVERSITY = [("ind", "okddip-branch"), ("okddip-branch", "one"), ("okddip-branch
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """The runs of one method and number of epochs, and what stands beside their metrics."""
 
     name: str
@@ -54,7 +54,7 @@ class Row:
         return self.pool.recipe.epochs
 
 
-def read_kept() -> list[Row]:
+def read_kept() -> list[Result]:
     """Every row, in the paper's order."""
     runs, facts = [], {}
     for path in sorted(KEPT.glob("*.jsonl")):
@@ -66,13 +66,13 @@ def read_kept() -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.name))
 
 
-def _row(pool: Pool, facts: dict[Path, dict[str, Any]]) -> Row:
+def _row(pool: Pool, facts: dict[Path, dict[str, Any]]) -> Result:
     name = pool.runs[0].folder.name.rsplit("-", 2)[0]
     of = tuple(facts[run.folder] for run in pool.runs)
-    return Row(name, replace(pool, label=name), of)
+    return Result(name, replace(pool, label=name), of)
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Result]) -> str:
     """docs/results.md."""
     where = rows[0].facts[0]["environment"]
     threads = {facts["threads"] for row in rows for facts in row.facts}
@@ -102,7 +102,7 @@ def page(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(rows: Sequence[Row], epochs: int) -> list[str]:
+def _section(rows: Sequence[Result], epochs: int) -> list[str]:
     base = next((row.pool.last() for row in rows if row.name == "baseline"), None)
     table = [
         "| method | networks | seeds | reported | last epoch | less the baseline, 95% interval | best "
@@ -132,7 +132,7 @@ def _section(rows: Sequence[Row], epochs: int) -> list[str]:
     return [*parts, *([f"### The paper's orderings in {epochs} epochs", *reading] if reading else [])]
 
 
-def _reading(rows: Sequence[Row]) -> list[str]:
+def _reading(rows: Sequence[Result]) -> list[str]:
     """Which of the paper's orderings appear: ours, with Welch's interval, beside what it found."""
     of = {row.name: row for row in rows}
     lines, counts = [], {"appears": 0, "reversed": 0, "within the spread": 0, "too few seeds": 0}
@@ -161,7 +161,7 @@ def _reading(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def _compared(better: Row, worse: Row, what: str) -> tuple[str, str]:
+def _compared(better: Result, worse: Result, what: str) -> tuple[str, str]:
     """The difference in words, and whether it is the paper's."""
     if what == "top-1":
         sides, digits = [row.pool.last() for row in (better, worse)], 2
@@ -177,7 +177,7 @@ def _compared(better: Row, worse: Row, what: str) -> tuple[str, str]:
     return f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]", verdict
 
 
-def _sample(row: Row, value: Callable[[dict[str, Any]], float | None]) -> Sample | None:
+def _sample(row: Result, value: Callable[[dict[str, Any]], float | None]) -> Sample | None:
     return row.pool.of_last(lambda epoch: value(epoch["test"]))
 
 
@@ -187,7 +187,7 @@ def _small(sample: Sample | None) -> str:
     return f"{sample.mean:.4f}" + ("" if sample.std is None else f" ± {sample.std:.4f}")
 
 
-def draw(rows: Sequence[Row]) -> dict[str, str]:
+def draw(rows: Sequence[Result]) -> dict[str, str]:
     """The curves, by file name: diversity (Figure 2) and accuracy, for each number of epochs."""
     drawn = {}
     for epochs in sorted({row.epochs for row in rows}):

@@ -19,7 +19,7 @@ COHORTS = {
     "network ResNet-34": ("224x224, S 4, B 256", ("steps_imagenet",)),
     "branch ResNet-18": ("224x224, S 4, B 256", ("steps_imagenet",)),
 }
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 # The text of a region; None where nothing of it was measured.
 Region = Callable[["Measured"], "str | None"]
 
@@ -37,7 +37,7 @@ class Found:
         return str((self.call.get("card") or {}).get("name", ""))
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Measurement]:
         return list(self.entry.get("rows", []))
 
     def figure(self, name: str) -> float | None:
@@ -72,9 +72,9 @@ class Measured:
         machine = self["machine"]
         return machine.figure(figure) if machine.card == card else None
 
-    def steps(self, cohort: str) -> dict[str, tuple[Found, Row]]:
+    def steps(self, cohort: str) -> dict[str, tuple[Found, Measurement]]:
         """The timed programs of a cohort by what follows its name, a section's after another's."""
-        found: dict[str, tuple[Found, Row]] = {}
+        found: dict[str, tuple[Found, Measurement]] = {}
         for name in COHORTS[cohort][1]:
             for row in self[name].rows:
                 if row["name"].startswith(f"{cohort} "):
@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
-def why_blank(row: Row) -> str | None:
+def why_blank(row: Measurement) -> str | None:
     """Why a program's step has no figure; None where it has one."""
     if "error" in row:
         return row["error"].splitlines()[-1].split(":")[0]

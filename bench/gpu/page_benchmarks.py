@@ -6,8 +6,8 @@ from bench.gpu.page import (
     COHORTS,
     Found,
     Measured,
+    Measurement,
     Region,
-    Row,
     count,
     number,
     ratio,
@@ -67,7 +67,9 @@ def _cohort(measured: Measured, cohort: str) -> str:
     return text + (f"\n\nBlank: {'; '.join(blank)}." if blank else "")
 
 
-def _row(measured: Measured, programs: dict[str, tuple[Found, Row]], program: str) -> list[str]:
+def _row(
+    measured: Measured, programs: dict[str, tuple[Found, Measurement]], program: str
+) -> list[str]:
     """One program's cells; what it is compared with ran on the same card."""
     found, row = programs[program]
     if why_blank(row) is not None:
@@ -93,7 +95,9 @@ def _row(measured: Measured, programs: dict[str, tuple[Found, Row]], program: st
     ]
 
 
-def _published(programs: dict[str, tuple[Found, Row]], precision: str, card: str) -> float | None:
+def _published(
+    programs: dict[str, tuple[Found, Measurement]], precision: str, card: str
+) -> float | None:
     found, row = programs.get(f"published {precision}", (Found(), {}))
     return row["ms"] if found.card == card and why_blank(row) is None else None
 
@@ -116,7 +120,7 @@ def train(measured: Measured) -> str | None:
     found = measured["train"]
     if not found.entry:
         return None
-    told: list[Row] = []
+    told: list[Measurement] = []
     rows = []
     for row in found.rows:
         for line in row.get("lines", []):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastokd.benchmark.equality import Agreement, agreement
+from fastokd.benchmark.equality import StepErrors, step_errors
 from fastokd.benchmark.step import InTurn, StepTiming, step_macs
 from fastokd.benchmark.worker import Spec
 from fastokd.errors import UserError, unknown_name
@@ -95,7 +95,7 @@ class Outcome:
     """A claim as it was measured."""
 
     claim: Claim
-    equality: Agreement
+    equality: StepErrors
     ours: StepTiming
     theirs: StepTiming
 
@@ -147,7 +147,7 @@ def measure(claim: Claim, run: Progressed, **settings: Any) -> Outcome:
     of = recipe(claim.recipe, batch_size=claim.batch_size)
     ours = Spec(of, precision=claim.ours, **settings).settled()
     theirs = Spec(of, "reference", precision=claim.theirs, **settings)
-    found = agreement(of, ours.options())
+    found = step_errors(of, ours.options())
     if not found.holds:
         raise UserError(
             f"{claim.recipe} isn't timed, for its step is not the published one: errors {found}"

@@ -37,7 +37,7 @@ SHARPER = 8.0
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepErrors:
     """Errors of one step against float64, relative to the exact values."""
 
     ours_loss: float
@@ -52,7 +52,7 @@ class Agreement:
         return loss and self.ours_grad <= SLACK * self.plain_grad + TINY
 
 
-def agreement(of: Recipe, options: RunOptions) -> Agreement:
+def step_errors(of: Recipe, options: RunOptions) -> StepErrors:
     """One step of ours and of the published loop, in float64 and in our precision.
 
     Raises:
@@ -78,7 +78,7 @@ def agreement(of: Recipe, options: RunOptions) -> Agreement:
         if grads.keys() != wanted[1].keys():
             raise UserError(f"{of.name} has gradients that its published loop doesn't have")
         errors.append((_relative(loss, wanted[0]), _rms(grads, wanted[1])))
-    return Agreement(errors[0][0], errors[1][0], errors[0][1], errors[1][1])
+    return StepErrors(errors[0][0], errors[1][0], errors[0][1], errors[1][1])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from fastokd.recipe.names import Recipe
 
 
 @dataclass(frozen=True)
-class Prediction:
+class ModelledStep:
     """One program's step: milliseconds as modelled, by term, and as measured."""
 
     recipe: str
@@ -52,7 +52,7 @@ def predict(
     return both[0], both[1]
 
 
-def check(of: Recipe, cpu: Cpu, steps: int = 5, engine: str = "loop") -> list[Prediction]:
+def check(of: Recipe, cpu: Cpu, steps: int = 5, engine: str = "loop") -> list[ModelledStep]:
     """Predicts the steps of both programs, then measures them in turn."""
     predicted = predict(of, cpu, engine)
     specs = [
@@ -60,6 +60,6 @@ def check(of: Recipe, cpu: Cpu, steps: int = 5, engine: str = "loop") -> list[Pr
         Spec(of, "reference", device="cpu"),
     ]
     return [
-        Prediction(of.name, timing.spec.loop, found, 1e3 * timing.median)
+        ModelledStep(of.name, timing.spec.loop, found, 1e3 * timing.median)
         for found, timing in zip(predicted, time_steps(specs, steps), strict=True)
     ]

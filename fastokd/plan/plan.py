@@ -10,10 +10,10 @@ import torch
 
 from fastokd.benchmark.step import step_flops, step_macs
 from fastokd.benchmark.synthetic import num_classes
-from fastokd.cohort import Cohort
 from fastokd.cohort.cohort import ENGINES
 from fastokd.errors import UserError
-from fastokd.methods import create_method, method_class
+from fastokd.learner.build import build_cohort
+from fastokd.methods import method_class
 from fastokd.models import least_batch, model_info
 from fastokd.ops import _cpp
 from fastokd.plan.devices import Device, Gpu, find_device
@@ -196,14 +196,7 @@ def _exchanged(of: Recipe) -> int:
 def _shared_bytes(of: Recipe) -> int:
     """Of the method's weights that no student has for itself, in float32."""
     with torch.device("meta"):
-        cohort = Cohort(
-            of.models,
-            num_classes(of),
-            sharing=of.sharing,
-            model_options=of.model_options,
-            image_size=of.image_size,
-        )
-        method = create_method(of.method, cohort.shape, **of.method_options)
+        _, method = build_cohort(of, num_classes(of), image_size=of.image_size)
     return 4 * sum(
         parameter.numel()
         for name, parameter in method.named_parameters()

@@ -19,10 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import PublishedLoop, published_networks
 from fastokd.benchmark.synthetic import num_classes
-from fastokd.cohort import Cohort
 from fastokd.errors import UserError
-from fastokd.learner.optimizers import create_optimizer
-from fastokd.methods import OptimGroup, Progress, create_method, method_class
+from fastokd.learner.build import build_cohort, build_optimizers
+from fastokd.methods import Progress, method_class
 from fastokd.models import create_model
 from fastokd.ops import conv, max_pool
 from fastokd.plan.ops import Op, describe
@@ -149,18 +148,14 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
     classes = num_classes(of)
     needs = method_class(of.method).needs
     with torch.device("meta"):
-        cohort = Cohort(
-            of.models,
+        cohort, method = build_cohort(
+            of,
             classes,
-            sharing=of.sharing,
+            image_size=of.image_size,
             engine=engine,
             impl=norm_impl,
             teacher=_teacher(of, classes) if needs.teacher else None,
-            trunk_grad_scale=1 / of.students if needs.divide_trunk_gradient else 1.0,
-            model_options=of.model_options,
-            image_size=of.image_size,
         )
-        method = create_method(of.method, cohort.shape, **of.method_options)
     with FakeTensorMode():
         modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
         for module in modules:
@@ -170,9 +165,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         labels_B = torch.zeros(batch, dtype=torch.long)
         progress = Progress.start("cpu", dtype=torch.float32)
         progress.draws = method.draw(batch, torch.Generator())
-        optimizers = _optimizers(
-            of, [OptimGroup(list(cohort.parameters())), *method.optim_groups()]
-        )
+        optimizers = build_optimizers(cohort, method, of, "sgd", torch.device("cpu"))
         record = _Record(_names(cohort, method))
         # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
         bf16 = precision == "bf16" and engine != "vmap"
@@ -289,11 +282,3 @@ def _names(cohort: nn.Module, method: nn.Module) -> dict[nn.Module, str]:
     """Modules by name; the stacked layers of an engine by their first student's."""
     named = {module: f"method.{name}" for name, module in method.named_modules()}
     return {**named, **{module: name for name, module in cohort.named_modules()}}
-
-
-def _optimizers(of: Recipe, groups: list[OptimGroup]) -> list[torch.optim.Optimizer]:
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for group in groups:
-        settings = {"params": group.parameters, "lr": torch.tensor(of.lr), "weight_decay": 1e-4}
-        kinds.setdefault(group.optimizer, []).append(settings)
-    return [create_optimizer(kind, given, of) for kind, given in kinds.items()]

@@ -9,7 +9,7 @@ import pytest
 
 from fastokd.benchmark import claims
 from fastokd.benchmark.claims import CLAIMS, Claim, Growth, Outcome
-from fastokd.benchmark.equality import Agreement
+from fastokd.benchmark.equality import StepErrors
 from fastokd.benchmark.step import StepTiming
 from fastokd.benchmark.worker import Spec
 from fastokd.cli import run_command
@@ -37,7 +37,7 @@ def timing(
 
 
 def outcome(ours: StepTiming, theirs: StepTiming) -> Outcome:
-    return Outcome(CLAIMS["okddip_branch"], Agreement(0.0, 0.0, 0.0, 0.0), ours, theirs)
+    return Outcome(CLAIMS["okddip_branch"], StepErrors(0.0, 0.0, 0.0, 0.0), ours, theirs)
 
 
 def test_each_claim_has_a_bench_of_its_own() -> None:
@@ -74,7 +74,7 @@ def test_growth_is_in_units_of_one_student() -> None:
 
 
 def test_nothing_is_timed_that_isnt_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "agreement", lambda *_: Agreement(1.0, 0.0, 1.0, 0.0))
+    monkeypatch.setattr(claims, "step_errors", lambda *_: StepErrors(1.0, 0.0, 1.0, 0.0))
     monkeypatch.setattr(Spec, "settled", lambda self: self)
     with pytest.raises(UserError, match="isn't timed, for its step is not the published one"):
         claims.measure(TINY, claims.rounds(1))

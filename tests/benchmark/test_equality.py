@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastokd.benchmark import loops
-from fastokd.benchmark.equality import agreement
+from fastokd.benchmark.equality import step_errors
 from fastokd.recipe.names import recipe
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
@@ -26,7 +26,7 @@ NAMES = (
 
 def found(name: str, precision: str, **changes: Any) -> Any:
     settings = {"batch_size": 8, **changes}
-    return agreement(recipe(name, **settings), RunOptions(precision=precision, impl="torch"))
+    return step_errors(recipe(name, **settings), RunOptions(precision=precision, impl="torch"))
 
 
 @pytest.fixture(autouse=True)

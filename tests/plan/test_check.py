@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastokd.plan.check import Prediction, check
+from fastokd.plan.check import ModelledStep, check
 from fastokd.plan.devices import Cpu
 from fastokd.recipe.names import recipe
 
@@ -21,6 +21,6 @@ def test_both_programs_are_predicted_and_measured() -> None:
 
 
 def test_the_error_is_the_models() -> None:
-    found = Prediction("r", "fastokd", {"product": 80.0, "norm": 40.0}, 100.0)
+    found = ModelledStep("r", "fastokd", {"product": 80.0, "norm": 40.0}, 100.0)
     assert found.error == pytest.approx(0.2)
     assert found.modelled_ms == 120.0
