@@ -63,9 +63,9 @@ test-faults: install
 # Each prints its own table; a quiet machine gives the better figures.
 bench: install
 	mkdir -p build
-	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_step_*.py' \
+	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_step.py' \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=build/steps.json bench
-	for claim in $(filter-out bench_step_%,$(basename $(notdir $(wildcard bench/bench_*.py)))); do \
+	for claim in $(filter-out bench_step,$(basename $(notdir $(wildcard bench/bench_*.py)))); do \
 		$(BIN)/python -m bench.$$claim || exit 1; done
 
 clean:
