@@ -1,13 +1,12 @@
 """A whole training step as CUDA graphs, one for each batch shape.
 
-The first steps run eagerly: they are training steps like any other, after which optimizer states
-exist, DDP has built its buckets and libraries have chosen their kernels. From then on a shape that
-has run eagerly before is captured when it comes again, and replayed each time after that. An
-epoch's smaller last batch therefore runs eagerly in the first epoch and has a graph of its own
-from the second one on.
+The first steps run eagerly: then optimizer states exist, DDP has built its buckets and libraries have
+chosen their kernels. After them a shape that has run eagerly is captured when it comes again, and
+replayed from then on. An epoch's smaller last batch runs eagerly in the first epoch and has its own
+graph from the second one on.
 
-Eager steps and captures share one side stream. Autograd and DDP run a parameter's gradient on the
-stream where its accumulator was made, and the allocator keeps a pool of memory for each stream.
+Eager steps and captures share one side stream: autograd and DDP accumulate a gradient on the stream
+where its accumulator was made, and the allocator has a memory pool for each stream.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class CapturedStep:
     """Calls ``step`` until it is warm, captures it for each shape of a batch, replays it.
 
     Args:
-        step: (images, labels) to what the step returns, without gradient history; it must read
-            nothing back, and everything else that it reads must stay the same tensors.
+        step: (images, labels) to the step's result, without gradient history. It must not read from
+            the device, and whatever else it reads must stay the same tensors.
         device: where the step runs.
-        record: runs a function of no arguments under capture; returns its result and the replay.
+        record: captures a function without arguments; returns its result and the replay.
         warm_up: eager steps before the first capture.
     """
 
@@ -70,15 +69,15 @@ class CapturedStep:
             return self._beside(lambda: self.step(images, labels))
         graph = self.graphs[shape]
         if graph is None:
-            # A capture runs nothing: this batch's step is the first replay.
+            # A capture computes nothing: the first replay is this batch's step.
             graph = self.graphs[shape] = _Graph(self.step, self.record, images, labels)
         return graph(images, labels)
 
     def _record_graph(self, body: Callable[[], Any]) -> tuple[Any, Replay]:
-        """``body`` captured: its result's tensors, and the replay that fills them.
+        """Captures ``body``: its result's tensors, and the replay that fills them.
 
-        The graphs share one pool of memory: they never run at the same time, and a step's result
-        is read before the next step.
+        The graphs share one memory pool: they never run at the same time, and a step's result is read
+        before the next step.
         """
         assert self.stream is not None
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""A running average of the weights of the student that is kept."""
+"""A running average of the kept student's weights (``--ema``)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastokd.cohort import Cohort
 
-# Of accuracy: an average that is further behind the weights spans too many steps.
+# Accuracy: an average that scores this much less than the weights spans too many steps.
 FAR = 0.05
-# `updates` of an average that is past its warm-up, whatever its decay.
+# A count of updates after which no decay is warming up.
 WARM = 2**53
 
 
@@ -39,16 +39,16 @@ class LeaderAverage:
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
     def share(self) -> Tensor:
-        """The next update's, 0-d on the device: a captured step sees it change."""
+        """The share of the next update: 0-d on the device, so a captured step sees it change."""
         return (9 / (10 + self.updates.float())).clamp(min=1 - self.decay)
 
     def tensors(self) -> list[Tensor]:
-        """All that an update writes in place."""
+        """The tensors that an update writes in place."""
         return [*self.state.values(), self.updates]
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step more."""
+        """Adds the present weights."""
         now = self.cohort.student_state(self.index)
         floats = [key for key, value in now.items() if value.is_floating_point()]
         counts = [key for key in now if key not in set(floats)]
@@ -62,8 +62,8 @@ class LeaderAverage:
         self.updates.add_(1)
 
     def warning(self, rows: list[dict[str, Any]]) -> str | None:
-        """What to say where the average scores far less than the student itself, by the last of a
-        run's ``metrics.jsonl`` that were measured."""
+        """A warning where the average scores far less than the student itself in the last measured row
+        of ``metrics.jsonl``, or None."""
         measured = [row["test"] for row in rows if "ema_top1" in row.get("test", ())]
         if not measured:
             return None
@@ -78,10 +78,9 @@ class LeaderAverage:
         )
 
     def load(self, state: dict[str, Tensor], updates: Tensor | None) -> None:
-        """Takes over another average's state, whose keys and shapes must be these.
+        """Loads an average's state, whose keys and shapes must match.
 
-        ``updates``: None for an average of a checkpoint that doesn't count them, which goes on
-        without a warm-up, as it began.
+        ``updates``: None for a checkpoint of an earlier version, which has no warm-up.
         """
         if state.keys() != self.state.keys():
             missing = sorted(state.keys() ^ self.state.keys())

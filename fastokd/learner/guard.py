@@ -1,9 +1,8 @@
 """A step with a value that isn't finite is skipped by a device-side flag, without a host sync.
 
-The step writes its answer into a flag that stays where the step runs. Fused optimizers read it there
-(``found_inf``), and what else a step writes in place is put back by it. Once up it stays up, so that
-the steps which were queued before somebody reads it are not taken either: when it is read, all state
-is the one from before the first bad step.
+The flag is a device tensor. Fused optimizers read it (``found_inf``); everything else that a step
+writes in place is restored where it is set. It stays set until the host reads it, so the steps queued
+after a bad one are skipped too: at the read, all state is that of before the first bad step.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Steps between two reads: what a fault costs at most, beside one wait for the device a hundred steps.
+# Steps between two reads of the flag: each read waits for the device, and a fault loses at most as many.
 READ_EVERY = 100
 
 # What the CUDA kernel of `_amp_foreach_non_finite_check_and_unscale_` takes; the CPU's takes bf16 too.
@@ -25,7 +24,7 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 class Fault(NamedTuple):
-    """How many of the last steps weren't taken, and the random states around the first of them."""
+    """The number of steps skipped at the end, and the random states around the first of them."""
 
     untaken: int
     random_before: RandomState
@@ -33,12 +32,12 @@ class Fault(NamedTuple):
 
 
 class Guard:
-    """The flag, how many steps were taken since it was last read, and the random states before them.
+    """The flag, the number of steps taken since the last read, and their random states.
 
     Attributes:
         fault: 0-d float32 on the device, 1 from the first step on that isn't finite.
-        share: called with ``fault`` before each update. Where several ranks train together it must
-            give all of them the largest (an all-reduce), so that all take the step or none does.
+        share: an all-reduce (maximum) of ``fault`` before each update, so that all ranks take the step
+            or none does; None on one rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,16 +51,16 @@ class Guard:
 
     @torch.no_grad()
     def check(self, values: Iterable[Tensor | None]) -> None:
-        """Raises the flag where one of ``values`` isn't finite; they stay as they are."""
+        """Sets the flag where one of ``values`` isn't finite; the values don't change."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for value in values:
             if value is not None:
-                # Gradients are many, and need no detaching.
+                # A gradient needs no detach, and there are many.
                 plain = value.detach() if value.requires_grad else value
                 plain = plain if plain.dtype in CHECKED else plain.float()
                 by_dtype.setdefault(plain.dtype, []).append(plain)
         for group in by_dtype.values():
-            # What GradScaler asks of gradients, with a scale of one: a single pass over all.
+            # GradScaler's own check, with a scale of 1: one pass over all tensors.
             torch._amp_foreach_non_finite_check_and_unscale_(group, self.fault, self._one)
 
     def agree(self) -> None:
@@ -70,18 +69,18 @@ class Guard:
             self.share(self.fault)
 
     def counted(self) -> None:
-        """The step is over: it counts as taken where the flag is down."""
+        """Counts the step as taken where the flag isn't set."""
         self._taken.add_(1 - self.fault)
 
     def begin(self) -> None:
-        """A step begins: notes its random states, on the host, where they are kept."""
+        """A step begins: stores its random states on the host."""
         self._steps += 1
         self._random.append(random_state(self.device))
 
     def read(self) -> Fault | None:
-        """What happened since the last reading: None where every step was taken.
+        """The fault since the last read, or None where every step was taken.
 
-        The one place where the device is waited for. The flag stays up until :meth:`forget`.
+        This waits for the device. The flag stays set until :meth:`forget`.
         """
         if not self.fault.item():
             self.forget()
@@ -92,7 +91,7 @@ class Guard:
         return Fault(untaken, self._random[-untaken], after)
 
     def forget(self) -> None:
-        """Takes the flag down and counts from here."""
+        """Clears the flag and the count."""
         self.fault.zero_()
         self._taken.zero_()
         self._random.clear()
@@ -100,10 +99,10 @@ class Guard:
 
 
 class Held:
-    """Tensors that a step writes in place, and what they were before it.
+    """Tensors that a step writes in place, and copies from before it.
 
-    They are small (running statistics, an average of one student) and many: copied as one flat
-    tensor a dtype.
+    They are small and many (running statistics, an average of one student), so they are copied as one
+    flat tensor a dtype.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -116,19 +115,19 @@ class Held:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Notes what they are."""
+        """Copies the present values."""
         self._before = [torch.cat(group) for group in self.groups]
         self._now = None
 
     @torch.no_grad()
     def look(self) -> list[Tensor]:
-        """What they are now; they must stay so until :meth:`put_back`."""
+        """The present values, flat; they must not change until :meth:`put_back`."""
         self._now = [torch.cat(group) for group in self.groups]
         return self._now
 
     @torch.no_grad()
     def put_back(self, undo: Tensor) -> None:
-        """Makes them what they were where the 0-d ``undo`` isn't 0, else leaves their bits alone."""
+        """Restores the copies where the 0-d ``undo`` isn't 0; else no bit changes."""
         now = self._now or self.look()
         pairs = zip(self._before, now, strict=True)
         self._write([torch.where(undo != 0, before, after) for before, after in pairs])
@@ -139,8 +138,8 @@ class Held:
 
 
 class Shared(Held):
-    """Running statistics that the parts of a batch move: each part finds those from before the step,
-    and what it makes of them counts by its share."""
+    """Running statistics of an accumulated batch: each part starts from those before the step, and the
+    results are averaged by the parts' shares."""
 
     @torch.no_grad()
     def take(self) -> None:
@@ -149,13 +148,13 @@ class Shared(Held):
 
     @torch.no_grad()
     def part(self, share: float) -> None:
-        """A part is over, its backward too."""
+        """After a part's backward."""
         torch._foreach_add_(self._sums, self.look(), alpha=share)
         self._write(self._before)
 
     @torch.no_grad()
     def end(self) -> None:
-        """All parts are over."""
+        """After the last part: writes the averages."""
         self._write(self._sums)
 
 
@@ -173,11 +172,11 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The same memory in one dimension, in the order in which it lies."""
+    """A one-dimensional view in memory order."""
     tensor = tensor.detach()
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0:
         return tensor.view(-1)
     if span != tensor.numel():
-        raise ValueError(f"a tensor {list(tensor.shape)} with gaps in its memory can't be held")
+        raise ValueError(f"a tensor {list(tensor.shape)} with gaps in its memory can't be restored")
     return tensor.as_strided((span,), (1,))

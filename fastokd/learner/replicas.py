@@ -1,8 +1,8 @@
-"""One step on every rank's share of the batch: torch's DistributedDataParallel over the cohort.
+"""Data parallelism: DistributedDataParallel over the cohort and the method.
 
-Each rank's loss is a mean over its share. Shares are equal, so that the mean of the ranks'
-gradients, which DDP makes, is the gradient of the batch's mean. Where a loss isn't such a mean, or
-a norm looks at the batch, a rank sees its own share (docs/distributed.md names the methods).
+Each rank's loss is a mean over its share of the batch. The shares are equal, so the mean of the ranks'
+gradients is the gradient of the batch mean. Losses that aren't such a mean, and norms, see the rank's
+own share (docs/distributed.md names the methods).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastokd.methods import Method
 
 
 class Replicas:
-    """Calls ``forward`` as it is, and has DDP average the gradients that follow.
+    """Calls ``forward`` inside DDP, which averages the gradients in its backward.
 
-    DDP is made at the first call: inside the step, so that a captured one makes it on the side
-    stream where the capture will be; and never by ranks that only evaluate.
+    DDP is made at the first call, inside the step: a captured step then makes it on the capture's side
+    stream, and ranks that only evaluate never make it.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Replicas:
         """``group``: the ranks that share a batch; ``accumulates``: a batch is taken in parts."""
         self.watched = _Watched(forward, cohort, method)
         self.ddp: DistributedDataParallel | None = None
-        # In a static graph the parts of a batch can't keep their gradients back.
+        # DDP's static graph doesn't support no_sync.
         self.options: dict[str, Any] = {
             "process_group": group,
             "gradient_as_bucket_view": True,
@@ -50,7 +50,7 @@ class Replicas:
         return self._made()(*args)
 
     def apart(self) -> AbstractContextManager[Any]:
-        """Within it gradients only add up: a later part of the batch sends them."""
+        """Within it gradients accumulate locally; a later part of the batch averages them."""
         return self._made().no_sync()
 
     def _made(self) -> DistributedDataParallel:
@@ -59,9 +59,9 @@ class Replicas:
         return self.ddp
 
 
-# The papers' loops ran DataParallel, which keeps the running statistics of the first GPU's share.
-# So the first rank's count: they are handed out before an evaluation, and every step only where a
-# method reads them while it trains. DDP's own name for that has changed.
+# The papers' loops use DataParallel, which keeps the running statistics of the first GPU's share. So
+# rank 0's are broadcast before an evaluation, and in every step only where a method reads them while it
+# trains. The name of DDP's option has changed.
 _NEW = "forward_sync_buffers"
 _BUFFERS = (
     _NEW if _NEW in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"

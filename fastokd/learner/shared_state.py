@@ -1,8 +1,8 @@
-"""The state of a run on several ranks as one process would hold it: what a checkpoint keeps.
+"""The state of several ranks in one checkpoint.
 
-Weights, running statistics and optimizer states stand under the same names however the run is
-spread, so that it may go on in another arrangement. What a rank has for itself (random numbers, the
-metrics of its share of an unfinished epoch) stands under ``rank<r>.``, rank 0's as ever.
+Weights, running statistics and optimizer states have the same names for any number of ranks, so a run
+can be resumed with another arrangement. A rank's own state (random numbers, metrics of its share of an
+unfinished epoch) is under ``rank<r>.``; rank 0's has no prefix.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RANK = re.compile(r"rank\d+\.")
 
 @torch.no_grad()
 def share_state(learner: Learner) -> None:
-    """Gives every rank each student as the rank that trains it has it, and with data parallelism
-    the first rank's running statistics."""
+    """Broadcasts each student from the rank that trains it; with data parallelism, rank 0's running
+    statistics."""
     ranks = learner.ranks
     if ranks.size == 1:
         return
@@ -45,17 +45,17 @@ def share_state(learner: Learner) -> None:
 
 
 def _broadcast(value: Tensor, source: int) -> None:
-    dense = value.contiguous()  # another memory order is no tensor that a collective takes
+    dense = value.contiguous()  # collectives take contiguous tensors only
     dist.broadcast(dense, src=source)
     if dense.data_ptr() != value.data_ptr():
         value.copy_(dense)
 
 
 def gathered(ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` with what the other ranks have, on rank 0; as they are elsewhere.
+    """On rank 0, ``tensors`` and the other ranks' state; unchanged elsewhere.
 
-    :func:`share_state` has been called. Sent are optimizer states that are trained elsewhere, and
-    what each rank has for itself.
+    :func:`share_state` must have been called. The other ranks send the optimizer states of their
+    students, and their own state.
     """
     if ranks.size == 1:
         return tensors
@@ -76,11 +76,11 @@ def gathered(ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mine(ranks: Ranks, tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
-    """A checkpoint's tensors as this rank takes them up.
+    """The tensors of a checkpoint that this rank loads.
 
-    In the arrangement of before each rank finds its own. In another the unfinished epoch's metrics
-    go on from their sum on rank 0, and the other ranks' random numbers begin anew: not the same
-    bits.
+    In the same arrangement each rank loads its own state. In another one rank 0 loads the sum of the
+    unfinished epoch's metrics, and the other ranks' random numbers start anew, so the run doesn't give
+    the same bits.
     """
     rows, columns = facts.get("ranks", (1, 1))
     common = {k: v for k, v in tensors.items() if not RANK.match(k)}

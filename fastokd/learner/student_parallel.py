@@ -1,16 +1,16 @@
-"""Students on several ranks (``--parallel students``): each rank of a row trains its own share of
-them on the same images, and shows the others what the loss reads: logits, pooled features, and for
-FFSD the last maps.
+"""Students on several ranks (``--parallel students``).
 
-The others' outputs arrive without gradient, and every rank computes the loss of all rows. So a rank
-has the gradient of the whole sum with respect to its own students' outputs, target sides included:
-the gather's backward is the rank's own slice, and nothing travels back. (The loss is S B C numbers;
-one that each rank took a part of would need the gather's gradients summed over all ranks.) FFSD's
-targets are all detached, so that there each rank computes the rows of its own students alone, with
-their decoders; the leader's rank has the fusion module and the transfusion too.
+Each rank of a row trains its share of the students on the same images. One all-gather gives every rank
+what the loss reads: logits, pooled features, and for FFSD the last maps.
 
-What the students share of a method, OKDDip's projections, is trained on every rank of the row, by
-gradients that are made equal.
+The other ranks' outputs carry no gradient, and every rank computes the whole loss. So each rank has the
+gradient of the whole sum with respect to its own students' outputs, targets included, and the gather
+needs no backward communication. Splitting the loss across ranks would need an all-reduce of its
+gradients. FFSD detaches all targets, so each rank computes the loss of its own students only, with
+their decoders; the leader's rank also has the fusion module and the transfusion.
+
+The parameters that a method shares between students (OKDDip's projections) are trained on every rank of
+the row, with averaged gradients.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StudentParallel:
         self.sums_up = method.needs.own_rows
 
     def whole(self, loss: MethodLoss) -> MethodLoss:
-        """The loss with the value of all ranks' rows, and the gradient of this rank's."""
+        """The loss with the value over all ranks and the gradient of this rank's students."""
         if not self.sums_up:
             return loss
         values = [loss.total.detach(), *loss.parts.values()]
@@ -76,7 +76,7 @@ class StudentParallel:
 
     @torch.no_grad()
     def level(self) -> None:
-        """Makes the gradients of what is shared the same bits on every rank: their mean."""
+        """Averages the gradients of shared parameters over the ranks, to the same bits."""
         gradients = [p.grad for p in self.shared if p.grad is not None]
         if not gradients:
             return
@@ -89,8 +89,7 @@ class StudentParallel:
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-        """``clip_grad_norm_`` by the norm over the students of all ranks; what is shared counts
-        once."""
+        """``clip_grad_norm_`` by the norm over all ranks' students; shared parameters count once."""
         shared = {id(p) for p in self.shared}
         ours = [p for p in parameters if p.grad is not None]
         own = [p.grad for p in ours if id(p) not in shared]
@@ -104,7 +103,7 @@ class StudentParallel:
 
 
 class Exchange:
-    """Own outputs in, all students' out: own ones as they are, the others' without gradient."""
+    """Turns this rank's outputs into those of all students; the others' carry no gradient."""
 
     def __init__(self, line: Line, cohort: Cohort, method: Method) -> None:
         self.line = line
@@ -114,7 +113,7 @@ class Exchange:
         self.shares = [Ranks(students=Line(r, line.size)).share(count) for r in range(line.size)]
 
     def __call__(self, own: list[StudentOutput]) -> list[StudentOutput]:
-        """One collective; shares of unequal size are padded to the largest."""
+        """One all-gather; shares of unequal size are padded to the largest."""
         sent = [value for output in own for value in self._shown(output)]
         flat = torch.cat([value.detach().reshape(-1) for value in sent])
         lengths = [
@@ -134,7 +133,7 @@ class Exchange:
         return outputs
 
     def _shown(self, output: StudentOutput) -> list[Tensor]:
-        """What the others read of a student."""
+        """The outputs of a student that the other ranks read."""
         shown = [output.logits_BC, output.features_BD]
         return [*shown, output.maps[-1].permute(0, 2, 3, 1)] if self.maps else shown
 
