@@ -1,1 +1,1 @@
-"""Several processes train one run: who they are, what they share, how one's end is everybody's."""
+"""Several processes as one run: ranks, launch, agreement."""

@@ -1,4 +1,4 @@
-"""What ranks do at the same moment though only one of them wishes it: save, or stop."""
+"""Agreement of the ranks to save or to stop between the same two steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fastokd.distributed.ranks import Ranks
 
 
 class Agreement:
-    """Called at the same moments on all ranks; each call answers what was wished at the last.
+    """Called between the same steps on all ranks; each call returns what was requested in the last one.
 
-    The wishes travel on the CPU while the step in between is computed, so that nobody waits for
-    them, nor a host for its GPU.
+    The requests are reduced on the CPU during the step in between, so no rank waits for them.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -23,14 +22,14 @@ class Agreement:
         self.sent: Any = None
 
     def __call__(self, due: bool, signum: int) -> tuple[bool, int]:
-        """Whether a rank found it time to save, and the signal that one received or 0."""
+        """Whether a rank requested to save, and a signal that a rank received or 0."""
         if self.ranks.size == 1:
             return due, signum
         agreed = (0, 0)
         if self.sent is not None:
             self.sent.wait()
             agreed = (int(self.wishes[0]), int(self.wishes[1]))
-        # What is granted now isn't wished for once more.
+        # A request that is granted now isn't sent again.
         self.wishes = torch.tensor([int(due and not agreed[0]), 0 if agreed[1] else signum])
         self.sent = dist.all_reduce(
             self.wishes, op=dist.ReduceOp.MAX, group=self.ranks.side, async_op=True

@@ -1,7 +1,7 @@
-"""Joining the processes that torchrun started, and ending together.
+"""Joins the processes that torchrun started, and ends them together.
 
-A rank that fails writes it on the store that all of them can read. The others, who may be waiting
-for it inside a collective, look there twice a second, and leave.
+A rank that fails writes a key to the shared store. The other ranks may wait for it in a collective; a
+thread of theirs reads the key twice a second and ends the process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastokd.errors import UserError
 
 FAILED = "failed"
 LOOK_EVERY = 0.5
-# What a rank is given to leave by itself once another has failed.
+# Seconds that a rank has to end by itself after another has failed.
 GRACE = 2.0
 # Rank 0 may build the C++ ops or time engines while the others wait for it.
 PATIENCE = timedelta(minutes=60)
 
 
 class EndedByAnother(SystemExit):
-    """Another rank failed, and said why."""
+    """Another rank failed and prints why."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -68,12 +68,12 @@ def _require_torchrun() -> None:
 
 
 def of_the_first_rank() -> bool:
-    """Whether this process is the one that speaks, before and after the ranks are joined."""
+    """Whether this process prints and writes; valid before the ranks are joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def device_here(name: str) -> str:
-    """``--device`` for this process: each rank of a machine has the GPU of its own number.
+    """``--device`` for this process: each rank of a machine uses the GPU of its local rank.
 
     Raises:
         UserError: one GPU is named for all.
@@ -87,7 +87,7 @@ def device_here(name: str) -> str:
 
 @contextmanager
 def joined(device: str, capture: bool = False) -> Iterator[None]:
-    """Within it the ranks that torchrun started are one run; nothing where there is one process.
+    """Joins the ranks that torchrun started; does nothing for a single process.
 
     NCCL on GPUs, gloo on CPUs. A process group that exists already is used as it is.
 
@@ -104,7 +104,7 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
         # NCCL's watchdog thread must not query events during graph capture.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    # Started again by torchrun (--max-restarts), ranks find what those before them wrote.
+    # After a restart by torchrun (--max-restarts) the store still holds the last attempt's keys.
     prefix = f"fastokd/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     options: dict[str, Any] = {"backend": "gloo"}
     if where.startswith("cuda"):
@@ -137,7 +137,7 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
 
 
 class Watch(threading.Thread):
-    """Ends this process where another has failed and this one can't know: it waits for it."""
+    """Ends this process where another rank has failed."""
 
     def __init__(self, store: Any) -> None:
         super().__init__(name="fastokd-watch", daemon=True)
@@ -146,7 +146,7 @@ class Watch(threading.Thread):
         self._asking = threading.Lock()
 
     def is_first(self, rank: int) -> bool:
-        """Whether this rank is the first that fails; from here on all know that one did."""
+        """Records that this rank failed; whether it is the first."""
         with self._asking:
             return int(self.store.compare_set(FAILED, "", str(rank))) == rank
 

@@ -1,10 +1,10 @@
-"""Who this process is among several, and what they tell each other beside the gradients.
+"""This process among several, and their communication beside the gradients.
 
 W ranks lie on a mesh of D rows and M columns. The ranks of a column share the batch between them
 (data parallel); the ranks of a row have the same images and share the students
 (``--parallel students``). With M = 1 there is data parallelism alone.
 
-What is said here goes through gloo on the CPU, so that no GPU waits for it.
+It uses gloo on the CPU, so that no GPU waits for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ranks:
     """This process among ``size``; alone by default.
 
     ``data``: the column, whose ranks share a batch. ``students``: the row, whose ranks share the
-    students. ``side``: all ranks, for what is said on the CPU.
+    students. ``side``: all ranks, through gloo.
     """
 
     rank: int = 0
@@ -97,7 +97,7 @@ class Ranks:
         return range(start, start + first + (r < rest))
 
     def owner(self, student: int, students: int) -> int:
-        """The rank that speaks for a student: of the first row, the one that trains it."""
+        """The rank of the first row that trains a student."""
         for column in range(self.students.size):
             line = Line(column, self.students.size)
             if student in Ranks(students=line).share(students):
@@ -105,7 +105,7 @@ class Ranks:
         raise AssertionError(student)
 
     def first(self, act: Callable[[], T]) -> T:
-        """What ``act`` gives on rank 0, on every rank; it runs there alone.
+        """Runs ``act`` on rank 0 and returns its result on every rank.
 
         Raises:
             UserError: on every rank, the one that it raised.
@@ -129,17 +129,17 @@ class Ranks:
         return box
 
     def largest(self, value: Tensor) -> None:
-        """Makes a tensor on the device the largest of all ranks', without the host's waiting."""
+        """An all-reduce (maximum) on the device, without a host sync."""
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """A barrier."""
         if self.size > 1:
             dist.barrier(group=self.side)
 
     @contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
-        """One process of each machine goes first, so that it makes files which the others find."""
+        """The first process of each machine runs the body before the others, to make files for them."""
         leads = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         if not leads:
             self.wait()
@@ -148,7 +148,7 @@ class Ranks:
             self.wait()
 
     def summed(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums, of tensors on the CPU, over the column, in the order of its ranks; a rank that counted nothing has none.
+        """Sums CPU tensors over the column in rank order; a rank may lack names.
 
         Every rank of a row counts the same images, so that rows aren't summed.
         """
@@ -163,8 +163,7 @@ class Ranks:
         }
 
     def seed_global(self, seed: int, step: int) -> None:
-        """Seeds torch's own generator (dropout draws from it) where a process alone has seeded or
-        restored it: every other rank has a stream of its own."""
+        """Seeds torch's global generator, for dropout, on all ranks but 0, each with its own stream."""
         if self.rank > 0:
             torch.manual_seed(keyed_generator(seed, "rank", self.rank, step).initial_seed())
 
@@ -196,7 +195,7 @@ def world_size() -> int:
 
 
 def student_columns(world: int, students: int) -> int:
-    """Into how many parts the students are shared: the most that divide the ranks.
+    """The number of ranks that share the students: the largest that divides the ranks.
 
     Raises:
         UserError: no number from 2 to ``students`` divides ``world``.
@@ -214,7 +213,7 @@ def student_columns(world: int, students: int) -> int:
 
 @lru_cache(maxsize=8)
 def _mesh(world: Any, columns: int, device_type: str) -> Ranks:
-    """The groups of one mesh, made once: making them takes every rank."""
+    """The groups of one mesh, cached: creating them is a collective."""
     del world  # its identity tells one initialisation from the next
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = dist.init_device_mesh(

@@ -1,7 +1,7 @@
-"""Which engine is the fastest here: what is tried, what it measured, and the choice.
+"""The choice of an engine: candidates, timings, the fastest.
 
-Nothing is assumed: grouped convolutions and compiled code win on some machines and lose on others.
-This file knows no session; :mod:`fastokd.run.tuning` measures with one.
+Grouped convolutions and compiled code are faster on some machines and slower on others, so they are
+measured (:mod:`fastokd.run.tuning`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 from fastokd.cohort.choice import FORMATS, Choice
 
-# The most that a choice is expected to take off a step: what a trial may cost is weighed with it.
+# The largest share of a step that a choice is expected to save; it limits the cost of trials.
 SAVABLE = 0.3
-# A choice must beat the plain loop by more than timings scatter.
+# A choice must be faster than the plain loop by more than the noise of timings.
 MARGIN = 0.03
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one candidate measured, or why it has no figure.
+    """One candidate's timing, or why it has none.
 
     ``failed``: it can't run. ``final``: another run needn't try it again. ``compile_seconds``:
     before its first step.

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: one live table on a terminal, plain lines elsewhere."""
+"""The progress display: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed 
 
 
 class Display(Hook):
-    """Shows what was measured in each epoch, and how far the run is."""
+    """Shows each epoch's metrics and the progress."""
 
     title = "its display"
 
@@ -70,7 +70,7 @@ class Display(Hook):
             self._check_lost()
 
     def _line(self, text: str) -> None:
-        # A log has no width: wrapped at 80 columns, an epoch would be two lines of it.
+        # In a log an epoch stays on one line.
         self.console.print(text, soft_wrap=True)
         self._check_lost()
 
@@ -80,7 +80,7 @@ class Display(Hook):
             tell_lost(out)
 
     def view(self) -> Group:
-        """The last epochs' table, the columns that nothing fills left out, and the bar."""
+        """The table of the last epochs without empty columns, and the bar."""
         kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in self.rows)]
         table = Table(box=None, padding=(0, 1))
         for index in kept:
@@ -116,7 +116,7 @@ class Display(Hook):
 
 
 def cells(row: dict[str, Any], epochs: int) -> list[str]:
-    """One epoch's values for :data:`COLUMNS`, but the time left; "" for what there isn't.
+    """One epoch's values for :data:`COLUMNS` without the time left; "" where there is none.
 
     Accuracies and diversity are of the held-out images where the recipe has some, else of the test
     set; ``peers`` is the mean over the students that aren't the leader. A lone student is no peer.
@@ -145,7 +145,7 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
 
 
 def show_batch(session: Session, folder: Path) -> Path:
-    """Leaves the next batch as a picture, ``augmentation.png``, as the students see it."""
+    """Writes the next augmented batch as ``augmentation.png``."""
     images_BHWC, _ = session.next_batch()
     images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
     path = folder / "augmentation.png"

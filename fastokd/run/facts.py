@@ -1,4 +1,4 @@
-"""What a run says of itself beside its numbers: its recipe, its environment, how it was tuned."""
+"""A run's recipe, environment and timings, as files in its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastokd.run.options import RunOptions
 
 
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
-    """Where a run lies: ``out``, or ``runs/`` and the recipe's name."""
+    """A run's folder: ``out``, or ``runs/`` and the recipe's name."""
     return options.out or Path("runs") / f"{recipe.name.replace('/', '-')}-seed{recipe.seed}"
 
 
@@ -53,7 +53,7 @@ class RunFacts:
         _write(self.recipe_file, recipe.to_json())
 
     def environment(self) -> dict[str, Any]:
-        """What the run's numbers depend on beside its recipe; empty where nobody wrote it.
+        """What the run's numbers depend on beside its recipe; empty where there is no such file.
 
         Raises:
             UserError: the file isn't what a run writes.
@@ -80,7 +80,7 @@ class RunFacts:
         _write(self.environment_file, facts)
 
     def write_tuning(self, timings: list[Timing]) -> None:
-        """What the engine was chosen by."""
+        """The timings that the engine was chosen by."""
         _write(self.folder / "tuning.json", {"timings": [timing.to_json() for timing in timings]})
 
 

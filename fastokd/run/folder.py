@@ -47,7 +47,7 @@ from fastokd.student.within_cohort import check_kept
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished (or interrupted) run: where it lies and what it measured."""
+    """A finished or interrupted run: its folder, its recipe and its metrics."""
 
     folder: Path
     recipe: Recipe
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def standing(self) -> Standing:
-        """How far it is: an epoch that was cut isn't counted."""
+        """Its whole epochs and its steps."""
         return standing(self.folder, self.metrics)
 
     @property
@@ -76,7 +76,7 @@ class Run:
 
 
 class RunFolder:
-    """Reads and writes one run folder (DESIGN's layout)."""
+    """Reads and writes one run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,13 +84,12 @@ class RunFolder:
         self.lines = MetricLines(path / "metrics.jsonl")
         self.lock = FolderLock(path)
         self.facts = RunFacts(path)
-        # Whether the newest steps couldn't be saved.
+        # Whether the last steps aren't saved because the disk refused.
         self._behind = False
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
-        """The folder of a run that is about to start; nothing is written yet. Of several processes
-        the first alone looks, and writes.
+        """The folder of a run that starts; nothing is written yet. Only rank 0 reads and writes it.
 
         Raises:
             UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
@@ -106,7 +105,7 @@ class RunFolder:
         return first(claim)
 
     def as_begun(self, options: RunOptions) -> RunOptions:
-        """The options of a run that goes on here as it was begun; others are left as they are.
+        """The options of a resumed run as it was begun; unchanged for a new run.
 
         Raises:
             UserError: something is asked for that differs from what the run was begun with.
@@ -128,7 +127,7 @@ class RunFolder:
 
     @contextmanager
     def beginning(self, session: Session) -> Iterator[None]:
-        """Opens the folder; where what is to begin with the run can't, a new folder is gone again."""
+        """Opens the folder; where the body raises, a new folder is removed again."""
         made = [place for place in (self.path, *self.path.parents) if not place.exists()]
         self.open(session)
         try:
@@ -143,7 +142,7 @@ class RunFolder:
             raise
 
     def open(self, session: Session) -> None:
-        """Starts the folder, or brings the session to where the folder's run stopped.
+        """Starts the folder, or loads the checkpoint where its run stopped into the session.
 
         A run that was killed before its first checkpoint starts again.
 
@@ -161,7 +160,7 @@ class RunFolder:
             if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
         ]
         session.learner.ranks.first(lambda: self._replace_lines(rows))
-        # What the best checkpoint scored, by what the run is judged by now.
+        # The best checkpoint's score by the present measure.
         kept = session.learner.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
         scores = [
             _score(row, session.recipe)
@@ -171,12 +170,12 @@ class RunFolder:
         session.best = next((score for score in scores if score is not None), session.best)
 
     def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint, where the run goes on."""
+        """Locks and prepares the folder; the newest checkpoint of a resumed run."""
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock.take()
         if not session.options.resume:
-            # Another run may have come and gone since the folder was found free.
+            # Another run may have used the folder since the first check.
             self.lock.check(resume=False)
         with writing(self.path):
             remove_leftovers(self.path)
@@ -200,7 +199,7 @@ class RunFolder:
         return None
 
     def _start_again(self) -> None:
-        """Leaves out the line of an epoch whose checkpoint never came."""
+        """Removes the lines of a run that has no checkpoint."""
         if (self.path / STUDENT).is_file():
             raise UserError(
                 f"{self.path} holds a student and no checkpoint to go on from: put its checkpoints/ "
@@ -214,11 +213,11 @@ class RunFolder:
             self.lines.replace(rows)
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the lock."""
         self.lock.release()
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
-        """Keeps the choice of engine, and what it was chosen by."""
+        """Writes the chosen engine and the timings."""
 
         def keep() -> None:
             with writing(self.path):
@@ -242,7 +241,7 @@ class RunFolder:
         return self.lines.read()
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
-        """One epoch: its line, its checkpoint, and the best one's where it is that.
+        """Writes an epoch: its line, its checkpoint, and the best checkpoint if it is the best.
 
         The best is chosen on held-out images where the recipe has some, else on the test set, and
         of whole epochs alone: a run that was stopped within one ends as one that wasn't.
@@ -262,7 +261,7 @@ class RunFolder:
                 warn(f"{error}; training goes on, and saves when it is time again")
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """A checkpoint of the session as it stands; the best one too where it is ``better``.
+        """Writes a checkpoint of the session; it is the best one too if ``better``.
 
         All ranks ask for it together; the first writes, and none goes on before it has. The lines
         of its epochs come before it: a resumed run doesn't train them again.
@@ -283,8 +282,7 @@ class RunFolder:
         last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
         with writing(self.path):
             self.lines.write()
-            # The best one first: a run that is killed in between repeats the epoch, and writes
-            # both.
+            # The best one first: a run that is killed in between repeats the epoch.
             if better:
                 save_checkpoint(best, tensors, facts)
                 prune_checkpoints(self.checkpoints, "best", 1)
@@ -298,7 +296,7 @@ class RunFolder:
 
     @contextmanager
     def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
-        """Leaves a checkpoint of the last step where a file of the data set, or its loader, stops the run."""
+        """Saves a checkpoint of the last step where a data file or the loader stops the run."""
         try:
             yield
         except (DataFileError, LoaderError):
@@ -312,9 +310,8 @@ class RunFolder:
             raise
 
     def finish(self, session: Session) -> Run:
-        """The student with its publisher's keys.
-
-        The student is then read back, and has to say alone what it says within the cohort.
+        """Writes the student with its published keys, reads it back, and compares its logits alone with
+        those within the cohort.
 
         Raises:
             DiskError: the student can't be written, or the last steps couldn't be saved and still

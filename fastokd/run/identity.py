@@ -1,4 +1,4 @@
-"""Which run a folder holds, and how far it is.
+"""Which run a folder holds, and how many of its epochs and steps are done.
 
 A run is its recipe and the options that decide its numbers (:data:`KEPT`), the contents of ``init``
 and of the teacher among them.
@@ -24,21 +24,20 @@ from fastokd.student.init import read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
 from fastokd.student.teacher import default_path
 
-# Of a run's options those that change its numbers by more than their last bits. The papers' protocol
-# has none of them.
+# The options that change a run's numbers by more than their last bits. The papers set none of them.
 DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is: whole epochs, and steps in all."""
+    """Whole epochs, and steps in all."""
 
     epochs: int
     step: int
 
 
 def standing(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Standing:
-    """Where a run's newest checkpoint is; where there is none, by its lines ``rows``.
+    """The position of a run's newest checkpoint; without one, of its lines ``rows``.
 
     An epoch that was cut has a line too, so lines alone can't tell whether a single epoch is whole.
     """
@@ -73,7 +72,7 @@ def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:
 
 
 def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
-    """Refuses a run of another recipe, or one that ``options`` wouldn't train, and says in what.
+    """Raises where the folder's run has another recipe or other options, and names the differences.
 
     Of options that leave the machine a choice, any choice will do; but ``precision="auto"`` is what
     it is on this machine.
@@ -124,7 +123,7 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
 
 
 def other_teacher(folder: Path, given: Path | None) -> list[str]:
-    """In what the teacher ``given`` differs from the one that the run in ``folder`` has kept."""
+    """The difference between the teacher ``given`` and the one kept in ``folder``, or nothing."""
     kept = folder / KEPT_TEACHER
     if given is None or not kept.is_file():
         return []
@@ -140,8 +139,7 @@ def other_teacher(folder: Path, given: Path | None) -> list[str]:
 
 
 def deciding(folder: Path) -> dict[str, Any]:
-    """Of what the run in ``folder`` was begun with, what changes its numbers; what is usual, or
-    unknown, is left out."""
+    """The options of the run in ``folder`` that change its numbers and aren't the default."""
     begun, usual = RunFacts(folder).environment(), RunOptions()
     return {
         name: begun[name]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves, and leaves."""
+"""Signals that stop a run: it finishes its step, saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastokd.learner.guard import READ_EVERY
 from fastokd.run.hooks import Hook
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
+# torchrun repeats a signal of the terminal or of Slurm within this many seconds.
 ECHO = 10.0
 
 
 class Interrupted(SystemExit):
-    """A run stopped because it was asked to; its state is saved.
+    """A signal stopped the run; its state is saved.
 
     Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
     129 after SIGHUP.
@@ -36,8 +36,8 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Listens for the signals while it is entered; a second one exits at once, if it comes more
-    than ``echo`` seconds after the first.
+    """Handles the signals while it is entered. A second one exits at once, if it comes more than
+    ``echo`` seconds after the first.
 
     ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
     somebody else's handler is in place or the signal is ignored (by nohup, say), nothing is changed.
@@ -70,7 +70,7 @@ class StopRequest:
 
     @contextmanager
     def telling(self, act: Callable[[], object]) -> Iterator[None]:
-        """Within it ``act`` is called when the first signal comes: a second one ends the process."""
+        """Within it the first signal calls ``act``."""
         self._told = act
         try:
             yield
@@ -89,7 +89,7 @@ class StopRequest:
 
 
 class Keeper(Hook):
-    """Between two steps or batches it saves when it is time; where a signal came it saves and stops.
+    """Saves checkpoints between steps; stops the run after a signal.
 
     Args:
         save: writes a checkpoint.
@@ -125,18 +125,18 @@ class Keeper(Hook):
         self.saved()
 
     def on_last_batch(self) -> None:
-        """Looks whether the steps so far were taken."""
+        """Reads the flag of skipped steps."""
         self._unchecked = 0
         self._settle()
 
     def save_now(self) -> None:
-        """A checkpoint of the steps that were taken."""
+        """Saves a checkpoint of the steps that were taken."""
         self.on_last_batch()
         self.save()
         self.saved()
 
     def saved(self) -> None:
-        """Counts from here on: a checkpoint was written."""
+        """Restarts the counts: a checkpoint was written."""
         self._steps, self._time = 0, time.monotonic()
 
     def on_epoch(self, row: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ class Keeper(Hook):
         self.on_batch()
 
     def on_batch(self) -> None:
-        """A moment between two steps, or two batches of an evaluation.
+        """Saves or stops where it is time; called between two steps or batches.
 
         Raises:
             Interrupted: a signal came; the state is saved.

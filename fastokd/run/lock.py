@@ -1,4 +1,4 @@
-"""A run's folder is its own: found free or as it was left, led nowhere by a link, locked."""
+"""Keeps a run folder to one run: it must be free or resumable, without links, and is locked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 def _not_the_childs() -> None:
-    """A forked child (a loader's worker) shares its parent's locks, and would hold them after it."""
+    """Releases locks in a forked child (a loader's worker), which would hold them after its parent."""
     for lock in list(LOCKS):
         lock._close()
 
@@ -43,7 +43,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """What keeps a run folder to one run at a time."""
+    """The lock on a run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class FolderLock:
         LOCKS.add(self)
 
     def check(self, resume: bool) -> None:
-        """Whether a run may begin here, or go on; nothing is written.
+        """Raises where a run may neither begin nor resume here; nothing is written.
 
         Raises:
             UserError: the folder exists and ``resume`` isn't asked for, it doesn't and is, there is
@@ -95,7 +95,7 @@ class FolderLock:
             warn(f"{self.path} can't be locked: {error}")
 
     def release(self) -> None:
-        """Lets go of the folder."""
+        """Releases the lock."""
         if self._held is not None:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._held, fcntl.LOCK_UN)
@@ -107,7 +107,7 @@ class FolderLock:
             self._held = None
 
     def _refuse_links(self) -> None:
-        """A run writes into its own folder alone: a link in it would lead its files elsewhere."""
+        """Raises where the folder holds a link, through which a run would write elsewhere."""
         inside = [self.path / "checkpoints"]
         for folder in (self.path, self.path / "checkpoints"):
             inside += folder.iterdir() if folder.is_dir() else []
@@ -119,7 +119,7 @@ class FolderLock:
                 )
 
     def _is_free(self) -> bool:
-        """Whether a run may start here: an empty folder, or one where a run got no further."""
+        """Whether a run may start here: the folder is empty, or a run has left no checkpoint in it."""
         if not self.path.is_dir():
             return False
         return all(

@@ -1,4 +1,4 @@
-"""Where else a run's metrics go while it trains: TensorBoard, Weights & Biases.
+"""Loggers: TensorBoard and Weights & Biases.
 
 Both are given the rows of ``metrics.jsonl``, so all three say the same.
 """
@@ -20,13 +20,13 @@ from fastokd.host.names import in_utf8, on_a_line
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.hooks import Hook
 
-# Seconds that a logger has to begin, where it may have to reach a server, and to end.
+# Seconds that a logger may take to begin, which can need a server, and to end.
 BEGIN, END = 60.0, 30.0
 THREAD = "fastokd-logger"
 
 
 class Sink(Protocol):
-    """Takes rows somewhere else; it is made, used and closed in one thread."""
+    """Writes rows; it is made, used and closed in one thread."""
 
     def row(self, row: dict[str, Any]) -> None: ...
 
@@ -34,7 +34,7 @@ class Sink(Protocol):
 
 
 def check_installed(*, tensorboard: bool, wandb: bool) -> None:
-    """Refuses what was asked for and isn't there, before a run leaves anything.
+    """Raises where a logger that is asked for isn't installed.
 
     Raises:
         UserError: names the package.
@@ -47,7 +47,7 @@ def check_installed(*, tensorboard: bool, wandb: bool) -> None:
 def loggers(
     recipe: Recipe, folder: Path, first_step: int, *, tensorboard: bool, wandb: bool
 ) -> list[Logger]:
-    """Those that were asked for; ``first_step`` is where a resumed run goes on."""
+    """The loggers that are asked for; ``first_step`` is a resumed run's next step."""
     found = []
     if tensorboard:
         found.append(Logger(TensorBoard, folder, first_step))
@@ -57,7 +57,7 @@ def loggers(
 
 
 class Logger(Hook):
-    """A sink in a thread of its own: what it raises, asks or waits for never reaches the run."""
+    """A sink in its own thread, so that its errors, prompts and waits don't reach the run."""
 
     def __init__(self, sink: Any, *arguments: Any) -> None:
         self.title, self._sink, self._arguments = sink.title, sink, arguments
@@ -78,7 +78,7 @@ class Logger(Hook):
             self._begun.set()
 
     def on_begin(self) -> None:
-        """Begins, without asking anything of whoever is at the terminal.
+        """Starts the thread, with standard input closed so that nothing can prompt.
 
         Raises:
             UserError: it can't; says why and what to do.
@@ -112,12 +112,12 @@ class Logger(Hook):
 
 
 def still_busy() -> bool:
-    """Whether a logger hasn't ended, though its run has."""
+    """Whether a logger's thread still runs."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 class TensorBoard:
-    """Scalars under ``RUN/tensorboard``; what a resumed run repeats replaces what it had."""
+    """Scalars under ``RUN/tensorboard``; a resumed run replaces the steps that it repeats."""
 
     title = "TensorBoard"
     fix = "install tensorboard anew, or leave --tensorboard out"

@@ -1,4 +1,4 @@
-"""What is done about a step that wasn't taken: it is found, told, and skipped or stopped at."""
+"""Handles steps that the guard skipped: finds the cause, then skips the step or stops the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastokd.run.session import Session
 
 
 def settle(session: Session, save: Callable[[], None]) -> None:
-    """Reads the flag; where it is up, the session stands before the first bad step again.
+    """Reads the flag; where it is set, moves the session back before the first bad step.
 
     Then either that step is skipped (``skip_nonfinite``) and those after it are to be taken anew,
     or the state is saved and the run stops.
@@ -53,7 +53,7 @@ def settle(session: Session, save: Callable[[], None]) -> None:
 
 
 def find(session: Session) -> str:
-    """What isn't finite in the step that is next: one thing, and what it leads to.
+    """What isn't finite in the next step: the first value, and what follows from it.
 
     The step is taken once more, as it was but for an update; the session stays as it is.
     """
@@ -63,13 +63,13 @@ def find(session: Session) -> str:
         found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
     finally:
         restore()
-    # Of several ranks it may be in one's share alone.
+    # It may be in one rank's share only.
     found = next(filter(None, session.learner.ranks.gather(found)), [])
     return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
 
 
 def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[str]:
-    """In the order in which one thing leads to another."""
+    """In the order of the computation."""
     if _is_bad(images_BHWC):
         bad_B = (~images_BHWC.isfinite()).flatten(1).any(1)
         yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
@@ -129,7 +129,7 @@ def _first_bad(named: list[tuple[str, Tensor]], would: str) -> Iterator[str]:
 
 
 def _bad_terms(name: str, value: Tensor) -> Iterator[str]:
-    """A term of the loss by its student where it has one for each."""
+    """A term of the loss, by student where it has one value for each."""
     if not _is_bad(value):
         return
     if not name.endswith("_S"):
@@ -141,7 +141,7 @@ def _bad_terms(name: str, value: Tensor) -> Iterator[str]:
 
 
 def _owner(name: str) -> str:
-    """A name of the cohort's, as a person says it: ``students.1.fc.weight``, student 1's fc.weight."""
+    """A tensor's name for a message: ``students.1.fc.weight`` is student 1's fc.weight."""
     first, _, rest = name.partition(".")
     if first != "students":
         return f"the {first}'s {rest}"
@@ -154,7 +154,7 @@ def _is_bad(value: Tensor) -> bool:
 
 
 def _value(value: Tensor) -> str:
-    """The first that isn't finite."""
+    """The first value that isn't finite."""
     return f"{value[~value.isfinite()][0].item()}"
 
 

@@ -1,4 +1,4 @@
-"""A step that can't be taken as it is asked for: what could."""
+"""Turns a step that runs out of memory into a message with the batch that would fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastokd.run.session import Session
 
 @contextmanager
 def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[None]:
-    """Turns running out of memory within a step into a sentence with the batch that would fit.
+    """Catches an out-of-memory error of a step and finds the batch that would fit, by halving.
 
-    It is found by trying halves; the session can't go on after that.
+    The session can't be used after that.
 
     Raises:
         UserError: the step ran out of memory; or an operator has no deterministic form, where one is
@@ -70,7 +70,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -> int | None:
-    """The first of a half, a quarter, ... of ``size`` images whose gradients can be had."""
+    """The largest of ``size`` / 2, / 4, ... images whose gradients fit, or None."""
     choice = Choice(session.learner.choice.engine, False, session.learner.choice.memory_format)
     session.learner.adopt(choice, alone=True)  # of several ranks each finds out for itself
     while size > session.learner.min_batch:

@@ -1,7 +1,7 @@
-"""One candidate of ``engine="auto"``, timed over a few steps; or why it can't take them.
+"""Times one candidate of ``engine="auto"`` over a few steps.
 
 An eager candidate runs in this process. A compiled one runs in a process of its own
-(``worker.py``), which is killed when it has cost what it could save.
+(``worker.py``), which is killed when it takes longer than the candidate could save.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
 from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
-# Of each candidate: those that warm it up, and these.
+# Timed steps of each candidate, after its warm-up.
 TIMED_STEPS = 3
-# A candidate this many times slower in its first step isn't timed further.
+# A candidate is dropped when its first step is this many times slower than the best.
 HOPELESS = 3.0
-# What compiling a cohort takes at least: shorter runs don't try.
+# Compiling a cohort takes at least this long.
 COMPILE_SECONDS = 60.0
-# The most that a compiled trial takes, in seconds.
+# The longest compiled trial, in seconds.
 PATIENCE = 600.0
 
 Batch = tuple[Tensor, Tensor]
@@ -56,7 +56,7 @@ def warm_up_steps(session: Session, compiled: bool = False) -> int:
 def time_eager(
     session: Session, choice: Choice, best_ms: float | None, *, default: bool = False
 ) -> Timing:
-    """A few steps of this session by ``choice``, or why it can't; they change it.
+    """Times a few steps of this session by ``choice``; the steps change its state.
 
     ``default``: raises what its steps raise, as there is nothing else to run.
 
@@ -93,7 +93,7 @@ def _timed(session: Session, choice: Choice, best_ms: float | None, default: boo
 
 
 def _forget(error: BaseException | None) -> None:
-    """Empties the frames that an error and its causes keep: they hold a step's activations."""
+    """Clears the frames of an error and its causes, which hold a step's activations."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -127,7 +127,7 @@ def time_compiled(
     best_ms: float | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Timing:
-    """``choice`` in a process of its own, for as long as it could save against ``best_ms``."""
+    """Times ``choice`` in its own process, for at most the time that it could save over ``best_ms``."""
     seconds = PATIENCE
     if best_ms is not None:
         seconds = min(PATIENCE, SAVABLE * steps * best_ms / 1e3)
@@ -139,7 +139,7 @@ def time_compiled(
 
 
 def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) -> Answer:
-    """What the function ``make`` answers in a process of its own: fields of a :class:`Timing`."""
+    """The answer of the function ``make`` in its own process: fields of a :class:`Timing`."""
     threads = torch.get_num_threads()
     try:
         with Worker(
@@ -154,7 +154,7 @@ def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) ->
 
 
 def job(session: Session, choice: Choice) -> Answer:
-    """The run's recipe, options and data, for a process that draws its images and is alone."""
+    """The run's recipe, options and data shapes, for a single process with random images."""
     options = replace(
         session.options,
         device=str(session.learner.device),
@@ -169,7 +169,7 @@ def job(session: Session, choice: Choice) -> Answer:
         parallel="data",
         quiet=True,
     )
-    # This rank's share of the batch. What crops images on disk is the loader.
+    # This rank's share of the batch. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
     recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
     data = {
@@ -181,7 +181,7 @@ def job(session: Session, choice: Choice) -> Answer:
 
 
 def trial_here(job: Answer) -> tuple[Answer, None]:
-    """Trains a few steps on random images: ms a step, and what came before; or why it can't."""
+    """Trains a few steps on random images; the times, or why it can't."""
     try:
         if ":" in job["recipe"]["method"]:  # named by the user whose run this is
             register_method(job["recipe"]["method"])

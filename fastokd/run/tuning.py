@@ -1,4 +1,4 @@
-"""``engine="auto"``: candidates are timed on the run's own batches, and the fastest is kept.
+"""``engine="auto"``: times candidates on the run's own batches and keeps the fastest.
 
 What is asked for (``compile``, ``capture``, ``memory_format``) holds for whatever is chosen. A run
 too short to gain isn't measured. One candidate's failure is a row of the table.
@@ -29,7 +29,7 @@ from fastokd.run.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_st
 
 # The two fastest engines are tried compiled.
 COMPILED = 2
-# Options that decide no step's time, or that ``step_key`` has resolved.
+# Options that don't change a step's time, or that ``step_key`` resolves.
 ELSEWHERE = {"device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init"}
 ELSEWHERE |= {"eval_every"}
 
@@ -40,7 +40,7 @@ def tune(
     say: Callable[[str], None] = lambda text: None,
     stop: StopRequest | None = None,
 ) -> list[Timing]:
-    """Chooses for a session of ``steps`` more steps, unless it is settled; what was measured.
+    """Chooses the engine of an unsettled session for ``steps`` more steps; returns the timings.
 
     With several processes the first one's choice is everybody's. Where ``stop`` receives a signal
     the session stays unsettled, by its default.
@@ -71,7 +71,7 @@ def tune(
 
 
 def step_key(session: Session) -> dict[str, Any]:
-    """All that a step's time depends on."""
+    """Everything that a step's time depends on: the key of cached timings."""
     recipe, options = session.recipe, session.options
     machine = environment(session.learner.device, session.learner.precision)
     names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "waiting", "precision")
@@ -88,7 +88,7 @@ def step_key(session: Session) -> dict[str, Any]:
 
 
 def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
-    """The fastest of those that are as asked for.
+    """The fastest timing that fits the options.
 
     Raises:
         UserError: none of them can run.
@@ -109,9 +109,9 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
 def _measure(
     session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
 ) -> list[Timing]:
-    """A timing for every candidate, the default's first; the known ones as they are."""
+    """A timing for each candidate, the default first; cached timings are used."""
     options = session.options
-    # A damaged file may name an engine that there isn't.
+    # A damaged file may name an unknown engine.
     known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
     eager = eager_candidates(ENGINES, options.memory_format)
     unknown = [choice for choice in eager if choice not in known]
@@ -137,7 +137,7 @@ def _eager(
     cache: TimingCache,
     stopped: Callable[[], bool],
 ) -> list[Timing]:
-    """Those of ``choices`` that there is time for, the first of which is the default."""
+    """Times the eager ``choices``, the default first."""
     timings: list[Timing] = []
     with untouched(session) as put_back:
         for choice in choices:
@@ -147,7 +147,7 @@ def _eager(
                 timings.append(known[choice])
                 continue
             best_ms = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
-            # Nothing else can run where the plain loop can't, and it is never left out.
+            # The default is never excluded: where it fails, nothing can run.
             default = choice == choices[0] and not session.options.capture
             with nullcontext() if default else cache.on_trial(choice):
                 timings.append(time_eager(session, choice, best_ms, default=default))
@@ -191,7 +191,7 @@ def _compiled(
     cache: TimingCache,
     stopped: Callable[[], bool],
 ) -> list[Timing]:
-    """The fastest engines compiled; before them the default, where compiling is asked for."""
+    """Times the fastest engines compiled, after the default where ``--compile`` asks for it."""
     times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
     ranked = sorted(times, key=lambda choice: times[choice])
     best_ms = times[ranked[0]] if ranked else None

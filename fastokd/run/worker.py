@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 Answer = dict[str, Any]
+START = "from fastokd.run.worker import main; main()"
 # Seconds between two looks whether the caller is to stop.
 LOOK_EVERY = 0.5
 
@@ -64,7 +65,7 @@ class Worker:
         self._seconds, self._stopped = seconds, stopped
         self._errors = tempfile.TemporaryFile("w+") if quiet else None  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastokd.run.worker", make],
+            [sys.executable, "-c", START, make],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -129,6 +130,8 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         if self._errors is not None:
             self._errors.close()
 
@@ -159,7 +162,3 @@ def main() -> None:
     say(first)
     for line in sys.stdin:
         say(answering(json.loads(line)))
-
-
-if __name__ == "__main__":
-    main()
