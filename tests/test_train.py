@@ -22,12 +22,12 @@ from fastokd.cohort import Cohort
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate_session
+from fastokd.learner import build as parts
 from fastokd.learner import optimizers
 from fastokd.learner.state import as_state
 from fastokd.learner.step import training_step
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run import build as parts
 from fastokd.run import folder as run_folder
 from fastokd.run.build import build
 from fastokd.run.folder import Run

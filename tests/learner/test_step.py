@@ -229,7 +229,9 @@ def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
             session.epoch = epoch
             losses.append(take(session, 1, first=epoch % 7))
         assert losses[0] == pytest.approx(losses[1], rel=1e-3), epoch
-    moved = [torch.cat([p.detach().flatten() for p in s.parameters()]) for s in (eager, compiled)]
+    moved = [
+        torch.cat([p.detach().flatten() for p in s.learner.parameters()]) for s in (eager, compiled)
+    ]
     # Of the whole way: a rate of the wrong epoch would move the last step ten times as far.
     apart = torch.linalg.vector_norm(moved[1] - moved[0]) / torch.linalg.vector_norm(
         moved[0] - start
