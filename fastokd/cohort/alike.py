@@ -67,18 +67,22 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-def template_of(student: Student, engine: str, dtype: torch.dtype | None = None) -> Student:
-    """A copy on the meta device, tied weights tied; floating point as ``dtype`` where it is given.
+def template_of(
+    students: Sequence[Student], engine: str, dtype: torch.dtype | None = None
+) -> Student:
+    """A copy of equal students' first on the meta device, tied weights tied; floating point as
+    ``dtype`` where it is given.
 
     Raises:
-        UserError: the student can't be copied.
+        UserError: the students differ, or can't be copied.
     """
+    if not are_alike(students):
+        raise UserError(f"engine={engine!r} stacks equal students, not a mixed cohort: use loop")
+    student = students[0]
     memo: dict[int, Any] = {}
     for module in student.modules():
         for value in vars(module).values():
-            if isinstance(
-                value, Tensor
-            ):  # computed of parameters before each call, as old hooks do
+            if isinstance(value, Tensor):  # computed of parameters before each call, by old hooks
                 memo[id(value)] = value.detach()
     for value in _state(student).values():
         meta = value.detach().to("meta", dtype if value.is_floating_point() else None)

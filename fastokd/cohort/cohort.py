@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.convs import suited_layers
 from fastokd.cohort.grouped import GroupedStudents
+from fastokd.cohort.layers import use_ops
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort.sharing import check_sharing
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
 from fastokd.models import (
@@ -23,9 +23,7 @@ from fastokd.models import (
     map_shapes,
     trunk_shape,
 )
-from fastokd.models.layers import NormAct
 from fastokd.models.student import with_versions
-from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.normalize import normalize, scale_and_shift
 
 ENGINES = ("loop", "grouped", "vmap")
@@ -45,7 +43,8 @@ class Cohort(nn.Module):
         sharing: ``"branch"`` or ``"network"``.
         engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"`` or ``"auto"``. All give
             the same numbers.
-        impl: of the fused norm, as :func:`fastokd.ops.fused_bn_act` takes it.
+        impl: of the students' layers: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``, as
+            :func:`~fastokd.cohort.layers.use_ops` takes it.
         mean, std: of the images, for each channel, in units of [0, 1].
         seed: initial weights are a function of it and the student's index alone.
         teacher: a frozen classifier ``[B, 3, H, W] -> [B, C]``, run in eval mode without gradient
@@ -80,13 +79,7 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.model_names = _names(students)
-        if sharing not in ("branch", "network"):
-            raise UserError(f"sharing is {sharing!r}: choose branch or network")
-        if sharing == "branch" and len(set(self.model_names)) > 1:
-            raise UserError(
-                f"a branch cohort shares one trunk, but its students are {self.model_names}: "
-                "use one model, or sharing='network'"
-            )
+        check_sharing(sharing, self.model_names)
         self.num_classes = num_classes
         self.sharing = sharing
         self.impl = impl
@@ -111,10 +104,7 @@ class Cohort(nn.Module):
                 student.keep_stages(self.branch_from, None)
         self.students = nn.ModuleList(built)
         for student in (*built, *([] if self.trunk is None else [self.trunk])):
-            suited_layers(student, impl)
-        for module in self.modules():
-            if isinstance(module, NormAct):
-                module.fused = partial(norm_act, impl=impl)
+            use_ops(student, impl)
         self.memory_format = torch.channels_last
         self.own = range(len(built))
         self._exchange: Callable[[list[StudentOutput]], list[StudentOutput]] | None = None
@@ -140,16 +130,14 @@ class Cohort(nn.Module):
         """
         members = list(self._members())[self.own.start : self.own.stop]
         if engine in ("auto", "loop"):
-            self._run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
-                members, self.branch_from, self._example()
-            )
-        elif engine == "vmap":
-            self._run = VmapStudents(members, self.branch_from, self._example())
+            run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(members, self.branch_from)
         elif engine == "grouped":
-            self._run = GroupedStudents(members, self.branch_from, self._example(), self.impl)
+            run = GroupedStudents(members, self.branch_from)
+        elif engine == "vmap":
+            run = VmapStudents(members, self.branch_from, self._example())
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
-        self.engine = "loop" if engine == "auto" else engine
+        self._run, self.engine = run, "loop" if engine == "auto" else engine
 
     def _example(self) -> Tensor:
         """What all students read, on the meta device."""

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Needs:
     ``running_statistics``: it reads its norms' running statistics while it trains.
     """
 
-    sharing: tuple[str, ...] = ("branch", "network")
+    sharing: tuple[str, ...] = SHARINGS
     min_students: int = 2
     leader: bool = False
     trunk: bool = False
@@ -42,6 +43,20 @@ class Needs:
     min_batch: int = 1
     own_rows: bool = False
     running_statistics: bool = False
+
+    def check(self, method: str, sharing: str, students: int) -> None:
+        """Raises unless the method ``method`` has a form for so many students who share so.
+
+        Raises:
+            UserError: it has no such form, or trains more.
+        """
+        if sharing not in self.sharing:
+            raise UserError(f"{method} has no {sharing} form: choose {' or '.join(self.sharing)}")
+        if students < self.min_students:
+            role = " (a leader and at least one peer)" if self.leader else ""
+            raise UserError(
+                f"students is {students}, but {method} trains at least {self.min_students}{role}"
+            )
 
 
 class MethodLoss(NamedTuple):
@@ -103,17 +118,7 @@ class Method(nn.Module):
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
         self.shape = shape
-        name = type(self).__name__
-        if shape.sharing not in self.needs.sharing:
-            raise UserError(
-                f"{name} has no {shape.sharing} form: choose {' or '.join(self.needs.sharing)}"
-            )
-        if shape.students < self.needs.min_students:
-            what = "its leader included" if self.needs.leader else "who learn from each other"
-            raise UserError(
-                f"{name} was given {shape.students} student(s), but it needs at least "
-                f"{self.needs.min_students}, {what}"
-            )
+        self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
     @property
     def peers(self) -> int:

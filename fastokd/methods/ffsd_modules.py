@@ -6,16 +6,16 @@ Keys are the published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastokd.cohort.layers import is_exactly
 from fastokd.models.layers import NormAct
 from fastokd.ops.conv import conv_transpose2d
-from fastokd.ops.fused_bn_act import norm_act, norm_impl
+from fastokd.ops.fused_bn_act import norm_impl
 from fastokd.ops.fusion_step import fusion_step
 
 
@@ -30,7 +30,7 @@ class DecoderBlock(nn.Module):
             inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=False
         )
         self.norm = NormAct(outputs)
-        self.norm.fused = partial(norm_act, impl=norm_impl(impl))
+        self.norm.impl = norm_impl(impl)
 
     def forward(self, x_BCHW: Tensor, running: bool) -> Tensor:
         z_BCHW = conv_transpose2d(x_BCHW, self.convtranpose.weight, impl=self.impl)
@@ -95,17 +95,17 @@ class Squeeze(nn.Module):
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1_1 = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn1_1 = NormAct(outputs)
-        self.bn1_1.fused = partial(norm_act, impl=norm_impl(impl))
+        self.bn1_1.impl = norm_impl(impl)
         for conv in (self.conv1, self.conv1_1):
             # normal(0, sqrt(2 / (k k out))), the depthwise one too.
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def squeeze(self, maps_BCHW: Sequence[Tensor]) -> Tensor:
         """One map from several, whose channels follow one another."""
-        if "forward" in vars(self.bn1):  # another norm was put in its place, such as sync_bn's
-            x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
-        else:
+        if is_exactly(self.bn1, nn.BatchNorm2d):
             x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
+        else:  # another norm was put in its place, such as sync_bn's
+            x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
         y_BCHW: Tensor = self.bn1_1(self.conv1_1(x_BCHW))
         return y_BCHW
 

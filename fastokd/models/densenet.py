@@ -21,7 +21,7 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.bn1 = NormAct(inputs)
         self.conv1 = conv3x3(inputs, GROWTH)
-        self.concat = ConcatChannels()
+        self.concat = ConcatChannels(inputs, GROWTH)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.concat(x_BCHW, self.conv1(self.bn1(x_BCHW)))
@@ -36,7 +36,7 @@ class BottleneckLayer(nn.Module):
         self.conv1 = nn.Conv2d(inputs, 4 * GROWTH, 1, bias=False)
         self.norm2 = NormAct(4 * GROWTH)
         self.conv2 = conv3x3(4 * GROWTH, GROWTH)
-        self.concat = ConcatChannels()
+        self.concat = ConcatChannels(inputs, GROWTH)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = self.conv2(self.norm2(self.conv1(self.norm1(x_BCHW))))

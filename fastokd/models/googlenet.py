@@ -36,8 +36,8 @@ class Inception(nn.Module):
         self.branch3x3 = _convs(inputs, (three[0], 1), (three[1], 3))
         self.branch5x5 = _convs(inputs, (five[0], 1), (five[1], 3), (five[1], 3))
         self.branch_pool = _convs(inputs, (pool, 1), first=1)
-        self.concat = ConcatChannels()
-        self.channels = one + three[1] + five[1] + pool
+        self.concat = ConcatChannels(one, three[1], five[1], pool)
+        self.channels = sum(self.concat.widths)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.concat(

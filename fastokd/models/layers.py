@@ -1,36 +1,16 @@
-"""The layers that a cohort's engine may swap for fused ones."""
+"""The students' layers beside torch's own."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def is_exactly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether ``module`` computes what one of ``kinds`` does, so that another may compute it instead.
-
-    The one rule for every layer that an engine swaps, stacks or casts. A subclass may have a
-    ``forward`` of its own, as a parametrized layer has; so may an instance, and a hook may change
-    what goes in or comes out.
-    """
-    return type(module) in kinds and not is_altered(module)
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether this instance has a ``forward`` of its own, or a hook that isn't a :class:`Tap`."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    own = any(not isinstance(hook, Tap) for kind in hooks for hook in kind.values())
-    return own or "forward" in vars(module)
+from fastokd.ops.fused_bn_act import norm_act
 
 
 class Tap:
@@ -51,20 +31,21 @@ class Tap:
 class NormAct(nn.BatchNorm2d):
     """BatchNorm, then an optional residual, then an optional ReLU, as one module.
 
-    It holds exactly the state of ``nn.BatchNorm2d`` (so checkpoints keep their plain keys) and is
-    the one hook through which an engine swaps the three operations for one: set ``fused`` to a
-    callable ``(module, x_BCHW, residual_BCHW | None) -> y_BCHW``.
+    It holds exactly the state of ``nn.BatchNorm2d``, so checkpoints keep their plain keys.
+
+    ``impl``: ``"torch"`` is torch's three operations; another is that of
+    :func:`fastokd.ops.fused_bn_act`.
     """
 
-    fused: Callable[[NormAct, Tensor, Tensor | None], Tensor] | None = None
+    impl = "torch"
 
     def __init__(self, channels: int, *, relu: bool = True, momentum: float = 0.1) -> None:
         super().__init__(channels, momentum=momentum)
         self.relu = relu
 
     def forward(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None) -> Tensor:
-        if self.fused is not None:
-            return self.fused(self, x_BCHW, residual_BCHW)
+        if self.impl != "torch":
+            return norm_act(self, x_BCHW, residual_BCHW, impl=self.impl)
         y_BCHW = super().forward(x_BCHW)
         if residual_BCHW is not None:
             y_BCHW = y_BCHW + residual_BCHW
@@ -72,8 +53,12 @@ class NormAct(nn.BatchNorm2d):
 
 
 class ConcatChannels(nn.Module):
-    """Concatenation along channels: a module, so that an engine which stacks students along
-    channels can interleave them right."""
+    """Concatenation of maps of these ``widths`` along channels: a module, so that an engine which
+    stacks students along channels can interleave them right."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.widths = widths
 
     def forward(self, *maps_BCHW: Tensor) -> Tensor:
         return torch.cat(maps_BCHW, dim=1)
