@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
 
 
 @dataclass(frozen=True)

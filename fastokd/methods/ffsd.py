@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, no_one
 from fastokd.methods.ffsd_modules import Decoder, Fusion, Squeeze
@@ -72,13 +72,6 @@ class FFSD(Method):
         impl: str = "auto",
     ) -> None:
         super().__init__(shape)
-        for name, value in (
-            ("lambda_diversity", lambda_diversity),
-            ("lambda_fusion", lambda_fusion),
-            ("lambda_self_distillation", lambda_self_distillation),
-        ):
-            if not value >= 0:
-                raise UserError(f"{name} is {value}: it must be a number, at least 0")
         self.temperature = temperature
         self.lambda_diversity = lambda_diversity
         self.lambda_fusion = lambda_fusion
@@ -212,9 +205,8 @@ class FFSD(Method):
 
     def belongs_to(self, name: str) -> int:
         """Each decoder is its student's; fusion module, transfusion and the rest the leader's."""
-        part, _, rest = name.partition(".")
-        owner = rest.partition(".")[0]
-        return int(owner) if part == "decoders" and owner != LEADER else self.peers
+        module, owner, *_ = name.split(".")
+        return int(owner) if module == "decoders" and owner != LEADER else self.peers
 
     def optim_groups(self) -> Iterable[OptimGroup]:
         """The transfusion as the leader; the fusion module decays less; the decoders have Adam."""

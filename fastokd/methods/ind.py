@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress, no_one
 from fastokd.ops.mixture_distillation import mixture_distillation
 

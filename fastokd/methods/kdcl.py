@@ -9,12 +9,12 @@ the paper distorts the images anew for each.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Needs, Progress
 from fastokd.methods.kd import only_the_teacher
@@ -27,9 +27,6 @@ from fastokd.methods.kdcl_targets import (
     weighted_logits,
 )
 from fastokd.methods.scored import ScoredMethod
-
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
 
 Target = Literal["naive", "linear", "min_logit", "general"]
 
@@ -62,8 +59,6 @@ class KDCL(ScoredMethod):
         super().__init__(shape, detach_targets=detach_targets, **options)
         if target not in ("naive", "linear", "min_logit", "general"):
             raise UserError(f"target is {target!r}: choose naive, linear, min_logit or general")
-        if linear_steps < 1:
-            raise UserError(f"linear_steps is {linear_steps}: it must be at least 1")
         self.target = target
         self.linear_steps = linear_steps
         self.needs = replace(self.needs, heldout=target == "general")

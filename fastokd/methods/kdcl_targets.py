@@ -6,14 +6,12 @@ Every function takes detached logits and reads nothing back to the host.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
+from fastokd.cohort import Cohort
 
 HELD_OUT_BATCH = 512
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import MethodLoss, Needs, Progress
 from fastokd.methods.scored import ScoredMethod

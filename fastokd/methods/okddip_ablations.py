@@ -6,15 +6,14 @@ OKDDip's own without the leader.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress
+from fastokd.methods.base import Needs, Progress, no_one
 from fastokd.methods.okddip import OKDDip, TwoLevel
 from fastokd.ops.peer_attention_distillation import inner_products
 
@@ -39,6 +38,15 @@ class _Fixed(TwoLevel):
 
     peer_scores_PP: Tensor
 
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        self.register_buffer("peer_scores_PP", self.fixed(self.peers), persistent=False)
+
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        """The matrix."""
+        raise NotImplementedError
+
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
         return self.peer_scores_PP
 
@@ -46,19 +54,17 @@ class _Fixed(TwoLevel):
 class OKDDipEntropy(_Fixed):
     """*w/o SA (entropy)*: each peer attends to itself alone; its KL and the gradient are 0."""
 
-    def __init__(self, shape: CohortShape, **options: Any) -> None:
-        super().__init__(shape, **options)
-        scores_PP = torch.full((self.peers, self.peers), -math.inf).fill_diagonal_(0.0)
-        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        return no_one(peers).fill_diagonal_(0.0)
 
 
 class OKDDipMean(_Fixed):
     """*w/o SA (mean)*: every peer listens to all peers alike, itself included."""
 
-    def __init__(self, shape: CohortShape, **options: Any) -> None:
-        super().__init__(shape, **options)
-        scores_PP = torch.zeros(self.peers, self.peers)
-        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        return torch.zeros(peers, peers)
 
 
 class OKDDipSymmetric(TwoLevel):

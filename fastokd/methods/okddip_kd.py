@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import MethodLoss, Progress
 from fastokd.methods.kd import only_the_teacher, teacher_logits
 from fastokd.methods.okddip import OKDDip

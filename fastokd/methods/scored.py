@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Progress
 from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillation
 
@@ -81,6 +81,15 @@ class ScoredMethod(Method):
         return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
 
 
-def everyone_else(students: int) -> Tensor:
-    """``[S, S]`` scores in which everybody listens to all the others alike."""
-    return torch.zeros(students, students).fill_diagonal_(-math.inf)
+class Mutual(ScoredMethod):
+    """Everybody listens to all the others alike: 0 off the diagonal, -inf on it."""
+
+    scores_SS: Tensor
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        scores_SS = torch.zeros(shape.students, shape.students).fill_diagonal_(-math.inf)
+        self.register_buffer("scores_SS", scores_SS, persistent=False)
+
+    def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        return self.scores_SS

@@ -94,10 +94,10 @@ class ExternalStudent(Student):
         return 1
 
     def stage(self, index: int, x_BCHW: Tensor) -> Tensor:
-        """Runs the whole, or one of its two parts; the last one gives logits."""
+        """Runs the whole, or one of its two halves; the last one gives logits."""
         if not self._cuts:
             return self.whole(x_BCHW)
-        return self._cuts[self.training].parts[index](self, x_BCHW)
+        return self._cuts[self.training].halves[index](self, x_BCHW)
 
     def _run(self, x_BCHW: Tensor, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         self._taken.clear()
@@ -107,13 +107,13 @@ class ExternalStudent(Student):
         return x_BCHW, maps
 
     def outputs(self, x_BCHW: Tensor, start: int = 0) -> StudentOutput:
-        """Runs the parts from ``start`` on."""
+        """Runs the halves from ``start`` on."""
         logits_BC, maps = self._run(x_BCHW, start, len(self.stages))
         features_BD = pool_features(self._taken.pop(FEATURES), self._channels_first)
         return StudentOutput(logits_BC, features_BD, maps)
 
     def keep_stages(self, start: int, stop: int | None) -> None:
-        """Drops what the other part uses; what is left keeps its names."""
+        """Drops what the other half uses; what is left keeps its names."""
         if len(self.stages) == 2 and (start, stop) != (0, None):
             prune(self, self._cuts[True], keep_first=stop == 1)
 
@@ -158,7 +158,7 @@ class ExternalStudent(Student):
         return True
 
     def _check_cut(self, split_at: str, size: int) -> None:
-        """Runs both parts without memory: one tensor is cut, and every branch finds it untouched."""
+        """Runs both halves without memory: one tensor is cut, and every branch finds it untouched."""
         mode = self.training
         self.eval()
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}

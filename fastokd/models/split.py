@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fastokd.errors import UserError
 
-Part = Callable[[nn.Module, Tensor], Tensor]
+Half = Callable[[nn.Module, Tensor], Tensor]
 
 IN_PLACE = {
     operator.iadd: operator.add,
@@ -28,13 +28,13 @@ IN_PLACE = {
 
 @dataclass(frozen=True)
 class Split:
-    """Both parts as functions of (owner, input), and what the first one uses of its owner.
+    """Both halves as functions of (owner, input), and what the first one uses of its owner.
 
     ``traced`` are the modules that the cut goes through; ``first`` the paths of the modules,
-    parameters and buffers that the first part uses.
+    parameters and buffers that the first half uses.
     """
 
-    parts: tuple[Part, Part]
+    halves: tuple[Half, Half]
     traced: frozenset[str]
     first: frozenset[str]
 
@@ -81,19 +81,19 @@ def split(owner: nn.Module, path: str, what: str) -> Split:
             "it, so the graph is no chain there; choose another module, or sharing='network'"
         )
     ordered = [node for node in graph.nodes if node in before and node is not image]
-    used = [_used(part) for part in (ordered, rest)]
+    used = [_used(half) for half in (ordered, rest)]
     shared = sorted(used[0] & used[1]) or _tied(owner, used[0])
     if shared:
         raise UserError(
             f"{what} can't be split at {shown!r}: {', '.join(shared)} is used on both sides; "
             "choose another module, or sharing='network'"
         )
-    parts = (_function(ordered, image, calls[0]), _function(rest, calls[0], None))
-    return Split(parts, traced, frozenset(used[0]))
+    halves = (_function(ordered, image, calls[0]), _function(rest, calls[0], None))
+    return Split(halves, traced, frozenset(used[0]))
 
 
 def prune(owner: nn.Module, cut: Split, keep_first: bool) -> None:
-    """Deletes from ``owner`` what the other part uses. The first part keeps exactly what it uses,
+    """Deletes from ``owner`` what the other half uses. The first half keeps exactly what it uses,
     the second all else, so that nothing is in both and nothing is lost."""
     for path in sorted(cut.traced):
         container = owner.get_submodule(path)
@@ -156,7 +156,7 @@ def _used(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def _tied(owner: nn.Module, first: set[str]) -> list[str]:
-    """Parameters that the first part's modules have in common with the others."""
+    """Parameters that the first half's modules have in common with the others."""
     sides: tuple[dict[int, str], dict[int, str]] = ({}, {})
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         inside = any(name == path or name.startswith(f"{path}.") for path in first)
@@ -164,8 +164,8 @@ def _tied(owner: nn.Module, first: set[str]) -> list[str]:
     return [name for key, name in sides[0].items() if key in sides[1]]
 
 
-def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None) -> Part:
-    """A part of a graph as a plain function of (owner, input); ``result`` None keeps its output."""
+def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None) -> Half:
+    """A half of a graph as a plain function of (owner, input); ``result`` None keeps its output."""
     graph = fx.Graph()
     copies = {source: graph.placeholder("x")}
     for node in nodes:
@@ -175,5 +175,5 @@ def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None)
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
     exec(code.src, scope)
-    function: Part = scope["forward"]
+    function: Half = scope["forward"]
     return function

@@ -6,29 +6,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
     mean_of_others,
+    summed,
 )
 
 
 class ReferenceCLILR(ReferenceCohort):
     """CE + w T^2 KL to the mean of the others' logits."""
 
-    temperature = 3.0
-
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        ce = cross_entropies(out, labels_B)
         kd = [
             kl_divergence(logits_BC, mean_of_others(out.logits, index), self.temperature)
             for index, logits_BC in enumerate(out.logits)
         ]
-        return ReferenceLosses(sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0]), ce, kd)
+        return ReferenceLosses(summed(ce) + kd_weight * summed(kd), ce, kd)
 
     def step(
         self,

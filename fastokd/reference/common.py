@@ -34,12 +34,17 @@ class ReferenceOutputs(NamedTuple):
 class ReferenceCohort(nn.Module):
     """Several students, and a loss that a subclass writes in :meth:`losses`.
 
+    ``apart``: students who share nothing are trained by optimizers of their own.
+
     Args:
         model: one name for all, or a name for each student (network sharing).
         num_classes: C.
         students: how many, where ``model`` is one name.
         sharing: with ``"branch"`` the stages before the student's ``branch_from`` are shared.
     """
+
+    temperature = 3.0
+    apart = False
 
     def __init__(
         self,
@@ -83,8 +88,9 @@ class ReferenceCohort(nn.Module):
         raise NotImplementedError
 
     def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
-        """One SGD over all, as published for every method that doesn't say otherwise."""
-        return [torch.optim.SGD(self.parameters(), **settings)]
+        """One SGD over all, as published for every method that isn't ``apart``."""
+        each = [self] if self.trunk is not None or not self.apart else self.students
+        return [torch.optim.SGD(module.parameters(), **settings) for module in each]
 
     def step(
         self,
@@ -103,6 +109,16 @@ class ReferenceCohort(nn.Module):
         return losses
 
 
+def summed(terms: list[Tensor]) -> Tensor:
+    """The sum of the terms."""
+    return sum(terms[1:], terms[0])
+
+
+def cross_entropies(out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
+    """Each student's CE."""
+    return [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+
+
 def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
     """T^2 KL(target || student), the target as probabilities."""
     log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
@@ -118,4 +134,4 @@ def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> 
 def mean_of_others(logits: list[Tensor], student: int) -> Tensor:
     """The mean of all logits but one student's."""
     others = [other for index, other in enumerate(logits) if index != student]
-    return sum(others[1:], others[0]) / len(others)
+    return summed(others) / len(others)
