@@ -1,4 +1,4 @@
-"""Dropout masks, drawn once a step for all students, so that every engine drops the same."""
+"""Dropout masks, drawn once a step for all students, so that all engines drop the same features."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """The grouped engine: S equal students as one network of S times the channels.
 
 A convolution has S times its groups, a norm S times its channels, a linear layer is one batched
-product. Each stacked layer reads the students' own parameters and buffers, so state stays per
-student. Channels are ordered student by student.
+GEMM. Each stacked layer reads the students' own parameters and buffers, so state stays per student.
+Channels are ordered student by student.
 
-A tensor that all students read (the images, a trunk's output) stays one tensor as long as it can:
-a convolution of it is **one dense convolution** with S times the outputs.
+A tensor that all students read (the images, a trunk's output) isn't repeated before a layer needs it
+so: a convolution of it is one dense convolution with S times the outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastokd.models.external import ExternalStudent
 from fastokd.models.layers import ConcatChannels, Dropout, GlobalAveragePool, NormAct
 from fastokd.ops.fused_bn_act import fused_bn_act
 
-# These treat every channel alike, so they serve a stack of students as they are.
+# Layers that treat channels independently, and so take a stack of students unchanged.
 PASS_THROUGH = (
     nn.ReLU,
     nn.MaxPool2d,
@@ -36,7 +36,7 @@ PASS_THROUGH = (
     GlobalAveragePool,
     Dropout,
 )
-# What of a module may be code that joins or splits channels, which a stack has S times.
+# Methods whose code may join or split channels, which would be wrong for a stack.
 CODE = ("forward", "outputs", "stage", "_run")
 
 
@@ -44,8 +44,8 @@ class GroupedStudents:
     """Runs the stages from ``start`` on of equal students at once.
 
     Raises:
-        UserError: the students differ, or hold a layer that can't be stacked, or code that isn't
-            this package's; it is named.
+        UserError: the students differ, or have a layer that can't be stacked or code that isn't this
+            package's; the message names it.
     """
 
     def __init__(self, students: Sequence[Student], start: int) -> None:
@@ -87,7 +87,7 @@ class GroupedStudents:
 
 
 def _stack(name: str, module: nn.Module, layers: Sequence[Any]) -> nn.Module:
-    """What stands for the students' ``layers`` in the template; ``module`` itself where it serves."""
+    """The layer that replaces the students' ``layers`` in the template; ``module`` where it can stay."""
     if is_exactly(module, nn.Conv2d, OpConv2d):
         if module.padding_mode != "zeros":
             raise UserError(
@@ -109,7 +109,7 @@ def _stack(name: str, module: nn.Module, layers: Sequence[Any]) -> nn.Module:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether the code around the layers is this package's, or that of a plain sequence."""
+    """Whether the code of this container is this package's, or torch's own containers'."""
     code = [getattr(type(module), name, None) for name in CODE]
     homes = ("fastokd.models.", "torch.nn.modules.container", "torch.nn.modules.module")
     ours = all(part is None or part.__module__.startswith(homes) for part in code)
@@ -117,7 +117,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _spread(x_BCHW: Tensor, channels: int, students: int) -> Tensor:
-    """A stack of students, made of a shared tensor where ``x_BCHW`` still is one."""
+    """``x_BCHW`` as a stack of students; a tensor that they share is repeated."""
     if x_BCHW.shape[1] == channels * students:
         return x_BCHW
     assert x_BCHW.shape[1] == channels

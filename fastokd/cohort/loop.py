@@ -17,7 +17,7 @@ class LoopStudents:
     def __init__(self, students: Sequence[Student], start: int) -> None:
         self.students = tuple(students)
         self.start = start
-        # Unequal students have no common places; their dropout draws for itself.
+        # Masks are drawn together only for equal students; else each dropout layer draws its own.
         self.dropout = DropoutMasks(students) if are_alike(students) else None
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:

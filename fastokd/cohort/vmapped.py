@@ -28,7 +28,7 @@ CAST = (nn.Conv2d, OpConv2d, nn.Linear)
 
 
 class _Outputs(nn.Module):
-    """A student from a stage on, as a module whose ``forward`` gives all outputs."""
+    """A student from a stage on, as a module whose ``forward`` returns all outputs."""
 
     def __init__(self, student: Student, start: int) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class VmapStudents:
     """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
 
     Raises:
-        UserError: the students differ, or hold what can't run under ``vmap``: a foreign dropout, a
-            norm without momentum, code that reads values; it is named.
+        UserError: the students differ, or have what can't run under ``vmap``: another dropout layer, a
+            norm without momentum, code that reads values; the message names it.
     """
 
     def __init__(self, students: Sequence[Student], start: int, x_BCHW: Tensor) -> None:
@@ -55,7 +55,7 @@ class VmapStudents:
         self.template = _Outputs(template_of(students, "vmap"), start)
         use_ops(self.template.student, "torch")  # the ops have no batching rules
         for name, module in self.template.student.named_modules():
-            if is_altered(module):  # what was set may hold on to the first student
+            if is_altered(module):  # the hook or forward may refer to the first student
                 raise UserError(
                     f"engine='vmap' can't take the hook or forward that was set on {name}: use loop"
                 )
@@ -63,7 +63,7 @@ class VmapStudents:
                 raise UserError(
                     f"engine='vmap' can't count the batches of {name} (momentum None): use loop"
                 )
-            own = type(module) is Dropout  # whose masks are drawn outside
+            own = type(module) is Dropout  # its masks are drawn outside vmap
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not own:
                 raise UserError(
                     f"engine='vmap' can't draw the masks of {name} ({type(module).__name__}): use loop"
@@ -72,10 +72,10 @@ class VmapStudents:
                 replace(
                     module, _Norm, engine=self, relu=isinstance(module, NormAct) and module.relu
                 )
-        # Whether norms run in float32. vmap takes the weight out of them, and without it only a GPU's
-        # channels-last kernels read statistics of another dtype than the map's.
+        # Whether norms run in float32. vmap applies weight and bias outside the norm, and without them
+        # only a GPU's channels-last kernels take statistics of another dtype than the map's.
         self.float_norms = True
-        # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
+        # Autocast has no effect inside vmap on a CPU: what it would cast is cast before.
         self.cast = {
             f"{path}.{name}" if path else name
             for path, module in self.template.student.named_modules()
@@ -114,14 +114,14 @@ class VmapStudents:
     def _run(
         self, parameters: State, buffers: State, x_BCHW: Tensor, training: bool
     ) -> tuple[Any, State]:
-        """What :class:`_Outputs` gives, and the buffers after it; all with S in front."""
+        """The result of :class:`_Outputs` and the buffers after it; S is the first dimension of all."""
         self.template.train(training)
 
         def run(state: State, buffers: State, masks: State, x_BCHW: Tensor) -> tuple[Any, State]:
             give(self.template.student, masks)
             named = {f"student.{key}": value for key, value in (state | buffers).items()}
             out = functional_call(self.template, named, (x_BCHW,))
-            # A buffer that was assigned anew, not written to, is put into `named`.
+            # functional_call puts a buffer that was assigned, not written in place, into `named`.
             return out, {key: named[f"student.{key}"] for key in buffers}
 
         masks = self.dropout.draw(x_BCHW, training)
@@ -138,7 +138,7 @@ class VmapStudents:
         parameters.update({key: parameters[key].to(dtype) for key in self.cast})
 
     def _try(self, x_BCHW: Tensor) -> None:
-        """Runs both modes without memory, so that what can't run is refused here."""
+        """Runs both modes on the meta device, so that what can't run is refused here, not in a step."""
         student, S = self.students[0], len(self.students)
         parameters, buffers = (
             {k: torch.empty(S, *v.shape, dtype=v.dtype, device="meta") for k, v in named}
@@ -159,7 +159,7 @@ class VmapStudents:
 
 
 class _Norm(NormAct):
-    """A norm as it is, but not by cuDNN, whose choice asks for a layout that vmap hides."""
+    """A norm without cuDNN: to choose it, torch asks for the memory format, which vmap doesn't tell."""
 
     engine: VmapStudents
 

@@ -4,10 +4,9 @@ With n_r values a channel on rank r, of mean m_r and biased variance v_r, and N 
 
     m = sum_r n_r m_r / N        v = sum_r n_r (v_r + (m_r - m)^2) / N
 
-The backward needs two sums over all ranks, of dy and of dy (x - m). torch's own SyncBatchNorm does
-the same on GPUs alone, as a module of its own; this one serves gloo too, and keeps the students'
-norms (and the ReLU and residual inside them) what they are. It leaves the fused norm: one more pass
-over the maps, and two collectives a norm.
+The backward needs two sums over all ranks, of dy and of dy (x - m). torch's SyncBatchNorm does the
+same, but only on GPUs; this one also runs with gloo, and includes the residual and ReLU of a
+``NormAct``. It costs one more pass over the maps than the fused norm, and two collectives a norm.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
-    """Has every norm of cohort and method look at the batch of all ranks while it trains.
+    """Has every norm of cohort and method normalise over the batch of all ranks in training.
 
     Raises:
         UserError: each rank has the whole batch; a norm has a ``forward`` of its own.
@@ -126,7 +125,7 @@ class _SyncNorm(torch.autograd.Function):
         mean_grad_C, along_C = sums_2C / count
         inner = grad - _shaped(mean_grad_C, x) - centred * _shaped(along_C * scale_C.square(), x)
         grad_x = inner * _shaped(weight_C * scale_C, x)
-        # DDP averages what each rank has of these two.
+        # DDP averages these two over ranks.
         return grad_x.to(x.dtype), mine_2C[1] * scale_C, mine_2C[0], None, None
 
 

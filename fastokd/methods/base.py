@@ -1,4 +1,4 @@
-"""What a method is: a module that writes scores, and says what it needs."""
+"""The base class of methods: a module that computes the loss and declares what it needs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Needs:
 
     ``sharing``: the forms it has. ``leader``: the last student is kept and the others are its
     peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
-    ``heldout``: it measures the students on images held out of train after each epoch.
+    ``heldout``: it evaluates the students after each epoch on images held out of the training set.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
-    ``min_batch``: images that its own norms need; an epoch's smaller last batch is left out.
-    ``own_rows``: its loss is that of the students who ran here (``out.own``): the ranks of a row add
-    theirs up. Else it is the loss of all, and the same on every rank.
-    ``running_statistics``: it reads its norms' running statistics while it trains.
+    ``min_batch``: the smallest batch that its own norms can train on; a smaller last batch of an epoch
+    is left out.
+    ``own_rows``: with students spread over ranks, its loss covers the students of this rank
+    (``out.own``), and the ranks' losses are summed; else each rank computes the loss of all students.
+    ``running_statistics``: it reads its norms' running statistics in training.
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -57,7 +58,7 @@ class Needs:
 
 
 class MethodLoss(NamedTuple):
-    """``total`` is what is differentiated; ``parts`` are detached and stay on the device."""
+    """``total`` is differentiated; ``parts``, its terms by name, are detached and stay on the device."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -67,9 +68,9 @@ class MethodLoss(NamedTuple):
 class Progress:
     """What changes from step to step, as 0-d tensors on the device, filled before the step.
 
-    A Python number here would be frozen into a captured graph. ``epoch`` counts from 0; ``ramp``
-    is the recipe's weight of the distillation terms, in [0, 1]; ``draws`` is what
-    :meth:`Method.draw` gave for this step.
+    A CUDA graph would keep a Python number as a constant. ``epoch`` counts from 0; ``ramp`` is the
+    recipe's weight of the distillation terms, in [0, 1]; ``draws`` is the result of
+    :meth:`Method.draw` for this step.
     """
 
     epoch: Tensor
@@ -82,7 +83,7 @@ class Progress:
         ramp: float = 1.0,
         dtype: torch.dtype = torch.float64,
     ) -> Progress:
-        """The first epoch. The ramp's ``dtype`` must not round it below the cohort's own."""
+        """The first epoch. The ramp's ``dtype`` should be at least as precise as the cohort's."""
         return Progress(
             torch.zeros((), device=device), torch.tensor(ramp, device=device, dtype=dtype)
         )
@@ -92,7 +93,7 @@ class Progress:
 class OptimGroup:
     """Parameters that share an optimizer's settings; None stands for the recipe's value.
 
-    ``warm_up``: a recipe's warm-up holds for them; its milestones hold for all ``scheduled`` ones.
+    ``warm_up``: the recipe's warm-up applies to them; its milestones apply to all ``scheduled`` ones.
     """
 
     parameters: list[nn.Parameter]
@@ -132,17 +133,17 @@ class Method(nn.Module):
         return [OptimGroup(parameters)] if parameters else []
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
-        """The random tensors of one step, on the CPU; they come back as ``progress.draws``.
+        """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.
 
-        Their first dimension is the batch, so that a batch can be taken in parts.
+        Their first dimension is the batch, so that gradient accumulation can split them.
         """
         del batch, generator
         return {}
 
     def belongs_to(self, name: str) -> int | None:
-        """The student beside whom the method's state ``name`` is trained; None: by all together.
+        """The student with which the method's parameter or buffer ``name`` is trained; None: with all.
 
-        Where students are trained by several processes, it is in that student's alone.
+        With students spread over ranks, it is trained on that student's rank only.
         """
         del name
         return None
@@ -156,11 +157,11 @@ class Method(nn.Module):
         """
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
-        """What a method renews between epochs; ``heldout`` are images and labels."""
+        """Updates the method after an epoch; ``heldout`` are images and labels."""
         del cohort, heldout
 
     def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
-        """What is worth watching, averaged over the batch: ``attention`` is the mixing matrix."""
+        """Values to log, averaged over the batch; ``attention`` is the mixing matrix."""
         del out
         return {}
 
@@ -173,5 +174,5 @@ def ramp_weight(epoch: float, length: float) -> float:
 
 
 def no_one(students: int, sources: int | None = None) -> Tensor:
-    """``[S, N]`` scores in which nobody listens to anybody."""
+    """``[S, N]`` scores of -inf: no student listens to any source."""
     return torch.full((students, sources or students), -math.inf)

@@ -1,6 +1,6 @@
-"""CL-ILR (Song and Chai, NeurIPS 2018): branches learn from the others and share their gradient.
+"""CL-ILR (Song and Chai, NeurIPS 2018): each branch learns from the mean of the others.
 
-Scores: 0 off the diagonal, -inf on it. What is its own is the gradient into the shared trunk,
+Scores: 0 off the diagonal, -inf on it. It differs from DML in the gradient into the shared trunk,
 which the cohort divides by the number of branches (``needs.divide_trunk_gradient``).
 """
 

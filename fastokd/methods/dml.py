@@ -1,8 +1,8 @@
-"""DML (Zhang et al., CVPR 2018), as OKDDip compares with it: everybody learns from all the others.
+"""DML (Zhang et al., CVPR 2018), in OKDDip's form: each student learns from all the others.
 
 Scores: 0 off the diagonal, -inf on it. The target is the mean of the others' logits
 (``mix="logits"``), or each other student in turn (``mix="pairwise"``: the KLs divided by S - 1).
-All students are updated together; the authors' one network after another is another program.
+All students are updated together; the authors update one network after another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What FFSD adds to its students: decoders, the fusion module, the leader's transfusion.
+"""FFSD's modules beside its students: decoders, the fusion module, the leader's transfusion.
 
 Keys are the published ones.
 """
@@ -52,7 +52,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From a student's last map back to its earlier ones, a block for each.
+    """Computes a student's earlier maps from its last, with a block for each.
 
     Args:
         channels: of the student's maps, the first stage's first.
@@ -73,12 +73,12 @@ class Decoder(nn.Module):
         return maps[::-1]
 
     def forward(self, last_BCHW: Tensor) -> list[Tensor]:
-        """The earlier maps, the first stage's first, for learning: batch statistics in training."""
+        """The earlier maps, the first stage's first, by batch statistics in training: the decoder learns."""
         return self._expand(last_BCHW, running=False)
 
     @torch.no_grad()
     def decode(self, last_BCHW: Tensor) -> list[Tensor]:
-        """The same for teaching: on the running statistics, without gradient."""
+        """The same by running statistics and without gradient: the student learns."""
         return self._expand(last_BCHW, running=True)
 
 
@@ -101,7 +101,7 @@ class Squeeze(nn.Module):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def squeeze(self, maps_BCHW: Sequence[Tensor]) -> Tensor:
-        """One map from several, whose channels follow one another."""
+        """One map from several, concatenated along channels."""
         if is_exactly(self.bn1, nn.BatchNorm2d):
             x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
         else:  # another norm was put in its place, such as sync_bn's

@@ -1,6 +1,6 @@
-"""Ind: branches that learn from labels alone, and together train the trunk. Scores: every row -inf.
+"""Ind: branches trained on labels alone. Scores: every row is -inf.
 
-The gradient into the trunk is their sum, undivided.
+The gradient into the shared trunk is the sum of theirs, undivided.
 """
 
 from __future__ import annotations

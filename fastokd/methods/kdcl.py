@@ -1,9 +1,9 @@
-"""KDCL (Guo et al., CVPR 2020): one target for all students, as good as the group can make it.
+"""KDCL (Guo et al., CVPR 2020): one target for all students, made of their logits.
 
-Scores: naive: on each sample the student with the lowest cross-entropy alone; linear: the log of
-the weights of the best convex combination of logits; min-logit and general: one computed extra
-source alone. Targets are detached. Ours is one deviation: the students see one augmentation, where
-the paper distorts the images anew for each.
+Scores: naive: for each sample the student with the lowest cross-entropy alone; linear: the log of
+the weights of the convex combination of logits with the lowest cross-entropy; min-logit and general:
+one computed extra source alone. Targets are detached. One deviation: all students get the same
+augmented images, where the paper augments them separately for each.
 """
 
 from __future__ import annotations

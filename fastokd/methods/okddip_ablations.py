@@ -1,7 +1,7 @@
-"""OKDDip with one part taken away: the five rows of its Table 5.
+"""OKDDip's ablations, the five rows of its Table 5.
 
-Scores between peers: random, the diagonal alone, 0 everywhere, features against features; or
-OKDDip's own without the leader.
+Scores between peers: random, the diagonal alone, 0 everywhere, products of features; or OKDDip's own
+without a leader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastokd.ops.peer_attention_distillation import inner_products
 
 
 class OKDDipRandom(TwoLevel):
-    """*w/o SA (random)*: uniform random weights, rows normalised, anew for each sample and step."""
+    """*w/o SA (random)*: uniform random weights, rows normalised, drawn for each sample and step."""
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """``belief_BPP`` in (0, 1], to be normalised."""
@@ -34,7 +34,7 @@ class OKDDipRandom(TwoLevel):
 
 
 class _Fixed(TwoLevel):
-    """Peers who listen by a matrix that never changes."""
+    """Constant scores between peers."""
 
     peer_scores_PP: Tensor
 
@@ -68,10 +68,10 @@ class OKDDipMean(_Fixed):
 
 
 class OKDDipSymmetric(TwoLevel):
-    """*w/o SA (asymmetry)*: W_L = W_E = I, so that a hears b as b hears a.
+    """*w/o SA (asymmetry)*: W_L = W_E = I, so that scores are symmetric.
 
     Raises:
-        UserError: peers whose features differ in width; there is no identity between them.
+        UserError: the peers' features differ in width.
     """
 
     def __init__(self, shape: CohortShape, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A method that is one call of the one loss: it only writes scores."""
+"""Methods that are one call of ``mixture_distillation``: they compute its scores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillatio
 class ScoredMethod(Method):
     """CE of every student and T^2 KL to the target that its row of scores mixes.
 
-    A subclass writes :meth:`scores`; one whose target is no student's also :meth:`extras`.
+    A subclass defines :meth:`scores`; one with sources beside the students also :meth:`extras`.
 
     Args:
         temperature: T.
         mix: ``"logits"``, ``"probs"`` or ``"pairwise"``: what is mixed.
         detach_targets: keeps the targets, scores included, out of the gradient.
-        kd_weight: multiplies every KL, beside the recipe's ramp where the method has one.
+        kd_weight: multiplies every KL, as does the recipe's ramp where the method has one.
     """
 
-    # DML and KD are published without a ramp: theirs would stay 1 whatever the recipe says.
+    # False for DML and KD, which are published without a ramp.
     ramped = True
 
     def __init__(
@@ -47,7 +47,7 @@ class ScoredMethod(Method):
         self.impl = impl
 
     def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
-        """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf is never."""
+        """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf: not at all."""
         raise NotImplementedError
 
     def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
@@ -60,7 +60,7 @@ class ScoredMethod(Method):
         return 0.0
 
     def settings(self, progress: Progress) -> dict[str, Any]:
-        """What every call of the loss takes, whatever its scores."""
+        """The loss's arguments beside its scores and sources."""
         return {
             "kd_weight": progress.ramp * self.kd_weight if self.ramped else self.kd_weight,
             "temperature": self.temperature,
@@ -82,7 +82,7 @@ class ScoredMethod(Method):
 
 
 class Mutual(ScoredMethod):
-    """Everybody listens to all the others alike: 0 off the diagonal, -inf on it."""
+    """Each student listens to all the others alike: 0 off the diagonal, -inf on it."""
 
     scores_SS: Tensor
 
