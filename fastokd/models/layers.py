@@ -14,9 +14,9 @@ from fastokd.ops.fused_bn_act import norm_act
 
 
 class Tap:
-    """A forward hook that keeps what goes in or comes out until the student reads it.
+    """A forward hook that stores a module's input or output until the student reads it.
 
-    An object rather than a closure: a deep copy of the student gets taps of its own.
+    An object, not a closure, so that a deep copy of the student has taps of its own.
     """
 
     def __init__(self, taken: dict[str, Tensor], key: str, of_input: bool = False) -> None:
@@ -74,8 +74,8 @@ class GlobalAveragePool(nn.Module):
 class Dropout(nn.Dropout):
     """Dropout of ``[B, width]`` features whose mask may be given.
 
-    ``mask_BD``, where an engine has set it, is what the next training forward multiplies by (0, or
-    1 / (1 - p)): masks of all students are drawn at once, so that every engine drops the same.
+    The next training forward multiplies by ``mask_BD`` (0, or 1 / (1 - p)) where an engine has set it:
+    the masks of all students are drawn at once, so that all engines drop the same features.
     """
 
     mask_BD: Tensor | None
@@ -100,8 +100,8 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -
 def numbered(layers: Mapping[int, nn.Module]) -> nn.Sequential:
     """A sequential whose children carry the given numbers.
 
-    Published networks count their ReLUs as children; ours are inside :class:`NormAct`, so the
-    numbers have gaps.
+    Published networks have ReLUs as children; here they are part of :class:`NormAct`, so the numbers
+    have gaps.
     """
     return nn.Sequential(OrderedDict((str(place), layer) for place, layer in layers.items()))
 
@@ -109,8 +109,7 @@ def numbered(layers: Mapping[int, nn.Module]) -> nn.Sequential:
 def init_kaiming_fan_out(model: nn.Module, *, zero_bias: bool = False) -> None:
     """Convolutions Kaiming normal over their fan-out: normal(0, sqrt(2 / (k * k * outputs))).
 
-    Their biases stay as torch draws them, or are zeroed; norms and linear layers stay as torch
-    makes them.
+    Their biases keep torch's initialisation or are zeroed; norms and linear layers keep torch's.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The papers' loops, eager and unoptimised: the oracle and the yardstick."""
+"""The papers' training loops, eager and unoptimised: what tests and benchmarks compare with."""
 
 from fastokd.reference.baseline import ReferenceIndependent
 from fastokd.reference.cl_ilr import ReferenceCLILR

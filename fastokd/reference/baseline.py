@@ -1,4 +1,4 @@
-"""Baseline and Ind: labels alone."""
+"""Baseline and Ind: training on labels alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CL-ILR: branches learn from the others; the trunk gets their gradient divided by their number."""
+"""CL-ILR: branches learn from the others, and the trunk's gradient is divided by their number."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReferenceCLILR(ReferenceCohort):
         labels_B: Tensor,
         kd_weight: float = 1.0,
     ) -> ReferenceLosses:
-        """The branches' backward down to the trunk's output, then the trunk's with a share of it."""
+        """The branches' backward to the trunk's output, then the trunk's with the divided gradient."""
         assert self.trunk is not None
         trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
         entry_BCHW = trunk_BCHW.detach().requires_grad_()

@@ -1,6 +1,6 @@
-"""What the loops share: students one by one, the KL, one plain step.
+"""What the loops share: students run one by one, the KL, a plain step.
 
-Nothing here is fused, nothing dispatches an op of this package, nothing is read back in a step.
+Nothing is fused, no op of this package is dispatched, and a step has no host sync.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastokd.models import Student, create_model
 
 
 class ReferenceLosses(NamedTuple):
-    """The total and what it sums: CE of every student, T^2 KL of every student."""
+    """The total and its terms: CE of every student, T^2 KL of every student."""
 
     total: Tensor
     ce: list[Tensor]
@@ -32,7 +32,7 @@ class ReferenceOutputs(NamedTuple):
 
 
 class ReferenceCohort(nn.Module):
-    """Several students, and a loss that a subclass writes in :meth:`losses`.
+    """Several students, and a loss that a subclass defines in :meth:`losses`.
 
     ``apart``: students who share nothing are trained by optimizers of their own.
 
@@ -74,7 +74,7 @@ class ReferenceCohort(nn.Module):
         return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
 
     def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
-        """Runs each student on what the trunk gave."""
+        """Runs each student on the trunk's output."""
         logits, features = [], []
         for student in self.students:
             assert isinstance(student, Student)
@@ -127,7 +127,7 @@ def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Te
 
 
 def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(target || student), Eq. 3 and 4, the target as logits; its gradient is kept."""
+    """T^2 KL(target || student), Eq. 3 and 4, the target as logits, not detached."""
     return kl_to_probs(student_BC, F.softmax(target_BC / temperature, dim=1), temperature)
 
 

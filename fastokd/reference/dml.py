@@ -1,4 +1,4 @@
-"""DML: every network learns from the others; an optimizer each, all stepped together."""
+"""DML: every network learns from the others, each with an optimizer, all stepped together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastokd.reference.common import (
 
 
 class ReferenceDML(ReferenceCohort):
-    """CE + T^2 KL to the mean of the others' logits, or pair by pair divided by their number.
+    """CE + T^2 KL to the mean of the others' logits, or the mean of the KLs to each.
 
-    Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network
-    has a backward of its own.
+    Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network has a
+    backward of its own.
     """
 
     apart = True

@@ -1,4 +1,4 @@
-"""KD, and OKDDip with a teacher: T^2 KL to a frozen network besides."""
+"""KD, and OKDDip with a teacher: T^2 KL to a frozen network is added."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastokd.reference.okddip import ReferenceOKDDip
 
 
 class _Taught(ReferenceCohort):
-    """Students with a teacher in eval mode, which is no part of their state."""
+    """Students with a teacher in eval mode, which isn't part of their state."""
 
     def set_teacher(self, teacher: nn.Module) -> None:
         """Sets the frozen network, ``[B, 3, H, W] -> [B, C]``."""
@@ -44,7 +44,7 @@ class ReferenceKD(_Taught, ReferenceIndependent):
 
 
 class ReferenceOKDDipKD(_Taught, ReferenceOKDDip):
-    """Eq. 8, and the teacher for every student; ``kd_weight`` is the group's ramp alone."""
+    """Eq. 8, and T^2 KL to the teacher for every student; ``kd_weight`` multiplies only Eq. 8's KLs."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         group = super().losses(out, labels_B, kd_weight)

@@ -1,4 +1,4 @@
-"""KDCL: the group's best target, found sample by sample."""
+"""KDCL: targets are computed sample by sample."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def cross_entropy(logits_C: Tensor, label: int) -> float:
 
 
 def best(logits_SC: Tensor, label: int) -> Tensor:
-    """The logits of the student who is least wrong."""
+    """The logits of the student with the lowest CE."""
     losses = [cross_entropy(logits_C, label) for logits_C in logits_SC]
     return logits_SC[losses.index(min(losses))]
 

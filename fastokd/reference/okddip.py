@@ -1,8 +1,4 @@
-"""OKDDip's loop as the paper has it: students one by one, one KL at a time, nothing fused.
-
-It is the oracle of the tests and the yardstick of the benches, so it imports nothing but the
-plain students, dispatches no fused op and reads nothing back inside a step.
-"""
+"""OKDDip's loop as in the paper: students run one by one, one KL at a time."""
 
 from __future__ import annotations
 
@@ -25,10 +21,9 @@ from fastokd.reference.common import (
 
 
 class ReferenceTwoLevel(ReferenceCohort):
-    """Peers who attend to each other, and a leader (the last) who learns from their mean (Eq. 8).
+    """Peers that attend to each other, and a leader (the last) that learns from their mean (Eq. 8).
 
-    A subclass says by :meth:`attention` who attends to whom. ``mix_probs`` is Eq. 5 instead of the
-    published code; ``detach`` stops the gradient into the targets; without ``has_leader`` all
+    A subclass defines :meth:`attention`. ``mix_probs`` is Eq. 5 instead of the published code; ``detach`` stops the gradient into the targets; without ``has_leader`` all
     students are peers.
     """
 
@@ -38,7 +33,7 @@ class ReferenceTwoLevel(ReferenceCohort):
 
     @property
     def peers(self) -> int:
-        """Students who aren't the leader."""
+        """The number of students without the leader."""
         return len(self.students) - int(self.has_leader)
 
     def attention(self, peer_features: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""ONE: branches, an ensemble that a gate weighs, and the ensemble as everybody's target."""
+"""ONE: branches, and their gate-weighted ensemble as the target of all."""
 
 from __future__ import annotations
 
