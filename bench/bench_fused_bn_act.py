@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from bench.turns import Clock, Row, in_turn, main, summary
 from fastokd.models import create_model
 from fastokd.models.layers import NormAct
-from fastokd.ops import norm_act
 
 # What the claim names, then the other stages of the CIFAR ResNets and one of ResNet-18's last.
 SHAPES = [(64, 64, 56, 56), (128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 512, 7, 7)]
@@ -45,7 +44,7 @@ def layer_row(shape: tuple[int, int, int, int], residual: bool, rounds: int, clo
     x, grad_y = values().requires_grad_(), values()
     add = values().requires_grad_() if residual else None
     layers = {"torch": NormAct(shape[1]), "cpp": NormAct(shape[1])}
-    layers["cpp"].fused = lambda module, *maps: norm_act(module, *maps, impl="cpp")
+    layers["cpp"].impl = "cpp"
     inputs = [x] if add is None else [x, add]
 
     def step(layer: NormAct) -> list[Tensor]:
@@ -83,7 +82,7 @@ def step_row(rounds: int, clock: Clock, batch_size: int = 128) -> Row:
     def loss(impl: str) -> Tensor:
         for module in model.modules():
             if isinstance(module, NormAct):
-                module.fused = norm_act if impl == "cpp" else None
+                module.impl = "auto" if impl == "cpp" else "torch"
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
         return F.cross_entropy(logits.float(), labels)

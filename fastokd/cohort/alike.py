@@ -1,4 +1,4 @@
-"""Whether students are of one architecture, so that one's program serves for all; its copy."""
+"""Whether students have the same architecture, and a copy of one on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastokd.errors import UserError
 from fastokd.models import Student
 
-# What torch keeps in every module: its state and its children, which have names of their own.
+# Attributes of every module: its state and children, which are compared by name, and its hooks.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _VALUES = (int, float, str, types.FunctionType, types.BuiltinFunctionType, torch.dtype)
 
@@ -21,8 +21,8 @@ _VALUES = (int, float, str, types.FunctionType, types.BuiltinFunctionType, torch
 def are_alike(students: Sequence[Student]) -> bool:
     """Whether all have the same layers with the same settings, and tensors of the same shapes.
 
-    Neither their class nor the shapes say so: a ResNet-8 and a ResNet-20 are of one class, and
-    layers of the same weights may have other strides, paddings or activations.
+    The class and the shapes don't suffice: a ResNet-8 and a ResNet-20 have the same class, and
+    layers with the same weights may differ in stride, padding or activation.
     """
 
     def layers(student: Student) -> list[tuple[str, type[nn.Module]]]:
@@ -42,7 +42,7 @@ def are_alike(students: Sequence[Student]) -> bool:
 
 
 def _state(student: Student) -> dict[str, Tensor]:
-    """Every tensor under every name that it has: tied weights have several."""
+    """Every tensor under each of its names; tied weights have several."""
     parameters = student.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(student.named_buffers(remove_duplicate=False))}
 
@@ -53,7 +53,7 @@ def _same_settings(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; of objects that can't be compared, whether of one type."""
+    """Whether two settings are equal, or of one type where their values can't be compared."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
@@ -67,18 +67,24 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-def template_of(student: Student, engine: str, dtype: torch.dtype | None = None) -> Student:
-    """A copy on the meta device, tied weights tied; floating point as ``dtype`` where it is given.
+def template_of(
+    students: Sequence[Student], engine: str, dtype: torch.dtype | None = None
+) -> Student:
+    """A copy of equal students' first on the meta device, tied weights tied; floating point as
+    ``dtype`` where it is given.
 
     Raises:
-        UserError: the student can't be copied.
+        UserError: the students differ, or can't be copied.
     """
+    if not are_alike(students):
+        raise UserError(f"engine={engine!r} stacks equal students, not a mixed cohort: use loop")
+    student = students[0]
     memo: dict[int, Any] = {}
     for module in student.modules():
         for value in vars(module).values():
             if isinstance(
                 value, Tensor
-            ):  # computed of parameters before each call, as old hooks do
+            ):  # recomputed from parameters before each call, as by torch's old weight norm
                 memo[id(value)] = value.detach()
     for value in _state(student).values():
         meta = value.detach().to("meta", dtype if value.is_floating_point() else None)
@@ -87,5 +93,5 @@ def template_of(student: Student, engine: str, dtype: torch.dtype | None = None)
         memo[id(value)] = meta
     try:
         return copy.deepcopy(student, memo)
-    except Exception as error:  # the code of whoever wrote the student
+    except Exception as error:  # raised by the student's own code
         raise UserError(f"engine={engine!r} can't copy the students ({error}): use loop") from error

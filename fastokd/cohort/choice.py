@@ -1,4 +1,4 @@
-"""How a cohort runs: what the autotuner chooses among."""
+"""How a cohort runs: the alternatives that the autotuner measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, compiled or eager, over maps and weights in one layout."""
+    """An engine, compiled or eager, and the memory format of maps and weights."""
 
     engine: str = "loop"
     compile: bool = False
@@ -19,7 +19,7 @@ class Choice:
 
     @staticmethod
     def of(engine: str, compile: bool | None, memory_format: str) -> Choice:
-        """What options ask for; what they leave open is the loop, eager, in channels-last."""
+        """What the options ask for; defaults are the loop, eager, in channels-last."""
         return Choice(
             "loop" if engine == "auto" else engine,
             bool(compile),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.convs import suited_layers
 from fastokd.cohort.grouped import GroupedStudents
+from fastokd.cohort.layers import use_ops
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort.sharing import check_sharing
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
 from fastokd.models import (
@@ -23,9 +23,7 @@ from fastokd.models import (
     map_shapes,
     trunk_shape,
 )
-from fastokd.models.layers import NormAct
 from fastokd.models.student import with_versions
-from fastokd.ops.fused_bn_act import norm_act
 from fastokd.ops.normalize import normalize, scale_and_shift
 
 ENGINES = ("loop", "grouped", "vmap")
@@ -35,8 +33,8 @@ class Cohort(nn.Module):
     """Several students trained together; the last is the leader where the method has one.
 
     In a *branch* cohort the students share every stage before ``Student.branch_from``: the trunk.
-    In a *network* cohort they share nothing but the images. State is kept per student whatever the
-    engine: ``trunk.<key>`` and ``students.<s>.<key>``, each key the student's own.
+    In a *network* cohort they share only the images. State is kept per student with every engine:
+    ``trunk.<key>`` and ``students.<s>.<key>``, where ``<key>`` is the student's own.
 
     Args:
         students: a model name and a count, ``("resnet32", 4)``, or a list of names (a mixed
@@ -45,15 +43,16 @@ class Cohort(nn.Module):
         sharing: ``"branch"`` or ``"network"``.
         engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"`` or ``"auto"``. All give
             the same numbers.
-        impl: of the fused norm, as :func:`fastokd.ops.fused_bn_act` takes it.
+        impl: of the students' layers: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``, as
+            :func:`~fastokd.cohort.layers.use_ops` takes it.
         mean, std: of the images, for each channel, in units of [0, 1].
         seed: initial weights are a function of it and the student's index alone.
         teacher: a frozen classifier ``[B, 3, H, W] -> [B, C]``, run in eval mode without gradient
-            on the same images. It is no part of the cohort's state.
+            on the same images. It isn't part of the cohort's state.
         trunk_grad_scale: multiplies the gradient that the students send into the trunk.
-        model_options: handed to every student's constructor.
-        image_size: height and width of the images, which a method may ask of the maps; None for
-            the size that the first student is made for.
+        model_options: arguments of every student's constructor.
+        image_size: height and width of the images, from which ``shape.map_shapes`` follow; None for
+            the size that the first student was published for.
 
     Raises:
         UserError: no students, an unknown model, a mixed branch cohort, an unknown engine.
@@ -80,41 +79,39 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.model_names = _names(students)
-        if sharing not in ("branch", "network"):
-            raise UserError(f"sharing is {sharing!r}: choose branch or network")
-        if sharing == "branch" and len(set(self.model_names)) > 1:
-            raise UserError(
-                f"a branch cohort shares one trunk, but its students are {self.model_names}: "
-                "use one model, or sharing='network'"
-            )
+        check_sharing(sharing, self.model_names)
         self.num_classes = num_classes
         self.sharing = sharing
         self.impl = impl
         self.trunk_grad_scale = trunk_grad_scale
         self.model_options = options = dict(model_options or {})
         self.image_size = image_size or input_size(self.model_names[0], options)
-        self._teacher = None if teacher is None else [_frozen(teacher)]
+        # In a list, so that its parameters and buffers aren't the cohort's.
+        self._teacher = None if teacher is None else [teacher.eval().requires_grad_(False)]
         scale_C, shift_C = scale_and_shift(mean, std)
         self.register_buffer("scale_C", scale_C, persistent=False)
         self.register_buffer("shift_C", shift_C, persistent=False)
 
         built = [self._new_student(index, seed) for index in range(len(self.model_names))]
         self.branch_from = built[0].branch_from if sharing == "branch" else 0
-        sizes = {n: image_size or input_size(n, options) for n in self.model_names}
-        maps = {n: map_shapes(n, num_classes, options, size) for n, size in sizes.items()}
+        maps = {
+            name: map_shapes(name, num_classes, options, image_size or input_size(name, options))
+            for name in dict.fromkeys(self.model_names)
+        }
         self._map_shapes = tuple(maps[name] for name in self.model_names)
         self.trunk: Student | None = None
+        # What all students read, without the batch.
+        self._read_shape: tuple[int, ...] = (3, self.image_size, self.image_size)
         if sharing == "branch":
+            name, size = self.model_names[0], self.image_size
+            self._read_shape = trunk_shape(name, num_classes, size, **options)
             self.trunk = self._new_student(0, seed)
             self.trunk.keep_stages(0, self.branch_from)
             for student in built:
                 student.keep_stages(self.branch_from, None)
         self.students = nn.ModuleList(built)
         for student in (*built, *([] if self.trunk is None else [self.trunk])):
-            suited_layers(student, impl)
-        for module in self.modules():
-            if isinstance(module, NormAct):
-                module.fused = partial(norm_act, impl=impl)
+            use_ops(student, impl)
         self.memory_format = torch.channels_last
         self.own = range(len(built))
         self._exchange: Callable[[list[StudentOutput]], list[StudentOutput]] | None = None
@@ -123,9 +120,9 @@ class Cohort(nn.Module):
     def train_only(
         self, own: range, exchange: Callable[[list[StudentOutput]], list[StudentOutput]]
     ) -> None:
-        """Runs and trains the students ``own`` alone from here on; the others are kept.
+        """Runs and trains only the students ``own`` from here on; the others' state is kept.
 
-        ``exchange`` turns their outputs into those of all students.
+        ``exchange`` takes their outputs and returns those of all students.
         """
         self.own, self._exchange = own, exchange
         for index, student in enumerate(self.students):
@@ -133,42 +130,30 @@ class Cohort(nn.Module):
         self.set_engine(self.engine)
 
     def set_engine(self, engine: str) -> None:
-        """Runs the students by another engine from here on; state stays as it is.
+        """Runs the students by another engine from here on; their state doesn't change.
 
         Raises:
-            UserError: an unknown engine, or one that can't take these students, and why.
+            UserError: an unknown engine, or one that can't run these students, with the reason.
         """
         members = list(self._members())[self.own.start : self.own.stop]
         if engine in ("auto", "loop"):
-            self._run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
-                members, self.branch_from, self._example()
-            )
-        elif engine == "vmap":
-            self._run = VmapStudents(members, self.branch_from, self._example())
+            run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(members, self.branch_from)
         elif engine == "grouped":
-            self._run = GroupedStudents(members, self.branch_from, self._example(), self.impl)
+            run = GroupedStudents(members, self.branch_from)
+        elif engine == "vmap":
+            example = torch.empty(2, *self._read_shape, device="meta")
+            run = VmapStudents(members, self.branch_from, example)
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
-        self.engine = "loop" if engine == "auto" else engine
-
-    def _example(self) -> Tensor:
-        """What all students read, on the meta device."""
-        shape: tuple[int, ...] = (3, self.image_size, self.image_size)
-        if self.sharing == "branch":
-            shape = self._trunk_shape()
-        return torch.empty(2, *shape, device="meta")
-
-    def _trunk_shape(self) -> tuple[int, ...]:
-        name = self.model_names[0]
-        return trunk_shape(name, self.num_classes, self.image_size, **self.model_options)
+        self._run, self.engine = run, "loop" if engine == "auto" else engine
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
-        """Keeps weights and maps in this layout from here on."""
+        """Sets the memory format of weights and maps."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalises images by these from here on, in the same memory."""
+        """Sets the statistics that images are normalised by, in place."""
         for ours, value_C in zip(
             (self.scale_C, self.shift_C), scale_and_shift(mean, std), strict=True
         ):
@@ -182,15 +167,12 @@ class Cohort(nn.Module):
     @property
     def shape(self) -> CohortShape:
         """What a method is built from."""
-        channels = None
-        if self.sharing == "branch":
-            channels = self._trunk_shape()[0]
         return CohortShape(
             len(self.students),
             self.num_classes,
             self.sharing,
             tuple(student.feature_dim for student in self._members()),
-            channels,
+            self._read_shape[0] if self.sharing == "branch" else None,
             self._map_shapes,
         )
 
@@ -239,7 +221,7 @@ class Cohort(nn.Module):
         )
 
     def student_state(self, index: int) -> dict[str, Tensor]:
-        """Student ``index`` alone under its plain keys, the trunk's included."""
+        """The state of student ``index`` under its plain keys, the trunk's included."""
         own = self.students[index].state_dict()
         return {**(self.trunk.state_dict() if self.trunk is not None else {}), **own}
 
@@ -249,7 +231,7 @@ class Cohort(nn.Module):
         return super().load_state_dict(with_versions(self, state_dict), strict, assign)
 
     def student(self, index: int) -> Student:
-        """Student ``index`` as a whole model of its own, with copies of the weights."""
+        """Student ``index`` as a separate, whole model with a copy of the weights."""
         model = create_model(self.model_names[index], self.num_classes, **self.model_options)
         model.to(self.scale_C.dtype).load_state_dict(self.student_state(index))
         return model.train(self.training)
@@ -282,11 +264,7 @@ def _names(students: tuple[str, int] | Sequence[str]) -> tuple[str, ...]:
     return tuple(str(name) for name in members)
 
 
-def _frozen(teacher: nn.Module) -> nn.Module:
-    return teacher.eval().requires_grad_(False)
-
-
 def _compute_dtype(like: Tensor) -> torch.dtype:
-    """The dtype that the first convolution wants: autocast's where it is on."""
+    """The dtype of the first convolution's input: autocast's where it is on."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

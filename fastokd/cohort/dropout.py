@@ -1,14 +1,15 @@
-"""Dropout masks, drawn once a step for all students, so that engines agree to the bit."""
+"""Dropout masks, drawn once a step for all students, so that all engines drop the same features."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastokd.cohort.layers import is_exactly
 from fastokd.models import Student
-from fastokd.models.layers import Dropout, is_exactly
+from fastokd.models.layers import Dropout
 
 
 class DropoutMasks:
@@ -23,7 +24,7 @@ class DropoutMasks:
         }
 
     def draw(self, like: Tensor, training: bool) -> dict[str, Tensor]:
-        """New masks for a step over the batch of ``like``; none where it isn't ``training``.
+        """New masks by place, for a step over the batch of ``like``; none unless ``training``.
 
         An entry is 0, or 1 / (1 - p).
         """
@@ -35,3 +36,11 @@ class DropoutMasks:
             u_SBD = torch.rand(*size, site.width, device=like.device)
             masks[name] = (u_SBD >= site.p).to(like.dtype) / (1 - site.p)
         return masks
+
+
+def give(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Gives each place of ``student`` its mask ``[B, D]``, for the next forward alone."""
+    for name, mask_BD in masks.items():
+        site = student.get_submodule(name)
+        assert isinstance(site, Dropout)
+        site.mask_BD = mask_BD

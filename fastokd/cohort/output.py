@@ -1,4 +1,4 @@
-"""What a cohort gives to a method."""
+"""What a method gets from a cohort: its shape before training, its outputs in every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CohortShape:
-    """What a method may know of a cohort before it has run.
+    """What a method is built from.
 
     ``feature_dims``: the width of each student's pooled feature. ``trunk_channels``: channels of
     the shared trunk's output, None for a network cohort. ``map_shapes``: (channels, height, width)
@@ -32,7 +32,7 @@ class CohortOutput:
     ``features``: a ``[B, D_s]`` for each student. ``maps``: for each student its stage maps, the
     trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only.
     ``extra_logits_EBC``: a frozen teacher's logits, without gradient. ``own``: the students that
-    ran here, None for all; of the others there are logits, features and at most the last map,
+    ran in this process, None for all; the others have logits, features and at most the last map,
     without gradient.
     """
 

@@ -7,7 +7,6 @@ weights becomes one dense convolution by vmap's own rule.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +14,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from fastokd.cohort.alike import are_alike, template_of
-from fastokd.cohort.convs import StudentConv, StudentPool
-from fastokd.cohort.dropout import DropoutMasks
+from fastokd.cohort.alike import template_of
+from fastokd.cohort.dropout import DropoutMasks, give
+from fastokd.cohort.layers import OpConv2d, is_altered, is_exactly, replace, use_ops
 from fastokd.errors import UserError, in_one_line
 from fastokd.models import Student, StudentOutput
-from fastokd.models.layers import Dropout, NormAct, is_altered, is_exactly
+from fastokd.models.layers import Dropout, NormAct
 
 State = dict[str, Tensor]
 NARROW = (torch.bfloat16, torch.float16)
-# Layers whose weights autocast would cast, and norms, which take theirs as they are.
-CAST = (nn.Conv2d, StudentConv, nn.Linear)
-NORMS = (nn.BatchNorm2d, NormAct)
+# Layers whose weights autocast would cast.
+CAST = (nn.Conv2d, OpConv2d, nn.Linear)
 
 
 class _Outputs(nn.Module):
-    """A student from a stage on, as a module whose ``forward`` gives all outputs."""
+    """A student from a stage on, as a module whose ``forward`` returns all outputs."""
 
     def __init__(self, student: Student, start: int) -> None:
         super().__init__()
@@ -46,42 +44,38 @@ class VmapStudents:
     """Runs the stages from ``start`` on of equal students under ``torch.func.vmap``.
 
     Raises:
-        UserError: the students differ, or hold what can't run under ``vmap``: a foreign dropout, a
-            norm without momentum, code that reads values; it is named.
+        UserError: the students differ, or have what can't run under ``vmap``: another dropout layer, a
+            norm without momentum, code that reads values; the message names it.
     """
 
     def __init__(self, students: Sequence[Student], start: int, x_BCHW: Tensor) -> None:
         """``x_BCHW``: an example of the shared input on the meta device."""
-        if not are_alike(students):
-            raise UserError("engine='vmap' stacks equal students, not a mixed cohort: use loop")
         self.students = tuple(students)
         self.dropout = DropoutMasks(students)
-        self.template = _Outputs(template_of(students[0], "vmap"), start)
+        self.template = _Outputs(template_of(students, "vmap"), start)
+        use_ops(self.template.student, "torch")  # the ops have no batching rules
         for name, module in self.template.student.named_modules():
-            if is_altered(module):  # what was set may hold on to the first student
+            if is_altered(module):  # the hook or forward may refer to the first student
                 raise UserError(
                     f"engine='vmap' can't take the hook or forward that was set on {name}: use loop"
                 )
-            if isinstance(module, NormAct):
-                module.fused = self._norm_act  # the fused op has no batching rule
-            if isinstance(module, (StudentConv, StudentPool)):
-                module.suited = False  # nor have theirs
-            elif is_exactly(module, nn.BatchNorm2d):  # of another library's network
-                module.forward = partial(self._norm, module)
-        for name, module in self.template.student.named_modules():
             if isinstance(module, nn.BatchNorm2d) and module.momentum is None:
                 raise UserError(
                     f"engine='vmap' can't count the batches of {name} (momentum None): use loop"
                 )
-            own = type(module) is Dropout  # whose masks are drawn outside
+            own = type(module) is Dropout  # its masks are drawn outside vmap
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not own:
                 raise UserError(
                     f"engine='vmap' can't draw the masks of {name} ({type(module).__name__}): use loop"
                 )
-        # Whether norms run in float32. vmap takes the weight out of them, and without it only a GPU's
-        # channels-last kernels read statistics of another dtype than the map's.
+            if is_exactly(module, NormAct, nn.BatchNorm2d):
+                replace(
+                    module, _Norm, engine=self, relu=isinstance(module, NormAct) and module.relu
+                )
+        # Whether norms run in float32. vmap applies weight and bias outside the norm, and without them
+        # only a GPU's channels-last kernels take statistics of another dtype than the map's.
         self.float_norms = True
-        # Autocast doesn't reach inside vmap on a CPU: what it would cast there is cast before.
+        # Autocast has no effect inside vmap on a CPU: what it would cast is cast before.
         self.cast = {
             f"{path}.{name}" if path else name
             for path, module in self.template.student.named_modules()
@@ -91,7 +85,7 @@ class VmapStudents:
         self.uncast = [
             f"{path} ({type(module).__name__})"
             for path, module in self.template.student.named_modules()
-            if type(module) not in (*CAST, *NORMS) and [*module.parameters(recurse=False)]
+            if type(module) not in (*CAST, _Norm) and [*module.parameters(recurse=False)]
         ]
         self._try(x_BCHW)
 
@@ -120,17 +114,14 @@ class VmapStudents:
     def _run(
         self, parameters: State, buffers: State, x_BCHW: Tensor, training: bool
     ) -> tuple[Any, State]:
-        """What :class:`_Outputs` gives, and the buffers after it; all with S in front."""
+        """The result of :class:`_Outputs` and the buffers after it; S is the first dimension of all."""
         self.template.train(training)
 
         def run(state: State, buffers: State, masks: State, x_BCHW: Tensor) -> tuple[Any, State]:
-            for name, mask_BD in masks.items():
-                site = self.template.student.get_submodule(name)
-                assert isinstance(site, Dropout)
-                site.mask_BD = mask_BD
+            give(self.template.student, masks)
             named = {f"student.{key}": value for key, value in (state | buffers).items()}
             out = functional_call(self.template, named, (x_BCHW,))
-            # A buffer that was assigned anew, not written to, is put into `named`.
+            # functional_call puts a buffer that was assigned, not written in place, into `named`.
             return out, {key: named[f"student.{key}"] for key in buffers}
 
         masks = self.dropout.draw(x_BCHW, training)
@@ -147,7 +138,7 @@ class VmapStudents:
         parameters.update({key: parameters[key].to(dtype) for key in self.cast})
 
     def _try(self, x_BCHW: Tensor) -> None:
-        """Runs both modes without memory, so that what can't run is refused here."""
+        """Runs both modes on the meta device, so that what can't run is refused here, not in a step."""
         student, S = self.students[0], len(self.students)
         parameters, buffers = (
             {k: torch.empty(S, *v.shape, dtype=v.dtype, device="meta") for k, v in named}
@@ -166,30 +157,30 @@ class VmapStudents:
                 f"engine='vmap' can't run these students ({in_one_line(error)}): use loop"
             ) from error
 
-    def _norm(self, module: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
-        """The norm as it is, but not by cuDNN, whose choice asks for a layout that vmap hides."""
-        if module.training and module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-        assert module.momentum is not None
-        y_BCHW = torch.batch_norm(
-            x_BCHW.float() if self.float_norms and x_BCHW.dtype in NARROW else x_BCHW,
-            module.weight,
-            module.bias,
-            module.running_mean,
-            module.running_var,
-            module.training or module.running_mean is None,
-            module.momentum,
-            module.eps,
-            False,
-        )
-        return y_BCHW.to(x_BCHW.dtype)
 
-    def _norm_act(self, module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None) -> Tensor:
-        """The three operations as they are."""
-        y_BCHW = self._norm(module, x_BCHW)
+class _Norm(NormAct):
+    """A norm without cuDNN: to choose it, torch asks for the memory format, which vmap doesn't tell."""
+
+    engine: VmapStudents
+
+    def forward(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        assert self.momentum is not None
+        y_BCHW = torch.batch_norm(
+            x_BCHW.float() if self.engine.float_norms and x_BCHW.dtype in NARROW else x_BCHW,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training or self.running_mean is None,
+            self.momentum,
+            self.eps,
+            False,
+        ).to(x_BCHW.dtype)
         if residual_BCHW is not None:
             y_BCHW = y_BCHW + residual_BCHW
-        return F.relu(y_BCHW) if module.relu else y_BCHW
+        return F.relu(y_BCHW) if self.relu else y_BCHW
 
 
 def _stacked(states: list[State]) -> State:

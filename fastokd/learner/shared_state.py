@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastokd.cohort.keys import split_key
 from fastokd.distributed.ranks import Ranks
 from fastokd.learner.learner import Learner
 
@@ -35,8 +36,7 @@ def share_state(learner: Learner) -> None:
         return 0 if student is None else sources[student]
 
     for name, value in learner.cohort.state_dict().items():
-        where, _, rest = name.partition(".")
-        _broadcast(value, source(int(rest.split(".")[0]) if where == "students" else None))
+        _broadcast(value, source(split_key(name)[0]))
     for name, value in learner.method.state_dict().items():
         _broadcast(value, source(learner.method.belongs_to(name)))
     if learner.average is not None:

@@ -4,15 +4,13 @@ With n_r values a channel on rank r, of mean m_r and biased variance v_r, and N 
 
     m = sum_r n_r m_r / N        v = sum_r n_r (v_r + (m_r - m)^2) / N
 
-The backward needs two sums over all ranks, of dy and of dy (x - m). torch's own SyncBatchNorm does
-the same on GPUs alone, as a module of its own; this one serves gloo too, and keeps the students'
-norms (and the ReLU and residual inside them) what they are. It leaves the fused norm: one more pass
-over the maps, and two collectives a norm.
+The backward needs two sums over all ranks, of dy and of dy (x - m). torch's SyncBatchNorm does the
+same, but only on GPUs; this one also runs with gloo, and includes the residual and ReLU of a
+``NormAct``. It costs one more pass over the maps than the fused norm, and two collectives a norm.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.layers import is_exactly, replace
 from fastokd.distributed.ranks import Line, Ranks
 from fastokd.errors import UserError
-from fastokd.models.layers import NormAct, is_exactly
+from fastokd.models.layers import NormAct
 
 TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
-    """Has every norm of cohort and method look at the batch of all ranks while it trains.
+    """Has every norm of cohort and method normalise over the batch of all ranks in training.
 
     Raises:
         UserError: each rank has the whole batch; a norm has a ``forward`` of its own.
@@ -39,15 +38,27 @@ def synchronise(cohort: Cohort, method: nn.Module, ranks: Ranks) -> None:
             "sync_bn is asked for, but every norm sees the whole batch already: leave --sync-bn out"
         )
     for name, module in (*cohort.named_modules(), *method.named_modules()):
-        if is_exactly(module, NormAct):
-            module.fused = partial(_norm_act, line=ranks.data)
-        elif is_exactly(module, *TORCHS):
-            module.forward = partial(sync_norm, module, line=ranks.data)
+        if is_exactly(module, NormAct, *TORCHS):
+            relu = isinstance(module, NormAct) and module.relu
+            replace(module, SyncNorm, line=ranks.data, relu=relu)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(
                 f"sync_bn is asked for, but {name} is a {type(module).__name__}, a norm with code of "
                 "its own: leave --sync-bn out"
             )
+
+
+class SyncNorm(nn.modules.batchnorm._BatchNorm):
+    """A norm over the batch of all ranks of ``line``, with the residual and ReLU of a ``NormAct``."""
+
+    line: Line
+    relu: bool
+
+    def forward(self, x: Tensor, residual_BCHW: Tensor | None = None) -> Tensor:
+        y = sync_norm(self, x, line=self.line)
+        if residual_BCHW is not None:
+            y = y + residual_BCHW
+        return F.relu(y) if self.relu else y
 
 
 def sync_norm(module: Any, x: Tensor, *, line: Line) -> Tensor:
@@ -74,15 +85,6 @@ def sync_norm(module: Any, x: Tensor, *, line: Line) -> Tensor:
                 momentum = tracked.to(running_C.dtype).reciprocal()
             running_C.lerp_(now_C.to(running_C.dtype), momentum)
     return y
-
-
-def _norm_act(
-    module: NormAct, x_BCHW: Tensor, residual_BCHW: Tensor | None, *, line: Line
-) -> Tensor:
-    y_BCHW = sync_norm(module, x_BCHW, line=line)
-    if residual_BCHW is not None:
-        y_BCHW = y_BCHW + residual_BCHW
-    return F.relu(y_BCHW) if module.relu else y_BCHW
 
 
 class _SyncNorm(torch.autograd.Function):
@@ -123,7 +125,7 @@ class _SyncNorm(torch.autograd.Function):
         mean_grad_C, along_C = sums_2C / count
         inner = grad - _shaped(mean_grad_C, x) - centred * _shaped(along_C * scale_C.square(), x)
         grad_x = inner * _shaped(weight_C * scale_C, x)
-        # DDP averages what each rank has of these two.
+        # DDP averages these two over ranks.
         return grad_x.to(x.dtype), mine_2C[1] * scale_C, mine_2C[0], None, None
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastokd.cohort.output import CohortShape
+from fastokd.cohort import CohortShape
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
 from fastokd.methods.baseline import Baseline

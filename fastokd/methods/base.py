@@ -1,20 +1,18 @@
-"""What a method is: a module that writes scores, and says what it needs."""
+"""The base class of methods: a module that computes the loss and declares what it needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import Cohort, CohortOutput, CohortShape
+from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,16 @@ class Needs:
 
     ``sharing``: the forms it has. ``leader``: the last student is kept and the others are its
     peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
-    ``heldout``: it measures the students on images held out of train after each epoch.
+    ``heldout``: it evaluates the students after each epoch on images held out of the training set.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
-    ``min_batch``: images that its own norms need; an epoch's smaller last batch is left out.
-    ``own_rows``: its loss is that of the students who ran here (``out.own``): the ranks of a row add
-    theirs up. Else it is the loss of all, and the same on every rank.
-    ``running_statistics``: it reads its norms' running statistics while it trains.
+    ``min_batch``: the smallest batch that its own norms can train on; a smaller last batch of an epoch
+    is left out.
+    ``own_rows``: with students spread over ranks, its loss covers the students of this rank
+    (``out.own``), and the ranks' losses are summed; else each rank computes the loss of all students.
+    ``running_statistics``: it reads its norms' running statistics in training.
     """
 
-    sharing: tuple[str, ...] = ("branch", "network")
+    sharing: tuple[str, ...] = SHARINGS
     min_students: int = 2
     leader: bool = False
     trunk: bool = False
@@ -43,9 +42,23 @@ class Needs:
     own_rows: bool = False
     running_statistics: bool = False
 
+    def check(self, method: str, sharing: str, students: int) -> None:
+        """Raises unless the method ``method`` has a form for so many students who share so.
+
+        Raises:
+            UserError: it has no such form, or trains more.
+        """
+        if sharing not in self.sharing:
+            raise UserError(f"{method} has no {sharing} form: choose {' or '.join(self.sharing)}")
+        if students < self.min_students:
+            role = " (a leader and at least one peer)" if self.leader else ""
+            raise UserError(
+                f"students is {students}, but {method} trains at least {self.min_students}{role}"
+            )
+
 
 class MethodLoss(NamedTuple):
-    """``total`` is what is differentiated; ``parts`` are detached and stay on the device."""
+    """``total`` is differentiated; ``parts``, its terms by name, are detached and stay on the device."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -55,9 +68,9 @@ class MethodLoss(NamedTuple):
 class Progress:
     """What changes from step to step, as 0-d tensors on the device, filled before the step.
 
-    A Python number here would be frozen into a captured graph. ``epoch`` counts from 0; ``ramp``
-    is the recipe's weight of the distillation terms, in [0, 1]; ``draws`` is what
-    :meth:`Method.draw` gave for this step.
+    A CUDA graph would keep a Python number as a constant. ``epoch`` counts from 0; ``ramp`` is the
+    recipe's weight of the distillation terms, in [0, 1]; ``draws`` is the result of
+    :meth:`Method.draw` for this step.
     """
 
     epoch: Tensor
@@ -70,7 +83,7 @@ class Progress:
         ramp: float = 1.0,
         dtype: torch.dtype = torch.float64,
     ) -> Progress:
-        """The first epoch. The ramp's ``dtype`` must not round it below the cohort's own."""
+        """The first epoch. The ramp's ``dtype`` should be at least as precise as the cohort's."""
         return Progress(
             torch.zeros((), device=device), torch.tensor(ramp, device=device, dtype=dtype)
         )
@@ -80,7 +93,7 @@ class Progress:
 class OptimGroup:
     """Parameters that share an optimizer's settings; None stands for the recipe's value.
 
-    ``warm_up``: a recipe's warm-up holds for them; its milestones hold for all ``scheduled`` ones.
+    ``warm_up``: the recipe's warm-up applies to them; its milestones apply to all ``scheduled`` ones.
     """
 
     parameters: list[nn.Parameter]
@@ -103,17 +116,7 @@ class Method(nn.Module):
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
         self.shape = shape
-        name = type(self).__name__
-        if shape.sharing not in self.needs.sharing:
-            raise UserError(
-                f"{name} has no {shape.sharing} form: choose {' or '.join(self.needs.sharing)}"
-            )
-        if shape.students < self.needs.min_students:
-            what = "its leader included" if self.needs.leader else "who learn from each other"
-            raise UserError(
-                f"{name} was given {shape.students} student(s), but it needs at least "
-                f"{self.needs.min_students}, {what}"
-            )
+        self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
     @property
     def peers(self) -> int:
@@ -130,17 +133,17 @@ class Method(nn.Module):
         return [OptimGroup(parameters)] if parameters else []
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
-        """The random tensors of one step, on the CPU; they come back as ``progress.draws``.
+        """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.
 
-        Their first dimension is the batch, so that a batch can be taken in parts.
+        Their first dimension is the batch, so that gradient accumulation can split them.
         """
         del batch, generator
         return {}
 
     def belongs_to(self, name: str) -> int | None:
-        """The student beside whom the method's state ``name`` is trained; None: by all together.
+        """The student with which the method's parameter or buffer ``name`` is trained; None: with all.
 
-        Where students are trained by several processes, it is in that student's alone.
+        With students spread over ranks, it is trained on that student's rank only.
         """
         del name
         return None
@@ -154,11 +157,11 @@ class Method(nn.Module):
         """
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
-        """What a method renews between epochs; ``heldout`` are images and labels."""
+        """Updates the method after an epoch; ``heldout`` are images and labels."""
         del cohort, heldout
 
     def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
-        """What is worth watching, averaged over the batch: ``attention`` is the mixing matrix."""
+        """Values to log, averaged over the batch; ``attention`` is the mixing matrix."""
         del out
         return {}
 
@@ -171,5 +174,5 @@ def ramp_weight(epoch: float, length: float) -> float:
 
 
 def no_one(students: int, sources: int | None = None) -> Tensor:
-    """``[S, N]`` scores in which nobody listens to anybody."""
+    """``[S, N]`` scores of -inf: no student listens to any source."""
     return torch.full((students, sources or students), -math.inf)

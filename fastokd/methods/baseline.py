@@ -1,4 +1,4 @@
-"""Baseline: one network that learns from labels alone. Scores: its only row -inf."""
+"""Baseline: one network trained on labels alone. Scores: its only row is -inf."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from fastokd.methods.ind import Independent
 
 
 class Baseline(Independent):
-    """CE; the networks of a larger cohort wouldn't know of each other."""
+    """CE of one network; with more students, of each independently."""
 
     needs = Needs(sharing=("network",), min_students=1)

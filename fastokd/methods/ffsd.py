@@ -1,12 +1,12 @@
-"""FFSD (Li et al., arXiv 2103.14473): students who learn apart, and a leader of their fusion.
+"""FFSD (Li et al., arXiv 2103.14473): diverse students, and a leader that learns from their fusion.
 
 Scores: a student listens to every other student alike, pair by pair; the fusion module to the
-students' mean logits; the leader to the fusion module. The map losses (``ops/attention.py``) keep
-the students' attention apart, make each student's earlier stages look where its decoder says that
-a better last map would have come from, and draw the leader's last map to the fused one.
+students' mean logits; the leader to the fusion module. The map losses (``ops/attention.py``) make the
+students' attention differ, draw each student's earlier maps to those that its decoder computes from a
+better last map, and draw the leader's last map to the fused one.
 
-Every target is detached, so that one backward of the sum gives each network the gradient of its
-own published loss.
+Every target is detached, so that one backward of the sum gives each network the gradient of its own
+published loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, no_one
 from fastokd.methods.ffsd_modules import Decoder, Fusion, Squeeze
@@ -30,7 +30,7 @@ from fastokd.ops import (
 )
 
 LEADER = "leader"
-# A third of a map's places must be one at least.
+# A third of a map's positions must be at least one.
 LEAST_PLACES = 3
 
 
@@ -39,9 +39,9 @@ class FFSD(Method):
 
     Args:
         temperature: T.
-        lambda_diversity: weighs what drives a student from the one before it.
+        lambda_diversity: weighs the losses by which a student's attention differs from the previous one's.
         lambda_fusion: weighs the leader's losses on maps.
-        lambda_self_distillation: weighs what the decoders learn. The recipe's ramp multiplies all
+        lambda_self_distillation: weighs the decoders' losses. The recipe's ramp multiplies all
             three lambdas, and no logit term.
 
     Raises:
@@ -72,13 +72,6 @@ class FFSD(Method):
         impl: str = "auto",
     ) -> None:
         super().__init__(shape)
-        for name, value in (
-            ("lambda_diversity", lambda_diversity),
-            ("lambda_fusion", lambda_fusion),
-            ("lambda_self_distillation", lambda_self_distillation),
-        ):
-            if not value >= 0:
-                raise UserError(f"{name} is {value}: it must be a number, at least 0")
         self.temperature = temperature
         self.lambda_diversity = lambda_diversity
         self.lambda_fusion = lambda_fusion
@@ -89,7 +82,7 @@ class FFSD(Method):
         last, together = channels[-1], channels[-1] * self.peers
         self.fusion = Fusion(together, last, shape.num_classes, impl)
         self.transfusion = Squeeze(last, together, impl)
-        # The first student has nobody before it to differ from, and so no decoder.
+        # The first student has no previous one to differ from, and so no decoder.
         named = [*map(str, range(1, self.peers)), LEADER]
         self.decoders = nn.ModuleDict({name: Decoder(channels, impl) for name in named})
 
@@ -131,10 +124,10 @@ class FFSD(Method):
     def _logit_losses(
         self, out: CohortOutput, fusion_BC: Tensor | None, labels_B: Tensor, own: range
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """CE and T^2 KL of the students ``own``, and of the fusion module where it is here."""
+        """CE and T^2 KL of the students ``own``, and of the fusion module where the leader is among them."""
         whole = len(own) == self.shape.students
         weight: Tensor | float = 1.0 if whole else self._own(own, labels_B.device)
-        # The leader's source is only read where the leader is.
+        # Only the leader reads the extra source.
         source_BC = out.logits_SBC[0] if fusion_BC is None else fusion_BC
         students = mixture_distillation(
             out.logits_SBC,
@@ -178,7 +171,7 @@ class FFSD(Method):
         return decoder
 
     def _apart(self, student: int, maps: tuple[Tensor, ...], other_BCHW: Tensor) -> Tensor:
-        """A student looks where the one before it doesn't, in its earlier stages too."""
+        """The diversity losses of a student: its attention differs from the previous student's."""
         shifted_BCHW = shifted_map(other_BCHW, impl=self.impl)
         along = self._self_distillation(student, maps, shifted_BCHW)
         return attention_diversity(maps[-1], other_BCHW, impl=self.impl) + along
@@ -186,7 +179,7 @@ class FFSD(Method):
     def _follow(
         self, maps: tuple[Tensor, ...], fused_BCHW: Tensor, together_BKHW: Tensor
     ) -> Tensor:
-        """The leader looks where the fused map does, and its transfusion where all students do."""
+        """The leader's map losses: attention to the fused map, and of its transfusion to all students'."""
         alike = attention_transfer(maps[-1], fused_BCHW, impl=self.impl)
         spread = attention_transfer(self.transfusion(maps[-1]), together_BKHW, impl=self.impl)
         return alike + spread + self._self_distillation(self.peers, maps, fused_BCHW)
@@ -194,7 +187,7 @@ class FFSD(Method):
     def _self_distillation(
         self, student: int, maps: tuple[Tensor, ...], source_BCHW: Tensor
     ) -> Tensor:
-        """The earlier maps look where the decoder, given ``source_BCHW``, would have them look."""
+        """Attention transfer of the earlier maps to those that the decoder computes of ``source_BCHW``."""
         decoded = self._decoder(student).decode(source_BCHW)
         return _sum(
             attention_transfer(x_BCHW, y_BCHW, impl=self.impl)
@@ -202,7 +195,7 @@ class FFSD(Method):
         )
 
     def _reconstruction(self, student: int, maps: tuple[Tensor, ...]) -> Tensor:
-        """What the student's decoder learns: the earlier maps from the last."""
+        """The loss of the student's decoder, which computes the earlier maps from the last."""
         decoded = self._decoder(student)(maps[-1].detach())
         return _sum(
             feature_transfer(x_BCHW, y_BCHW.detach(), impl=self.impl)
@@ -212,12 +205,11 @@ class FFSD(Method):
 
     def belongs_to(self, name: str) -> int:
         """Each decoder is its student's; fusion module, transfusion and the rest the leader's."""
-        part, _, rest = name.partition(".")
-        owner = rest.partition(".")[0]
-        return int(owner) if part == "decoders" and owner != LEADER else self.peers
+        module, owner, *_ = name.split(".")
+        return int(owner) if module == "decoders" and owner != LEADER else self.peers
 
     def optim_groups(self) -> Iterable[OptimGroup]:
-        """The transfusion as the leader; the fusion module decays less; the decoders have Adam."""
+        """The transfusion with the leader's settings, the fusion module with less decay, decoders by Adam."""
         return [
             OptimGroup(list(self.transfusion.parameters())),
             OptimGroup(list(self.fusion.parameters()), weight_decay=1e-5),
@@ -236,7 +228,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _channels(shape: CohortShape) -> list[int]:
-    """The channels of the students' maps, after checking that decoders and fusion can read them."""
+    """The channels of the students' maps; raises where decoders and fusion can't read them."""
     first = shape.map_shapes[0]
     if any(maps != first for maps in shape.map_shapes):
         raise UserError(
@@ -258,15 +250,15 @@ def _channels(shape: CohortShape) -> list[int]:
     _, height, width = first[-1]
     if height * width < LEAST_PLACES:
         raise UserError(
-            f"FFSD moves a third of a map's places, but the students' last map is {height} x {width}: "
+            f"FFSD moves a third of a map's positions, but the students' last map is {height} x {width}: "
             "choose larger images or another student"
         )
     return [channels for channels, _, _ in first]
 
 
 def _scores(peers: int) -> tuple[Tensor, Tensor]:
-    """Of the students and the leader, ``[S, S + 1]``, the fusion module as the extra source; and of
-    the fusion module, ``[1, 1 + P]``, the students as its extra sources."""
+    """Scores of students and leader, ``[S, S + 1]``, whose extra source is the fusion module; and of the
+    fusion module, ``[1, 1 + P]``, whose extra sources are the students."""
     pairs_SN = no_one(peers + 1, peers + 2)
     pairs_SN[:peers, :peers] = 0.0
     pairs_SN[:peers, :peers].fill_diagonal_(-torch.inf)

@@ -1,4 +1,4 @@
-"""What FFSD adds to its students: decoders, the fusion module, the leader's transfusion.
+"""FFSD's modules beside its students: decoders, the fusion module, the leader's transfusion.
 
 Keys are the published ones.
 """
@@ -6,16 +6,16 @@ Keys are the published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastokd.cohort.layers import is_exactly
 from fastokd.models.layers import NormAct
 from fastokd.ops.conv import conv_transpose2d
-from fastokd.ops.fused_bn_act import norm_act, norm_impl
+from fastokd.ops.fused_bn_act import norm_impl
 from fastokd.ops.fusion_step import fusion_step
 
 
@@ -30,7 +30,7 @@ class DecoderBlock(nn.Module):
             inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=False
         )
         self.norm = NormAct(outputs)
-        self.norm.fused = partial(norm_act, impl=norm_impl(impl))
+        self.norm.impl = norm_impl(impl)
 
     def forward(self, x_BCHW: Tensor, running: bool) -> Tensor:
         z_BCHW = conv_transpose2d(x_BCHW, self.convtranpose.weight, impl=self.impl)
@@ -52,7 +52,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From a student's last map back to its earlier ones, a block for each.
+    """Computes a student's earlier maps from its last, with a block for each.
 
     Args:
         channels: of the student's maps, the first stage's first.
@@ -73,12 +73,12 @@ class Decoder(nn.Module):
         return maps[::-1]
 
     def forward(self, last_BCHW: Tensor) -> list[Tensor]:
-        """The earlier maps, the first stage's first, for learning: batch statistics in training."""
+        """The earlier maps, the first stage's first, by batch statistics in training: the decoder learns."""
         return self._expand(last_BCHW, running=False)
 
     @torch.no_grad()
     def decode(self, last_BCHW: Tensor) -> list[Tensor]:
-        """The same for teaching: on the running statistics, without gradient."""
+        """The same by running statistics and without gradient: the student learns."""
         return self._expand(last_BCHW, running=True)
 
 
@@ -95,17 +95,17 @@ class Squeeze(nn.Module):
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1_1 = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn1_1 = NormAct(outputs)
-        self.bn1_1.fused = partial(norm_act, impl=norm_impl(impl))
+        self.bn1_1.impl = norm_impl(impl)
         for conv in (self.conv1, self.conv1_1):
             # normal(0, sqrt(2 / (k k out))), the depthwise one too.
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def squeeze(self, maps_BCHW: Sequence[Tensor]) -> Tensor:
-        """One map from several, whose channels follow one another."""
-        if "forward" in vars(self.bn1):  # another norm was put in its place, such as sync_bn's
-            x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
-        else:
+        """One map from several, concatenated along channels."""
+        if is_exactly(self.bn1, nn.BatchNorm2d):
             x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
+        else:  # another norm was put in its place, such as sync_bn's
+            x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
         y_BCHW: Tensor = self.bn1_1(self.conv1_1(x_BCHW))
         return y_BCHW
 

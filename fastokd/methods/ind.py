@@ -1,13 +1,13 @@
-"""Ind: branches that learn from labels alone, and together train the trunk. Scores: every row -inf.
+"""Ind: branches trained on labels alone. Scores: every row is -inf.
 
-The gradient into the trunk is their sum, undivided.
+The gradient into the shared trunk is the sum of theirs, undivided.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress, no_one
 from fastokd.ops.mixture_distillation import mixture_distillation
 

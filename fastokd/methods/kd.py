@@ -1,7 +1,7 @@
 """KD (Hinton et al., 2015): a student learns from labels and from a trained, frozen teacher.
 
-Scores: one source beside the students, the teacher; every student listens to it alone (Eq. 4 of
-OKDDip, without a ramp).
+Scores: the teacher is one extra source, and each student listens to it alone (Eq. 4 of OKDDip,
+without a ramp).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Needs, Progress, no_one
 from fastokd.methods.scored import ScoredMethod
 
 
 def only_the_teacher(students: int) -> Tensor:
-    """``[S, S + 1]`` scores in which everybody listens to the last source alone."""
+    """``[S, S + 1]`` scores: each student listens to the last source alone."""
     return F.pad(no_one(students), (0, 1))
 
 

@@ -1,20 +1,20 @@
-"""KDCL (Guo et al., CVPR 2020): one target for all students, as good as the group can make it.
+"""KDCL (Guo et al., CVPR 2020): one target for all students, made of their logits.
 
-Scores: naive: on each sample the student with the lowest cross-entropy alone; linear: the log of
-the weights of the best convex combination of logits; min-logit and general: one computed extra
-source alone. Targets are detached. Ours is one deviation: the students see one augmentation, where
-the paper distorts the images anew for each.
+Scores: naive: for each sample the student with the lowest cross-entropy alone; linear: the log of
+the weights of the convex combination of logits with the lowest cross-entropy; min-logit and general:
+one computed extra source alone. Targets are detached. One deviation: all students get the same
+augmented images, where the paper augments them separately for each.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Needs, Progress
 from fastokd.methods.kd import only_the_teacher
@@ -27,9 +27,6 @@ from fastokd.methods.kdcl_targets import (
     weighted_logits,
 )
 from fastokd.methods.scored import ScoredMethod
-
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
 
 Target = Literal["naive", "linear", "min_logit", "general"]
 
@@ -62,8 +59,6 @@ class KDCL(ScoredMethod):
         super().__init__(shape, detach_targets=detach_targets, **options)
         if target not in ("naive", "linear", "min_logit", "general"):
             raise UserError(f"target is {target!r}: choose naive, linear, min_logit or general")
-        if linear_steps < 1:
-            raise UserError(f"linear_steps is {linear_steps}: it must be at least 1")
         self.target = target
         self.linear_steps = linear_steps
         self.needs = replace(self.needs, heldout=target == "general")

@@ -1,25 +1,20 @@
-"""KDCL's targets: who or what is right where the others are not.
-
-Every function takes detached logits and reads nothing back to the host.
-"""
+"""KDCL's targets. Every function takes detached logits, and none reads values on the host."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from fastokd.cohort import Cohort
+from fastokd.cohort import Cohort
 
 HELD_OUT_BATCH = 512
 
 
 def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
-    """``[B, S, S]``: on each sample everybody listens to the student with the lowest CE alone."""
+    """``[B, S, S]``: for each sample all listen to the student with the lowest CE alone."""
     S, B = logits_SBC.shape[:2]
     labels_SB = labels_B.expand(S, B)
     ce_SB = F.cross_entropy(
@@ -33,7 +28,7 @@ def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def weighted_logits(weights_S: Tensor, logits_SBC: Tensor) -> Tensor:
-    """``[B, C]``: sum of w_s z_s, no mixture of the softmax kind: w may be negative."""
+    """``[B, C]``: sum of w_s z_s. Weights may be negative, so scores can't express it."""
     dtype = at_least_fp32(logits_SBC)
     with torch.autocast(logits_SBC.device.type, enabled=False):
         return torch.tensordot(weights_S.to(dtype), logits_SBC.to(dtype), dims=1)
@@ -54,9 +49,9 @@ def relative_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
 def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
     """``[B, S, S]``: the log of the convex weights whose mixed logits have the lowest CE.
 
-    Exponentiated gradient, a <- softmax(log a - eta g) with g = dCE / da, for every sample at once
-    and without a look at the numbers from the host: a step that doesn't descend is taken back and
-    eta halved; after one that does, eta is Barzilai and Borwein's. CE is convex in a.
+    Exponentiated gradient, a <- softmax(log a - eta g) with g = dCE / da, for all samples at once and
+    without a host sync: a step that doesn't descend is undone and eta halved; after one that does,
+    eta is Barzilai and Borwein's. CE is convex in a.
     """
     with torch.autocast(logits_SBC.device.type, enabled=False):
         return _solve(relative_logits(logits_SBC, labels_B), steps)
@@ -96,8 +91,8 @@ def _solve(relative_SBC: Tensor, steps: int) -> Tensor:
 def error_covariance(cohort: Cohort, images_NHWC: Tensor, labels_N: Tensor) -> Tensor:
     """``[S, S]``: the mean over samples of the inner products of the students' errors.
 
-    An error is softmax(z) - onehot(label), in eval mode; float64. As Perrone and Cooper's, it is
-    not centred.
+    An error is softmax(z) - onehot(label), in eval mode, in float64. As in Perrone and Cooper, it isn't
+    centred.
     """
     was_training = cohort.training
     cohort.eval()
@@ -122,12 +117,12 @@ def covariance_weights(covariance_SS: Tensor) -> Tensor:
     """
     ridge = covariance_SS.diagonal().mean() * 1e-6 + torch.finfo(covariance_SS.dtype).tiny
     eye_SS = torch.eye(len(covariance_SS), dtype=covariance_SS.dtype, device=covariance_SS.device)
-    # Without a look at the solver's error code, which a GPU would be waited for.
+    # solve_ex doesn't check the solver's error code, which would be a host sync.
     ones_S = torch.ones_like(eye_SS[0])
     solved_S = torch.linalg.solve_ex(covariance_SS + ridge * eye_SS, ones_S).result
     return solved_S / solved_S.sum()
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
-    """What sums over classes are taken in."""
+    """The dtype of sums over classes."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

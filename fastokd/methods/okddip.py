@@ -1,8 +1,8 @@
-"""OKDDip (Chen et al., AAAI 2020): peers with attention, and a leader that learns from them all.
+"""OKDDip (Chen et al., AAAI 2020): peers that attend to each other, and a leader that learns from all.
 
-Scores: peer a listens to peer b with (W_L h_a) . (W_E h_b) (Eq. 9 and 10), the leader to every
-peer alike (Eq. 7), nobody to the leader. Nothing is detached: the projections learn through the
-target side of the KL alone.
+Scores: (W_L h_a) . (W_E h_b) from peer a to peer b (Eq. 9 and 10), 0 from the leader to every peer
+(Eq. 7), -inf to the leader. Nothing is detached: the projections get their gradient only through the
+KL's targets (Eq. 5 and 6).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import MethodLoss, Needs, Progress
 from fastokd.methods.scored import ScoredMethod
@@ -23,7 +23,7 @@ from fastokd.ops.peer_attention_distillation import inner_products, peer_attenti
 
 
 class TwoLevel(ScoredMethod):
-    """Peers who listen to each other by :meth:`peer_scores`, and a leader who hears them alike.
+    """Peers that listen to each other by :meth:`peer_scores`, and a leader that listens to all alike.
 
     Eq. 8: CE of every student + w (T^2 KL of each peer to its own mixture + the leader's to the
     mean of the peers), w the recipe's ramp. ``mix="logits"`` as published in code, ``"probs"`` as
@@ -33,7 +33,7 @@ class TwoLevel(ScoredMethod):
     needs = Needs(sharing=("branch", "network"), leader=True)
 
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
-        """Who among the peers listens to whom, ``[P, P]`` or ``[B, P, P]``."""
+        """Scores of the peers for each other, ``[P, P]`` or ``[B, P, P]``."""
         raise NotImplementedError
 
     def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
@@ -59,8 +59,8 @@ class OKDDip(TwoLevel):
 
     Args:
         attention_dim: d; by default an eighth of the (narrowest) peers' width.
-        options: those of :class:`ScoredMethod`. Under ``detach_targets`` the projections never
-            learn.
+        options: those of :class:`ScoredMethod`. With ``detach_targets`` the projections get no
+            gradient.
 
     Raises:
         UserError: features too narrow for the default, or ``attention_dim`` below 1.
@@ -91,7 +91,7 @@ class OKDDip(TwoLevel):
         return inner_products(*self.projections(out))
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
-        """The loss of :meth:`scores`, which the op computes from queries and keys itself."""
+        """The loss for :meth:`scores`, which the op computes from queries and keys."""
         loss = peer_attention_distillation(
             out.logits_SBC, labels_B, *self.projections(out), **self.settings(progress)
         )

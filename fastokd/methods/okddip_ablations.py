@@ -1,26 +1,25 @@
-"""OKDDip with one part taken away: the five rows of its Table 5.
+"""OKDDip's ablations, the five rows of its Table 5.
 
-Scores between peers: random, the diagonal alone, 0 everywhere, features against features; or
-OKDDip's own without the leader.
+Scores between peers: random, the diagonal alone, 0 everywhere, products of features; or OKDDip's own
+without a leader.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress
+from fastokd.methods.base import Needs, Progress, no_one
 from fastokd.methods.okddip import OKDDip, TwoLevel
 from fastokd.ops.peer_attention_distillation import inner_products
 
 
 class OKDDipRandom(TwoLevel):
-    """*w/o SA (random)*: uniform random weights, rows normalised, anew for each sample and step."""
+    """*w/o SA (random)*: uniform random weights, rows normalised, drawn for each sample and step."""
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """``belief_BPP`` in (0, 1], to be normalised."""
@@ -35,9 +34,18 @@ class OKDDipRandom(TwoLevel):
 
 
 class _Fixed(TwoLevel):
-    """Peers who listen by a matrix that never changes."""
+    """Constant scores between peers."""
 
     peer_scores_PP: Tensor
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        self.register_buffer("peer_scores_PP", self.fixed(self.peers), persistent=False)
+
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        """The matrix."""
+        raise NotImplementedError
 
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
         return self.peer_scores_PP
@@ -46,26 +54,24 @@ class _Fixed(TwoLevel):
 class OKDDipEntropy(_Fixed):
     """*w/o SA (entropy)*: each peer attends to itself alone; its KL and the gradient are 0."""
 
-    def __init__(self, shape: CohortShape, **options: Any) -> None:
-        super().__init__(shape, **options)
-        scores_PP = torch.full((self.peers, self.peers), -math.inf).fill_diagonal_(0.0)
-        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        return no_one(peers).fill_diagonal_(0.0)
 
 
 class OKDDipMean(_Fixed):
     """*w/o SA (mean)*: every peer listens to all peers alike, itself included."""
 
-    def __init__(self, shape: CohortShape, **options: Any) -> None:
-        super().__init__(shape, **options)
-        scores_PP = torch.zeros(self.peers, self.peers)
-        self.register_buffer("peer_scores_PP", scores_PP, persistent=False)
+    @staticmethod
+    def fixed(peers: int) -> Tensor:
+        return torch.zeros(peers, peers)
 
 
 class OKDDipSymmetric(TwoLevel):
-    """*w/o SA (asymmetry)*: W_L = W_E = I, so that a hears b as b hears a.
+    """*w/o SA (asymmetry)*: W_L = W_E = I, so that scores are symmetric.
 
     Raises:
-        UserError: peers whose features differ in width; there is no identity between them.
+        UserError: the peers' features differ in width.
     """
 
     def __init__(self, shape: CohortShape, **options: Any) -> None:

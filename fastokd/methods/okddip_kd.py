@@ -1,4 +1,4 @@
-"""OKDDip with a teacher (Table 6): OKDDip's loss, and a second in which all hear the teacher.
+"""OKDDip with a teacher (Table 6): OKDDip's loss, and a second one whose only source is the teacher.
 
 Scores: OKDDip's; then the teacher's column alone, without cross-entropy and without a ramp (the
 papers' KD has none; that it has none here is our reading).
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import MethodLoss, Progress
 from fastokd.methods.kd import only_the_teacher, teacher_logits
 from fastokd.methods.okddip import OKDDip

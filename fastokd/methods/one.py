@@ -1,7 +1,7 @@
-"""ONE (Lan, Zhu and Gong, NeurIPS 2018): branches learn from an ensemble that a gate weighs.
+"""ONE (Lan, Zhu and Gong, NeurIPS 2018): branches learn from their gate-weighted ensemble.
 
 Scores: the gate's logits in every row, g = ReLU(BatchNorm(Linear(avgpool(trunk)))). The ensemble
-sum_b softmax(g)_b z_b learns from the labels too: its cross-entropy is counted once.
+sum_b softmax(g)_b z_b has a cross-entropy too, which counts once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods.base import Needs, Progress
 from fastokd.methods.scored import ScoredMethod

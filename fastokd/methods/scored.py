@@ -1,4 +1,4 @@
-"""A method that is one call of the one loss: it only writes scores."""
+"""Methods that are one call of ``mixture_distillation``: they compute its scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Progress
 from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillation
 
@@ -16,16 +16,16 @@ from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillatio
 class ScoredMethod(Method):
     """CE of every student and T^2 KL to the target that its row of scores mixes.
 
-    A subclass writes :meth:`scores`; one whose target is no student's also :meth:`extras`.
+    A subclass defines :meth:`scores`; one with sources beside the students also :meth:`extras`.
 
     Args:
         temperature: T.
         mix: ``"logits"``, ``"probs"`` or ``"pairwise"``: what is mixed.
         detach_targets: keeps the targets, scores included, out of the gradient.
-        kd_weight: multiplies every KL, beside the recipe's ramp where the method has one.
+        kd_weight: multiplies every KL, as does the recipe's ramp where the method has one.
     """
 
-    # DML and KD are published without a ramp: theirs would stay 1 whatever the recipe says.
+    # False for DML and KD, which are published without a ramp.
     ramped = True
 
     def __init__(
@@ -47,7 +47,7 @@ class ScoredMethod(Method):
         self.impl = impl
 
     def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
-        """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf is never."""
+        """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf: not at all."""
         raise NotImplementedError
 
     def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
@@ -60,7 +60,7 @@ class ScoredMethod(Method):
         return 0.0
 
     def settings(self, progress: Progress) -> dict[str, Any]:
-        """What every call of the loss takes, whatever its scores."""
+        """The loss's arguments beside its scores and sources."""
         return {
             "kd_weight": progress.ramp * self.kd_weight if self.ramped else self.kd_weight,
             "temperature": self.temperature,
@@ -81,6 +81,15 @@ class ScoredMethod(Method):
         return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
 
 
-def everyone_else(students: int) -> Tensor:
-    """``[S, S]`` scores in which everybody listens to all the others alike."""
-    return torch.zeros(students, students).fill_diagonal_(-math.inf)
+class Mutual(ScoredMethod):
+    """Each student listens to all the others alike: 0 off the diagonal, -inf on it."""
+
+    scores_SS: Tensor
+
+    def __init__(self, shape: CohortShape, **options: Any) -> None:
+        super().__init__(shape, **options)
+        scores_SS = torch.zeros(shape.students, shape.students).fill_diagonal_(-math.inf)
+        self.register_buffer("scores_SS", scores_SS, persistent=False)
+
+    def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        return self.scores_SS

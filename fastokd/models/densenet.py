@@ -1,6 +1,6 @@
 """The two DenseNet-40-12s: OKDDip's (bottlenecks, compression 0.5) and FFSD's (neither).
 
-They are different networks, with the keys of their authors.
+They are different networks, each with its authors' keys.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ GROWTH = 12
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 3x3 to ``GROWTH`` channels, joined to its input (FFSD's)."""
+    """Norm, ReLU, 3x3 to ``GROWTH`` channels, concatenated to its input (FFSD's)."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
         self.bn1 = NormAct(inputs)
         self.conv1 = conv3x3(inputs, GROWTH)
-        self.concat = ConcatChannels()
+        self.concat = ConcatChannels(inputs, GROWTH)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.concat(x_BCHW, self.conv1(self.bn1(x_BCHW)))
 
 
 class BottleneckLayer(nn.Module):
-    """Norm, ReLU, 1x1 to four times ``GROWTH``, norm, ReLU, 3x3, joined to its input (OKDDip's)."""
+    """Norm, ReLU, 1x1 to four times ``GROWTH``, norm, ReLU, 3x3, concatenated to its input (OKDDip's)."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class BottleneckLayer(nn.Module):
         self.conv1 = nn.Conv2d(inputs, 4 * GROWTH, 1, bias=False)
         self.norm2 = NormAct(4 * GROWTH)
         self.conv2 = conv3x3(4 * GROWTH, GROWTH)
-        self.concat = ConcatChannels()
+        self.concat = ConcatChannels(inputs, GROWTH)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = self.conv2(self.norm2(self.conv1(self.norm1(x_BCHW))))
@@ -53,7 +53,7 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 class DenseNetBC(Student):
     """OKDDip's DenseNet-40-12: three blocks of 6 bottleneck layers, compression 0.5 (0.18M).
 
-    Each branch owns the last block and the final norm; the transition before them is the trunk's.
+    A branch has the last block and the final norm; the transition before them belongs to the trunk.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -126,7 +126,7 @@ class DenseNet(Student):
             feature_dim=channels,
             map_stages=(1, 3, 5),
         )
-        # FFSD's fan-out, not OKDDip's fan-in.
+        # FFSD initialises by fan-out, OKDDip by fan-in.
         init_kaiming_fan_out(self)
 
 

@@ -1,6 +1,6 @@
 """A classifier of another library as a student.
 
-State keys are the library's behind ``net.`` (``Student.published_key`` drops it).
+State keys are the library's, prefixed with ``net.`` (``Student.published_key`` drops it).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ FEATURES = ""  # no submodule has this path
 
 
 class ExternalStudent(Student):
-    """A foreign classifier with the surface of a :class:`Student`.
+    """Another library's classifier with the interface of a :class:`Student`.
 
-    Features are the input of its last layer (before a dropout; averaged over places), maps the
-    outputs of the last block at each of its four smallest resolutions, both found by one forward
-    without memory and read through forward hooks.
+    Features are the input of its last layer (before a dropout; averaged over positions), maps the
+    outputs of the last block at each of its four smallest resolutions. Both are found by one forward
+    on the meta device and read by forward hooks.
 
     Args:
         net: ``[B, 3, H, W] -> [B, C]``. Its modules' in-place flags are cleared.
         name: for messages.
         num_classes: C.
-        input_size: height and width of the images that the maps are looked for with.
+        input_size: height and width of the images of that forward.
         split_at: the module that ends the trunk of a branch cohort, in the network's own dotted
-            names; None for network sharing alone.
-        found: what an earlier student of the same form found, to look only once.
+            names; None: network sharing only.
+        found: the :class:`Probe` of an earlier student of the same form, if there was one.
 
     Raises:
         UserError: no features can be found, or the network can't be split there.
@@ -73,16 +73,16 @@ class ExternalStudent(Student):
                 self._check_cut(split_at, input_size)
 
     def whole(self, x_BCHW: Tensor) -> Tensor:
-        """The network as it is: what a split cuts in two. All students read the same images."""
+        """The unsplit network. Students share images, so one that writes to them gets a copy."""
         logits_BC: Tensor = self.net(x_BCHW.clone() if self.found.writes_input else x_BCHW)
         return logits_BC
 
     @property
     def branch_from(self) -> int:  # type: ignore[override]
-        """1 where a split was stated.
+        """1 where ``split_at`` was given.
 
         Raises:
-            UserError: none was; the message offers modules at which this network can be cut.
+            UserError: it wasn't; the message names modules at which this network can be split.
         """
         if len(self.stages) == 1:
             near = [path for path in self._candidates() if self._can_cut(path)]
@@ -94,10 +94,10 @@ class ExternalStudent(Student):
         return 1
 
     def stage(self, index: int, x_BCHW: Tensor) -> Tensor:
-        """Runs the whole, or one of its two parts; the last one gives logits."""
+        """Runs the whole, or one of its two halves; the last one gives logits."""
         if not self._cuts:
             return self.whole(x_BCHW)
-        return self._cuts[self.training].parts[index](self, x_BCHW)
+        return self._cuts[self.training].halves[index](self, x_BCHW)
 
     def _run(self, x_BCHW: Tensor, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         self._taken.clear()
@@ -107,13 +107,13 @@ class ExternalStudent(Student):
         return x_BCHW, maps
 
     def outputs(self, x_BCHW: Tensor, start: int = 0) -> StudentOutput:
-        """Runs the parts from ``start`` on."""
+        """Runs the halves from ``start`` on."""
         logits_BC, maps = self._run(x_BCHW, start, len(self.stages))
         features_BD = pool_features(self._taken.pop(FEATURES), self._channels_first)
         return StudentOutput(logits_BC, features_BD, maps)
 
     def keep_stages(self, start: int, stop: int | None) -> None:
-        """Drops what the other part uses; what is left keeps its names."""
+        """Drops what the other half uses; the rest keeps its names."""
         if len(self.stages) == 2 and (start, stop) != (0, None):
             prune(self, self._cuts[True], keep_first=stop == 1)
 
@@ -139,7 +139,7 @@ class ExternalStudent(Student):
         return cuts
 
     def _candidates(self) -> tuple[str, ...]:
-        """Places worth offering: behind a map, or before the last of a long row of blocks."""
+        """Modules to suggest for a split: those of maps, or the last but one in the longest row of blocks."""
         if self.map_names:
             return self.map_names[:-1]
         rows = {
@@ -158,7 +158,8 @@ class ExternalStudent(Student):
         return True
 
     def _check_cut(self, split_at: str, size: int) -> None:
-        """Runs both parts without memory: one tensor is cut, and every branch finds it untouched."""
+        """Runs both halves on the meta device: they must be joined by one tensor, which the second mustn't
+        change, since every branch reads it."""
         mode = self.training
         self.eval()
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -175,7 +176,7 @@ class ExternalStudent(Student):
 
 
 class _CutFault(nn.Module):
-    """What is wrong with the tensor at the cut, or nothing."""
+    """What is wrong with the tensor at the split, or an empty string."""
 
     def __init__(self, student: ExternalStudent) -> None:
         super().__init__()

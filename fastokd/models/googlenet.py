@@ -13,7 +13,7 @@ from fastokd.models.student import Student
 
 
 def _convs(inputs: int, *steps: tuple[int, int], first: int = 0) -> nn.Sequential:
-    """Biased convolutions (outputs, kernel), each with norm and ReLU, three places apart."""
+    """Biased convolutions (outputs, kernel), each with norm and ReLU, numbered in steps of three."""
     layers: dict[int, nn.Module] = {}
     for index, (outputs, kernel) in enumerate(steps):
         place = first + 3 * index
@@ -26,7 +26,7 @@ def _convs(inputs: int, *steps: tuple[int, int], first: int = 0) -> nn.Sequentia
 
 
 class Inception(nn.Module):
-    """Four ways side by side: 1x1; 1x1 and 3x3; 1x1 and two 3x3; pooling and 1x1."""
+    """Four parallel paths, concatenated: 1x1; 1x1 and 3x3; 1x1 and two 3x3; pooling and 1x1."""
 
     def __init__(
         self, inputs: int, one: int, three: tuple[int, int], five: tuple[int, int], pool: int
@@ -36,8 +36,8 @@ class Inception(nn.Module):
         self.branch3x3 = _convs(inputs, (three[0], 1), (three[1], 3))
         self.branch5x5 = _convs(inputs, (five[0], 1), (five[1], 3), (five[1], 3))
         self.branch_pool = _convs(inputs, (pool, 1), first=1)
-        self.concat = ConcatChannels()
-        self.channels = one + three[1] + five[1] + pool
+        self.concat = ConcatChannels(one, three[1], five[1], pool)
+        self.channels = sum(self.concat.widths)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.concat(
@@ -48,7 +48,7 @@ class Inception(nn.Module):
         )
 
 
-# Name, 1x1, (reduction, 3x3), (reduction, 5x5), behind the pooling: Szegedy et al., Table 1.
+# Name, 1x1, (reduction, 3x3), (reduction, 5x5), after the pooling: Szegedy et al., Table 1.
 INCEPTIONS = (
     ("a3", 64, (96, 128), (16, 32), 32),
     ("b3", 128, (128, 192), (32, 96), 64),
@@ -63,7 +63,7 @@ INCEPTIONS = (
 
 
 class GoogLeNet(Student):
-    """A 3x3 stem of 192 channels and nine inception modules; a 3x3 maximum of stride 2 before the
+    """A 3x3 stem of 192 channels and nine inception modules; 3x3 max pooling of stride 2 before the
     third and the eighth. Maps are taken before pooling."""
 
     def __init__(self, num_classes: int) -> None:

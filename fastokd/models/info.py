@@ -1,4 +1,4 @@
-"""What a student counts: parameters, multiply-accumulates, feature width, map shapes."""
+"""Counts of a student: parameters, multiply-accumulates, feature width, map shapes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def count_macs(model: nn.Module, x_BCHW: Tensor) -> int:
 
 
 def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
-    """Counts the student ``name`` on the meta device: no memory, no arithmetic.
+    """Counts of the student ``name``, computed on the meta device.
 
     ``options`` are the model's own, as :func:`create_model` takes them.
     """
@@ -75,11 +75,11 @@ def map_shapes(
 def trunk_shape(
     name: str, num_classes: int, size: int | None = None, /, **options: Any
 ) -> tuple[int, ...]:
-    """(channels, height, width) of what a branch of ``name`` starts from, or (tokens, width), over
-    images of ``size`` (None: the one that it is made for).
+    """(channels, height, width), or (tokens, width), of the input of a branch of ``name`` for images of
+    ``size`` (None: the one that it was published for).
 
     Raises:
-        UserError: the model has no stated split.
+        UserError: the model can't be split; another library's needs the option ``split_at``.
     """
     model, x_BCHW = _on_meta(name, num_classes, options, size or input_size(name, options))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def trunk_shape(
 def _on_meta(
     name: str, num_classes: int, options: dict[str, Any], size: int
 ) -> tuple[Student, Tensor]:
-    """The student without memory, in eval mode, and one image."""
+    """The student on the meta device, in eval mode, and one image."""
     with torch.device("meta"):
         model = create_model(name, num_classes, **options).eval()
         return model, torch.empty(1, 3, size, size)

@@ -1,42 +1,22 @@
-"""The layers that a cohort's engine may swap for fused ones."""
+"""The students' layers beside torch's own."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def is_exactly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether ``module`` computes what one of ``kinds`` does, so that another may compute it instead.
-
-    The one rule for every layer that an engine swaps, stacks or casts. A subclass may have a
-    ``forward`` of its own, as a parametrized layer has; so may an instance, and a hook may change
-    what goes in or comes out.
-    """
-    return type(module) in kinds and not is_altered(module)
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether this instance has a ``forward`` of its own, or a hook that isn't a :class:`Tap`."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    own = any(not isinstance(hook, Tap) for kind in hooks for hook in kind.values())
-    return own or "forward" in vars(module)
+from fastokd.ops.fused_bn_act import norm_act
 
 
 class Tap:
-    """A forward hook that keeps what goes in or comes out until the student reads it.
+    """A forward hook that stores a module's input or output until the student reads it.
 
-    An object rather than a closure: a deep copy of the student gets taps of its own.
+    An object, not a closure, so that a deep copy of the student has taps of its own.
     """
 
     def __init__(self, taken: dict[str, Tensor], key: str, of_input: bool = False) -> None:
@@ -51,20 +31,21 @@ class Tap:
 class NormAct(nn.BatchNorm2d):
     """BatchNorm, then an optional residual, then an optional ReLU, as one module.
 
-    It holds exactly the state of ``nn.BatchNorm2d`` (so checkpoints keep their plain keys) and is
-    the one hook through which an engine swaps the three operations for one: set ``fused`` to a
-    callable ``(module, x_BCHW, residual_BCHW | None) -> y_BCHW``.
+    It holds exactly the state of ``nn.BatchNorm2d``, so checkpoints keep their plain keys.
+
+    ``impl``: ``"torch"`` is torch's three operations; another is that of
+    :func:`fastokd.ops.fused_bn_act`.
     """
 
-    fused: Callable[[NormAct, Tensor, Tensor | None], Tensor] | None = None
+    impl = "torch"
 
     def __init__(self, channels: int, *, relu: bool = True, momentum: float = 0.1) -> None:
         super().__init__(channels, momentum=momentum)
         self.relu = relu
 
     def forward(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None) -> Tensor:
-        if self.fused is not None:
-            return self.fused(self, x_BCHW, residual_BCHW)
+        if self.impl != "torch":
+            return norm_act(self, x_BCHW, residual_BCHW, impl=self.impl)
         y_BCHW = super().forward(x_BCHW)
         if residual_BCHW is not None:
             y_BCHW = y_BCHW + residual_BCHW
@@ -72,8 +53,12 @@ class NormAct(nn.BatchNorm2d):
 
 
 class ConcatChannels(nn.Module):
-    """Concatenation along channels: a module, so that an engine which stacks students along
-    channels can interleave them right."""
+    """Concatenation of maps of these ``widths`` along channels: a module, so that an engine which
+    stacks students along channels can interleave them right."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.widths = widths
 
     def forward(self, *maps_BCHW: Tensor) -> Tensor:
         return torch.cat(maps_BCHW, dim=1)
@@ -89,8 +74,8 @@ class GlobalAveragePool(nn.Module):
 class Dropout(nn.Dropout):
     """Dropout of ``[B, width]`` features whose mask may be given.
 
-    ``mask_BD``, where an engine has set it, is what the next training forward multiplies by (0, or
-    1 / (1 - p)): masks of all students are drawn at once, so that every engine drops the same.
+    The next training forward multiplies by ``mask_BD`` (0, or 1 / (1 - p)) where an engine has set it:
+    the masks of all students are drawn at once, so that all engines drop the same features.
     """
 
     mask_BD: Tensor | None
@@ -115,8 +100,8 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -
 def numbered(layers: Mapping[int, nn.Module]) -> nn.Sequential:
     """A sequential whose children carry the given numbers.
 
-    Published networks count their ReLUs as children; ours are inside :class:`NormAct`, so the
-    numbers have gaps.
+    Published networks have ReLUs as children; here they are part of :class:`NormAct`, so the numbers
+    have gaps.
     """
     return nn.Sequential(OrderedDict((str(place), layer) for place, layer in layers.items()))
 
@@ -124,8 +109,7 @@ def numbered(layers: Mapping[int, nn.Module]) -> nn.Sequential:
 def init_kaiming_fan_out(model: nn.Module, *, zero_bias: bool = False) -> None:
     """Convolutions Kaiming normal over their fan-out: normal(0, sqrt(2 / (k * k * outputs))).
 
-    Their biases stay as torch draws them, or are zeroed; norms and linear layers stay as torch
-    makes them.
+    Their biases keep torch's initialisation or are zeroed; norms and linear layers keep torch's.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

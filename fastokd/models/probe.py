@@ -1,7 +1,6 @@
-"""Where a foreign classifier keeps its features and its maps: one forward without memory, watched.
+"""Finds the features and maps of another library's classifier, by one forward on the meta device.
 
-Nothing is assumed of the network but that it is a module ``[B, 3, H, W] -> [B, C]`` which ends in
-a linear layer or a convolution.
+The network must be a module ``[B, 3, H, W] -> [B, C]`` that ends in a linear layer or a convolution.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from fastokd.errors import UserError
 from fastokd.models.split import enclosing
 
 MAPS = 4
-# FFSD's map losses need a third of a map's places to be at least one.
+# FFSD's map losses need a third of a map's positions to be at least one.
 SMALLEST_MAP = 3
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
-# Modules that hold no map of their own, but see attention matrices.
+# Modules that make no map, but may get attention matrices.
 PASSING = (*DROPOUTS, nn.Identity, nn.Softmax)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward showed.
+    """Where features and maps are.
 
     ``features_at``: the module whose input is the feature: the last layer with C outputs, or the
     dropout before it; ``channels_first``: whether that input is ``[B, D, H, W]`` where it has
-    places. ``maps_at``: the modules whose outputs are maps, largest first. ``writes_input``: the
+    positions. ``maps_at``: the modules whose outputs are maps, largest first. ``writes_input``: the
     network changes its images in place.
     """
 
@@ -56,12 +55,11 @@ def probe(
     """Runs ``net`` once on the meta device, in eval mode, and finds its classifier and maps.
 
     Args:
-        net: the classifier; it is left as it was.
+        net: the classifier; it isn't changed.
         name: for messages.
         num_classes: C.
         size: height and width of the images.
-        hidden: modules that won't be called as such (a split goes through them), so can't be
-            listened to.
+        hidden: modules that a split goes through: they won't be called, so hooks on them won't run.
 
     Raises:
         UserError: the network doesn't run at that size, doesn't give ``[B, C]``, or has no layer
@@ -97,15 +95,15 @@ def probe(
 
 
 def pool_features(x: Tensor, channels_first: bool) -> Tensor:
-    """The classifier's input as ``[B, D]``: averaged over places or tokens where it has any."""
+    """The classifier's input as ``[B, D]``: averaged over positions or tokens where it has any."""
     if x.dim() == 2:
         return x
     return x.mean((2, 3)) if channels_first else x.flatten(1, -2).mean(1)
 
 
 def _watch(net: nn.Module, name: str, size: int) -> tuple[list[_Call], Any, bool]:
-    """Every call of a submodule in completion order, the output of the whole, and whether its input
-    was written to."""
+    """Every call of a submodule in the order of completion, the network's output, and whether it
+    wrote to its input."""
     calls: list[_Call] = []
 
     def listen(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -142,10 +140,9 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
 def _maps(net: nn.Module, calls: list[_Call], size: int, hidden: frozenset[str]) -> tuple[str, ...]:
     """The last module at each spatial size, for the smallest four sizes, largest first.
 
-    Only blocks count, not what is inside them: modules whose parents are plain containers. A size
-    counts only if every smaller one comes after it (attention matrices and upsampling don't), and
-    if it is about twice the next (a gap is a network that keeps its maps in another layout). A
-    single map is none.
+    Only blocks count, that is, modules whose parents are plain containers. A size counts only if every
+    smaller one comes after it (unlike attention matrices and upsampling), and if it is about twice the
+    next (else the network has its maps in another layout). There are two maps at least, or none.
     """
     found: dict[int, tuple[int, str]] = {}
     for index, call in enumerate(calls):
@@ -169,7 +166,7 @@ def _maps(net: nn.Module, calls: list[_Call], size: int, hidden: frozenset[str])
 
 
 def _is_block(net: nn.Module, path: str) -> bool:
-    """Whether ``path`` is held by nothing but plain containers (subclasses are blocks)."""
+    """Whether all parents of ``path`` are plain containers (their subclasses are blocks)."""
     parents = enclosing(path)
     return all(type(net.get_submodule(parent)) in CONTAINERS for parent in parents)
 

@@ -16,7 +16,7 @@ from fastokd.models.student import Student
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    """The 1x1 shortcut where a block changes its shape, or None where the identity serves."""
+    """The 1x1 shortcut where a block changes its shape, or None for the identity."""
     if stride == 1 and inputs == outputs:
         return None
     conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
@@ -67,8 +67,8 @@ class ResNet(Student):
         base: width of the first stage; it doubles from stage to stage.
         widen: None for basic blocks; else bottlenecks, whose inner width is ``widen`` times the
             stage's and whose output is 4 times it (OKDDip's ResNet-110 and WRN-20-8).
-        imagenet: a 7x7 stem of stride 2 with pooling, and the last two stages to each branch;
-            else a 3x3 stem, and the last stage to each branch.
+        imagenet: a 7x7 stem of stride 2 with pooling, and branches of the last two stages; else a 3x3
+            stem, and branches of the last stage.
     """
 
     def __init__(

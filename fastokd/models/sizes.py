@@ -1,4 +1,4 @@
-"""What images a student takes, and how many at once: it is asked, by forwards without memory."""
+"""Which image sizes and batches a student takes, found by forwards on the meta device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastokd.errors import UserError
 from fastokd.models.registry import create_model
 from fastokd.models.student import Student
 
-# Heights and widths that an error offers; the first is that of every set in memory.
+# Heights and widths that an error message names; the first is that of every data set in memory.
 USUAL = (32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512)
 
 
 def least_batch(name: str, num_classes: int, options: dict[str, Any], size: tuple[int, int]) -> int:
-    """The fewest images that the student ``name`` is trained on at once: 2 where a norm would see
-    one value a channel, else 1.
+    """The smallest batch that the student ``name`` trains on: 2 where a norm would get one value a
+    channel, else 1.
 
     Args:
         options: the model's own, as :func:`create_model` takes them.
@@ -35,12 +35,12 @@ def least_batch(name: str, num_classes: int, options: dict[str, Any], size: tupl
         raise UserError(
             f"{name} can't take images of {size[0]}x{size[1]} ({fault}): {_what_fits(student)}"
         )
-    # Where neither runs, its training needs values, which there are none of here.
+    # Where neither runs, its training reads values, which meta tensors don't have.
     return 2 if _fault(student, 2, size, training=True) is None else 1
 
 
 def _fault(student: Student, batch: int, size: tuple[int, int], *, training: bool) -> str | None:
-    """What a forward over ``batch`` images raises, or None; a map without places is a fault too."""
+    """What a forward of ``batch`` images raises, or None; an empty map is a fault too."""
     empty: list[str] = []
 
     def look(module: nn.Module, _args: Any, output: Any) -> None:
@@ -52,7 +52,7 @@ def _fault(student: Student, batch: int, size: tuple[int, int], *, training: boo
     try:
         with torch.device("meta"), torch.no_grad():
             student(torch.empty(batch, 3, *size))
-    except Exception as error:  # the student's own code ran
+    except Exception as error:  # raised by the student's own code
         return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
     finally:
         for hook in hooks:
@@ -61,7 +61,7 @@ def _fault(student: Student, batch: int, size: tuple[int, int], *, training: boo
 
 
 def _what_fits(student: Student) -> str:
-    """Which of the usual sizes it takes, and what to do."""
+    """Which of the usual sizes it takes, and what the user can do."""
     fits = [n for n in USUAL if _fault(student, 2, (n, n), training=False) is None]
     if not fits:
         return "choose another student"

@@ -1,8 +1,8 @@
-"""Cutting a foreign network in two behind a named module, where its graph is a chain there.
+"""Splits another library's network in two after a named module.
 
-The network is traced only through the modules that enclose the cut; everything else stays a call
-of the module itself, so training mode, buffers and keys stay as they are. The cut is sound where
-one tensor, the named module's output, is all that the rest reads of what came before.
+The network is traced only through the modules that enclose that one; all others stay calls of the
+module itself, so training mode, buffers and keys don't change. The split is possible where the named
+module's output is the only tensor that the second half reads from the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fastokd.errors import UserError
 
-Part = Callable[[nn.Module, Tensor], Tensor]
+Half = Callable[[nn.Module, Tensor], Tensor]
 
 IN_PLACE = {
     operator.iadd: operator.add,
@@ -28,13 +28,13 @@ IN_PLACE = {
 
 @dataclass(frozen=True)
 class Split:
-    """Both parts as functions of (owner, input), and what the first one uses of its owner.
+    """Both halves as functions of (owner, input), and what the first uses of its owner.
 
-    ``traced`` are the modules that the cut goes through; ``first`` the paths of the modules,
-    parameters and buffers that the first part uses.
+    ``traced`` are the modules that the split goes through; ``first`` the paths of the modules,
+    parameters and buffers that the first half uses.
     """
 
-    parts: tuple[Part, Part]
+    halves: tuple[Half, Half]
     traced: frozenset[str]
     first: frozenset[str]
 
@@ -46,14 +46,13 @@ def enclosing(path: str) -> frozenset[str]:
 
 
 def split(owner: nn.Module, path: str, what: str) -> Split:
-    """Cuts the method ``whole`` of ``owner`` behind the module ``path``.
+    """Splits the method ``whole`` of ``owner`` after the module ``path``, relative to ``owner``.
 
-    ``what`` names the network in messages, and ``path`` is relative to ``owner``. Traced in the
-    mode that ``owner`` is in.
+    ``what`` names the network in messages. The trace is of the mode that ``owner`` is in.
 
     Raises:
         UserError: the code around the module can't be traced, the module isn't called exactly
-            once, or more than its output crosses the cut.
+            once, or the second half reads more than its output.
     """
     traced = enclosing(path)
     shown = path.partition(".")[2]
@@ -65,7 +64,7 @@ def split(owner: nn.Module, path: str, what: str) -> Split:
             "needed: choose another module, or sharing='network'"
         )
     for node in list(calls[0].users):
-        # Every branch reads the tensor at the cut, so none may write to it.
+        # All branches read this tensor, so none may write to it.
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
         if node.op == "call_function" and node.args[0] is calls[0]:
@@ -81,20 +80,20 @@ def split(owner: nn.Module, path: str, what: str) -> Split:
             "it, so the graph is no chain there; choose another module, or sharing='network'"
         )
     ordered = [node for node in graph.nodes if node in before and node is not image]
-    used = [_used(part) for part in (ordered, rest)]
+    used = [_used(half) for half in (ordered, rest)]
     shared = sorted(used[0] & used[1]) or _tied(owner, used[0])
     if shared:
         raise UserError(
             f"{what} can't be split at {shown!r}: {', '.join(shared)} is used on both sides; "
             "choose another module, or sharing='network'"
         )
-    parts = (_function(ordered, image, calls[0]), _function(rest, calls[0], None))
-    return Split(parts, traced, frozenset(used[0]))
+    halves = (_function(ordered, image, calls[0]), _function(rest, calls[0], None))
+    return Split(halves, traced, frozenset(used[0]))
 
 
 def prune(owner: nn.Module, cut: Split, keep_first: bool) -> None:
-    """Deletes from ``owner`` what the other part uses. The first part keeps exactly what it uses,
-    the second all else, so that nothing is in both and nothing is lost."""
+    """Deletes from ``owner`` what the other half uses. The first half keeps what it uses, the
+    second all else."""
     for path in sorted(cut.traced):
         container = owner.get_submodule(path)
         names = [*container._modules, *container._parameters, *container._buffers]
@@ -105,7 +104,7 @@ def prune(owner: nn.Module, cut: Split, keep_first: bool) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Goes through the given modules only."""
+    """Traces through the given modules only."""
 
     traced_func_name = "whole"
 
@@ -122,13 +121,13 @@ def _trace(owner: nn.Module, traced: frozenset[str], what: str, shown: str) -> f
     try:
         graph = tracer.trace(owner)
     except Exception as error:
-        # The network's own code ran on symbols: it may raise anything.
+        # The network's own code ran on proxies and may raise anything.
         raise UserError(
             f"{what} can't be split at {shown!r}: the code around it can't be followed "
             f"({error}); choose another module, or sharing='network'"
         ) from error
     for node in reversed(graph.nodes):
-        # Assertions and shapes that nobody reads; a module or a method that writes may matter.
+        # Unused assertions and shapes; an unused module or in-place method may have an effect.
         writes = node.op == "call_module" or str(node.target).endswith("_")
         if (
             not node.users
@@ -140,7 +139,7 @@ def _trace(owner: nn.Module, traced: frozenset[str], what: str, shown: str) -> f
 
 
 def _needed(node: fx.Node) -> set[fx.Node]:
-    """``node`` and all that it is computed from."""
+    """``node`` and all nodes that it depends on."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -156,7 +155,7 @@ def _used(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def _tied(owner: nn.Module, first: set[str]) -> list[str]:
-    """Parameters that the first part's modules have in common with the others."""
+    """Parameters that the first half's modules share with others."""
     sides: tuple[dict[int, str], dict[int, str]] = ({}, {})
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         inside = any(name == path or name.startswith(f"{path}.") for path in first)
@@ -164,8 +163,8 @@ def _tied(owner: nn.Module, first: set[str]) -> list[str]:
     return [name for key, name in sides[0].items() if key in sides[1]]
 
 
-def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None) -> Part:
-    """A part of a graph as a plain function of (owner, input); ``result`` None keeps its output."""
+def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None) -> Half:
+    """A half of a graph as a plain function of (owner, input); ``result`` None: the graph's output."""
     graph = fx.Graph()
     copies = {source: graph.placeholder("x")}
     for node in nodes:
@@ -175,5 +174,5 @@ def _function(nodes: Iterable[fx.Node], source: fx.Node, result: fx.Node | None)
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
     exec(code.src, scope)
-    function: Part = scope["forward"]
+    function: Half = scope["forward"]
     return function

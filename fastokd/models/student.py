@@ -1,4 +1,4 @@
-"""What a student is: a chain of stages and a head, that can be cut into trunk and branch."""
+"""The base class of students: a chain of stages and a head, which splits into trunk and branch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastokd.models.layers import GlobalAveragePool
 
 
 class StudentOutput(NamedTuple):
-    """What a cohort reads from one student."""
+    """The outputs of one student."""
 
     logits_BC: Tensor
     features_BD: Tensor
@@ -20,8 +20,8 @@ class StudentOutput(NamedTuple):
 
 
 def with_versions(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``state`` with the versions that modules of other libraries look for when they are filled;
-    files of tensors don't hold them."""
+    """``state`` with the versions that modules of other libraries read in ``load_state_dict``, which
+    files of tensors lack."""
     if hasattr(state, "_metadata"):
         return state
     versioned = OrderedDict(state)
@@ -39,8 +39,8 @@ class Student(nn.Module):
     A subclass creates its children under their published names, then calls :meth:`chain` with the
     names of each stage's children in running order (dotted where a child is nested). A stage that
     is listed in ``map_stages`` ends in a *map* (FFSD's stage maps); the others are the stem, and
-    the pooling or transition between two maps. ``forward`` gives plain logits; :meth:`outputs`
-    gives all that a cohort reads.
+    the pooling or transition between two maps. ``forward`` returns logits; :meth:`outputs` returns
+    all that a cohort reads.
 
     Attributes:
         feature_dim: width of the pooled feature that enters the classifier.
@@ -102,8 +102,8 @@ class Student(nn.Module):
         return self.outputs(x_BCHW).logits_BC
 
     def keep_stages(self, start: int, stop: int | None) -> None:
-        """Drops the children of every stage outside ``[start, stop)``; the head too where
-        ``stop`` is given. What is left keeps its names."""
+        """Drops the children of every stage outside ``[start, stop)``, and the head where ``stop`` is
+        given. The rest keeps its names."""
         last = len(self.stages) if stop is None else stop
         for index, names in enumerate(self.stages):
             if not start <= index < last:
@@ -119,9 +119,9 @@ class Student(nn.Module):
         return super().load_state_dict(with_versions(self, state_dict), strict, assign)
 
     def published_key(self, key: str) -> str:
-        """The key of one state entry in the checkpoints of whoever published the network.
+        """A state entry's key in the checkpoints of the network's authors.
 
-        Every student here carries its published keys, so this is the identity; a wrapped network
-        drops the wrapper's prefix.
+        The students of this package have the published keys, so this is the identity; another
+        library's drops its prefix.
         """
         return key

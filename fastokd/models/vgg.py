@@ -24,10 +24,10 @@ def _stage(inputs: int, outputs: int, convs: int) -> nn.Sequential:
 
 
 class VGG(Student):
-    """Five groups of biased 3x3 convolutions, each ended by a 2x2 maximum, and 512-512-512-C.
+    """Five groups of biased 3x3 convolutions, each with 2x2 max pooling after it, and 512-512-512-C.
 
-    Maps are the outputs of the last four groups before pooling. The last group is each student's
-    own in a branch cohort; the pooling before it belongs to the trunk, as published.
+    Maps are the outputs of the last four groups before pooling. A branch has the last group; the pooling
+    before it belongs to the trunk, as published.
 
     Args:
         num_classes: C.

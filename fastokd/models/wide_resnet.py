@@ -20,7 +20,7 @@ class WideBlock(nn.Module):
 
     FFSD's form has biased convolutions, the stride on the second one, and a shortcut from the
     block's input; the canonical form has no biases, the stride on the first, and its 1x1 shortcut
-    starts behind the first norm and ReLU.
+    starts after the first norm and ReLU.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, canonical: bool) -> None:
@@ -48,7 +48,7 @@ class WideBlock(nn.Module):
 class WideResNet(Student):
     """Three stages of ``(depth - 4) / 6`` blocks, 16, 32 and 64 times ``widen`` wide.
 
-    The last map is behind the final norm, whose momentum is 0.9 in FFSD's form.
+    The last map is after the final norm, whose momentum is 0.9 in FFSD's form.
     """
 
     def __init__(self, num_classes: int, depth: int, widen: int, canonical: bool = False) -> None:

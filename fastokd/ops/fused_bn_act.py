@@ -108,7 +108,7 @@ def fused_bn_act(
 def norm_act(
     module: Any, x_BCHW: Tensor, residual_BCHW: Tensor | None, *, impl: str = "auto"
 ) -> Tensor:
-    """``fused_bn_act`` with a ``NormAct``'s state: what to set as its ``fused`` hook."""
+    """``fused_bn_act`` with a ``NormAct``'s state."""
     return fused_bn_act(
         x_BCHW,
         module.weight,

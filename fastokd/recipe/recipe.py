@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fastokd.cohort.sharing import check_sharing
 from fastokd.data import list_datasets
 from fastokd.data.order import keyed_generator
 from fastokd.data.preprocessing import MOST_PIXELS
@@ -91,10 +92,7 @@ class Recipe:
         needs = method_class(self.method).needs
         if self.dataset not in list_datasets():
             raise unknown_name("dataset", self.dataset, list_datasets())
-        if self.sharing not in needs.sharing:
-            raise UserError(
-                f"{self.method} has no {self.sharing} form: choose {' or '.join(needs.sharing)}"
-            )
+        needs.check(self.method, self.sharing, self.students)
         self._check_students()
         if self.reported not in get_args(Reported):
             raise UserError(
@@ -158,28 +156,15 @@ class Recipe:
                 raise UserError(f"{known.name} is {value!r}: it must be {what}")
 
     def _check_students(self) -> None:
-        """Refuses unknown students, and more or fewer than the method or the names allow."""
+        """Raises for unknown students, or names that don't fit their number or sharing."""
         names = self.model.split("+")
         for name in names:
             model_spec(name)
-        if len(names) > 1:
-            if len(names) != self.students:
-                raise UserError(
-                    f"students is {self.students}, but {self.model} names {len(names)}: name one "
-                    "for each"
-                )
-            if self.sharing == "branch":
-                raise UserError(
-                    f"a branch cohort shares one trunk, but {self.model} names several students: "
-                    f"choose {self.method}-network"
-                )
-        needs = method_class(self.method).needs
-        if self.students < needs.min_students:
-            role = " (a leader and at least one peer)" if needs.leader else ""
+        if len(names) > 1 and len(names) != self.students:
             raise UserError(
-                f"students is {self.students}, but {self.method} trains at least "
-                f"{needs.min_students}{role}"
+                f"students is {self.students}, but {self.model} names {len(names)}: name one for each"
             )
+        check_sharing(self.sharing, names, instead=f"choose {self.method}-network")
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""CL-ILR: branches learn from the others; the trunk gets their gradient divided by their number."""
+"""CL-ILR: branches learn from the others, and the trunk's gradient is divided by their number."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
     mean_of_others,
+    summed,
 )
 
 
 class ReferenceCLILR(ReferenceCohort):
     """CE + w T^2 KL to the mean of the others' logits."""
 
-    temperature = 3.0
-
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        ce = cross_entropies(out, labels_B)
         kd = [
             kl_divergence(logits_BC, mean_of_others(out.logits, index), self.temperature)
             for index, logits_BC in enumerate(out.logits)
         ]
-        return ReferenceLosses(sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0]), ce, kd)
+        return ReferenceLosses(summed(ce) + kd_weight * summed(kd), ce, kd)
 
     def step(
         self,
@@ -37,7 +36,7 @@ class ReferenceCLILR(ReferenceCohort):
         labels_B: Tensor,
         kd_weight: float = 1.0,
     ) -> ReferenceLosses:
-        """The branches' backward down to the trunk's output, then the trunk's with a share of it."""
+        """The branches' backward to the trunk's output, then the trunk's with the divided gradient."""
         assert self.trunk is not None
         trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
         entry_BCHW = trunk_BCHW.detach().requires_grad_()

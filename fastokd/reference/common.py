@@ -1,6 +1,6 @@
-"""What the loops share: students one by one, the KL, one plain step.
+"""What the loops share: students run one by one, the KL, a plain step.
 
-Nothing here is fused, nothing dispatches an op of this package, nothing is read back in a step.
+Nothing is fused, no op of this package is dispatched, and a step has no host sync.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastokd.models import Student, create_model
 
 
 class ReferenceLosses(NamedTuple):
-    """The total and what it sums: CE of every student, T^2 KL of every student."""
+    """The total and its terms: CE of every student, T^2 KL of every student."""
 
     total: Tensor
     ce: list[Tensor]
@@ -32,7 +32,9 @@ class ReferenceOutputs(NamedTuple):
 
 
 class ReferenceCohort(nn.Module):
-    """Several students, and a loss that a subclass writes in :meth:`losses`.
+    """Several students, and a loss that a subclass defines in :meth:`losses`.
+
+    ``apart``: students who share nothing are trained by optimizers of their own.
 
     Args:
         model: one name for all, or a name for each student (network sharing).
@@ -40,6 +42,9 @@ class ReferenceCohort(nn.Module):
         students: how many, where ``model`` is one name.
         sharing: with ``"branch"`` the stages before the student's ``branch_from`` are shared.
     """
+
+    temperature = 3.0
+    apart = False
 
     def __init__(
         self,
@@ -69,7 +74,7 @@ class ReferenceCohort(nn.Module):
         return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
 
     def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
-        """Runs each student on what the trunk gave."""
+        """Runs each student on the trunk's output."""
         logits, features = [], []
         for student in self.students:
             assert isinstance(student, Student)
@@ -83,8 +88,9 @@ class ReferenceCohort(nn.Module):
         raise NotImplementedError
 
     def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
-        """One SGD over all, as published for every method that doesn't say otherwise."""
-        return [torch.optim.SGD(self.parameters(), **settings)]
+        """One SGD over all, as published for every method that isn't ``apart``."""
+        each = [self] if self.trunk is not None or not self.apart else self.students
+        return [torch.optim.SGD(module.parameters(), **settings) for module in each]
 
     def step(
         self,
@@ -103,6 +109,16 @@ class ReferenceCohort(nn.Module):
         return losses
 
 
+def summed(terms: list[Tensor]) -> Tensor:
+    """The sum of the terms."""
+    return sum(terms[1:], terms[0])
+
+
+def cross_entropies(out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
+    """Each student's CE."""
+    return [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+
+
 def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
     """T^2 KL(target || student), the target as probabilities."""
     log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
@@ -111,11 +127,11 @@ def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Te
 
 
 def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(target || student), Eq. 3 and 4, the target as logits; its gradient is kept."""
+    """T^2 KL(target || student), Eq. 3 and 4, the target as logits, not detached."""
     return kl_to_probs(student_BC, F.softmax(target_BC / temperature, dim=1), temperature)
 
 
 def mean_of_others(logits: list[Tensor], student: int) -> Tensor:
     """The mean of all logits but one student's."""
     others = [other for index, other in enumerate(logits) if index != student]
-    return sum(others[1:], others[0]) / len(others)
+    return summed(others) / len(others)

@@ -1,31 +1,31 @@
-"""DML: every network learns from the others; an optimizer each, all stepped together."""
+"""DML: every network learns from the others, each with an optimizer, all stepped together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
     mean_of_others,
+    summed,
 )
 
 
 class ReferenceDML(ReferenceCohort):
-    """CE + T^2 KL to the mean of the others' logits, or pair by pair divided by their number.
+    """CE + T^2 KL to the mean of the others' logits, or the mean of the KLs to each.
 
-    Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network
-    has a backward of its own.
+    Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network has a
+    backward of its own.
     """
 
-    temperature = 3.0
+    apart = True
     pairwise = False
     detach = False
 
@@ -33,25 +33,19 @@ class ReferenceDML(ReferenceCohort):
         return logits_BC.detach() if self.detach else logits_BC
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce, kd = [], []
+        ce, kd = cross_entropies(out, labels_B), []
         for index, logits_BC in enumerate(out.logits):
-            ce.append(F.cross_entropy(logits_BC, labels_B))
             if self.pairwise:
                 pairs = [
                     kl_divergence(logits_BC, self._target(other_BC), self.temperature)
                     for other, other_BC in enumerate(out.logits)
                     if other != index
                 ]
-                kd.append(sum(pairs[1:], pairs[0]) / len(pairs))
+                kd.append(summed(pairs) / len(pairs))
             else:
                 mean_BC = self._target(mean_of_others(out.logits, index))
                 kd.append(kl_divergence(logits_BC, mean_BC, self.temperature))
-        return ReferenceLosses(sum(ce[1:], ce[0]) + sum(kd[1:], kd[0]), ce, kd)
-
-    def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
-        if self.trunk is not None:
-            return super().optimizers(**settings)
-        return [torch.optim.SGD(student.parameters(), **settings) for student in self.students]
+        return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 
     def step(
         self,

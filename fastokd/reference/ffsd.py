@@ -1,8 +1,4 @@
-"""FFSD's loop as published: every network its own loss, backward and optimizer, one after another.
-
-Written from the equations alone; like the rest of ``reference/`` it imports nothing but the plain
-students, dispatches no fused op and reads nothing back inside a step.
-"""
+"""FFSD's loop as published: each network has its loss, backward and optimizer, one after another."""
 
 from __future__ import annotations
 
@@ -98,7 +94,7 @@ class Fusion(Squeeze):
 
 
 class ReferenceFFSD(nn.Module):
-    """``students`` networks, the last the leader, and what FFSD adds to them."""
+    """``students`` networks, the last the leader, and FFSD's other modules."""
 
     def __init__(self, model: str, num_classes: int, students: int = 3) -> None:
         super().__init__()
@@ -134,23 +130,23 @@ def ffsd_optimizers(
 
 
 def energy(x_BCHW: Tensor) -> Tensor:
-    """A(x): where a map is strong, ``[B, HW]``."""
+    """A(x): the channel mean of squares, ``[B, HW]``."""
     return x_BCHW.pow(2).mean(1).flatten(1)
 
 
 def attention_transfer(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-    """Do both look at the same places?"""
+    """mse(n(A(x)), n(A(y)))."""
     x_BP, y_BP = F.normalize(energy(x_BCHW)), F.normalize(energy(y_BCHW))
     return F.mse_loss(x_BP, y_BP)
 
 
 def feature_transfer(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-    """Are both maps the same but for their length?"""
+    """mse(n(x), n(y))."""
     return F.mse_loss(F.normalize(x_BCHW.flatten(1)), F.normalize(y_BCHW.flatten(1)))
 
 
 def shifted_attention(y_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a = n(A(y)), the attention that the other student is sent to, and r = ||A(y)||."""
+    """a = n(A(y)), the target of the other student's attention, and r = ||A(y)||."""
     strength_BP = energy(y_BCHW)
     r_B1 = strength_BP.norm(dim=1, keepdim=True)
     a_BP = strength_BP / r_B1.clamp(min=EPS)
@@ -161,21 +157,21 @@ def shifted_attention(y_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_diversity(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-    """Does x look where y doesn't?"""
+    """mse(n(A(x)), target(y))."""
     _, target_BP, _ = shifted_attention(y_BCHW.detach())
     return F.mse_loss(F.normalize(energy(x_BCHW)), target_BP)
 
 
 @torch.no_grad()
 def shifted_map(y_BCHW: Tensor) -> Tensor:
-    """y as it would be, had it looked elsewhere."""
+    """y + (target(y) - a) r / C."""
     a_BP, target_BP, r_B1 = shifted_attention(y_BCHW)
     B, C, H, W = y_BCHW.shape
     return y_BCHW + ((target_BP - a_BP) * r_B1 / C).view(B, 1, H, W)
 
 
 def self_distillation(decoder: nn.Module, maps: tuple[Tensor, ...], source: Tensor) -> Tensor:
-    """The earlier stages look where the decoder says that ``source`` would have come from."""
+    """Attention transfer of the earlier maps to those that the decoder computes of ``source``."""
     decoder.eval()
     with torch.no_grad():
         decoded = decoder(source)
@@ -183,7 +179,7 @@ def self_distillation(decoder: nn.Module, maps: tuple[Tensor, ...], source: Tens
 
 
 def reconstruction(decoder: nn.Module, maps: tuple[Tensor, ...]) -> Tensor:
-    """What the decoder learns: the earlier maps from the last one."""
+    """The decoder's loss: it computes the earlier maps from the last."""
     decoder.train()
     wanted = [x_BCHW.detach() for x_BCHW in maps]
     pairs = list(zip(decoder(wanted[-1]), wanted[:-1], strict=True))

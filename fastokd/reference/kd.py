@@ -1,23 +1,24 @@
-"""KD, and OKDDip with a teacher: T^2 KL to a frozen network besides."""
+"""KD, and OKDDip with a teacher: T^2 KL to a frozen network is added."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastokd.reference.baseline import ReferenceIndependent
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
+    summed,
 )
 from fastokd.reference.okddip import ReferenceOKDDip
 
 
 class _Taught(ReferenceCohort):
-    """Students with a teacher in eval mode, which is no part of their state."""
+    """Students with a teacher in eval mode, which isn't part of their state."""
 
     def set_teacher(self, teacher: nn.Module) -> None:
         """Sets the frozen network, ``[B, 3, H, W] -> [B, C]``."""
@@ -28,24 +29,24 @@ class _Taught(ReferenceCohort):
             self.teacher_BC: Tensor = self._teacher[0](x_BCHW)
         return super().outputs(x_BCHW)
 
-    def taught(self, out: ReferenceOutputs, temperature: float = 3.0) -> list[Tensor]:
+    def taught(self, out: ReferenceOutputs) -> list[Tensor]:
         """T^2 KL(teacher || student) of every student, without a ramp."""
-        return [kl_divergence(logits_BC, self.teacher_BC, temperature) for logits_BC in out.logits]
+        return [kl_divergence(z_BC, self.teacher_BC, self.temperature) for z_BC in out.logits]
 
 
 class ReferenceKD(_Taught, ReferenceIndependent):
     """Eq. 4."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        ce = cross_entropies(out, labels_B)
         kd = self.taught(out)
-        return ReferenceLosses(sum(ce[1:], ce[0]) + sum(kd[1:], kd[0]), ce, kd)
+        return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 
 
 class ReferenceOKDDipKD(_Taught, ReferenceOKDDip):
-    """Eq. 8, and the teacher for every student; ``kd_weight`` is the group's ramp alone."""
+    """Eq. 8, and T^2 KL to the teacher for every student; ``kd_weight`` multiplies only Eq. 8's KLs."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         group = super().losses(out, labels_B, kd_weight)
         taught = self.taught(out)
-        return group._replace(total=group.total + sum(taught[1:], taught[0]))
+        return group._replace(total=group.total + summed(taught))

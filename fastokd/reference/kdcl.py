@@ -1,10 +1,8 @@
-"""KDCL: the group's best target, found sample by sample."""
+"""KDCL: targets are computed sample by sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,45 +12,32 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
+    summed,
 )
 
 
 class ReferenceKDCL(ReferenceCohort):
     """CE + w T^2 KL(softmax(target / T) || student); the target is detached."""
 
-    temperature = 3.0
+    apart = True
     target = "min_logit"
     linear_steps = 100
 
-    def __init__(
-        self,
-        model: str | Sequence[str],
-        num_classes: int,
-        students: int = 4,
-        sharing: str = "network",
-    ) -> None:
-        super().__init__(model, num_classes, students, sharing)
-        self.weights = [1 / len(self.students)] * len(self.students)
+    weights: list[float] | None = None
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         logits_SBC = torch.stack(out.logits).detach()
         if self.target == "general":
-            target_BC = sum(
-                w * logits_BC for w, logits_BC in zip(self.weights, logits_SBC, strict=True)
-            )
-            assert isinstance(target_BC, Tensor)
+            weights = self.weights or [1 / len(logits_SBC)] * len(logits_SBC)
+            target_BC = summed([w * z_BC for w, z_BC in zip(weights, logits_SBC, strict=True)])
         else:
             rows = [self.find(logits_SBC[:, b], int(label)) for b, label in enumerate(labels_B)]
             target_BC = torch.stack(rows)
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        ce = cross_entropies(out, labels_B)
         kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
-        return ReferenceLosses(sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0]), ce, kd)
-
-    def optimizers(self, **settings: Any) -> list[torch.optim.Optimizer]:
-        if self.trunk is not None:
-            return super().optimizers(**settings)
-        return [torch.optim.SGD(student.parameters(), **settings) for student in self.students]
+        return ReferenceLosses(summed(ce) + kd_weight * summed(kd), ce, kd)
 
     def find(self, logits_SC: Tensor, label: int) -> Tensor:
         """One sample's target."""
@@ -85,7 +70,7 @@ def cross_entropy(logits_C: Tensor, label: int) -> float:
 
 
 def best(logits_SC: Tensor, label: int) -> Tensor:
-    """The logits of the student who is least wrong."""
+    """The logits of the student with the lowest CE."""
     losses = [cross_entropy(logits_C, label) for logits_C in logits_SC]
     return logits_SC[losses.index(min(losses))]
 

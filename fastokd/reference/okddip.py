@@ -1,8 +1,4 @@
-"""OKDDip's loop as the paper has it: students one by one, one KL at a time, nothing fused.
-
-It is the oracle of the tests and the yardstick of the benches, so it imports nothing but the
-plain students, dispatches no fused op and reads nothing back inside a step.
-"""
+"""OKDDip's loop as in the paper: students run one by one, one KL at a time."""
 
 from __future__ import annotations
 
@@ -17,27 +13,27 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
     kl_to_probs,
+    summed,
 )
 
 
 class ReferenceTwoLevel(ReferenceCohort):
-    """Peers who attend to each other, and a leader (the last) who learns from their mean (Eq. 8).
+    """Peers that attend to each other, and a leader (the last) that learns from their mean (Eq. 8).
 
-    A subclass says by :meth:`attention` who attends to whom. ``mix_probs`` is Eq. 5 instead of the
-    published code; ``detach`` stops the gradient into the targets; without ``has_leader`` all
+    A subclass defines :meth:`attention`. ``mix_probs`` is Eq. 5 instead of the published code; ``detach`` stops the gradient into the targets; without ``has_leader`` all
     students are peers.
     """
 
-    temperature = 3.0
     mix_probs = False
     detach = False
     has_leader = True
 
     @property
     def peers(self) -> int:
-        """Students who aren't the leader."""
+        """The number of students without the leader."""
         return len(self.students) - int(self.has_leader)
 
     def attention(self, peer_features: list[Tensor]) -> Tensor:
@@ -54,7 +50,7 @@ class ReferenceTwoLevel(ReferenceCohort):
             peer_logits_BPC = peer_logits_BPC.detach()
             leader_target_BC = leader_target_BC.detach()
 
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in logits]
+        ce = cross_entropies(out, labels_B)
         if self.mix_probs:
             probs_BPC = F.softmax(peer_logits_BPC / temperature, dim=2)
             mixed_BPC = torch.bmm(attention_BPP, probs_BPC)
@@ -66,7 +62,7 @@ class ReferenceTwoLevel(ReferenceCohort):
             leader_target = kl_divergence(logits[-1], leader_target_BC, temperature)
         if self.has_leader:
             kd.append(leader_target)
-        total = sum(ce[1:], ce[0]) + kd_weight * sum(kd[1:], kd[0])
+        total = summed(ce) + kd_weight * summed(kd)
         return ReferenceLosses(total, ce, kd)
 
 
@@ -88,15 +84,7 @@ class ReferenceOKDDip(ReferenceTwoLevel):
         for student in list(self.students)[: self.peers]:
             assert isinstance(student, Student)
             widths.append(student.feature_dim)
-        dim = min(widths) // 8
-        self.query: nn.Module
-        self.key: nn.Module
-        if len(set(widths)) == 1:
-            self.query = nn.Linear(widths[0], dim, bias=False)
-            self.key = nn.Linear(widths[0], dim, bias=False)
-        else:
-            self.query = nn.ModuleDict({str(w): nn.Linear(w, dim, bias=False) for w in set(widths)})
-            self.key = nn.ModuleDict({str(w): nn.Linear(w, dim, bias=False) for w in set(widths)})
+        self.query, self.key = _projection(widths), _projection(widths)
 
     def forward(self, x_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logits and pooled features of every student."""
@@ -105,40 +93,21 @@ class ReferenceOKDDip(ReferenceTwoLevel):
 
     def attention(self, peer_features: list[Tensor]) -> Tensor:
         """Eq. 10."""
-        if isinstance(self.query, nn.ModuleDict):
-            assert isinstance(self.key, nn.ModuleDict)
-            query_BPd = torch.stack([self.query[str(h.shape[1])](h) for h in peer_features], dim=1)
-            key_BPd = torch.stack([self.key[str(h.shape[1])](h) for h in peer_features], dim=1)
-        else:
-            peer_features_BPD = torch.stack(peer_features, dim=1)
-            query_BPd = self.query(peer_features_BPD)
-            key_BPd = self.key(peer_features_BPD)
+        query_BPd, key_BPd = _project(self.query, peer_features), _project(self.key, peer_features)
         return torch.softmax(torch.bmm(query_BPd, key_BPd.transpose(1, 2)), dim=-1)
 
 
-def okddip_losses(
-    model: ReferenceOKDDip,
-    x_BCHW: Tensor,
-    labels_B: Tensor,
-    kd_weight: float,
-    temperature: float = 3.0,
-) -> ReferenceLosses:
-    """One forward and Eq. 8."""
-    model.temperature = temperature
-    return model.losses(model.outputs(x_BCHW), labels_B, kd_weight)
+def _projection(widths: list[int]) -> nn.Module:
+    """One linear map, or one for each width."""
+    dim = min(widths) // 8
+    if len(set(widths)) == 1:
+        return nn.Linear(widths[0], dim, bias=False)
+    return nn.ModuleDict({str(w): nn.Linear(w, dim, bias=False) for w in set(widths)})
 
 
-def okddip_step(
-    model: ReferenceOKDDip,
-    optimizer: torch.optim.Optimizer,
-    x_BCHW: Tensor,
-    labels_B: Tensor,
-    kd_weight: float,
-    temperature: float = 3.0,
-) -> ReferenceLosses:
-    """One training step."""
-    losses = okddip_losses(model, x_BCHW, labels_B, kd_weight, temperature)
-    optimizer.zero_grad()
-    losses.total.backward()
-    optimizer.step()
-    return losses
+def _project(projection: nn.Module, features: list[Tensor]) -> Tensor:
+    """Every feature by its map, ``[B, P, d]``."""
+    if isinstance(projection, nn.ModuleDict):
+        return torch.stack([projection[str(h.shape[1])](h) for h in features], dim=1)
+    mapped_BPd: Tensor = projection(torch.stack(features, dim=1))
+    return mapped_BPd

@@ -1,4 +1,4 @@
-"""The five rows of OKDDip's Table 5: its loop with one part taken away."""
+"""OKDDip's ablations, the five rows of its Table 5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastokd.reference.okddip import ReferenceOKDDip, ReferenceTwoLevel
 
 
 class ReferenceRandom(ReferenceTwoLevel):
-    """Uniform random weights, rows normalised. Set ``belief_BPP`` anew for each step."""
+    """Uniform random weights, rows normalised. Set ``belief_BPP`` before each step."""
 
     belief_BPP: Tensor
 

@@ -1,4 +1,4 @@
-"""ONE: branches, an ensemble that a gate weighs, and the ensemble as everybody's target."""
+"""ONE: branches, and their gate-weighted ensemble as the target of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
+    cross_entropies,
     kl_divergence,
+    summed,
 )
 
 
@@ -22,7 +24,6 @@ class ReferenceONE(ReferenceCohort):
     ``control`` and ``norm`` are the gate on the pooled trunk.
     """
 
-    temperature = 3.0
     detach = False
 
     def __init__(
@@ -50,8 +51,8 @@ class ReferenceONE(ReferenceCohort):
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         ensemble_BC = self.ensemble(out)
         target_BC = ensemble_BC.detach() if self.detach else ensemble_BC
-        ce = [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
+        ce = cross_entropies(out, labels_B)
         kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
         ensemble_ce = F.cross_entropy(ensemble_BC, labels_B)
-        total = sum(ce[1:], ce[0]) + ensemble_ce + kd_weight * sum(kd[1:], kd[0])
+        total = summed(ce) + ensemble_ce + kd_weight * summed(kd)
         return ReferenceLosses(total, ce, kd)

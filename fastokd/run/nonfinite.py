@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from fastokd.cohort.keys import split_key
 from fastokd.errors import DiskError, UserError, warn
 from fastokd.learner.guard import set_random_state
 from fastokd.learner.state import snapshot
@@ -142,11 +143,8 @@ def _bad_terms(name: str, value: Tensor) -> Iterator[str]:
 
 def _owner(name: str) -> str:
     """A tensor's name for a message: ``students.1.fc.weight`` is student 1's fc.weight."""
-    first, _, rest = name.partition(".")
-    if first != "students":
-        return f"the {first}'s {rest}"
-    student, _, rest = rest.partition(".")
-    return f"student {student}'s {rest}"
+    student, rest = split_key(name)
+    return f"the trunk's {rest}" if student is None else f"student {student}'s {rest}"
 
 
 def _is_bad(value: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastokd.checkpoint import write_durably
 from fastokd.cohort import Cohort
+from fastokd.cohort.keys import state_of_student, student_key
 from fastokd.errors import UserError
 from fastokd.methods.ffsd_modules import Squeeze
 from fastokd.models import Student, create_model
@@ -80,13 +81,7 @@ class Published:
             raise UserError(f"student is {index}, but the file has 0 to {self.students - 1}")
         if self.sharing is None:
             return self.state
-        prefixes = ("trunk.", f"students.{index}.")
-        return {
-            key.removeprefix(prefix): value
-            for prefix in prefixes
-            for key, value in self.state.items()
-            if key.startswith(prefix)
-        }
+        return state_of_student(self.state, index)
 
     def student(self, index: int | None = None) -> Student:
         """One student in eval mode: the kept one unless ``index`` names another."""
@@ -104,7 +99,7 @@ class Published:
         )
         state = self.state
         if self.sharing is None:
-            state = {f"students.0.{key}": value for key, value in state.items()}
+            state = {student_key(0, key): value for key, value in state.items()}
         return _filled(cohort, state)
 
 

@@ -22,6 +22,7 @@ from fastokd.checkpoint import (
     newest_checkpoint,
     run_checkpoint,
 )
+from fastokd.cohort.keys import state_of_student
 from fastokd.data.preprocessing import FITS, Preprocessing, from_facts, preprocessing_of
 from fastokd.errors import UserError, warn
 from fastokd.host.names import in_utf8
@@ -177,13 +178,10 @@ def student_of(
             f"student is {student}: {path} has {recipe.students}, counted from 0, the leader last"
         )
     ema = facts.get("ema") if student == recipe.kept_student else None
-    prefixes = ("cohort.trunk.", f"cohort.students.{student}.") if ema is None else ("ema.",)
-    state = {
-        key.removeprefix(prefix): value
-        for prefix in prefixes
-        for key, value in tensors.items()
-        if key.startswith(prefix)
-    }
+    if ema is None:
+        state = state_of_student(tensors, student, "cohort.")
+    else:
+        state = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
     try:
         shown = preprocessing_of(
             recipe.dataset,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.keys import split_key
 from fastokd.methods.ffsd_modules import Squeeze
 from fastokd.models import create_model, trunk_shape
 
@@ -83,10 +84,9 @@ def layout_of(model: str, classes: int, sharing: str | None, students: int) -> L
 
 
 def _their_key(key: str, model: str, sharing: str) -> str:
-    where, rest = key.split(".", 1)
-    if where == "trunk":
+    index, rest = split_key(key)
+    if index is None:
         return rest
-    index, rest = rest.split(".", 1)
     if sharing == "network":
         return f"stu{index}.{rest}"
     ours, theirs = next(pair for pair in BRANCHES[model] if rest.startswith(pair[0]))

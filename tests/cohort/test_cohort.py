@@ -117,16 +117,3 @@ def test_one_class_is_refused() -> None:
 
 def test_it_is_a_module() -> None:
     assert isinstance(Cohort(("resnet8", 2), 10), nn.Module)
-
-
-def test_stems_are_differentiated_apart() -> None:
-    """Side by side again, their gradients would be the widest maps of all, copied."""
-    cohort = Cohort(("resnet8", 2), 10, sharing="network", engine="loop")
-    todo = [cohort(torch.rand(2, 3, 32, 32)).logits_SBC.grad_fn]
-    seen = set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [after for after, _ in node.next_functions]
-    assert sum(node.name() == "_StemsBackward" for node in seen) == 1

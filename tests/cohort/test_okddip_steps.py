@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
 from fastokd.methods import Progress, create_method
-from fastokd.reference import ReferenceOKDDip, okddip_step
+from fastokd.reference import ReferenceOKDDip
 from tests.conftest import fill_value, golden, golden_names, step_variant
 
 
@@ -79,7 +79,7 @@ def reference_run(
     optimizer = sgd(list(model.parameters()), lr, weight_decay)
     rows = []
     for x, y in data:
-        losses = okddip_step(model, optimizer, x, y, kd_weight)
+        losses = model.step([optimizer], x, y, kd_weight)
         rows.append(torch.stack([losses.total, *losses.ce, *losses.kd]).detach())
     return model.state_dict(), rows
 

@@ -360,7 +360,7 @@ class TestTheHook:
         for layer in (plain, fused):
             for name, value in options.items():
                 setattr(layer, name, value)
-        fused.fused = norm_act
+        fused.impl = "auto"
         return plain, fused
 
     @pytest.mark.parametrize("relu", [False, True])
@@ -503,7 +503,7 @@ def test_backward_refuses_other_tensors() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiles_into_one_graph(residual: bool) -> None:
     layer = NormAct(16)
-    layer.fused = norm_act
+    layer.impl = "auto"
     state = {k: v.clone() for k, v in layer.state_dict().items()}
     case = draw((3, 16, 5, 4), residual=residual)
     x = case.x.requires_grad_()

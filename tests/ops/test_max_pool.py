@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
-from fastokd.cohort.convs import StudentPool
+from fastokd.cohort.layers import OpMaxPool2d
 from fastokd.errors import UserError
 from fastokd.ops import _cpp
 from fastokd.ops.max_pool import max_pool, suits
@@ -118,7 +118,7 @@ def test_a_cohorts_pools_use_it() -> None:
     cohort = Cohort(("googlenet", 2), 10)
     pools = [module for module in cohort.modules() if isinstance(module, nn.MaxPool2d)]
     assert pools
-    assert all(isinstance(pool, StudentPool) for pool in pools)
+    assert all(isinstance(pool, OpMaxPool2d) for pool in pools)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,85 @@
+"""The only place where a student's layers are replaced by others.
+
+A layer is replaced only where its type is exactly the one that is asked for and nothing was set on it
+(:func:`is_exactly`): a subclass with a ``forward`` of its own is called as it is. A replacement
+(:func:`replace`) keeps the state, its keys, ties and taps. No values are handed over through attributes
+of layers; the one exception are the masks of :class:`~fastokd.models.layers.Dropout`, which
+``cohort/dropout.py`` gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard, TypeVar
+
+from torch import Tensor, nn
+
+from fastokd.models import Student
+from fastokd.models.layers import NormAct, Tap
+from fastokd.ops import conv, max_pool
+from fastokd.ops.fused_bn_act import norm_impl
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_exactly(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
+    """Whether ``module`` computes what one of ``kinds`` does: its type is that one, not a subclass, and
+    it isn't altered."""
+    return type(module) in kinds and not is_altered(module)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether this instance has a ``forward`` of its own, or a hook that isn't a :class:`Tap`."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    own = any(not isinstance(hook, Tap) for kind in hooks for hook in kind.values())
+    return own or "forward" in vars(module)
+
+
+def replace(module: nn.Module, kind: type[nn.Module], **settings: Any) -> None:
+    """Makes ``module`` one of ``kind``, a layer with the same state and these settings, in its place."""
+    module.__class__ = kind
+    for name, value in settings.items():
+        setattr(module, name, value)
+
+
+class OpConv2d(nn.Conv2d):
+    """A convolution that :func:`fastokd.ops.conv.suits`, computed by ``ops/conv.py``."""
+
+    impl = "auto"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        stride, padding = self.stride[0], int(self.padding[0])
+        return conv.conv2d(x_BCHW, self.weight, self.bias, stride, padding, impl=self.impl)
+
+
+class OpMaxPool2d(nn.MaxPool2d):
+    """A pooling that :func:`fastokd.ops.max_pool.suits`, computed by ``ops/max_pool.py``."""
+
+    impl = "auto"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        stride = self.stride if isinstance(self.stride, int) else self.stride[0]
+        return max_pool.max_pool(x_BCHW, stride, impl=self.impl)
+
+
+def use_ops(student: Student, impl: str) -> None:
+    """Has the norms, convolutions and poolings of ``student`` computed by ``ops/``.
+
+    ``impl``: of the norms, which raise where it can't be met (``"triton"``, which they don't have, is
+    auto). Convolutions and poolings choose among C++ and torch themselves, layer by layer, unless it is
+    ``"torch"``.
+    """
+    of_others = "torch" if impl == "torch" else "auto"
+    for module in student.modules():
+        if isinstance(module, NormAct):
+            module.impl = norm_impl(impl)
+        elif is_exactly(module, nn.Conv2d) and conv.suits(module):
+            replace(module, OpConv2d)
+        elif is_exactly(module, nn.MaxPool2d) and max_pool.suits(module):
+            replace(module, OpMaxPool2d)
+        if isinstance(module, (OpConv2d, OpMaxPool2d)):
+            module.impl = of_others
