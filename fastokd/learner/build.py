@@ -22,7 +22,6 @@ def build_cohort(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
     impl: str = "auto",
-    engine: str = "auto",
     teacher: nn.Module | None = None,
 ) -> tuple[Cohort, Method]:
     """The cohort and the method, with weights that the recipe's seed decides.
@@ -39,7 +38,6 @@ def build_cohort(
         recipe.models,
         num_classes,
         sharing=recipe.sharing,
-        engine=engine,
         impl=impl,
         mean=mean,
         std=std,

@@ -19,11 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import PublishedLoop, published_networks
 from fastokd.benchmark.synthetic import num_classes
+from fastokd.cohort import Cohort
+from fastokd.cohort.layers import OpConv2d, OpMaxPool2d
 from fastokd.errors import UserError
 from fastokd.learner.build import build_cohort, build_optimizers
-from fastokd.methods import Progress, method_class
+from fastokd.methods import Method, Progress, method_class
+from fastokd.methods.ffsd_modules import DecoderBlock
 from fastokd.models import create_model
-from fastokd.ops import conv, max_pool
+from fastokd.models.layers import NormAct
 from fastokd.plan.ops import Op, describe
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
@@ -152,10 +155,10 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
             of,
             classes,
             image_size=of.image_size,
-            engine=engine,
-            impl=norm_impl,
             teacher=_teacher(of, classes) if needs.teacher else None,
         )
+        use_torchs_layers(cohort, method, norm_impl)
+        cohort.set_engine(engine)
     with FakeTensorMode():
         modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
         for module in modules:
@@ -170,23 +173,20 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
         bf16 = precision == "bf16" and engine != "vmap"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with torchs_layers():
-            with record, autocast, record.named_layers():
-                total = method(cohort(images_BHWC), labels_B, progress).total
-            return _finish(record, modules, optimizers, [(total, optimizers)])
+        with record, autocast, record.named_layers():
+            total = method(cohort(images_BHWC), labels_B, progress).total
+        return _finish(record, modules, optimizers, [(total, optimizers)])
 
 
-@contextmanager
-def torchs_layers() -> Iterator[None]:
-    """Within, convolutions and pools are torch's operators, as a GPU has them; the C++ of a CPU does the
-    same products, and keeps less of a pool."""
-    takes, refusal = conv._takes, max_pool._refusal
-    conv._takes = lambda *_: False
-    max_pool._refusal = lambda *_: "the step is traced"
-    try:
-        yield
-    finally:
-        conv._takes, max_pool._refusal = takes, refusal
+def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
+    """Has convolutions and pools run as torch's operators, as on a GPU: the C++ of a CPU does the same
+    products and keeps less of a pool. The students' norms run by ``norm_impl``."""
+    for module in (*cohort.modules(), *method.modules()):
+        if isinstance(module, (OpConv2d, OpMaxPool2d, DecoderBlock)):
+            module.impl = "torch"
+    for module in cohort.modules():
+        if isinstance(module, NormAct):
+            module.impl = norm_impl
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
-from fastokd.plan.trace import torchs_layers, trace_ours, trace_reference
+from fastokd.plan.trace import trace_ours, trace_reference, use_torchs_layers
 from fastokd.recipe.names import recipe
 from fastokd.run.options import RunOptions
 
@@ -42,7 +42,8 @@ def test_our_step_is_counted_as_it_runs(name: str, engine: str, cpp_ops: None) -
     loop = OurLoop(of, RunOptions(engine=engine, precision="bf16"))
     session = loop.session
     session.begin_step(of.batch_size)
-    with torchs_layers(), Real() as real:
+    use_torchs_layers(session.learner.cohort, session.learner.method, "auto")
+    with Real() as real:
         with session.learner.autocast():
             out = session.learner.cohort(loop.images_BHWC)
             loss = session.learner.method(out, loop.labels_B, session.learner.progress)
