@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastokd.data.disk.split import DiskSplit
-from fastokd.data.order import keyed_generator
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.stream import Augment, BatchStream
 from fastokd.errors import UserError
+from fastokd.seeds import keyed_generator
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastokd.data import DatasetSplits
-from fastokd.data.order import keyed_generator
 from fastokd.device import staged
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
@@ -23,6 +22,7 @@ from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
+from fastokd.seeds import keyed_generator
 from fastokd.student.file import Weights
 
 # A folder's mean and deviation change by less when a few files do, or how they are read.

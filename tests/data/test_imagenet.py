@@ -17,7 +17,6 @@ from fastokd import cli
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import load_prepared
-from fastokd.data.order import keyed_generator
 from fastokd.data.photographs import write_photographs
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
@@ -25,6 +24,7 @@ from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, list_recipes, recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
+from fastokd.seeds import keyed_generator
 from tests.data.loaders import LOADERS, needs_dali
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}
