@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastokd.data import DatasetSplits
+from fastokd.data import DatasetSplits, read_all
 from fastokd.device import staged
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
@@ -151,7 +151,7 @@ class Session:
         """Moves to the next epoch; an epoch that was cut short is left to be continued."""
         if self.batch < len(self.stream):
             return
-        heldout = None if self.data.val is None else self.data.val.read()
+        heldout = None if self.data.val is None else read_all(self.data.val)
         self.learner.method.end_epoch(self.learner.cohort, heldout)
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
         self.epoch, self.batch = self.epoch + 1, 0

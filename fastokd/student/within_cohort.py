@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
-from fastokd.data import DatasetSplits
+from fastokd.data import DatasetSplits, stream_of
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.student.file import STUDENT, Weights, read_weights
@@ -54,7 +54,7 @@ def first_images(data: DatasetSplits) -> Tensor:
         UserError: they can't be read.
     """
     split = data.test if data.val is None else data.val
-    images_BHWC, _ = next(iter(split.stream(min(BATCH, len(split))).batches(0)))
+    images_BHWC, _ = next(iter(stream_of(split, min(BATCH, len(split))).batches(0)))
     return images_BHWC
 
 

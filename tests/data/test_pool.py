@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastokd.checkpoint import newest_checkpoint
-from fastokd.data import DiskSplit, waits
+from fastokd.data import DiskSplit, stream_of, waits
 from fastokd.data.disk import pool
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import load_prepared
@@ -45,7 +45,7 @@ def stream_of(root: Path, workers: int = 2) -> DiskStream:
         "imagenet", root, view=View(32, 0), loader="torchvision", workers=workers
     )
     assert isinstance(splits.train, DiskSplit)
-    return splits.train.stream(16)
+    return stream_of(splits.train, 16)
 
 
 def children(pid: int | str = "self") -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset
+from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset, read_all, stream_of
 from fastokd.data.decode import MAX_PIXELS, read_rgb
 from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
@@ -123,7 +123,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_name(data: DatasetSplits, root: Path) -> dict[str, Tensor]:
     """The first class's images of the test split."""
     files = sorted((root / "val" / "a").iterdir())
-    images_NHWC, _ = data.test.read()
+    images_NHWC, _ = read_all(data.test)
     return {file.name: images_NHWC[i].int() for i, file in enumerate(files)}
 
 
@@ -161,7 +161,7 @@ def test_boxes_of_turned_images_are_drawn_upright(loader: str, root: Path) -> No
     crops = []
     for o in ORIENTATIONS:
         alone = split.select(torch.tensor([number[f"o{o}.tif"]]))
-        stream = alone.stream(1, seed=5, augment=Augment(0, resized_crop=True), shuffle=True)
+        stream = stream_of(alone, 1, seed=5, augment=Augment(0, resized_crop=True), shuffle=True)
         crops.append(stream.batch(0, 0)[0])
     assert crops[0].float().std() > 5
     assert all(torch.equal(crop, crops[0]) for crop in crops)
@@ -238,8 +238,8 @@ def test_a_thin_picture_costs_no_more_than_a_square(
     else:
         data = load_dataset("imagefolder", tmp_path, streamed=True, loader=loader, workers=1, **ask)
         assert isinstance(data.train, DiskSplit)
-        list(data.train.stream(2, augment=Augment(0, resized_crop=True)).batches(0))
-    images_NHWC, _ = data.test.read()
+        list(stream_of(data.train, 2, augment=Augment(0, resized_crop=True)).batches(0))
+    images_NHWC, _ = read_all(data.test)
     assert peak_megabytes() - before < 500
     red = torch.tensor([255, 0, 0])
     assert (images_NHWC[[0, 2]] == red).all()
