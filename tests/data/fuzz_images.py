@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastokd.data import stream_of
 from fastokd.data.decode import centre, read_rgb
 from fastokd.data.disk.manifest import read_manifest
 from fastokd.data.disk.prepare import prepare

@@ -17,6 +17,7 @@ from fastokd.data import Augment, DiskSplit, load_dataset, read_all, stream_of
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import write_photographs
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from tests.data.loaders import LOADERS, needs_dali
@@ -48,7 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def split_of(root: Path, loader: str, name: str = "train", view: View = SMALL) -> DiskSplit:
-    splits = load_prepared("imagenet", root, view=view, loader=loader, workers=2)
+    shown = preprocessing_of("imagenet", image_size=view.image_size, eval_resize=view.eval_resize)
+    splits = load_prepared("imagenet", root, shown, loader=loader, workers=2)
     split = splits.train if name == "train" else splits.test
     assert isinstance(split, DiskSplit)
     return split
@@ -168,7 +170,7 @@ def test_a_file_that_rots_is_named_after_the_batches_before_it(
     shutil.copytree(root, copy)
     split = split_of(copy, loader)
     stream = stream_of(split, 4, **TRAIN)
-    victim = split.path(int(stream.plan(0, 5).index_B[2]))
+    victim = split.path(int(stream.draws(0, 5).index_B[2]))
     content = victim.read_bytes()
     if fault == "gone":
         victim.unlink()

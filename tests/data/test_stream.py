@@ -83,7 +83,9 @@ def test_any_batch_can_be_made_again() -> None:
     split = make_split()
 
     def fresh() -> BatchStream:
-        return stream_of(split, 5, seed=7, augment=Augment(crop_padding=2), shuffle=True)
+        stream = stream_of(split, 5, seed=7, augment=Augment(crop_padding=2), shuffle=True)
+        assert isinstance(stream, BatchStream)
+        return stream
 
     whole = [list(fresh().batches(epoch)) for epoch in range(3)]
     jumping = fresh()

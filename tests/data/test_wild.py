@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -18,7 +19,9 @@ from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset, read_a
 from fastokd.data.decode import MAX_PIXELS, read_rgb
 from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import photographs
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from tests.data.loaders import LOADERS, as_dali
 
@@ -179,6 +182,16 @@ def test_transparent_pixels_are_white(name: str, root: Path) -> None:
     assert abs(seen_HW3 - expected_HW3).max() <= 1
     black = np.asarray(read_rgb(root / "val" / "a" / name, background=0)).astype(float)
     assert abs(black - rgba_HW4[..., :3] * alpha_HW1).max() <= 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_loaders_show_the_background_of_the_set(loader: str, root: Path) -> None:
+    black = dataclasses.replace(preprocessing_of("imagefolder", image_size=48), background=0)
+    data = load_prepared("imagefolder", root, black, loader=loader, workers=1)
+    assert data.preprocessing.background == 0
+    seen = by_name(data, root)
+    for name in ("rgba.png", "trns.png"):
+        assert np.array_equal(data.preprocessing.read(root / "val/a" / name), seen[name]), name
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

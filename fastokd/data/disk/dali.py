@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastokd.data.disk.broken import first_broken
+from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
 from fastokd.data.waits import Watch
@@ -116,9 +116,6 @@ class _Fed:
         self.seen = []
         rest = self.rest
         for row, index in enumerate(rest.index_B.tolist()):
-            # Imported where it is used: torchvision takes its time.
-            from fastokd.data.disk.see import see
-
             box = None if rest.box_B4 is None else rest.box_B4[row].tolist()
             flip = bool(rest.flip_B[row])
             self.seen.append(pool.submit(see, self.split, index, box, flip=flip))

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.data.disk.broken import first_broken
+from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.pool import Pool
-from fastokd.data.disk.see import see
 from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.waits import exhausted
 from fastokd.errors import DataFileError
