@@ -15,9 +15,9 @@ from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
 from fastokd.methods import method_class
+from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
 from fastokd.run.facts import RunFacts
-from fastokd.run.metric_lines import MetricLines
 from fastokd.run.options import LEFT_OPEN, RunOptions
 from fastokd.student.file import STUDENT, read_weights
 from fastokd.student.init import read_files

@@ -25,9 +25,9 @@ from fastokd.checkpoint import (
 from fastokd.data.preprocessing import FITS, Preprocessing, from_facts, preprocessing_of
 from fastokd.errors import UserError, warn
 from fastokd.host.names import in_utf8
+from fastokd.metrics import MetricLines, Row
 from fastokd.models import Student, create_model
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.metric_lines import MetricLines, Row
 from fastokd.student.torch_file import refuse_what_is_none
 
 STUDENT = "student.safetensors"

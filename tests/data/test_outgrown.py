@@ -19,10 +19,10 @@ from fastokd.data.disk import outgrown
 from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.errors import UserError
+from fastokd.export import export
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
-from fastokd.student.export import export
 from fastokd.student.file import student_facts
 from fastokd.train import train
 from tests.data.make import write_folder

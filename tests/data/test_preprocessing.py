@@ -26,11 +26,11 @@ from fastokd.data.views import View
 from fastokd.device import autocast
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluation_stream, measure
+from fastokd.export.hub import _shown_by_timm
 from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import load_splits
 from fastokd.run.options import RunOptions
-from fastokd.student.export.hub import _shown_by_timm
 from fastokd.student.file import read_weights, student_facts
 from fastokd.student.predict import predict
 from fastokd.student.teacher import build_teacher

@@ -21,6 +21,7 @@ from fastokd.cli import run_command
 from fastokd.data import BatchStream, read_all
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate, evaluate_session
+from fastokd.export import export
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
@@ -29,7 +30,6 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.student.export import export
 from fastokd.student.file import STUDENT, Weights, read_weights
 from fastokd.student.within_cohort import first_images, within_cohort
 
@@ -342,7 +342,9 @@ def test_dropout_goes_on_where_it_stopped() -> None:
     resumed.load_state(tensors, facts)
     take(resumed)
     for (key, ours), theirs in zip(
-        resumed.learner.cohort.state_dict().items(), whole.learner.cohort.state_dict().values(), strict=True
+        resumed.learner.cohort.state_dict().items(),
+        whole.learner.cohort.state_dict().values(),
+        strict=True,
     ):
         assert torch.equal(ours, theirs), key
 
