@@ -26,7 +26,8 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import load_splits
 from fastokd.run.folder import RunFolder
 from fastokd.run.options import RunOptions
-from fastokd.student.file import Weights, read_weights, student_of
+from fastokd.student.file import read_weights, student_of
+from fastokd.student.weights import Weights
 from fastokd.student.within_cohort import BATCH, alike, first_images, furthest_apart, within_cohort
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}

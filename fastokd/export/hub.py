@@ -26,7 +26,7 @@ from fastokd.export.formats import (
 from fastokd.host.names import in_markdown, on_a_line
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
-from fastokd.student.file import OPTIONAL, Weights
+from fastokd.student.weights import OPTIONAL, Weights
 
 FILE = "model.safetensors"
 # On a card, for the folder that holds it.

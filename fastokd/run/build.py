@@ -37,7 +37,8 @@ from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
 from fastokd.student.init import begin_from, read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import Weights, build_teacher, check_held_out, find_teacher
+from fastokd.student.teacher import build_teacher, check_held_out, find_teacher
+from fastokd.student.weights import Weights
 
 
 def build(

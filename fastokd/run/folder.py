@@ -40,8 +40,9 @@ from fastokd.run.identity import (
 from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.student.file import STUDENT, Weights, run_rows, student_of
+from fastokd.student.file import run_rows, student_of
 from fastokd.student.teacher import KEPT
+from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
 
 

@@ -19,10 +19,11 @@ from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import LEFT_OPEN, RunOptions
-from fastokd.student.file import STUDENT, read_weights
+from fastokd.student.file import read_weights
 from fastokd.student.init import read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
 from fastokd.student.teacher import default_path
+from fastokd.student.weights import STUDENT
 
 # Of a run's options those that change its numbers by more than their last bits. The papers' protocol
 # has none of them.

@@ -23,7 +23,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
-from fastokd.student.file import Weights
+from fastokd.student.weights import Weights
 
 # A folder's mean and deviation change by less when a few files do, or how they are read.
 CHANGED = 0.05

@@ -12,7 +12,8 @@ from fastokd.data import DatasetSplits, stream_of
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.learner import Learner
-from fastokd.student.file import STUDENT, Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 
 # Of the largest logit, from the student alone in float64. The cohort computes in float32, whatever the
 # run's precision; a tf32 run's multiplies in TF32, which has 10 bits. FACTOR: how many times further

@@ -23,7 +23,7 @@ from fastokd.export import export
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
-from fastokd.student.file import student_facts
+from fastokd.student.weights import student_facts
 from fastokd.train import train
 from tests.data.make import write_folder
 

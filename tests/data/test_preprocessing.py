@@ -31,9 +31,10 @@ from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import load_splits
 from fastokd.run.options import RunOptions
-from fastokd.student.file import read_weights, student_facts
+from fastokd.student.file import read_weights
 from fastokd.student.predict import predict
 from fastokd.student.teacher import build_teacher
+from fastokd.student.weights import student_facts
 from tests.data.loaders import LOADERS, as_dali
 from tests.data.make import write_cifar, write_fashion_mnist
 

@@ -30,7 +30,8 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.student.file import STUDENT, Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import first_images, within_cohort
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "device": "cpu"}

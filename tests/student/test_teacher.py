@@ -21,8 +21,9 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.student import teacher
-from fastokd.student.file import read_weights, student_facts
+from fastokd.student.file import read_weights
 from fastokd.student.teacher import build_teacher, find_teacher
+from fastokd.student.weights import student_facts
 from fastokd.train import train
 from tests.data.make import write_cifar
 
