@@ -29,14 +29,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastokd.data import Augment, Split
+from fastokd.data import Augment, Split, load_dataset, stream_of
 from fastokd.data.disk import dali
 from fastokd.data.disk.manifest import read_manifest
 from fastokd.data.disk.prepare import prepare
-from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import write_photographs
 from fastokd.data.preprocessing import preprocessing_of
-from fastokd.data.views import View
 from fastokd.learner.allocator import keep_freed_memory
 
 BATCH = 64
@@ -56,9 +54,9 @@ def rate(batches: Iterable[Any], images: int) -> float:
 
 def ours(root: Path, loader: str, cores: int) -> Callable[[], float]:
     """A streamed split, its files repeated."""
-    split = load_prepared("imagenet", root, view=View(224, 256), loader=loader, workers=cores).train
+    split = load_dataset("imagenet", root, loader=loader, workers=cores).train
     many = split.select(torch.arange(len(split)).repeat(REPEATS))
-    stream = many.stream(BATCH, augment=Augment(0, resized_crop=True), shuffle=True)
+    stream = stream_of(many, BATCH, augment=Augment(0, resized_crop=True), shuffle=True)
     return lambda: rate(stream.batches(0), len(many))
 
 
@@ -123,8 +121,8 @@ class Pictures(Dataset[Any]):
 def cifar(cores: int) -> dict[str, Callable[[], float]]:
     """50,000 drawn images in memory; torchvision's loader sees 6,400 of them a round."""
     images = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
-    stream = Split(images, torch.arange(50_000) % 10).stream(
-        CIFAR_BATCH, augment=Augment(4), shuffle=True
+    stream = stream_of(
+        Split(images, torch.arange(50_000) % 10), CIFAR_BATCH, augment=Augment(4), shuffle=True
     )
     few = Pictures(images[:6400].numpy())
     loader = DataLoader(few, CIFAR_BATCH, shuffle=True, num_workers=cores)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastokd.checkpoint import run_checkpoint
 from fastokd.cohort import Cohort
-from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset
+from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset, stream_of
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Line, Ranks
 from fastokd.errors import UserError
@@ -33,7 +33,7 @@ def evaluation_stream(
     """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
     line = line or Line()
     size = min(EVAL_BATCH * line.size, len(split))
-    return split.stream(size, rank=line.rank, world_size=line.size)
+    return stream_of(split, size, rank=line.rank, world_size=line.size)
 
 
 @torch.no_grad()

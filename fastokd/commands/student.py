@@ -55,8 +55,8 @@ def export(
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
+    from fastokd.export import export as turn
     from fastokd.run.options import RunOptions
-    from fastokd.student.export import export as turn
 
     done = turn(
         source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)

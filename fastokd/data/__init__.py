@@ -1,9 +1,12 @@
 """Data sets, in memory and on disk, and the batches that a run draws from them."""
 
-from fastokd.data.disk.split import DiskSplit, DiskStream
+from fastokd.data.augment import Augment
+from fastokd.data.disk.split import DiskSplit
+from fastokd.data.disk.stream import DiskStream
 from fastokd.data.registry import list_datasets, load_dataset
+from fastokd.data.sets.stream import BatchStream, Draws
 from fastokd.data.splits import DatasetSplits, Split
-from fastokd.data.stream import Augment, BatchStream, Draws
+from fastokd.data.stream import read_all, stream_of
 
 __all__ = [
     "Augment",
@@ -15,4 +18,6 @@ __all__ = [
     "Split",
     "list_datasets",
     "load_dataset",
+    "read_all",
+    "stream_of",
 ]

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastokd.data.views import View, centre_boxes
+from fastokd.data.views import BACKGROUND, View, centre_boxes
 from fastokd.data.waits import exhausted
 from fastokd.errors import UserError
 
-# Under transparent pixels: white, as pages and papers are.
-BACKGROUND = 255
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
 # Half a gigabyte as Pillow holds it; the largest sensors of phones have 108 million.

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-
-
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator that is a function of ``key`` alone, the same on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+from fastokd.seeds import keyed_generator
 
 
 class BatchOrder:
@@ -26,9 +19,8 @@ class BatchOrder:
         seed: of the order.
         shuffle: a new order for each epoch, else the set's own.
         drop_last: leaves out the last batch where it isn't full.
-        rank, world_size: this process and how many there are.
-        equal: the last batch is cut, by ``world_size`` - 1 samples at most, so that the shares of
-            the ranks are equal in it too.
+        rank, world_size: this process and how many there are. Shuffled, the last batch is cut, by
+            ``world_size`` - 1 samples at most, so that the ranks have equal shares of it too.
 
     Raises:
         UserError: no samples; a batch below 1, or, shuffled or with ``drop_last``, larger than the
@@ -45,7 +37,6 @@ class BatchOrder:
         drop_last: bool,
         rank: int = 0,
         world_size: int = 1,
-        equal: bool = False,
     ) -> None:
         assert 0 <= rank < world_size
         if count == 0:
@@ -69,7 +60,7 @@ class BatchOrder:
         self._samples = count
         last = count % batch_size
         # Samples that an epoch sees.
-        self.seen = count - (last if drop_last else last % world_size if equal else 0)
+        self.seen = count - (last if drop_last else last % world_size if shuffle else 0)
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -90,6 +81,11 @@ class BatchOrder:
         """This rank's part of batch ``index``, as positions in the epoch's order."""
         first, share = index * self.batch_size, self.share(index)
         return slice(first + share.start, first + share.stop)
+
+    @property
+    def largest_share(self) -> int:
+        """Samples that a rank has of a batch at most."""
+        return -(-self.batch_size // self.world_size)
 
     def samples(self, epoch: int, index: int) -> Tensor:
         """The indices of this rank's samples of batch ``index``, int64 ``[B]``."""

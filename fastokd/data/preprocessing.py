@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.data.decode import BACKGROUND, centre, grey_square, read_rgb
-from fastokd.data.views import View
+from fastokd.data.decode import centre, grey_square, read_rgb
+from fastokd.data.views import BACKGROUND, View
 from fastokd.ops.normalize import normalize, scale_and_shift
 
 # The largest image of a recipe, and of a student's file.
@@ -60,8 +60,8 @@ class Preprocessing:
 
     @property
     def view(self) -> View:
-        """The two sizes."""
-        return View(self.input_size, self.eval_resize)
+        """What is seen of an image, without its colours."""
+        return View(self.input_size, self.eval_resize, self.background)
 
     @property
     def interpolation(self) -> str:

@@ -52,7 +52,7 @@ _MEASURED = ("imagefolder",)
 
 def _prepared(name: str, ask: _Request) -> DatasetSplits:
     return load_prepared(
-        name, ask.root, view=ask.shown.view, loader=ask.loader, workers=ask.workers, begun=ask.begun
+        name, ask.root, ask.shown, loader=ask.loader, workers=ask.workers, begun=ask.begun
     )
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fastokd.data.disk.split import DiskSplit
-from fastokd.data.order import keyed_generator
 from fastokd.data.preprocessing import Preprocessing
-from fastokd.data.stream import Augment, BatchStream
 from fastokd.errors import UserError
+from fastokd.seeds import keyed_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,33 +47,6 @@ class Split:
     def select(self, indices_M: Tensor) -> Split:
         """The samples at ``indices_M``, in that order."""
         return Split(self.images_NHWC[indices_M], self.labels_N[indices_M])
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """All images and labels."""
-        return self.images_NHWC, self.labels_N
-
-    def stream(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        augment: Augment | None = None,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> BatchStream:
-        """Batches of this split; a split that isn't in memory offers the same method."""
-        return BatchStream(
-            self,
-            batch_size,
-            seed=seed,
-            augment=augment,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,191 +1,79 @@
-"""Batches of an in-memory split: shuffled, cropped and flipped by batched tensor operations.
-
-Every draw comes from a generator on the CPU that is keyed on (seed, epoch) for the order and on
-(seed, epoch, batch) for crops and flips. So any batch can be made again, alone, on any device.
-"""
+"""Batches of a split, in memory or on disk."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastokd.data.augment import Augment
+from fastokd.data.disk.split import DiskSplit
+from fastokd.data.disk.stream import DiskStream
 from fastokd.data.order import BatchOrder
-from fastokd.device import staged
+from fastokd.data.sets.stream import BatchStream
+from fastokd.data.splits import Split
 from fastokd.errors import UserError
 
-if TYPE_CHECKING:
-    from fastokd.data.splits import Split
+MAX_BYTES = 8 << 30
 
 
-@dataclass(frozen=True)
-class Augment:
-    """Random crop of the padded image, then a horizontal flip with probability 1/2.
-
-    Attributes:
-        crop_padding: pixels added on every side before the crop to the original size.
-        padding_mode: ``"zeros"`` (black) or ``"reflect"`` (the border pixel isn't repeated).
-        flip: False where a mirrored image is another thing (digits).
-        resized_crop: of images on disk, a random area is cropped and resized instead.
-    """
-
-    crop_padding: int = 4
-    padding_mode: Literal["zeros", "reflect"] = "zeros"
-    flip: bool = True
-    resized_crop: bool = False
-
-    def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise UserError(f"crop_padding is {self.crop_padding}: it must be 0 or more")
-        if self.padding_mode not in ("zeros", "reflect"):
-            raise UserError(f"padding_mode is {self.padding_mode!r}: choose zeros or reflect")
-
-
-class Draws(NamedTuple):
-    """What makes one batch, on the CPU: samples, the crop's corner in the padded image, flips."""
-
-    index_B: Tensor
-    top_B: Tensor
-    left_B: Tensor
-    flip_B: Tensor
-
-
-class BatchStream:
-    """The batches of one split, epoch after epoch.
+def stream_of(
+    split: Split | DiskSplit,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    augment: Augment | None = None,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream | DiskStream:
+    """The batches of ``split``, epoch after epoch, on its device.
 
     Args:
-        split: where the batches come from; they come out on its device.
+        split: where the batches come from.
         batch_size: images of one step over all ranks. Rank r of W takes the r-th of W nearly equal
             slices of every batch, so that a run sees the same batches, crops and flips on any
             number of ranks.
         seed: of every draw.
-        augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+        augment: crop and flip, or None for the images as they are tested.
         shuffle: a new order for each epoch, else the split's own.
         drop_last: leaves out the last batch where it isn't full.
         rank, world_size: this process and how many there are. Shuffled, every rank has equal shares
-            of every batch; in order, every image comes once over all ranks.
+            of every batch; in order, every image comes once over all ranks, and a rank's share may
+            be empty.
 
     Raises:
-        UserError: as :class:`BatchOrder`; a reflected padding as large as the image; a
-            ``resized_crop``.
+        UserError: as :class:`BatchOrder`; an ``augment`` that isn't for images in memory, or not
+            for images on disk.
     """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        augment: Augment | None = None,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if augment is not None and augment.resized_crop:
-            raise UserError(
-                "images in memory are cropped with padding: set resized_crop to false; a folder of "
-                "images is streamed from disk with it"
-            )
-        self.order = BatchOrder(
-            len(split),
-            batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-            equal=shuffle,
-        )
-        self.split = split
-        self.augment = augment
-        if augment is not None:
-            self._prepare(augment)
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self.order)
-
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on."""
-        for index in range(start_batch, len(self)):
-            yield self.batch(epoch, index)
-
-    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Batch ``index`` of ``epoch``: uint8 images and int64 labels, on the split's device.
-
-        Without shuffling and augmentation they are views of the split.
-        """
-        images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
-        if not self.order.shuffle and self.augment is None:
-            span = self.order.span(index)
-            return images_NHWC[span], labels_N[span]
-        draws = self.draws(epoch, index)
-        if self.augment is None:
-            index_B = self._move(draws.index_B)
-            return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
-        padded_H, padded_W = self._padded_size
-        first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
-        # One small copy to the device a batch, whatever the draws.
-        index_B, first_B, flip_B = self._move(torch.stack((draws.index_B, first_B, draws.flip_B)))
-        pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
-        images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
-        return (
-            images_BHWC.view(-1, *images_NHWC.shape[1:]),
-            labels_N.index_select(0, index_B),
-        )
-
-    def draws(self, epoch: int, index: int) -> Draws:
-        """What makes batch ``index`` of ``epoch`` on this rank."""
-        augment = self.augment or Augment(crop_padding=0, flip=False)
-        # Drawn for the whole batch and then sliced, so that ranks agree with one process.
-        B, mine = self.order.size(index), self.order.share(index)
-        generator = self.order.generator(epoch, index)
-        corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
-        flip_B = torch.randint(2, (B,), generator=generator)
-        if not augment.flip:
-            flip_B = torch.zeros_like(flip_B)
-        index_B = self.order.samples(epoch, index)
-        return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
-
-    def _move(self, small: Tensor) -> Tensor:
-        device = self.split.labels_N.device
-        return staged(small, device).to(device, non_blocking=True)
-
-    def _prepare(self, augment: Augment) -> None:
-        """Pads the set once, and lays out where a crop's pixels lie from its first one."""
-        padded_NHWC = pad(self.split.images_NHWC, augment)
-        H, W = self.split.image_size
-        device = padded_NHWC.device
-        self._padded_size = padded_NHWC.shape[1], padded_NHWC.shape[2]
-        self._pixels_M3 = padded_NHWC.reshape(-1, 3)
-        row_H1 = torch.arange(H, device=device)[:, None] * self._padded_size[1]
-        column_W = torch.arange(W, device=device)
-        straight_P, mirrored_P = (row_H1 + column_W).view(-1), (row_H1 + column_W.flip(0)).view(-1)
-        self._offsets_2P = torch.stack((straight_P, mirrored_P))
+    order = BatchOrder(
+        len(split),
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        rank=rank,
+        world_size=world_size,
+    )
+    if isinstance(split, Split):
+        return BatchStream(split, order, augment)
+    return DiskStream(split, order, augment)
 
 
-def pad(images_NHWC: Tensor, augment: Augment) -> Tensor:
-    """``images_NHWC`` with ``crop_padding`` pixels more on every side."""
-    p = augment.crop_padding
-    if p == 0:
-        return images_NHWC
-    N, H, W, _ = images_NHWC.shape
-    reflect = augment.padding_mode == "reflect"
-    if reflect and p >= min(H, W):
+def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:
+    """All images as they are tested, uint8 ``[N, H, W, 3]``, and their labels.
+
+    Raises:
+        UserError: images on disk that take more than 8 GiB.
+    """
+    if isinstance(split, Split):
+        return split.images_NHWC, split.labels_N
+    total = len(split) * split.view.image_size**2 * 3
+    if total > MAX_BYTES:
         raise UserError(
-            f"crop_padding is {p}, but images of {H}x{W} reflect at most {min(H, W) - 1} pixels"
+            f"{len(split)} images at {split.view.image_size} take {total / 2**30:.1f} GiB, and at "
+            f"most {MAX_BYTES / 2**30:.0f} are taken: hold fewer out"
         )
-    padded_NHWC = images_NHWC.new_zeros(N, H + 2 * p, W + 2 * p, 3)
-    padded_NHWC[:, p : p + H, p : p + W] = images_NHWC
-    if reflect:
-        # Rows first, then whole columns, so that the corners reflect both ways.
-        for dim, size in ((1, H), (2, W)):
-            for k in range(1, p + 1):
-                padded_NHWC.select(dim, p - k).copy_(padded_NHWC.select(dim, p + k))
-                last = p + size - 1
-                padded_NHWC.select(dim, last + k).copy_(padded_NHWC.select(dim, last - k))
-    return padded_NHWC
+    batches = list(stream_of(split, min(256, len(split))).batches(0))
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -16,20 +16,24 @@ from fastokd.errors import UserError
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
+# Under transparent pixels: white, as pages and papers are.
+BACKGROUND = 255
 
 
 @dataclass(frozen=True)
 class View:
-    """Sizes of what a model sees of an image on disk.
+    """What a model sees of an image on disk.
 
     Attributes:
         image_size: height and width.
         eval_resize: to be tested, the shorter side is resized to this before the centre crop; 0 for
             ``image_size``.
+        background: level of all channels under transparent pixels, 0 to 255.
     """
 
     image_size: int = 224
     eval_resize: int = 0
+    background: int = BACKGROUND
 
     def __post_init__(self) -> None:
         if self.image_size < 1:

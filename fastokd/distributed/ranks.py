@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastokd.data.order import keyed_generator
 from fastokd.errors import UserError
+from fastokd.seeds import keyed_generator
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ import torch
 
 from fastokd.cohort.sharing import check_sharing
 from fastokd.data import list_datasets
-from fastokd.data.order import keyed_generator
 from fastokd.data.preprocessing import MOST_PIXELS
 from fastokd.errors import UserError, unknown_name
 from fastokd.methods import check_options, method_class
 from fastokd.models import model_spec
+from fastokd.seeds import keyed_generator
 
 # More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
 # out only when the memory or the year is over.

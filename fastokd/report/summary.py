@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastokd.errors import UserError
+from fastokd.metrics import choosing_split
 from fastokd.recipe.names import Recipe
 from fastokd.run.folder import Run
-from fastokd.run.metric_lines import choosing_split
 
 
 @dataclass(frozen=True)

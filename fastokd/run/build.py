@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
-from fastokd.data import Augment, DatasetSplits, load_dataset
+from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
 from fastokd.device import (
     pick_precision,
     set_kernel_selection,
@@ -37,7 +37,8 @@ from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
 from fastokd.student.init import begin_from, read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import Weights, build_teacher, check_held_out, find_teacher
+from fastokd.student.teacher import build_teacher, check_held_out, find_teacher
+from fastokd.student.weights import Weights
 
 
 def build(
@@ -188,7 +189,8 @@ def _training_stream(
 ) -> Stream:
     """This rank's training batches; a last batch too small for the norms is left out."""
     rest = len(data.train) % recipe.batch_size
-    stream = data.train.stream(
+    stream = stream_of(
+        data.train,
         recipe.batch_size,
         seed=recipe.seed,
         augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),

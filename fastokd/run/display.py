@@ -14,8 +14,8 @@ from torchvision.utils import make_grid, save_image
 
 from fastokd.checkpoint import writing
 from fastokd.host.streams import Outlet, console, tell_lost
+from fastokd.metrics import choosing_split
 from fastokd.run.hooks import Hook
-from fastokd.run.metric_lines import choosing_split
 from fastokd.run.session import Session
 
 COLUMNS = (

@@ -25,6 +25,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, warn
+from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.autotuner import Timing
@@ -37,11 +38,11 @@ from fastokd.run.identity import (
     standing,
 )
 from fastokd.run.lock import FolderLock
-from fastokd.run.metric_lines import MetricLines, choosing_split
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.student.file import STUDENT, Weights, run_rows, student_of
+from fastokd.student.file import run_rows, student_of
 from fastokd.student.teacher import KEPT
+from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
 
 
@@ -325,7 +326,8 @@ class RunFolder:
         text = session.learner.average and session.learner.average.warning(self.metrics())
         if text and speaks():
             warn(text)
-        check_kept(session, student_of(self.path, tensors, facts, []), self.path)
+        kept = student_of(self.path, tensors, facts, [])
+        check_kept(session.learner, session.data, kept, self.path)
         return Run(self.path, session.recipe, self.metrics())
 
     def _write_student(

@@ -15,14 +15,15 @@ from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
 from fastokd.methods import method_class
+from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
 from fastokd.run.facts import RunFacts
-from fastokd.run.metric_lines import MetricLines
 from fastokd.run.options import LEFT_OPEN, RunOptions
-from fastokd.student.file import STUDENT, read_weights
+from fastokd.student.file import read_weights
 from fastokd.student.init import read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
 from fastokd.student.teacher import default_path
+from fastokd.student.weights import STUDENT
 
 # The options that change a run's numbers by more than their last bits. The papers set none of them.
 DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")

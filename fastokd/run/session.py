@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastokd.data import DatasetSplits
-from fastokd.data.order import keyed_generator
+from fastokd.data import DatasetSplits, read_all
 from fastokd.device import staged
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
@@ -23,7 +22,8 @@ from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
-from fastokd.student.file import Weights
+from fastokd.seeds import keyed_generator
+from fastokd.student.weights import Weights
 
 # A folder's mean and deviation change by less when a few files do, or how they are read.
 CHANGED = 0.05
@@ -151,7 +151,7 @@ class Session:
         """Moves to the next epoch; an epoch that was cut short is left to be continued."""
         if self.batch < len(self.stream):
             return
-        heldout = None if self.data.val is None else self.data.val.read()
+        heldout = None if self.data.val is None else read_all(self.data.val)
         self.learner.method.end_epoch(self.learner.cohort, heldout)
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
         self.epoch, self.batch = self.epoch + 1, 0

@@ -14,7 +14,8 @@ from fastokd.data.sets.cifar import LAYOUTS
 from fastokd.errors import UserError
 from fastokd.models import model_spec
 from fastokd.student import authors
-from fastokd.student.file import Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import Weights
 
 IMAGENET_CLASSES = 1000
 

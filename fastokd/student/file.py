@@ -1,18 +1,11 @@
-"""One student as it is kept: its weights, and what it says of itself.
-
-:func:`read_weights` decides which weights are a run's, for whoever asks.
-"""
+"""Where a student's weights are found: :func:`read_weights` decides which are a run's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fastokd.checkpoint import (
@@ -23,135 +16,11 @@ from fastokd.checkpoint import (
     run_checkpoint,
 )
 from fastokd.cohort.keys import state_of_student
-from fastokd.data.preprocessing import FITS, Preprocessing, from_facts, preprocessing_of
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError, warn
-from fastokd.host.names import in_utf8
-from fastokd.models import Student, create_model
+from fastokd.metrics import MetricLines, Row
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.metric_lines import MetricLines, Row
-from fastokd.student.torch_file import refuse_what_is_none
-
-STUDENT = "student.safetensors"
-
-
-def _fraction(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def _score(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and value.get("split") in ("val", "test")
-        and type(value.get("epoch")) is int
-        and _fraction(value.get("top1"))
-    )
-
-
-# Files come from anywhere: what a fact must be like to be used.
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "model_options": lambda value: isinstance(value, dict),
-    "class_names": lambda value: (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    ),
-    **FITS,
-    "step": lambda value: type(value) is int and value >= 0,
-    "ema": lambda value: value is None or _fraction(value),
-    "score": _score,
-    "recipe": lambda value: isinstance(value, dict),
-    "val": lambda value: type(value) is int and value >= 0,
-}
-# What older files don't say.
-OPTIONAL = ("step", "ema", "score")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One student's state and what it says of itself (the metadata of a ``student.safetensors``).
-
-    ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, the fields
-    of its :class:`Preprocessing`, ``student`` (its index) and ``role`` (why it is this one). Files of a
-    run say besides: ``step`` (of the run, after which the weights are these), ``ema`` (the decay,
-    where they are a running average; else null), ``score`` (what exactly these weights scored:
-    ``split``, ``top1`` from 0 to 1 and ``epoch``, counted from 1; null where they weren't scored)
-    ``recipe``, and ``dataset`` and ``val`` (what it was trained on, and how many images were held
-    out of that).
-    """
-
-    path: Path
-    state: dict[str, Tensor]
-    facts: dict[str, str]
-
-    def fact(self, name: str) -> Any:
-        """One of ``facts``, out of its JSON."""
-        if name not in self.facts:
-            raise UserError(f"{self.path} doesn't say its {name}: take a run's {STUDENT}")
-        try:
-            value = json.loads(self.facts[name])
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.path} is damaged: its {name} can't be read; take a run's {STUDENT}"
-            ) from error
-        if name in _FITS and not _FITS[name](value):
-            raise UserError(
-                f"{self.path} is damaged: its {name} is {str(value)[:80]}; take a run's {STUDENT}"
-            )
-        return value
-
-    @property
-    def model(self) -> str:
-        """The student's model, by name."""
-        if "model" not in self.facts:
-            raise UserError(f"{self.path} doesn't say its model: take a run's {STUDENT}")
-        return self.facts["model"]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the model's constructor."""
-        return dict(self.fact("model_options")) if "model_options" in self.facts else {}
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How a picture is shown to the student."""
-        return from_facts(self.facts, self.fact)
-
-    def about(self) -> dict[str, Any]:
-        """All that it says of itself, for JSON."""
-        known = ["student", "role", *(name for name in OPTIONAL if name in self.facts)]
-        return {
-            "model": self.model,
-            "model_options": self.options,
-            "class_names": self.fact("class_names"),
-            **asdict(self.preprocessing),
-            **{name: self.fact(name) for name in known},
-        }
-
-    def to_bytes(self) -> bytes:
-        """A ``student.safetensors``: the same bytes from the same weights and facts."""
-        plain = {key: value.detach().cpu().contiguous() for key, value in self.state.items()}
-        data = save(plain)  # whose metadata would stand in the order of a hash map
-        size = int.from_bytes(data[:8], "little")
-        entries = {
-            "__metadata__": dict(sorted(self.facts.items())),
-            **json.loads(data[8 : 8 + size]),
-        }
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-    def build(self) -> Student:
-        """The network with these weights, in eval mode; their keys ours or the publisher's.
-
-        Raises:
-            UserError: the weights don't fit the model that the file names.
-        """
-        model = create_model(self.model, len(self.fact("class_names")), **self.options)
-        ours = {model.published_key(key): key for key in model.state_dict()}
-        try:
-            model.load_state_dict({ours.get(key, key): v for key, v in self.state.items()})
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise UserError(f"{self.path} is no {self.model}: {first}") from error
-        return model.eval()
+from fastokd.student.weights import STUDENT, Weights, from_file, student_facts
 
 
 def student_of(
@@ -198,20 +67,6 @@ def student_of(
     return Weights(path, state, said | {name: json.dumps(of_run[name]) for name in of_run})
 
 
-def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
-    """What a student's file says of it; ``names`` are the classes'."""
-    return {
-        "model": recipe.models[student],
-        "model_options": json.dumps(recipe.model_options),
-        "class_names": json.dumps(list(names)),
-        **shown.to_facts(),
-        "student": json.dumps(student),
-        "role": json.dumps(_role(recipe, student)),
-        "dataset": json.dumps(recipe.dataset),
-        "val": json.dumps(recipe.val),
-    }
-
-
 def _measured(rows: list[Row], step: int, student: int | None) -> dict[str, Any] | None:
     """What the weights of one step scored: a student's, or (None) the average's."""
     for row in reversed(rows):
@@ -222,21 +77,6 @@ def _measured(rows: list[Row], step: int, student: int | None) -> dict[str, Any]
                 split = "test" if row.get("test") else "val"
                 return {"split": split, "top1": top1[0], "epoch": row["epoch"] + 1}
     return None
-
-
-def _role(recipe: Recipe, student: int) -> str:
-    """Why this student is the one, in words."""
-    S = recipe.students
-    if S == 1:
-        return "the only student"
-    if recipe.has_leader:
-        which = "the leader" if student == S - 1 else f"peer {student}"
-        return f"{which} of {recipe.method}"
-    if student != recipe.kept_student:
-        return f"student {student} of {S}, asked for"
-    if recipe.reported == "kept":
-        return f"student {student} of {S}, drawn by the seed: {recipe.method} has no leader"
-    return f"the first of {S}: {recipe.method} has no leader, and its students are alike"
 
 
 def read_weights(path: Path, *, student: int | None = None, best: bool = False) -> Weights:
@@ -256,14 +96,14 @@ def read_weights(path: Path, *, student: int | None = None, best: bool = False) 
     if path.is_file():
         if student is not None or best:
             raise UserError(f"{path} is one student, of one epoch: name its run to choose another")
-        return _from_file(path)
+        return from_file(path)
     if best:
         found = list_checkpoints(path / "checkpoints", "best")
         if not found:
             raise UserError(f"{path} has no best checkpoint: leave --best out")
         return _from_checkpoint(found[0], *load_checkpoint(found[0]), student)
     if (path / STUDENT).is_file():
-        written = _from_file(path / STUDENT)
+        written = from_file(path / STUDENT)
         if student in (None, written.facts.get("student") and written.fact("student")):
             return _newer(path, written)
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
@@ -304,21 +144,6 @@ def run_rows(run: Path) -> list[Row]:
     except UserError as error:
         warn(f"{error} (no score is told of)")
         return []
-
-
-def _from_file(path: Path) -> Weights:
-    try:
-        with in_utf8(path.parent) as folder, safe_open(folder / path.name, "pt") as file:
-            names = list(file.keys())
-            return Weights(
-                path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-            )
-    except (OSError, SafetensorError) as error:
-        refuse_what_is_none(path)
-        raise UserError(
-            f"{path} can't be read as a {STUDENT}: {error}; an author's .pth is turned into one "
-            "by `fastokd convert`"
-        ) from error
 
 
 def _from_checkpoint(

@@ -8,7 +8,7 @@ one of their own, drawn by the seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
 from fastokd.errors import UserError
+from fastokd.host.names import first_names
 from fastokd.models import Student, create_model
 from fastokd.student import authors
-from fastokd.student.file import Weights, read_weights
-from fastokd.student.published_keys import METHOD_KEYS, described, faults_of, sharing_of, some
-from fastokd.student.torch_file import AROUND, WITHIN, is_safetensors, models_own, state_dict_in
+from fastokd.student.file import read_weights
+from fastokd.student.published_keys import METHOD_KEYS, SHOWN, described, faults_of, sharing_of
+from fastokd.student.torch_file import is_safetensors, state_dict_in
+from fastokd.student.weights import Weights
+from fastokd.student.wrappers import network_in
 
 # torchvision's GoogLeNet and Inception have these; students are built without.
 AUXILIARY = ("aux", "AuxLogits.")
-# How many wrappers' names may stand before a network's keys.
-DEEP = 4
 
 
 def begin_from(
@@ -78,7 +79,7 @@ def _fill(
         state = {key: value for key, value in state.items() if key not in classifier}
     notes = [f"{name} begins from {given.path}", *chosen]
     if left_out:
-        notes.append(f"left out, as auxiliary: {some(left_out)}")
+        notes.append(f"left out, as auxiliary: {first_names(left_out, SHOWN)}")
     if why:
         notes.append(f"{why}: each student begins with a new classifier ({', '.join(classifier)})")
     elif len(mine) > 1:
@@ -133,7 +134,7 @@ def _fitting(
             needed -= set(classifier)
         return needed <= found and all(k in wanted or k.startswith(AUXILIARY) for k in found)
 
-    theirs, chosen = _network_in(given, is_network)
+    theirs, chosen = network_in(given.path, given.state, is_network)
     state = {ours.get(key, key): value for key, value in theirs.items()}
     left_out = [key for key in state if key not in wanted and key.startswith(AUXILIARY)]
     layout = {key: (key, value.shape) for key, value in wanted.items()}
@@ -155,41 +156,10 @@ def _fitting(
     return state, left_out, chosen
 
 
-def _network_in(
-    given: Weights, is_network: Callable[..., bool]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's entries under the keys of the network: those under one common prefix are its, where
-    they are just a network's, whatever stands beside; else all.
-
-    Args:
-        is_network: of keys, and of whether they are all that the file has.
-    """
-    plain = {WITHIN.sub("", key): value for key, value in given.state.items()}
-    under: dict[str, dict[str, Tensor]] = {"": plain}
-    for key, value in plain.items():
-        end = -1
-        for _ in range(DEEP):
-            end = key.find(".", end + 1)
-            if end < 0:
-                break
-            under.setdefault(key[: end + 1], {})[key[end + 1 :]] = value
-    found = [at for at, own in under.items() if is_network(own, whole=len(own) == len(plain))]
-    if not found or "" in found:
-        return plain, []
-    under[""] = {key: value for key, value in plain.items() if not key.startswith(tuple(found))}
-    if is_network(under[""], whole=False):
-        found.append("")
-    at, notes = models_own(given.path, found, lambda at: {*at[:-1].split(".")} <= {*AROUND})
-    beside = [key for key in plain if not key.startswith(tuple(found))]
-    if beside:
-        notes.append(f"left out, as beside the network: {some(beside)}")
-    return under[at], notes
-
-
 def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str]) -> str:
     if known is None:
         return f"{given.path} was trained for other classes than these {len(ours)}"
-    return f"{given.path} knows {some(known)}, not {some(list(ours))}"
+    return f"{given.path} knows {first_names(known, SHOWN)}, not {first_names(list(ours), SHOWN)}"
 
 
 def _read(path: Path) -> tuple[Weights, list[str]]:

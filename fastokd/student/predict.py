@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fastokd.errors import UserError
-from fastokd.student.file import Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import Weights
 
 
 @dataclass(frozen=True)

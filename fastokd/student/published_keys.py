@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
 from fastokd.cohort.keys import split_key
+from fastokd.host.names import first_names
 from fastokd.methods.ffsd_modules import Squeeze
 from fastokd.models import create_model, trunk_shape
 
@@ -149,14 +150,10 @@ def faults_of(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, list[s
 
 def described(faults: Mapping[str, Sequence[str]]) -> tuple[int, str]:
     """How many faults there are, and the first of each kind in words."""
-    text = "; ".join(f"{len(keys)} {kind}: {some(keys)}" for kind, keys in faults.items())
+    text = "; ".join(
+        f"{len(keys)} {kind}: {first_names(keys, SHOWN)}" for kind, keys in faults.items()
+    )
     return sum(len(keys) for keys in faults.values()), text
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def renamed(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from fastokd.data import DatasetSplits
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.student.file import STUDENT, Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 
 # A run keeps the teacher that it had, so that it can be resumed without it.
 KEPT = "teacher.safetensors"

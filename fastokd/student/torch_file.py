@@ -12,7 +12,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastokd.errors import UserError
+from fastokd.host.names import first_names
 from fastokd.student.stand_ins import Unread, stand_ins, strangers
+from fastokd.student.wrappers import models_own, unwrapped
 
 # Where trainers put a model's state dict within their checkpoint.
 PLACES = (
@@ -35,16 +37,7 @@ PLACES = (
     "network",
     "net_state_dict",
 )
-_AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)")
 _NO_MODEL = re.compile(r"optim|sched|scaler|criterion|loss|metric|config|args|hyper|hparam|rng")
-# Modules that wrap a network: their names stand before all of its keys,
-AROUND = ("module", "model", "net", "network", "_orig_mod", "_forward_module")
-# or, where a part of it was wrapped, within.
-WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What a trainer's module has beside its network: a word of these in its name.
-_BESIDE = re.compile(
-    r"n_averaged|(.*_)?(criterion|loss|metrics?|acc|accuracy|train|val|test|ema)(_.*)?"
-)
 
 
 @dataclass(frozen=True)
@@ -91,34 +84,8 @@ def state_dict_in(path: Path) -> StateDict:
     for key, value in entries.items():
         if not is_plain(key, value):
             raise UserError(f"{path} has {key!r} among its weights, which is no plain tensor")
-    weights, within = _unwrapped(path, entries)
+    weights, within = unwrapped(path, entries)
     return StateDict(weights, place, content, (*notes, *within))
-
-
-def models_own(
-    path: Path, places: Collection[str], is_usual: Callable[[str], bool]
-) -> tuple[str, list[str]]:
-    """Which of ``places`` has the model's own weights, and what a user should know of the choice.
-
-    Raises:
-        UserError: several are no averages, and not just one ``is_usual``.
-    """
-    trained = [place for place in places if not _AVERAGE.search(place)] or list(places)
-    usual = [place for place in trained if is_usual(place)] or trained
-    if len(usual) > 1 and "" not in usual:
-        raise UserError(
-            f"{path} holds several state dicts, {', '.join(usual)}, and doesn't say which is the "
-            "model's: save the one that you mean in a file of its own"
-        )
-    own = "" if "" in usual else usual[0]
-    return own, _averages(path, (place for place in places if place != own), own)
-
-
-def _averages(path: Path, others: Iterable[str], own: str) -> list[str]:
-    averages = [place for place in others if _AVERAGE.search(place)]
-    taken = own or "what stands outside it"
-    note = f"{path} holds an average too, {', '.join(averages)}: {taken} is taken"
-    return [note] if averages else []
 
 
 def _state_dicts(content: dict[Any, Any], at: str = "", deep: int = 3) -> Iterator[tuple[str, Any]]:
@@ -133,30 +100,8 @@ def _state_dicts(content: dict[Any, Any], at: str = "", deep: int = 3) -> Iterat
             yield from _state_dicts(value, f"{at}.{key}" if at else key, deep - 1)
 
 
-def _unwrapped(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The same under the keys of the network within all wrappers, and what a user should know."""
-    plain = {WITHIN.sub("", key): value for key, value in weights.items()}
-    notes: list[str] = []
-    while True:
-        heads = dict.fromkeys(key.partition(".")[0] for key in plain)
-        around = [h for h in heads if h in AROUND and h not in plain]
-        beside = [h for h in heads if h not in around and _BESIDE.fullmatch(h)]
-        if len(around) != 1 or len(heads) != 1 + len(beside):
-            return plain, notes
-        (head,) = around
-        notes += _averages(path, (h for h in beside if h not in plain), head)
-        plain = {
-            k.removeprefix(f"{head}."): v for k, v in plain.items() if k.startswith(f"{head}.")
-        }
-
-
 def _some(content: dict[Any, Any]) -> str:
-    return some([repr(key) for key in content]) or "nothing"
-
-
-def some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return first_names([repr(key) for key in content], 5) or "nothing"
 
 
 def _unread(content: dict[Any, Any], deep: int = 1) -> str:
@@ -203,7 +148,7 @@ def unpickled(path: Path) -> Any:
         if not names:
             raise UserError(f"{path} is no checkpoint of torch, or is damaged") from error
         raise UserError(
-            f"{path} is refused: beside tensors and plain values it holds {some(names)}, which "
+            f"{path} is refused: beside tensors and plain values it holds {first_names(names, 5)}, which "
             "could run code; save its state dict alone where you trust it"
         ) from error
     except OSError as error:

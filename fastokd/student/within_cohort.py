@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
-from fastokd.data import DatasetSplits
+from fastokd.data import DatasetSplits, stream_of
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
-from fastokd.student.file import STUDENT, Weights, read_weights
-
-if TYPE_CHECKING:
-    from fastokd.run.session import Session
+from fastokd.learner.learner import Learner
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 
 # Of the largest logit, from the student alone in float64. The cohort computes in float32, whatever the
 # run's precision; a tf32 run's multiplies in TF32, which has 10 bits. FACTOR: how many times further
@@ -24,26 +22,24 @@ TOLERANCE, TF32_TOLERANCE, FACTOR = 1e-3, 2e-2, 8
 BATCH = 16
 
 
-def check_kept(session: Session, kept: Weights, run: Path) -> None:
-    """Compares the student that a run has written with ``kept``, the same out of the session, within
+def check_kept(learner: Learner, data: DatasetSplits, kept: Weights, run: Path) -> None:
+    """Compares the student that a run has written with ``kept``, the same out of the learner, within
     the cohort. All ranks run the cohort, and the first reads the file.
 
     Raises:
         UserError: as :func:`alike`. Images that can't be read are warned of.
     """
     try:
-        images_BHWC = session.learner.ranks.first(lambda: first_images(session.data).cpu())
+        images_BHWC = learner.ranks.first(lambda: first_images(data).cpu())
     except UserError as error:
         if speaks():
             warn(f"{error} (the student wasn't compared within its cohort)")
         return
-    images_BHWC = images_BHWC.to(session.learner.device)
-    logits_BC = within_cohort(
-        session.learner.cohort, session.recipe.kept_student, kept.state, images_BHWC
-    )
+    images_BHWC = images_BHWC.to(learner.device)
+    logits_BC = within_cohort(learner.cohort, kept.fact("student"), kept.state, images_BHWC)
     file = run / STUDENT
-    session.learner.ranks.first(
-        lambda: alike(logits_BC, read_weights(file), images_BHWC, session.learner.precision, run)
+    learner.ranks.first(
+        lambda: alike(logits_BC, read_weights(file), images_BHWC, learner.precision, run)
     )
 
 
@@ -54,7 +50,7 @@ def first_images(data: DatasetSplits) -> Tensor:
         UserError: they can't be read.
     """
     split = data.test if data.val is None else data.val
-    images_BHWC, _ = next(iter(split.stream(min(BATCH, len(split))).batches(0)))
+    images_BHWC, _ = next(iter(stream_of(split, min(BATCH, len(split))).batches(0)))
     return images_BHWC
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastokd.data import stream_of
 from fastokd.data.decode import centre, read_rgb
 from fastokd.data.disk.manifest import read_manifest
 from fastokd.data.disk.prepare import prepare
@@ -79,7 +80,7 @@ def by_dali(split: DiskSplit, first: int, count: int) -> int:
 
     part = split.select(torch.arange(first, first + count))
     try:
-        for images_BHWC, _ in part.stream(count).batches(0):
+        for images_BHWC, _ in stream_of(part, count).batches(0):
             assert images_BHWC.shape == (count, 16, 16, 3)
         return count
     except DataFileError as error:

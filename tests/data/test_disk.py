@@ -13,10 +13,11 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastokd.data import Augment, DiskSplit, load_dataset
+from fastokd.data import Augment, DiskSplit, load_dataset, read_all, stream_of
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import write_photographs
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from tests.data.loaders import LOADERS, needs_dali
@@ -48,7 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def split_of(root: Path, loader: str, name: str = "train", view: View = SMALL) -> DiskSplit:
-    splits = load_prepared("imagenet", root, view=view, loader=loader, workers=2)
+    shown = preprocessing_of("imagenet", image_size=view.image_size, eval_resize=view.eval_resize)
+    splits = load_prepared("imagenet", root, shown, loader=loader, workers=2)
     split = splits.train if name == "train" else splits.test
     assert isinstance(split, DiskSplit)
     return split
@@ -64,7 +66,7 @@ def assert_same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_resumed_in_an_epoch_the_batches_are_the_same(root: Path, loader: str) -> None:
     split = split_of(root, loader)
-    stream = split.stream(8, **TRAIN)
+    stream = stream_of(split, 8, **TRAIN)
     whole = list(stream.batches(2))
     assert [len(labels_B) for _, labels_B in whole] == [8, 8, 8, 8, 1]
     assert whole[0][0].dtype == torch.uint8
@@ -72,16 +74,18 @@ def test_resumed_in_an_epoch_the_batches_are_the_same(root: Path, loader: str) -
     assert whole[0][1].dtype == torch.int64
     # Left in the middle of an epoch, then begun anew by another object.
     assert_same(list(itertools.islice(stream.batches(2), 2)), whole[:2])
-    assert_same(list(split.stream(8, **TRAIN).batches(2, start_batch=2)), whole[2:])
+    assert_same(list(stream_of(split, 8, **TRAIN).batches(2, start_batch=2)), whole[2:])
     assert_same([stream.batch(2, 3)], whole[3:4])
     for epoch, seed in ((3, 3), (2, 4)):
-        other = next(split.stream(8, **{**TRAIN, "seed": seed}).batches(epoch))
+        other = next(stream_of(split, 8, **{**TRAIN, "seed": seed}).batches(epoch))
         assert not torch.equal(other[0], whole[0][0])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_was_given_is_never_overwritten(root: Path, loader: str) -> None:
-    kept = [(images, images.clone()) for images, _ in split_of(root, loader).stream(4).batches(0)]
+    kept = [
+        (images, images.clone()) for images, _ in stream_of(split_of(root, loader), 4).batches(0)
+    ]
     assert len(kept) == 9
     assert all(torch.equal(images, copy) for images, copy in kept)
 
@@ -90,7 +94,7 @@ def test_what_was_given_is_never_overwritten(root: Path, loader: str) -> None:
 def test_the_global_generator_is_left_alone(root: Path, loader: str) -> None:
     """Else a run that is resumed within an epoch would draw other dropout masks."""
     state = torch.get_rng_state()
-    list(split_of(root, loader).stream(8, **TRAIN).batches(0))
+    list(stream_of(split_of(root, loader), 8, **TRAIN).batches(0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -98,7 +102,7 @@ def test_the_global_generator_is_left_alone(root: Path, loader: str) -> None:
 def test_both_loaders_train_on_nearly_the_same_pixels(root: Path) -> None:
     """Grey, CMYK, PNG and turned images among them."""
     loaders = ("dali", "torchvision")
-    batches = [split_of(root, loader).stream(11, **TRAIN).batches(1) for loader in loaders]
+    batches = [stream_of(split_of(root, loader), 11, **TRAIN).batches(1) for loader in loaders]
     for (a, labels_a), (b, labels_b) in zip(*batches, strict=True):
         assert torch.equal(labels_a, labels_b)
         differ = (a.int() - b.int()).abs()
@@ -114,7 +118,7 @@ def test_held_out_images_are_torchvisions(root: Path, loader: str, view: View) -
     """Against torchvision's own folder, resize and centre crop of PIL images, in its order."""
     see = v2.Compose([v2.Resize(view.resize), v2.CenterCrop(view.image_size), v2.PILToTensor()])
     folder = ImageFolder(root / "val", transform=see)
-    batches = list(split_of(root, loader, "test", view).stream(6).batches(0))
+    batches = list(stream_of(split_of(root, loader, "test", view), 6).batches(0))
     images = torch.cat([images_BHWC for images_BHWC, _ in batches])
     labels = torch.cat([labels_B for _, labels_B in batches])
     assert labels.tolist() == folder.targets
@@ -129,17 +133,17 @@ def test_held_out_images_are_torchvisions(root: Path, loader: str, view: View) -
 def test_ranks(root: Path, loader: str, world_size: int) -> None:
     """To be tested, every image once; to train, equal parts of the batches of one process."""
     test = split_of(root, loader, "test")
-    ranks = [test.stream(6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [stream_of(test, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
     shares = [list(stream.batches(0)) for stream in ranks]
     together = [
         torch.cat(parts) for step in zip(*shares, strict=True) for parts in [[p[0] for p in step]]
     ]
     assert sum(map(len, together)) == 15
-    assert torch.equal(torch.cat(together), test.read()[0])
+    assert torch.equal(torch.cat(together), read_all(test)[0])
     train = split_of(root, loader)
-    whole = list(train.stream(8, **TRAIN).batches(0))
+    whole = list(stream_of(train, 8, **TRAIN).batches(0))
     parts = [
-        list(train.stream(8, **TRAIN, rank=rank, world_size=world_size).batches(0))
+        list(stream_of(train, 8, **TRAIN, rank=rank, world_size=world_size).batches(0))
         for rank in range(world_size)
     ]
     for step, one in zip(zip(*parts, strict=True), whole, strict=False):
@@ -151,7 +155,7 @@ def test_ranks(root: Path, loader: str, world_size: int) -> None:
 def test_more_ranks_than_images_of_the_last_batch(root: Path, loader: str) -> None:
     test = split_of(root, loader, "test")
     counts = [
-        [len(labels_B) for _, labels_B in test.stream(14, rank=rank, world_size=3).batches(0)]
+        [len(labels_B) for _, labels_B in stream_of(test, 14, rank=rank, world_size=3).batches(0)]
         for rank in range(3)
     ]
     assert counts == [[4, 0], [5, 0], [5, 1]]
@@ -165,8 +169,8 @@ def test_a_file_that_rots_is_named_after_the_batches_before_it(
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     split = split_of(copy, loader)
-    stream = split.stream(4, **TRAIN)
-    victim = split.path(int(stream.plan(0, 5).index_B[2]))
+    stream = stream_of(split, 4, **TRAIN)
+    victim = split.path(int(stream.draws(0, 5).index_B[2]))
     content = victim.read_bytes()
     if fault == "gone":
         victim.unlink()
@@ -197,7 +201,7 @@ def test_images_are_held_out_of_train_by_class(root: Path) -> None:
     assert splits.val.labels_N.bincount().tolist() == [2, 2, 2]
     held = {splits.val.path(i) for i in range(6)}
     assert not held & {splits.train.path(i) for i in range(27)}
-    images_NHWC, labels_N = splits.val.read()
+    images_NHWC, labels_N = read_all(splits.val)
     assert images_NHWC.shape == (6, 32, 32, 3)
     assert torch.equal(labels_N, splits.val.labels_N)
 
@@ -227,7 +231,7 @@ def test_a_streamed_folder_has_its_own_colours(root: Path) -> None:
     assert splits.mean != (0.485, 0.456, 0.406)
     assert "test is val/" in splits.note
     with pytest.raises(UserError, match="set resized_crop to true"):
-        splits.train.stream(4, augment=Augment(4), shuffle=True)
+        stream_of(splits.train, 4, augment=Augment(4), shuffle=True)
 
 
 def test_what_isn_t_prepared_says_how(tmp_path: Path) -> None:

@@ -15,16 +15,15 @@ from torchvision.models import resnet18
 import fastokd
 from fastokd import cli
 from fastokd.checkpoint import newest_checkpoint
+from fastokd.data import load_dataset
 from fastokd.data.disk.prepare import prepare
-from fastokd.data.disk.prepared import load_prepared
-from fastokd.data.order import keyed_generator
 from fastokd.data.photographs import write_photographs
-from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, list_recipes, recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
+from fastokd.seeds import keyed_generator
 from tests.data.loaders import LOADERS, needs_dali
 
 QUICK = {"quiet": True, "precision": "fp32", "engine": "loop", "workers": 2}
@@ -96,7 +95,7 @@ def test_a_file_that_vanishes_stops_the_run_after_a_checkpoint(root: Path, tmp_p
     """Put back, the run goes on to the same bits as one that never stopped."""
     options = {**QUICK, "data_root": root}
     whole = fastokd.train(tiny(1), out=tmp_path / "whole", **options)
-    split = load_prepared("imagenet", root, view=View(32, 37)).train
+    split = load_dataset("imagenet", root, image_size=32, eval_resize=37).train
     order = torch.randperm(48, generator=keyed_generator(0, 0, "order"))
     victim = split.path(int(order[30]))  # type: ignore[union-attr]
     content, facts = victim.read_bytes(), victim.stat()

@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastokd.data import DiskSplit, Split, load_dataset
+from fastokd.data import DiskSplit, Split, load_dataset, read_all
 from fastokd.data.disk import outgrown
 from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.errors import UserError
+from fastokd.export import export
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
-from fastokd.student.export import export
-from fastokd.student.file import student_facts
+from fastokd.student.weights import student_facts
 from fastokd.train import train
 from tests.data.make import write_folder
 
@@ -231,7 +231,7 @@ def test_held_out_images_don_t_enter_mean_and_deviation(tmp_path: Path, form: st
     assert whole.with_held_out is None
     splits = load_dataset("imagefolder", root, val=5, **options)  # type: ignore[arg-type]
     assert isinstance(splits.train, (Split, DiskSplit))
-    pixels = splits.train.read()[0].double().flatten(0, 2) / 255
+    pixels = read_all(splits.train)[0].double().flatten(0, 2) / 255
     assert splits.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-12)
     assert splits.std == pytest.approx(pixels.std(0, unbiased=False).tolist(), abs=1e-12)
     assert splits.with_held_out == (whole.mean, whole.std)
@@ -252,7 +252,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_was_trained_with(tmp_path: Pa
     assert (resumed.data.mean, resumed.data.std) == (mean, std)
     said = student_facts(ours, resumed.data.class_names, resumed.data.preprocessing, 0)
     assert json.loads(said["mean"]) == list(mean)
-    x_BHWC = session.data.train.read()[0][:2].float()
+    x_BHWC = read_all(session.data.train)[0][:2].float()
     expected = (x_BHWC / 255 - torch.tensor(mean)) / torch.tensor(std)
     seen = x_BHWC * resumed.learner.cohort.scale_C + resumed.learner.cohort.shift_C
     torch.testing.assert_close(seen, expected)

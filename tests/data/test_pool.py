@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from fastokd.checkpoint import newest_checkpoint
-from fastokd.data import DiskSplit, waits
+from fastokd.data import DiskSplit, DiskStream, load_dataset, stream_of, waits
 from fastokd.data.disk import pool
 from fastokd.data.disk.prepare import prepare
-from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.disk.scan import look_at
-from fastokd.data.disk.split import DiskStream
 from fastokd.data.photographs import write_photographs
-from fastokd.data.views import View
 from fastokd.errors import LoaderError
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +37,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stream_of(root: Path, workers: int = 2) -> DiskStream:
-    splits = load_prepared(
-        "imagenet", root, view=View(32, 0), loader="torchvision", workers=workers
+def streamed(root: Path, workers: int = 2) -> DiskStream:
+    splits = load_dataset(
+        "imagenet", root, image_size=32, eval_resize=0, loader="torchvision", workers=workers
     )
     assert isinstance(splits.train, DiskSplit)
-    return splits.train.stream(16)
+    stream = stream_of(splits.train, 16)
+    assert isinstance(stream, DiskStream)
+    return stream
 
 
 def children(pid: int | str = "self") -> list[int]:
@@ -88,7 +87,7 @@ def same(a: Iterator[tuple[Tensor, Tensor]], b: Iterator[tuple[Tensor, Tensor]])
     ],
 )
 def test_a_worker_that_dies_is_named(root: Path, signum: int, says: str) -> None:
-    batches = stream_of(root).batches(0)
+    batches = streamed(root).batches(0)
     next(batches)
     # Stopped, they can't have made the rest already.
     assert len(children()) == 2
@@ -102,7 +101,7 @@ def test_a_worker_that_dies_is_named(root: Path, signum: int, says: str) -> None
 
 def test_what_is_sent_to_the_group_doesn_t_end_workers(root: Path) -> None:
     """The run finishes its step, for which it needs them."""
-    stream = stream_of(root)
+    stream = streamed(root)
     batches = stream.batches(0)
     first = next(batches)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -123,13 +122,13 @@ def test_a_signal_before_a_worker_has_begun_doesn_t_end_it(
         return pid
 
     monkeypatch.setattr(os, "fork", slowly)
-    assert len(list(stream_of(root).batches(0))) == 6
+    assert len(list(streamed(root).batches(0))) == 6
 
 
 def test_a_slow_worker_is_told_of_and_waited_for(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = stream_of(root)
+    stream = streamed(root)
     whole = list(stream.batches(0))
     monkeypatch.setattr(waits, "TELL_AFTER", 0.3)
     heard = pool.Pool._hear
@@ -182,7 +181,7 @@ def test_workers_end_with_the_run(root: Path) -> None:
     if run == 0:
         try:
             torch.set_num_threads(1)  # those of the test's process aren't here
-            batches = stream_of(root).batches(0)
+            batches = streamed(root).batches(0)
             next(batches)
             os.write(writer, json.dumps(children()).encode())
         finally:
@@ -209,7 +208,7 @@ def shared_files(process: str) -> set[str]:
 def test_workers_need_no_shared_files(root: Path) -> None:
     """Neither /dev/shm, which may be small, nor names of sockets, which may be too long."""
     own = shared_files("self")  # a semaphore of this process's is inherited
-    batches = stream_of(root).batches(0)
+    batches = streamed(root).batches(0)
     next(batches)
     for pid in children():
         assert shared_files(str(pid)) <= own
@@ -234,7 +233,7 @@ def open_files(more: int) -> Iterator[None]:
 def test_as_many_workers_as_there_are_files_for(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = stream_of(root, workers=6)
+    stream = streamed(root, workers=6)
     whole = list(stream.batches(0))
     # Two for a pipe, one of which stays; one for what waits on them.
     with open_files(4):
@@ -254,7 +253,7 @@ def test_as_many_workers_as_there_are_files_for(
 def test_as_many_workers_as_there_is_memory_for(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = stream_of(root, workers=6)
+    stream = streamed(root, workers=6)
     whole = list(stream.batches(0))
     # A part of 16 images takes 48 KiB, and a worker has two before it.
     monkeypatch.setattr(pool, "free_memory", lambda: 4 * 2 * 2 * 16 * 32 * 32 * 3)

@@ -15,7 +15,7 @@ from scipy.io import savemat
 from torchvision.datasets import ImageFolder
 
 from fastokd import cli
-from fastokd.data import DiskSplit, load_dataset
+from fastokd.data import DiskSplit, load_dataset, read_all
 from fastokd.data.disk.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import write_photographs
@@ -76,7 +76,7 @@ def test_every_fault_is_listed_and_all_else_is_read(root: Path, loader: str, wor
     names = {splits.train.path(i).name for i in range(len(splits.train))}
     assert set(GOOD) <= names
     assert not set(BAD) & names
-    assert splits.train.read()[0].shape == (15, 32, 32, 3)
+    assert read_all(splits.train)[0].shape == (15, 32, 32, 3)
 
 
 def test_order_sizes_and_colours_are_those_of_torchvision(root: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_manifest_moves_with_its_folder_or_stands_apart(root: Path, tmp_path: 
     apart = tmp_path / "apart"
     prepare(moved, out=apart, quiet=True)
     splits = load_dataset("imagenet", apart, image_size=32, eval_resize=32, loader="torchvision")
-    assert splits.test.read()[0].shape == (4, 32, 32, 3)
+    assert read_all(splits.test)[0].shape == (4, 32, 32, 3)
     with pytest.raises(UserError, match="give a folder for the manifest with --out"):
         prepare(moved, out=moved / MANIFEST, quiet=True)
 
@@ -275,7 +275,7 @@ def test_a_prepared_folder_is_tested_on_test_and_streamed_when_cropped_by_area(
     assert isinstance(splits.val, DiskSplit)
     memory = load_dataset("imagefolder", root)
     for name in ("train", "val", "test"):
-        ours, theirs = getattr(splits, name).read(), getattr(memory, name).read()
+        ours, theirs = read_all(getattr(splits, name)), read_all(getattr(memory, name))
         assert torch.equal(ours[1], theirs[1])
         # At their own size nothing is resampled.
         assert torch.equal(ours[0], theirs[0]), name

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from fastokd.data import DatasetSplits, DiskSplit, load_dataset
+from fastokd.data import DatasetSplits, DiskSplit, load_dataset, read_all
 from fastokd.data.decode import centre
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import photographs, write_photographs
@@ -26,14 +26,15 @@ from fastokd.data.views import View
 from fastokd.device import autocast
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluation_stream, measure
+from fastokd.export.hub import _shown_by_timm
 from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import load_splits
 from fastokd.run.options import RunOptions
-from fastokd.student.export.hub import _shown_by_timm
-from fastokd.student.file import read_weights, student_facts
+from fastokd.student.file import read_weights
 from fastokd.student.predict import predict
 from fastokd.student.teacher import build_teacher
+from fastokd.student.weights import student_facts
 from tests.data.loaders import LOADERS, as_dali
 from tests.data.make import write_cifar, write_fashion_mnist
 
@@ -100,7 +101,7 @@ def test_fashion_mnist_of_28_pixels(tmp_path: Path) -> None:
     data = load_dataset("fashion_mnist", tmp_path)
     files = [
         save(image[2:30, 2:30, 0], tmp_path / f"{i}.png")
-        for i, image in enumerate(data.test.read()[0].numpy())
+        for i, image in enumerate(read_all(data.test)[0].numpy())
     ]
     assert_shown(data, files)
     assert_the_same(recipe("baseline/resnet8/fashion_mnist"), data, files, tmp_path)
@@ -114,7 +115,7 @@ def test_what_the_network_sees_is_taken_as_it_is(name: str, tmp_path: Path) -> N
         write_cifar(tmp_path, name, train=12, test=12)
     data = first(load_dataset(name, tmp_path), 12)
     files = [
-        save(image, tmp_path / f"{i}.png") for i, image in enumerate(data.test.read()[0].numpy())
+        save(image, tmp_path / f"{i}.png") for i, image in enumerate(read_all(data.test)[0].numpy())
     ]
     assert_shown(data, files)
     assert_the_same(recipe(f"baseline/resnet8/{name}"), data, files, tmp_path)
@@ -130,7 +131,7 @@ def test_a_picture_whose_centre_is_of_the_network_s_size_is_cropped(tmp_path: Pa
 def assert_shown(data: DatasetSplits, files: list[Path]) -> None:
     """Pixel for pixel."""
     shown = np.stack([data.preprocessing.read(file) for file in files])
-    assert np.array_equal(shown, data.test.read()[0].numpy())
+    assert np.array_equal(shown, read_all(data.test)[0].numpy())
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_a_folder_in_memory_and_streamed(
         assert_shown(data, files)
         assert_the_same(of, data, files, tmp_path)
         return
-    for file, theirs in zip(files, data.test.read()[0].numpy(), strict=True):
+    for file, theirs in zip(files, read_all(data.test)[0].numpy(), strict=True):
         assert as_dali(data.preprocessing.read(file), theirs), file
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.data import Augment, BatchStream, Split
+from fastokd.data import Augment, BatchStream, Split, stream_of
 from fastokd.errors import UserError
 
 
@@ -40,7 +40,7 @@ def one_image(image_HWC: Tensor, augment: Augment, top: int, left: int, flip: in
 )
 def test_equals_one_image_at_a_time(augment: Augment) -> None:
     split = make_split()
-    stream = split.stream(7, seed=3, augment=augment, shuffle=True)
+    stream = stream_of(split, 7, seed=3, augment=augment, shuffle=True)
     for index in range(len(stream)):
         images_BHWC, labels_B = stream.batch(2, index)
         draws = stream.draws(2, index)
@@ -56,7 +56,7 @@ def test_equals_one_image_at_a_time(augment: Augment) -> None:
 
 def test_draws_are_uniform() -> None:
     """Every corner and both sides come, each about as often as it should."""
-    stream = make_split(4000, 4, 4).stream(4000, augment=Augment(crop_padding=2), shuffle=True)
+    stream = stream_of(make_split(4000, 4, 4), 4000, augment=Augment(crop_padding=2), shuffle=True)
     draws = stream.draws(0, 0)
     for corner_B in (draws.top_B, draws.left_B):
         counts = torch.bincount(corner_B)
@@ -72,7 +72,7 @@ def test_draws_are_uniform() -> None:
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("augment", [None, Augment(crop_padding=1)])
 def test_an_epoch_has_every_image_once(augment: Augment | None, drop_last: bool) -> None:
-    stream = make_split(23).stream(5, augment=augment, shuffle=True, drop_last=drop_last)
+    stream = stream_of(make_split(23), 5, augment=augment, shuffle=True, drop_last=drop_last)
     seen = [labels_B for _, labels_B in stream.batches(0)]
     assert len(seen) == len(stream) == (4 if drop_last else 5)
     assert [len(labels_B) for labels_B in seen] == [5, 5, 5, 5] + ([] if drop_last else [3])
@@ -83,7 +83,9 @@ def test_any_batch_can_be_made_again() -> None:
     split = make_split()
 
     def fresh() -> BatchStream:
-        return split.stream(5, seed=7, augment=Augment(crop_padding=2), shuffle=True)
+        stream = stream_of(split, 5, seed=7, augment=Augment(crop_padding=2), shuffle=True)
+        assert isinstance(stream, BatchStream)
+        return stream
 
     whole = [list(fresh().batches(epoch)) for epoch in range(3)]
     jumping = fresh()
@@ -96,7 +98,7 @@ def test_any_batch_can_be_made_again() -> None:
 
 def test_draws_are_frozen() -> None:
     """Another draw from the same seed would silently end every run's reproducibility."""
-    stream = make_split().stream(4, seed=1, augment=Augment(), shuffle=True)
+    stream = stream_of(make_split(), 4, seed=1, augment=Augment(), shuffle=True)
     assert [d.tolist() for d in stream.draws(2, 1)] == FROZEN
 
 
@@ -107,31 +109,31 @@ def test_order_and_draws_depend_on_seed_and_epoch() -> None:
     split = make_split()
     seen = set()
     for seed in (0, 1):
-        stream = split.stream(23, seed=seed, augment=Augment(), shuffle=True)
+        stream = stream_of(split, 23, seed=seed, augment=Augment(), shuffle=True)
         for epoch in (0, 1):
             draws = stream.draws(epoch, 0)
             seen |= {tuple(draws.index_B.tolist()), tuple(draws.top_B.tolist())}
             assert draws.index_B.tolist() != list(range(23))
     assert len(seen) == 8
-    small = split.stream(10, augment=Augment(), shuffle=True)
+    small = stream_of(split, 10, augment=Augment(), shuffle=True)
     assert not torch.equal(small.draws(0, 0).top_B, small.draws(0, 1).top_B)
 
 
 def test_global_generator_is_left_alone() -> None:
     split = make_split()
     state = torch.get_rng_state()
-    list(split.stream(5, augment=Augment(), shuffle=True).batches(0))
+    list(stream_of(split, 5, augment=Augment(), shuffle=True).batches(0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_evaluation_is_in_order_and_whole() -> None:
     split = make_split()
-    stream = split.stream(10)
+    stream = stream_of(split, 10)
     images, labels = zip(*stream.batches(4), strict=True)
     assert [len(labels_B) for labels_B in labels] == [10, 10, 3]
     assert torch.equal(torch.cat(images), split.images_NHWC)
     assert torch.equal(torch.cat(labels), split.labels_N)
-    ((whole_BHWC, _),) = split.stream(1000).batches(0)
+    ((whole_BHWC, _),) = stream_of(split, 1000).batches(0)
     assert torch.equal(whole_BHWC, split.images_NHWC)
 
 
@@ -139,9 +141,9 @@ def test_evaluation_is_in_order_and_whole() -> None:
 def test_ranks_share_the_batches_of_one_process(world_size: int) -> None:
     split = make_split(22)
     options = {"seed": 5, "augment": Augment(crop_padding=2), "shuffle": True}
-    one = split.stream(6, **options)  # type: ignore[arg-type]
+    one = stream_of(split, 6, **options)  # type: ignore[arg-type]
     ranks = [
-        split.stream(6, **options, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+        stream_of(split, 6, **options, rank=rank, world_size=world_size)  # type: ignore[arg-type]
         for rank in range(world_size)
     ]
     assert {len(stream) for stream in ranks} == {len(one)}
@@ -159,14 +161,14 @@ def test_ranks_share_evaluation_too() -> None:
     parts = [
         labels_B
         for rank in range(4)
-        for _, labels_B in split.stream(6, rank=rank, world_size=4).batches(0)
+        for _, labels_B in stream_of(split, 6, rank=rank, world_size=4).batches(0)
     ]
     assert sorted(torch.cat(parts).tolist()) == list(range(23))
 
 
 def test_split_follows_its_device() -> None:
     moved = make_split().to("meta")
-    images_BHWC, labels_B = moved.stream(5, augment=Augment(), shuffle=True).batch(0, 4)
+    images_BHWC, labels_B = stream_of(moved, 5, augment=Augment(), shuffle=True).batch(0, 4)
     assert images_BHWC.device.type == labels_B.device.type == "meta"
     assert images_BHWC.shape == (3, 8, 6, 3)
 
@@ -183,12 +185,12 @@ def test_split_follows_its_device() -> None:
 )
 def test_bad_input_is_named(options: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        make_split().stream(**options)  # type: ignore[arg-type]
+        stream_of(make_split(), **options)  # type: ignore[arg-type]
 
 
 def test_empty_split_is_named() -> None:
     with pytest.raises(UserError, match="the split is empty"):
-        make_split(0).stream(1)
+        stream_of(make_split(0), 1)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from fastokd.data.order import keyed_generator
 from fastokd.data.views import AREA, RATIO, TRIES, View, centre_windows, random_boxes
 from fastokd.errors import UserError
+from fastokd.seeds import keyed_generator
 
 N = 4000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -14,11 +15,13 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset
+from fastokd.data import Augment, DatasetSplits, DiskSplit, load_dataset, read_all, stream_of
 from fastokd.data.decode import MAX_PIXELS, read_rgb
 from fastokd.data.disk.manifest import MANIFEST, read_manifest
 from fastokd.data.disk.prepare import prepare
+from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.photographs import photographs
+from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
 from tests.data.loaders import LOADERS, as_dali
 
@@ -123,7 +126,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_name(data: DatasetSplits, root: Path) -> dict[str, Tensor]:
     """The first class's images of the test split."""
     files = sorted((root / "val" / "a").iterdir())
-    images_NHWC, _ = data.test.read()
+    images_NHWC, _ = read_all(data.test)
     return {file.name: images_NHWC[i].int() for i, file in enumerate(files)}
 
 
@@ -161,7 +164,7 @@ def test_boxes_of_turned_images_are_drawn_upright(loader: str, root: Path) -> No
     crops = []
     for o in ORIENTATIONS:
         alone = split.select(torch.tensor([number[f"o{o}.tif"]]))
-        stream = alone.stream(1, seed=5, augment=Augment(0, resized_crop=True), shuffle=True)
+        stream = stream_of(alone, 1, seed=5, augment=Augment(0, resized_crop=True), shuffle=True)
         crops.append(stream.batch(0, 0)[0])
     assert crops[0].float().std() > 5
     assert all(torch.equal(crop, crops[0]) for crop in crops)
@@ -179,6 +182,16 @@ def test_transparent_pixels_are_white(name: str, root: Path) -> None:
     assert abs(seen_HW3 - expected_HW3).max() <= 1
     black = np.asarray(read_rgb(root / "val" / "a" / name, background=0)).astype(float)
     assert abs(black - rgba_HW4[..., :3] * alpha_HW1).max() <= 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_loaders_show_the_background_of_the_set(loader: str, root: Path) -> None:
+    black = dataclasses.replace(preprocessing_of("imagefolder", image_size=48), background=0)
+    data = load_prepared("imagefolder", root, black, loader=loader, workers=1)
+    assert data.preprocessing.background == 0
+    seen = by_name(data, root)
+    for name in ("rgba.png", "trns.png"):
+        assert np.array_equal(data.preprocessing.read(root / "val/a" / name), seen[name]), name
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -238,8 +251,8 @@ def test_a_thin_picture_costs_no_more_than_a_square(
     else:
         data = load_dataset("imagefolder", tmp_path, streamed=True, loader=loader, workers=1, **ask)
         assert isinstance(data.train, DiskSplit)
-        list(data.train.stream(2, augment=Augment(0, resized_crop=True)).batches(0))
-    images_NHWC, _ = data.test.read()
+        list(stream_of(data.train, 2, augment=Augment(0, resized_crop=True)).batches(0))
+    images_NHWC, _ = read_all(data.test)
     assert peak_megabytes() - before < 500
     red = torch.tensor([255, 0, 0])
     assert (images_NHWC[[0, 2]] == red).all()

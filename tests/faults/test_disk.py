@@ -18,14 +18,14 @@ from fastokd.checkpoint import newest_checkpoint, remove_leftovers
 from fastokd.cli import run_command
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import DiskError
+from fastokd.export import export
+from fastokd.metrics import MEASURED
 from fastokd.recipe.names import recipe
 from fastokd.report.page import report
 from fastokd.run.display import Display
 from fastokd.run.folder import RunFolder
 from fastokd.run.interruption import Keeper, StopRequest
-from fastokd.run.metric_lines import MEASURED
 from fastokd.run.options import RunOptions
-from fastokd.student.export import export
 from fastokd.train import train
 from tests.faults.disk import KINDS, Disk, files_up_to
 from tests.faults.kill import digest

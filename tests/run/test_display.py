@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fastokd.metrics import choosing_split
 from fastokd.recipe.names import recipe
 from fastokd.run import display
 from fastokd.run.display import COLUMNS, Display, cells
-from fastokd.run.metric_lines import choosing_split
 
 
 def row(epoch: int, leader: float | None) -> dict[str, Any]:

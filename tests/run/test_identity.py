@@ -28,7 +28,8 @@ from fastokd.run.identity import Standing, is_done, other_teacher, standing
 from fastokd.run.lock import FolderLock, alone_in
 from fastokd.run.options import RunOptions
 from fastokd.run.sweep import _Index, run_all, run_or_resume
-from fastokd.student.file import STUDENT, Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 from fastokd.train import train
 
 NAME = "baseline/resnet8/digits"

@@ -18,9 +18,10 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastokd.cli import run_command
-from fastokd.data import BatchStream
+from fastokd.data import BatchStream, read_all
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate, evaluate_session
+from fastokd.export import export
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
@@ -29,8 +30,8 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.student.export import export
-from fastokd.student.file import STUDENT, Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import first_images, within_cohort
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "device": "cpu"}
@@ -226,7 +227,7 @@ def test_the_average_is_scored_by_its_own_weights() -> None:
     state["fc.weight"].zero_()
     state["fc.bias"].copy_(torch.arange(10) == 3)
     test = evaluate_session(session)["test"]
-    labels_N = session.data.test.read()[1]
+    labels_N = read_all(session.data.test)[1]
     assert test["ema_top1"] == pytest.approx((labels_N == 3).float().mean().item())
     assert test["ema_top1"] != test["student_top1"][1]
 
@@ -375,7 +376,7 @@ def test_a_cohort_that_was_compared_is_as_it_was(training: bool) -> None:
     session = build(small(), RunOptions(**QUICK))
     images_BHWC = first_images(session.data)
     assert session.data.val is not None
-    assert torch.equal(images_BHWC, session.data.val.read()[0][:16])
+    assert torch.equal(images_BHWC, read_all(session.data.val)[0][:16])
     cohort = session.learner.cohort.train(training)
     before = {key: value.clone() for key, value in cohort.student_state(1).items()}
     other = {key: value * 2 for key, value in before.items()}

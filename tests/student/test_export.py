@@ -21,13 +21,13 @@ from fastokd.cli import run_command
 from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
+from fastokd.export import FORMATS, checked, export
+from fastokd.export.formats import call
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.student.convert import convert
-from fastokd.student.export import FORMATS, checked, export
-from fastokd.student.export.formats import call
 from fastokd.student.file import read_weights
 from fastokd.student.predict import Prediction, predict
 from fastokd.train import train

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastokd.checkpoint import save_checkpoint
-from fastokd.data import DatasetSplits, load_dataset
+from fastokd.data import DatasetSplits, load_dataset, read_all
 from fastokd.errors import UserError
 from fastokd.evaluate import evaluate
 from fastokd.models import create_model
@@ -21,8 +21,9 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.student import teacher
-from fastokd.student.file import read_weights, student_facts
+from fastokd.student.file import read_weights
 from fastokd.student.teacher import build_teacher, find_teacher
+from fastokd.student.weights import student_facts
 from fastokd.train import train
 from tests.data.make import write_cifar
 
@@ -137,8 +138,8 @@ def test_the_held_out_images_are_the_same_for_every_seed(cifar: Path) -> None:
     for data in splits:
         assert data.val is not None
         assert alone.val is not None
-        assert torch.equal(data.val.read()[0], alone.val.read()[0])
-        assert torch.equal(data.train.read()[0], alone.train.read()[0])
+        assert torch.equal(read_all(data.val)[0], read_all(alone.val)[0])
+        assert torch.equal(read_all(data.train)[0], read_all(alone.train)[0])
         assert data.held_out == 20
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastokd.data.disk.broken import first_broken
-from fastokd.data.disk.split import DiskBatch, DiskSplit, labels_of
+from fastokd.data.disk.image import first_broken, see
+from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
 from fastokd.data.waits import Watch
 from fastokd.device import staged
@@ -101,12 +101,12 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
 class _Fed:
     """One batch between being planned and given: DALI decodes its plain images, Pillow the rest."""
 
-    def __init__(self, split: DiskSplit, plan: DiskBatch) -> None:
-        self.split, self.whole = split, plan
-        plain_B = split.plain_N[plan.index_B]
+    def __init__(self, split: DiskSplit, draws: DiskDraws) -> None:
+        self.split, self.whole = split, draws
+        plain_B = split.plain_N[draws.index_B]
         # Where in the batch either kind is.
         self.plain_R, self.rest_R = (which.nonzero()[:, 0] for which in (plain_B, ~plain_B))
-        self.plain, self.rest = _rows(plan, self.plain_R), _rows(plan, self.rest_R)
+        self.plain, self.rest = _rows(draws, self.plain_R), _rows(draws, self.rest_R)
         self.seen: list[Future[Tensor]] | None = None
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
@@ -116,9 +116,6 @@ class _Fed:
         self.seen = []
         rest = self.rest
         for row, index in enumerate(rest.index_B.tolist()):
-            # Imported where it is used: torchvision takes its time.
-            from fastokd.data.disk.see import see
-
             box = None if rest.box_B4 is None else rest.box_B4[row].tolist()
             flip = bool(rest.flip_B[row])
             self.seen.append(pool.submit(see, self.split, index, box, flip=flip))
@@ -149,16 +146,16 @@ class _Fed:
             raise first_broken(self.split, [int(self.rest.index_B[row])], error) from None
 
 
-def _rows(plan: DiskBatch, rows_R: Tensor) -> DiskBatch:
-    box_B4 = plan.box_B4
+def _rows(draws: DiskDraws, rows_R: Tensor) -> DiskDraws:
+    box_B4 = draws.box_B4
     boxes = None if box_B4 is None else box_B4[rows_R]
-    return DiskBatch(plan.index_B[rows_R], boxes, plan.flip_B[rows_R])
+    return DiskDraws(draws.index_B[rows_R], boxes, draws.flip_B[rows_R])
 
 
 def decode(
-    split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
+    split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
+    """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
     # Of what was planned and hasn't been given yet, oldest first.
     fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
@@ -166,8 +163,8 @@ def decode(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
-        for plan in plans:
-            fed.append(_Fed(split, plan))
+        for draws in drawn:
+            fed.append(_Fed(split, draws))
             ahead()
             if len(fed[-1].plain.index_B):
                 yield _inputs(split, fed[-1].plain, root)
@@ -239,12 +236,12 @@ def _first_of(split: DiskSplit, fed: Iterable[_Fed]) -> str:
     return str(split.path(next(_indices(list(fed)), 0)))
 
 
-def _inputs(split: DiskSplit, plan: DiskBatch, root: bytes) -> tuple[Any, ...]:
-    if plan.box_B4 is None:
-        windows = centre_windows(split.sizes_N2[plan.index_B], split.view)
+def _inputs(split: DiskSplit, draws: DiskDraws, root: bytes) -> tuple[Any, ...]:
+    if draws.box_B4 is None:
+        windows = centre_windows(split.sizes_N2[draws.index_B], split.view)
     else:
-        windows = windows_of_boxes(plan.box_B4)
+        windows = windows_of_boxes(draws.box_B4)
     paths = [
-        np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[plan.index_B.numpy()]
+        np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[draws.index_B.numpy()]
     ]
-    return paths, *mirrored(windows, plan.flip_B)
+    return paths, *mirrored(windows, draws.flip_B)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastokd.data.waits import Patience, exhausted
 from fastokd.errors import DataFileError, LoaderError, warn
+from fastokd.host.memory import free_memory, lines_of, mib
 
 # Parts that each worker has before it, so that it needn't wait for the next.
 AHEAD = 2
@@ -87,7 +88,7 @@ class Pool:
             memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         except (OSError, ValueError, OverflowError) as error:
             raise LoaderError(
-                f"there is no memory for the batches of {self.most} workers, {_mib(size)}: choose "
+                f"there is no memory for the batches of {self.most} workers, {mib(size)}: choose "
                 "fewer --workers, or a smaller image_size"
             ) from error
         rows, images = memory[: self.most * ROW], memory[self.most * ROW :]
@@ -221,7 +222,7 @@ class Pool:
         doing = f"while it {self._doing(index)}"
         if code == -signal.SIGKILL:
             free = free_memory()
-            left = "" if free is None else f"; {_mib(free)} are free now"
+            left = "" if free is None else f"; {mib(free)} are free now"
             raise LoaderError(
                 f"{where}was killed (SIGKILL) {doing}, as the kernel does where memory runs out{left}: "
                 f"choose fewer --workers than {self.most} and continue with --resume"
@@ -302,49 +303,21 @@ def _made(
         return "bug", traceback.format_exc()
 
 
-def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine or, where that is less, of its
-    container; None where nobody says."""
-    lines = _lines("/proc/meminfo")
-    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used, cache in (
-        ("memory.max", "memory.current", "inactive_file "),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file "),
-    ):
-        most, taken = (_lines(f"/sys/fs/cgroup/{name}")[:1] for name in (limit, used))
-        if most and taken and most[0].isdecimal():
-            stat = _lines(f"/sys/fs/cgroup/{Path(limit).parent}/memory.stat")
-            kept = sum(int(line.split()[1]) for line in stat if line.startswith(cache))
-            found.append(max(0, int(most[0]) - int(taken[0]) + kept))
-    return min(found, default=None)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _that_fit(workers: int, each: int) -> int:
     """As many of ``workers`` as there is memory for, at least one; fewer are told of."""
     free = free_memory()
     fit = workers if free is None else max(1, min(workers, free // SHARE // each))
     if fit < workers:
         warn(
-            f"{_mib(free or 0)} of memory are free, and the batches ahead of {workers} workers would take "
-            f"{_mib(workers * each)}: {fit} are started"
+            f"{mib(free or 0)} of memory are free, and the batches ahead of {workers} workers would take "
+            f"{mib(workers * each)}: {fit} are started"
         )
     return fit
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
-
-
 def _state(pid: int) -> str:
     """What the kernel says that a process does."""
-    fields = "".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    fields = "".join(lines_of(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return STATES.get(fields[0], fields[0]) if fields else "gone"
 
 

@@ -11,10 +11,9 @@ from fastokd.data.disk.manifest import Manifest, read_manifest
 from fastokd.data.disk.outgrown import refuse_outgrown
 from fastokd.data.disk.scan import scan
 from fastokd.data.disk.split import DiskSplit
-from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.sets import files
 from fastokd.data.splits import DatasetSplits
-from fastokd.data.views import View
 from fastokd.errors import UserError, warn
 
 OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
@@ -42,8 +41,8 @@ def pick_loader(name: str) -> str:
 def load_prepared(
     name: str,
     root: Path | None,
+    shown: Preprocessing,
     *,
-    view: View,
     loader: str = "auto",
     workers: int = 0,
     begun: bool = False,
@@ -51,6 +50,8 @@ def load_prepared(
     """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
 
     Args:
+        shown: how its pictures are shown; the mean and deviation of a set that isn't published are
+            measured.
         begun: a run goes on with it: what has changed in the folder since is told, not refused.
 
     Raises:
@@ -75,19 +76,15 @@ def load_prepared(
         if entries:
             counted = split == "train" and not published
             splits[split] = DiskSplit.of(
-                entries, manifest.root, view, picked, workers, counted=counted
+                entries, manifest.root, shown.view, picked, workers, counted=counted
             )
         elif split != "val":
             raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
     return DatasetSplits(
         name=name,
         class_names=manifest.classes,
-        preprocessing=preprocessing_of(
-            name,
-            mean=None if published else manifest.mean,
-            std=None if published else manifest.std,
-            image_size=view.image_size,
-            eval_resize=view.eval_resize,
+        preprocessing=(
+            shown if published else replace(shown, mean=manifest.mean, std=manifest.std)
         ),
         train=splits["train"],
         val=splits.get("val"),

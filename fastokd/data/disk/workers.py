@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.data.disk.broken import first_broken
+from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.pool import Pool
-from fastokd.data.disk.see import see
-from fastokd.data.disk.split import DiskBatch, DiskSplit, labels_of
+from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.waits import exhausted
 from fastokd.errors import DataFileError
 
@@ -67,17 +66,17 @@ class _Decoder:
 
 
 def decode(
-    split: DiskSplit, plans: Iterator[DiskBatch], batch: int, workers: int
+    split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``plans``; raises as :meth:`DiskStream.batches`."""
+    """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
     del batch  # this loader has no buffers to size
     # Planned and not given back yet, oldest first.
-    planned: deque[DiskBatch] = deque()
+    planned: deque[DiskDraws] = deque()
 
     def parts() -> Iterator[_Part]:
-        for plan in plans:
-            planned.append(plan)
-            yield from _parts(plan)
+        for draws in drawn:
+            planned.append(draws)
+            yield from _parts(draws)
 
     size = split.view.image_size
     pinned = split.device.type == "cuda"
@@ -85,8 +84,8 @@ def decode(
     with Pool(_Decoder(split).make, parts(), shape, workers, _file_of(split)) as pool:
         pool.feed()
         while planned:
-            plan = planned.popleft()
-            B = len(plan.index_B)
+            draws = planned.popleft()
+            B = len(draws.index_B)
             images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
             filled = 0
             while filled < B:
@@ -94,12 +93,12 @@ def decode(
                 images_BHWC[filled : filled + len(part)] = part
                 filled += len(part)
                 pool.feed()
-            yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, plan)
+            yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, draws)
 
 
-def _parts(plan: DiskBatch) -> Iterator[_Part]:
-    index, flips = plan.index_B.tolist(), plan.flip_B.tolist()
-    boxes = [None] * len(index) if plan.box_B4 is None else plan.box_B4.tolist()
+def _parts(draws: DiskDraws) -> Iterator[_Part]:
+    index, flips = draws.index_B.tolist(), draws.flip_B.tolist()
+    boxes = [None] * len(index) if draws.box_B4 is None else draws.box_B4.tolist()
     for first in range(0, len(index), CHUNK):
         some = slice(first, first + CHUNK)
         yield _Part(index[some], boxes[some], flips[some])

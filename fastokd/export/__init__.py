@@ -1,5 +1,5 @@
 """The student that a run leaves, for other libraries."""
 
-from fastokd.student.export.checked import FORMATS, Export, export
+from fastokd.export.checked import FORMATS, Export, export
 
 __all__ = ["FORMATS", "Export", "export"]

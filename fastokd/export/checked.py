@@ -17,15 +17,17 @@ from torch import Tensor
 from fastokd.checkpoint import load_checkpoint, sync_folder, write_durably
 from fastokd.data import DatasetSplits
 from fastokd.errors import DiskError, UserError, unknown_name, warn
+from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
+from fastokd.export.hub import HUB
 from fastokd.host.names import in_utf8
+from fastokd.learner.build import build_cohort
 from fastokd.learner.state import below
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.build import build_cohort, load_splits
+from fastokd.run.build import load_splits
 from fastokd.run.folder import RunFolder
 from fastokd.run.options import RunOptions
-from fastokd.student.export.formats import NEEDS, SINGLE_FILES, Format
-from fastokd.student.export.hub import HUB
-from fastokd.student.file import Weights, read_weights, student_of
+from fastokd.student.file import read_weights, student_of
+from fastokd.student.weights import Weights
 from fastokd.student.within_cohort import BATCH, alike, first_images, furthest_apart, within_cohort
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}

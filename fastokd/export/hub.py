@@ -13,10 +13,7 @@ from torch import nn
 from fastokd.checkpoint import write_durably
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import UserError
-from fastokd.host.names import in_markdown, on_a_line
-from fastokd.models import Student
-from fastokd.recipe.recipe import Recipe
-from fastokd.student.export.formats import (
+from fastokd.export.formats import (
     Classifier,
     Format,
     arguments,
@@ -26,7 +23,10 @@ from fastokd.student.export.formats import (
     statements,
     write_safetensors,
 )
-from fastokd.student.file import OPTIONAL, Weights
+from fastokd.host.names import in_markdown, on_a_line
+from fastokd.models import Student
+from fastokd.recipe.recipe import Recipe
+from fastokd.student.weights import OPTIONAL, Weights
 
 FILE = "model.safetensors"
 # On a card, for the folder that holds it.

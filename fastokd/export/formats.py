@@ -21,7 +21,8 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.models.libraries import WITH_AUX
-from fastokd.student.file import Weights, read_weights
+from fastokd.student.file import read_weights
+from fastokd.student.weights import Weights
 
 Classifier = Callable[[Tensor], Tensor]
 

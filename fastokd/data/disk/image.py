@@ -1,0 +1,55 @@
+"""One image of a split on disk: decoded by Pillow as a batch has it, and what is wrong with its
+file. Both loaders use this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastokd.data.decode import centre, read_rgb
+from fastokd.data.disk.scan import look_at
+from fastokd.data.disk.split import DiskSplit
+from fastokd.errors import DataFileError
+
+
+def see(split: DiskSplit, index: int, box: list[int] | None, *, flip: bool) -> Tensor:
+    """Image ``index`` as it is trained on, or tested where there is no box: ``[S, S, 3]``.
+
+    Raises:
+        OSError: the file has changed since it was prepared.
+        UserError: it can't be read.
+    """
+    from torchvision.transforms.v2 import functional as F  # takes long to import
+
+    view, path = split.view, split.path(index)
+    if path.stat().st_size != int(split.bytes_N[index]):
+        raise OSError(f"{path} has changed")
+    image = read_rgb(path, view.background)
+    if box is None:
+        image_HWC = torch.tensor(centre(image, view))
+    else:
+        top, left, height, width = box
+        crop_CHW = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        image_HWC = F.resize(crop_CHW, [view.image_size] * 2).permute(1, 2, 0)
+    return image_HWC.flip(1) if flip else image_HWC
+
+
+def first_broken(split: DiskSplit, indices: Iterable[int], error: Exception | None) -> Exception:
+    """The error to raise where a loader stopped: it names the first file at fault, oldest first;
+    the loader's own ``error`` where no file is.
+    """
+    for index in indices:
+        path, expected = split.path(index), int(split.bytes_N[index])
+        look = look_at(path)
+        fault = look.fault
+        if not fault and look.bytes != expected:
+            fault = f"{look.bytes:,} bytes where `fastokd prepare` saw {expected:,}"
+        if fault:
+            return DataFileError(
+                f"{path}: {fault}; put it back and continue with --resume, or run `fastokd prepare` "
+                "again to train without it"
+            )
+    assert error is not None, "sizes differed a moment ago"
+    return error

@@ -1,0 +1,82 @@
+"""Batches of a split on disk: any one is a function of (seed, epoch, batch), whoever decodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastokd.data.augment import Augment
+from fastokd.data.disk import dali, workers
+from fastokd.data.disk.split import DiskDraws, DiskSplit
+from fastokd.data.order import BatchOrder
+from fastokd.data.views import random_boxes
+from fastokd.errors import UserError
+from fastokd.host.cpus import share_of_cpus
+
+# A GPU's decoder is fed by few threads, and more than these only wait for each other.
+MOST_WORKERS = 16
+DECODERS = {"dali": dali.decode, "torchvision": workers.decode}
+
+
+class DiskStream:
+    """The batches of one split on disk, epoch after epoch, decoded ahead of who reads them
+    (:func:`fastokd.data.stream_of`).
+
+    Args:
+        split: where the batches come from; they come out on its device.
+        order: which samples each batch holds.
+        augment: random resized crops and flips, or None for the centre.
+
+    Raises:
+        UserError: padded crops, which sets in memory have.
+    """
+
+    def __init__(self, split: DiskSplit, order: BatchOrder, augment: Augment | None) -> None:
+        if augment is not None and (not augment.resized_crop or augment.crop_padding):
+            raise UserError(
+                "images on disk are cropped by area: set resized_crop to true and crop_padding to 0"
+            )
+        self.split = split
+        self.order = order
+        self.augment = augment
+        self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.order)
+
+    def draws(self, epoch: int, index: int) -> DiskDraws:
+        """What makes batch ``index`` of ``epoch`` on this rank; nothing is read."""
+        index_B = self.order.samples(epoch, index)
+        if self.augment is None:
+            return DiskDraws(index_B, None, torch.zeros_like(index_B))
+        # Drawn for the whole batch and then sliced, so that ranks agree with one process. The
+        # sizes of the others' images aren't needed: every image has its own row of draws.
+        B, mine = self.order.size(index), self.order.share(index)
+        sizes_B2 = self.split.sizes_N2.new_ones(B, 2)
+        sizes_B2[mine] = self.split.sizes_N2[index_B]
+        generator = self.order.generator(epoch, index)
+        box_B4 = random_boxes(sizes_B2, generator)
+        return DiskDraws(index_B, box_B4[mine], self.augment.draw_flips(B, generator)[mine])
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on: uint8 and int64, on the
+        split's device.
+
+        Raises:
+            DataFileError: a file that vanished or changed since ``fastokd prepare``; every batch
+                before its own was given.
+        """
+        return self._decoded(self.draws(epoch, index) for index in range(start_batch, len(self)))
+
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Batch ``index`` of ``epoch`` alone; for many, :meth:`batches` decodes ahead."""
+        assert 0 <= index < len(self)
+        (only,) = self._decoded(iter([self.draws(epoch, index)]))
+        return only
+
+    def _decoded(self, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
+        decode = DECODERS[self.split.loader]
+        return decode(self.split, drawn, self.order.largest_share, self.workers)

@@ -1,0 +1,136 @@
+"""Batches of a split in memory: shuffled, cropped and flipped by batched tensor operations.
+
+Every draw comes from a generator on the CPU that is keyed on (seed, epoch) for the order and on
+(seed, epoch, batch) for crops and flips. So any batch can be made again, alone, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastokd.data.augment import Augment
+from fastokd.data.order import BatchOrder
+from fastokd.data.splits import Split
+from fastokd.device import staged
+from fastokd.errors import UserError
+
+
+class Draws(NamedTuple):
+    """What makes one batch, on the CPU: samples, the crop's corner in the padded image, flips."""
+
+    index_B: Tensor
+    top_B: Tensor
+    left_B: Tensor
+    flip_B: Tensor
+
+
+class BatchStream:
+    """The batches of one split in memory, epoch after epoch (:func:`fastokd.data.stream_of`).
+
+    Args:
+        split: where the batches come from; they come out on its device.
+        order: which samples each batch holds.
+        augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+
+    Raises:
+        UserError: a reflected padding as large as the image; a ``resized_crop``.
+    """
+
+    def __init__(self, split: Split, order: BatchOrder, augment: Augment | None) -> None:
+        if augment is not None and augment.resized_crop:
+            raise UserError(
+                "images in memory are cropped with padding: set resized_crop to false; a folder of "
+                "images is streamed from disk with it"
+            )
+        self.split = split
+        self.order = order
+        self.augment = augment
+        if augment is not None:
+            self._prepare(augment)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.order)
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on."""
+        for index in range(start_batch, len(self)):
+            yield self.batch(epoch, index)
+
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Batch ``index`` of ``epoch``: uint8 images and int64 labels, on the split's device.
+
+        Without shuffling and augmentation they are views of the split.
+        """
+        images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
+        if not self.order.shuffle and self.augment is None:
+            span = self.order.span(index)
+            return images_NHWC[span], labels_N[span]
+        draws = self.draws(epoch, index)
+        if self.augment is None:
+            index_B = self._move(draws.index_B)
+            return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
+        padded_H, padded_W = self._padded_size
+        first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
+        # One small copy to the device a batch, whatever the draws.
+        index_B, first_B, flip_B = self._move(torch.stack((draws.index_B, first_B, draws.flip_B)))
+        pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
+        images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
+        return (
+            images_BHWC.view(-1, *images_NHWC.shape[1:]),
+            labels_N.index_select(0, index_B),
+        )
+
+    def draws(self, epoch: int, index: int) -> Draws:
+        """What makes batch ``index`` of ``epoch`` on this rank."""
+        augment = self.augment or Augment(crop_padding=0, flip=False)
+        # Drawn for the whole batch and then sliced, so that ranks agree with one process.
+        B, mine = self.order.size(index), self.order.share(index)
+        generator = self.order.generator(epoch, index)
+        corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
+        flip_B = augment.draw_flips(B, generator)
+        index_B = self.order.samples(epoch, index)
+        return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
+
+    def _move(self, small: Tensor) -> Tensor:
+        device = self.split.labels_N.device
+        return staged(small, device).to(device, non_blocking=True)
+
+    def _prepare(self, augment: Augment) -> None:
+        """Pads the set once, and lays out where a crop's pixels lie from its first one."""
+        padded_NHWC = pad(self.split.images_NHWC, augment)
+        H, W = self.split.image_size
+        device = padded_NHWC.device
+        self._padded_size = padded_NHWC.shape[1], padded_NHWC.shape[2]
+        self._pixels_M3 = padded_NHWC.reshape(-1, 3)
+        row_H1 = torch.arange(H, device=device)[:, None] * self._padded_size[1]
+        column_W = torch.arange(W, device=device)
+        straight_P, mirrored_P = (row_H1 + column_W).view(-1), (row_H1 + column_W.flip(0)).view(-1)
+        self._offsets_2P = torch.stack((straight_P, mirrored_P))
+
+
+def pad(images_NHWC: Tensor, augment: Augment) -> Tensor:
+    """``images_NHWC`` with ``crop_padding`` pixels more on every side."""
+    p = augment.crop_padding
+    if p == 0:
+        return images_NHWC
+    N, H, W, _ = images_NHWC.shape
+    reflect = augment.padding_mode == "reflect"
+    if reflect and p >= min(H, W):
+        raise UserError(
+            f"crop_padding is {p}, but images of {H}x{W} reflect at most {min(H, W) - 1} pixels"
+        )
+    padded_NHWC = images_NHWC.new_zeros(N, H + 2 * p, W + 2 * p, 3)
+    padded_NHWC[:, p : p + H, p : p + W] = images_NHWC
+    if reflect:
+        # Rows first, then whole columns, so that the corners reflect both ways.
+        for dim, size in ((1, H), (2, W)):
+            for k in range(1, p + 1):
+                padded_NHWC.select(dim, p - k).copy_(padded_NHWC.select(dim, p + k))
+                last = p + size - 1
+                padded_NHWC.select(dim, last + k).copy_(padded_NHWC.select(dim, last - k))
+    return padded_NHWC

@@ -1,0 +1,187 @@
+"""One student as it is kept: its weights, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastokd.data.preprocessing import FITS, Preprocessing, from_facts
+from fastokd.errors import UserError
+from fastokd.host.names import in_utf8
+from fastokd.models import Student, create_model
+from fastokd.recipe.recipe import Recipe
+from fastokd.student.torch_file import refuse_what_is_none
+
+STUDENT = "student.safetensors"
+
+
+def _fraction(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _score(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.get("split") in ("val", "test")
+        and type(value.get("epoch")) is int
+        and _fraction(value.get("top1"))
+    )
+
+
+# Files come from anywhere: what a fact must be like to be used.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "model_options": lambda value: isinstance(value, dict),
+    "class_names": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+    **FITS,
+    "step": lambda value: type(value) is int and value >= 0,
+    "ema": lambda value: value is None or _fraction(value),
+    "score": _score,
+    "recipe": lambda value: isinstance(value, dict),
+    "val": lambda value: type(value) is int and value >= 0,
+}
+# What older files don't say.
+OPTIONAL = ("step", "ema", "score")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One student's state and what it says of itself (the metadata of a ``student.safetensors``).
+
+    ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, the fields
+    of its :class:`Preprocessing`, ``student`` (its index) and ``role`` (why it is this one). Files of a
+    run say besides: ``step`` (of the run, after which the weights are these), ``ema`` (the decay,
+    where they are a running average; else null), ``score`` (what exactly these weights scored:
+    ``split``, ``top1`` from 0 to 1 and ``epoch``, counted from 1; null where they weren't scored)
+    ``recipe``, and ``dataset`` and ``val`` (what it was trained on, and how many images were held
+    out of that).
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    facts: dict[str, str]
+
+    def fact(self, name: str) -> Any:
+        """One of ``facts``, out of its JSON."""
+        if name not in self.facts:
+            raise UserError(f"{self.path} doesn't say its {name}: take a run's {STUDENT}")
+        try:
+            value = json.loads(self.facts[name])
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.path} is damaged: its {name} can't be read; take a run's {STUDENT}"
+            ) from error
+        if name in _FITS and not _FITS[name](value):
+            raise UserError(
+                f"{self.path} is damaged: its {name} is {str(value)[:80]}; take a run's {STUDENT}"
+            )
+        return value
+
+    @property
+    def model(self) -> str:
+        """The student's model, by name."""
+        if "model" not in self.facts:
+            raise UserError(f"{self.path} doesn't say its model: take a run's {STUDENT}")
+        return self.facts["model"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the model's constructor."""
+        return dict(self.fact("model_options")) if "model_options" in self.facts else {}
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture is shown to the student."""
+        return from_facts(self.facts, self.fact)
+
+    def about(self) -> dict[str, Any]:
+        """All that it says of itself, for JSON."""
+        known = ["student", "role", *(name for name in OPTIONAL if name in self.facts)]
+        return {
+            "model": self.model,
+            "model_options": self.options,
+            "class_names": self.fact("class_names"),
+            **asdict(self.preprocessing),
+            **{name: self.fact(name) for name in known},
+        }
+
+    def to_bytes(self) -> bytes:
+        """A ``student.safetensors``: the same bytes from the same weights and facts."""
+        plain = {key: value.detach().cpu().contiguous() for key, value in self.state.items()}
+        data = save(plain)  # whose metadata would stand in the order of a hash map
+        size = int.from_bytes(data[:8], "little")
+        entries = {
+            "__metadata__": dict(sorted(self.facts.items())),
+            **json.loads(data[8 : 8 + size]),
+        }
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+    def build(self) -> Student:
+        """The network with these weights, in eval mode; their keys ours or the publisher's.
+
+        Raises:
+            UserError: the weights don't fit the model that the file names.
+        """
+        model = create_model(self.model, len(self.fact("class_names")), **self.options)
+        ours = {model.published_key(key): key for key in model.state_dict()}
+        try:
+            model.load_state_dict({ours.get(key, key): v for key, v in self.state.items()})
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise UserError(f"{self.path} is no {self.model}: {first}") from error
+        return model.eval()
+
+
+def from_file(path: Path) -> Weights:
+    """The student of a ``student.safetensors``; raises as :func:`read_weights`."""
+    try:
+        with in_utf8(path.parent) as folder, safe_open(folder / path.name, "pt") as file:
+            names = list(file.keys())
+            return Weights(
+                path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            )
+    except (OSError, SafetensorError) as error:
+        refuse_what_is_none(path)
+        raise UserError(
+            f"{path} can't be read as a {STUDENT}: {error}; an author's .pth is turned into one "
+            "by `fastokd convert`"
+        ) from error
+
+
+def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
+    """What a student's file says of it; ``names`` are the classes'."""
+    return {
+        "model": recipe.models[student],
+        "model_options": json.dumps(recipe.model_options),
+        "class_names": json.dumps(list(names)),
+        **shown.to_facts(),
+        "student": json.dumps(student),
+        "role": json.dumps(_role(recipe, student)),
+        "dataset": json.dumps(recipe.dataset),
+        "val": json.dumps(recipe.val),
+    }
+
+
+def _role(recipe: Recipe, student: int) -> str:
+    """Why this student is the one, in words."""
+    S = recipe.students
+    if S == 1:
+        return "the only student"
+    if recipe.has_leader:
+        which = "the leader" if student == S - 1 else f"peer {student}"
+        return f"{which} of {recipe.method}"
+    if student != recipe.kept_student:
+        return f"student {student} of {S}, asked for"
+    if recipe.reported == "kept":
+        return f"student {student} of {S}, drawn by the seed: {recipe.method} has no leader"
+    return f"the first of {S}: {recipe.method} has no leader, and its students are alike"
