@@ -13,7 +13,8 @@ from rich.table import Table
 from fastokd.commands.help import keep_docstring
 from fastokd.data import DatasetSplits, load_dataset
 from fastokd.errors import UserError
-from fastokd.host.streams import console, open_missing, say
+from fastokd.host.console import console
+from fastokd.host.streams import open_missing, say
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.page import report

@@ -44,7 +44,7 @@ def reproduce(
 
     The same command again goes on with what is missing.
     """
-    from fastokd.host.streams import console
+    from fastokd.host.console import console
     from fastokd.recipe.settings import parse_seeds
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run

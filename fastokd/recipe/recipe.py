@@ -7,15 +7,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
-
-from fastokd.data import list_datasets
-from fastokd.data.order import keyed_generator
-from fastokd.data.preprocessing import MOST_PIXELS
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import check_options, method_class
-from fastokd.models import model_spec
+from fastokd.known import DATASETS, MOST_PIXELS, Later
 
+# Imported when a recipe is made, not for its name: they import torch.
+methods, models, order = (Later(f"fastokd.{room}") for room in ("methods", "models", "data.order"))
+torch = Later("torch")
 # More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
 # out only when the memory or the year is over.
 MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
@@ -88,9 +85,9 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses what can't be trained, in one sentence."""
         self._check_kinds()
-        needs = method_class(self.method).needs
-        if self.dataset not in list_datasets():
-            raise unknown_name("dataset", self.dataset, list_datasets())
+        needs = methods.method_class(self.method).needs
+        if self.dataset not in DATASETS:
+            raise unknown_name("dataset", self.dataset, DATASETS)
         if self.sharing not in needs.sharing:
             raise UserError(
                 f"{self.method} has no {self.sharing} form: choose {' or '.join(needs.sharing)}"
@@ -141,7 +138,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
-        check_options(self.method, self.method_options)
+        methods.check_options(self.method, self.method_options)
         temperature = self.method_options.get("temperature", 1.0)
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
@@ -161,7 +158,7 @@ class Recipe:
         """Refuses unknown students, and more or fewer than the method or the names allow."""
         names = self.model.split("+")
         for name in names:
-            model_spec(name)
+            models.model_spec(name)
         if len(names) > 1:
             if len(names) != self.students:
                 raise UserError(
@@ -173,7 +170,7 @@ class Recipe:
                     f"a branch cohort shares one trunk, but {self.model} names several students: "
                     f"choose {self.method}-network"
                 )
-        needs = method_class(self.method).needs
+        needs = methods.method_class(self.method).needs
         if self.students < needs.min_students:
             role = " (a leader and at least one peer)" if needs.leader else ""
             raise UserError(
@@ -195,7 +192,7 @@ class Recipe:
             return self.students - 1
         if self.reported != "kept":
             return 0
-        generator = keyed_generator(self.seed, "kept student")
+        generator = order.keyed_generator(self.seed, "kept student")
         return int(torch.randint(self.students, (), generator=generator))
 
     def score(self, metrics: dict[str, Any]) -> float:
@@ -217,7 +214,7 @@ class Recipe:
     @property
     def has_leader(self) -> bool:
         """Whether the last student is the one that is kept."""
-        return method_class(self.method).needs.leader
+        return methods.method_class(self.method).needs.leader
 
     def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
         """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""

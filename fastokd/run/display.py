@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastokd.host.streams import Outlet, console, tell_lost
+from fastokd.host.console import console
+from fastokd.host.streams import Outlet, tell_lost
 from fastokd.run.hooks import Watcher
 from fastokd.run.metric_lines import choosing_split
 

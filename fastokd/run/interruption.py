@@ -12,26 +12,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import DiskError, warn
+from fastokd.errors import DiskError, Interrupted, warn
 from fastokd.learner.guard import READ_EVERY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which torchrun sends its processes what a terminal or Slurm has sent them already.
 ECHO = 10.0
-
-
-class Interrupted(SystemExit):
-    """A run stopped because it was asked to; its state is saved.
-
-    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
-    129 after SIGHUP.
-    """
-
-    code: int
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signal = signal.Signals(signum).name
 
 
 class StopRequest:
