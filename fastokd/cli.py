@@ -12,18 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.commands import look, student
+import fastokd
+from fastokd.commands import facts, student
 from fastokd.commands.bench import bench, plan
 from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
-from fastokd.distributed.launch import of_the_first_rank
-from fastokd.errors import DISK, UserError
+from fastokd.errors import DISK, Interrupted, UserError
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import guarded, open_missing, reason
-from fastokd.methods import register_method
-from fastokd.run.interruption import Interrupted
 from fastokd.run.loggers import still_busy
 
 INTERRUPTED = 130  # by ^C, as shells have it
@@ -46,19 +44,28 @@ app.command(epilog="Example: fastokd train okddip-branch/resnet32/cifar100 --dat
 app.command(epilog="Example: fastokd reproduce table2 --only resnet32 --epochs 30 --seeds 0,1")(
     reproduce
 )
-look.register(app)
+facts.register(app)
 app.add_typer(bench, name="bench")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastokd {fastokd.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     method: Annotated[
         str | None, typer.Option(help="A method of your own that a run was trained by.")
     ] = None,
 ) -> None:
     """Options of every command."""
-    del debug, method  # read by run_command(), before the command and after its errors
+    del version, debug, method  # read by run_command(), before the command and after its errors
 
 
 keep_docstrings(app)
@@ -73,6 +80,8 @@ def _own_methods(arguments: list[str]) -> list[str]:
         if option != "--method":
             left.append(word)
             continue
+        from fastokd.methods import register_method
+
         name = value if equals else next(words, "")
         register_method(name)
         if "train" in arguments:
@@ -126,6 +135,8 @@ def _run(arguments: Sequence[str]) -> int:
         _complain(error)
         return 2
     except Interrupted as stop:
+        from fastokd.distributed.launch import of_the_first_rank
+
         if of_the_first_rank():
             _complain(f"stopped by {stop.signal}; the run is saved, --resume continues it")
         return stop.code

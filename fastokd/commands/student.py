@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.commands.options import DataRoot, Device, Json, Loader, Precision, Workers
+from fastokd.commands.options import DataRoot, Json, run_options
 from fastokd.host.names import on_a_line
+from fastokd.run.options import RunOptions
 
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
@@ -55,7 +56,6 @@ def export(
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
-    from fastokd.run.session import RunOptions
     from fastokd.student.export import export as turn
 
     done = turn(
@@ -87,24 +87,17 @@ def predict(
             print(f"  {100 * share:5.1f} %  {on_a_line(name)}")
 
 
+@run_options("data_root", "device", "precision", "loader", "workers")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
+    options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
     model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    loader: Loader = "auto",
-    workers: Workers = 0,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
-    from fastokd.run.session import RunOptions
 
-    options = RunOptions(
-        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
-    )
     results = score(run, dataset=dataset, model=model, options=options)
     if json_:
         print(json.dumps(results))

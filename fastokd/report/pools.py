@@ -12,9 +12,9 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe
 from fastokd.report.published import Changes, from_its_name, options_of, shown
 from fastokd.report.statistics import Sample
-from fastokd.report.summary import summarise
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.summary import summarise
 
 Row = dict[str, Any]
 # Said of runs only where others of their name have it otherwise.

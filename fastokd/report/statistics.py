@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ def welch(ours: Sample, theirs: Sample) -> Difference:
     freedom = variance**2 / sum(
         part**2 / (side.runs - 1) for part, side in zip(parts, (ours, theirs), strict=True)
     )
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return Difference(value, (value - half, value + half))

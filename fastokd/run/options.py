@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastokd.data.disk.prepared import LOADERS
 from fastokd.errors import UserError
+from fastokd.known import LOADERS
 
 # What a run is, beside its recipe: these decide its numbers, or their last bits, and a resumed run
 # keeps them as they were. The contents of `init` and of the teacher count too (identity.py).
@@ -92,38 +92,44 @@ class RunOptions:
         UserError: a number out of its range.
     """
 
-    out: Path | None = None
-    data_root: Path | None = None
-    download: bool = False
-    device: str = "auto"
-    precision: str = "auto"
-    engine: str = "auto"
-    compile: bool | None = None
-    memory_format: str = "auto"
-    capture: bool = False
-    impl: str = "auto"
-    loader: str = "auto"
-    workers: int = 0
-    teacher: Path | None = None
-    init: tuple[str, ...] = ()
-    resume: bool = False
-    max_steps: int | None = None
-    overfit_batch: bool = False
-    optimizer: str = "sgd"
-    accumulate: int = 1
-    clip_norm: float | None = None
-    skip_nonfinite: int = 0
-    ema: float | None = None
-    eval_every: int = 1
-    save_every_steps: int | None = None
-    save_every_minutes: float | None = 15.0
-    parallel: str = "data"
-    sync_bn: bool = False
-    deterministic: bool = False
-    show_augmentation: bool = False
-    tensorboard: bool = False
-    wandb: bool = False
-    quiet: bool = False
+    out: Annotated[Path | None, "The run folder; runs/RECIPE-seedN."] = None
+    data_root: Annotated[Path | None, "Where the data sets lie."] = None
+    download: Annotated[bool, "Fetch the data set where it is missing."] = False
+    resume: Annotated[bool, "Continue the run in --out."] = False
+    device: Annotated[str, "auto, cpu or cuda."] = "auto"
+    precision: Annotated[str, "auto, bf16, fp16, tf32 or fp32."] = "auto"
+    teacher: Annotated[Path | None, "A run or a student.safetensors, for kd and okddip_kd."] = None
+    init: Annotated[
+        tuple[str, ...], "Trained weights to begin from; one for all, or one a student."
+    ] = ()
+    engine: Annotated[str, "How the students run: auto, loop, grouped or vmap."] = "auto"
+    impl: Annotated[str, "The ops: auto, torch, cpp or triton."] = "auto"
+    optimizer: Annotated[str, "sgd (fused) or apex-sgd."] = "sgd"
+    compile: Annotated[bool | None, "Forward and loss through torch.compile."] = None
+    memory_format: Annotated[str, "auto, channels_last or contiguous."] = "auto"
+    capture: Annotated[bool, "The whole step as a CUDA graph."] = False
+    accumulate: Annotated[int, "Take a batch in so many parts."] = 1
+    clip_norm: Annotated[float | None, "Largest norm of the gradient."] = None
+    skip_nonfinite: Annotated[int, "Steps that may be left out because a value isn't finite."] = 0
+    ema: Annotated[float | None, "Decay of an average of the leader."] = None
+    loader: Annotated[str, "Images on disk: auto, dali or torchvision."] = "auto"
+    workers: Annotated[int, "Its threads or processes; 0: one a core."] = 0
+    eval_every: Annotated[int, "Epochs between evaluations."] = 1
+    save_every_steps: Annotated[
+        int | None, "Steps between checkpoints; after each epoch in any case."
+    ] = None
+    save_every_minutes: Annotated[float | None, "Minutes between checkpoints."] = 15.0
+    max_steps: Annotated[int | None, "Stop a run after so many steps."] = None
+    overfit_batch: Annotated[bool, "Train on one batch only."] = False
+    parallel: Annotated[str, "What ranks share under torchrun: data, or students."] = "data"
+    sync_bn: Annotated[bool, "BatchNorm over the batch of all ranks."] = False
+    deterministic: Annotated[bool, "The same bits each time, on a GPU too; slower there."] = False
+    show_augmentation: Annotated[
+        bool, "Leave a batch as the students see it, augmentation.png."
+    ] = False
+    tensorboard: Annotated[bool, "Tell TensorBoard, in the run folder."] = False
+    wandb: Annotated[bool, "Tell Weights & Biases."] = False
+    quiet: Annotated[bool, "Print nothing but errors."] = False
 
     def __post_init__(self) -> None:
         for name in ("out", "data_root", "teacher"):

@@ -24,9 +24,9 @@ from fastokd.evaluate import evaluate, evaluate_session
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.report.summary import summarise
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.session import RunOptions, Session
+from fastokd.run.summary import summarise
 from fastokd.student.export import export
 from fastokd.student.file import STUDENT, Weights, read_weights
 from fastokd.student.within_cohort import first_images, within_cohort

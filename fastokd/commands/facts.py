@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated, Any
 
 import typer
 
+import fastokd
 from fastokd.commands.options import Json
 from fastokd.errors import unknown_name
 
@@ -16,8 +18,6 @@ def list_(
     json_: Json = False,
 ) -> None:
     """List what there is."""
-    import fastokd
-
     lists = {
         "models": fastokd.list_models,
         "methods": fastokd.list_methods,
@@ -36,8 +36,6 @@ def model_info(
     json_: Json = False,
 ) -> None:
     """Count a student: parameters, multiply-accumulates, feature width, maps."""
-    import dataclasses
-
     from fastokd.models import model_info as count
 
     info = dataclasses.asdict(count(name, num_classes))
