@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
-from fastokd.recipe.recipe import MOST, Recipe, methods, models
+from fastokd.recipe.recipe import MOST, Recipe, checked, methods, models
 
 # Where a method with two forms was published in one.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -77,8 +77,8 @@ def recipe(name: str, **changes: Any) -> Recipe:
 
 def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``base`` with their new values; the method's options together in theirs."""
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    found = {key: _typed(key, v, getattr(base, key)) for key, v in changes.items() if key in fields}
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    found = {key: checked(fields[key], value) for key, value in changes.items() if key in fields}
     options = dict(found.pop("method_options", {}))
     known = methods.option_defaults(base.method)
     for key, value in changes.items():
@@ -87,28 +87,13 @@ def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             if any(key in methods.option_defaults(method) for method in METHODS):
                 methods.check_options(base.method, {key: value})  # raises: another method has it
-            raise unknown_name("setting", key, [*fields[1:], *known])
+            raise unknown_name("setting", key, [*list(fields)[1:], *known])
         if key in options and options[key] != value:
             raise UserError(f"{key} is both {options[key]} and {value}: leave one of them out")
         options[key] = value
     if options:
         found["method_options"] = {**base.method_options, **options}
     return found
-
-
-def _typed(key: str, value: Any, like: Any) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list):
-        return tuple(value)
-    kinds = (int, float) if isinstance(like, float) else (type(like),)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(like, bool)):
-        raise UserError(f"{key} is {value!r}: it must be {_kind(like)}, like {like!r}")
-    return float(value) if isinstance(like, float) else value
-
-
-def _kind(like: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list"}
-    names[dict] = "an object of names and values"
-    return names.get(type(like), "a word")
 
 
 def _parse(name: str) -> _Name:

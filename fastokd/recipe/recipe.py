@@ -23,6 +23,24 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "dict[str, Any]": (dict, "an object of names and values"),
     "tuple[int, ...]": (tuple, "a list of whole numbers"),
 }
+
+
+def checked(known: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` as that field of a recipe holds it; recipes are read from files too.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    kind, what = _KINDS.get(str(known.type), (str, "a word"))
+    value = tuple(value) if kind is tuple and isinstance(value, list) else value
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is tuple:
+        fits = fits and all(type(entry) is int for entry in value)
+    if not fits:
+        raise UserError(f"{known.name} is {value!r}: it must be {what}")
+    return float(value) if known.type == "float" else value
+
+
 # What a run is judged by, and what its best epoch is chosen by.
 Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
 
@@ -84,7 +102,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses what can't be trained, in one sentence."""
-        self._check_kinds()
+        for known in dataclasses.fields(self):
+            checked(known, getattr(self, known.name))
         needs = methods.method_class(self.method).needs
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
@@ -142,17 +161,6 @@ class Recipe:
         temperature = self.method_options.get("temperature", 1.0)
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
-
-    def _check_kinds(self) -> None:
-        """Refuses a value of another type than its field's: recipes are read from files too."""
-        for known in dataclasses.fields(self):
-            value = getattr(self, known.name)
-            kind, what = _KINDS.get(str(known.type), (str, "a word"))
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if kind is tuple:
-                fits = fits and all(type(entry) is int for entry in value)
-            if not fits:
-                raise UserError(f"{known.name} is {value!r}: it must be {what}")
 
     def _check_students(self) -> None:
         """Refuses unknown students, and more or fewer than the method or the names allow."""
