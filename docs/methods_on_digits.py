@@ -19,7 +19,7 @@ from fastokd.device import environment, pick_device
 from fastokd.recipe.names import recipe
 from fastokd.report.statistics import Sample
 from fastokd.run.summary import summarise
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.recipe.settings import parse_seeds
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train

@@ -25,7 +25,7 @@ from fastokd.checkpoint import write_durably
 from fastokd.recipe.names import recipe
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 KEPT = Path(__file__).parent / "fashion_mnist"
 MODEL = "resnet8"

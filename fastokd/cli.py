@@ -37,14 +37,22 @@ app = typer.Typer(
 )
 
 # In the order in which --help lists them; bench, which has commands of its own, is always last.
-student.register(app)
-app.command(epilog="Example: fastokd plan okddip-branch/resnet32/cifar100 --device h100")(plan)
-app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet")(prepare)
-app.command(epilog="Example: fastokd train okddip-branch/resnet32/cifar100 --data-root data")(train)
-app.command(epilog="Example: fastokd reproduce table2 --only resnet32 --epochs 30 --seeds 0,1")(
-    reproduce
-)
-facts.register(app)
+for _command, _example in (
+    (student.report, "report runs/* -o report.html"),
+    (student.diff, "diff runs/a runs/b"),
+    (student.export, "export runs/RUN --to onnx"),
+    (student.predict, "predict runs/RUN picture.jpg"),
+    (student.evaluate, "evaluate runs/okddip-branch-resnet8-digits-seed0"),
+    (student.convert, "convert modelleader_best.pth --out resnet32.safetensors"),
+    (plan, "plan okddip-branch/resnet32/cifar100 --device h100"),
+    (prepare, "prepare imagenet --data-root /data/imagenet"),
+    (train, "train okddip-branch/resnet32/cifar100 --data-root data"),
+    (reproduce, "reproduce table2 --only resnet32 --epochs 30 --seeds 0,1"),
+    (facts.list_, "list recipes --json"),
+    (facts.model_info, "model-info resnet32 --num-classes 100"),
+    (facts.doctor, "doctor --json"),
+):
+    app.command(_example.split()[0], epilog=f"Example: fastokd {_example}")(_command)
 app.add_typer(bench, name="bench")
 
 

@@ -17,8 +17,9 @@ from fastokd.host.streams import open_missing, say
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.page import report
+from fastokd.report.statistics import Sample
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 
@@ -70,25 +71,21 @@ def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
     table.add_column("")
     table.add_column("test top-1 (%)", justify="right")
     tests = [run.last["test"] for run in runs["okddip"]]
-    table.add_row("leader", _spread([100 * test["leader_top1"] for test in tests]))
+
+    def row(name: str, fractions: list[float]) -> None:
+        table.add_row(name, str(Sample.of([100 * value for value in fractions])))
+
+    row("leader", [test["leader_top1"] for test in tests])
     for peer in range(len(tests[0]["student_top1"]) - 1):
-        table.add_row(f"peer {peer}", _spread([100 * test["student_top1"][peer] for test in tests]))
-    table.add_row("mean of all four", _spread([100 * test["mean_top1"] for test in tests]))
-    table.add_row("ensemble of the peers", _spread([100 * test["ensemble_top1"] for test in tests]))
-    alone = [100 * run.last["test"]["mean_top1"] for run in runs["alone"]]
-    table.add_row("the same student alone", _spread(alone))
+        row(f"peer {peer}", [test["student_top1"][peer] for test in tests])
+    row("mean of all four", [test["mean_top1"] for test in tests])
+    row("ensemble of the peers", [test["ensemble_top1"] for test in tests])
+    row("the same student alone", [run.last["test"]["mean_top1"] for run in runs["alone"]])
     table.add_row("3 nearest neighbours, raw pixels", f"{100 * neighbours:.2f}")
     table.add_section()
-    table.add_row("diversity of the peers", _spread([test["diversity"] for test in tests], 4))
+    diversity = Sample.of([test["diversity"] for test in tests])
+    table.add_row("diversity of the peers", diversity.text(4))
     return table
-
-
-def _spread(values: list[float], digits: int = 2) -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _unused(out: Path) -> Path:

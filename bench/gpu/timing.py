@@ -17,7 +17,7 @@ from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
 from fastokd.learner.captured import WARM_UP_STEPS
 from fastokd.recipe.names import Recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 # A section with less time left goes on to no further block.
 SPARE_SECONDS = 4.0

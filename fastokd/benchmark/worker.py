@@ -28,7 +28,7 @@ from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
 from fastokd.ops._dispatch import choose
 from fastokd.recipe.names import Recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
     "fastokd": OurLoop,

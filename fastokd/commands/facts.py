@@ -39,31 +39,23 @@ def model_info(
     from fastokd.models import model_info as count
 
     info = dataclasses.asdict(count(name, num_classes))
-    _print_facts(info, json_)
+    print_facts(info, json_)
 
 
 def doctor(json_: Json = False) -> None:
     """Say which implementations, devices and optional packages work here, and why not."""
     from fastokd.doctor import diagnose
 
-    _print_facts(diagnose(), json_)
+    print_facts(diagnose(), json_)
 
 
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """One fact a line, those within another indented; or all as JSON."""
     if as_json:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
         if isinstance(value, dict):
-            print(f"{name}:")
-            for key, inner in value.items():
-                print(f"  {key}: {inner}")
+            print(f"{name}:", *(f"\n  {key}: {inner}" for key, inner in value.items()), sep="")
         else:
-            print(f"{name}: {value}")
-
-
-def register(app: typer.Typer) -> None:
-    """Adds them to the program."""
-    app.command(name="list", epilog="Example: fastokd list recipes --json")(list_)
-    app.command(epilog="Example: fastokd model-info resnet32 --num-classes 100")(model_info)
-    app.command(epilog="Example: fastokd doctor --json")(doctor)
+            print(f"{name}: {f'{value:.4g}' if isinstance(value, float) else value}")

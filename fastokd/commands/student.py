@@ -133,17 +133,3 @@ def convert(
 
 def _print_lines(lines: Iterable[str]) -> None:
     print("\n".join(map(on_a_line, lines)))
-
-
-def register(app: typer.Typer) -> None:
-    """Adds them to the program."""
-    app.command(epilog="Example: fastokd report runs/* -o report.html")(report)
-    app.command(epilog="Example: fastokd diff runs/a runs/b")(diff)
-    app.command(epilog="Example: fastokd export runs/RUN --to onnx")(export)
-    app.command(epilog="Example: fastokd predict runs/RUN picture.jpg")(predict)
-    app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")(
-        evaluate
-    )
-    app.command(epilog="Example: fastokd convert modelleader_best.pth --out resnet32.safetensors")(
-        convert
-    )

@@ -10,7 +10,7 @@ import torch
 from fastokd.benchmark import loops
 from fastokd.benchmark.equality import agreement
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 NAMES = (
     "okddip-branch/resnet8/cifar100",

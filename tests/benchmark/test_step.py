@@ -15,7 +15,7 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.facts import __file__ as FACTS
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 TINY = "okddip-branch/resnet8/digits"
 KEYS = {

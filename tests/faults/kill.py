@@ -31,7 +31,7 @@ from fastokd.checkpoint import newest_checkpoint
 from fastokd.ops import _cpp
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights
 from fastokd.train import train
 

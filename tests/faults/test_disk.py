@@ -24,7 +24,7 @@ from fastokd.run.display import Display
 from fastokd.run.folder import RunFolder
 from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.metric_lines import MEASURED
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.export import export
 from fastokd.train import train
 from tests.faults.disk import KINDS, Disk, files_up_to

@@ -17,7 +17,7 @@ import pytest
 from fastokd.recipe.names import recipe
 from fastokd.report.page import report
 from fastokd.run.folder import Run, RunFolder
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 # The module, which the function hides.
 import fastokd.train  # noqa: F401  isort: skip

@@ -16,7 +16,7 @@ import torch
 
 from fastokd.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 from tests.faults.kill import digest
 

@@ -22,7 +22,7 @@ from fastokd.host.streams import Outlet
 from fastokd.recipe.names import recipe
 from fastokd.run.display import Display
 from fastokd.run.folder import RunFolder
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")

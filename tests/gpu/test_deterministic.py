@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import fastokd
 from fastokd.benchmark.loops import OurLoop
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_kernel_selection")]
 

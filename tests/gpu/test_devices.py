@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.gpu.test_ops_peer_attention_distillation import drawn, found
 from tests.learner.every_method import small
 from tests.ops import fusion_cases, map_cases, mixture_cases

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastokd.benchmark.loops import OurLoop
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 from tests.ops.empty_cases import CASES, assert_as_the_reference
 

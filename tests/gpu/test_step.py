@@ -11,7 +11,7 @@ import torch
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.step import training_step
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from fastokd.recipe.names import recipe
 from fastokd.report.canvas import canvas, plainly
 from fastokd.report.page import report
 from fastokd.report.plots import as_svg, save
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
 
 BYTES = b"_\xff[bold][/] <script>&\"'% $x$ `*\nz"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.guard import Guard
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -18,7 +18,7 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.optimizers import create_optimizer, step_unless
 from fastokd.learner.step import training_step
 from fastokd.methods.kdcl_targets import covariance_weights
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 from tests.learner.fake_cuda import CUDA, Dispatched, fake_step
 

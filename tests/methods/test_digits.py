@@ -10,7 +10,7 @@ import pytest
 from fastokd.methods import list_methods, method_class
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 QUICK = RunOptions(device="cpu", precision="fp32", engine="loop", eval_every=2, quiet=True)

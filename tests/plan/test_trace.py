@@ -13,7 +13,7 @@ from fastokd.benchmark.step import step_macs
 from fastokd.plan.ops import describe
 from fastokd.plan.trace import torchs_layers, trace_ours, trace_reference
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 TINY = "okddip-branch/resnet8/cifar100"
 

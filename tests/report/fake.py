@@ -12,7 +12,7 @@ from fastokd.checkpoint import save_checkpoint
 from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 
 Accuracy = Callable[[Recipe, int], float]
 

@@ -23,7 +23,7 @@ from fastokd.report.pictures import pictures
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
 
 EPOCHS = 3

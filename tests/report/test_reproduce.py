@@ -15,7 +15,7 @@ from fastokd.errors import UserError
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.train import train
 from tests.report.fake import FakeTrain

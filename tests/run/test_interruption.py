@@ -22,7 +22,7 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.interruption import Interrupted, Keeper, StopRequest
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 SAVING = ((signal.SIGTERM, 143), (signal.SIGINT, 130))

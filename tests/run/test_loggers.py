@@ -13,7 +13,7 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.run import loggers
 from fastokd.run.loggers import still_busy
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=500)

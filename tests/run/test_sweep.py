@@ -13,7 +13,7 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds, parse_settings, wanted_runs
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.run.sweep import run_all
 from fastokd.train import train
 from tests.report.fake import FakeTrain

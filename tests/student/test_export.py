@@ -24,7 +24,7 @@ from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.convert import convert
 from fastokd.student.export import FORMATS, checked, export
 from fastokd.student.export.formats import call

@@ -16,7 +16,7 @@ from fastokd.cohort import Cohort
 from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights
 from fastokd.student.init import begin_from
 from fastokd.train import train

@@ -22,7 +22,7 @@ from fastokd.learner.state import below
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import build_cohort, load_splits
 from fastokd.run.folder import RunFolder
-from fastokd.run.session import RunOptions
+from fastokd.run.options import RunOptions
 from fastokd.student.export.formats import NEEDS, SINGLE_FILES, Format
 from fastokd.student.export.hub import HUB
 from fastokd.student.file import Weights, read_weights, student_of
