@@ -18,10 +18,11 @@ from typing import Any
 from fastokd.device import environment, pick_device
 from fastokd.recipe.names import recipe
 from fastokd.report.statistics import Sample
-from fastokd.report.summary import summarise
+from fastokd.run.summary import summarise
 from fastokd.run.options import RunOptions
 from fastokd.recipe.settings import parse_seeds
 from fastokd.run.sweep import run_or_resume
+from fastokd.train import train
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "methods_on_digits.json", HERE / "methods_on_digits.md"
@@ -72,7 +73,7 @@ def main() -> None:
         )
         teacher = arguments.out / "baseline-seed0"
         started = time.process_time()
-        run = run_or_resume(resolved, replace(OPTIONS, out=folder, teacher=teacher))
+        run = run_or_resume(resolved, replace(OPTIONS, out=folder, teacher=teacher), train)
         test = run.last["test"]
         kept["runs"][f"{label}-seed{seed}"] = {
             "method": label,

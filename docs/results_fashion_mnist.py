@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from fastokd.checkpoint import write_durably
 from fastokd.recipe.names import recipe
 from fastokd.run.sweep import run_or_resume
+from fastokd.train import train
 from fastokd.run.options import RunOptions
 
 KEPT = Path(__file__).parent / "fashion_mnist"
@@ -89,7 +90,7 @@ def _keep(run: Wanted, folder: Path) -> None:
     """Trains one run to its end and writes what is kept of it: a line of facts, then its epochs."""
     resolved = recipe(f"{run.row}/{MODEL}/fashion_mnist", epochs=run.epochs, seed=run.seed)
     with _metered(folder.with_suffix(".cpu")) as cpu_seconds:
-        done = run_or_resume(resolved, replace(OPTIONS, out=folder))
+        done = run_or_resume(resolved, replace(OPTIONS, out=folder), train)
         spent = cpu_seconds()
     facts: dict[str, Any] = {
         "recipe": resolved.to_json(),

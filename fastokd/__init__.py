@@ -1,41 +1,76 @@
 """fastokd: online knowledge distillation of a cohort of students as one fast program."""
 
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+# Sets the environment that torch reads when it is imported, and so comes first.
+from fastokd.host import before_torch  # noqa: F401
+
+if TYPE_CHECKING:
+    from fastokd.cohort import Cohort as Cohort
+    from fastokd.cohort import CohortOutput as CohortOutput
+    from fastokd.errors import UserError as UserError
+    from fastokd.evaluate import evaluate as evaluate
+    from fastokd.known import list_datasets as list_datasets
+    from fastokd.known import list_methods as list_methods
+    from fastokd.known import list_models as list_models
+    from fastokd.methods import Method as Method
+    from fastokd.methods import MethodLoss as MethodLoss
+    from fastokd.recipe.names import Recipe as Recipe
+    from fastokd.recipe.names import list_recipes as list_recipes
+    from fastokd.recipe.names import recipe as recipe
+    from fastokd.run.folder import Run as Run
+    from fastokd.run.options import RunOptions as RunOptions
+    from fastokd.train import train as train
+
 __version__ = "0.1.0"
 
-# Before torch, which is loaded by all others.
-from fastokd.host import before_torch  # noqa: F401  # isort: skip
+_HOMES = {
+    "Cohort": "cohort",
+    "CohortOutput": "cohort",
+    "Method": "methods",
+    "MethodLoss": "methods",
+    "Recipe": "recipe.names",
+    "Run": "run.folder",
+    "RunOptions": "run.options",
+    "UserError": "errors",
+    "evaluate": "evaluate",
+    "list_datasets": "known",
+    "list_methods": "known",
+    "list_models": "known",
+    "list_recipes": "recipe.names",
+    "recipe": "recipe.names",
+    "train": "train",
+}
+__all__ = [*_HOMES]
 
-# Imported here, not on first use: ``train`` and ``evaluate`` are functions and modules by one
-# name, and the function must be what ``fastokd.train`` means whoever imported the module first.
-from fastokd.cohort import Cohort, CohortOutput
-from fastokd.data import list_datasets
-from fastokd.errors import UserError
-from fastokd.host import cpus
-from fastokd.methods import Method, MethodLoss, list_methods
-from fastokd.models import list_models
-from fastokd.recipe.names import Recipe, list_recipes, recipe
-from fastokd.run.folder import Run
-from fastokd.run.options import RunOptions
 
-from fastokd.evaluate import evaluate  # isort: skip
-from fastokd.train import train  # isort: skip
+class _Package(ModuleType):
+    """Imports what it is asked for, so that ``import fastokd`` doesn't import torch."""
 
-cpus.settle_threads()
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f"fastokd.{_HOMES[name]}"), name)
+            super().__setattr__(name, value)
+            return value
+        # A package or module of fastokd: ``fastokd.ops`` after ``import fastokd``.
+        if name.startswith("_") or find_spec(f"fastokd.{name}") is None:
+            raise AttributeError(f"module 'fastokd' has no attribute {name!r}")
+        return import_module(f"fastokd.{name}")
 
-__all__ = [
-    "Cohort",
-    "CohortOutput",
-    "Method",
-    "MethodLoss",
-    "Recipe",
-    "Run",
-    "RunOptions",
-    "UserError",
-    "evaluate",
-    "list_datasets",
-    "list_methods",
-    "list_models",
-    "list_recipes",
-    "recipe",
-    "train",
-]
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule to its package when it is imported. ``train``, ``evaluate`` and
+        # ``recipe`` are submodules too, but the package's attributes are the functions.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -12,18 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.commands import look, student
+import fastokd
+from fastokd.commands import facts, student
 from fastokd.commands.bench import bench, plan
 from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
-from fastokd.distributed.launch import of_the_first_rank
-from fastokd.errors import DISK, UserError
+from fastokd.errors import DISK, Interrupted, UserError
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import guarded, open_missing, reason
-from fastokd.methods import register_method
-from fastokd.run.interruption import Interrupted
 from fastokd.run.loggers import still_busy
 
 INTERRUPTED = 130  # by ^C, as shells have it
@@ -39,26 +37,43 @@ app = typer.Typer(
 )
 
 # In the order in which --help lists them; bench, which has commands of its own, is always last.
-student.register(app)
-app.command(epilog="Example: fastokd plan okddip-branch/resnet32/cifar100 --device h100")(plan)
-app.command(epilog="Example: fastokd prepare imagenet --data-root /data/imagenet")(prepare)
-app.command(epilog="Example: fastokd train okddip-branch/resnet32/cifar100 --data-root data")(train)
-app.command(epilog="Example: fastokd reproduce table2 --only resnet32 --epochs 30 --seeds 0,1")(
-    reproduce
-)
-look.register(app)
+for _command, _example in (
+    (student.report, "report runs/* -o report.html"),
+    (student.diff, "diff runs/a runs/b"),
+    (student.export, "export runs/RUN --to onnx"),
+    (student.predict, "predict runs/RUN picture.jpg"),
+    (student.evaluate, "evaluate runs/okddip-branch-resnet8-digits-seed0"),
+    (student.convert, "convert modelleader_best.pth --out resnet32.safetensors"),
+    (plan, "plan okddip-branch/resnet32/cifar100 --device h100"),
+    (prepare, "prepare imagenet --data-root /data/imagenet"),
+    (train, "train okddip-branch/resnet32/cifar100 --data-root data"),
+    (reproduce, "reproduce table2 --only resnet32 --epochs 30 --seeds 0,1"),
+    (facts.list_, "list recipes --json"),
+    (facts.model_info, "model-info resnet32 --num-classes 100"),
+    (facts.doctor, "doctor --json"),
+):
+    app.command(_example.split()[0], epilog=f"Example: fastokd {_example}")(_command)
 app.add_typer(bench, name="bench")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastokd {fastokd.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     method: Annotated[
         str | None, typer.Option(help="A method of your own that a run was trained by.")
     ] = None,
 ) -> None:
     """Options of every command."""
-    del debug, method  # read by run_command(), before the command and after its errors
+    del version, debug, method  # read by run_command(), before the command and after its errors
 
 
 keep_docstrings(app)
@@ -73,6 +88,8 @@ def _own_methods(arguments: list[str]) -> list[str]:
         if option != "--method":
             left.append(word)
             continue
+        from fastokd.methods import register_method
+
         name = value if equals else next(words, "")
         register_method(name)
         if "train" in arguments:
@@ -126,6 +143,8 @@ def _run(arguments: Sequence[str]) -> int:
         _complain(error)
         return 2
     except Interrupted as stop:
+        from fastokd.distributed.launch import of_the_first_rank
+
         if of_the_first_rank():
             _complain(f"stopped by {stop.signal}; the run is saved, --resume continues it")
         return stop.code

@@ -6,17 +6,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.table import Table
 
-from fastokd.commands.help import keep_docstring
-from fastokd.data import DatasetSplits, load_dataset
+from fastokd.data import DatasetSplits, Split, load_dataset
 from fastokd.errors import UserError
-from fastokd.host.streams import console, open_missing, say
+from fastokd.host.console import console
+from fastokd.host.streams import open_missing, say
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.page import report
+from fastokd.report.statistics import Sample
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.train import train
@@ -24,8 +25,10 @@ from fastokd.train import train
 
 def main() -> None:
     """Trains the recipe and the same student alone for each seed; prints the table."""
-    keep_docstring(main)
-    parser = argparse.ArgumentParser(prog="python -m fastokd.demo", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastokd.demo",
+        description="Trains OKDDip and the same student alone for each seed; prints the table.",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--epochs", type=int, default=None)
@@ -54,13 +57,12 @@ def main() -> None:
 
 def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
     """Test accuracy of k-nearest-neighbours on raw pixels."""
-    from sklearn.neighbors import KNeighborsClassifier
-
-    def pixels(split: Any) -> Any:
-        return split.images_NHWC[..., 0].flatten(1).numpy()
-
-    fitted = KNeighborsClassifier(k).fit(pixels(data.train), data.train.labels_N.numpy())
-    return float(fitted.score(pixels(data.test), data.test.labels_N.numpy()))
+    assert isinstance(data.train, Split)
+    assert isinstance(data.test, Split)
+    train, test = (split.images_NHWC.flatten(1).double() for split in (data.train, data.test))
+    nearest = torch.cdist(test, train).topk(k, largest=False).indices
+    votes = data.train.labels_N[nearest].mode(dim=1).values
+    return (votes == data.test.labels_N).double().mean().item()
 
 
 def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
@@ -69,25 +71,21 @@ def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
     table.add_column("")
     table.add_column("test top-1 (%)", justify="right")
     tests = [run.last["test"] for run in runs["okddip"]]
-    table.add_row("leader", _spread([100 * test["leader_top1"] for test in tests]))
+
+    def row(name: str, fractions: list[float]) -> None:
+        table.add_row(name, str(Sample.of([100 * value for value in fractions])))
+
+    row("leader", [test["leader_top1"] for test in tests])
     for peer in range(len(tests[0]["student_top1"]) - 1):
-        table.add_row(f"peer {peer}", _spread([100 * test["student_top1"][peer] for test in tests]))
-    table.add_row("mean of all four", _spread([100 * test["mean_top1"] for test in tests]))
-    table.add_row("ensemble of the peers", _spread([100 * test["ensemble_top1"] for test in tests]))
-    alone = [100 * run.last["test"]["mean_top1"] for run in runs["alone"]]
-    table.add_row("the same student alone", _spread(alone))
+        row(f"peer {peer}", [test["student_top1"][peer] for test in tests])
+    row("mean of all four", [test["mean_top1"] for test in tests])
+    row("ensemble of the peers", [test["ensemble_top1"] for test in tests])
+    row("the same student alone", [run.last["test"]["mean_top1"] for run in runs["alone"]])
     table.add_row("3 nearest neighbours, raw pixels", f"{100 * neighbours:.2f}")
     table.add_section()
-    table.add_row("diversity of the peers", _spread([test["diversity"] for test in tests], 4))
+    diversity = Sample.of([test["diversity"] for test in tests])
+    table.add_row("diversity of the peers", diversity.text(4))
     return table
-
-
-def _spread(values: list[float], digits: int = 2) -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _unused(out: Path) -> Path:

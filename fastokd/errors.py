@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import signal
 from collections.abc import Iterable
 
 from fastokd.host.streams import warn as warn
@@ -40,6 +41,20 @@ class LoaderError(UserError):
 
 class DeviceLostError(UserError):
     """The GPU refuses everything from here on, so that this process can't go on."""
+
+
+class Interrupted(SystemExit):
+    """A run stopped because it was asked to; its state is saved.
+
+    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
+    129 after SIGHUP.
+    """
+
+    code: int
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal = signal.Signals(signum).name
 
 
 def in_one_line(error: BaseException) -> str:

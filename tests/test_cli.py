@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -19,7 +20,6 @@ from fastokd import cli
 from fastokd.commands.help import keep_docstrings
 from fastokd.device import pick_device
 from fastokd.errors import UserError, unknown_name
-from fastokd.recipe import settings
 from fastokd.run.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def test_interrupted_is_no_traceback(
 
     monkeypatch.setattr("fastokd.list_models", interrupted)
     assert run(capsys, "list", "models") == (130, "", "fastokd: interrupted\n")
-    monkeypatch.setattr(settings, "plan", interrupted)
+    monkeypatch.setattr("fastokd.commands.train.wanted_runs", interrupted)
     code, _, err = run(capsys, "train", RECIPE)
     assert (code, err) == (
         130,
@@ -233,7 +233,7 @@ def test_interrupted_is_no_traceback(
 
 def test_interrupted_while_it_loads_it_ends_in_silence(tmp_path: Path) -> None:
     """As a program ends that has not begun: by the signal."""
-    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    (tmp_path / "typer.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     command = [sys.executable, "-m", "fastokd", "list", "models"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     # What starts the tests may have ignored it, and children inherit that.
@@ -330,6 +330,6 @@ def test_every_option_of_train_is_the_runs(
     def record(_: object, options: RunOptions) -> None:
         runs.append(options)
 
-    monkeypatch.setattr(sys.modules["fastokd.train"], "train", record)
+    monkeypatch.setattr(importlib.import_module("fastokd.train"), "train", record)
     assert run(capsys, "train", RECIPE, *given) == (0, "", "")
     assert [dataclasses.asdict(options) for options in runs] == [asked]

@@ -125,7 +125,7 @@ def test_the_commands_of_a_page(
             if arguments[0] == "train":  # whose page takes seconds to draw
                 patch.setattr("fastokd.report.page.report", lambda runs: None)
             if any(word in MANY_RUNS for word in arguments):
-                patch.setattr("fastokd.run.sweep.train", fake)
+                patch.setattr(importlib.import_module("fastokd.train"), "train", fake)
             assert run_command(arguments) == 0, f"{command.text}\n{capsys.readouterr().err}"
 
 

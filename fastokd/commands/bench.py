@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastokd.commands.facts import print_facts
 from fastokd.commands.options import Json
 from fastokd.errors import UserError
 
@@ -119,7 +120,7 @@ def step(
         threads=threads,
     )
     (timing,) = time_steps([spec], steps)
-    _print(timing.to_json(), json_)
+    print_facts(timing.to_json(), json_)
 
 
 def plan(
@@ -146,11 +147,3 @@ def _resolved(name: str, **changes: Any) -> Any:
     from fastokd.recipe.names import recipe
 
     return recipe(name, **{key: value for key, value in changes.items() if value is not None})
-
-
-def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        print(f"{name}: {f'{value:.4g}' if isinstance(value, float) else value}")

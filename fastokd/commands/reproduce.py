@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,20 +10,15 @@ from typing import Annotated
 
 import typer
 
-from fastokd.commands.options import (
-    DataRoot,
-    Device,
-    Download,
-    Engine,
-    Impl,
-    Json,
-    MaxSteps,
-    Precision,
-)
+from fastokd.commands.options import Json, run_options
+from fastokd.recipe.settings import parse_seeds
+from fastokd.run.options import RunOptions
 
 
+@run_options("data_root", "download", "device", "precision", "engine", "impl", "max_steps")
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
+    options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
     model: Annotated[str | None, typer.Option(help="In place of the paper's students.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
@@ -30,13 +26,6 @@ def reproduce(
     val: Annotated[int | None, typer.Option(help="Images held out to choose the epoch.")] = None,
     only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
     out: Annotated[Path | None, typer.Option(help="The runs; runs/TABLE.")] = None,
-    data_root: DataRoot = None,
-    download: Download = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    engine: Engine = "auto",
-    impl: Impl = "auto",
-    max_steps: MaxSteps = None,
     json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
 ) -> None:
@@ -44,24 +33,14 @@ def reproduce(
 
     The same command again goes on with what is missing.
     """
-    from fastokd.host.streams import console
-    from fastokd.recipe.settings import parse_seeds
+    from fastokd.host.console import console
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
-    from fastokd.run.options import RunOptions
+    from fastokd.train import train
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
-    options = RunOptions(
-        data_root=data_root,
-        download=download,
-        device=device,
-        precision=precision,
-        engine=engine,
-        impl=impl,
-        max_steps=max_steps,
-        quiet=quiet or json_,
-    )
-    done = run(request, out or Path("runs") / table, options)
+    options = dataclasses.replace(options, quiet=quiet or json_)
+    done = run(request, out or Path("runs") / table, options, train)
     if json_:
         print(json.dumps(done.to_json()))
     else:

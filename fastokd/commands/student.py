@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastokd.commands.options import DataRoot, Device, Json, Loader, Precision, Workers
+from fastokd.commands.options import DataRoot, Json, run_options
 from fastokd.host.names import on_a_line
+from fastokd.run.options import RunOptions
 
 Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
 Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
@@ -56,7 +57,6 @@ def export(
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
     from fastokd.export import export as turn
-    from fastokd.run.options import RunOptions
 
     done = turn(
         source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
@@ -87,24 +87,17 @@ def predict(
             print(f"  {100 * share:5.1f} %  {on_a_line(name)}")
 
 
+@run_options("data_root", "device", "precision", "loader", "workers")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
+    options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
     model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    loader: Loader = "auto",
-    workers: Workers = 0,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
-    from fastokd.run.options import RunOptions
 
-    options = RunOptions(
-        data_root=data_root, device=device, precision=precision, loader=loader, workers=workers
-    )
     results = score(run, dataset=dataset, model=model, options=options)
     if json_:
         print(json.dumps(results))
@@ -140,17 +133,3 @@ def convert(
 
 def _print_lines(lines: Iterable[str]) -> None:
     print("\n".join(map(on_a_line, lines)))
-
-
-def register(app: typer.Typer) -> None:
-    """Adds them to the program."""
-    app.command(epilog="Example: fastokd report runs/* -o report.html")(report)
-    app.command(epilog="Example: fastokd diff runs/a runs/b")(diff)
-    app.command(epilog="Example: fastokd export runs/RUN --to onnx")(export)
-    app.command(epilog="Example: fastokd predict runs/RUN picture.jpg")(predict)
-    app.command(epilog="Example: fastokd evaluate runs/okddip-branch-resnet8-digits-seed0")(
-        evaluate
-    )
-    app.command(epilog="Example: fastokd convert modelleader_best.pth --out resnet32.safetensors")(
-        convert
-    )

@@ -3,10 +3,11 @@
 from fastokd.data.augment import Augment
 from fastokd.data.disk.split import DiskSplit
 from fastokd.data.disk.stream import DiskStream
-from fastokd.data.registry import list_datasets, load_dataset
+from fastokd.data.registry import load_dataset
 from fastokd.data.sets.stream import BatchStream, Draws
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.stream import read_all, stream_of
+from fastokd.known import list_datasets
 
 __all__ = [
     "Augment",

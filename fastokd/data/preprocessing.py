@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from fastokd.data.decode import centre, grey_square, read_rgb
 from fastokd.data.views import BACKGROUND, View
+from fastokd.known import MOST_PIXELS
 from fastokd.ops.normalize import normalize, scale_and_shift
 
-# The largest image of a recipe, and of a student's file.
-MOST_PIXELS = 4096
 # Of a folder, mean and deviation move by less with what is held out and how it is read.
 NEAR = 0.01
 

@@ -18,6 +18,7 @@ from fastokd.data.sets.fashion_mnist import load_fashion_mnist
 from fastokd.data.sets.folder import channel_statistics, load_folder
 from fastokd.data.splits import DatasetSplits, Split, stratified_split
 from fastokd.errors import UserError, unknown_name
+from fastokd.known import DATASETS
 
 
 class _Request(NamedTuple):
@@ -56,11 +57,6 @@ def _prepared(name: str, ask: _Request) -> DatasetSplits:
     )
 
 
-def list_datasets() -> list[str]:
-    """The names that :func:`load_dataset` takes."""
-    return sorted(_LOADERS)
-
-
 def load_dataset(
     name: str,
     root: Path | None = None,
@@ -77,7 +73,7 @@ def load_dataset(
     """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as the files of it.
 
     Args:
-        name: as in :func:`list_datasets`.
+        name: as in :func:`fastokd.list_datasets`.
         root: the folder that holds its files (docs/data.md); ``digits`` needs none, and
             ``fashion_mnist`` none where Debian's package is installed.
         val: images held out of train, stratified by class; 0 holds out none. ``digits``, and image
@@ -99,8 +95,8 @@ def load_dataset(
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
             a ``val`` that can't be held out; a loader that can't be had.
     """
-    if name not in _LOADERS:
-        raise unknown_name("dataset", name, _LOADERS)
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
     if image_size not in (None, 32) and name not in _CHOOSABLE:
         raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
     if eval_resize and name not in _CHOOSABLE:

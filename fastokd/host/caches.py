@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastokd.errors import warn
+from fastokd.host.streams import warn
 
 # The variable that names another library's cache, and its default within the home directory.
 OTHERS = {
@@ -50,9 +50,8 @@ def cache_roots() -> list[Path]:
 def settle() -> None:
     """Names a folder for each other library whose own can't be written, for this process and its
     children. Must run before they are imported."""
-    home = _home() or NOWHERE
     for name, default in OTHERS.items():
-        usual = home / default if default else _system()
+        usual = Path.home() / default if default else _system()
         if _refusal(Path(os.environ.get(name) or usual)) is None:
             continue
         root = cache_roots()[-1]
@@ -68,18 +67,8 @@ def _places() -> Iterator[Path]:
         yield Path(os.environ["FASTOKD_CACHE"])
     if os.environ.get("XDG_CACHE_HOME"):
         yield Path(os.environ["XDG_CACHE_HOME"]) / "fastokd"
-    home = _home()
-    if home is not None:
-        yield home / ".cache" / "fastokd"
+    yield Path.home() / ".cache" / "fastokd"
     yield own_folder()
-
-
-def _home() -> Path | None:
-    """The home directory; None for a user without one."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return None
 
 
 @functools.cache

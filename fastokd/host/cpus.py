@@ -14,6 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastokd.known import Later
+
+torch = Later("torch")
 # How often a thread of libgomp looks for work before it sleeps. libgomp's own 300,000 take a core
 # from another program after each of a step's thousands of parallel regions; with none a thread is
 # woken in each of them. bench/bench_two_programs.py measures what lies between.
@@ -123,8 +126,6 @@ def settle() -> None:
 
 def settle_threads() -> None:
     """Lowers torch's threads to this process's share of the CPUs. Leaves what the user set."""
-    import torch
-
     if not _threads_set() and torch.get_num_threads() > share_of_cpus():
         torch.set_num_threads(share_of_cpus())
 
@@ -152,8 +153,6 @@ def waiting() -> str:
 def said() -> str:
     """What was chosen, why, and who else is there, in a line: ``2 threads on 2 CPUs (spin count
     1500); nothing else runs on them``. Takes 0.2 s."""
-    import torch
-
     usable, ranks, quota = usable_cpus(), ranks_here(), cpu_quota()
     threads = torch.get_num_threads()
     reasons = _threads_set()

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-
 from fastokd.host.names import on_a_line
 
 
@@ -108,12 +106,6 @@ def tell_lost(out: Outlet) -> None:
 def reason(error: BaseException) -> str:
     """Why something can't be written, in the operating system's words."""
     return getattr(error, "strerror", None) or str(error)
-
-
-def console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """rich's console on a standard stream; names are shown as they are, without markup."""
-    stream: Any = Outlet(sys.stderr if stderr else sys.stdout)
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
 
 @contextmanager

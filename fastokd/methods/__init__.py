@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -10,42 +9,11 @@ from typing import Any
 
 from fastokd.cohort import CohortShape
 from fastokd.errors import UserError, unknown_name
+from fastokd.known import METHODS, list_methods, load
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
-from fastokd.methods.baseline import Baseline
-from fastokd.methods.cl_ilr import CLILR
-from fastokd.methods.dml import DML
-from fastokd.methods.ffsd import FFSD
-from fastokd.methods.ind import Independent
-from fastokd.methods.kd import KD
-from fastokd.methods.kdcl import KDCL
-from fastokd.methods.okddip import OKDDip
-from fastokd.methods.okddip_ablations import (
-    OKDDipEntropy,
-    OKDDipMean,
-    OKDDipNoTwoLevel,
-    OKDDipRandom,
-    OKDDipSymmetric,
-)
-from fastokd.methods.okddip_kd import OKDDipKD
-from fastokd.methods.one import ONE
 
-_METHODS: dict[str, type[Method]] = {
-    "baseline": Baseline,
-    "cl_ilr": CLILR,
-    "dml": DML,
-    "ffsd": FFSD,
-    "ind": Independent,
-    "kd": KD,
-    "kdcl": KDCL,
-    "okddip": OKDDip,
-    "okddip_entropy": OKDDipEntropy,
-    "okddip_kd": OKDDipKD,
-    "okddip_mean": OKDDipMean,
-    "okddip_no_two_level": OKDDipNoTwoLevel,
-    "okddip_random": OKDDipRandom,
-    "okddip_symmetric": OKDDipSymmetric,
-    "one": ONE,
-}
+# Classes of users, by ``package.module:Class``.
+_OWN: dict[str, type[Method]] = {}
 
 
 def register_method(name: str) -> type[Method]:
@@ -57,9 +25,8 @@ def register_method(name: str) -> type[Method]:
     Raises:
         UserError: there is no such module or class, or it is no :class:`Method`.
     """
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--method {name} can't be loaded: {error}; name it as package.module:Class, and run "
@@ -67,25 +34,23 @@ def register_method(name: str) -> type[Method]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"--method {name} is no subclass of fastokd.methods.Method: make it one")
-    _METHODS[name] = found
+    _OWN[name] = found
     return found
-
-
-def list_methods() -> list[str]:
-    """The names that recipes take; those of :func:`register_method` aren't among them."""
-    return sorted(name for name in _METHODS if ":" not in name)
 
 
 def method_class(name: str) -> type[Method]:
     """The class of one method; an unknown name raises and offers the nearest ones."""
-    if name not in _METHODS and ":" in name:
+    if name in _OWN:
+        return _OWN[name]
+    if ":" in name:
         raise UserError(
             f"the method {name} is somebody's own code, which a recipe doesn't load by itself: add "
             f"--method {name}"
         )
-    if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
-    return _METHODS[name]
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    found: type[Method] = load(METHODS[name])
+    return found
 
 
 def option_defaults(name: str) -> dict[str, Any]:

@@ -1,22 +1,10 @@
 """The students: plain modules, and the registry that names them."""
 
-from fastokd.models import (  # noqa: F401  (each registers its students)
-    densenet,
-    googlenet,
-    resnet,
-    vgg,
-    wide_resnet,
-)
+from fastokd.known import list_models
 from fastokd.models.info import ModelInfo, map_shapes, model_info, trunk_shape
-from fastokd.models.registry import (
-    ModelSpec,
-    create_model,
-    input_size,
-    list_models,
-    model_spec,
-    register_model,
-)
+from fastokd.models.registry import create_model, input_size, model_spec, register_model
 from fastokd.models.sizes import least_batch
+from fastokd.models.spec import ModelSpec
 from fastokd.models.student import Student, StudentOutput
 
 __all__ = [

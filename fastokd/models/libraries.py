@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from fastokd.errors import UserError, unknown_name
+from fastokd.known import Later
 from fastokd.models.external import ExternalStudent
 from fastokd.models.probe import Probe
-from fastokd.models.registry import ModelSpec, stated_size
+from fastokd.models.spec import ModelSpec, stated_size
 
 # Whatever fetches weights, in either library.
 DOWNLOADS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
+# Each takes a second to import, and timm may be missing.
+models, timm = Later("torchvision.models"), Later("timm")
 # A cohort builds the same network many times; where its features and maps are does not change.
 _FOUND: dict[tuple[object, ...], Probe] = {}
 
@@ -80,8 +83,6 @@ def _construct(new: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _torchvision(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
-    from torchvision import models
-
     known = models.list_models(module=models)
     if arch not in known:
         raise unknown_name("torchvision model", arch, known)
@@ -95,10 +96,9 @@ def _torchvision(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
 
 def _timm(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
     try:
-        import timm
+        known = timm.list_models()
     except ImportError as error:
         raise UserError(f"{name} needs timm, which isn't here: pip install timm") from error
-    known = timm.list_models()
     if arch.partition(".")[0] not in known:
         raise unknown_name("timm model", arch, known)
     cfg = timm.models.get_pretrained_cfg(arch)

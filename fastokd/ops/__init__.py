@@ -1,5 +1,6 @@
 """The fused ops: one signature each, a readable reference, and the fast paths."""
 
+from fastokd.host.cpus import settle_threads
 from fastokd.ops.attention import (
     attention_diversity,
     attention_map,
@@ -11,6 +12,8 @@ from fastokd.ops.fused_bn_act import fused_bn_act, norm_act
 from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
 from fastokd.ops.peer_attention_distillation import peer_attention_distillation
+
+settle_threads()
 
 __all__ = [
     "MixtureLoss",

@@ -11,8 +11,44 @@ from typing import Any
 
 from fastokd.errors import unknown_name
 
-# The facts' columns as our methods; the form where the method has two and none was published alone.
-METHODS = {"okddip_network": "okddip-network", "okddip_branch": "okddip-branch"}
+_FORMS = {"okddip_network": "okddip-network", "okddip_branch": "okddip-branch"}
+# Of each of OKDDip's tables: its key in the facts, its row where it has only one, the recipe of a
+# (method, row), and the methods that the facts name otherwise.
+TABLES: dict[str, tuple[str, str | None, str, dict[str, str]]] = {
+    "table1": ("table1_cifar10", None, "{}/{}/cifar10", _FORMS),
+    "table2": ("table2_cifar100", None, "{}/{}/cifar100", _FORMS),
+    "table3": ("table3_imagenet_resnet34", "resnet34", "{}/{}/imagenet", _FORMS),
+    "table4": (
+        "table4_cifar100_ensemble_branch",
+        None,
+        "{}-ensemble/{}/cifar100",
+        {"okddip": "okddip_no_two_level-branch"},  # 4 peers and no leader
+    ),
+    "table5": (
+        "table5_ablation_cifar100_resnet32",
+        "resnet32",
+        "{}-branch/{}/cifar100",
+        {
+            "random": "okddip_random",
+            "symmetric": "okddip_symmetric",
+            "entropy": "okddip_entropy",
+            "mean": "okddip_mean",
+            "no_two_level": "okddip_no_two_level",
+        },
+    ),
+    "table6": (
+        "table6_teacher_resnet32",
+        None,
+        "{}/{}",
+        {
+            "baseline": "baseline/resnet32",
+            "kd": "kd/resnet32",
+            "okddip": "okddip-branch/resnet32",
+            "okddip_kd": "okddip_kd-branch/resnet32",
+            "teacher_resnet110": "baseline/resnet110",
+        },
+    ),
+}
 GROUP_SIZES = range(3, 9)
 DEFAULT_SIZE = 4
 
@@ -61,76 +97,24 @@ def _all() -> dict[str, list[Cell]]:
     text = resources.files("fastokd.facts").joinpath("paper_results.json").read_text()
     facts = json.loads(text)
     okddip = facts["okddip"]
-    return {
-        "table1": _methods("table1", okddip["table1_cifar10"], "cifar10"),
-        "table2": _methods("table2", okddip["table2_cifar100"], "cifar100"),
-        "table3": _methods("table3", {"resnet34": okddip["table3_imagenet_resnet34"]}, "imagenet"),
-        "table4": _ensembles(okddip["table4_cifar100_ensemble_branch"]),
-        "table5": _ablations(okddip["table5_ablation_cifar100_resnet32"]),
-        "table6": _teachers(okddip["table6_teacher_resnet32"]),
-        "figure3": _group_sizes(),
-        "ffsd": _ffsd(facts["ffsd"]),
-    }
+    cells = {}
+    for table, (key, row, name, methods) in TABLES.items():
+        rows = {row: okddip[key]} if row else okddip[key]
+        cells[table] = [
+            Cell(
+                table, row, column, name.format(methods.get(column, column), row), **_result(value)
+            )
+            for row, columns in rows.items()
+            for column, value in columns.items()
+        ]
+    return cells | {"figure3": _group_sizes(), "ffsd": _ffsd(facts["ffsd"])}
 
 
-def _cell(table: str, row: str, column: str, recipe: str, published: Any) -> Cell:
-    """A number alone is a single run; a pair a mean and a deviation over three."""
+def _result(published: Any) -> dict[str, Any]:
+    """A number alone is a single run; a pair is a mean and a deviation over three."""
     if isinstance(published, (int, float)):
-        return Cell(table, row, column, recipe, mean=float(published), runs=1)
-    mean, std = published
-    return Cell(table, row, column, recipe, mean=mean, std=std, runs=3)
-
-
-def _methods(table: str, rows: dict[str, dict[str, Any]], dataset: str) -> list[Cell]:
-    return [
-        _cell(table, model, column, f"{METHODS.get(column, column)}/{model}/{dataset}", value)
-        for model, columns in rows.items()
-        for column, value in columns.items()
-    ]
-
-
-def _ensembles(rows: dict[str, dict[str, Any]]) -> list[Cell]:
-    """Table 4 has 4 peers and no leader: OKDDip's column is its form without one."""
-    methods = {"okddip": "okddip_no_two_level-branch"}
-    return [
-        _cell(
-            "table4",
-            model,
-            column,
-            f"{methods.get(column, column)}-ensemble/{model}/cifar100",
-            value,
-        )
-        for model, columns in rows.items()
-        for column, value in columns.items()
-    ]
-
-
-def _ablations(columns: dict[str, Any]) -> list[Cell]:
-    return [
-        _cell(
-            "table5",
-            "resnet32",
-            column,
-            f"{column if column == 'okddip' else f'okddip_{column}'}-branch/resnet32/cifar100",
-            value,
-        )
-        for column, value in columns.items()
-    ]
-
-
-def _teachers(rows: dict[str, dict[str, Any]]) -> list[Cell]:
-    recipes = {
-        "baseline": "baseline/resnet32",
-        "kd": "kd/resnet32",
-        "okddip": "okddip-branch/resnet32",
-        "okddip_kd": "okddip_kd-branch/resnet32",
-        "teacher_resnet110": "baseline/resnet110",
-    }
-    return [
-        _cell("table6", dataset, column, f"{recipes[column]}/{dataset}", value)
-        for dataset, columns in rows.items()
-        for column, value in columns.items()
-    ]
+        return {"mean": float(published), "runs": 1}
+    return {"mean": published[0], "std": published[1], "runs": 3}
 
 
 def _group_sizes() -> list[Cell]:

@@ -19,12 +19,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fastokd.data import list_datasets
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import check_options, list_methods, method_class, option_defaults
-from fastokd.models import model_spec
+from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
-from fastokd.recipe.recipe import MOST, Recipe
+from fastokd.recipe.recipe import MOST, Recipe, checked, methods, models
 
 # Where a method with two forms was published in one.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -79,38 +77,23 @@ def recipe(name: str, **changes: Any) -> Recipe:
 
 def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``base`` with their new values; the method's options together in theirs."""
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    found = {key: _typed(key, v, getattr(base, key)) for key, v in changes.items() if key in fields}
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    found = {key: checked(fields[key], value) for key, value in changes.items() if key in fields}
     options = dict(found.pop("method_options", {}))
-    known = option_defaults(base.method)
+    known = methods.option_defaults(base.method)
     for key, value in changes.items():
         if key in fields:
             continue
         if key not in known:
-            if any(key in option_defaults(method) for method in list_methods()):
-                check_options(base.method, {key: value})  # raises: another method has it
-            raise unknown_name("setting", key, [*fields[1:], *known])
+            if any(key in methods.option_defaults(method) for method in METHODS):
+                methods.check_options(base.method, {key: value})  # raises: another method has it
+            raise unknown_name("setting", key, [*list(fields)[1:], *known])
         if key in options and options[key] != value:
             raise UserError(f"{key} is both {options[key]} and {value}: leave one of them out")
         options[key] = value
     if options:
         found["method_options"] = {**base.method_options, **options}
     return found
-
-
-def _typed(key: str, value: Any, like: Any) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list):
-        return tuple(value)
-    kinds = (int, float) if isinstance(like, float) else (type(like),)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(like, bool)):
-        raise UserError(f"{key} is {value!r}: it must be {_kind(like)}, like {like!r}")
-    return float(value) if isinstance(like, float) else value
-
-
-def _kind(like: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list"}
-    names[dict] = "an object of names and values"
-    return names.get(type(like), "a word")
 
 
 def _parse(name: str) -> _Name:
@@ -122,15 +105,15 @@ def _parse(name: str) -> _Name:
         )
     text, model, dataset = parts
     for student in model.split("+"):
-        model_spec(student)
-    if dataset not in list_datasets():
-        raise unknown_name("dataset", dataset, list_datasets())
+        models.model_spec(student)
+    if dataset not in DATASETS:
+        raise unknown_name("dataset", dataset, DATASETS)
     text, at, count = text.partition("@")
     if at and not count.isdecimal():
         raise UserError(f"{name!r} asks for {count!r} students: write a number after the @")
     method, *words = text.split("-")
-    if method not in list_methods():
-        raise unknown_name("method", method, list_methods())
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
     ensemble = "ensemble" in words
     forms = [word for word in words if word != "ensemble"]
     if len(forms) > 1 or not {*forms} <= {"branch", "network"}:
@@ -143,7 +126,7 @@ def _parse(name: str) -> _Name:
 
 
 def _only_form(method: str) -> str:
-    forms = method_class(method).needs.sharing
+    forms = methods.method_class(method).needs.sharing
     if method in PUBLISHED_FORM:
         return PUBLISHED_FORM[method]
     if len(forms) > 1:
@@ -167,12 +150,12 @@ def _published(text: str, name: _Name) -> Recipe:
             students,
             method_options=_method_options(name.method),
             model_options=_model_options(name),
-            reported="leader" if method_class(name.method).needs.leader else "mean",
+            reported="leader" if methods.method_class(name.method).needs.leader else "mean",
         )
     )
     if name.method in UNRAMPED:
         base = dataclasses.replace(base, ramp_epochs=0.0)
-    if method_class(name.method).needs.teacher:
+    if methods.method_class(name.method).needs.teacher:
         teacher = "resnet34" if name.dataset == "imagenet" else "resnet110"
         base = dataclasses.replace(base, teacher=f"baseline/{teacher}/{name.dataset}")
     if name.method == "ffsd":
@@ -192,7 +175,7 @@ def _students(method: str) -> int:
 def _method_options(method: str) -> dict[str, Any]:
     """What the papers set, written out so that ``recipe.json`` says it."""
     options: dict[str, Any] = {}
-    if "temperature" in option_defaults(method):
+    if "temperature" in methods.option_defaults(method):
         options["temperature"] = 2.0 if method == "ffsd" else TEMPERATURE
     if method == "kdcl":
         options["target"] = "min_logit"
@@ -203,7 +186,7 @@ def _model_options(name: _Name) -> dict[str, Any]:
     """What differs in the branch form: VGG's dropout."""
     if name.sharing == "network" or "+" in name.model:
         return {}
-    return dict(model_spec(name.model).branch_options)
+    return dict(models.model_spec(name.model).branch_options)
 
 
 def _ffsd(base: Recipe) -> Recipe:

@@ -7,16 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
-
-from fastokd.cohort.sharing import check_sharing
-from fastokd.data import list_datasets
-from fastokd.data.preprocessing import MOST_PIXELS
 from fastokd.errors import UserError, unknown_name
-from fastokd.methods import check_options, method_class
-from fastokd.models import model_spec
-from fastokd.seeds import keyed_generator
+from fastokd.known import DATASETS, MOST_PIXELS, Later
 
+# Imported when a recipe is made, not for its name: they import torch.
+methods = Later("fastokd.methods")
+models = Later("fastokd.models")
+cohort = Later("fastokd.cohort.sharing")
+seeds = Later("fastokd.seeds")
+torch = Later("torch")
 # More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
 # out only when the memory or the year is over.
 MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
@@ -27,6 +26,24 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "dict[str, Any]": (dict, "an object of names and values"),
     "tuple[int, ...]": (tuple, "a list of whole numbers"),
 }
+
+
+def checked(known: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` as that field of a recipe holds it; recipes are read from files too.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    kind, what = _KINDS.get(str(known.type), (str, "a word"))
+    value = tuple(value) if kind is tuple and isinstance(value, list) else value
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is tuple:
+        fits = fits and all(type(entry) is int for entry in value)
+    if not fits:
+        raise UserError(f"{known.name} is {value!r}: it must be {what}")
+    return float(value) if known.type == "float" else value
+
+
 # What a run is judged by, and what its best epoch is chosen by.
 Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
 
@@ -88,10 +105,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses what can't be trained, in one sentence."""
-        self._check_kinds()
-        needs = method_class(self.method).needs
-        if self.dataset not in list_datasets():
-            raise unknown_name("dataset", self.dataset, list_datasets())
+        for known in dataclasses.fields(self):
+            checked(known, getattr(self, known.name))
+        needs = methods.method_class(self.method).needs
+        if self.dataset not in DATASETS:
+            raise unknown_name("dataset", self.dataset, DATASETS)
         needs.check(self.method, self.sharing, self.students)
         self._check_students()
         if self.reported not in get_args(Reported):
@@ -139,32 +157,21 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
-        check_options(self.method, self.method_options)
+        methods.check_options(self.method, self.method_options)
         temperature = self.method_options.get("temperature", 1.0)
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
-
-    def _check_kinds(self) -> None:
-        """Refuses a value of another type than its field's: recipes are read from files too."""
-        for known in dataclasses.fields(self):
-            value = getattr(self, known.name)
-            kind, what = _KINDS.get(str(known.type), (str, "a word"))
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if kind is tuple:
-                fits = fits and all(type(entry) is int for entry in value)
-            if not fits:
-                raise UserError(f"{known.name} is {value!r}: it must be {what}")
 
     def _check_students(self) -> None:
         """Raises for unknown students, or names that don't fit their number or sharing."""
         names = self.model.split("+")
         for name in names:
-            model_spec(name)
+            models.model_spec(name)
         if len(names) > 1 and len(names) != self.students:
             raise UserError(
                 f"students is {self.students}, but {self.model} names {len(names)}: name one for each"
             )
-        check_sharing(self.sharing, names, instead=f"choose {self.method}-network")
+        cohort.check_sharing(self.sharing, names, instead=f"choose {self.method}-network")
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -180,7 +187,7 @@ class Recipe:
             return self.students - 1
         if self.reported != "kept":
             return 0
-        generator = keyed_generator(self.seed, "kept student")
+        generator = seeds.keyed_generator(self.seed, "kept student")
         return int(torch.randint(self.students, (), generator=generator))
 
     def score(self, metrics: dict[str, Any]) -> float:
@@ -202,7 +209,7 @@ class Recipe:
     @property
     def has_leader(self) -> bool:
         """Whether the last student is the one that is kept."""
-        return method_class(self.method).needs.leader
+        return methods.method_class(self.method).needs.leader
 
     def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
         """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""

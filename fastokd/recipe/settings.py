@@ -16,7 +16,7 @@ NAMED = ("method", "model", "dataset", "sharing")
 
 
 @dataclass(frozen=True)
-class Planned:
+class WantedRun:
     """One run that is wanted: its folder's name and its recipe."""
 
     folder: str
@@ -58,14 +58,14 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in words))
 
 
-def plan(
+def wanted_runs(
     name: str,
     flags: Mapping[str, Any],
     settings: Mapping[str, Sequence[Any]],
     *,
     seeds: Sequence[int] | None = None,
     scale_lr: bool = False,
-) -> list[Planned]:
+) -> list[WantedRun]:
     """A run for every combination of the settings' values and the seeds.
 
     Args:
@@ -97,7 +97,7 @@ def plan(
                 )
     every_seed = settings.get("seed") or seeds or [said.get("seed", 0)]
     swept = {key: values for key, values in settings.items() if key != "seed"}
-    planned = []
+    wanted = []
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
         words = [f"{key}={_word(value)}" for key, value in chosen.items()]
@@ -109,8 +109,8 @@ def plan(
                 resolved = replace(resolved, lr=resolved.lr * share)
                 settled["lr"] = resolved.lr
             folder = "-".join([name.replace("/", "-"), *words, f"seed{seed}"])
-            planned.append(Planned(folder, resolved, settled))
-    return planned
+            wanted.append(WantedRun(folder, resolved, settled))
+    return wanted
 
 
 def _list(values: Sequence[Any]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastokd.report.summary import summarise
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.summary import summarise
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:

@@ -17,9 +17,9 @@ from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.published import altered
 from fastokd.report.statistics import Sample, welch
-from fastokd.report.summary import summarise
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.summary import summarise
 
 CAPTIONS = {
     "loss": "The loss that is trained, of all students of a cohort together.",

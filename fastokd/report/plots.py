@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastokd.checkpoint import write_durably
 from fastokd.host.names import in_plot
 from fastokd.report.canvas import canvas, plainly
-from fastokd.report.pools import Pool, Row
+from fastokd.report.pools import EpochMetrics, Pool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +29,21 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
     Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
     ``attention`` (who listens to whom, over the epochs).
     """
+    together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
     with plainly():
         drawn = {
-            "loss": _loss(pools),
+            "loss": _curves(
+                pools,
+                lambda pool, row: row["train"]["loss"],
+                title=f"training loss{together}",
+                yscale="log",
+            ),
             "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
-            "diversity": _diversity(pools),
+            "diversity": _curves(
+                pools,
+                lambda pool, row: _test(row, lambda test: test["diversity"]),
+                title="diversity of the peers, test",
+            ),
             "group_size": _group_size(pools),
             "attention": _attention(pools),
         }
@@ -80,7 +91,9 @@ def _finish(figure: Figure) -> Figure:
     return figure
 
 
-def _plot(axes: Any, pool: Pool, value: Callable[[Row], float | None], **style: Any) -> bool:
+def _plot(
+    axes: Any, pool: Pool, value: Callable[[EpochMetrics], float | None], **style: Any
+) -> bool:
     """A mean curve with its deviation over seeds; False where there is nothing to draw."""
     epochs, means, deviations = pool.curve(value)
     if not epochs:
@@ -97,45 +110,51 @@ def _colour(index: int) -> str:
     return CYCLE[index % len(CYCLE)]
 
 
-def _draw_loss(axes: Any, pools: Sequence[Pool]) -> None:
-    for index, pool in enumerate(pools):
-        _plot(
-            axes,
-            pool,
-            lambda row: row["train"]["loss"],
-            color=_colour(index),
-            label=in_plot(pool.label),
-        )
-    together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
-    axes.set(title=f"training loss{together}", xlabel="epoch", yscale="log")
-
-
-def _loss(pools: Sequence[Pool]) -> Figure:
+def _curves(
+    pools: Sequence[Pool],
+    value: Callable[[Pool, EpochMetrics], float | None],
+    label: Callable[[Pool], str] = lambda pool: pool.label,
+    **axes_settings: Any,
+) -> Figure | None:
+    """A curve for each pool; None where there is nothing to draw."""
     figure = canvas(6, 4)
     axes = figure.subplots()
-    _draw_loss(axes, pools)
+    drawn = [
+        _plot(axes, pool, partial(value, pool), color=_colour(index), label=in_plot(label(pool)))
+        for index, pool in enumerate(pools)
+    ]
+    if not any(drawn):
+        return None
+    axes.set(xlabel="epoch", **axes_settings)
     if len(pools) > 1:
         axes.legend(fontsize="small")
     return _finish(figure)
 
 
-def _draw_students(axes: Any, pool: Pool) -> None:
-    recipe = pool.recipe
+def _accuracy(pools: Sequence[Pool]) -> Figure | None:
+    return _curves(
+        pools,
+        lambda pool, row: _test(row, lambda test: 100 * pool.recipe.score(test)),
+        lambda pool: f"{pool.label}, {pool.reported}",
+        title="test top-1, as reported (%)",
+    )
 
-    def top1_of(student: int) -> Callable[[Row], float | None]:
+
+def _students(pool: Pool) -> Figure:
+    recipe, figure = pool.recipe, canvas(6, 4)
+    axes = figure.subplots()
+
+    def top1_of(student: int) -> Callable[[EpochMetrics], float | None]:
         return lambda row: _test(row, lambda test: 100 * test["student_top1"][student])
 
     for student in range(recipe.students):
         leader = recipe.has_leader and student == recipe.students - 1
+        name = f"student {student}" if recipe.students > 1 else "student"
         _plot(
             axes,
             pool,
             top1_of(student),
-            label="leader"
-            if leader
-            else f"student {student}"
-            if recipe.students > 1
-            else "student",
+            label="leader" if leader else name,
             color=INK if leader else _colour(student),
             linewidth=2 if leader else 1,
         )
@@ -150,56 +169,6 @@ def _draw_students(axes: Any, pool: Pool) -> None:
         )
     axes.set(title=in_plot(f"test top-1, {recipe.dataset} (%)"), xlabel="epoch")
     axes.legend(fontsize="small")
-
-
-def _students(pool: Pool) -> Figure:
-    figure = canvas(6, 4)
-    _draw_students(figure.subplots(), pool)
-    return _finish(figure)
-
-
-def _accuracy(pools: Sequence[Pool]) -> Figure:
-    figure = canvas(6, 4)
-    axes = figure.subplots()
-
-    def reported(pool: Pool) -> Callable[[Row], float | None]:
-        return lambda row: _test(row, lambda test: 100 * pool.recipe.score(test))
-
-    for index, pool in enumerate(pools):
-        _plot(
-            axes,
-            pool,
-            reported(pool),
-            label=in_plot(f"{pool.label}, {pool.reported}"),
-            color=_colour(index),
-        )
-    axes.set(title="test top-1, as reported (%)", xlabel="epoch")
-    axes.legend(fontsize="small")
-    return _finish(figure)
-
-
-def _draw_diversity(axes: Any, pools: Sequence[Pool]) -> bool:
-    drawn = [
-        _plot(
-            axes,
-            pool,
-            lambda row: _test(row, lambda test: test["diversity"]),
-            color=_colour(index),
-            label=in_plot(pool.label),
-        )
-        for index, pool in enumerate(pools)
-    ]
-    axes.set(title="diversity of the peers, test", xlabel="epoch")
-    return any(drawn)
-
-
-def _diversity(pools: Sequence[Pool]) -> Figure | None:
-    figure = canvas(6, 4)
-    axes = figure.subplots()
-    if not _draw_diversity(axes, pools):
-        return None
-    if len(pools) > 1:
-        axes.legend(fontsize="small")
     return _finish(figure)
 
 
@@ -293,5 +262,5 @@ def _who(pool: Pool, student: int) -> str:
     return "leader" if leader else str(student)
 
 
-def _test(row: Row, value: Callable[[Any], float | None]) -> float | None:
+def _test(row: EpochMetrics, value: Callable[[Any], float | None]) -> float | None:
     return value(row["test"]) if "test" in row else None

@@ -12,11 +12,12 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe
 from fastokd.report.published import Changes, from_its_name, options_of, shown
 from fastokd.report.statistics import Sample
-from fastokd.report.summary import summarise
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.summary import summarise
 
-Row = dict[str, Any]
+# One line of metrics.jsonl.
+EpochMetrics = dict[str, Any]
 # Said of runs only where others of their name have it otherwise.
 UNSAID = ("precision", "eval_every")
 
@@ -33,7 +34,7 @@ class Pool:
     runs: tuple[Run, ...]
 
     def curve(
-        self, value: Callable[[Row], float | None]
+        self, value: Callable[[EpochMetrics], float | None]
     ) -> tuple[list[int], list[float], list[float]]:
         """Epochs (from 1), and the mean and deviation over the runs of ``value`` in each.
 
@@ -65,7 +66,7 @@ class Pool:
         """Of the best epoch, in %."""
         return Sample.of([100 * summarise(run).best for run in self.runs])
 
-    def of_last(self, value: Callable[[Row], float | None]) -> Sample | None:
+    def of_last(self, value: Callable[[EpochMetrics], float | None]) -> Sample | None:
         """``value`` of the last measured epoch; None where a run has none."""
         values = [
             value(next(row for row in reversed(run.metrics) if "test" in row)) for run in self.runs

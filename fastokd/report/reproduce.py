@@ -14,13 +14,13 @@ from fastokd.errors import UserError
 from fastokd.methods import method_class
 from fastokd.recipe.cells import Cell, cells_of
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.recipe.settings import Planned
+from fastokd.recipe.settings import WantedRun
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
-from fastokd.report.summary import summarise
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
-from fastokd.run.sweep import run_all
+from fastokd.run.summary import summarise
+from fastokd.run.sweep import Train, run_all
 from fastokd.student.teacher import teacher_recipe
 
 ANOTHER_TASK = "another task"
@@ -99,7 +99,7 @@ class Request:
         return recipe(f"{method}/{model}/{self.dataset or dataset}", **changes)
 
 
-def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
+def reproduce(request: Request, out: Path, options: RunOptions, train: Train) -> Reproduction:
     """Trains the runs that ``out`` lacks and makes the table.
 
     Cells that are one training share its runs, whatever they report of it.
@@ -108,30 +108,30 @@ def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
         UserError: an unknown table; whatever training raises. Started again, it goes on.
     """
     cells = request.cells()
-    wanted: dict[str, Planned] = {}
+    wanted: dict[str, WantedRun] = {}
     for cell in cells:
         for seed in request.seeds:
-            planned = _planned(request.recipe(cell, seed), options.max_steps)
-            wanted.setdefault(planned.folder, planned)
+            entry = _training(request.recipe(cell, seed), options.max_steps)
+            wanted.setdefault(entry.folder, entry)
     scaled = {} if request.epochs is None else {"epochs": request.epochs}  # as long as its students
     teachers = {
-        p.recipe.teacher: _planned(teacher_recipe(p.recipe, **scaled), options.max_steps)
-        for p in wanted.values()
-        if p.recipe.teacher
+        entry.recipe.teacher: _training(teacher_recipe(entry.recipe, **scaled), options.max_steps)
+        for entry in wanted.values()
+        if entry.recipe.teacher
     }
     # Teachers before those whom they teach.
-    order = {planned.folder: planned for planned in (*teachers.values(), *wanted.values())}
+    order = {entry.folder: entry for entry in (*teachers.values(), *wanted.values())}
     found: dict[str, Run] = {}
-    for planned in order.values():
-        taught_by = teachers.get(planned.recipe.teacher)
+    for entry in order.values():
+        taught_by = teachers.get(entry.recipe.teacher)
         folder = None if taught_by is None else out / taught_by.folder
-        (run,) = run_all(out, [planned], dataclasses.replace(options, teacher=folder))
-        found[planned.folder] = run
+        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=folder), train)
+        found[entry.folder] = run
 
     results = []
     for cell in cells:
         judged = [request.recipe(cell, seed) for seed in request.seeds]
-        runs = [found[_planned(r, options.max_steps).folder] for r in judged]
+        runs = [found[_training(r, options.max_steps).folder] for r in judged]
         results.append(_result(cell, judged[0], runs))
     title = _title(request, results)
     if options.max_steps is not None:
@@ -139,7 +139,7 @@ def reproduce(request: Request, out: Path, options: RunOptions) -> Reproduction:
     return Reproduction(title, _notes(results), tuple(results))
 
 
-def _planned(judged: Recipe, max_steps: int | None) -> Planned:
+def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
     """The training under a cell: the same whatever is reported of it.
 
     One that is cut after ``max_steps`` has a folder of its own: whole students never have a teacher
@@ -153,7 +153,7 @@ def _planned(judged: Recipe, max_steps: int | None) -> Planned:
         words.append(f"val{trained.val}")
     if max_steps is not None:
         words.append(f"{max_steps}steps")
-    return Planned("-".join([*words, f"seed{trained.seed}"]), trained, {"seed": trained.seed})
+    return WantedRun("-".join([*words, f"seed{trained.seed}"]), trained, {"seed": trained.seed})
 
 
 def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:

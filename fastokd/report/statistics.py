@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,12 @@ class Sample:
         return Sample(statistics.mean(values), std, len(values))
 
     def __str__(self) -> str:
-        spread = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.mean:.2f}{spread}"
+        return self.text()
+
+    def text(self, digits: int = 2) -> str:
+        """Mean and deviation."""
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,10 @@ def welch(ours: Sample, theirs: Sample) -> Difference:
     value = ours.mean - theirs.mean
     if ours.std is None or theirs.std is None:
         return Difference(value, None)
-    parts = [side.std**2 / side.runs for side in (ours, theirs) if side.std is not None]
-    variance = sum(parts)
+    a, b = ours.std**2 / ours.runs, theirs.std**2 / theirs.runs
+    variance = a + b
     if variance == 0:
         return Difference(value, (value, value))
-    freedom = variance**2 / sum(
-        part**2 / (side.runs - 1) for part, side in zip(parts, (ours, theirs), strict=True)
-    )
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    freedom = variance**2 / (a**2 / (ours.runs - 1) + b**2 / (theirs.runs - 1))
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return Difference(value, (value - half, value + half))

@@ -13,7 +13,8 @@ from rich.table import Table
 from torchvision.utils import make_grid, save_image
 
 from fastokd.checkpoint import writing
-from fastokd.host.streams import Outlet, console, tell_lost
+from fastokd.host.console import console
+from fastokd.host.streams import Outlet, tell_lost
 from fastokd.metrics import choosing_split
 from fastokd.run.hooks import Hook
 from fastokd.run.session import Session

@@ -12,27 +12,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import DiskError, warn
+from fastokd.errors import DiskError, Interrupted, warn
 from fastokd.learner.guard import READ_EVERY
 from fastokd.run.hooks import Hook
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun repeats a signal of the terminal or of Slurm within this many seconds.
 ECHO = 10.0
-
-
-class Interrupted(SystemExit):
-    """A signal stopped the run; its state is saved.
-
-    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
-    129 after SIGHUP.
-    """
-
-    code: int
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signal = signal.Signals(signum).name
 
 
 class StopRequest:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
-from fastokd.data.disk.prepared import LOADERS
 from fastokd.errors import UserError
+from fastokd.known import LOADERS
 
 # What a run is, beside its recipe: these decide its numbers, or their last bits, and a resumed run
 # keeps them as they were. The contents of `init` and of the teacher count too (identity.py).
@@ -45,85 +45,89 @@ MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a recipe runs: the machine's part, and the few habits of the step.
-
-    Attributes:
-        out: the run folder; None for ``runs/`` and the recipe's name.
-        data_root: where data sets lie. ``download`` fetches the ones that can be had.
-        device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        precision: ``"auto"`` (bf16 where the device has instructions for it, else fp32),
-            ``"bf16"``, ``"fp16"`` (with a loss scale that adapts), ``"tf32"`` (GPUs), ``"fp32"``.
-        engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"``, or ``"auto"``, which
-            measures where a run is long enough to gain by it (``docs/performance.md``).
-        compile: whether forward and loss go through ``torch.compile``; None leaves it to
-            ``engine="auto"``, and is False beside a named engine.
-        memory_format: of maps and weights: ``"channels_last"``, ``"contiguous"``, or ``"auto"``.
-        capture: the whole step as one CUDA graph.
-        loader: who decodes images on disk: ``"dali"``, ``"torchvision"``, or ``"auto"`` (DALI where
-            it is installed). ``workers``: its threads or processes; 0 for this process's cores.
-        impl: of the ops: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
-        teacher: a run, a checkpoint or a ``student.safetensors``, for a method that needs one; None
-            for the default folder of the recipe that trains it.
-        init: what the students begin from: a run, a checkpoint, a ``student.safetensors`` or a state
-            dict (``.pth``); one for all, or one for each (``fastokd/student/init.py``).
-        resume: continue the run in ``out``, as it was begun.
-        max_steps: stop after so many steps in all. ``overfit_batch``: train on one batch again and
-            again, a check that a set-up can learn at all.
-        optimizer: ``"sgd"``, or ``"apex-sgd"`` where NVIDIA apex is installed.
-        accumulate: a batch is taken in so many parts, whose gradients add up to the batch's; only
-            BatchNorm sees the parts.
-        clip_norm: the gradient of all that is trained is scaled down to this norm; None for never.
-        skip_nonfinite: so many steps in all that aren't finite are left out, rather than stopped at.
-        ema: decay of a running average of the kept student's weights, which is then what is kept,
-            after a warm-up (``fastokd/learner/ema.py``); None for none.
-        eval_every: epochs between evaluations; the last epoch is always evaluated.
-        save_every_steps, save_every_minutes: how often state is saved within an epoch; None for
-            never. It is saved after every epoch, and where a signal stops the run.
-        parallel: what several processes share (``torchrun``): ``"data"``, each batch, or
-            ``"students"``, the students, and what ranks remain the batch (``docs/distributed.md``).
-        sync_bn: BatchNorm over the batch of all ranks, not over each one's share.
-        deterministic: the same bits from the same command on the same machine, on a GPU too
-            (``docs/reliability.md``): only kernels that give them, and no engine chosen by timing.
-        show_augmentation: leave ``augmentation.png``, the first batch as the students see it.
-        tensorboard, wandb: tell TensorBoard (in the run folder) or Weights & Biases every epoch.
-        quiet: no progress bar and no lines.
+    """Where and how a recipe runs. The command line has an option for each field.
 
     Raises:
         UserError: a number out of its range.
     """
 
-    out: Path | None = None
-    data_root: Path | None = None
-    download: bool = False
-    device: str = "auto"
-    precision: str = "auto"
-    engine: str = "auto"
-    compile: bool | None = None
-    memory_format: str = "auto"
-    capture: bool = False
-    impl: str = "auto"
-    loader: str = "auto"
-    workers: int = 0
-    teacher: Path | None = None
-    init: tuple[str, ...] = ()
-    resume: bool = False
-    max_steps: int | None = None
-    overfit_batch: bool = False
-    optimizer: str = "sgd"
-    accumulate: int = 1
-    clip_norm: float | None = None
-    skip_nonfinite: int = 0
-    ema: float | None = None
-    eval_every: int = 1
-    save_every_steps: int | None = None
-    save_every_minutes: float | None = 15.0
-    parallel: str = "data"
-    sync_bn: bool = False
-    deterministic: bool = False
-    show_augmentation: bool = False
-    tensorboard: bool = False
-    wandb: bool = False
-    quiet: bool = False
+    out: Annotated[Path | None, "The run folder; by default runs/RECIPE-seedN."] = None
+    data_root: Annotated[Path | None, "The folder that holds the data sets."] = None
+    download: Annotated[bool, "Fetch the data set where it is missing."] = False
+    resume: Annotated[bool, "Continue the run in --out, with the options it began with."] = False
+    device: Annotated[str, "auto (the GPU where there is one), cpu, cuda or cuda:1."] = "auto"
+    precision: Annotated[
+        str,
+        "auto (bf16 where the device has instructions for it, else fp32), bf16, fp16 (with an "
+        "adaptive loss scale), tf32 (GPUs) or fp32.",
+    ] = "auto"
+    teacher: Annotated[
+        Path | None,
+        "A run, a checkpoint or a student.safetensors, for kd and okddip_kd; by default the run "
+        "folder of the recipe that trains it.",
+    ] = None
+    init: Annotated[
+        tuple[str, ...],
+        "Trained weights to begin from: a run, a checkpoint, a student.safetensors or a state dict "
+        "(.pth); one for all, or one a student.",
+    ] = ()
+    engine: Annotated[
+        str,
+        "How the students run: loop, grouped, vmap, or auto, which measures them in long runs.",
+    ] = "auto"
+    impl: Annotated[str, "The ops: auto, torch, cpp or triton."] = "auto"
+    optimizer: Annotated[str, "sgd (fused), or apex-sgd where NVIDIA apex is installed."] = "sgd"
+    compile: Annotated[
+        bool | None, "Forward and loss through torch.compile; by default --engine auto decides."
+    ] = None
+    memory_format: Annotated[str, "Of weights and maps: auto, channels_last or contiguous."] = (
+        "auto"
+    )
+    capture: Annotated[bool, "The whole step as a CUDA graph."] = False
+    accumulate: Annotated[
+        int,
+        "Take a batch in so many parts, whose gradients add up to the batch's; only BatchNorm sees "
+        "the parts.",
+    ] = 1
+    clip_norm: Annotated[float | None, "Largest norm of the gradient."] = None
+    skip_nonfinite: Annotated[
+        int, "Steps in all that may be left out because a value isn't finite."
+    ] = 0
+    ema: Annotated[
+        float | None, "Decay of a running average of the kept student, which is then kept."
+    ] = None
+    loader: Annotated[
+        str, "Images on disk: dali, torchvision, or auto (dali where it is installed)."
+    ] = "auto"
+    workers: Annotated[int, "Threads or processes of the loader; 0: one a core."] = 0
+    eval_every: Annotated[int, "Epochs between evaluations; the last epoch is always one."] = 1
+    save_every_steps: Annotated[
+        int | None, "Steps between checkpoints; after each epoch in any case."
+    ] = None
+    save_every_minutes: Annotated[
+        float | None, "Minutes between checkpoints; after each epoch in any case."
+    ] = 15.0
+    max_steps: Annotated[int | None, "Stop a run after so many steps in all."] = None
+    overfit_batch: Annotated[bool, "Train on one batch only: a check that a set-up can learn."] = (
+        False
+    )
+    parallel: Annotated[
+        str,
+        "What ranks share under torchrun: data (each batch), or students (what ranks remain share "
+        "the batch).",
+    ] = "data"
+    sync_bn: Annotated[bool, "BatchNorm over the batch of all ranks."] = False
+    deterministic: Annotated[
+        bool,
+        "The same bits from the same command on the same machine, on a GPU too; slower there, and "
+        "no engine is chosen by timing.",
+    ] = False
+    show_augmentation: Annotated[
+        bool, "Leave the first batch as the students see it, augmentation.png."
+    ] = False
+    tensorboard: Annotated[bool, "Log every epoch to TensorBoard, in the run folder."] = False
+    wandb: Annotated[bool, "Log every epoch to Weights & Biases."] = False
+    quiet: Annotated[bool, "Print nothing but errors."] = False
 
     def __post_init__(self) -> None:
         for name in ("out", "data_root", "teacher"):
@@ -201,6 +205,13 @@ class RunOptions:
                 f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
                 "damaged, remove it to resume with the options given"
             ) from error
+
+
+# docs/api.md shows the docstring.
+RunOptions.__doc__ = f"{RunOptions.__doc__}\n    Attributes:\n" + "\n".join(
+    f"        {name}: {get_args(annotation)[1]}"
+    for name, annotation in get_type_hints(RunOptions, include_extras=True).items()
+)
 
 
 def _is_open(name: str, value: Any) -> bool:

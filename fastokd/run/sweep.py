@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
 from fastokd.recipe.names import Recipe
-from fastokd.recipe.settings import Planned
-from fastokd.report.summary import summarise
+from fastokd.recipe.settings import WantedRun
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.identity import is_done, refuse_another
 from fastokd.run.lock import alone_in
 from fastokd.run.options import RunOptions
-from fastokd.train import train
+from fastokd.run.summary import summarise
 
 INDEX = "index.json"
+# :func:`fastokd.train`, which lies above this room.
+Train = Callable[[Recipe, RunOptions], Run]
 
 
 def sweep_folder(name: str) -> Path:
@@ -28,7 +29,7 @@ def sweep_folder(name: str) -> Path:
     return Path("runs") / f"{name.replace('/', '-')}-sweep"
 
 
-def run_all(out: Path, planned: Sequence[Planned], options: RunOptions) -> list[Run]:
+def run_all(out: Path, wanted: Sequence[WantedRun], options: RunOptions, train: Train) -> list[Run]:
     """Trains what isn't trained, goes on with what was interrupted, keeps ``index.json``.
 
     Raises:
@@ -36,16 +37,18 @@ def run_all(out: Path, planned: Sequence[Planned], options: RunOptions) -> list[
             options; another process is at work in it; whatever :func:`fastokd.train` raises.
     """
     index = _Index(out)
-    for entry in planned:
+    for entry in wanted:
         index.want(entry, anew=False)
     runs = []
-    for entry in planned:
+    for entry in wanted:
+
+        def begin(recipe: Recipe, options: RunOptions, entry: WantedRun = entry) -> Run:
+            index.want(entry, anew=True)
+            return train(recipe, options)
+
         with index.kept_if_begun():
             to = dataclasses.replace(options, out=out / entry.folder)
-            run = _done(entry.recipe, to)
-            if run is None:
-                index.want(entry, anew=True)
-                run = train(entry.recipe, _resuming(to))
+            run = run_or_resume(entry.recipe, to, begin)
         index.note(entry, run)
         runs.append(run)
     return runs
@@ -89,17 +92,17 @@ class _Index:
                             made.rmdir()
             raise
 
-    def want(self, entry: Planned, *, anew: bool) -> None:
+    def want(self, entry: WantedRun, *, anew: bool) -> None:
         """Writes down that a run is wanted; ``anew``: whatever was written of it before."""
         self.mine.add(entry.folder)
         self._write(entry, {"state": "wanted"}, over=anew)
 
-    def note(self, entry: Planned, run: Run) -> None:
+    def note(self, entry: WantedRun, run: Run) -> None:
         """Writes down how a run ended: ``"done"``, or ``"cut"`` before the last of its epochs."""
         state = "done" if run.is_whole else "cut"
         self._write(entry, {"state": state, **dataclasses.asdict(summarise(run))}, over=True)
 
-    def _write(self, entry: Planned, facts: dict[str, Any], *, over: bool) -> None:
+    def _write(self, entry: WantedRun, facts: dict[str, Any], *, over: bool) -> None:
         row = {
             "folder": entry.folder,
             "recipe": entry.recipe.name,
@@ -121,7 +124,7 @@ class _Index:
             raise UserError(f"{folder} can't be written ({error}): choose another --out") from error
 
 
-def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:
+def run_or_resume(wanted: Recipe, options: RunOptions, train: Train) -> Run:
     """The run in ``options.out``: as it lies there if it is done, else trained to its end.
 
     A run that was stopped before its first checkpoint is started again. Nothing is written or
@@ -131,26 +134,16 @@ def run_or_resume(wanted: Recipe, options: RunOptions) -> Run:
         UserError: the folder holds a run of another recipe or of other options; another process is
             at work in it.
     """
-    return _done(wanted, options) or train(wanted, _resuming(options))
-
-
-def _done(wanted: Recipe, options: RunOptions) -> Run | None:
-    """The run in ``options.out``, if it is the wanted one and done."""
     assert options.out is not None
     folder = RunFolder(options.out)
-    if not folder.facts.recipe_file.is_file():
-        return None
-    refuse_another(folder.path, wanted, options)
-    if is_done(folder.path, wanted, options.max_steps):
-        return Run.load(folder.path)
-    if not folder.checkpoints.is_dir():
-        raise UserError(
-            f"{folder.path} holds a run that isn't done and has no checkpoints/ to go on from: put "
-            "them back, or choose another --out"
-        )
-    return None
-
-
-def _resuming(options: RunOptions) -> RunOptions:
-    assert options.out is not None
-    return dataclasses.replace(options, resume=(options.out / "recipe.json").is_file())
+    begun = folder.facts.recipe_file.is_file()
+    if begun:
+        refuse_another(folder.path, wanted, options)
+        if is_done(folder.path, wanted, options.max_steps):
+            return Run.load(folder.path)
+        if not folder.checkpoints.is_dir():
+            raise UserError(
+                f"{folder.path} holds a run that isn't done and has no checkpoints/ to go on from: "
+                "put them back, or choose another --out"
+            )
+    return train(wanted, dataclasses.replace(options, resume=begun))

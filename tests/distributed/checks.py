@@ -16,13 +16,13 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice
-from fastokd.errors import UserError
+from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import evaluate_session
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.autotuner import Timing
 from fastokd.run.build import build
-from fastokd.run.interruption import Interrupted, StopRequest
+from fastokd.run.interruption import StopRequest
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.trial import job, time_eager, trial_here

@@ -137,7 +137,7 @@ def test_ranks_of_one_machine_share_its_cpus(monkeypatch: pytest.MonkeyPatch) ->
 def begun(before: str = "", **environment: str) -> list[str]:
     """In a new process: how threads wait, how many of them there are, and what is said of them."""
     program = (
-        f"{before}\nimport fastokd, os, torch\nfrom fastokd import cpus\n"
+        f"{before}\nimport fastokd, os, torch\nfrom fastokd.host import cpus\nfastokd.ops\n"
         "print(os.environ.get('GOMP_SPINCOUNT'), torch.get_num_threads(), cpus.said(), sep='\\n')"
     )
     kept = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from fastokd.host.console import console
 from fastokd.host.names import in_html, in_markdown, in_plot, in_utf8, on_a_line
-from fastokd.host.streams import console
 from fastokd.recipe.names import recipe
 from fastokd.report.canvas import canvas, plainly
 from fastokd.report.page import report

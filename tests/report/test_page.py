@@ -19,6 +19,7 @@ from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
 from fastokd.report.page import _published, report
+from fastokd.report.pictures import pictures
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.run.folder import Run
@@ -176,6 +177,17 @@ def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
         "dml/resnet8/digits epochs=3 lr=0.05",
     ]
     assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
+
+
+def test_a_notebook_shows_each_figure_black_on_white(tmp_path: Path) -> None:
+    (run,) = make(tmp_path, "okddip-branch/resnet8/digits", 0)
+    shown = pictures(Run.load(run))
+    assert shown.keys() == {"loss", "accuracy", "diversity", "attention"}
+    for picture in shown.values():
+        svg = picture._repr_svg_()
+        assert svg.startswith("<svg")
+        assert 'fill="white"' in svg
+        assert "currentColor" not in svg
 
 
 def test_names_are_text_and_never_markup(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from fastokd.errors import UserError
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
-from fastokd.report.summary import summarise
-from fastokd.run import sweep
 from fastokd.run.options import RunOptions
+from fastokd.run.summary import summarise
+from fastokd.train import train
 from tests.report.fake import FakeTrain
 
 
@@ -28,15 +28,13 @@ def rising(recipe: Recipe, epoch: int) -> float:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
-    stand_in = FakeTrain(rising)
-    monkeypatch.setattr(sweep, "train", stand_in)
-    return stand_in
+def fake() -> FakeTrain:
+    return FakeTrain(rising)
 
 
 @pytest.mark.parametrize("table", tables())
 def test_every_table_is_made(table: str, fake: FakeTrain, tmp_path: Path) -> None:
-    made = reproduce(Request(table, (0,), epochs=3), tmp_path / "t", RunOptions())
+    made = reproduce(Request(table, (0,), epochs=3), tmp_path / "t", RunOptions(), fake)
     assert [result.cell for result in made.results] == cells_of(table)
     trained = [call[:2] for call in fake.calls]
     assert len(set(trained)) == len(trained)
@@ -53,7 +51,7 @@ def test_runs_at_full_length_on_the_papers_data_are_judged(fake: FakeTrain, tmp_
         1 - 0.01 * (published["mean"].mean + 0.1 * (recipe.seed - 1)) - (epoch != 150) * 0.02
     )
     request = Request("table5", (0, 1, 2))
-    made = reproduce(request, tmp_path / "t", RunOptions())
+    made = reproduce(request, tmp_path / "t", RunOptions(), fake)
     assert made.title == "table5, reproduced: cifar100, 300 epochs, 3 seeds"
     by_column = {result.cell.column: result for result in made.results}
     mean = by_column["mean"]
@@ -77,18 +75,18 @@ def printed(made: Reproduction) -> str:
 
 
 def test_single_runs_are_not_judged(fake: FakeTrain, tmp_path: Path) -> None:
-    full = reproduce(Request("table4", (0, 1)), tmp_path / "a", RunOptions())
+    full = reproduce(Request("table4", (0, 1)), tmp_path / "a", RunOptions(), fake)
     assert {result.verdict for result in full.results} == {"the paper has a single run"}
     assert all(r.difference and r.difference.interval is None for r in full.results)
-    one = reproduce(Request("table5", (3,)), tmp_path / "b", RunOptions())
+    one = reproduce(Request("table5", (3,)), tmp_path / "b", RunOptions(), fake)
     assert {result.verdict for result in one.results} == {"one seed"}
-    figure = reproduce(Request("figure3", (0,), only="@8"), tmp_path / "c", RunOptions())
+    figure = reproduce(Request("figure3", (0,), only="@8"), tmp_path / "c", RunOptions(), fake)
     assert {result.verdict for result in figure.results} == {"no number published"}
 
 
 def test_other_data_are_never_compared(fake: FakeTrain, tmp_path: Path) -> None:
     request = Request("table2", (0,), dataset="digits", model="resnet8", only="resnet32")
-    made = reproduce(request, tmp_path / "t", RunOptions())
+    made = reproduce(request, tmp_path / "t", RunOptions(), fake)
     assert made.title == (
         "table2 in small, no reproduction: resnet8 on digits, 60 epochs, 1 seed "
         "(the paper: cifar100, 300 epochs)"
@@ -108,7 +106,7 @@ def test_other_data_are_never_compared(fake: FakeTrain, tmp_path: Path) -> None:
 
 def test_held_out_images_make_it_no_reproduction(fake: FakeTrain, tmp_path: Path) -> None:
     fake.val = True
-    made = reproduce(Request("table5", (0, 1), val=5000), tmp_path / "t", RunOptions())
+    made = reproduce(Request("table5", (0, 1), val=5000), tmp_path / "t", RunOptions(), fake)
     assert "cifar100 less 5000 held out" in made.title
     assert "no reproduction" in made.title
     assert {result.best_on for result in made.results} == {"val"}
@@ -118,18 +116,20 @@ def test_held_out_images_make_it_no_reproduction(fake: FakeTrain, tmp_path: Path
 
 def test_what_a_run_has_otherwise_is_said_beside_the_cell(fake: FakeTrain, tmp_path: Path) -> None:
     request = Request("table5", (0, 1), only="okddip_mean")
-    assert reproduce(request, tmp_path / "t", RunOptions()).results[0].verdict != ""
+    assert reproduce(request, tmp_path / "t", RunOptions(), fake).results[0].verdict != ""
     (run, _) = sorted((tmp_path / "t").glob("okddip*"))
     (run / "environment.json").write_text(json.dumps({"ema": 0.9}))
-    (result,) = reproduce(request, tmp_path / "t", RunOptions(ema=0.9)).results
+    (result,) = reproduce(request, tmp_path / "t", RunOptions(ema=0.9), fake).results
     assert (result.verdict, result.caveat) == ("", "ema=0.9 (None)")
     with pytest.raises(UserError, match=r"--ema \(0.9 there, None here\)"):
-        reproduce(request, tmp_path / "t", RunOptions())
+        reproduce(request, tmp_path / "t", RunOptions(), fake)
 
 
 def test_a_teacher_never_sees_its_students_held_out_images(fake: FakeTrain, tmp_path: Path) -> None:
     fake.val = True
-    reproduce(Request("table6", (1,), val=100, epochs=2, only="kd/"), tmp_path / "t", RunOptions())
+    reproduce(
+        Request("table6", (1,), val=100, epochs=2, only="kd/"), tmp_path / "t", RunOptions(), fake
+    )
     names = [name for name, _, _ in fake.calls]
     assert sum(name.startswith("baseline/resnet110/") for name in names) == 2
     for path in (tmp_path / "t").glob("*/recipe.json"):
@@ -139,9 +139,9 @@ def test_a_teacher_never_sees_its_students_held_out_images(fake: FakeTrain, tmp_
 def test_the_ensembles_table_shares_the_runs_of_the_students(
     fake: FakeTrain, tmp_path: Path
 ) -> None:
-    reproduce(Request("table2", (0,), only="one/resnet32"), tmp_path / "t", RunOptions())
+    reproduce(Request("table2", (0,), only="one/resnet32"), tmp_path / "t", RunOptions(), fake)
     made = reproduce(
-        Request("table4", (0,), only="one-ensemble/resnet32"), tmp_path / "t", RunOptions()
+        Request("table4", (0,), only="one-ensemble/resnet32"), tmp_path / "t", RunOptions(), fake
     )
     assert len(fake.calls) == 1
     (result,) = made.results
@@ -152,7 +152,7 @@ def test_the_ensembles_table_shares_the_runs_of_the_students(
 
 def test_the_teacher_comes_first_and_teaches_all(fake: FakeTrain, tmp_path: Path) -> None:
     made = reproduce(
-        Request("table6", (0, 1), dataset="cifar100", epochs=2), tmp_path / "t", RunOptions()
+        Request("table6", (0, 1), dataset="cifar100", epochs=2), tmp_path / "t", RunOptions(), fake
     )
     assert {result.cell.row for result in made.results} == {"cifar100"}
     names = [name for name, _, _ in fake.calls]
@@ -169,30 +169,30 @@ def test_it_goes_on_where_it_was_interrupted(stop_at: int, fake: FakeTrain, tmp_
     request = Request("table5", (0, 1), epochs=3)
     fake.stop_after, fake.stop_at = 4, stop_at
     with pytest.raises(KeyboardInterrupt):
-        reproduce(request, tmp_path / "t", RunOptions())
+        reproduce(request, tmp_path / "t", RunOptions(), fake)
     index = json.loads((tmp_path / "t" / "index.json").read_text())
     assert [entry["state"] for entry in index] == ["done"] * 4 + ["wanted"]
     stopped = fake.calls[-1]
     fake.calls.clear()
     fake.stop_after = None
-    made = reproduce(request, tmp_path / "t", RunOptions())
+    made = reproduce(request, tmp_path / "t", RunOptions(), fake)
     assert fake.calls[0] == (*stopped[:2], True)
     assert len(fake.calls) == 12 - 4
     for path in (tmp_path / "t").glob("okddip*"):
         assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
     fake.calls.clear()
-    assert reproduce(request, tmp_path / "t", RunOptions()) == made
+    assert reproduce(request, tmp_path / "t", RunOptions(), fake) == made
     assert fake.calls == []
 
 
 def test_a_run_of_another_recipe_is_never_mixed_in(fake: FakeTrain, tmp_path: Path) -> None:
     request = Request("table5", (0,), epochs=3, only="okddip-branch")
-    reproduce(request, tmp_path / "t", RunOptions())
+    reproduce(request, tmp_path / "t", RunOptions(), fake)
     (path,) = (tmp_path / "t").glob("okddip*/recipe.json")
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "lr": 0.2}))
     with pytest.raises(UserError, match=r"differs in lr \(0.2 there, 0.1 wanted\)"):
-        reproduce(request, tmp_path / "t", RunOptions())
+        reproduce(request, tmp_path / "t", RunOptions(), fake)
 
 
 def test_the_best_epoch_of_a_validation_split_is_scored_on_test(
@@ -226,7 +226,7 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
         (Request("table2", (0,), epochs=0), "epochs is 0"),
     ):
         with pytest.raises(UserError, match=says):
-            reproduce(request, tmp_path / "t", RunOptions(quiet=True))
+            reproduce(request, tmp_path / "t", RunOptions(quiet=True), train)
 
 
 def test_the_command_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

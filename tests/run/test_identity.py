@@ -21,12 +21,12 @@ from fastokd.checkpoint import fingerprint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
-from fastokd.recipe.settings import Planned, plan
-from fastokd.report.summary import summarise
+from fastokd.recipe.settings import WantedRun, wanted_runs
 from fastokd.run.folder import Run
 from fastokd.run.identity import Standing, is_done, other_teacher, standing
 from fastokd.run.lock import FolderLock, alone_in
 from fastokd.run.options import RunOptions
+from fastokd.run.summary import summarise
 from fastokd.run.sweep import _Index, run_all, run_or_resume
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT, Weights
@@ -73,18 +73,18 @@ def test_a_second_sweep_leaves_a_live_run_alone(
 
 
 def test_two_sweeps_share_an_index(tmp_path: Path) -> None:
-    planned = [plan(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1, 2)]
+    wanted = [wanted_runs(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1, 2)]
     first, second = _Index(tmp_path / "out"), _Index(tmp_path / "out")
-    for index, entry in ((first, planned[0]), (second, planned[1]), (first, planned[2])):
+    for index, entry in ((first, wanted[0]), (second, wanted[1]), (first, wanted[2])):
         index.want(entry, anew=False)
-    assert [row["folder"] for row in index_of(tmp_path / "out")] == [p.folder for p in planned]
+    assert [row["folder"] for row in index_of(tmp_path / "out")] == [p.folder for p in wanted]
     with pytest.raises(UserError, match="stop"), first.kept_if_begun():
         raise UserError("stop")
     assert len(index_of(tmp_path / "out")) == 3, "the other's runs stay listed"
 
 
 def test_an_index_that_another_sweep_writes_is_waited_for(tmp_path: Path) -> None:
-    first, second = (plan(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1))
+    first, second = (wanted_runs(NAME, {}, {}, seeds=[seed])[0] for seed in (0, 1))
     index = _Index(tmp_path)
     index.want(first, anew=False)
     with futures.ThreadPoolExecutor() as others:
@@ -151,7 +151,7 @@ def test_a_run_of_other_options_is_refused(
     one_run: Path,
 ) -> None:
     with pytest.raises(UserError, match=f"holds another run: it differs in {says}; choose"):
-        run_or_resume(ALONE, RunOptions(**{**OPTIONS.to_json(), "out": one_run, **changes}))
+        run_or_resume(ALONE, RunOptions(**{**OPTIONS.to_json(), "out": one_run, **changes}), train)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def test_an_option_that_is_left_out_is_another(tmp_path: Path) -> None:
     begun(out, ema=0.9, clip_norm=2.0)
     options = RunOptions(**{**OPTIONS.to_json(), "out": out})
     with pytest.raises(UserError, match=r"--clip-norm \(2.0 there, None here\), --ema \(0.9 there"):
-        run_or_resume(ALONE, options)
+        run_or_resume(ALONE, options, train)
     same = RunOptions(**{**options.to_json(), "ema": 0.9, "clip_norm": 2.0, "engine": "auto"})
-    assert run_or_resume(ALONE, same).metrics == Run.load(out).metrics
+    assert run_or_resume(ALONE, same, train).metrics == Run.load(out).metrics
 
 
 def test_what_a_run_begins_from_is_its_contents(tmp_path: Path, one_run: Path) -> None:
@@ -177,11 +177,11 @@ def test_what_a_run_begins_from_is_its_contents(tmp_path: Path, one_run: Path) -
     options = RunOptions(**{**OPTIONS.to_json(), "out": out, "max_steps": 1})
     for path in (first, copy):
         named = RunOptions(**{**options.to_json(), "init": (str(path),)})
-        assert run_or_resume(ALONE, named).folder == out
+        assert run_or_resume(ALONE, named, train).folder == out
     changed = {name: value + 1 for name, value in load_file(first).items()}
     save_file(changed, first)
     with pytest.raises(UserError, match=r"--init \(.*w.safetensors, as it was, there, .*w.safe"):
-        run_or_resume(ALONE, RunOptions(**{**options.to_json(), "init": (str(first),)}))
+        run_or_resume(ALONE, RunOptions(**{**options.to_json(), "init": (str(first),)}), train)
 
 
 def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
@@ -190,13 +190,13 @@ def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
     shutil.copytree(one_run, teacher)
     options = RunOptions(**{**OPTIONS.to_json(), "out": out, "teacher": teacher})
     train(taught, options)
-    assert run_or_resume(taught, options).is_whole
+    assert run_or_resume(taught, options, train).is_whole
     moved = RunOptions(**{**options.to_json(), "teacher": one_run})
-    assert run_or_resume(taught, moved).is_whole, "the same weights in another place"
+    assert run_or_resume(taught, moved, train).is_whole, "the same weights in another place"
     begun(tmp_path / "other", max_steps=1)
     another = RunOptions(**{**options.to_json(), "teacher": tmp_path / "other"})
     for ask in (
-        lambda: run_or_resume(taught, another),
+        lambda: run_or_resume(taught, another, train),
         lambda: train(taught, another, resume=True),
     ):
         with pytest.raises(UserError, match=r"--teacher \(.*teacher/student.* there, .*other"):
@@ -227,13 +227,13 @@ def test_a_folder_is_refused_and_not_emptied_where_its_checkpoints_are_gone(
     shutil.copytree(one_run, out)
     shutil.rmtree(out / "checkpoints")
     options = RunOptions(**{**OPTIONS.to_json(), "out": out.parent})
-    entry = Planned("run", ALONE, {})
+    entry = WantedRun("run", ALONE, {})
     (tmp_path / "out/index.json").write_text("[]")
-    (run,) = run_all(out.parent, [entry], options)
+    (run,) = run_all(out.parent, [entry], options, train)
     assert run.is_whole, "its student and its lines are all there"
     (out / STUDENT).unlink()
     with pytest.raises(UserError, match="isn't done and has no checkpoints"):
-        run_all(out.parent, [entry], options)
+        run_all(out.parent, [entry], options, train)
     assert (out / "metrics.jsonl").is_file()
 
 

@@ -18,10 +18,10 @@ import torch
 from fastokd import train as training
 from fastokd.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
 from fastokd.cli import run_command
-from fastokd.errors import UserError
+from fastokd.errors import Interrupted, UserError
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run, RunFolder
-from fastokd.run.interruption import Interrupted, Keeper, StopRequest
+from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.options import RunOptions
 from fastokd.train import train
 

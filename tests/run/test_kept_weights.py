@@ -25,11 +25,11 @@ from fastokd.export import export
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.report.summary import summarise
 from fastokd.run.build import build
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.run.summary import summarise
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import first_images, within_cohort

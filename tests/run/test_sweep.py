@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import pytest
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
-from fastokd.recipe.settings import parse_seeds, parse_settings, plan
-from fastokd.run import sweep
+from fastokd.recipe.settings import parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 from fastokd.run.sweep import run_all
 from fastokd.train import train
@@ -24,7 +24,7 @@ DIGITS = "okddip-branch/resnet8/digits"
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     stand_in = FakeTrain(lambda recipe, epoch: 0.5 + recipe.lr)
-    monkeypatch.setattr(sweep, "train", stand_in)
+    monkeypatch.setattr(sys.modules["fastokd.train"], "train", stand_in)
     return stand_in
 
 
@@ -45,11 +45,11 @@ def test_settings_of_recipe_and_method_are_applied() -> None:
     assert recipe("kdcl/resnet8/digits", target="naive").method_options["target"] == "naive"
 
 
-def test_every_combination_is_planned() -> None:
-    planned = plan(DIGITS, {}, {"lr": [0.1, 0.05], "mix": ["logits", "probs"]}, seeds=[0, 1])
-    assert len({entry.folder for entry in planned}) == 8
-    assert planned[0].folder == "okddip-branch-resnet8-digits-lr=0.1-mix=logits-seed0"
-    assert {(e.recipe.lr, e.recipe.method_options["mix"], e.recipe.seed) for e in planned} == {
+def test_every_combination_is_wanted() -> None:
+    wanted = wanted_runs(DIGITS, {}, {"lr": [0.1, 0.05], "mix": ["logits", "probs"]}, seeds=[0, 1])
+    assert len({entry.folder for entry in wanted}) == 8
+    assert wanted[0].folder == "okddip-branch-resnet8-digits-lr=0.1-mix=logits-seed0"
+    assert {(e.recipe.lr, e.recipe.method_options["mix"], e.recipe.seed) for e in wanted} == {
         (lr, mix, seed) for lr in (0.1, 0.05) for mix in ("logits", "probs") for seed in (0, 1)
     }
 
@@ -80,15 +80,15 @@ def test_a_rate_is_scaled_however_it_and_the_batch_are_said(
 
 
 def test_a_run_s_settings_say_its_scaled_rate() -> None:
-    (entry,) = plan(DIGITS, {}, {"batch_size": [32]}, seeds=[1], scale_lr=True)
+    (entry,) = wanted_runs(DIGITS, {}, {"batch_size": [32]}, seeds=[1], scale_lr=True)
     assert entry.settings == {"batch_size": 32, "seed": 1, "lr": pytest.approx(0.05)}
 
 
 def test_a_seed_is_a_setting() -> None:
     seeds = [0, 1]
-    by_set = plan(DIGITS, {}, {"seed": seeds})
-    assert by_set == plan(DIGITS, {}, {}, seeds=seeds)
-    assert by_set == plan(DIGITS, {}, {"seed": seeds}, seeds=seeds)
+    by_set = wanted_runs(DIGITS, {}, {"seed": seeds})
+    assert by_set == wanted_runs(DIGITS, {}, {}, seeds=seeds)
+    assert by_set == wanted_runs(DIGITS, {}, {"seed": seeds}, seeds=seeds)
     assert [entry.recipe.seed for entry in by_set] == seeds
 
 
@@ -104,16 +104,16 @@ def test_an_option_is_a_setting_like_a_field() -> None:
 
 def test_runs_are_indexed_and_made_once(fake: FakeTrain, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    planned = plan(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05]}, seeds=[0, 1])
-    run_all(out, planned, RunOptions())
+    wanted = wanted_runs(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05]}, seeds=[0, 1])
+    run_all(out, wanted, RunOptions(), fake)
     index = json.loads((out / "index.json").read_text())
-    assert [entry["folder"] for entry in index] == [entry.folder for entry in planned]
+    assert [entry["folder"] for entry in index] == [entry.folder for entry in wanted]
     assert all((out / entry["folder"] / "metrics.jsonl").is_file() for entry in index)
     assert index[2]["settings"] == {"lr": 0.05, "seed": 0}
     assert index[2]["best"] == pytest.approx(0.55)
     assert index[2]["best_on"] == "test"
-    more = plan(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05, 0.2]}, seeds=[0, 1])
-    run_all(out, more, RunOptions())
+    more = wanted_runs(DIGITS, {"epochs": 2}, {"lr": [0.1, 0.05, 0.2]}, seeds=[0, 1])
+    run_all(out, more, RunOptions(), fake)
     assert len(fake.calls) == 6
     assert len(json.loads((out / "index.json").read_text())) == 6
 
@@ -183,4 +183,4 @@ def test_what_can_be_got_wrong(
 def test_a_broken_index_is_named(fake: FakeTrain, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("[{}]")
     with pytest.raises(UserError, match=r"index.json can't be read"):
-        run_all(tmp_path, plan(DIGITS, {}, {}, seeds=[0]), RunOptions())
+        run_all(tmp_path, wanted_runs(DIGITS, {}, {}, seeds=[0]), RunOptions(), fake)

@@ -16,12 +16,11 @@ from fastokd.cohort import Choice
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
-from fastokd.errors import UserError
+from fastokd.errors import Interrupted, UserError
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
 from fastokd.run import trial, tuning
 from fastokd.run.autotuner import Timing, pick, table
-from fastokd.run.interruption import Interrupted
 from fastokd.run.session import Session
 from fastokd.run.tuning import tune
 from tests.run.tuned import (

@@ -14,7 +14,7 @@ from fastokd.data.disk.layout import Layout, find_layout, refuse_unusable_classe
 from fastokd.data.disk.manifest import Entry, Manifest, write_manifest
 from fastokd.data.disk.scan import SAMPLED, scan, statistics_of
 from fastokd.errors import UserError
-from fastokd.host.streams import console
+from fastokd.host.console import console
 
 IMAGENET_CLASSES = 1000
 # As many faults as a screen shows; the manifest has them all.

@@ -15,9 +15,9 @@ from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.sets import files
 from fastokd.data.splits import DatasetSplits
 from fastokd.errors import UserError, warn
+from fastokd.known import LOADERS
 
 OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
-LOADERS = ("auto", "dali", "torchvision")
 
 
 def pick_loader(name: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated, Any
 
 import typer
 
+import fastokd
 from fastokd.commands.options import Json
 from fastokd.errors import unknown_name
 
@@ -16,8 +18,6 @@ def list_(
     json_: Json = False,
 ) -> None:
     """List what there is."""
-    import fastokd
-
     lists = {
         "models": fastokd.list_models,
         "methods": fastokd.list_methods,
@@ -36,36 +36,26 @@ def model_info(
     json_: Json = False,
 ) -> None:
     """Count a student: parameters, multiply-accumulates, feature width, maps."""
-    import dataclasses
-
     from fastokd.models import model_info as count
 
     info = dataclasses.asdict(count(name, num_classes))
-    _print_facts(info, json_)
+    print_facts(info, json_)
 
 
 def doctor(json_: Json = False) -> None:
     """Say which implementations, devices and optional packages work here, and why not."""
     from fastokd.doctor import diagnose
 
-    _print_facts(diagnose(), json_)
+    print_facts(diagnose(), json_)
 
 
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """One fact a line, those within another indented; or all as JSON."""
     if as_json:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
         if isinstance(value, dict):
-            print(f"{name}:")
-            for key, inner in value.items():
-                print(f"  {key}: {inner}")
+            print(f"{name}:", *(f"\n  {key}: {inner}" for key, inner in value.items()), sep="")
         else:
-            print(f"{name}: {value}")
-
-
-def register(app: typer.Typer) -> None:
-    """Adds them to the program."""
-    app.command(name="list", epilog="Example: fastokd list recipes --json")(list_)
-    app.command(epilog="Example: fastokd model-info resnet32 --num-classes 100")(model_info)
-    app.command(epilog="Example: fastokd doctor --json")(doctor)
+            print(f"{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
