@@ -16,14 +16,15 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"fastokd": ROOT / "fastokd", "fastokd.kernels": ROOT / "kernels", "fastokd.csrc": ROOT / "csrc"}
 # From the top down: a room imports rooms of lower levels only. A room is a folder or a file of fastokd/.
 LEVELS = (
-    ("fastokd", "__main__", "cli"),
+    ("__main__",),
+    ("cli",),
     ("commands",),
     ("demo", "authors"),
     ("train", "plan"),
-    ("benchmark", "report", "evaluate", "export"),
+    ("benchmark", "report", "evaluate", "export", "doctor"),
     ("run",),
     ("student",),
-    ("learner", "doctor"),
+    ("learner",),
     ("recipe", "data", "metrics", "reference"),
     ("distributed", "methods"),
     ("cohort",),
@@ -31,15 +32,18 @@ LEVELS = (
     ("ops",),
     ("kernels", "csrc"),
     ("checkpoint", "device"),
-    ("errors", "known", "seeds"),
-    ("host", "facts"),
+    ("fastokd",),  # the package itself: its public names are imported when they are used
+    ("errors",),
+    ("host",),
+    ("known", "seeds", "facts"),
 )
 
 
 class Import(NamedTuple):
     """``name`` of the module ``source`` is imported by ``importer``.
 
-    ``where``: ``"top"``, ``"function"`` or ``"typing"`` (under ``if TYPE_CHECKING``).
+    ``where``: ``"top"``, ``"function"``, ``"later"`` (:class:`fastokd.known.Later`) or ``"typing"`` (under
+    ``if TYPE_CHECKING``).
     """
 
     importer: str
@@ -78,6 +82,10 @@ def imports(found: dict[str, Path]) -> Iterator[Import]:
                         yield Import(importer, whole, "", where)
                     else:
                         yield Import(importer, node.module, alias.name, where)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Later":
+                later = ast.literal_eval(node.args[0])  # a module that is imported when it is used
+                if later in found:
+                    yield Import(importer, later, "", "later")
 
 
 def _with_place(node: ast.AST, where: str) -> Iterator[tuple[ast.AST, str]]:

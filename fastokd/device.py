@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd import __version__
 from fastokd.errors import UserError
 from fastokd.host import cpus
 
@@ -122,8 +123,6 @@ def is_lost(device: torch.device) -> bool:
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What a run's numbers depend on beside its recipe."""
     import torchvision
-
-    from fastokd import __version__
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
