@@ -77,7 +77,11 @@ def recipe(name: str, **changes: Any) -> Recipe:
 def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changed fields of ``base``; options of the method are merged into ``method_options``."""
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    found = {key: checked(fields[key], value) for key, value in changes.items() if key in fields}
+    found = {
+        key: checked(fields[key], value, getattr(base, key))
+        for key, value in changes.items()
+        if key in fields
+    }
     options = dict(found.pop("method_options", {}))
     known = methods.option_defaults(base.method)
     for key, value in changes.items():

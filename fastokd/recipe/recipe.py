@@ -24,8 +24,8 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def checked(known: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` converted to the type of a recipe's field.
+def checked(known: dataclasses.Field[Any], value: Any, like: Any = None) -> Any:
+    """``value`` converted to the type of a recipe's field; ``like``: an example of that type.
 
     Raises:
         UserError: the value has another type.
@@ -36,7 +36,8 @@ def checked(known: dataclasses.Field[Any], value: Any) -> Any:
     if kind is tuple:
         fits = fits and all(type(entry) is int for entry in value)
     if not fits:
-        raise UserError(f"{known.name} is {value!r}: it must be {what}")
+        example = "" if like is None else f", like {like!r}"
+        raise UserError(f"{known.name} is {value!r}: it must be {what}{example}")
     return float(value) if known.type == "float" else value
 
 
