@@ -53,9 +53,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The folder; by default SOURCE/export/FORMAT.")] = None,
     student: Student = None,
     best: Best = False,
-    data_root: Annotated[Path | None, typer.Option(help="The folder that holds the run's data set.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
-    """Export a run's student to the format of another library, and check it there."""
+    """Turn a run's student into a file of another library, and check it there."""
     from fastokd.student.export import export as turn
 
     done = turn(

@@ -1,4 +1,4 @@
-"""Counts of a student: parameters, multiply-accumulates, feature width, map shapes."""
+"""What a student counts: parameters, multiply-accumulates, feature width, map shapes."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def map_shapes(
 def trunk_shape(
     name: str, num_classes: int, size: int | None = None, /, **options: Any
 ) -> tuple[int, ...]:
-    """(channels, height, width) of the input of a branch of ``name``, or (tokens, width), for images
-    of ``size`` (None: the model's own).
+    """(channels, height, width) of what a branch of ``name`` starts from, or (tokens, width), over
+    images of ``size`` (None: the one that it is made for).
 
     Raises:
         UserError: the model has no stated split.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
 
-# Imported when a recipe is made, since they import torch; listing names doesn't need them.
+# Imported when a recipe is made, not for its name: they import torch.
 methods, models, order = (Later(f"fastokd.{room}") for room in ("methods", "models", "data.order"))
 torch = Later("torch")
 # Upper limits that catch typing errors before memory or time runs out.
@@ -163,7 +163,7 @@ class Recipe:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
 
     def _check_students(self) -> None:
-        """Checks the names of the students and their number."""
+        """Refuses unknown students, and more or fewer than the method or the names allow."""
         names = self.model.split("+")
         for name in names:
             models.model_spec(name)

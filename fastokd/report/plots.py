@@ -92,7 +92,7 @@ def _finish(figure: Figure) -> Figure:
 
 
 def _plot(axes: Any, pool: Pool, value: Callable[[EpochMetrics], float | None], **style: Any) -> bool:
-    """Draws a mean curve with its deviation over seeds; False if there is nothing to draw."""
+    """A mean curve with its deviation over seeds; False where there is nothing to draw."""
     epochs, means, deviations = pool.curve(value)
     if not epochs:
         return False
