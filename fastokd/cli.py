@@ -1,4 +1,4 @@
-"""The program: its commands, and what is said of an error."""
+"""The program ``fastokd``: its commands, its exit codes and its error messages."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fastokd.host.names import on_a_line
 from fastokd.host.streams import guarded, open_missing, reason
 from fastokd.run.loggers import still_busy
 
-INTERRUPTED = 130  # by ^C, as shells have it
-# What shells have for a program whose reader went away.
+# Exit codes as shells define them: after ^C, and after a write to a closed pipe.
+INTERRUPTED = 130
 UNREAD = 128 + signal.SIGPIPE
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Train a cohort of students that teach each other, and keep the leader.",
 )
 
-# In the order in which --help lists them; bench, which has commands of its own, is always last.
+# In the order of --help. bench has subcommands, so typer lists it last.
 for _command, _example in (
     (student.report, "report runs/* -o report.html"),
     (student.diff, "diff runs/a runs/b"),
@@ -73,14 +73,15 @@ def options(
     ] = None,
 ) -> None:
     """Options of every command."""
-    del version, debug, method  # read by run_command(), before the command and after its errors
+    del version, debug, method  # _run() reads them from the arguments
 
 
 keep_docstrings(app)
 
 
 def _own_methods(arguments: list[str]) -> list[str]:
-    """Loads every ``--method package.module:Class``; the arguments without them, but train's own."""
+    """Loads every ``--method package.module:Class``. Returns the arguments without them; ``train``
+    keeps its own."""
     left: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -98,7 +99,7 @@ def _own_methods(arguments: list[str]) -> list[str]:
 
 
 def _usage_error(error: Any, arguments: Sequence[str]) -> str:
-    """What typer says of a command line, with the value that it is about and where to look."""
+    """typer's message about a command line, with the wrong value and the command whose help to read."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     command = context.command_path if context is not None else "fastokd"
     kinds = {"integer": "a whole number", "number": "a number", "float": "a number"}
@@ -113,9 +114,10 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> str:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Runs one command; the exit code: 0, or 2 for what a user got wrong, in one sentence.
+    """Runs one command and returns its exit code: 0, or 2 after a one-sentence message about a
+    user's error.
 
-    A result that nobody reads ends it in silence, by 141; a run's own lines may be lost.
+    The code is 141, without a message, if the reader of standard output has gone away.
     """
     with guarded() as out:
         code = _run(arguments)
@@ -158,7 +160,7 @@ def _run(arguments: Sequence[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
-        # typer carries its own copy of click, whose usage errors have no public name.
+        # Usage errors of the click that typer bundles have no public class.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
         _complain(_usage_error(error, arguments))
@@ -171,12 +173,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The console script."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as before_torch left it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by before_torch
         signal.signal(signal.SIGINT, signal.default_int_handler)
     open_missing()
     code = run_command(sys.argv[1:])
     if still_busy():
-        os._exit(code)  # what a logger does at exit would wait for it
+        os._exit(code)  # sys.exit() would wait for the logger's thread
     sys.exit(code)
 
 

@@ -24,7 +24,7 @@ from fastokd.train import train
 
 
 def main() -> None:
-    """Trains the recipe and the same student alone for each seed; prints the table."""
+    """Trains OKDDip and the same student alone for each seed; prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m fastokd.demo",
         description="Trains OKDDip and the same student alone for each seed; prints the table.",
@@ -89,7 +89,7 @@ def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
 
 
 def _unused(out: Path) -> Path:
-    """``out``, or ``out-2``, ``out-3``: a demo is never in the way of the next."""
+    """``out``, or ``out-2``, ``out-3`` and so on: the first that doesn't exist."""
     candidate, number = out, 1
     while candidate.exists():
         number += 1

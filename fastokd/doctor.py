@@ -1,4 +1,4 @@
-"""What works on this machine, and why the rest doesn't."""
+"""Checks what works on this machine, and why the rest doesn't."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _serving(op: str, device: torch.device) -> str:
-    """What ``impl="auto"`` takes on ``device`` for inputs that every form takes, and why."""
+    """The implementation that ``impl="auto"`` picks on ``device`` for common inputs, and why."""
     refusals = {"cpp": None, "triton": ON_A_GPU if op == "fused_bn_act" else None}
     chosen = choose(op, "auto", device, refusals)
     others = {impl: unavailable(impl, device) or refusals[impl] for impl in refusals}

@@ -1,4 +1,4 @@
-"""What a user can get wrong, said in one sentence."""
+"""Errors that a user can cause. Each message is one sentence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastokd.host.streams import warn as warn
 class UserError(ValueError):
     """Bad input: the message names the value, what was expected and what to do.
 
-    The command line prints the message alone and exits with code 2; every other exception is a bug
+    The command line prints only the message and exits with code 2. Any other exception is a bug
     and keeps its traceback.
     """
 
 
-# What a disk says that is full, over its quota, failing, read-only, or given too large a file.
+# The disk is full, over its quota, failing or read-only, or the file is too large.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 # The most characters kept of an error that isn't a UserError.
@@ -26,28 +26,28 @@ LINE = 120
 
 
 class DiskError(UserError):
-    """The disk is full, can't be written or fails; what was written before is whole."""
+    """The disk is full, can't be written or fails. Files that were written before are intact."""
 
 
 class DataFileError(UserError):
-    """A file of the data set vanished or changed while it was read; the batches before it were
-    whole, so that a run may be continued from the one that it stopped at."""
+    """A file of the data set vanished or changed during training. All batches before it were
+    complete, so that the run can be resumed from that batch."""
 
 
 class LoaderError(UserError):
-    """Who reads the data set can't go on: a worker was killed, or the machine has no more memory,
-    files or processes to give; a run may be continued as after a :class:`DataFileError`."""
+    """The data loader failed: a worker was killed, or memory, file handles or processes ran out. The
+    run can be resumed as after a :class:`DataFileError`."""
 
 
 class DeviceLostError(UserError):
-    """The GPU refuses everything from here on, so that this process can't go on."""
+    """The GPU rejects every further call, so that this process must end."""
 
 
 class Interrupted(SystemExit):
-    """A run stopped because it was asked to; its state is saved.
+    """A signal stopped a run; its state is saved.
 
-    Uncaught, it ends the program with the code that shells expect: 130 after ^C, 143 after SIGTERM,
-    129 after SIGHUP.
+    Uncaught, it ends the program with the exit code that shells expect: 130 after ^C, 143 after
+    SIGTERM, 129 after SIGHUP.
     """
 
     code: int
@@ -58,7 +58,7 @@ class Interrupted(SystemExit):
 
 
 def in_one_line(error: BaseException) -> str:
-    """What ``error`` says, short enough for a row of a table; all of a sentence meant for a user."""
+    """The message of ``error``, cut to :data:`LINE` characters unless it is a UserError."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, UserError):
         return " ".join(lines)
@@ -66,7 +66,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that no registry holds, with the nearest names offered."""
+    """The error for an unknown name; its message offers the nearest names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there is {_some(names)}"
@@ -74,7 +74,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def _some(names: list[str], most: int = 60) -> str:
-    """All of a readable list, the beginning of a long one."""
+    """The names, at most ``most`` of them and the number of the rest."""
     if not names:
         return "none"
     rest = len(names) - most

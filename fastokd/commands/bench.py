@@ -1,4 +1,4 @@
-"""The commands ``bench`` and ``plan``: nothing but parsing and printing."""
+"""The commands ``bench`` and ``plan``: parsing and printing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastokd.commands.facts import print_facts
 from fastokd.commands.options import Json
 from fastokd.errors import UserError
 
-Students = Annotated[int | None, typer.Option(help="Networks, leader included.")]
+Students = Annotated[int | None, typer.Option(help="Number of networks, leader included.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 
 bench = typer.Typer(
@@ -37,7 +37,7 @@ def claims(
 ) -> None:
     """Time training steps against the published loops, in turn; without a command: every claim.
 
-    Each pair is found equal first. Only a quiet machine gives figures.
+    Each pair is checked for equal results first. Use an idle machine.
     """
     if context.invoked_subcommand is not None:
         return
@@ -69,7 +69,7 @@ def claims(
 
 
 def _gpu_report(path: Path) -> int:
-    """The exit code of ``bench/gpu_first.py`` in the checkout that this package lies in."""
+    """Runs ``bench/gpu_first.py`` of the checkout that holds this package; returns its exit code."""
     if not path.parent.is_dir():
         raise UserError(f"{path} can't be written: there is no folder {path.parent}")
     program = Path(__file__).resolve().parents[2] / "bench" / "gpu_first.py"
@@ -98,7 +98,7 @@ def step(
         ),
     ] = None,
     impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default all cores.")] = None,
     reference: Annotated[
         bool,
         typer.Option(help="Time the published loop instead: fp32 unless --precision bf16."),
@@ -126,15 +126,14 @@ def step(
 def plan(
     recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
     device: Annotated[str, typer.Option(help="h100, h200, a100, rtx4090 or cpu.")] = "h100",
-    gpus: Annotated[int, typer.Option(help="They share the batch.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs that share the batch.")] = 1,
     batch_size: BatchSize = None,
     students: Students = None,
     json_: Json = False,
 ) -> None:
-    """Say what a recipe needs of a machine that need not be there: memory, launches, hours.
+    """Estimate memory, kernel launches and hours of a recipe on a machine, without that machine.
 
-    Counted on tensors without values, then modelled; no data, no GPU. docs/plan.md has what is
-    assumed.
+    Counted on meta tensors, then modelled; no data, no GPU. docs/plan.md lists the assumptions.
     """
     from fastokd.plan.plan import plan as planned
     from fastokd.plan.table import lines

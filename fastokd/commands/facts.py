@@ -1,4 +1,4 @@
-"""The commands that say what there is: ``list``, ``model-info`` and ``doctor``."""
+"""The commands ``list``, ``model-info`` and ``doctor``, which print facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def list_(
     what: Annotated[str, typer.Argument(help="models, methods, datasets or recipes.")],
     json_: Json = False,
 ) -> None:
-    """List what there is."""
+    """List the names that recipes take."""
     lists = {
         "models": fastokd.list_models,
         "methods": fastokd.list_methods,
@@ -32,10 +32,10 @@ def list_(
 
 def model_info(
     name: Annotated[str, typer.Argument(help="A model; `fastokd list models`.")],
-    num_classes: Annotated[int, typer.Option(help="C.")] = 100,
+    num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 100,
     json_: Json = False,
 ) -> None:
-    """Count a student: parameters, multiply-accumulates, feature width, maps."""
+    """Count a student's parameters and multiply-accumulates, its feature width and its maps."""
     from fastokd.models import model_info as count
 
     info = dataclasses.asdict(count(name, num_classes))
@@ -43,7 +43,7 @@ def model_info(
 
 
 def doctor(json_: Json = False) -> None:
-    """Say which implementations, devices and optional packages work here, and why not."""
+    """Check which implementations, devices and optional packages work here, and why not."""
     from fastokd.doctor import diagnose
 
     print_facts(diagnose(), json_)

@@ -1,4 +1,4 @@
-"""The docstrings of commands, which are their help texts."""
+"""The help texts of commands under ``python -OO``, which removes docstrings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 
 def keep_docstring(function: Callable[..., Any]) -> None:
-    """Gives ``function`` its docstring where ``python -OO`` left it out, from its source."""
+    """Restores the docstring of ``function`` from its source."""
     if function.__doc__ is None:
         with suppress(OSError):  # a package without its sources
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
@@ -22,7 +22,7 @@ def keep_docstring(function: Callable[..., Any]) -> None:
 
 
 def keep_docstrings(app: typer.Typer) -> None:
-    """Of all commands of a program, and of the programs within it."""
+    """Restores the docstrings of all commands of ``app`` and of its subcommands."""
     for command in (*app.registered_commands, app.registered_callback):
         if command is not None and command.callback is not None:
             keep_docstring(command.callback)

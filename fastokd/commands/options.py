@@ -1,4 +1,4 @@
-"""Options that several commands share, and commands whose options are a class's fields."""
+"""Options that several commands share, and command-line options made from a dataclass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from fastokd.run.options import RunOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where the data sets lie.")]
+DataRoot = Annotated[Path | None, typer.Option(help="The folder that holds the data sets.")]
 Command = Callable[..., Any]
 
 

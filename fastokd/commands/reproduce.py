@@ -1,4 +1,4 @@
-"""The command ``reproduce``: nothing but parsing and printing."""
+"""The command ``reproduce``: parsing and printing."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastokd.run.options import RunOptions
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
     options: RunOptions,
-    dataset: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
-    model: Annotated[str | None, typer.Option(help="In place of the paper's students.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule scales.")] = None,
-    seeds: Annotated[str, typer.Option(help="A run for each.")] = "0,1,2",
-    val: Annotated[int | None, typer.Option(help="Images held out to choose the epoch.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A data set in place of the paper's.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model in place of the paper's students.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule is scaled.")] = None,
+    seeds: Annotated[str, typer.Option(help="One run for each seed.")] = "0,1,2",
+    val: Annotated[int | None, typer.Option(help="Images held out to choose the best epoch.")] = None,
     only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
-    out: Annotated[Path | None, typer.Option(help="The runs; runs/TABLE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/TABLE.")] = None,
     json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
 ) -> None:
-    """Train a table of the papers and set it beside what was published.
+    """Train a table of the papers and compare it with the published numbers.
 
-    The same command again goes on with what is missing.
+    The same command again trains the runs that are missing.
     """
     from fastokd.host.console import console
     from fastokd.report.reproduce import Request, as_table
@@ -44,5 +44,5 @@ def reproduce(
     if json_:
         print(json.dumps(done.to_json()))
     else:
-        # Where nothing says how wide the output is, 80 columns would fold the numbers.
+        # 80 columns, the default where the output is no terminal, would fold the numbers.
         console(width=None if sys.stdout.isatty() else 120).print(as_table(done))

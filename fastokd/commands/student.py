@@ -1,4 +1,4 @@
-"""The commands about what a run leaves: look at it, compare it, take the student away."""
+"""The commands that read a finished run: report, compare, evaluate and export it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fastokd.commands.options import DataRoot, Json, run_options
 from fastokd.host.names import on_a_line
 from fastokd.run.options import RunOptions
 
-Student = Annotated[int | None, typer.Option(help="Which one, from 0; the one that is kept.")]
-Best = Annotated[bool, typer.Option(help="Of the best epoch, not of the last.")]
+Student = Annotated[int | None, typer.Option(help="Number of the student, from 0; by default the kept one.")]
+Best = Annotated[bool, typer.Option(help="The best epoch in place of the last.")]
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")] = None,
 ) -> None:
-    """Write a page about one run, or several compared; its plots beside it."""
+    """Write a page about one run or several, with its plots beside it."""
     from fastokd.report.page import report as write
 
     print(f"the page is {on_a_line(write(runs, out))}")
@@ -29,10 +29,10 @@ def report(
 
 def diff(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    second: Annotated[Path, typer.Argument(help="Another run folder.")],
     json_: Json = False,
 ) -> None:
-    """Say what two runs differ in: recipe, versions, results."""
+    """List the differences of two runs: recipe, versions, results."""
     from fastokd.report.difference import diff_runs
 
     found = diff_runs(first, second)
@@ -50,7 +50,7 @@ def export(
     to: Annotated[
         str, typer.Option(help="safetensors, torchvision, timm, onnx, torch-export or hub.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The folder; SOURCE/export/FORMAT.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder; by default SOURCE/export/FORMAT.")] = None,
     student: Student = None,
     best: Best = False,
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
@@ -66,11 +66,11 @@ def export(
 
 def predict(
     student: Annotated[Path, typer.Argument(help="A run, an export or a student.safetensors.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    top: Annotated[int, typer.Option(help="How many classes.")] = 5,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Number of classes to print.")] = 5,
     json_: Json = False,
 ) -> None:
-    """Say what a student sees in pictures of your own."""
+    """Classify your own images with a student."""
     from fastokd.student.predict import predict as look
 
     found = look(student, images, top=top)
@@ -91,8 +91,8 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
     options: RunOptions,
-    dataset: Annotated[str | None, typer.Option(help="What to score a .pth on.")] = None,
-    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The data set for a .pth.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of a .pth; by default found from its keys.")] = None,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
@@ -114,15 +114,15 @@ def _rounded(value: Any) -> Any:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="An author's .pth; a run or its student, back.")],
-    out: Annotated[Path | None, typer.Option(help="The new file; beside the source.")] = None,
-    model: Annotated[str | None, typer.Option(help="A .pth's model; found by its keys.")] = None,
-    student: Annotated[int | None, typer.Option(help="Which student; the leader.")] = None,
-    paper: Annotated[str, typer.Option(help="Back to whose format: FFSD or OKDDip.")] = "FFSD",
-    dataset: Annotated[str | None, typer.Option(help="A .pth's; the one of its classes.")] = None,
+    source: Annotated[Path, typer.Argument(help="An author's .pth, or a run or student to convert back.")],
+    out: Annotated[Path | None, typer.Option(help="The new file; by default beside the source.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of a .pth; by default found from its keys.")] = None,
+    student: Annotated[int | None, typer.Option(help="Number of the student; by default the leader.")] = None,
+    paper: Annotated[str, typer.Option(help="The format to convert back to: FFSD or OKDDip.")] = "FFSD",
+    dataset: Annotated[str | None, typer.Option(help="The data set of a .pth; by default found from its classes.")] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Turn a checkpoint of the papers' authors into a student of ours, or a student into theirs."""
+    """Convert a checkpoint of the papers' authors to a fastokd student, or a student to theirs."""
     from fastokd.student.convert import convert as turn
 
     done = turn(

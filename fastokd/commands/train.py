@@ -1,4 +1,4 @@
-"""The command ``train``: nothing but parsing and printing."""
+"""The command ``train``: parsing and printing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fastokd.recipe import names
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
-# The settings of a recipe that have an option of their own; ``--set`` has the others.
+# Settings of a recipe that have their own option; ``--set`` sets the others.
 FLAGS = {
-    "epochs": (Annotated[int | None, "Epochs; the schedule scales."], None),
-    "seed": (Annotated[int | None, "Weights, order and augmentation."], None),
-    "students": (Annotated[int | None, "Networks, leader included."], None),
+    "epochs": (Annotated[int | None, "Epochs; the schedule is scaled."], None),
+    "seed": (Annotated[int | None, "Seed of weights, order and augmentation."], None),
+    "students": (Annotated[int | None, "Number of networks, leader included."], None),
     "batch_size": (Annotated[int | None, "Images a step."], None),
     "lr": (Annotated[float | None, "Learning rate of the first epoch."], None),
-    "temperature": (Annotated[float | None, "T of the distillation."], None),
+    "temperature": (Annotated[float | None, "Temperature of the distillation."], None),
     "method": (
-        Annotated[str | None, "A method of your own in the recipe's: package.module:Class."],
+        Annotated[str | None, "Your own method in place of the recipe's: package.module:Class."],
         None,
     ),
-    "val": (Annotated[int | None, "Images held out of train."], None),
-    "image_size": (Annotated[int | None, "Height and width, of an imagefolder."], None),
+    "val": (Annotated[int | None, "Images held out of the training set."], None),
+    "image_size": (Annotated[int | None, "Height and width of an imagefolder's images."], None),
 }
 
 
@@ -45,14 +45,14 @@ def train(
         typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
     ] = None,
     scale_lr: Annotated[
-        bool, typer.Option(help="The rate times the batch over the recipe's own batch.")
+        bool, typer.Option(help="Scale the learning rate by the batch size over the recipe's batch size.")
     ] = False,
     print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
 ) -> None:
     """Train a cohort by a recipe and leave a run folder.
 
-    With several --seeds, or several values to a --set: a folder for each run and an index; the same
-    command again goes on with what is missing.
+    Several --seeds, or several values of a --set, give a folder for each run and an index. The same
+    command again trains the runs that are missing.
     """
     from fastokd.distributed.launch import launched, of_the_first_rank
     from fastokd.run.sweep import run_all, sweep_folder
@@ -87,7 +87,7 @@ def train(
 
 
 def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list[str]:
-    """A line for each rate that follows its batch, and each schedule that follows its epochs."""
+    """A line for each learning rate and each schedule that was scaled."""
     lines = []
     for resolved in (entry.recipe for entry in wanted):
         if scale_lr:

@@ -22,7 +22,7 @@ from fastokd.known import DATASETS
 
 
 class _Request(NamedTuple):
-    """What a caller asks of a data set; each takes what concerns it."""
+    """The arguments of :func:`load_dataset`; each data set reads those that it needs."""
 
     root: Path | None
     download: bool
@@ -43,11 +43,11 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
 }
-# Of the choice of held-out images, whatever a recipe's seed.
+# Seed of the choice of held-out images; it doesn't depend on the recipe's seed.
 HELD_OUT_SEED = 0
-# Their sizes are a choice.
+# Data sets whose image size can be chosen.
 _CHOOSABLE = ("imagefolder", "imagenet")
-# Whose mean and deviation are measured from train; the others' are published.
+# Data sets whose mean and deviation are measured on train; those of the others are published.
 _MEASURED = ("imagefolder",)
 
 
@@ -70,30 +70,30 @@ def load_dataset(
     workers: int = 0,
     begun: bool = False,
 ) -> DatasetSplits:
-    """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as the files of it.
+    """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as files on disk.
 
     Args:
         name: as in :func:`fastokd.list_datasets`.
         root: the folder that holds its files (docs/data.md); ``digits`` needs none, and
-            ``fashion_mnist`` none where Debian's package is installed.
-        val: images held out of train, stratified by class; 0 holds out none. ``digits``, and image
-            folders with ``val/`` and ``test/``, come with a validation split of their own. Which
-            images they are depends on the labels and on ``val`` alone, not on a recipe's seed: all
-            seeds, and a teacher with the same ``val``, hold out the same.
-        download: fetches what is missing into ``root`` (CIFAR, Fashion-MNIST).
+            ``fashion_mnist`` none if Debian's package is installed.
+        val: images held out of train, stratified by class; 0 for none. ``digits``, and image
+            folders with ``val/`` and ``test/``, have a validation split already. The choice of
+            images depends only on the labels and on ``val``: it is the same for all seeds, and for
+            a teacher with the same ``val``.
+        download: download missing files into ``root`` (CIFAR, Fashion-MNIST).
         image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
-            ``imagenet`` (224); the others have 32.
+            ``imagenet`` (224); other sets have 32.
         eval_resize: the shorter side before the centre crop of a held-out image; 0 for
             ``image_size``. In memory, the images to train on are the same crops.
-        streamed: an ``imagefolder`` is left on disk, as ``imagenet`` is.
-        loader: who decodes images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
+        streamed: read an ``imagefolder`` from disk during training, as ``imagenet``.
+        loader: the decoder of images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI or processes of torchvision; 0 for this process's cores.
-        begun: for a run that has begun: that a prepared folder has changed since is told, where it
-            is refused otherwise.
+        begun: the run has begun already: a warning, not an error, if a prepared folder has changed
+            since.
 
     Raises:
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
-            a ``val`` that can't be held out; a loader that can't be had.
+            a ``val`` that can't be held out; a loader that isn't available.
     """
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
@@ -118,7 +118,7 @@ def load_dataset(
 
 
 def _measured_again(splits: DatasetSplits) -> DatasetSplits:
-    """With mean and deviation of the images that are left to train on."""
+    """With mean and deviation measured on the remaining training images."""
     train = splits.train
     if isinstance(train, Split):
         mean, std = channel_statistics(train)

@@ -1,1 +1,1 @@
-"""What the process finds around it: CPUs, caches, the user, its standard streams, names of files."""
+"""The process's environment: CPUs, caches, the user, standard streams, file names."""

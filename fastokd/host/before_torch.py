@@ -1,4 +1,4 @@
-"""Sets what torch and other libraries read of the environment when they are loaded."""
+"""Sets the environment variables that torch and other libraries read when they are imported."""
 
 import signal
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastokd.host import caches, cpus, user
 
-# Until the program has loaded, ^C ends it without a traceback; cli.main takes it back.
+# While the program is being imported, ^C ends it without a traceback. cli.main() undoes this.
 _started = sys.argv[0] if sys.argv else ""
 _is_the_program = Path(_started).name == "fastokd" or (
     _started == "-m" and "fastokd" in sys.orig_argv

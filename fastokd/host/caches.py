@@ -1,7 +1,7 @@
-"""Where caches lie. None is needed: another folder takes the place of one that can't be written.
+"""Cache folders. If one can't be written, another is used; fastokd also runs without any.
 
-The C++ ops and the timings of engines are in :func:`cache_root`. :func:`settle` does the same for
-the caches of other libraries, whose default is a folder in the home directory.
+:func:`cache_root` holds the built C++ ops and the timings of engines. :func:`settle` does the same
+for the caches of other libraries, whose default is a folder in the home directory.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 
 from fastokd.host.streams import warn
 
-# The variable that names another library's cache, and its default within the home directory.
+# The variables that name other libraries' caches, and their defaults in the home directory.
 OTHERS = {
     "MPLCONFIGDIR": ".config/matplotlib",
     "TRITON_CACHE_DIR": ".triton/cache",
     "TORCHINDUCTOR_CACHE_DIR": None,  # by default in the temporary folder
 }
-# In which nothing can be written.
+# A path that can never be written.
 NOWHERE = Path(os.devnull) / "fastokd"
 
 
 def cache_root() -> Path:
     """``$FASTOKD_CACHE``, else ``fastokd`` in the user's cache directory, else in the system's
-    temporary one: the first that can be written. One that is passed over is said once.
+    temporary folder: the first that can be written. A warning names the one that was skipped.
 
-    Where none can, writing to it raises OSError.
+    If none can be written, writing to the result raises OSError.
     """
     roots = cache_roots()
     if len(roots) > 1:
@@ -38,7 +38,7 @@ def cache_root() -> Path:
 
 
 def cache_roots() -> list[Path]:
-    """:func:`cache_root`, and before it those that are passed over: they may have been filled."""
+    """The folders that were skipped, which may hold old caches, and :func:`cache_root` last."""
     roots: list[Path] = []
     for place in _places():
         roots.append(place)
@@ -48,8 +48,8 @@ def cache_roots() -> list[Path]:
 
 
 def settle() -> None:
-    """Names a folder for each other library whose own can't be written, for this process and its
-    children. Must run before they are imported."""
+    """Sets a folder for each other library whose own can't be written, for this process and its
+    children. Must run before those libraries are imported."""
     for name, default in OTHERS.items():
         usual = Path.home() / default if default else _system()
         if _refusal(Path(os.environ.get(name) or usual)) is None:
@@ -57,12 +57,12 @@ def settle() -> None:
         root = cache_roots()[-1]
         if _refusal(root) is None:
             os.environ[name] = str(root / name.partition("_")[0].lower())
-        else:  # torch isn't even imported with a folder that it can't make
+        else:  # importing torch fails if it can't create the folder that is named
             os.environ.pop(name, None)
 
 
 def _places() -> Iterator[Path]:
-    """Where caches may lie, the best first."""
+    """The candidates, the preferred one first."""
     if os.environ.get("FASTOKD_CACHE"):
         yield Path(os.environ["FASTOKD_CACHE"])
     if os.environ.get("XDG_CACHE_HOME"):
@@ -73,19 +73,19 @@ def _places() -> Iterator[Path]:
 
 @functools.cache
 def _refusal(folder: Path) -> str | None:
-    """Why nothing can be written to ``folder``, which need not exist yet; None where it can."""
+    """The reason why ``folder``, which need not exist yet, can't be written; None if it can."""
     try:
         while not folder.exists():
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # a full disk may still make an empty file
+            file.write(bytes(4096))  # on a full disk an empty file can still be created
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
 def _system() -> Path:
-    """The system's temporary folder, :data:`NOWHERE` without one."""
+    """The system's temporary folder, or :data:`NOWHERE`."""
     try:
         return Path(tempfile.gettempdir())
     except OSError:
@@ -93,8 +93,8 @@ def _system() -> Path:
 
 
 def own_folder() -> Path:
-    """This user's folder in the system's temporary one, :data:`NOWHERE` if it isn't the user's
-    alone: libraries are loaded from it."""
+    """This user's folder in the system's temporary folder. :data:`NOWHERE` if others can write to
+    it, since libraries are loaded from it."""
     folder = _system() / f"fastokd-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -107,7 +107,7 @@ def own_folder() -> Path:
 
 @functools.cache
 def _say(named: Path, instead: Path) -> None:
-    """Once a process, on the rank that speaks."""
+    """Warns once a process, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         kept = "nothing is kept" if instead == NOWHERE else f"they are in {instead}"
         warn(

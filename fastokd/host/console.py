@@ -1,4 +1,4 @@
-"""rich's console, on a standard stream that may fail."""
+"""rich's console on a standard stream whose failure is ignored."""
 
 from __future__ import annotations
 

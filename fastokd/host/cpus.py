@@ -1,7 +1,7 @@
-"""The CPUs that this process may use, and how torch's threads wait on them.
+"""The CPUs that this process may use, and how torch's threads wait.
 
-This is the one place that counts CPUs: affinity and a container's quota decide, not the machine.
-Nothing here imports torch: :func:`settle` must set its environment first.
+All CPUs are counted here, from the process's affinity and its container's quota. This module is
+imported before torch: :func:`settle` must set the environment first.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from fastokd.known import Later
 
 torch = Later("torch")
-# How often a thread of libgomp looks for work before it sleeps. libgomp's own 300,000 take a core
-# from another program after each of a step's thousands of parallel regions; with none a thread is
-# woken in each of them. bench/bench_two_programs.py measures what lies between.
+# How often an idle thread of libgomp checks for work before it sleeps. With libgomp's default of
+# 300,000, idle threads occupy cores that another program needs; with 0, each parallel region must
+# wake its threads. bench/bench_two_programs.py measures values between them.
 SPIN_COUNT = 1500
-# Either of these says how threads wait, OpenMP's own setting or libgomp's.
+# The variables that set how threads wait: OpenMP's and libgomp's.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# Either of these says how many there are.
+# The variables that set the number of threads.
 COUNTING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Seconds over which the machine's other threads are counted.
+# Seconds over which other programs' CPU time is measured.
 LOOK = 0.2
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs for the threads of this process: those of its affinity, or of its cgroups' quota where
-    that is less, rounded up; at least 1. ``root``: where ``/proc`` and ``/sys`` are.
+    """CPUs for this process: the smaller of its affinity and its cgroups' quota, rounded up; at
+    least 1. ``root``: the folder that holds ``/proc`` and ``/sys``.
     """
     quota = cpu_quota(root)
     allowed = len(affinity())
@@ -39,26 +39,26 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def share_of_cpus() -> int:
-    """:func:`usable_cpus` for one of the ranks that torchrun started on this machine; at least 1."""
+    """:func:`usable_cpus` divided by the ranks that torchrun started on this machine; at least 1."""
     return max(1, usable_cpus() // ranks_here())
 
 
 def ranks_here() -> int:
-    """Processes of this run on this machine: as torchrun says, 1 where it wasn't torchrun."""
+    """Processes of this run on this machine, from torchrun's environment; 1 without torchrun."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(ranks)) if ranks.isdecimal() else 1
 
 
 def affinity() -> set[int]:
-    """The CPUs that the scheduler may choose from."""
+    """The CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the cgroups of this process give it a second, the tightest of a group and its
-    ancestors; None where there is no limit, or none that can be read."""
+    """The CPU quota of this process's cgroups, the smallest of a group and its ancestors; None
+    without a limit, or if none can be read."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -74,7 +74,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _folders(mount: str, groups: list[str], root: Path) -> Iterator[Path]:
-    """Of one mounted hierarchy that limits CPUs: this process's group and its ancestors."""
+    """This process's group and its ancestors in one mounted hierarchy that limits CPUs."""
     fields, _, rest = mount.partition(" - ")
     kind, *_, options = rest.split() or [""]
     inside, point = (_unescaped(field) for field in fields.split()[3:5])
@@ -84,7 +84,7 @@ def _folders(mount: str, groups: list[str], root: Path) -> Iterator[Path]:
         second = kind == "cgroup2" and not controllers
         if not (first or second):
             continue
-        # A container sees its own group as the mount's root, and its path as the host's.
+        # In a container the mount's root is its own group, while the path is the host's.
         below = path.removeprefix(inside.rstrip("/")) if path.startswith(inside) else "/"
         top = root / point.lstrip("/")
         folder = top / below.lstrip("/")
@@ -97,26 +97,26 @@ def _folders(mount: str, groups: list[str], root: Path) -> Iterator[Path]:
 
 
 def _limit(folder: Path) -> float | None:
-    """The quota of one group over its period, of version 2 or 1."""
+    """Quota over period of one group, of cgroup version 2 or 1."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
-        limit = float(quota) / float(period)  # "max" is no number
+        limit = float(quota) / float(period)  # "max" raises ValueError
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return limit if limit > 0 else None
 
 
 def _unescaped(field: str) -> str:
-    r"""A path as mountinfo has it: a space is ``\040``."""
+    r"""Decodes a path of mountinfo, where a space is ``\040``."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def settle() -> None:
-    """Sets how torch's threads wait, for this process and its children. Leaves what the user set.
+    """Sets how torch's threads wait, for this process and its children, unless the user has set it.
 
     Must run before torch is imported: libgomp reads its environment when it is loaded.
     """
@@ -125,18 +125,21 @@ def settle() -> None:
 
 
 def settle_threads() -> None:
-    """Lowers torch's threads to this process's share of the CPUs. Leaves what the user set."""
+    """Lowers torch's threads to this process's share of the CPUs, unless the user has set them.
+
+    ``fastokd.ops`` calls it when it is imported: every part of fastokd that uses torch imports it.
+    """
     if not _threads_set() and torch.get_num_threads() > share_of_cpus():
         torch.set_num_threads(share_of_cpus())
 
 
 def _set_by_user(names: tuple[str, ...]) -> list[str]:
-    """Which of these variables are set, each in words."""
+    """``NAME is VALUE`` for each of these variables that is set."""
     return [f"{name} is {os.environ[name]}" for name in names if os.environ.get(name)]
 
 
 def _threads_set() -> list[str]:
-    """:func:`_set_by_user` of the threads; what OpenMP can't read is as if it weren't set."""
+    """:func:`_set_by_user` for the number of threads; values that OpenMP can't parse don't count."""
     return _set_by_user(
         tuple(n for n in COUNTING if re.match(r"\s*0*[1-9]\d*\s*(,|$)", os.environ.get(n, "")))
     )
@@ -151,8 +154,8 @@ def waiting() -> str:
 
 
 def said() -> str:
-    """What was chosen, why, and who else is there, in a line: ``2 threads on 2 CPUs (spin count
-    1500); nothing else runs on them``. Takes 0.2 s."""
+    """One line about threads, the reason for their number and other load: ``2 threads on 2 CPUs
+    (spin count 1500); nothing else runs on them``. Takes 0.2 s."""
     usable, ranks, quota = usable_cpus(), ranks_here(), cpu_quota()
     threads = torch.get_num_threads()
     reasons = _threads_set()
@@ -164,7 +167,7 @@ def said() -> str:
     line = f"{threads} thread{'s' * (threads != 1)} on {usable} CPU{'s' * (usable != 1)}"
     line += f" ({', '.join(reasons)})"
     others = _others()
-    if others is None or ranks > 1:  # the other ranks are at work, too
+    if others is None or ranks > 1:  # the other ranks are counted as other programs
         return line
     if others < 0.5:
         return f"{line}; nothing else runs on them"
@@ -174,8 +177,8 @@ def said() -> str:
 
 
 def _others() -> float | None:
-    """Threads of other programs that keep this process's CPUs busy; None where the system doesn't
-    say."""
+    """Threads of other programs that run on this process's CPUs; None if ``/proc/stat`` can't be
+    read."""
     before = _work()
     time.sleep(LOOK)
     after = _work()
@@ -186,7 +189,7 @@ def _others() -> float | None:
 
 
 def _work() -> tuple[float, float, float] | None:
-    """Seconds of work that this process's CPUs have done, those for itself, and the time."""
+    """Busy seconds of this process's CPUs, CPU seconds of this process, and the time."""
     try:
         rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     except OSError:

@@ -1,7 +1,7 @@
-"""How a name is shown: a function for each place where one may stand.
+"""Escapes names for each place where they are shown.
 
-A name is whatever the file system, a recipe or a class folder gives: it may hold markup, line ends,
-and bytes that no encoding knows, which Python keeps as lone surrogates (``os.fsdecode``).
+Names come from file systems, recipes and class folders. They may hold markup, line ends, and bytes
+that aren't UTF-8, which Python keeps as lone surrogates (``os.fsdecode``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$])")
 
 
 def on_a_line(name: object) -> str:
-    """In a message or a table: what would break the line, or isn't text, as its escape (``\\udcff``).
+    """For a message or a table: control characters and lone surrogates are escaped (``\\udcff``).
 
-    A whole sentence with names in it may be given.
+    Takes whole sentences too.
     """
     return "".join(
         letter.encode("unicode_escape").decode()
@@ -34,18 +34,18 @@ def on_a_line(name: object) -> str:
 
 
 def in_html(name: object) -> str:
-    """In the text or an attribute of a page."""
+    """For the text or an attribute of an HTML page."""
     return html.escape(on_a_line(name))
 
 
 def in_markdown(name: object) -> str:
-    """In the text of a card."""
+    """For Markdown text."""
     return _MARKDOWN.sub(r"\\\1", on_a_line(name))
 
 
 def in_plot(name: object) -> str:
-    """In a figure: matplotlib leaves labels that begin with an underscore out of a legend, and a
-    long one leaves no room for the axes."""
+    """For a figure. matplotlib omits labels with a leading underscore from a legend, so they get a
+    space; long names are shortened to leave room for the axes."""
     text = on_a_line(name)
     longest = _LONGEST_IN_PLOT
     if any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
@@ -63,7 +63,7 @@ def first_names(names: Sequence[str], most: int) -> str:
 
 @contextmanager
 def in_utf8(folder: Path) -> Iterator[Path]:
-    """Within it the folder, under a name for libraries that take UTF-8 alone."""
+    """Gives a path to ``folder`` that is valid UTF-8, for libraries that accept no other."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What is printed: a standard stream that goes away, is full or lacks a letter ends nothing."""
+"""Printing that never raises: a closed or full standard stream doesn't end a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from fastokd.host.names import on_a_line
 
 
 class Outlet(io.TextIOBase):
-    """A text stream whose failure ends nothing.
+    """A text stream whose write errors are ignored.
 
-    What can't be written is left out, and ``lost`` is the reason, None before. A letter that the
-    encoding lacks is written as its escape.
+    ``lost`` is the last error, or None. Characters that the encoding lacks are escaped.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -73,7 +72,7 @@ class Outlet(io.TextIOBase):
         if not any(stream is own for own in (sys.__stdout__, sys.__stderr__)):
             stream.write(data.decode(self.encoding, self.errors))
             return
-        # Past the stream's buffer: what is left in it fails again at exit, which is exit code 120.
+        # Bypass the stream's buffer: data left in it would fail again at exit, with exit code 120.
         stream.flush()
         while data:
             data = data[os.write(stream.fileno(), data) :]
@@ -83,7 +82,7 @@ _lost_is_told = False
 
 
 def say(text: str) -> None:
-    """Prints a line about a run, which goes on where it can't be printed."""
+    """Prints a line about a run; errors are ignored."""
     out = Outlet(sys.stdout)
     out.write("\n".join(map(on_a_line, text.split("\n"))) + "\n")
     out.flush()
@@ -91,12 +90,12 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Tells the person at the terminal, on stderr; a run goes on."""
+    """Prints a warning to stderr; errors are ignored."""
     Outlet(sys.stderr).write(f"warning: {on_a_line(text)}\n")
 
 
 def tell_lost(out: Outlet) -> None:
-    """Says once that a run's lines can't be printed, where they can't."""
+    """Warns once if standard output can't be written."""
     global _lost_is_told
     if out.lost is not None and not _lost_is_told:
         _lost_is_told = True
@@ -104,13 +103,13 @@ def tell_lost(out: Outlet) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why something can't be written, in the operating system's words."""
+    """The operating system's message of an error."""
     return getattr(error, "strerror", None) or str(error)
 
 
 @contextmanager
 def guarded() -> Iterator[Outlet]:
-    """Within it whatever is printed, by whomever, ends nothing; gives standard output."""
+    """Makes both standard streams an :class:`Outlet` within the block; gives standard output."""
     global _lost_is_told
     before = sys.stdout, sys.stderr
     out, _lost_is_told = Outlet(sys.stdout), False
@@ -124,8 +123,8 @@ def guarded() -> Iterator[Outlet]:
 def open_missing() -> None:
     """Opens /dev/null for each standard stream that the program was started without.
 
-    The next file that is opened would get its number, and whatever is printed would be written into
-    that file.
+    Otherwise the next file that is opened would get its number, and printed text would be written
+    into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:

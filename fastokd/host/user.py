@@ -1,4 +1,4 @@
-"""The user whom the machine doesn't know: a container's, with a number but no name and no home."""
+"""Users without a name or a home directory, as in containers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastokd.host.caches import NOWHERE, own_folder
 
 
 def make_known() -> None:
-    """Gives a user without a name or a home both, for this process and its children.
+    """Sets LOGNAME and HOME for a user without them, for this process and its children.
 
-    torch, Triton and matplotlib look for them, and some of them end without.
+    torch, Triton and matplotlib read them, and some fail without.
     """
     try:
         getpass.getuser()
@@ -28,11 +28,11 @@ def make_known() -> None:
 
 
 def _own_home() -> str:
-    """A folder that is nobody else's, the same one each time where that can be."""
+    """A private folder, the same one each time if possible."""
     folder = own_folder()
     if folder != NOWHERE:
         return str(folder)
     try:
         return tempfile.mkdtemp(prefix="fastokd-")
     except OSError:
-        return os.sep  # nothing is kept
+        return os.sep  # can't be written: no caches

@@ -17,13 +17,13 @@ _OWN: dict[str, type[Method]] = {}
 
 
 def register_method(name: str) -> type[Method]:
-    """Makes a class of somebody's own a method by its name, ``package.module:Class``.
+    """Registers a user's class as a method under its name, ``package.module:Class``.
 
-    Its module is imported, so this is only for names that the user gave: a recipe that was found in
-    a file runs no code.
+    The module is imported. Names in recipes that are read from files are never passed here, so that
+    files run no code.
 
     Raises:
-        UserError: there is no such module or class, or it is no :class:`Method`.
+        UserError: there is no such module or class, or the class is no :class:`Method`.
     """
     try:
         found = load(name)
@@ -54,7 +54,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def option_defaults(name: str) -> dict[str, Any]:
-    """The options that one method takes, its bases' included, and what each is if left out."""
+    """The options of a method, those of its base classes included, and their defaults."""
     defaults: dict[str, Any] = {}
     for owner in reversed(method_class(name).__mro__):
         if "__init__" in vars(owner):
@@ -65,10 +65,10 @@ def option_defaults(name: str) -> dict[str, Any]:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that a method doesn't have, and values that can't be one.
+    """Checks the names and the values of a method's options.
 
     Raises:
-        UserError: names the option, its value and what it may be.
+        UserError: an unknown option, or a value of the wrong type or out of range.
     """
     defaults = option_defaults(name)
     for option, value in options.items():
@@ -95,10 +95,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 def create_method(name: str, shape: CohortShape, *, impl: str = "auto", **options: Any) -> Method:
     """A method for a cohort of this shape.
 
-    ``impl``: of its loss, as :func:`fastokd.ops.mixture_distillation` takes it.
+    ``impl``: the implementation of its loss, as for :func:`fastokd.ops.mixture_distillation`.
 
     Raises:
-        UserError: an unknown method or option, or a shape that it has no form for.
+        UserError: an unknown method or option, or a shape that the method doesn't support.
     """
     check_options(name, options)
     return method_class(name)(shape, **{"impl": impl, **options})

@@ -18,11 +18,11 @@ from fastokd.models.external import ExternalStudent
 from fastokd.models.probe import Probe
 from fastokd.models.spec import ModelSpec, stated_size
 
-# Whatever fetches weights, in either library.
+# Options of either library that download weights.
 DOWNLOADS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
 # Each takes a second to import, and timm may be missing.
 models, timm = Later("torchvision.models"), Later("timm")
-# A cohort builds the same network many times; where its features and maps are does not change.
+# A cohort builds the same network many times, with features and maps in the same places.
 _FOUND: dict[tuple[object, ...], Probe] = {}
 
 
@@ -30,9 +30,9 @@ def resolve(name: str) -> ModelSpec:
     """The spec of ``torchvision:NAME`` or ``timm:NAME``.
 
     Its options: ``split_at`` (a module's dotted name, for branch sharing), ``input_size`` (height
-    and width that the maps are looked for with; else ``img_size`` or ``image_size`` where the
-    constructor is given one, else the library's own), and whatever the
-    library's constructor takes, but anything that fetches weights.
+    and width at which the maps are located; by default ``img_size`` or ``image_size`` if the
+    constructor is given one, else the library's default), and the options of the library's
+    constructor, except those that download weights.
 
     Raises:
         UserError: another prefix, a network that the library doesn't have, timm missing.
@@ -71,8 +71,8 @@ def _build(
 
 
 def _construct(new: Callable[[], nn.Module]) -> nn.Module:
-    """``new()``, on the default device; where that is meta and the constructor computes with
-    tensors of its own (torchvision's RegNets), by way of the CPU."""
+    """``new()`` on the default device. If that is meta and the constructor computes with tensors
+    (torchvision's RegNets), it is built on the CPU and moved."""
     try:
         return new()
     except (NotImplementedError, RuntimeError):

@@ -1,1 +1,1 @@
-"""What to train: the frozen recipe, its names, and a name for each cell of the papers."""
+"""Recipes: the frozen dataclass, its names, and the recipe of each cell of the papers' tables."""

@@ -1,4 +1,4 @@
-"""The cells of both papers' tables: which recipe each is, and what was published for it."""
+"""The cells of both papers' tables: the recipe and the published number of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from fastokd.errors import unknown_name
 
 _FORMS = {"okddip_network": "okddip-network", "okddip_branch": "okddip-branch"}
-# Of each of OKDDip's tables: its key in the facts, its row where it has only one, the recipe of a
-# (method, row), and the methods that the facts name otherwise.
+# For each of OKDDip's tables: its key in paper_results.json, its row if it has only one, the recipe
+# of (method, row), and the methods whose columns have another name.
 TABLES: dict[str, tuple[str, str | None, str, dict[str, str]]] = {
     "table1": ("table1_cifar10", None, "{}/{}/cifar10", _FORMS),
     "table2": ("table2_cifar100", None, "{}/{}/cifar100", _FORMS),
@@ -58,10 +58,10 @@ class Cell:
     """One number of a table.
 
     Attributes:
-        table, row, column: where it stands.
-        recipe: what trains it.
+        table, row, column: its place.
+        recipe: the name of the recipe that trains it.
         unit: ``"error"`` or ``"accuracy"``, top-1 in %.
-        mean: as published; None where a figure shows it and no number is printed.
+        mean: as published; None if it is only plotted in a figure.
         std: over ``runs`` runs; None for a single run.
     """
 
@@ -118,7 +118,7 @@ def _result(published: Any) -> dict[str, Any]:
 
 
 def _group_sizes() -> list[Cell]:
-    """Figure 3 plots three methods over the number of branches; it prints no numbers."""
+    """Figure 3 plots three methods over the number of branches, without numbers."""
     return [
         Cell(
             "figure3",
@@ -132,7 +132,7 @@ def _group_sizes() -> list[Cell]:
 
 
 def _ffsd(facts: dict[str, Any]) -> list[Cell]:
-    """Accuracies of single runs; where there are three, their mean and deviation."""
+    """Accuracies of single runs, or mean and deviation of three."""
     return [
         Cell(
             "ffsd",

@@ -1,11 +1,11 @@
-"""What to train: functions composed into a frozen Recipe, and a name for each.
+"""The recipe of each name.
 
 A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET``:
 
 - METHOD as in ``fastokd list methods``; an ablation is a method: ``okddip_mean``.
-- FORM is ``branch`` or ``network``. It may be left out where the method has one form, or was
+- FORM is ``branch`` or ``network``. It may be left out if the method has one form or was
   published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
-- ``-ensemble`` reports the mean logits of the peers (Table 4) in place of the students.
+- ``-ensemble`` reports the accuracy of the peers' mean logits (Table 4).
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:
   ``okddip-network/resnet20+resnet32+resnet20/cifar100``.
@@ -24,15 +24,15 @@ from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.recipe import MOST, Recipe, checked, methods, models
 
-# Where a method with two forms was published in one.
+# The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
-# No ramp is published for these: nothing to ramp, or the whole weight from the first epoch on.
+# Methods published without a ramp of the distillation weight.
 UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl")
 TEMPERATURE = 3.0
 
 
 class _Name(NamedTuple):
-    """A name's parts."""
+    """The fields of a recipe's name."""
 
     method: str
     sharing: str
@@ -46,14 +46,13 @@ def recipe(name: str, **changes: Any) -> Recipe:
     """The recipe called ``name``, with fields of :class:`Recipe` replaced.
 
     ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it;
-    an option of the method is given by its name, or within ``method_options``; ``method`` puts
-    another in the named one's place, in its form, as one that
-    :func:`fastokd.methods.register_method` has made known.
+    an option of the method is given by its name, or within ``method_options``; ``method`` replaces
+    the named method and keeps its form, as for one of :func:`fastokd.methods.register_method`.
 
     Raises:
-        UserError: an unknown method, model, data set or form, with the nearest names; a setting that
-            neither a recipe nor its method has; a value of another type than the setting's; one
-            setting with two values.
+        UserError: an unknown method, model, data set or form (the nearest names are offered); a
+            setting that neither the recipe nor its method has; a value of the wrong type; two
+            values for one setting.
     """
     parsed = _parse(name)
     if parsed.students not in (None, changes.get("students", parsed.students)):
@@ -76,9 +75,13 @@ def recipe(name: str, **changes: Any) -> Recipe:
 
 
 def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ``base`` with their new values; the method's options together in theirs."""
+    """The changed fields of ``base``; options of the method are merged into ``method_options``."""
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    found = {key: checked(fields[key], value) for key, value in changes.items() if key in fields}
+    found = {
+        key: checked(fields[key], value, getattr(base, key))
+        for key, value in changes.items()
+        if key in fields
+    }
     options = dict(found.pop("method_options", {}))
     known = methods.option_defaults(base.method)
     for key, value in changes.items():
@@ -135,7 +138,7 @@ def _only_form(method: str) -> str:
 
 
 def _published(text: str, name: _Name) -> Recipe:
-    """The data set's settings, then the student's, the method's, and what is reported."""
+    """The published recipe: settings of the data set, the student, the method and the report."""
     students = name.students
     if students is None:
         mixed = name.model.count("+") + 1
@@ -168,12 +171,12 @@ def _published(text: str, name: _Name) -> Recipe:
 
 
 def _students(method: str) -> int:
-    """Networks trained, leader included: 4 in every group of OKDDip's tables."""
+    """The number of networks, leader included: 4 in all of OKDDip's tables."""
     return {"baseline": 1, "kd": 1, "ffsd": 3}.get(method, 4)
 
 
 def _method_options(method: str) -> dict[str, Any]:
-    """What the papers set, written out so that ``recipe.json`` says it."""
+    """The papers' options, explicit so that ``recipe.json`` contains them."""
     options: dict[str, Any] = {}
     if "temperature" in methods.option_defaults(method):
         options["temperature"] = 2.0 if method == "ffsd" else TEMPERATURE
@@ -183,14 +186,14 @@ def _method_options(method: str) -> dict[str, Any]:
 
 
 def _model_options(name: _Name) -> dict[str, Any]:
-    """What differs in the branch form: VGG's dropout."""
+    """The options that differ in the branch form: VGG's dropout."""
     if name.sharing == "network" or "+" in name.model:
         return {}
     return dict(models.model_spec(name.model).branch_options)
 
 
 def _ffsd(base: Recipe) -> Recipe:
-    """FFSD's settings: the ramp counts epochs from 1 and warms the map losses alone."""
+    """FFSD's settings. Its ramp counts epochs from 1 and weighs only the map losses."""
     imagenet = base.dataset == "imagenet"
     base = dataclasses.replace(
         base,
@@ -204,9 +207,9 @@ def _ffsd(base: Recipe) -> Recipe:
 
 
 def _on_dataset(cifar: Recipe) -> Recipe:
-    """OKDDip's settings on CIFAR and ImageNet; the small sets shortened to what they need."""
+    """OKDDip's settings on CIFAR and ImageNet; shorter schedules for the small sets."""
     if cifar.dataset == "imagenet":
-        # The paper gives no R here; the fraction of CIFAR's, 24 of 90 epochs, is ours.
+        # The paper gives no R for ImageNet; 24 of 90 epochs is the fraction of CIFAR's.
         return dataclasses.replace(
             cifar,
             epochs=90,
@@ -220,7 +223,7 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             eval_resize=256,
         )
     if cifar.dataset == "digits":
-        # Mirrored digits are other digits, and 500 images make 8 batches of 64.
+        # A mirrored digit is not that digit; 500 images give 8 batches of 64.
         return dataclasses.replace(
             cifar,
             epochs=60,
@@ -236,7 +239,7 @@ def _on_dataset(cifar: Recipe) -> Recipe:
 
 
 def list_recipes() -> list[str]:
-    """The recipes with a name of their own: the papers' cells and the demo's."""
+    """The recipes of the papers' tables and of the demo."""
     demo = ["baseline/resnet8/digits", "okddip-branch/resnet8/digits"]
     return list(dict.fromkeys([*published_recipes(), *demo]))
 

@@ -1,4 +1,4 @@
-"""A recipe: all that decides a run's numbers, but the machine."""
+"""A recipe: everything that determines a run's numbers, except the machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ models = Later("fastokd.models")
 cohort = Later("fastokd.cohort.sharing")
 seeds = Later("fastokd.seeds")
 torch = Later("torch")
-# More networks, epochs or pixels than anybody trains: a slip of the keyboard, which would be found
-# out only when the memory or the year is over.
+# Upper limits that catch typing errors before memory or time runs out.
 MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
@@ -28,11 +27,11 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def checked(known: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` as that field of a recipe holds it; recipes are read from files too.
+def checked(known: dataclasses.Field[Any], value: Any, like: Any = None) -> Any:
+    """``value`` converted to the type of a recipe's field; ``like``: an example of that type.
 
     Raises:
-        UserError: it is of another type.
+        UserError: the value has another type.
     """
     kind, what = _KINDS.get(str(known.type), (str, "a word"))
     value = tuple(value) if kind is tuple and isinstance(value, list) else value
@@ -40,30 +39,31 @@ def checked(known: dataclasses.Field[Any], value: Any) -> Any:
     if kind is tuple:
         fits = fits and all(type(entry) is int for entry in value)
     if not fits:
-        raise UserError(f"{known.name} is {value!r}: it must be {what}")
+        example = "" if like is None else f", like {like!r}"
+        raise UserError(f"{known.name} is {value!r}: it must be {what}{example}")
     return float(value) if known.type == "float" else value
 
 
-# What a run is judged by, and what its best epoch is chosen by.
+# Whose accuracy a run reports and selects its best epoch by.
 Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a run's numbers, but the machine.
+    """Everything that determines a run's numbers, except the machine.
 
     Attributes:
         model: a student's name; or several joined by ``+``, one for each student of a mixed
             cohort, the leader's last.
         students: networks trained, leader included.
-        milestones: epochs (from 0) before which the learning rate is divided by 10.
-        warmup_epochs: epochs in which the rate rises in equal steps to lr, from lr / warmup_epochs
-            in the first; 0 for none.
+        milestones: epochs (from 0) before which the learning rate is multiplied by ``lr_decay``.
+        warmup_epochs: epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for
+            none.
         ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
             epoch (0 in OKDDip, 1 in FFSD).
         crop_padding, crop_mode, flip: augmentation of in-memory images. ``resized_crop``: an area
             of the image is cropped and resized instead (RandomResizedCrop).
-        image_size: height and width, where the data set leaves a choice. ``eval_resize``: the
+        image_size: height and width, for data sets of images of any size. ``eval_resize``: the
             shorter side before the centre crop of a held-out image, and in memory of every image;
             0 for none.
         val: images held out of the training set, stratified by class; 0 for none. They are the same
@@ -104,7 +104,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses what can't be trained, in one sentence."""
+        """Checks all fields; raises :class:`UserError`."""
         for known in dataclasses.fields(self):
             checked(known, getattr(self, known.name))
         needs = methods.method_class(self.method).needs
@@ -181,8 +181,8 @@ class Recipe:
 
     @property
     def kept_student(self) -> int:
-        """The student that is taken away: the leader; where there is none, the first, or one
-        drawn by the seed where the ``"kept"`` one is reported."""
+        """The number of the student that is kept: the leader. Without a leader, the first; or one
+        drawn by the seed if ``reported`` is ``"kept"``."""
         if self.has_leader:
             return self.students - 1
         if self.reported != "kept":
@@ -191,7 +191,7 @@ class Recipe:
         return int(torch.randint(self.students, (), generator=generator))
 
     def score(self, metrics: dict[str, Any]) -> float:
-        """The accuracy that the run is judged by, of the metrics of one split."""
+        """The reported accuracy, from the metrics of one split."""
         judged = self.judged(metrics)
         if judged == "average":
             return float(metrics["ema_top1"])
@@ -200,26 +200,26 @@ class Recipe:
         return float(metrics[f"{judged}_top1"])
 
     def judged(self, metrics: dict[str, Any]) -> str:
-        """Whose accuracy that is: the kept student's running ``"average"`` where there is one, else
-        ``reported``; a lone student has no mean."""
+        """Whose accuracy is reported: the kept student's running ``"average"`` if there is one, else
+        ``reported``; ``"student"`` if there is only one."""
         if "ema_top1" in metrics:
             return "average"
         return self.reported if self.students > 1 else "student"
 
     @property
     def has_leader(self) -> bool:
-        """Whether the last student is the one that is kept."""
+        """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
 
     def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
-        """The rate of one epoch, counted from 0; ``warm_up=False`` leaves the warm-up out."""
+        """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up."""
         rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
         if warm_up and epoch + 1 < self.warmup_epochs:
             rate *= (epoch + 1) / self.warmup_epochs
         return rate
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule in other epochs: milestones, ramp and warm-up move in proportion."""
+        """The same schedule over ``epochs``: milestones, ramp and warm-up are scaled."""
         scale = epochs / self.epochs
         return dataclasses.replace(
             self,
@@ -230,7 +230,7 @@ class Recipe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON would give it back."""
+        """The recipe as JSON values."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a command line says of a recipe: flags and ``--set``, merged, every setting said once."""
+"""The runs that a command line asks for: flags, ``--set`` and ``--seeds`` merged into recipes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from fastokd.errors import UserError, unknown_name
 from fastokd.recipe.names import Recipe, recipe
 
-# What a recipe's name says.
+# Fields that the recipe's name sets.
 NAMED = ("method", "model", "dataset", "sharing")
 
 
 @dataclass(frozen=True)
 class WantedRun:
-    """One run that is wanted: its folder's name and its recipe."""
+    """A run that was asked for: its folder's name, its recipe, and the settings that name it."""
 
     folder: str
     recipe: Recipe
@@ -30,7 +30,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, list[Any]]:
     Values are JSON (numbers, true, ``[10,15]``) or, where one isn't, words.
 
     Raises:
-        UserError: a text of another form; a setting that is named twice, or that can't be set.
+        UserError: a text of another form; a setting that is named twice or can't be set.
     """
     settings: dict[str, list[Any]] = {}
     for text in texts:
@@ -51,7 +51,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as numbers, each once."""
+    """``"0,1,2"`` as numbers, without repetitions."""
     words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
         raise UserError(f"--seeds is {text!r}: write whole numbers, such as 0,1,2")
@@ -70,16 +70,15 @@ def wanted_runs(
 
     Args:
         name: the recipe's.
-        flags: one value of a setting each, or None where the flag wasn't given.
-        settings: what ``--set`` names, by :func:`parse_settings`. Their values name the folders.
-        seeds: of ``--seeds``.
-        scale_lr: the rate of each run, as its recipe has it by then, times its batch over the named
-            recipe's own: Goyal et al.'s rule (arXiv 1706.02677). It holds for the recipe's SGD; a
-            method's own Adam keeps its rate.
+        flags: the value of each setting, or None if the flag wasn't given.
+        settings: the result of :func:`parse_settings`. Their values are in the folders' names.
+        seeds: the values of ``--seeds``.
+        scale_lr: multiply each run's learning rate by its batch size over the named recipe's batch
+            size: Goyal et al.'s rule (arXiv 1706.02677). It applies to the recipe's SGD; a method's
+            own Adam keeps its rate.
 
     Raises:
-        UserError: a setting that is said twice, with different values; whatever
-            :func:`fastokd.recipe` raises.
+        UserError: a setting with two different values; errors of :func:`fastokd.recipe`.
     """
     said = {key: value for key, value in flags.items() if value is not None}
     if seeds is not None and "seed" in said:

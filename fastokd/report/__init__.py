@@ -1,1 +1,1 @@
-"""Plots and tables of runs."""
+"""Reports of runs: pages, plots, and the papers' tables."""

@@ -1,4 +1,4 @@
-"""matplotlib as a report uses it: Agg alone, no state shared with a caller's figures."""
+"""matplotlib for reports: only Agg, without global state of the caller's figures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def _import_matplotlib() -> Any:
-    """A program that a notebook starts inherits its MPLBACKEND; where that isn't installed,
-    matplotlib's import raises, though nothing here is drawn by it."""
+    """Imports matplotlib without MPLBACKEND: programs started by a notebook inherit it, and the
+    import raises if that backend isn't installed."""
     first, asked = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", "")
     try:
         import matplotlib
-    except Exception as error:  # an installation of any kind of brokenness
+    except Exception as error:  # a broken installation raises anything
         raise UserError(
             f"matplotlib can't be loaded ({in_one_line(error)}): install it anew"
         ) from error
@@ -35,7 +35,7 @@ def _import_matplotlib() -> Any:
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure; width and height in inches."""
     _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,10 +47,10 @@ def canvas(width: float, height: float) -> Figure:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Within it text is drawn as it is: no ``$x$`` is a formula, no TeX is asked.
+    """Within the block text is drawn literally, without formulas and TeX.
 
-    In an SVG it stays text: it can be searched, and a page prints it in its own font, which may have
-    letters that matplotlib's lacks. A fixed salt makes the same figure the same bytes.
+    SVGs keep text as text, so that it can be searched and uses the page's fonts. A fixed salt makes
+    the bytes of an SVG reproducible.
     """
     settings: Any = {
         "text.parse_math": False,

@@ -1,4 +1,4 @@
-"""What two runs differ in: recipe, versions, results."""
+"""The differences of two runs: recipe, versions, results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastokd.run.summary import summarise
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list[Any]]]:
     """``{"recipe": {name: [first, second]}, "environment": ..., "results": ...}``.
 
-    Recipe and environment hold what differs; results hold the reported accuracy, last and best
-    epoch, of both.
+    Recipe and environment contain only differences. Results contain both runs' reported accuracy,
+    last and best epoch.
 
     Raises:
         UserError: a folder is no run, or has no measured epoch.

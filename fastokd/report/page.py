@@ -1,4 +1,4 @@
-"""One self-contained page about one run or several: figures, tables, recipe, versions, cost."""
+"""A self-contained page about one run or several: figures, tables, recipe, versions, cost."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .85r
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes a page about the runs and, beside it, each of its figures as PNG and SVG.
 
-    Runs that differ in their seeds alone are pooled to mean and deviation.
+    Runs that differ only in their seeds are pooled to mean and deviation.
 
     Args:
         runs: run folders, also unfinished ones, or folders of several runs (a sweep's).
-        out: the page; ``report.html`` in the folder of a single run, else in the working
-            directory. A page that is there is replaced: it is made of what is kept.
+        out: the page; by default ``report.html`` in the folder of a single run, else in the working
+            directory. An existing page is replaced.
 
     Raises:
-        UserError: no run, a run without a measured epoch, a place that can't be written.
+        UserError: no run, a run without a measured epoch, or ``out`` can't be written.
     """
     loaded = [run for path in runs for run in _load(Path(path))]
     if not loaded:
@@ -163,7 +163,7 @@ def _epochs(pool: Pool) -> int:
 
 
 def _published(pools: Sequence[Pool]) -> str:
-    """The papers' cells of these recipes, beside ours, and all in which ours differ from them."""
+    """The papers' cells of these recipes beside our results, with all differences of the runs."""
     rows = []
     for pool in pools:
         for cell in _cells(pool):
@@ -192,7 +192,7 @@ def _published(pools: Sequence[Pool]) -> str:
 
 
 def _cells(pool: Pool) -> list[Cell]:
-    """Where the papers print a number for a recipe of this name."""
+    """The cells with a published number for the recipe of this name."""
     return [
         cell
         for table in tables()

@@ -1,4 +1,4 @@
-"""The report's figures for a notebook."""
+"""The report's figures in a notebook."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that a notebook shows where it is a cell's last value."""
+    """A figure that a notebook shows as the value of a cell."""
 
     figure: Figure
 

@@ -1,4 +1,4 @@
-"""The pictures of a report, a function each."""
+"""The figures of a report."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastokd.report.pools import EpochMetrics, Pool
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What is drawn in this colour follows the page's text, light or dark.
+# In a page this colour becomes the text's colour, light or dark.
 INK = "#010203"
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 
 
 def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
-    """The figures that these runs allow, by name, each with a title of its own.
+    """The figures that can be drawn of these runs, by name.
 
     ``loss``, ``accuracy`` (every student's where there is one pool), ``diversity`` (OKDDip's
     Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
@@ -51,7 +51,7 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element whose text and axes have the page's colour."""
+    """The figure as an ``<svg>`` element with text and axes in the page's text colour."""
     buffer = io.StringIO()
     with plainly():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -60,14 +60,14 @@ def as_svg(figure: Figure) -> str:
 
 
 def on_white(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element that stands alone, black on white."""
+    """The figure as a standalone ``<svg>`` element, black on white."""
     svg = as_svg(figure).replace("currentColor", "black")
     head, rest = svg.split(">", 1)
     return f'{head}><rect width="100%" height="100%" fill="white"/>{rest}'
 
 
 def save(figure: Figure, path: Path) -> None:
-    """``path`` with ``.svg`` and ``.png`` behind it, black on white."""
+    """Writes ``path.svg`` and ``path.png``, black on white."""
     write_durably(path.with_name(f"{path.name}.svg"), on_white(figure).encode())
     png = io.BytesIO()
     with plainly():
@@ -76,7 +76,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _finish(figure: Figure) -> Figure:
-    """Lines, ticks and text in the colour that follows the page."""
+    """Sets lines, ticks and text to :data:`INK`."""
     for axes in figure.axes:
         axes.tick_params(colors=INK, which="both")
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
@@ -116,7 +116,7 @@ def _curves(
     label: Callable[[Pool], str] = lambda pool: pool.label,
     **axes_settings: Any,
 ) -> Figure | None:
-    """A curve for each pool; None where there is nothing to draw."""
+    """One curve for each pool; None if there is nothing to draw."""
     figure = canvas(6, 4)
     axes = figure.subplots()
     drawn = [
@@ -173,7 +173,7 @@ def _students(pool: Pool) -> Figure:
 
 
 def _group_size(pools: Sequence[Pool]) -> Figure | None:
-    """Error of the last epoch over the number of networks; for methods with two sizes at least."""
+    """Error of the last epoch over the number of networks, for methods with at least two sizes."""
     by_method: dict[str, list[Pool]] = {}
     for pool in pools:
         recipe = pool.recipe
@@ -205,7 +205,7 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
 
 
 def _attention(pools: Sequence[Pool]) -> Figure | None:
-    """Mean mixing weights on the test set: a row for each listener and source, epochs to the right."""
+    """Mean mixing weights on the test set over the epochs: a row for each receiver and source."""
     shown = []
     for pool in pools:
         matrices = {
@@ -253,7 +253,7 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
 
 
 def _heard(matrices: dict[int, list[Any]], s: int, n: int) -> bool:
-    """Whether the source ever has a weight there: the leader has none."""
+    """Whether the source has a weight in any epoch; the leader never has."""
     return any(matrix[s][n] for found in matrices.values() for matrix in found)
 
 

@@ -1,4 +1,4 @@
-"""Runs of one recipe and several seeds, taken together."""
+"""Pools: runs of one recipe with several seeds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastokd.run.summary import summarise
 
 # One line of metrics.jsonl.
 EpochMetrics = dict[str, Any]
-# Said of runs only where others of their name have it otherwise.
+# Options that a label names only if pools of the same recipe differ in them.
 UNSAID = ("precision", "eval_every")
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Runs that differ in nothing but their seeds (and the machine), and what to call them.
+    """Runs that differ only in their seeds (and the machine), and their label.
 
-    ``recipe`` is the first one's.
+    ``recipe`` is the first run's.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Pool:
     ) -> tuple[list[int], list[float], list[float]]:
         """Epochs (from 1), and the mean and deviation over the runs of ``value`` in each.
 
-        An epoch counts where every run has a value.
+        An epoch counts only if every run has a value.
         """
         found: dict[int, list[float]] = {}
         for run in self.runs:
@@ -63,11 +63,11 @@ class Pool:
         return Sample.of([100 * summarise(run).last for run in self.runs])
 
     def best(self) -> Sample:
-        """Of the best epoch, in %."""
+        """The reported test accuracy of the best epoch, in %."""
         return Sample.of([100 * summarise(run).best for run in self.runs])
 
     def of_last(self, value: Callable[[EpochMetrics], float | None]) -> Sample | None:
-        """``value`` of the last measured epoch; None where a run has none."""
+        """``value`` of the last measured epoch; None if a run has none."""
         values = [
             value(next(row for row in reversed(run.metrics) if "test" in row)) for run in self.runs
         ]
@@ -75,8 +75,8 @@ class Pool:
 
 
 def pool_runs(runs: Sequence[Run]) -> list[Pool]:
-    """Runs of one recipe and the same options but the seed, together, in the order given; those that
-    have all their epochs apart from those that don't.
+    """Pools runs with the same recipe and options except the seed, in the given order. Incomplete
+    runs are pooled separately.
 
     Raises:
         UserError: a run has no measured epoch yet.
@@ -104,7 +104,7 @@ def pool_runs(runs: Sequence[Run]) -> list[Pool]:
 
 @dataclass(frozen=True)
 class _What:
-    """What runs of a pool have in common."""
+    """What the runs of a pool have in common."""
 
     recipe: Recipe
     options: Changes
@@ -113,7 +113,7 @@ class _What:
     @staticmethod
     def of(run: Run) -> _What:
         options = options_of(run)
-        if "init" in options:  # each seed may begin from weights of its own
+        if "init" in options:  # each seed may begin from other weights
             options["init"] = ("trained weights", None)
         precision = RunFacts(run.folder).environment().get("precision")
         options["precision"] = (precision, None)
@@ -124,7 +124,7 @@ class _What:
 
 
 def _label(what: _What, kinds: Sequence[_What], runs: Sequence[Run]) -> str:
-    """A recipe's name, and all in which runs differ from what it stands for, or from others of it."""
+    """A recipe's name, and the settings in which the runs differ from it or from other pools."""
     alike = [kind for kind in kinds if kind.recipe.name == what.recipe.name]
     names = dict.fromkeys(name for kind in alike for name in kind.changes())
     ours = dataclasses.asdict(what.recipe) | what.recipe.method_options

@@ -1,4 +1,4 @@
-"""What a run has otherwise than the recipe that its name, or a cell of the papers, stands for."""
+"""The differences of a run from the recipe of its name or of a cell of the papers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastokd.run.identity import deciding
 from fastokd.student.file import read_weights
 from fastokd.student.teacher import KEPT
 
-# Another value of these is another task, which isn't compared.
+# Runs that differ in these have another task and aren't compared.
 TASK = ("method", "model", "dataset", "sharing")
-# What follows from the epochs where nothing else is asked for.
+# Fields that scale with the epochs.
 SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
 Changes = dict[str, tuple[Any, Any]]
 
 
 def altered(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> list[str] | None:
-    """All in which ``runs``, judged by the recipe ``judged``, differ from a cell: ``"lr=0.05 (0.1)"``.
+    """The differences of ``runs``, with the recipe ``judged``, from a cell: ``"lr=0.05 (0.1)"``.
 
-    Every field of the recipe but name and seed, every option of method and student, the options of
-    the run that change its numbers, the teacher's model, and epochs that weren't trained. None where
-    the cell is of another task.
+    They include every field of the recipe except name and seed, every option of method and student,
+    the run's options that change its numbers, the teacher's model, and epochs that weren't trained.
+    None if the cell has another task.
     """
     published = recipe(cell.recipe)
     changes = differences(judged, published)
@@ -40,7 +40,7 @@ def altered(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> list[str] | None
 
 
 def differences(ours: Recipe, theirs: Recipe) -> Changes:
-    """The fields and options in which two recipes differ, both values; name and seed left out."""
+    """The fields and options in which two recipes differ, with both values; not name and seed."""
     scaled = theirs if ours.epochs == theirs.epochs else theirs.with_epochs(ours.epochs)
     changes: Changes = {}
     for field in dataclasses.fields(Recipe):
@@ -57,15 +57,15 @@ def differences(ours: Recipe, theirs: Recipe) -> Changes:
 
 
 def from_its_name(of: Recipe) -> Changes:
-    """In what a recipe differs from the one that its name stands for."""
+    """The differences of a recipe from the one that its name stands for."""
     try:
         return differences(of, recipe(of.name))
-    except UserError:  # the name of a method or data set that isn't known here
+    except UserError:  # an unknown method or data set
         return {}
 
 
 def options_of(run: Run) -> Changes:
-    """The options of a run that change its numbers, and a teacher of another model than the recipe's."""
+    """The run's options that change its numbers, and the teacher's model if it isn't the recipe's."""
     changes: Changes = {name: (value, None) for name, value in deciding(run.folder).items()}
     kept = run.folder / KEPT
     if run.recipe.teacher and kept.is_file():

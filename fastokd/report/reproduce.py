@@ -1,4 +1,4 @@
-"""A table of the papers, trained and set beside what was published."""
+"""Trains a table of the papers and compares it with the published numbers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ ANOTHER_TASK = "another task"
 
 @dataclass(frozen=True)
 class Result:
-    """One cell as we have it.
+    """Our result for one cell.
 
-    ``last`` and ``best`` are in the cell's unit, in %. ``difference`` is the best epoch's, the
-    papers' protocol, less the published; None for another task than the paper's. ``caveat`` says
-    in what the runs differ from the cell; where they do, there is no ``verdict``.
+    ``last`` and ``best`` are in the cell's unit, in %. ``difference``: the best epoch, as in the
+    papers' protocol, minus the published number; None for another task. ``caveat``: the differences
+    of the runs from the cell; with a caveat there is no ``verdict``.
     """
 
     cell: Cell
@@ -47,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table's results, and what they are: ``title`` says epochs and data."""
+    """The results of a table; ``title`` names epochs and data."""
 
     title: str
     notes: tuple[str, ...]
@@ -65,11 +65,10 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Request:
-    """What to train of a table, and in what form.
+    """Which cells of a table to train, and with which changes.
 
-    ``dataset`` and ``model`` stand in for the paper's, ``epochs`` scales its schedule; ``only``
-    keeps the cells whose recipe's name contains it; ``val`` holds images out to choose the best
-    epoch on.
+    ``dataset`` and ``model`` replace the paper's, ``epochs`` scales its schedule; ``only`` selects
+    the cells whose recipe's name contains it; ``val`` images are held out to choose the best epoch.
     """
 
     table: str
@@ -81,7 +80,7 @@ class Request:
     only: str = ""
 
     def cells(self) -> list[Cell]:
-        """The table's cells, those of ``dataset`` alone where the table has some."""
+        """The selected cells; only those of ``dataset`` if the table has any."""
         cells = [cell for cell in cells_of(self.table) if self.only in cell.recipe]
         if not cells:
             names = ", ".join(dict.fromkeys(cell.recipe for cell in cells_of(self.table)))
@@ -90,7 +89,7 @@ class Request:
         return of_it or cells
 
     def recipe(self, cell: Cell, seed: int) -> Recipe:
-        """What is trained for a cell; its name says who is judged, too."""
+        """The recipe of a cell; it also says whose accuracy is reported."""
         method, model, dataset = cell.recipe.split("/")
         if self.model is not None and "teacher" not in cell.column:
             model = self.model
@@ -100,12 +99,12 @@ class Request:
 
 
 def reproduce(request: Request, out: Path, options: RunOptions, train: Train) -> Reproduction:
-    """Trains the runs that ``out`` lacks and makes the table.
+    """Trains the runs that ``out`` lacks and makes the table. It can be resumed.
 
-    Cells that are one training share its runs, whatever they report of it.
+    Cells that differ only in whose accuracy they report share their runs.
 
     Raises:
-        UserError: an unknown table; whatever training raises. Started again, it goes on.
+        UserError: an unknown table; errors of training.
     """
     cells = request.cells()
     wanted: dict[str, WantedRun] = {}
@@ -113,13 +112,13 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
         for seed in request.seeds:
             entry = _training(request.recipe(cell, seed), options.max_steps)
             wanted.setdefault(entry.folder, entry)
-    scaled = {} if request.epochs is None else {"epochs": request.epochs}  # as long as its students
+    scaled = {} if request.epochs is None else {"epochs": request.epochs}  # for as many epochs as its students
     teachers = {
         entry.recipe.teacher: _training(teacher_recipe(entry.recipe, **scaled), options.max_steps)
         for entry in wanted.values()
         if entry.recipe.teacher
     }
-    # Teachers before those whom they teach.
+    # Teachers before their students.
     order = {entry.folder: entry for entry in (*teachers.values(), *wanted.values())}
     found: dict[str, Run] = {}
     for entry in order.values():
@@ -140,10 +139,10 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
 
 
 def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
-    """The training under a cell: the same whatever is reported of it.
+    """The run of a cell, independent of whose accuracy is reported.
 
-    One that is cut after ``max_steps`` has a folder of its own: whole students never have a teacher
-    that was cut.
+    With ``max_steps`` the folder has another name, so that a complete student never has an
+    incomplete teacher.
     """
     method, model, dataset = judged.name.split("/")
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
@@ -181,7 +180,7 @@ def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:
 
 
 def _verdict(cell: Cell, difference: Difference | None) -> str:
-    """Nothing is said of what was run once."""
+    """Whether our mean agrees with the published one; single runs aren't judged."""
     if cell.mean is None:
         return "no number published"
     if cell.std is None:
@@ -205,7 +204,7 @@ def _title(request: Request, results: Sequence[Result]) -> str:
 
 
 def _data(recipes: Sequence[Recipe]) -> str:
-    """Data and epochs, as a header says them."""
+    """Data and epochs, for the title."""
     names = " and ".join(dict.fromkeys(r.dataset for r in recipes))
     held_out = max(r.val for r in recipes)
     apart = f" less {held_out} held out" if held_out else ""
@@ -233,7 +232,7 @@ def _notes(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def as_table(reproduction: Reproduction) -> Table:
-    """What the command prints."""
+    """The table that the command prints."""
     table = Table(title=reproduction.title, caption="\n".join(reproduction.notes))
     table.add_column("row")
     table.add_column("column")

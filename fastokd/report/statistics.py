@@ -1,4 +1,4 @@
-"""Means, deviations, and how far two of them are apart."""
+"""Means, deviations, and the difference of two means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Sample:
-    """A mean over runs; ``std`` (of a sample, n - 1) is None for a single run."""
+    """A mean over runs; ``std`` (with n - 1) is None for a single run."""
 
     mean: float
     std: float | None
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """``value``, and its 95% interval where both sides have a deviation."""
+    """A difference, and its 95% interval if both sides have a deviation."""
 
     value: float
     interval: tuple[float, float] | None
@@ -48,7 +48,7 @@ class Difference:
 
 
 def welch(ours: Sample, theirs: Sample) -> Difference:
-    """ours - theirs, with Welch's interval: unequal variances, t at Satterthwaite's freedom."""
+    """ours - theirs, with Welch's interval: unequal variances, Satterthwaite's degrees of freedom."""
     value = ours.mean - theirs.mean
     if ours.std is None or theirs.std is None:
         return Difference(value, None)

@@ -1,4 +1,4 @@
-"""Where and how a recipe runs."""
+"""The options of a run: where and how a recipe runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 from fastokd.errors import UserError
 from fastokd.known import LOADERS
 
-# What a run is, beside its recipe: these decide its numbers, or their last bits, and a resumed run
-# keeps them as they were. The contents of `init` and of the teacher count too (identity.py).
+# Options that determine a run's numbers, or their last bits: a resumed run keeps them. The contents
+# of `init` and of the teacher count too (identity.py).
 KEPT = (
     "device",
     "precision",
@@ -33,12 +33,12 @@ KEPT = (
     "init",
     "eval_every",
 )
-# The values by which an option leaves it to the machine, or to what is measured there.
+# The values with which the machine, or a measurement on it, decides.
 LEFT_OPEN = {
     **{"device": "auto", "engine": "auto", "compile": None},
     **{"memory_format": "auto", "impl": "auto", "loader": "auto"},
 }
-# What is open until a run is tuned.
+# Options that tuning decides.
 TUNED = ("engine", "compile", "memory_format")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
@@ -160,17 +160,17 @@ class RunOptions:
             raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
 
     def to_json(self) -> dict[str, Any]:
-        """The options as JSON holds them; ``RunOptions(**values)`` reads them again."""
+        """The options as JSON values; ``RunOptions(**values)`` is the inverse."""
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self).items()
         }
 
     def differing(self, begun: Mapping[str, Any], unsaid: Mapping[str, Any]) -> list[str]:
-        """Each option in which these differ from those that a run was begun with, and both values.
+        """The options that differ from those a run was begun with, each with both values.
 
-        ``unsaid``: the value of each option by which it isn't asked for. What ``begun`` doesn't say,
-        as an older run, or leaves open until it is tuned, is as it is here.
+        ``unsaid``: for each option the value that asks for nothing. Options that ``begun`` lacks, as
+        in runs of older versions, or that tuning has yet to decide, don't differ.
         """
         begun = {**begun, "init": tuple(begun.get("init", ()))}
         return [
@@ -184,10 +184,10 @@ class RunOptions:
         ]
 
     def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
-        """These options for a run that ``begun`` describes: what isn't asked for is as it was.
+        """These options for resuming the run that ``begun`` describes: its values replace defaults.
 
         Raises:
-            UserError: something is asked for that differs; both values are named.
+            UserError: an option that was asked for differs; both values are named.
         """
         known = {name: begun[name] for name in KEPT if name in begun}
         known = {name: value for name, value in known.items() if not _is_open(name, value)}

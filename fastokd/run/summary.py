@@ -1,4 +1,4 @@
-"""A run in a few numbers: the reported accuracy of its last epoch and of its best."""
+"""The reported accuracy of a run's last epoch and of its best."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastokd.run.folder import Run
 
 @dataclass(frozen=True)
 class Summary:
-    """Top-1 on the test set, fractions; epochs count from 1. ``reported`` is whose.
+    """Top-1 on the test set, as fractions; epochs count from 1. ``reported``: whose accuracy.
 
-    ``best_on`` is what the best epoch was chosen by: ``"val"``, or ``"test"`` as the papers do it,
-    which flatters.
+    ``best_on``: the split that the best epoch was chosen on: ``"val"``, or ``"test"`` as in the
+    papers, which is biased upward.
     """
 
     last: float
@@ -27,7 +27,7 @@ class Summary:
 
 
 def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
-    """The numbers of one run, by what its recipe reports or by what ``judged_by`` does.
+    """The summary of a run, by the accuracy that its recipe, or ``judged_by``, reports.
 
     Raises:
         UserError: the run has no measured epoch yet.
@@ -37,7 +37,7 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
     if not rows:
         raise UserError(f"{run.folder} has no measured epoch yet: train it on with --resume")
     chosen_on = choosing_split(rows)
-    # As its best checkpoint: an epoch that was cut counts only where there is no other.
+    # As for the best checkpoint, an incomplete epoch counts only if there is no other.
     whole = [row for row in rows if row["epoch"] < run.standing.epochs]
     best = max(whole or rows, key=lambda row: recipe.score(row[chosen_on]))
     return Summary(

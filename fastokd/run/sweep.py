@@ -1,4 +1,4 @@
-"""Several runs of one purpose: a folder each, an index, and going on where it stopped."""
+"""A sweep: several runs in folders of their own, with an index; it can be resumed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Train = Callable[[Recipe, RunOptions], Run]
 
 
 def sweep_folder(name: str) -> Path:
-    """Where the runs of a recipe lie that have no ``--out``."""
+    """The default folder of a recipe's sweep."""
     return Path("runs") / f"{name.replace('/', '-')}-sweep"
 
 
 def run_all(out: Path, wanted: Sequence[WantedRun], options: RunOptions, train: Train) -> list[Run]:
-    """Trains what isn't trained, goes on with what was interrupted, keeps ``index.json``.
+    """Trains the missing runs, resumes the interrupted ones, and keeps ``index.json``.
 
     Raises:
-        UserError: ``out`` exists and is no such folder; a run in it has another recipe or other
-            options; another process is at work in it; whatever :func:`fastokd.train` raises.
+        UserError: ``out`` exists and is no sweep's folder; a run in it has another recipe or other
+            options; another process uses it; errors of :func:`fastokd.train`.
     """
     index = _Index(out)
     for entry in wanted:
@@ -55,15 +55,15 @@ def run_all(out: Path, wanted: Sequence[WantedRun], options: RunOptions, train: 
 
 
 class _Index:
-    """``index.json``: every run of the folder, in the order in which they were asked for.
+    """``index.json``: every run of the folder, in the order of the requests.
 
-    Several sweeps may write it: each reads it again, under a lock, before it adds to it.
+    Several sweeps may write it: each update locks the folder and reads the file again.
     """
 
     def __init__(self, out: Path) -> None:
         self.path = out / INDEX
         self.mine: set[str] = set()
-        self.made: list[Path] = []  # folders that weren't there, the innermost first
+        self.made: list[Path] = []  # folders that this sweep created, the innermost first
         if not self.path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and holds no {INDEX}: choose another --out")
         self._read()
@@ -78,7 +78,7 @@ class _Index:
 
     @contextmanager
     def kept_if_begun(self) -> Iterator[None]:
-        """Where the first run can't even begin, the folder is as if nobody had asked for it."""
+        """Removes the index and the created folders if the first run can't begin."""
         try:
             yield
         except UserError:
@@ -93,12 +93,12 @@ class _Index:
             raise
 
     def want(self, entry: WantedRun, *, anew: bool) -> None:
-        """Writes down that a run is wanted; ``anew``: whatever was written of it before."""
+        """Records that a run is wanted; ``anew``: even if it is recorded already."""
         self.mine.add(entry.folder)
         self._write(entry, {"state": "wanted"}, over=anew)
 
     def note(self, entry: WantedRun, run: Run) -> None:
-        """Writes down how a run ended: ``"done"``, or ``"cut"`` before the last of its epochs."""
+        """Records how a run ended: ``"done"``, or ``"cut"`` before its last epoch."""
         state = "done" if run.is_whole else "cut"
         self._write(entry, {"state": state, **dataclasses.asdict(summarise(run))}, over=True)
 
@@ -125,14 +125,14 @@ class _Index:
 
 
 def run_or_resume(wanted: Recipe, options: RunOptions, train: Train) -> Run:
-    """The run in ``options.out``: as it lies there if it is done, else trained to its end.
+    """The run in ``options.out``, which is trained or resumed unless it is done.
 
-    A run that was stopped before its first checkpoint is started again. Nothing is written or
-    removed before the folder is locked.
+    A run that was stopped before its first checkpoint starts again. Nothing is written or removed
+    before the folder is locked.
 
     Raises:
         UserError: the folder holds a run of another recipe or of other options; another process is
-            at work in it.
+            using it.
     """
     assert options.out is not None
     folder = RunFolder(options.out)
