@@ -98,7 +98,7 @@ def _stack(name: str, module: nn.Module, layers: Sequence[Any]) -> nn.Module:
         return _NormAct(layers)
     if is_exactly(module, nn.Linear):
         return _Linear(layers)
-    if is_exactly(module, ConcatChannels):
+    if is_exactly(module, ConcatChannels) and module.widths:
         return _Concat(layers)
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     leaf = not list(module.children())

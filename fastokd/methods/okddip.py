@@ -63,7 +63,7 @@ class OKDDip(TwoLevel):
             gradient.
 
     Raises:
-        UserError: features too narrow for the default, or ``attention_dim`` below 1.
+        UserError: features too narrow for the default.
     """
 
     def __init__(
@@ -71,14 +71,11 @@ class OKDDip(TwoLevel):
     ) -> None:
         super().__init__(shape, **options)
         widths = shape.feature_dims[: self.peers]
-        dim = min(widths) // 8 if attention_dim is None else attention_dim
-        if dim < 1:
-            given = (
-                f"attention_dim is {attention_dim}"
-                if attention_dim is not None
-                else (f"an eighth of features of width {min(widths)} is nothing")
+        dim = attention_dim or min(widths) // 8
+        if not dim:
+            raise UserError(
+                f"features of width {min(widths)} have no eighth: give attention_dim of at least 1"
             )
-            raise UserError(f"{given}: give attention_dim of at least 1")
         self.query = _projection(widths, dim)
         self.key = _projection(widths, dim)
 
