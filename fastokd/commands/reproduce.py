@@ -20,12 +20,18 @@ def reproduce(
     table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
     options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="A data set in place of the paper's.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model in place of the paper's students.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model in place of the paper's students.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule is scaled.")] = None,
     seeds: Annotated[str, typer.Option(help="One run for each seed.")] = "0,1,2",
-    val: Annotated[int | None, typer.Option(help="Images held out to choose the best epoch.")] = None,
+    val: Annotated[
+        int | None, typer.Option(help="Images held out to choose the best epoch.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/TABLE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; by default runs/TABLE.")
+    ] = None,
     json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
 ) -> None:

@@ -13,13 +13,17 @@ from fastokd.commands.options import DataRoot, Json, run_options
 from fastokd.host.names import on_a_line
 from fastokd.run.options import RunOptions
 
-Student = Annotated[int | None, typer.Option(help="Number of the student, from 0; by default the kept one.")]
+Student = Annotated[
+    int | None, typer.Option(help="Number of the student, from 0; by default the kept one.")
+]
 Best = Annotated[bool, typer.Option(help="The best epoch in place of the last.")]
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")
+    ] = None,
 ) -> None:
     """Write a page about one run or several, with its plots beside it."""
     from fastokd.report.page import report as write
@@ -50,7 +54,9 @@ def export(
     to: Annotated[
         str, typer.Option(help="safetensors, torchvision, timm, onnx, torch-export or hub.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The folder; by default SOURCE/export/FORMAT.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; by default SOURCE/export/FORMAT.")
+    ] = None,
     student: Student = None,
     best: Best = False,
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
@@ -92,7 +98,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an author's .pth.")],
     options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="The data set for a .pth.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model of a .pth; by default found from its keys.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model of a .pth; by default found from its keys.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
@@ -114,12 +122,24 @@ def _rounded(value: Any) -> Any:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="An author's .pth, or a run or student to convert back.")],
-    out: Annotated[Path | None, typer.Option(help="The new file; by default beside the source.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model of a .pth; by default found from its keys.")] = None,
-    student: Annotated[int | None, typer.Option(help="Number of the student; by default the leader.")] = None,
-    paper: Annotated[str, typer.Option(help="The format to convert back to: FFSD or OKDDip.")] = "FFSD",
-    dataset: Annotated[str | None, typer.Option(help="The data set of a .pth; by default found from its classes.")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="An author's .pth, or a run or student to convert back.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The new file; by default beside the source.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model of a .pth; by default found from its keys.")
+    ] = None,
+    student: Annotated[
+        int | None, typer.Option(help="Number of the student; by default the leader.")
+    ] = None,
+    paper: Annotated[
+        str, typer.Option(help="The format to convert back to: FFSD or OKDDip.")
+    ] = "FFSD",
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set of a .pth; by default found from its classes.")
+    ] = None,
     data_root: DataRoot = None,
 ) -> None:
     """Convert a checkpoint of the papers' authors to a fastokd student, or a student to theirs."""

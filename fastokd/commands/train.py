@@ -45,7 +45,10 @@ def train(
         typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
     ] = None,
     scale_lr: Annotated[
-        bool, typer.Option(help="Scale the learning rate by the batch size over the recipe's batch size.")
+        bool,
+        typer.Option(
+            help="Scale the learning rate by the batch size over the recipe's batch size."
+        ),
     ] = False,
     print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
 ) -> None:

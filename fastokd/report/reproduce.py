@@ -112,7 +112,9 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
         for seed in request.seeds:
             entry = _training(request.recipe(cell, seed), options.max_steps)
             wanted.setdefault(entry.folder, entry)
-    scaled = {} if request.epochs is None else {"epochs": request.epochs}  # for as many epochs as its students
+    scaled = (
+        {} if request.epochs is None else {"epochs": request.epochs}
+    )  # for as many epochs as its students
     teachers = {
         entry.recipe.teacher: _training(teacher_recipe(entry.recipe, **scaled), options.max_steps)
         for entry in wanted.values()
