@@ -34,8 +34,8 @@ from fastokd.student.published_keys import (
     classes_of,
     described,
     faults_of,
-    layout_of,
-    method_layout,
+    keys_of,
+    method_keys,
     our_name,
     renamed,
     sharing_of,
@@ -143,9 +143,9 @@ def read(
 
     nearest: tuple[int, str] | None = None
     for name in names:
-        layout = layout_of(name, classes, sharing, students)
-        extras = method_layout(weights, name, sharing, students)
-        faults = faults_of(weights, {**layout, **extras})
+        keys = keys_of(name, classes, sharing, students)
+        extras = method_keys(weights, name, sharing, students)
+        faults = faults_of(weights, {**keys, **extras})
         if not faults:
             return Published(
                 paper,
@@ -154,7 +154,7 @@ def read(
                 sharing,
                 students,
                 has_leader=sharing is not None and "query_weight.weight" in weights,
-                state=renamed(weights, layout),
+                state=renamed(weights, keys),
                 method_state=renamed(weights, extras),
                 notes=(*found.notes, *_notes(name, sharing, weights)),
                 dataset=_option(facts.get("cfg"), "dataset"),
@@ -195,7 +195,7 @@ def save(
         raise UserError(f"paper is {paper!r}: choose FFSD or OKDDip")
     if model not in published:
         raise UserError(f"{paper} has no {model}: it has {', '.join(sorted(published))}")
-    faults = faults_of(state, layout_of(model, classes_of(state), None, 1))
+    faults = faults_of(state, keys_of(model, classes_of(state), None, 1))
     if faults:
         raise UserError(f"the state isn't {model}'s: {described(faults)[1]}")
     weights = {key: value.detach().cpu().clone() for key, value in state.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastokd.checkpoint import list_checkpoints, run_checkpoint, write_durably
 from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
-from fastokd.data.sets.cifar import LAYOUTS
+from fastokd.data.sets.cifar import CIFAR
 from fastokd.errors import UserError
 from fastokd.models import model_spec
 from fastokd.student import authors
@@ -111,10 +111,10 @@ def _dataset_of(source: Path, published: authors.Published) -> str:
     """The one that the file names; else whose classes are as many, of those that the network was
     published for."""
     named = (published.dataset or "").lower().replace("-", "").replace("_", "")
-    if named in (*LAYOUTS, "imagenet"):
+    if named in (*CIFAR, "imagenet"):
         return named
     C, small = published.num_classes, model_spec(published.model).input_size == 32
-    of_classes = {len(layout.class_names): name for name, layout in LAYOUTS.items()}
+    of_classes = {len(cifar.class_names): name for name, cifar in CIFAR.items()}
     found = of_classes.get(C) if small else {IMAGENET_CLASSES: "imagenet"}.get(C)
     if found is None:
         raise UserError(
@@ -129,8 +129,8 @@ def _data_facts(
 ) -> dict[str, str]:
     """Classes and preprocessing of a data set, as a run's student has them."""
     C = published.num_classes
-    if dataset in LAYOUTS:
-        names, shown = LAYOUTS[dataset].class_names, preprocessing_of(dataset)
+    if dataset in CIFAR:
+        names, shown = CIFAR[dataset].class_names, preprocessing_of(dataset)
     elif root is None and dataset == "imagenet":
         names, shown = tuple(map(str, range(IMAGENET_CLASSES))), preprocessing_of(dataset)
     else:

@@ -51,7 +51,7 @@ METHOD_KEYS = ("trans_fusion_module.", "query_weight.", "key_weight.", "control_
 SHOWN = 3
 
 # Ours and the shape, under their key.
-Layout = dict[str, tuple[str, torch.Size]]
+KeyMap = dict[str, tuple[str, torch.Size]]
 
 
 def sharing_of(weights: Mapping[str, Tensor]) -> tuple[str | None, int]:
@@ -73,7 +73,7 @@ def our_name(model: str) -> str:
     return theirs.get(model, model)
 
 
-def layout_of(model: str, classes: int, sharing: str | None, students: int) -> Layout:
+def keys_of(model: str, classes: int, sharing: str | None, students: int) -> KeyMap:
     """Every entry of the file's networks."""
     with torch.device("meta"):
         if sharing is None:
@@ -104,9 +104,9 @@ def classes_of(weights: Mapping[str, Tensor]) -> int:
     return rows[-1] if rows and rows[-1] >= 2 else 100
 
 
-def method_layout(
+def method_keys(
     weights: Mapping[str, Tensor], model: str, sharing: str | None, students: int
-) -> Layout:
+) -> KeyMap:
     """The entries that are the method's, complete where there is one of them."""
     if not any(key.startswith(METHOD_KEYS) for key in weights):
         return {}
@@ -132,16 +132,16 @@ def method_layout(
         }
 
 
-def faults_of(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, list[str]]:
+def faults_of(weights: Mapping[str, Tensor], keys: KeyMap) -> dict[str, list[str]]:
     """What keeps the weights from fitting, by kind; old torches kept no count of batches."""
     faults = {
         "missing": [
-            key for key in layout if key not in weights and not key.endswith("num_batches_tracked")
+            key for key in keys if key not in weights and not key.endswith("num_batches_tracked")
         ],
-        "extra": [key for key in weights if key not in layout],
+        "extra": [key for key in weights if key not in keys],
         "of another shape": [
             f"{key} ({list(weights[key].shape)}, not {list(shape)})"
-            for key, (_, shape) in layout.items()
+            for key, (_, shape) in keys.items()
             if key in weights and weights[key].shape != shape
         ],
     }
@@ -156,7 +156,7 @@ def described(faults: Mapping[str, Sequence[str]]) -> tuple[int, str]:
     return sum(len(keys) for keys in faults.values()), text
 
 
-def renamed(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def renamed(weights: Mapping[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
     """The entries under our keys; a count of batches that is missing is 0."""
     zero = torch.zeros((), dtype=torch.long)
-    return {ours: weights.get(theirs, zero) for theirs, (ours, _) in layout.items()}
+    return {ours: weights.get(theirs, zero) for theirs, (ours, _) in keys.items()}

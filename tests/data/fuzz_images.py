@@ -25,7 +25,7 @@ from fastokd.data.disk.manifest import read_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import pick_loader
 from fastokd.data.disk.split import DiskSplit
-from fastokd.data.disk.workers import _Decoder, _Part
+from fastokd.data.disk.workers import _Chunk, _Decoder
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from tests.data.mutate import mutated
@@ -55,7 +55,7 @@ def originals() -> list[tuple[str, bytes]]:
 
 def by_torchvision(split: DiskSplit, index: int) -> bool:
     """As a worker decodes it."""
-    found = _Decoder(split)[_Part([index], [None], [False])]
+    found = _Decoder(split)[_Chunk([index], [None], [False])]
     if isinstance(found, str):
         assert split.path(index).name in found, found
         return False

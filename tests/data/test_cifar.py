@@ -16,7 +16,7 @@ import torch
 from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.sets import files
-from fastokd.data.sets.cifar import LAYOUTS
+from fastokd.data.sets.cifar import CIFAR
 from fastokd.errors import UserError
 from tests.data.make import cifar_content, pack, python2_pickle, write_cifar
 
@@ -27,11 +27,11 @@ NAMES = pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_reads_what_python_reads(name: str, tmp_path: Path) -> None:
     folder = write_cifar(tmp_path, name, train=100, test=30)
     splits = load_dataset(name, tmp_path)
-    layout = LAYOUTS[name]
-    for split, names in ((splits.train, layout.train), (splits.test, (layout.test,))):
+    cifar = CIFAR[name]
+    for split, names in ((splits.train, cifar.train), (splits.test, (cifar.test,))):
         content = [pickle.loads((folder / f).read_bytes(), encoding="bytes") for f in names]
         planes = np.concatenate([part[b"data"] for part in content]).reshape(-1, 3, 32, 32)
-        labels = [label for part in content for label in part[layout.label.encode()]]
+        labels = [label for part in content for label in part[cifar.label.encode()]]
         assert torch.equal(split.images_NHWC.permute(0, 3, 1, 2), torch.from_numpy(planes))
         assert split.images_NHWC.is_contiguous()
         assert split.labels_N.tolist() == labels
@@ -44,7 +44,7 @@ def test_constants_are_the_papers() -> None:
     assert preprocessing_of("cifar10").std == (0.2470, 0.2435, 0.2616)
     assert preprocessing_of("cifar100").mean == (0.5071, 0.4865, 0.4409)
     assert preprocessing_of("cifar100").std == (0.2673, 0.2564, 0.2762)
-    fine = LAYOUTS["cifar100"].class_names
+    fine = CIFAR["cifar100"].class_names
     assert list(fine) == sorted(fine)
     assert (fine[0], fine[52], fine[99]) == ("apple", "oak_tree", "worm")
 
@@ -71,12 +71,12 @@ def test_root_may_be_the_folder_itself(tmp_path: Path) -> None:
 @NAMES
 def test_reads_the_archive(name: str, tmp_path: Path) -> None:
     folder = write_cifar(tmp_path / "unpacked", name)
-    pack(folder, tmp_path / LAYOUTS[name].archive)
+    pack(folder, tmp_path / CIFAR[name].archive)
     packed, unpacked = load_dataset(name, tmp_path), load_dataset(name, folder.parent)
     assert torch.equal(packed.train.images_NHWC, unpacked.train.images_NHWC)
     assert torch.equal(packed.test.labels_N, unpacked.test.labels_N)
     assert [path.name for path in tmp_path.iterdir() if path.name != "unpacked"] == [
-        LAYOUTS[name].archive
+        CIFAR[name].archive
     ]
 
 
@@ -199,7 +199,7 @@ def test_download_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from torchvision.datasets import CIFAR10, CIFAR100
 
     assert (url, md5) == (CIFAR10.url, CIFAR10.tgz_md5)
-    assert (LAYOUTS["cifar100"].archive, LAYOUTS["cifar100"].md5) == (
+    assert (CIFAR["cifar100"].archive, CIFAR["cifar100"].md5) == (
         CIFAR100.filename,
         CIFAR100.tgz_md5,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastokd.data.disk.ground_truth import read_ground_truth
-from fastokd.data.disk.walk import Found, entries, images_in, is_image, walk_classes
+from fastokd.data.disk.walk import Found, images_in, is_image, list_folder, walk_classes
 from fastokd.errors import UserError
 
 # Notes that a run's first lines have room for.
@@ -136,7 +136,7 @@ def what_is_left_out(files: list[tuple[str, str]], total: int, how: str) -> str:
 
 def _folders(layout: Layout, root: Path, split: str) -> list[str]:
     """The names of a split's visible folders, sorted."""
-    found = entries(root / split, layout.folders, root)
+    found = list_folder(root / split, layout.folders, root)
     for entry in found:
         if entry.hidden and entry.kind == "folder":
             layout.notes.append(f"{split}/{entry.name} is hidden: it is left out")

@@ -1,4 +1,4 @@
-"""Worker processes that make parts of batches, and the memory in which they hand them over.
+"""Worker processes that make chunks of batches, and the memory in which they hand them over.
 
 The memory is mapped before the workers are forked. So it needs no ``/dev/shm``, of which containers
 have 64 MiB, no file, no name and no descriptor, and it can't run out in the middle of a run. Of each
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from fastokd.host.memory import free_memory, lines_of, mib
 
 # Parts that each worker has before it, so that it needn't wait for the next.
 AHEAD = 2
-# Of the free memory, the share that parts may take.
+# Of the free memory, the share that chunks may take.
 SHARE = 4
 # Seconds at one and the same image after which a worker is given up.
 GIVEN_UP_AFTER = 900.0
@@ -42,8 +42,7 @@ OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATES = {"T": "stopped", "D": "waiting for the disk", "R": "running", "S": "sleeping"}
 
 
-@dataclass
-class _Worker:
+class _Worker(NamedTuple):
     """One process, and this process's end of its pipe."""
 
     pid: int
@@ -52,35 +51,35 @@ class _Worker:
 
 @dataclass
 class _Given:
-    """A part that a worker has before it, where it is made, and what became of it."""
+    """A chunk that a worker has before it, where it is made, and what became of it."""
 
-    part: Any
+    chunk: Any
     worker: int
     slot: int
     answer: tuple[str, str] | None = None
 
 
 class Pool:
-    """Makes parts in order, by processes that begin when there is a part for them.
+    """Makes chunks in order, by processes that begin when there is a chunk for them.
 
     Args:
-        make: called with a part and the row to count in; gives its images, uint8 ``[n, ...]`` with n
+        make: called with a chunk and the row to count in; gives its images, uint8 ``[n, ...]`` with n
             of at most ``shape[0]``, or a sentence about a file at fault.
-        parts: what to make. It is read ahead.
-        shape: of the largest part.
-        workers: how many processes at most; fewer where memory has no room for their parts.
-        at: the path of an image, of a part and a row.
+        chunks: what to make. It is read ahead.
+        shape: of the largest chunk.
+        workers: how many processes at most; fewer where memory has no room for their chunks.
+        at: the path of an image, of a chunk and a row.
     """
 
     def __init__(
         self,
         make: Callable[[Any, Tensor], Tensor | str],
-        parts: Iterator[Any],
+        chunks: Iterator[Any],
         shape: tuple[int, ...],
         workers: int,
         at: Callable[[Any, int], Path],
     ) -> None:
-        self._make, self._parts, self._at = make, parts, at
+        self._make, self._chunks, self._at = make, chunks, at
         each = torch.Size(shape).numel()
         self.most = _that_fit(workers, AHEAD * each)
         size = self.most * (ROW + AHEAD * each)
@@ -109,26 +108,26 @@ class Pool:
         self._workers.clear()
 
     def feed(self) -> None:
-        """Hands out parts as long as there are some and a place to make them."""
+        """Hands out chunks as long as there are some and a place to make them."""
         while self._free or len(self._workers) < self.most:
-            part = next(self._parts, None)
-            if part is None:
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return
             if len(self._workers) < self.most:
                 self._start()
             slot = self._free.popleft()
-            self._given.append(_Given(part, slot // AHEAD, slot))
+            self._given.append(_Given(chunk, slot // AHEAD, slot))
             worker = self._workers[slot // AHEAD]
             try:
-                worker.pipe.send((slot, part))
+                worker.pipe.send((slot, chunk))
             except OSError:
                 self._died(worker)
 
     def take(self) -> Tensor:
-        """The next part's images, to be copied before :meth:`feed`.
+        """The next chunk's images, to be copied before :meth:`feed`.
 
         Raises:
-            DataFileError: a file of the part is at fault.
+            DataFileError: a file of the chunk is at fault.
             LoaderError: a worker was killed or given up, or the machine has no more to give.
         """
         given = self._given[0]
@@ -201,13 +200,10 @@ class Pool:
         self._workers.append(_Worker(pid, ours))
         self._free.extend(range(index * AHEAD, (index + 1) * AHEAD))
 
-    def _doing(self, index: int) -> str:
+    def _file(self, given: _Given) -> Path:
         """The file that a worker is at."""
-        given = next((g for g in self._given if g.worker == index and g.answer is None), None)
-        if given is None:
-            return "had nothing to do"
-        row = min(int(self._rows[index]), len(given.part[0]) - 1)
-        return f"read {self._at(given.part, row)}"
+        row = min(int(self._rows[given.worker]), len(given.chunk[0]) - 1)
+        return self._at(given.chunk, row)
 
     def _died(self, worker: _Worker) -> None:
         """Raises with what ended a worker."""
@@ -219,7 +215,8 @@ class Pool:
         self._workers.remove(worker)
         worker.pipe.close()
         where = f"a loader's worker (process {worker.pid}) "
-        doing = f"while it {self._doing(index)}"
+        given = next((g for g in self._given if g.worker == index and g.answer is None), None)
+        doing = f"while it read {self._file(given)}" if given else "while it had nothing to do"
         if code == -signal.SIGKILL:
             free = free_memory()
             left = "" if free is None else f"; {mib(free)} are free now"
@@ -238,7 +235,7 @@ class Pool:
     def _tell(self, given: _Given, patience: Patience) -> None:
         worker = self._workers[given.worker]
         who = f"a loader's worker (process {worker.pid}, {_state(worker.pid)})"
-        path = self._at(given.part, min(int(self._rows[given.worker]), len(given.part[0]) - 1))
+        path = self._file(given)
         if patience.passed > GIVEN_UP_AFTER:
             raise LoaderError(
                 f"{who} has been at {path} for {patience.passed:.0f} s: see whether its disk answers, "
@@ -281,18 +278,18 @@ def _serve(
                 return
             continue
         try:
-            slot, part = pipe.recv()
-            pipe.send((slot, *_made(make, part, slots[slot - first], row)))
+            slot, chunk = pipe.recv()
+            pipe.send((slot, *_made(make, chunk, slots[slot - first], row)))
         except (EOFError, OSError):
             return
 
 
 def _made(
-    make: Callable[[Any, Tensor], Tensor | str], part: Any, slot: Tensor, row: Tensor
+    make: Callable[[Any, Tensor], Tensor | str], chunk: Any, slot: Tensor, row: Tensor
 ) -> tuple[str, str]:
-    """Makes a part in its slot: ("made", how many images), or what went wrong."""
+    """Makes a chunk in its slot: ("made", how many images), or what went wrong."""
     try:
-        images = make(part, row)
+        images = make(chunk, row)
         if isinstance(images, str):
             return "file", images
         slot[: len(images)] = images

@@ -33,7 +33,7 @@ class Found(NamedTuple):
     fault: str
 
 
-class Entry(NamedTuple):
+class Listed(NamedTuple):
     """One name in a folder. ``kind``: ``"folder"`` or ``"file"``, through links too; ``"broken"``, a
     link that leads nowhere; ``"other"``, a pipe or a device, whose reader would wait."""
 
@@ -57,9 +57,9 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN
 
 
-def entries(
+def list_folder(
     folder: Path | str, folders: dict[str, int] | None = None, root: Path | None = None
-) -> list[Entry]:
+) -> list[Listed]:
     """What a folder holds, sorted by name. ``folders``: when it last changed is noted there, under
     its path from ``root``.
 
@@ -71,14 +71,14 @@ def entries(
             # Before it is listed: what is added meanwhile is noticed later.
             folders[below_root(str(folder), root)] = os.stat(folder).st_mtime_ns
         with os.scandir(folder) as found:
-            return sorted(_entry(entry) for entry in found)
+            return sorted(_listed(entry) for entry in found)
     except OSError as error:
         raise UserError(
             f"can't list {folder} ({error.strerror or error}): make it readable, or move it away"
         ) from error
 
 
-def _entry(entry: os.DirEntry[str]) -> Entry:
+def _listed(entry: os.DirEntry[str]) -> Listed:
     link = entry.is_symlink()
     try:
         if entry.is_dir():
@@ -89,14 +89,14 @@ def _entry(entry: os.DirEntry[str]) -> Entry:
             kind = "broken" if link and not os.path.exists(entry.path) else "other"
     except OSError:  # a link to itself, or through a folder that can't be entered
         kind = "broken"
-    return Entry(entry.name, kind, link, is_hidden(entry.name))
+    return Listed(entry.name, kind, link, is_hidden(entry.name))
 
 
 def images_in(folder: Path, root: Path) -> list[Found]:
     """The image files directly in a folder."""
     return [
         Found(below_root(str(folder / entry.name), root), _FAULTS[entry.kind])
-        for entry in entries(folder)
+        for entry in list_folder(folder)
         if entry.kind in _FAULTS and not entry.hidden and is_image(entry.name)
     ]
 
@@ -181,7 +181,7 @@ class _Walk:
         images = self.found.setdefault(name, [])
         while stack:
             folder = stack.pop()
-            for entry in entries(folder, self.folders, self.root):
+            for entry in list_folder(folder, self.folders, self.root):
                 path = f"{folder}/{entry.name}"
                 if entry.hidden:
                     continue

@@ -20,7 +20,7 @@ from fastokd.errors import DataFileError
 CHUNK = 16
 
 
-class _Part(NamedTuple):
+class _Chunk(NamedTuple):
     """Images of one batch, as plain numbers: tensors would travel as open files."""
 
     images: list[int]
@@ -29,37 +29,37 @@ class _Part(NamedTuple):
 
 
 class _Decoder:
-    """Makes the images of a part, in a worker; a file at fault comes back as a sentence."""
+    """Makes the images of a chunk, in a worker; a file at fault comes back as a sentence."""
 
     def __init__(self, split: DiskSplit) -> None:
         self.split = split
         # The row that is being made.
         self.row = torch.zeros(1, dtype=torch.int64)
 
-    def make(self, part: _Part, row: Tensor) -> Tensor | str:
+    def make(self, chunk: _Chunk, row: Tensor) -> Tensor | str:
         """As the pool asks for it."""
         self.row = row
-        return self[part]
+        return self[chunk]
 
-    def __getitem__(self, part: _Part) -> Tensor | str:
+    def __getitem__(self, chunk: _Chunk) -> Tensor | str:
         try:
-            return self._images(part)
+            return self._images(chunk)
         except Exception as error:
-            at = self.split.path(part.images[int(self.row)])
+            at = self.split.path(chunk.images[int(self.row)])
             no_more = exhausted(error, f"{at} was read")
             if no_more is not None:
                 raise no_more from error
             # Decoders of damaged files raise nearly anything; raised here, it would come back
             # wrapped in this worker's traceback.
-            found = first_broken(self.split, part.images, error)
+            found = first_broken(self.split, chunk.images, error)
             if isinstance(found, DataFileError):
                 return str(found)
             raise
 
-    def _images(self, part: _Part) -> Tensor:
+    def _images(self, chunk: _Chunk) -> Tensor:
         size = self.split.view.image_size
-        images_BHWC = torch.empty(len(part.images), size, size, 3, dtype=torch.uint8)
-        for row, (index, box, flip) in enumerate(zip(*part, strict=True)):
+        images_BHWC = torch.empty(len(chunk.images), size, size, 3, dtype=torch.uint8)
+        for row, (index, box, flip) in enumerate(zip(*chunk, strict=True)):
             self.row[0] = row
             images_BHWC[row] = see(self.split, index, box, flip=bool(flip))
         return images_BHWC
@@ -73,15 +73,15 @@ def decode(
     # Planned and not given back yet, oldest first.
     planned: deque[DiskDraws] = deque()
 
-    def parts() -> Iterator[_Part]:
+    def chunks() -> Iterator[_Chunk]:
         for draws in drawn:
             planned.append(draws)
-            yield from _parts(draws)
+            yield from _chunks(draws)
 
     size = split.view.image_size
     pinned = split.device.type == "cuda"
     shape = (CHUNK, size, size, 3)
-    with Pool(_Decoder(split).make, parts(), shape, workers, _file_of(split)) as pool:
+    with Pool(_Decoder(split).make, chunks(), shape, workers, _file_of(split)) as pool:
         pool.feed()
         while planned:
             draws = planned.popleft()
@@ -89,20 +89,20 @@ def decode(
             images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
             filled = 0
             while filled < B:
-                part = pool.take()
-                images_BHWC[filled : filled + len(part)] = part
-                filled += len(part)
+                chunk = pool.take()
+                images_BHWC[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
                 pool.feed()
             yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, draws)
 
 
-def _parts(draws: DiskDraws) -> Iterator[_Part]:
+def _chunks(draws: DiskDraws) -> Iterator[_Chunk]:
     index, flips = draws.index_B.tolist(), draws.flip_B.tolist()
     boxes = [None] * len(index) if draws.box_B4 is None else draws.box_B4.tolist()
     for first in range(0, len(index), CHUNK):
         some = slice(first, first + CHUNK)
-        yield _Part(index[some], boxes[some], flips[some])
+        yield _Chunk(index[some], boxes[some], flips[some])
 
 
-def _file_of(split: DiskSplit) -> Callable[[_Part, int], Path]:
-    return lambda part, row: split.path(part.images[row])
+def _file_of(split: DiskSplit) -> Callable[[_Chunk, int], Path]:
+    return lambda chunk, row: split.path(chunk.images[row])

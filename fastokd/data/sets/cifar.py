@@ -31,7 +31,7 @@ trout tulip turtle wardrobe whale willow_tree wolf woman worm
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarFiles:
     """Where a CIFAR's files lie and what is in them."""
 
     folder: str
@@ -43,8 +43,8 @@ class Layout:
     class_names: tuple[str, ...]
 
 
-LAYOUTS = {
-    "cifar10": Layout(
+CIFAR = {
+    "cifar10": CifarFiles(
         folder="cifar-10-batches-py",
         archive="cifar-10-python.tar.gz",
         md5="c58f30108f718f92721af3b95e74349a",
@@ -53,7 +53,7 @@ LAYOUTS = {
         label="labels",
         class_names=tuple(CIFAR10.split()),
     ),
-    "cifar100": Layout(
+    "cifar100": CifarFiles(
         folder="cifar-100-python",
         archive="cifar-100-python.tar.gz",
         md5="eb9058c3a382ffc7106e4002c42a8d85",
@@ -71,46 +71,46 @@ def load_cifar(name: str, root: Path | None, *, download: bool) -> DatasetSplits
     Raises:
         UserError: files that are missing, empty, damaged, or hold labels out of range.
     """
-    layout = LAYOUTS[name]
+    cifar = CIFAR[name]
     root = files.need_root(name, root)
-    content = _read(name, layout, root, download)
-    parts = [_split(content[file], layout) for file in layout.train]
+    content = _read(name, cifar, root, download)
+    parts = [_split(content[file], cifar) for file in cifar.train]
     train = Split(
         torch.cat([part.images_NHWC for part in parts]),
         torch.cat([part.labels_N for part in parts]),
     )
     return DatasetSplits(
         name=name,
-        class_names=layout.class_names,
+        class_names=cifar.class_names,
         preprocessing=preprocessing_of(name),
         train=train,
         val=None,
-        test=_split(content[layout.test], layout),
+        test=_split(content[cifar.test], cifar),
     )
 
 
-def _read(name: str, layout: Layout, root: Path, download: bool) -> dict[str, FileBytes]:
+def _read(name: str, cifar: CifarFiles, root: Path, download: bool) -> dict[str, FileBytes]:
     """The bytes of every file, from the folder or else from the archive."""
-    wanted = [*layout.train, layout.test]
+    wanted = [*cifar.train, cifar.test]
     # The root may be the parent, as torchvision has it, or the folder itself.
-    folders = [root / layout.folder, *([root] if root.name == layout.folder else [])]
+    folders = [root / cifar.folder, *([root] if root.name == cifar.folder else [])]
     for folder in folders:
         # A folder that lacks files is an error, but with --download only a reason to fetch.
         if folder.is_dir() and not (download and any(not (folder / f).exists() for f in wanted)):
             return {file: files.read_file(folder / file) for file in wanted}
-    archive = root / layout.archive
+    archive = root / cifar.archive
     if download:
-        files.download(name, SITE + layout.archive, root, layout.md5)
+        files.download(name, SITE + cifar.archive, root, cifar.md5)
     if not archive.is_file():
         raise UserError(
-            f"no {name} in {root}: there is neither {layout.folder}/ nor {layout.archive}; "
+            f"no {name} in {root}: there is neither {cifar.folder}/ nor {cifar.archive}; "
             "give --data-root DIR, or --download to fetch it there"
         )
-    members = files.read_members(archive, [f"{layout.folder}/{file}" for file in wanted])
-    return {file: members[f"{layout.folder}/{file}"] for file in wanted}
+    members = files.read_members(archive, [f"{cifar.folder}/{file}" for file in wanted])
+    return {file: members[f"{cifar.folder}/{file}"] for file in wanted}
 
 
-def _split(file: FileBytes, layout: Layout) -> Split:
+def _split(file: FileBytes, cifar: CifarFiles) -> Split:
     """One pickled file, its planes turned into ``[N, 32, 32, 3]``, everything checked."""
     content = read_plain_pickle(file.data, file.where)
     pixels = content.get("data")
@@ -121,13 +121,13 @@ def _split(file: FileBytes, layout: Layout) -> Split:
             f"{file.where} has {pixels.shape[0]} images of {pixels.shape[1]} bytes, where CIFAR's "
             "have 3072: fetch it again (--download)"
         )
-    labels = _labels(content.get(layout.label), file.where, layout.label)
+    labels = _labels(content.get(cifar.label), file.where, cifar.label)
     if len(labels) != len(pixels):
         raise UserError(
             f"{file.where} has {len(pixels)} images but {len(labels)} labels: "
             "fetch it again (--download)"
         )
-    C = len(layout.class_names)
+    C = len(cifar.class_names)
     wrong = (labels < 0) | (labels >= C)
     if wrong.any():
         where = int(wrong.argmax())

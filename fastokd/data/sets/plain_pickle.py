@@ -9,7 +9,8 @@ looked up. Anything else is refused.
 from __future__ import annotations
 
 import math
-import struct
+import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -33,15 +34,16 @@ class _Global(Enum):
     BYTES = "no bytes"
 
 
-# Python 2 and 3, numpy 1 and 2, protocols 2 to 5 spell arrays and bytes in these ways.
+# By module and name. Python 2 and 3, numpy 1 and 2, protocols 2 to 5 spell arrays and bytes in
+# these ways.
 _GLOBALS = {
-    **{(f"numpy.{c}.multiarray", "_reconstruct"): _Global.ARRAY for c in ("core", "_core")},
-    **{(f"numpy.{c}.multiarray", "scalar"): _Global.SCALAR for c in ("core", "_core")},
-    **{(f"numpy.{c}.numeric", "_frombuffer"): _Global.FROM_BUFFER for c in ("core", "_core")},
-    ("numpy", "ndarray"): _Global.NDARRAY,
-    ("numpy", "dtype"): _Global.DTYPE,
-    ("_codecs", "encode"): _Global.ENCODE,
-    ("__builtin__", "bytes"): _Global.BYTES,
+    **{f"numpy.{core}.multiarray _reconstruct": _Global.ARRAY for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray scalar": _Global.SCALAR for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric _frombuffer": _Global.FROM_BUFFER for core in ("core", "_core")},
+    "numpy ndarray": _Global.NDARRAY,
+    "numpy dtype": _Global.DTYPE,
+    "_codecs encode": _Global.ENCODE,
+    "__builtin__ bytes": _Global.BYTES,
 }
 
 
@@ -51,7 +53,7 @@ class _RefusedError(Exception):
 
 @dataclass
 class _Dtype:
-    """Kind and size, such as ``u1``; the byte order comes with the state."""
+    """Kind and size, such as ``u1``, and the byte order, which BUILD sets."""
 
     code: str
     order: str = "="
@@ -98,43 +100,28 @@ def read_plain_pickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """A stack machine for the opcodes of plain data; every length is checked before it is used."""
+    """A stack machine for the opcodes of plain data, as :mod:`pickletools` splits a pickle."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.position = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.encoded = 0
 
     def run(self) -> Any:
-        while True:
-            opcode = self.take(1)
-            if opcode == b".":
-                return self.pop()
-            handler = _OPCODES.get(opcode)
-            if handler is None:
-                raise _RefusedError(f"its opcode {opcode!r} is not for plain data")
-            handler(self)
+        try:
+            for opcode, argument, _ in pickletools.genops(self.data):
+                if opcode.name == "STOP":
+                    return self.pop()
+                handler = _HANDLERS.get(opcode.name)
+                if handler is None:
+                    raise _RefusedError(f"its opcode {opcode.name} is not for plain data")
+                handler(self, argument)
+        except ValueError as error:
+            raise _RefusedError(str(error)) from error
+        raise AssertionError("genops raises where there is no STOP")
 
-    # Reading and the stack.
-
-    def take(self, count: int) -> bytes:
-        if not 0 <= count <= len(self.data) - self.position:
-            raise _RefusedError("it ends too early")
-        self.position += count
-        return self.data[self.position - count : self.position]
-
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.position, self.position + 200)
-        if end < 0:
-            raise _RefusedError("it names something without an end")
-        text = self.take(end - self.position).decode("latin-1")
-        self.position += 1
-        return text
+    # The stack.
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -169,16 +156,7 @@ class _Reader:
                 raise _RefusedError("a key is no string")
             target[key] = value
 
-    def set_item(self) -> None:
-        value, key = self.pop(), self.pop()
-        self.set_items([key, value])
-
-    def append(self) -> None:
-        value = self.pop()
-        self.top(list).append(value)
-
-    def extend(self) -> None:
-        values = self.pop_mark()
+    def extend(self, values: list[Any]) -> None:
         self.top(list).extend(values)
 
     def make_dict(self) -> None:
@@ -186,13 +164,13 @@ class _Reader:
         self.push({})
         self.set_items(items)
 
-    def make_tuple(self, count: int) -> None:
-        self.push(tuple(reversed([self.pop() for _ in range(count)])))
+    def pop_last(self, count: int) -> list[Any]:
+        return [self.pop() for _ in range(count)][::-1]
 
-    def remember(self, key: int) -> None:
+    def remember(self, key: int | None) -> None:
         if not self.stack or self.stack[-1] is _MARK:
             raise _RefusedError("it remembers a value where there is none")
-        self.memo[key] = self.stack[-1]
+        self.memo[len(self.memo) if key is None else key] = self.stack[-1]
 
     def recall(self, key: int) -> None:
         if key not in self.memo:
@@ -201,16 +179,16 @@ class _Reader:
 
     # Arrays.
 
-    def find(self, module: Any, name: Any) -> None:
-        if type(module) is not str or type(name) is not str:
-            raise _RefusedError("it names something by what is no name")
-        if (module, name) not in _GLOBALS:
-            raise _RefusedError(f"it asks for {module[:80]}.{name[:80]}")
-        self.push(_GLOBALS[module, name])
+    def find(self, name: str) -> None:
+        if name not in _GLOBALS:
+            raise _RefusedError(f"it asks for {name[:160]}")
+        self.push(_GLOBALS[name])
 
     def find_on_stack(self) -> None:
         name, module = self.pop(), self.pop()
-        self.find(module, name)
+        if type(module) is not str or type(name) is not str:
+            raise _RefusedError("it names something by what is no name")
+        self.find(f"{module} {name}")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -281,55 +259,40 @@ def _array(raw: bytes, dtype: _Dtype, shape: tuple[Any, ...], *, fortran: bool) 
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        raise _RefusedError("its text is no text") from None
+def _push(reader: _Reader, value: Any) -> None:
+    reader.push(value)
 
 
-# Python 2's strings are bytes here, as CIFAR's data are.
-_OPCODES = {
-    b"\x80": lambda r: r.take(1),
-    b"\x95": lambda r: r.take(8),
-    b"(": lambda r: r.push(_MARK),
-    b"N": lambda r: r.push(None),
-    b"\x88": lambda r: r.push(True),
-    b"\x89": lambda r: r.push(False),
-    b"J": lambda r: r.push(r.number("<i")),
-    b"K": lambda r: r.push(r.take(1)[0]),
-    b"M": lambda r: r.push(r.number("<H")),
-    b"\x8a": lambda r: r.push(int.from_bytes(r.take(r.take(1)[0]), "little", signed=True)),
-    b"G": lambda r: r.push(r.number(">d")),
-    b"U": lambda r: r.push(r.take(r.take(1)[0])),
-    b"T": lambda r: r.push(r.take(r.number("<i"))),
-    b"C": lambda r: r.push(r.take(r.take(1)[0])),
-    b"B": lambda r: r.push(r.take(r.number("<I"))),
-    b"\x8e": lambda r: r.push(r.take(r.number("<Q"))),
-    b"\x96": lambda r: r.push(r.take(r.number("<Q"))),
-    b"\x8c": lambda r: r.push(_text(r.take(r.take(1)[0]))),
-    b"X": lambda r: r.push(_text(r.take(r.number("<I")))),
-    b"\x8d": lambda r: r.push(_text(r.take(r.number("<Q")))),
-    b"]": lambda r: r.push([]),
-    b"}": lambda r: r.push({}),
-    b")": lambda r: r.push(()),
-    b"a": _Reader.append,
-    b"e": _Reader.extend,
-    b"l": lambda r: r.push(r.pop_mark()),
-    b"s": _Reader.set_item,
-    b"u": lambda r: r.set_items(r.pop_mark()),
-    b"d": _Reader.make_dict,
-    b"t": lambda r: r.push(tuple(r.pop_mark())),
-    b"\x85": lambda r: r.make_tuple(1),
-    b"\x86": lambda r: r.make_tuple(2),
-    b"\x87": lambda r: r.make_tuple(3),
-    b"q": lambda r: r.remember(r.take(1)[0]),
-    b"r": lambda r: r.remember(r.number("<I")),
-    b"\x94": lambda r: r.remember(len(r.memo)),
-    b"h": lambda r: r.recall(r.take(1)[0]),
-    b"j": lambda r: r.recall(r.number("<I")),
-    b"c": lambda r: r.find(r.line(), r.line()),
-    b"\x93": _Reader.find_on_stack,
-    b"R": _Reader.reduce,
-    b"b": _Reader.build,
+# By the names that pickletools gives opcodes.
+_HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda r, _: None),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _push),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _push),
+    # Python 2's strings are bytes here, as CIFAR's data are; pickletools reads them as Latin-1.
+    **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda r, v: r.push(v.encode("latin-1"))),
+    "BYTEARRAY8": lambda r, value: r.push(bytes(value)),
+    "MARK": lambda r, _: r.push(_MARK),
+    "NONE": lambda r, _: r.push(None),
+    "NEWTRUE": lambda r, _: r.push(True),
+    "NEWFALSE": lambda r, _: r.push(False),
+    "EMPTY_LIST": lambda r, _: r.push([]),
+    "EMPTY_DICT": lambda r, _: r.push({}),
+    "EMPTY_TUPLE": lambda r, _: r.push(()),
+    "APPEND": lambda r, _: r.extend([r.pop()]),
+    "APPENDS": lambda r, _: r.extend(r.pop_mark()),
+    "LIST": lambda r, _: r.push(r.pop_mark()),
+    "SETITEM": lambda r, _: r.set_items(r.pop_last(2)),
+    "SETITEMS": lambda r, _: r.set_items(r.pop_mark()),
+    "DICT": lambda r, _: r.make_dict(),
+    "TUPLE": lambda r, _: r.push(tuple(r.pop_mark())),
+    "TUPLE1": lambda r, _: r.push(tuple(r.pop_last(1))),
+    "TUPLE2": lambda r, _: r.push(tuple(r.pop_last(2))),
+    "TUPLE3": lambda r, _: r.push(tuple(r.pop_last(3))),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), lambda r, key: r.remember(key)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda r, key: r.recall(key)),
+    "GLOBAL": lambda r, name: r.find(name),
+    "STACK_GLOBAL": lambda r, _: r.find_on_stack(),
+    "REDUCE": lambda r, _: r.reduce(),
+    "BUILD": lambda r, _: r.build(),
 }
