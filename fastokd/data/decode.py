@@ -1,4 +1,4 @@
-"""Files as pictures: upright, in RGB, or refused by name. Everything that decodes one comes here."""
+"""Decodes image files to upright RGB, or refuses them by name. All decoding is done here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastokd.errors import UserError
 
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
-# Half a gigabyte as Pillow holds it; the largest sensors of phones have 108 million.
+# Half a gigabyte in Pillow. The largest phone sensors have 108 million pixels.
 MAX_PIXELS = 1 << 27
 TOO_MANY = f"more than {MAX_PIXELS // 10**6} million pixels"
 # Rows of a transparent picture that are composed at a time.
@@ -48,7 +48,7 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
         no_more = exhausted(error, f"{path} was read")
         if no_more is not None:
             raise no_more from error
-        # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
+        # Decoders raise any exception for damaged files.
         why = " ".join(str(error).split())
         raise UserError(f"{path} can't be read as an image ({why}): replace it") from error
     raise UserError(f"{path}: {fault}; convert it to an 8-bit RGB JPEG or PNG, or remove it")
@@ -80,7 +80,7 @@ def is_plain(image: Image.Image) -> bool:
         image.load()  # what comes after the pixels may say how they are meant
         alike = raw in (["L"], ["RGB"])  # of 8 bits
     else:
-        # Components of these numbers are YCbCr; Adobe's marker may say that they are another thing.
+        # Components with these ids are YCbCr, unless Adobe's marker says otherwise.
         components = [layer[0] for layer in getattr(image, "layer", ())]
         ycbcr = image.info.get("adobe_transform", 1) == 1
         alike = components in ([1], [1, 2, 3]) and ycbcr
@@ -88,7 +88,7 @@ def is_plain(image: Image.Image) -> bool:
 
 
 def _ends(png: Image.Image) -> bool:
-    """Whether a PNG's last chunk is its end: Pillow goes without, other decoders don't."""
+    """Whether a PNG ends in IEND: Pillow doesn't need it, other decoders do."""
     file = getattr(png, "fp", None)
     if file is None:
         return False
@@ -101,7 +101,7 @@ def _ends(png: Image.Image) -> bool:
 
 def upright_rgb(image: Image.Image, background: int = BACKGROUND) -> Image.Image:
     """An opened picture in RGB, turned upright."""
-    image.load()  # a PNG may say its orientation, and a TIFF turns itself, only now
+    image.load()  # only now a PNG has its orientation, and a TIFF is turned
     rgb = _on_ground(image, background) if _transparent(image) else image.convert("RGB")
     turn = _UPRIGHT.get(orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
@@ -126,7 +126,7 @@ def orientation(image: Image.Image) -> int:
     """EXIF's, from 1 to 8; 1 where there is none or its note is damaged."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # of what cameras and editors leave there, not all can be parsed
+    except Exception:  # EXIF from cameras and editors may be malformed
         return 1
     return found if found in _UPRIGHT else 1
 

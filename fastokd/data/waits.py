@@ -1,4 +1,4 @@
-"""Waiting for who reads files: every wait that lasts is told of, and what ended it is named."""
+"""Waiting for readers of files: long waits are warned about, and their end is explained."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastokd.errors import LoaderError, warn
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Seconds of one wait until it is told of; then again after twice as many.
+# Seconds of a wait before the first warning; each next warning comes after twice as many.
 TELL_AFTER = 30.0
-# What a machine says that has no more to give: no fault of the file that was read just then.
+# Errors of an exhausted machine. They aren't the fault of the file that was being read.
 EXHAUSTED = {
     errno.EMFILE: "raise `ulimit -n`, or choose fewer --workers",
     errno.ENFILE: "close other programs, or choose fewer --workers",
@@ -25,14 +25,14 @@ EXHAUSTED = {
 
 
 def exhaustion(error: BaseException) -> str:
-    """What to do where ``error`` says that the machine, not a file, is at its end; else ""."""
+    """Advice where ``error`` says that the machine is out of a resource; else ""."""
     if isinstance(error, MemoryError):
         return EXHAUSTED[errno.ENOMEM]
     return EXHAUSTED.get(error.errno or 0, "") if isinstance(error, OSError) else ""
 
 
 def exhausted(error: BaseException, doing: str) -> LoaderError | None:
-    """The error to raise where the machine is at its end while ``doing``; else None."""
+    """The error to raise where the machine ran out of a resource while ``doing``; else None."""
     advice = exhaustion(error)
     if not advice:
         return None
@@ -41,7 +41,7 @@ def exhausted(error: BaseException, doing: str) -> LoaderError | None:
 
 
 class Patience:
-    """Tells of one wait, ever more seldom."""
+    """Warns about one wait, at growing intervals."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -54,11 +54,11 @@ class Patience:
 
     @property
     def left(self) -> float:
-        """Seconds until it is told of."""
+        """Seconds until the next warning."""
         return max(0.0, self._next - self.passed)
 
     def tell(self, what: str) -> None:
-        """Says that it goes on, if it is time."""
+        """Warns that the wait goes on, if it is time."""
         if self.left == 0:
             warn(f"{self.passed:.0f} s of waiting for {what}: is the disk slow, or hung?")
             self._next *= 2
@@ -67,10 +67,11 @@ class Patience:
 def by_threads(
     work: Callable[[T], R], items: Sequence[T], workers: int, at: Callable[[T], str]
 ) -> Iterator[R]:
-    """``work`` of each item, in order, by so many threads. After an error the rest isn't begun.
+    """Runs ``work`` on each item in ``workers`` threads and yields the results in order. After an
+    error no further item is started.
 
     Args:
-        at: what an item that takes long is at.
+        at: describes an item, for a warning about a long wait.
 
     Raises:
         LoaderError: no thread can be started.
@@ -90,17 +91,17 @@ def by_threads(
                 patience.tell(at(item))
             yield future.result()
     except BaseException:
-        # ^C doesn't wait for a disk that hangs.
+        # Ctrl-C must not wait for a disk that hangs.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
 
 
 class Watch:
-    """For waits that can't be left: a thread tells of those, within ``with watch:``, that last.
+    """For waits that can't be interrupted: a thread warns about long ones within ``with watch:``.
 
     Args:
-        at: what is waited for. Called by that thread.
+        at: describes what is waited for. That thread calls it.
     """
 
     def __init__(self, at: Callable[[], str]) -> None:
@@ -117,7 +118,7 @@ class Watch:
         self._patience = None
 
     def end(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._over.set()
 
     def _watch(self) -> None:

@@ -1,9 +1,9 @@
-"""``--init``: students that begin from trained weights.
+"""``--init``: students that are initialised from trained weights.
 
-One file begins every student, or each has its own. A classifier that was trained for other classes
-gives way to a new one. Several students of one file would see the same images, and stay the same
-network for ever: so only the one that is kept takes the file's classifier, and the others begin with
-one of their own, drawn by the seed.
+One file initialises every student, or each student has its own file. A classifier for other classes
+is replaced by a new one. Several students from one file would stay identical, since they see the
+same images: so only the kept student takes the file's classifier, and the others begin with a
+classifier drawn from the seed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastokd.student.torch_file import is_safetensors, state_dict_in
 from fastokd.student.weights import Weights
 from fastokd.student.wrappers import network_in
 
-# torchvision's GoogLeNet and Inception have these; students are built without.
+# Auxiliary heads of torchvision's GoogLeNet and Inception, which students don't have.
 AUXILIARY = ("aux", "AuxLogits.")
 
 
@@ -101,7 +101,7 @@ def _fill(
 
 
 def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """What of ``state`` is the module's; a branch's holds no trunk, and the trunk's no branch."""
+    """Loads the entries of ``state`` that the module has: a trunk's or a branch's."""
     own = module.state_dict().keys()
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 

@@ -1,7 +1,7 @@
-"""Classes that stand for what a pickle names, so that torch's reader reads the rest; none runs code.
+"""Placeholder classes for the names in a pickle, so that torch's safe reader reads the rest.
 
-torch reads tensors, and calls nothing but what it knows or was told of. It is told of a class that
-does nothing for every other name: none of the file's names is ever looked up.
+torch's reader calls only functions that it knows or was given. It is given an inert class for every
+other name, so that none of the file's names is imported and no code runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import IO, Any
 
 
 class Unread:
-    """Stands for a value that isn't read: takes what the file gives it, and keeps none of it. Each of
-    the file's types has a subclass of its own, of the same name."""
+    """Placeholder for a value that isn't read: accepts any arguments and state, and keeps nothing.
+    Each type in the file has its own subclass of the same name."""
 
     def __new__(cls, *_: Any) -> Any:
         return object.__new__(cls)
@@ -29,25 +29,25 @@ class Unread:
 
 
 class _Dictionary(Unread):
-    """Stands for a class of dictionaries: of these the entries are read."""
+    """Placeholder for a class of dictionaries, whose entries are read."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
 class _List(Unread):
-    """Stands for a class that is filled as a list is."""
+    """Placeholder for a class that is filled like a list."""
 
     def __new__(cls, *_: Any) -> Any:
         return []
 
 
 _FILLED_AS = {"APPEND": _List, "APPENDS": _List, "SETITEM": _Dictionary, "SETITEMS": _Dictionary}
-# Read as it is, for the options that it says.
+# Read as it is, for its options.
 _READ = ("argparse.Namespace",)
-# More names than a training state has would slow torch's reader down.
+# A limit far above what training states name; more would slow down torch's reader.
 MOST_NAMES = 200
-# What every file of tensors names.
+# Names in every file of tensors.
 _TORCHS = re.compile(
     r"torch\.(\w+|(_utils|_tensor)\.\w+|nn\.parameter\.Parameter|serialization\._get_layout)"
     r"|collections\.(OrderedDict|Counter)|_codecs\.encode"
@@ -61,7 +61,7 @@ def stand_ins(pickles: Iterable[IO[bytes]]) -> dict[str, type]:
     try:
         for file in pickles:
             _look_through(file, kinds)
-    except Exception:  # what is wrong with it, torch's reader says
+    except Exception:  # torch's reader reports the error
         return {}
     if len(kinds) > MOST_NAMES:
         return {}

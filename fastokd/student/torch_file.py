@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, of whatever origin; reading one runs no code.
+"""Files written by ``torch.save``, of any origin; reading one runs no code.
 
 A state dict may be the file or stand in a whole training state, under wrappers' prefixes:
 :func:`state_dict_in` finds it for every reader.
@@ -75,7 +75,7 @@ def state_dict_in(path: Path) -> StateDict:
     if not found:
         raise UserError(f"{path} holds no state dict: it has {_some(content)}{_unread(content)}")
     place, notes = models_own(path, found, lambda place: place.rpartition(".")[2] in PLACES)
-    # A number or an option of the trainer's has no dot in its name.
+    # Numbers and options of a trainer have no dot in their names.
     entries = {
         key: value
         for key, value in found[place].items()
@@ -134,7 +134,7 @@ def unpickled(path: Path) -> Any:
         if is_safetensors(path):
             return load_file(path)
         with torch.serialization.safe_globals(known), warnings.catch_warnings():
-            # Of pickle protocols that these files weren't written with.
+            # A warning about pickle protocols that these files don't use.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, TypeError, AttributeError) as error:
@@ -154,7 +154,7 @@ def unpickled(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:
-        # A damaged file can make the unpickler raise anything.
+        # The unpickler may raise any exception for a damaged file.
         raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
 
 
@@ -185,7 +185,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def refuse_what_is_none(path: Path) -> None:
-    """Says what was fetched in place of a file of weights.
+    """Refuses a file that was downloaded in place of the weights.
 
     Raises:
         UserError: it is a pointer to the file, or a web page.
@@ -210,14 +210,14 @@ def _is_zip(path: Path) -> bool:
 
 
 def _refuse_a_bomb(path: Path) -> None:
-    """torch stores what it zips as it is; members that unpack to more are nobody's weights."""
+    """Refuses zip bombs: torch stores its members uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         if not _is_zip(path):
             return  # of torch's old format, or no checkpoint: the reader says so
-        # torch's reader of zips is another: what this one can't look through isn't given to it.
+        # torch has its own zip reader: a file that zipfile can't check isn't passed to it.
         raise UserError(f"{path} is no checkpoint of torch, or is damaged: {error!r}") from error
     if any(re.fullmatch(r"[^/]+/constants\.pkl", member.filename) for member in members):
         raise UserError(

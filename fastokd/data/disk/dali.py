@@ -22,7 +22,7 @@ from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
 AHEAD = 2
-# Of a GPU's JPEGs, the share that its hardware decoder takes; the rest is decoded by its cores.
+# Share of the JPEGs that a GPU's hardware decoder takes; its cores decode the rest.
 HARDWARE_LOAD = 0.75
 
 
@@ -43,16 +43,16 @@ def version() -> str:
 
 
 def _dali() -> tuple[Any, Any, Any]:
-    """Operators, the pipeline's decorator and constants; untyped, as their stubs lack half."""
+    """DALI's operators, pipeline decorator and types; untyped, as its stubs are incomplete."""
     from nvidia.dali import fn, pipeline_def, types
 
     return fn, pipeline_def, types
 
 
 def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int) -> Any:
-    """File names and windows in; uint8 ``[B, H, W, 3]`` and the files' sizes out.
+    """A pipeline from file names and windows to uint8 ``[B, H, W, 3]`` and the files' sizes.
 
-    Nothing in it is random: what is drawn comes in, so that any batch can be made again.
+    Nothing in it is random: all draws are inputs, so that any batch can be made again.
     """
     fn, pipeline_def, types = _dali()
     on_gpu = split.device.type == "cuda"
@@ -79,7 +79,7 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
             shape=shape,
             axis_names="HW",
             output_type=types.RGB,
-            # Of what is turned, transparent or rare none comes here.
+            # Pillow decodes rotated, transparent and rare images.
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,
             **options,
@@ -87,7 +87,7 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
         images = fn.resize(
             images,
             size=[split.view.image_size] * 2,
-            # Of an image to be mirrored, the start lies right of the end.
+            # The start of a mirrored image lies right of its end.
             roi_start=roi_start,
             roi_end=roi_end,
             interp_type=types.INTERP_LINEAR,
@@ -99,18 +99,18 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
 
 
 class _Fed:
-    """One batch between being planned and given: DALI decodes its plain images, Pillow the rest."""
+    """One batch in progress: DALI decodes its plain images, Pillow the rest."""
 
     def __init__(self, split: DiskSplit, draws: DiskDraws) -> None:
         self.split, self.whole = split, draws
         plain_B = split.plain_N[draws.index_B]
-        # Where in the batch either kind is.
+        # Positions of both kinds in the batch.
         self.plain_R, self.rest_R = (which.nonzero()[:, 0] for which in (plain_B, ~plain_B))
         self.plain, self.rest = _rows(draws, self.plain_R), _rows(draws, self.rest_R)
         self.seen: list[Future[Tensor]] | None = None
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
-        """Has what Pillow decodes decoded, once."""
+        """Starts to decode Pillow's images, once."""
         if self.seen is not None:
             return
         self.seen = []
@@ -121,7 +121,7 @@ class _Fed:
             self.seen.append(pool.submit(see, self.split, index, box, flip=flip))
 
     def given(self, images: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The batch, of DALI's images and the others."""
+        """The batch, merged from DALI's images and Pillow's."""
         labels_B = labels_of(self.split, self.whole)
         if images is not None and not self.seen:
             return images, labels_B
@@ -156,10 +156,10 @@ def decode(
     split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
-    # Of what was planned and hasn't been given yet, oldest first.
+    # Batches in progress, oldest first.
     fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
-    # torch's own threads would be as many for each of these.
+    # Else each of these threads would start torch's own threads.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
@@ -197,7 +197,7 @@ def decode(
                 found = first_broken(split, _indices(fed), failed)
                 raise (_undecodable(split, fed, root) or failed) if found is failed else found
             ahead()
-            # A part of a file may decode well though its end is gone.
+            # A truncated file may still decode where only its beginning is needed.
             expected = split.bytes_N[fed[0].plain.index_B].numpy()
             if not np.array_equal(sizes.as_array()[:, 0], expected):
                 raise first_broken(split, _indices(fed), None)
@@ -205,14 +205,14 @@ def decode(
         yield from without_dali()
     finally:
         watch.end()
-        # Its threads end here and not when garbage is collected, which may be in a forked process:
-        # that has none of them and would wait for ever.
+        # End its threads here. If a forked process collected the pipeline, it would wait for ever for
+        # threads that it doesn't have.
         del pipeline
         pool.shutdown(cancel_futures=True)
 
 
 def _undecodable(split: DiskSplit, fed: Iterable[_Fed], root: bytes) -> Exception | None:
-    """The first file that DALI alone can't decode: Pillow, which `prepare` looks with, is milder."""
+    """The error for the first file that DALI can't decode but Pillow can, with which `prepare` checks."""
     for one in fed:
         for row in range(len(one.plain.index_B)):
             lone = _rows(one.plain, torch.tensor([row]))

@@ -1,9 +1,9 @@
 """Whether a folder is still what ``fastokd prepare`` saw.
 
-A run asks when each folder last changed, and of up to ``CHECKED`` files their size and time, spread over
-the set. Folders are listed again only where one of them has changed. A set that was copied has new times
-throughout, none of which was there before: there the names and sizes decide. The loaders compare the size
-of every file that they read.
+A run checks the modification time of each folder, and the size and time of up to ``CHECKED`` files,
+spread over the set. Folders are listed again only if one of them has changed. A copied set has new
+times throughout, none of which occurred before: names and sizes decide there. The loaders compare
+the size of every file that they read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastokd.data.waits import by_threads
 from fastokd.errors import UserError
 
 CHECKED = 20_000
-# As many names as a sentence has room for.
+# Names listed in a message.
 NAMED = 2
 THREADS = 8
 

@@ -1,8 +1,8 @@
 """Worker processes that make chunks of batches, and the memory in which they hand them over.
 
-The memory is mapped before the workers are forked. So it needs no ``/dev/shm``, of which containers
-have 64 MiB, no file, no name and no descriptor, and it can't run out in the middle of a run. Of each
-worker one pipe is left, which ends when the worker does: no wait outlasts it.
+The memory is mapped before the workers are forked. So it needs no ``/dev/shm`` (64 MiB in
+containers), no file, no name and no descriptor, and it can't run out during a run. Each worker has
+one pipe, which closes when the worker ends, so that no wait outlasts it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from fastokd.data.waits import Patience, exhausted
 from fastokd.errors import DataFileError, LoaderError, warn
 from fastokd.host.memory import free_memory, lines_of, mib
 
-# Parts that each worker has before it, so that it needn't wait for the next.
+# Chunks queued for each worker, so that it doesn't wait for the next one.
 AHEAD = 2
-# Of the free memory, the share that chunks may take.
+# Chunks may take 1 / SHARE of the free memory.
 SHARE = 4
-# Seconds at one and the same image after which a worker is given up.
+# A worker is given up after so many seconds at the same image.
 GIVEN_UP_AFTER = 900.0
-# Where a worker's row is counted, in bytes.
+# Bytes for each worker's row counter.
 ROW = 64
-# What reaches a whole process group (^C, a scheduler's end): a worker leaves it to the main process.
+# Signals that reach the whole process group (Ctrl-C, a scheduler). Workers ignore them; the main
+# process handles them.
 OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATES = {"T": "stopped", "D": "waiting for the disk", "R": "running", "S": "sleeping"}
 
@@ -51,7 +52,7 @@ class _Worker(NamedTuple):
 
 @dataclass
 class _Given:
-    """A chunk that a worker has before it, where it is made, and what became of it."""
+    """A chunk queued for a worker, its slot, and the worker's answer."""
 
     chunk: Any
     worker: int
@@ -60,15 +61,15 @@ class _Given:
 
 
 class Pool:
-    """Makes chunks in order, by processes that begin when there is a chunk for them.
+    """Makes chunks in order, in processes that start when there is a chunk for them.
 
     Args:
-        make: called with a chunk and the row to count in; gives its images, uint8 ``[n, ...]`` with n
-            of at most ``shape[0]``, or a sentence about a file at fault.
-        chunks: what to make. It is read ahead.
-        shape: of the largest chunk.
-        workers: how many processes at most; fewer where memory has no room for their chunks.
-        at: the path of an image, of a chunk and a row.
+        make: called with a chunk and a counter of its row; returns the images, uint8 ``[n, ...]`` with
+            n at most ``shape[0]``, or a sentence about a damaged file.
+        chunks: what to make. The iterator is read ahead.
+        shape: the shape of the largest chunk.
+        workers: the largest number of processes; fewer are started where memory is short.
+        at: returns the path of the image in a row of a chunk.
     """
 
     def __init__(
@@ -103,12 +104,12 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.pipe.close()
-            # Nothing of a worker's has to be saved, and this reaches one that is stopped too.
+            # A worker has nothing to save, and SIGKILL reaches a stopped worker too.
             _kill(worker.pid)
         self._workers.clear()
 
     def feed(self) -> None:
-        """Hands out chunks as long as there are some and a place to make them."""
+        """Hands out chunks while there are chunks and free slots."""
         while self._free or len(self._workers) < self.most:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -149,7 +150,7 @@ class Pool:
         return self._slots[given.slot, : int(said)]
 
     def _hear(self, seconds: float) -> bool:
-        """Takes what workers say within that time; whether one did."""
+        """Receives the workers' answers within that time; returns whether there was one."""
         pipes = {worker.pipe: worker for worker in self._workers}
         heard = multiprocessing.connection.wait(list(pipes), seconds)
         for pipe in heard:
@@ -162,7 +163,7 @@ class Pool:
         return bool(heard)
 
     def _start(self) -> None:
-        """One more worker; where there can be no more, those that are there go on."""
+        """Starts a worker. If that fails, the running ones go on."""
         index = len(self._workers)
         slots = self._slots[index * AHEAD : (index + 1) * AHEAD]
         self._rows[index] = 0
@@ -170,7 +171,7 @@ class Pool:
         try:
             ours, theirs = multiprocessing.Pipe()
             with warnings.catch_warnings():
-                # That other threads' locks may be held: a worker takes none of them.
+                # The warning is about locks held by other threads. A worker takes none of them.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 parent = os.getpid()
                 pid = _fork()
@@ -201,15 +202,15 @@ class Pool:
         self._free.extend(range(index * AHEAD, (index + 1) * AHEAD))
 
     def _file(self, given: _Given) -> Path:
-        """The file that a worker is at."""
+        """The file that a worker is reading."""
         row = min(int(self._rows[given.worker]), len(given.chunk[0]) - 1)
         return self._at(given.chunk, row)
 
     def _died(self, worker: _Worker) -> None:
-        """Raises with what ended a worker."""
+        """Raises an error that says how a worker ended."""
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        except ChildProcessError:  # where SIGCHLD is ignored, nobody is told how it ended
+        except ChildProcessError:  # SIGCHLD is ignored, so the exit status is unknown
             code = -signal.SIGKILL
         index = self._workers.index(worker)
         self._workers.remove(worker)
@@ -245,7 +246,7 @@ class Pool:
 
 
 def _fork() -> int:
-    """``os.fork``, whose child ignores what is sent to the whole group from its first moment."""
+    """``os.fork``; the child ignores ``OF_THE_GROUP`` from its start."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_GROUP)
     pid = -1
     try:
@@ -266,9 +267,9 @@ def _serve(
     row: Tensor,
     parent: int,
 ) -> None:
-    """A worker's life: it ends with its parent."""
-    # What was forked along isn't this process's to destroy: a pipeline of DALI's would wait for
-    # threads that are not here.
+    """The worker's loop. It ends when the parent does."""
+    # This process must not destroy objects of its parent: a DALI pipeline would wait for threads
+    # that don't exist here.
     gc.freeze()
     torch.set_num_threads(1)
     while True:
@@ -301,7 +302,7 @@ def _made(
 
 
 def _that_fit(workers: int, each: int) -> int:
-    """As many of ``workers`` as there is memory for, at least one; fewer are told of."""
+    """How many of ``workers`` fit in memory, at least one. Warns if fewer do."""
     free = free_memory()
     fit = workers if free is None else max(1, min(workers, free // SHARE // each))
     if fit < workers:
@@ -313,7 +314,7 @@ def _that_fit(workers: int, each: int) -> int:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says that a process does."""
+    """A process's state, from ``/proc``."""
     fields = "".join(lines_of(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return STATES.get(fields[0], fields[0]) if fields else "gone"
 
@@ -322,5 +323,5 @@ def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):  # ended, and somebody else has asked
+    except (ProcessLookupError, ChildProcessError):  # it has ended and was reaped elsewhere
         pass

@@ -1,4 +1,4 @@
-"""Looks at every image of a set once: can it be read, how large is it, what are its colours."""
+"""Reads every image of a set once: whether it can be decoded, its size, and its colour statistics."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image")
     except Exception as error:
-        # Too large an image is its own fault, too few descriptors aren't.
+        # A MemoryError is the fault of a large image; a lack of descriptors isn't the file's.
         no_more = exhausted(error, f"{path} was looked at") if isinstance(error, OSError) else None
         if no_more is not None:
             raise no_more from error
-        # Decoders of damaged files raise nearly anything; whatever it was, this file is at fault.
+        # Decoders raise any exception for damaged files.
         return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
 
 
@@ -114,8 +114,8 @@ def scan(
             looks.append(look_at(root / paths[i], count=i in counted, pixels=pixels))
         return looks
 
-    # An oversized image or a strange tag is a fault of its own, or none. The filters are the whole
-    # process's, so they are set here and not in the threads.
+    # Pillow's warnings add nothing to the recorded fault. Filters are global to the process, so they
+    # are set here and not in the threads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chunks = range(0, len(paths), CHUNK)
@@ -142,10 +142,10 @@ def statistics_of(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, 
     :func:`sums_of`; exact up to the last rounding."""
     pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
     mean = tuple(total / (255 * pixels) for total in sums[:3])
-    # Of whole numbers: nothing cancels.
+    # Integer arithmetic avoids cancellation.
     variances = [
         (pixels * squares - total**2) / (255 * pixels) ** 2
         for total, squares in zip(sums[:3], sums[3:], strict=True)
     ]
-    # A channel without contrast must not be divided by nothing.
+    # The lower bound avoids division by zero for a constant channel.
     return mean, tuple(max(variance**0.5, 1 / 255) for variance in variances)

@@ -13,8 +13,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".jfif", ".jpe", ".mpo", ".apng"),
 )
-# What systems and programs leave beside images, in lower case; with it every name that begins with
-# a dot.
+# Files of operating systems and programs, in lower case. Names that begin with a dot are hidden too.
 HIDDEN = (
     "__macosx",
     "@eadir",
@@ -43,7 +42,7 @@ class Listed(NamedTuple):
     hidden: bool
 
 
-# Why what has an image's ending can't be used.
+# Why a name with an image's extension can't be used, by kind.
 _FAULTS = {"file": "", "broken": "a link that leads nowhere", "other": "no regular file"}
 
 
@@ -68,7 +67,7 @@ def list_folder(
     """
     try:
         if folders is not None and root is not None:
-            # Before it is listed: what is added meanwhile is noticed later.
+            # Before the listing, so that files added meanwhile are noticed later.
             folders[below_root(str(folder), root)] = os.stat(folder).st_mtime_ns
         with os.scandir(folder) as found:
             return sorted(_listed(entry) for entry in found)
@@ -127,7 +126,7 @@ def walk_classes(
     for name in real:
         walk.first_time(str(top / name))
         walk.below(name, str(top / name), linked=False)
-    # All of them are known before one is walked: a class linked from within another is its own.
+    # Mark all before walking one: a class that another class links to belongs to itself.
     linked = [n for n in names if n not in real and walk.follows(str(top / n))]
     for name in linked:
         walk.below(name, str(top / name), linked=True)
@@ -145,7 +144,7 @@ def walk_classes(
 
 
 class _Walk:
-    """Where a walk has been, and what it found: by class, with its folder and name to sort by."""
+    """Folders visited, and the images found by class, with their folder and name as sort keys."""
 
     def __init__(self, root: Path, folders: dict[str, int], notes: list[str]) -> None:
         self.root, self.folders, self.notes = root, folders, notes
@@ -188,7 +187,7 @@ class _Walk:
                 if entry.kind == "folder" and entry.link:
                     self.links.append((path, name))
                 elif entry.kind == "folder":
-                    # Outside links real folders can't be reached twice.
+                    # Without links a folder can't be reached twice.
                     if self.first_time(path) or not linked:
                         stack.append(path)
                 elif is_image(entry.name):

@@ -1,4 +1,4 @@
-"""Batches decoded by torchvision in worker processes: where DALI isn't."""
+"""Batches decoded by Pillow and torchvision in worker processes, for machines without DALI."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.waits import exhausted
 from fastokd.errors import DataFileError
 
-# Images that a worker makes at a time: all workers share a batch, and little memory is taken.
+# Images of a chunk. It is small so that all workers share a batch and little memory is needed.
 CHUNK = 16
 
 
 class _Chunk(NamedTuple):
-    """Images of one batch, as plain numbers: tensors would travel as open files."""
+    """Images of one batch, as plain numbers: tensors would be sent as open files."""
 
     images: list[int]
     boxes: list[list[int] | None]
@@ -29,15 +29,15 @@ class _Chunk(NamedTuple):
 
 
 class _Decoder:
-    """Makes the images of a chunk, in a worker; a file at fault comes back as a sentence."""
+    """Makes the images of a chunk in a worker, or returns a sentence about a damaged file."""
 
     def __init__(self, split: DiskSplit) -> None:
         self.split = split
-        # The row that is being made.
+        # The row in progress.
         self.row = torch.zeros(1, dtype=torch.int64)
 
     def make(self, chunk: _Chunk, row: Tensor) -> Tensor | str:
-        """As the pool asks for it."""
+        """Called by the pool."""
         self.row = row
         return self[chunk]
 
@@ -49,8 +49,8 @@ class _Decoder:
             no_more = exhausted(error, f"{at} was read")
             if no_more is not None:
                 raise no_more from error
-            # Decoders of damaged files raise nearly anything; raised here, it would come back
-            # wrapped in this worker's traceback.
+            # Decoders raise any exception for damaged files. Re-raised here, it would come back with
+            # this worker's traceback.
             found = first_broken(self.split, chunk.images, error)
             if isinstance(found, DataFileError):
                 return str(found)
@@ -70,7 +70,7 @@ def decode(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
     del batch  # this loader has no buffers to size
-    # Planned and not given back yet, oldest first.
+    # Batches in progress, oldest first.
     planned: deque[DiskDraws] = deque()
 
     def chunks() -> Iterator[_Chunk]:
