@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -83,7 +84,9 @@ def read_plain_pickle(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise UserError(f"{where} has {len(data)} bytes: at most {MAX_BYTES} are read")
     try:
-        result = _Reader(data).run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # about escapes in damaged text
+            result = _Reader(data).run()
     except _RefusedError as error:
         raise UserError(
             f"{where} can't be read ({error}): it is damaged or not what it should be, fetch it "
@@ -112,14 +115,14 @@ class _Reader:
         try:
             for opcode, argument, _ in pickletools.genops(self.data):
                 if opcode.name == "STOP":
-                    return self.pop()
+                    break
                 handler = _HANDLERS.get(opcode.name)
                 if handler is None:
                     raise _RefusedError(f"its opcode {opcode.name} is not for plain data")
                 handler(self, argument)
         except ValueError as error:
-            raise _RefusedError(str(error)) from error
-        raise AssertionError("genops raises where there is no STOP")
+            raise _RefusedError(f"it ends too early or is no pickle: {error}") from error
+        return self.pop()
 
     # The stack.
 
@@ -259,16 +262,12 @@ def _array(raw: bytes, dtype: _Dtype, shape: tuple[Any, ...], *, fortran: bool) 
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _push(reader: _Reader, value: Any) -> None:
-    reader.push(value)
-
-
 # By the names that pickletools gives opcodes.
 _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda r, _: None),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _push),
-    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _push),
-    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), lambda r, v: r.push(v)),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), lambda r, v: r.push(v)),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), lambda r, v: r.push(v)),
     # Python 2's strings are bytes here, as CIFAR's data are; pickletools reads them as Latin-1.
     **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda r, v: r.push(v.encode("latin-1"))),
     "BYTEARRAY8": lambda r, value: r.push(bytes(value)),
