@@ -1,6 +1,6 @@
-"""The site: `make docs` leaves it in build/docs, to be read without a network.
+"""Sphinx's configuration. `make docs` builds the site in build/docs; it can be read without a network.
 
-Sphinx rather than mkdocs: the docstrings are its own markup, and every warning can be an error.
+Sphinx is used instead of mkdocs because it reads the docstrings' markup and can treat warnings as errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ release = version = fastokd.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
-# Code blocks without a language are plain text: commands' output, equations, layouts.
+# Code blocks without a language (output of commands, equations, folder layouts) are plain text.
 highlight_language = "text"
 
 autodoc_member_order = "bysource"

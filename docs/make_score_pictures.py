@@ -1,9 +1,9 @@
-"""Draws docs/methods/*.svg: who listens to whom, from the scores that the methods really write.
+"""Draws docs/methods/*.svg, the score matrices, from the scores that the methods compute.
 
     python docs/make_score_pictures.py
 
-Which cells are -inf is asked of each method on a small cohort; what stands in the others is named
-here. FFSD has several calls and its own picture, docs/methods/ffsd.svg.
+Each method is run on a small cohort to find the cells that are -inf. The labels of the other cells are given here.
+FFSD has several calls of the loss; its picture, docs/methods/ffsd.svg, is drawn by hand.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ STYLE = "text{fill:#333}@media(prefers-color-scheme:dark){text{fill:#ddd}}"
 
 
 class Picture(NamedTuple):
-    """A method's matrix: what its finite cells hold, and the line below it.
+    """A method's matrix: the labels of its finite cells, and the note below it.
 
-    ``peers``, ``leader`` and ``extra`` name the scores between students, of the leader's row and of
-    the sources that are no students; ``source`` names such a source.
+    ``peers``, ``leader`` and ``extra`` label the scores between students, in the leader's row, and of
+    the extra sources; ``source`` names the extra source.
     """
 
     method: str
@@ -43,33 +43,33 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "baseline": Picture("baseline", 1, "labels alone", sharing="network"),
-    "ind": Picture("ind", 4, "labels alone; the trunk is shared"),
-    "dml": Picture("dml", 4, "all the others, not itself", sharing="network"),
-    "cl_ilr": Picture("cl_ilr", 4, "all the others; the trunk's gradient is divided by 4"),
+    "baseline": Picture("baseline", 1, "labels only", sharing="network"),
+    "ind": Picture("ind", 4, "labels only; shared trunk"),
+    "dml": Picture("dml", 4, "all others", sharing="network"),
+    "cl_ilr": Picture("cl_ilr", 4, "all others; the trunk's gradient is divided by 4"),
     "one": Picture(
-        "one", 4, "gₙ: the gate's logits, from the trunk; one row for all", peers="gₙ", learned=True
+        "one", 4, "gₙ: the gate's logits, from the trunk; equal rows", peers="gₙ", learned=True
     ),
     "okddip": Picture("okddip", 4, "q·k: W_L h_a · W_E h_b", peers="q·k", learned=True),
     "okddip_random": Picture(
-        "okddip_random", 4, "u: uniform in (0, 1], anew for each sample and step", peers="ln u"
+        "okddip_random", 4, "u: uniform in (0, 1], drawn for each sample and step", peers="ln u"
     ),
-    "okddip_entropy": Picture("okddip_entropy", 4, "each peer itself alone"),
-    "okddip_mean": Picture("okddip_mean", 4, "all peers alike"),
+    "okddip_entropy": Picture("okddip_entropy", 4, "each peer: only itself"),
+    "okddip_mean": Picture("okddip_mean", 4, "equal weights for all peers"),
     "okddip_symmetric": Picture(
         "okddip_symmetric", 4, "h·h: h_a · h_b, no projections", peers="h·h", learned=True
     ),
     "okddip_no_two_level": Picture(
         "okddip_no_two_level", 4, "four peers and no leader", peers="q·k", learned=True
     ),
-    "kd": Picture("kd", 1, "the frozen teacher alone", sharing="network"),
+    "kd": Picture("kd", 1, "the frozen teacher only", sharing="network"),
     "okddip_kd": Picture(
-        "okddip_kd", 4, "first call q·k; second call the teacher", peers="q·k", learned=True
+        "okddip_kd", 4, "first call: q·k; second call: the teacher", peers="q·k", learned=True
     ),
     "kdcl_naive": Picture(
         "kdcl",
         3,
-        "on a sample where student 2 has the lowest CE",
+        "a sample where student 2 has the lowest CE",
         options={"target": "naive"},
         sharing="network",
     ),
@@ -109,7 +109,7 @@ def heard(picture: Picture) -> Tensor:
     ).eval()
     method = create_method(picture.method, cohort.shape, impl="torch", **picture.options).eval()
     out = cohort(torch.randn(2, 3, 32, 32))
-    # Student 2 is the one who is right.
+    # Student 2 predicts the label.
     labels_B = torch.tensor([3, 3])
     if picture.students > 1:
         out.logits_SBC = torch.zeros_like(out.logits_SBC)
@@ -121,7 +121,7 @@ def heard(picture: Picture) -> Tensor:
 
 
 def scores_of(method: Method, out: object, labels_B: Tensor, progress: Progress) -> Tensor:
-    """What the method hands to the loss; the teacher's column of a second call beside the first."""
+    """The scores that the method passes to the loss, with the teacher's column of a second call appended."""
     if not hasattr(method, "scores"):
         return method.scores_SS
     scores = method.scores(out, labels_B, progress)
@@ -145,7 +145,7 @@ def draw(picture: Picture) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
-        f"<title>{picture.method}: rows listen to columns</title>",
+        f"<title>{picture.method}: rows learn from columns</title>",
         f"<style>{STYLE}</style>",
     ]
     for n, name in enumerate(sources):

@@ -1,9 +1,9 @@
-"""Every method on the digits, beside the baseline: the runs behind docs/methods_on_digits.md.
+"""Trains every method on the digits: the runs of docs/methods_on_digits.md.
 
     python docs/methods_on_digits.py [--seeds 0,1,2] [--out runs/methods_on_digits]
 
-Keeps the figures of each finished run in docs/methods_on_digits.json, goes on where it stopped, and
-writes the page from them. Without that file it starts anew.
+Stores the figures of each finished run in docs/methods_on_digits.json, continues after an interruption, and writes the
+page from them. Delete that file to start again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 from fastokd.device import environment, pick_device
 from fastokd.recipe.names import recipe
+from fastokd.recipe.settings import parse_seeds
 from fastokd.report.statistics import Sample
 from fastokd.run.summary import summarise
 from fastokd.run.options import RunOptions
-from fastokd.recipe.settings import parse_seeds
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train
 
@@ -52,13 +52,13 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 
 
 def main() -> None:
-    """Trains what is missing, seed by seed, and writes both files after each run."""
+    """Trains the missing runs, seed by seed, and writes both files after each run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, default=Path("runs/methods_on_digits"))
     arguments = parser.parse_args()
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {"runs": {}}
-    # The baseline of all three seeds is what the others are measured by.
+    # The other methods are compared with the baseline of all three seeds.
     wanted = [("baseline", {}, seed) for seed in (0, 1, 2)]
     seeds = parse_seeds(arguments.seeds)
     wanted += [(name, options, seed) for seed in seeds for name, options in METHODS]
@@ -88,17 +88,22 @@ def main() -> None:
         kept["environment"] = environment(pick_device("cpu"), "fp32")
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
         PAGE.write_text(page(kept))
-        print(label, seed, f"{100 * summarise(run).last:.1f}", f"{time.process_time() - started:.0f} s")
+        print(
+            label,
+            seed,
+            f"{100 * summarise(run).last:.1f}",
+            f"{time.process_time() - started:.0f} s",
+        )
 
 
 def page(kept: dict[str, Any]) -> str:
-    """The table, from the figures that are kept."""
+    """The page, from the stored figures."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in kept["runs"].values():
         by_method.setdefault(run["method"], []).append(run)
     base = Sample.of([100 * run["top1"] for run in by_method["baseline"]])
     rows = [
-        "| method | networks | seeds | reported | top-1 (%) | less the baseline | ensemble (%) | diversity |",
+        "| method | networks | seeds | reported | top-1 (%) | difference from the baseline | ensemble (%) | diversity |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for label, runs in by_method.items():
@@ -113,14 +118,15 @@ def page(kept: dict[str, Any]) -> str:
     where = kept["environment"]
     return f"""# Every method on the digits
 
-scikit-learn's 8x8 digits, 500 to train, 1,000 to test; ResNet-8, {EPOCHS} epochs of the digits'
-recipe, last epoch. It shows that every method trains to where a lone network gets; the set is far too
-easy to rank them by (a point is ten images). Students' counts include the leader. `kd` and `okddip_kd`
-are taught by the baseline of seed 0, a network of their own size.
+Every method is trained on scikit-learn's 8x8 digits (500 training images, 1,000 test images) with ResNet-8,
+{EPOCHS} epochs of the digits' recipe; the table gives the last epoch. It shows that every method reaches the
+accuracy of a network trained alone. The set is too easy to rank the methods: one point is ten images. The number of
+networks includes the leader. The teacher of `kd` and `okddip_kd` is the baseline of seed 0, a network of the same
+size.
 
 {chr(10).join(rows)}
 
-measured-cpu on {where['cpu'] or 'a CPU'}, fp32, torch {where['torch']}. Made and kept by
+measured-cpu on {where["cpu"] or "a CPU"}, fp32, torch {where["torch"]}. To reproduce:
 
     python docs/methods_on_digits.py
 """

@@ -1,10 +1,10 @@
-"""Fashion-MNIST whole, every method: the runs behind docs/results.md.
+"""Trains every method on the whole of Fashion-MNIST: the runs of docs/results.md.
 
     OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py &
-    OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py    # as many at once as there are cores
+    OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py    # one process per core
 
-Runs what isn't kept yet, seed by seed, and keeps each finished run's metrics in docs/fashion_mnist/.
-It can be killed at any time and started again. docs/results_page.py writes the page.
+Trains the missing runs, seed by seed, and stores each finished run's metrics in docs/fashion_mnist/.
+It can be killed at any time and restarted. docs/results_page.py writes the page.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from fastokd.checkpoint import write_durably
 from fastokd.recipe.names import recipe
+from fastokd.run.options import RunOptions
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train
-from fastokd.run.options import RunOptions
 
 KEPT = Path(__file__).parent / "fashion_mnist"
 MODEL = "resnet8"
@@ -58,15 +58,13 @@ class Wanted(NamedTuple):
 
 
 def wanted() -> list[Wanted]:
-    """Every run, in the order in which they are worth having: whole rows first."""
+    """Every run, in training order: five epochs before twenty, seed by seed."""
     stages = ((FIRST, 5), (THEN, 5), (FIRST, 20), (THEN, 20))
-    return [
-        Wanted(row, epochs, seed) for rows, epochs in stages for seed in SEEDS for row in rows
-    ]
+    return [Wanted(row, epochs, seed) for rows, epochs in stages for seed in SEEDS for row in rows]
 
 
 def main() -> None:
-    """Takes one missing run after another that nobody else has taken."""
+    """Trains the missing runs one after another, skipping those locked by another process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist"))
     arguments = parser.parse_args()
@@ -77,9 +75,9 @@ def main() -> None:
             continue
         with _taken(arguments.out / f"{run.name}.lock") as mine:
             if mine and not _kept(run).is_file():
-                print(time.strftime("%H:%M:%S"), run.name, "begins", flush=True)
+                print(time.strftime("%H:%M:%S"), run.name, "started", flush=True)
                 _keep(run, arguments.out / run.name)
-                print(time.strftime("%H:%M:%S"), run.name, "is kept", flush=True)
+                print(time.strftime("%H:%M:%S"), run.name, "stored", flush=True)
 
 
 def _kept(run: Wanted) -> Path:
@@ -87,7 +85,7 @@ def _kept(run: Wanted) -> Path:
 
 
 def _keep(run: Wanted, folder: Path) -> None:
-    """Trains one run to its end and writes what is kept of it: a line of facts, then its epochs."""
+    """Trains one run to its end and stores it: a line of facts, then one line per epoch."""
     resolved = recipe(f"{run.row}/{MODEL}/fashion_mnist", epochs=run.epochs, seed=run.seed)
     with _metered(folder.with_suffix(".cpu")) as cpu_seconds:
         done = run_or_resume(resolved, replace(OPTIONS, out=folder), train)
@@ -104,7 +102,7 @@ def _keep(run: Wanted, folder: Path) -> None:
 
 @contextmanager
 def _taken(path: Path) -> Iterator[bool]:
-    """Whether the run is this process's; the lock goes with the process."""
+    """Whether this process got the run's lock; the lock is released when the process ends."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +114,7 @@ def _taken(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def _metered(folder: Path) -> Iterator[Any]:
-    """Seconds of CPU that a run has taken in all its processes; one that is killed loses five."""
+    """CPU seconds of a run over all its processes; a kill loses at most the last five seconds."""
     folder.mkdir(exist_ok=True)
     mine, begun = folder / f"{time.time_ns()}", time.process_time()
     over = threading.Event()

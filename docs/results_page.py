@@ -1,6 +1,6 @@
-"""Writes docs/results.md and its pictures from the metrics kept in docs/fashion_mnist/.
+"""Writes docs/results.md and its pictures from the metrics stored in docs/fashion_mnist/.
 
-    python docs/results_page.py
+python docs/results_page.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PUBLISHED = {
     **{f"okddip_{row}-branch": value
        for row, value in PAPER["table5_ablation_cifar100_resnet32"].items() if row != "okddip"},
 }  # fmt: skip
-# What the paper orders, the better one first: by accuracy (its Tables 2 and 5) ...
+# The paper's orderings, the better one first: by accuracy (its Tables 2 and 5) ...
 ACCURACY = [
     *((row, "baseline") for row in ("ind", "dml", "cl_ilr", "one")),
     *((row, "baseline") for row in ("okddip-branch", "okddip-network")),
@@ -43,7 +43,7 @@ DIVERSITY = [("ind", "okddip-branch"), ("okddip-branch", "one"), ("okddip-branch
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one method and number of epochs, and what stands beside their metrics."""
+    """The runs of one method and number of epochs, and the facts stored with their metrics."""
 
     name: str
     pool: Pool
@@ -78,26 +78,27 @@ def page(rows: Sequence[Result]) -> str:
     threads = {facts["threads"] for row in rows for facts in row.facts}
     parts = [
         "# Results on Fashion-MNIST",
-        "The whole set, 60,000 images to train and 10,000 to test; ResNet-8, four networks (leader\n"
-        "included) in every group; the recipes of the names, shortened as `--epochs` does. Top-1 in %,\n"
-        "mean ± deviation over seeds, of the last epoch and of the best. The best one is chosen on the\n"
-        "test set, as the papers do it, which flatters. Diversity is the mean distance between peers'\n"
-        "predictions. Every figure is measured-cpu.",
+        "Every method is trained on the whole set (60,000 training images, 10,000 test images) with ResNet-8.\n"
+        "Every group has four networks, including the leader. The recipes are the named ones, shortened with\n"
+        "`--epochs`. These runs are short: they show that the methods train, and don't reproduce the papers' results.\n\n"
+        "The tables give top-1 in %, mean ± deviation over seeds, of the last epoch and of the best. The best\n"
+        "epoch is chosen on the test set, as in the papers, so its accuracy is biased upwards. Diversity is the\n"
+        "mean distance between peers' predictions. Every figure is measured-cpu.",
     ]
     for epochs in sorted({row.epochs for row in rows}):
         parts += _section([row for row in rows if row.epochs == epochs], epochs)
     parts += [
-        "## How they were made",
-        f"On {where['cpu']}, {max(threads)} thread{'s' * (max(threads) > 1)} a run and two runs at a "
-        f"time on two cores shared with other\nwork, {where['precision']}, engine "
-        f"`{where['engine']}`, torch {where['torch']}; the data from Debian's\n"
-        "`dataset-fashion-mnist`. Seconds of CPU are user and system, with evaluation after each epoch\n"
-        "and with what a killed run repeated; wall seconds, of the training alone, grow with what else the\n"
-        "machine does.",
+        "## How to reproduce them",
+        f"On {where['cpu']}, {max(threads)} thread{'s' * (max(threads) > 1)} per run, two runs at a "
+        f"time on two cores shared with other\nprograms, {where['precision']}, engine "
+        f"`{where['engine']}`, torch {where['torch']}; data from Debian's\n"
+        "`dataset-fashion-mnist`. CPU seconds are user and system time, including evaluation after each epoch\n"
+        "and the steps that a killed run repeated. Wall seconds are of the training only; other programs on\n"
+        "the machine increase them.",
         "    OMP_NUM_THREADS=1 python docs/results_fashion_mnist.py\n    python docs/results_page.py",
-        "runs what isn't kept yet in `docs/fashion_mnist/`, a file a run with its recipe, its environment and\n"
-        "its metrics of every epoch, and makes this page of them. It may be killed and started again, and\n"
-        "started several times at once.",
+        "The first command trains the runs that are missing in `docs/fashion_mnist/` (one file per run: recipe,\n"
+        "environment, metrics of every epoch). It can be killed and restarted, and several can run at once. The\n"
+        "second command writes this page.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -105,8 +106,8 @@ def page(rows: Sequence[Result]) -> str:
 def _section(rows: Sequence[Result], epochs: int) -> list[str]:
     base = next((row.pool.last() for row in rows if row.name == "baseline"), None)
     table = [
-        "| method | networks | seeds | reported | last epoch | less the baseline, 95% interval | best "
-        "epoch | ensemble | diversity | seconds of CPU (wall) |",
+        "| method | networks | seeds | reported | last epoch | difference from the baseline, 95% interval | best "
+        "epoch | ensemble | diversity | CPU seconds (wall) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -129,11 +130,14 @@ def _section(rows: Sequence[Result], epochs: int) -> list[str]:
         if (KEPT / f"{name}-{epochs}epochs.svg").is_file()
     ]
     reading = _reading(rows)
-    return [*parts, *([f"### The paper's orderings in {epochs} epochs", *reading] if reading else [])]
+    return [
+        *parts,
+        *([f"### The paper's orderings after {epochs} epochs", *reading] if reading else []),
+    ]
 
 
 def _reading(rows: Sequence[Result]) -> list[str]:
-    """Which of the paper's orderings appear: ours, with Welch's interval, beside what it found."""
+    """The paper's orderings: our difference with Welch's interval, beside the paper's difference."""
     of = {row.name: row for row in rows}
     lines, counts = [], {"appears": 0, "reversed": 0, "within the spread": 0, "too few seeds": 0}
     for what, pairs in (("top-1", ACCURACY), ("diversity", DIVERSITY)):
@@ -152,17 +156,18 @@ def _reading(rows: Sequence[Result]) -> list[str]:
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return [
         "\n".join(
-            ["| of | order | paper, CIFAR-100, ResNet-32 | here, 95% interval | |", "|---|---|---|---|---|", *lines]
+            ["| metric | ordering | paper, CIFAR-100, ResNet-32 | here, 95% interval | verdict |", "|---|---|---|---|---|", *lines]
         ),
-        f"Of {len(lines)} orderings: {said}. *Appears* or *reversed*: the interval leaves out 0. With three\n"
-        "seeds an interval is some four deviations wide, and of twenty true nulls one leaves 0 out; with so\n"
-        "few epochs of so small a student on so easy a set, differences of tenths are what there is to find.\n"
-        "*Within the spread* is no evidence against the paper, whose students train for 300 epochs.",
+        f"Of {len(lines)} orderings: {said}. *Appears*: the interval is above 0. *Reversed*: it is below 0.\n"
+        "*Within the spread*: it contains 0. With three seeds an interval is about four deviations wide, and one\n"
+        "of twenty true nulls excludes 0. With a small student, an easy set and few epochs, the expected\n"
+        "differences are tenths of a point. *Within the spread* is not evidence against the paper, whose\n"
+        "students train for 300 epochs.",
     ]  # fmt: skip
 
 
 def _compared(better: Result, worse: Result, what: str) -> tuple[str, str]:
-    """The difference in words, and whether it is the paper's."""
+    """The difference as text, and the verdict on the paper's ordering."""
     if what == "top-1":
         sides, digits = [row.pool.last() for row in (better, worse)], 2
     else:
@@ -188,11 +193,11 @@ def _small(sample: Sample | None) -> str:
 
 
 def draw(rows: Sequence[Result]) -> dict[str, str]:
-    """The curves, by file name: diversity (Figure 2) and accuracy, for each number of epochs."""
+    """The plots by file name: diversity (Figure 2) and accuracy, for each number of epochs."""
     drawn = {}
     for epochs in sorted({row.epochs for row in rows}):
         pools = [row.pool for row in rows if row.epochs == epochs]
-        # Of a single method, the accuracy would be that of its students.
+        # With a single method, the accuracy plot would show its students instead of the methods.
         figures = draw_all(pools) if len(pools) > 1 else {}
         for name in ("diversity", "accuracy"):
             if name in figures:
@@ -201,7 +206,7 @@ def draw(rows: Sequence[Result]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Pictures first: the page shows those that are there."""
+    """Writes the plots first, because the page includes those that exist."""
     rows = read_kept()
     for name, svg in draw(rows).items():
         (KEPT / name).write_text(svg, encoding="utf-8")
