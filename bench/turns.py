@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 Row = dict[str, str | float]
 Clock = Callable[[], float]
@@ -56,7 +56,7 @@ def main(about: str, rows_of: Callable[[int, Clock], list[Row]]) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    reason = _cpp.ensure_built()
+    reason = cpp.ensure_built()
     if reason is not None:
         raise SystemExit(reason)
     rows = rows_of(args.rounds, time.process_time if args.cpu_time else time.perf_counter)
@@ -69,7 +69,7 @@ def main(about: str, rows_of: Callable[[int, Clock], list[Row]]) -> None:
         )
     kind = "CPU" if args.cpu_time else "wall"
     print(
-        f"torch {torch.__version__}, {args.threads} threads, {_cpp.capability()}, {kind} time, "
+        f"torch {torch.__version__}, {args.threads} threads, {cpp.capability()}, {kind} time, "
         f"{args.rounds} rounds"
     )
     if args.json:

@@ -1,4 +1,4 @@
-// Chooses the kernels by cpuid; ops/_cpp.py may choose others (FASTOKD_CPU_CAPABILITY, the tests).
+// Chooses the kernels by cpuid; ops/cpp.py may choose others (FASTOKD_CPU_CAPABILITY, the tests).
 #include "capability.h"
 
 #include <string.h>

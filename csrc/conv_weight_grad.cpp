@@ -2,23 +2,15 @@
 // shared out among threads; sums are added in their order.
 #include "conv_weight_grad_kernel.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
-#include <algorithm>
-
-#include "capability.h"
+#include "op.h"
 
 namespace fastokd {
 namespace {
 
-using at::Tensor;
-
 void check_map(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.size(1) % 16 == 0 &&
-                  x.is_contiguous(at::MemoryFormat::ChannelsLast),
+  TORCH_CHECK(is_channels_last(x) && x.scalar_type() == at::kBFloat16 && x.size(1) % 16 == 0,
               "the maps must be bfloat16, channels-last, of a multiple of 16 channels");
 }
 
@@ -66,8 +58,7 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   const int64_t parts = parts_of(outputs.count * inputs.count, pairs, threads);
   const int64_t size = s.O * kernel * kernel * s.C;
   // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. It holds the first part's sums.
-  Tensor grad_w = at::detail::empty_cpu({s.O, s.C, kernel, kernel}, at::kFloat, false,
-                                        at::MemoryFormat::ChannelsLast);
+  Tensor grad_w = new_channels_last({s.O, s.C, kernel, kernel}, at::kFloat);
   // Of no sums the sizes may be anything.
   if (x.numel() == 0 || grad_y.numel() == 0) return grad_w.zero_();
   const Tensor others = at::detail::empty_cpu({parts - 1, size}, at::kFloat);

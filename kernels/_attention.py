@@ -1,4 +1,4 @@
-"""Scores from queries and keys inside the kernel, and the way back (OKDDip's Equation 4).
+"""Scores from queries and keys inside the kernel, and the way back (OKDDip's Equation 10).
 
 Queries and keys are ``[B, P, D]``, contiguous. Peers attend to peers. A student after the last peer
 is the leader: it listens to every peer alike, and nobody hears it.

@@ -1,14 +1,13 @@
-"""What launchers share: the device that they run on; for the fused loss its options and its plan."""
+"""What launchers share: the device that they run on, the fused loss's plan, compiler options."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
-from fastokd.kernels._layout import Weight
 from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
@@ -29,18 +28,6 @@ def on_device(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Resu
             return launcher(*args, **kwargs)
 
     return run
-
-
-class Loss(NamedTuple):
-    """What makes the loss, beside the tensors it is of."""
-
-    ce: Weight
-    kd: Weight
-    mixture: Weight
-    temperature: tuple[Tensor | None, float]
-    mix: str
-    detach: bool
-    smoothing: float
 
 
 def warp_size() -> int:

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import on_device
-from fastokd.kernels._maps import strides
+from fastokd.kernels.layout import strides
 from torch import Tensor
 
 _TILE = 16384  # elements in flight

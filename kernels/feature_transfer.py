@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import on_device
-from fastokd.kernels._maps import dense, strides
+from fastokd.kernels.layout import dense, strides
 from torch import Tensor
 
 _BLOCK = 4096

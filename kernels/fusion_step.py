@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import compiler_options, on_device, warp_size
-from fastokd.kernels._maps import strides
+from fastokd.kernels.layout import strides
 from torch import Tensor
 
 STRETCHES = 128  # at most, a power of two: they are merged as one tile

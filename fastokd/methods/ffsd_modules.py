@@ -105,7 +105,8 @@ class Squeeze(nn.Module):
         if "forward" in vars(self.bn1):  # another norm was put in its place, such as sync_bn's
             x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
         else:
-            x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
+            impl = "auto" if self.impl == "cpp" else self.impl  # it has no C++ form
+            x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=impl)
         y_BCHW: Tensor = self.bn1_1(self.conv1_1(x_BCHW))
         return y_BCHW
 

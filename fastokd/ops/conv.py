@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import unavailable
+from fastokd.ops import cpp
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import unavailable
 
 
 def suits(conv: nn.Conv2d) -> bool:
@@ -81,7 +81,7 @@ def _takes(x_BCHW: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and x_BCHW.is_contiguous(memory_format=torch.channels_last)
         and unavailable("cpp", x_BCHW.device) is None
-        and _cpp.capability() == "avx512bf16"
+        and cpp.capability() == "avx512bf16"
     )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.ops._dispatch import choose
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import choose
 
 ON_A_GPU = "torch.compile fuses these three on a GPU, so there is no kernel of ours"
 

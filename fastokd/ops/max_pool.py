@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.ops._dispatch import choose
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -37,8 +37,8 @@ from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Progress, method_class, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.models import least_batch
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import choose
+from fastokd.ops import cpp
+from fastokd.ops.dispatch import choose
 from fastokd.recipe.names import Recipe
 from fastokd.run.build import RepeatedBatch, build_cohort, build_optimizers, load_splits
 from fastokd.run.options import KEPT, RunOptions
@@ -98,7 +98,7 @@ class Session:
         )
         self.stream = RepeatedBatch(stream) if options.overfit_batch else stream
         if self.device.type == "cpu" and options.impl in ("auto", "cpp"):
-            _cpp.ensure_built()  # never inside a step; where it fails, `choose` says why
+            cpp.ensure_built()  # never inside a step; where it fails, `choose` says why
         # Every op is asked again with its arguments; here only so that no folder is made first.
         choose("the loss", options.impl, self.device, {"cpp": None, "triton": None})
         torch.manual_seed(recipe.seed)

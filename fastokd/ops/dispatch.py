@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from fastokd.errors import UserError
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 IMPLS = ("torch", "cpp", "triton")
 
@@ -18,7 +18,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     if impl == "torch":
         return None
     if impl == "cpp":
-        return _cpp.load() if device.type == "cpu" else "it runs on the CPU only"
+        return cpp.load() if device.type == "cpu" else "it runs on the CPU only"
     if device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") == "1":
