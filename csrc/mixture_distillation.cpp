@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include "op.h"
 
@@ -27,18 +28,16 @@ SourceRows rows_of(const Tensor& x, const char* name) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), type};
 }
 
-// Of float16 in float32, otherwise in its own type.
-Tensor row_gradient(const OptionalTensor& x, bool asked, void*& data, Type& type) {
-  if (!asked || !x) return new_float({0});
-  const auto scalar = x->scalar_type() == at::kHalf ? at::kFloat : x->scalar_type();
-  Tensor gradient(at::detail::empty_cpu(x->sizes(), scalar));
+// Memory for a gradient in rows of classes: of float16 in float32, otherwise in its own type.
+Tensor row_gradient(const Tensor& x, void*& data, Type& type) {
+  const auto scalar = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+  Tensor gradient(at::detail::empty_cpu(x.sizes(), scalar));
   data = gradient.mutable_data_ptr();
   type = type_of(gradient, "gradient");
   return gradient;
 }
 
-Tensor float_gradient(at::IntArrayRef shape, bool asked, float*& data) {
-  if (!asked) return new_float({0});
+Tensor float_gradient(at::IntArrayRef shape, float*& data) {
   Tensor gradient = new_float(shape);
   data = gradient.mutable_data_ptr<float>();
   return gradient;
@@ -162,8 +161,8 @@ Tensor sum_of_samples(const Tensor& x_BSN) {
   return sum_SN;
 }
 
-// Where there is a key, `scores` are the queries.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_loss(
+// Where there is a key, `scores` are the queries. Returns the gradients that are asked for.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> fused_loss(
     const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels_B,
     const Tensor& scores, const OptionalTensor& key_BPd, const OptionalTensor& ce_weight_S,
     const OptionalTensor& kd_weight_S, const OptionalTensor& mixture_ce_weight_S,
@@ -196,23 +195,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_loss(
   loss.mix = mix_of(mix);
   loss.detach_targets = detach_targets;
 
-  Tensor of_logits =
-      row_gradient(logits_SBC, grad_logits, loss.grad_logits, loss.grad_logits_type);
-  Tensor of_extra = row_gradient(extra_EBC, grad_extra, loss.grad_extra, loss.grad_extra_type);
-  Tensor values, key, of_scores, of_key;
+  std::vector<Tensor> gradients;
+  if (grad_logits) {
+    gradients.push_back(row_gradient(logits_SBC, loss.grad_logits, loss.grad_logits_type));
+  }
+  if (grad_extra && extra_EBC) {
+    gradients.push_back(row_gradient(*extra_EBC, loss.grad_extra, loss.grad_extra_type));
+  }
+  Tensor values, key;
   if (key_BPd) {
     TORCH_CHECK(!extra_EBC, "peers' queries and keys score no extras: extra_EBC must be None");
     values = read_peers(loss, scores, "query_BPd", loss.query);
     key = read_peers(loss, *key_BPd, "key_BPd", loss.key);
     TORCH_CHECK(values.sizes() == key.sizes(), "query_BPd and key_BPd differ in shape: ",
                 values.sizes(), " and ", key.sizes());
-    of_scores = float_gradient(scores.sizes(), grad_scores, loss.grad_query);
+    if (grad_scores) gradients.push_back(float_gradient(scores.sizes(), loss.grad_query));
+    if (grad_key) gradients.push_back(float_gradient(key_BPd->sizes(), loss.grad_key));
   } else {
     values = read_scores(loss, scores);
-    of_scores = float_gradient({B, S, S + E}, grad_scores, loss.grad_scores);
+    if (grad_scores) gradients.push_back(float_gradient({B, S, S + E}, loss.grad_scores));
   }
-  of_key = float_gradient(key_BPd ? key_BPd->sizes() : scores.sizes(), key_BPd && grad_key,
-                          loss.grad_key);
 
   static thread_local Scratch losses;
   loss.losses = losses.take((3 * S * B + 15) / 16 * 16);
@@ -224,9 +226,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_loss(
                      static thread_local Scratch scratch;
                      range(loss, begin, end, scratch.take(floats));
                    });
-  if (grad_scores && scores.dim() == 2) of_scores = sum_of_samples(of_scores);
+  if (grad_scores && scores.dim() == 2) gradients.back() = sum_of_samples(gradients.back());
   auto [total, ce_S, kd_S] = means(loss);
-  return {total, ce_S, kd_S, of_logits, of_extra, of_scores, of_key};
+  return {total, ce_S, kd_S, gradients};
 }
 
 }  // namespace

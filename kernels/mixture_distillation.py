@@ -228,13 +228,13 @@ def mixture_distillation_kernel(
 
 
 @on_device
-def mixture_distillation(*arguments: Any) -> tuple[Tensor, ...]:
+def mixture_distillation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Both fused losses' operator: the loss of every sample, then a reduction over the batch.
 
     Returns:
-        total, ce_S and kd_S (fp32), then gradients for an incoming gradient of 1: of logits and
-        extras in fp32 where those are fp16 and else in their dtype, of scores (or queries) and keys
-        in fp32; ``[0]`` where not asked for.
+        total, ce_S and kd_S (fp32), then the gradients that are asked for, for an incoming gradient
+        of 1: of logits and extras in fp32 where those are fp16 and else in their dtype, of scores
+        (or queries) and keys in fp32.
     """
     loss = Loss(*arguments)
     z_SBC, x_EBC, labels, scores, key, *_ = loss
@@ -288,7 +288,7 @@ def mixture_distillation(*arguments: Any) -> tuple[Tensor, ...]:
     gradients = [gz, gx, g_scores if summed is None else summed, g_key]
     if no_width:
         gradients[2:] = [None if g is None else g[..., :0] for g in gradients[2:]]
-    return total, ce_S, kd_S, *(new(0) if g is None else g for g in gradients)
+    return total, ce_S, kd_S, [g for g in gradients if g is not None]
 
 
 def _weight(tensor: Tensor | None, number: float) -> tuple[Tensor | None, int, float]:

@@ -8,13 +8,13 @@ backward multiplies them. Every implementation keeps these conventions:
 - Gradients of logits are in their input's dtype, but fp32 for an fp16 input: under a GradScaler
   most would round to 0 before the incoming 65,536 scales them. Gradients of scores, queries and
   keys are fp32, contiguous, in the input's shape: those of unbatched scores are already summed over
-  the batch. ``[0]`` where not asked.
+  the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastokd.errors import UserError
 from fastokd.kernels.layout import Loss, empty_gradient, gradient_dtype
-from fastokd.ops._library import LIBRARY, define, operator
+from fastokd.ops._library import LIBRARY, Operator, define, operator
 from fastokd.ops.dispatch import choose
 
 Mix = Literal["logits", "probs", "pairwise"]
@@ -40,17 +40,37 @@ class MixtureLoss(NamedTuple):
     kd_S: Tensor
 
 
-def packed(
-    logits_SBC: Tensor,
-    extra_EBC: Tensor | None,
-    labels_B: Tensor,
-    scores: Tensor,
-    key_BPd: Tensor | None,
+class Plan(NamedTuple):
+    """What serves a call: ``function`` is None where the reference does."""
+
+    function: Operator | None
+    asks: tuple[bool, ...] = (False,) * 4
+    """Which gradients of logits, extras, scores (or queries) and keys are computed."""
+    leaves: tuple[int, ...] = ()
+    """The places in ``Loss`` of those that ask."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    casts: bool = False
+    """Whether a gradient has another dtype than its leaf."""
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def fused_loss(
+    op: str,
+    impl: str,
+    reference: Callable[[Loss], MixtureLoss],
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
     weights: tuple[Weight, Weight, Weight, float | Tensor],
     *options: Any,
-) -> Loss:
-    """The arguments of a call; ``weights`` are of CE, KD and mixture CE, and the temperature."""
-    tensors: list[Tensor | None] = []
+) -> MixtureLoss:
+    """The loss by the operator ``op`` or by ``reference``, differentiable once in its leaves.
+
+    ``inputs`` and ``options`` are fields of ``Loss``; ``weights`` are of CE, KD and mixture CE, and
+    the temperature. All that the checks and the choice read (shapes, dtypes, strides, requires_grad,
+    options; no values of tensors) is the call's signature: one that has passed is not checked again.
+    """
+    tensors: list[Any] = []
     numbers: list[float] = []
     for value in weights:
         if isinstance(value, (int, float)):
@@ -58,40 +78,64 @@ def packed(
             numbers.append(float(value))
         else:
             if not isinstance(value, Tensor):
-                value = torch.tensor(value, dtype=torch.float32, device=logits_SBC.device)
+                value = torch.tensor(value, dtype=torch.float32, device=inputs[0].device)
             tensors.append(value)
             numbers.append(1.0)
-    return Loss(logits_SBC, extra_EBC, labels_B, scores, key_BPd, *tensors, *numbers, *options)  # type: ignore[arg-type]
-
-
-_passed: dict[tuple[Any, ...], str | None] = {}
-"""Signatures that have passed the checks, each with the fused kernels' refusal if there is one."""
-
-
-def implementation(op: str, impl: str, loss: Loss) -> str:
-    """Checks the arguments, and chooses what serves them.
-
-    What the checks read (shapes, dtypes, strides of logits, requires_grad, options; no values of
-    tensors) is the call's signature: one that has passed is not checked again.
-    """
+    loss = Loss(*inputs, *tensors, *numbers, *options)
     if torch.compiler.is_compiling():
-        _check(loss)
-        reason = _refusal(loss)
+        plan = _plan(op, impl, loss)
     else:
-        extra_EBC = loss.extra_EBC
+        z_SBC, extra_EBC, labels_B, scores, key_BPd = inputs
         signature = (
-            loss.logits_SBC.stride(),
-            None if extra_EBC is None else extra_EBC.stride(),
-            loss[12:16],
-            *[None if x is None else (x.shape, x.dtype, x.requires_grad) for x in loss[:9]],
+            *(op, impl, torch.is_grad_enabled(), numbers[2] != 0.0, numbers[3], options),
+            *(z_SBC.shape, z_SBC.stride(), z_SBC.dtype, z_SBC.device, z_SBC.requires_grad),
+            *(labels_B.shape, labels_B.dtype, labels_B.requires_grad),
+            *(scores.shape, scores.dtype, scores.requires_grad),
+            extra_EBC if extra_EBC is None else _signature(extra_EBC),
+            key_BPd if key_BPd is None else _signature(key_BPd),
+            *[x if x is None else _signature(x) for x in tensors],
         )
-        if signature not in _passed:
-            _check(loss)
-            if len(_passed) >= 64:
-                _passed.clear()
-            _passed[signature] = _refusal(loss)
-        reason = _passed[signature]
-    return choose(op, impl, loss.logits_SBC.device, {"cpp": reason, "triton": reason})
+        try:
+            plan = _plans[signature]
+        except KeyError:
+            plan = _plan(op, impl, loss)
+            if plan.function is not None:  # what is missing today may be there tomorrow
+                if len(_plans) >= 64:
+                    _plans.clear()
+                _plans[signature] = plan
+    function, asks, leaves, dtypes, casts = plan
+    if function is None:
+        return reference(loss)
+    total, ce_S, kd_S, gradients = function(*loss[:16], *asks)
+    if leaves:
+        total = FusedLoss.apply((total, gradients, dtypes, casts), *[loss[i] for i in leaves])
+    return MixtureLoss(total, ce_S, kd_S)
+
+
+def _signature(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.requires_grad
+
+
+def _plan(op: str, impl: str, loss: Loss) -> Plan:
+    """Checks the arguments and chooses an implementation."""
+    _check(loss)
+    reason = _refusal(loss)
+    impl = choose(op, impl, loss.logits_SBC.device, {"cpp": reason, "triton": reason})
+    if impl == "torch":
+        return Plan(None)
+    function = operator(op, impl, loss.logits_SBC)
+    if not torch.is_grad_enabled():
+        return Plan(function)
+    to_targets = not loss.detach_targets or loss.has_mixture_ce
+    asks, leaves, dtypes, made = [], [], [], []
+    for place, reached in ((0, True), (1, to_targets), (3, to_targets), (4, to_targets)):
+        x = loss[place]
+        asks.append(reached and x is not None and x.requires_grad)
+        if asks[-1]:
+            leaves.append(place)
+            dtypes.append(x.dtype)
+            made.append(gradient_dtype(x) if place < 2 else torch.float32)
+    return Plan(function, tuple(asks), tuple(leaves), tuple(dtypes), made != dtypes)
 
 
 def _check(loss: Loss) -> None:
@@ -191,27 +235,23 @@ def _refusal(loss: Loss) -> str | None:
     return None
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     loss = Loss(*args)
     z_SBC, S = loss.logits_SBC, loss.logits_SBC.shape[0]
 
-    def fp32(*shape: int) -> Tensor:
-        return z_SBC.new_empty(shape, dtype=torch.float32)
-
-    def gradient(x: Tensor | None, asked: bool, rows: bool) -> Tensor:
-        if x is None or not asked:
-            return fp32(0)
+    def gradient(x: Tensor, rows: bool) -> Tensor:
         if rows and x.device.type == "cuda":
             return empty_gradient(x)
         return x.new_empty(x.shape, dtype=gradient_dtype(x) if rows else torch.float32)
 
-    return (
-        *(fp32(), fp32(S), fp32(S)),
-        gradient(z_SBC, loss.grad_logits, True),
-        gradient(loss.extra_EBC, loss.grad_extra, True),
-        gradient(loss.scores, loss.grad_scores, False),
-        gradient(loss.key_BPd, loss.grad_key, False),
-    )
+    leaves = (z_SBC, loss.extra_EBC, loss.scores, loss.key_BPd)
+    asked = [
+        gradient(x, place < 2)
+        for place, (x, ask) in enumerate(zip(leaves, loss[16:], strict=True))
+        if x is not None and ask
+    ]
+    total, ce_S, kd_S = (z_SBC.new_empty(n, dtype=torch.float32) for n in ((), S, S))
+    return total, ce_S, kd_S, asked
 
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str", bool: "bool"}
@@ -219,80 +259,48 @@ _FIELDS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Lo
 # One operator by two names, so that a profile tells the two losses apart.
 for _op in ("mixture_distillation", "peer_attention_distillation"):
     define(
-        f"{_op}({_FIELDS}) -> (Tensor total, Tensor ce_S, Tensor kd_S, Tensor grad_logits_SBC, "
-        "Tensor grad_extra_EBC, Tensor grad_scores, Tensor grad_key_BPd)",
+        f"{_op}({_FIELDS}) -> (Tensor total, Tensor ce_S, Tensor kd_S, Tensor[] gradients)",
         _fake,
         "mixture_distillation.mixture_distillation",
     )
     LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
 
 
-def fused_loss(op: str, impl: str, loss: Loss) -> MixtureLoss:
-    """The loss by the operator ``op``, differentiable once in its leaves."""
-    function = operator(op, impl, loss.logits_SBC)
-    z_SBC, extra_EBC, _, scores, key_BPd, *_ = loss
-    if torch.is_grad_enabled():
-        to_targets = not loss.detach_targets or loss.has_mixture_ce
-        asks = (
-            z_SBC.requires_grad,
-            to_targets and extra_EBC is not None and extra_EBC.requires_grad,
-            to_targets and scores.requires_grad,
-            to_targets and key_BPd is not None and key_BPd.requires_grad,
-        )
-        if True in asks:
-            total, ce_S, kd_S, *gradients = function(*loss[:16], *asks)
-            leaves = (z_SBC, extra_EBC, scores, key_BPd)
-            return MixtureLoss(FusedLoss.apply((total, *gradients), asks, *leaves), ce_S, kd_S)
-    return MixtureLoss._make(function(*loss)[:3])
-
-
 class FusedLoss(torch.autograd.Function):
-    """``((total, its gradients in the leaves), which leaves ask, *leaves) -> total``."""
+    """``((total, gradients, dtypes of leaves, whether they differ), *leaves) -> total``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, results: tuple[Tensor, ...], asks: tuple[bool, ...], *leaves: Tensor | None
-    ) -> Tensor:
-        total, *gradients = results
+    def forward(ctx: Any, results: tuple[Any, ...], *leaves: Tensor) -> Tensor:
+        total: Tensor
+        total, gradients, ctx.dtypes, ctx.casts = results
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [
-            leaf.dtype if leaf is not None and asked else None
-            for leaf, asked in zip(leaves, asks, strict=True)
-        ]
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:
-        gradients = _scaled(ctx.saved_tensors, grad_total, ctx.dtypes)
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """The saved gradients times the incoming one, each in one pass over it.
+
+        They are overwritten, unless the graph is retained.
+        """
+        gradients = ctx.saved_tensors
+        compiling = torch.compiler.is_compiling() or type(grad_total) is not Tensor
+        keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
+        # On the CPU reading the number is no synchronisation, and most often it is 1.
+        if keep or ctx.casts or not grad_total.is_cpu or grad_total.item() != 1.0:
+            pairs = zip(gradients, ctx.dtypes, strict=True)
+            if compiling:
+                gradients = [(x.float() * grad_total).to(dtype) for x, dtype in pairs]
+            else:
+                gradients = [_scaled(x, grad_total, dtype, keep) for x, dtype in pairs]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = [None if x is None else _differentiable_once(x) for x in gradients]
-        return None, None, *gradients
+            gradients = [_differentiable_once(x) for x in gradients]
+        return None, *gradients
 
 
-def _scaled(
-    gradients: tuple[Tensor, ...], grad_total: Tensor, dtypes: list[torch.dtype | None]
-) -> list[Tensor | None]:
-    """``gradients * grad_total`` in ``dtypes``, multiplied in fp32 on the device, each in one pass.
-
-    They are overwritten, unless the graph is retained.
-    """
-    pairs = zip(gradients, dtypes, strict=True)
-    if torch.compiler.is_compiling() or type(grad_total) is not Tensor:
-        return [None if t is None else (x.float() * grad_total).to(t) for x, t in pairs]
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    # On the CPU reading the number is no synchronisation, and most often it is 1.
-    one = not keep and grad_total.is_cpu and grad_total.item() == 1.0
-    found: list[Tensor | None] = []
-    for x, dtype in pairs:
-        if dtype is None:
-            found.append(None)
-        elif one and dtype == x.dtype:
-            found.append(x)
-        else:
-            out = torch.empty_like(x, dtype=dtype) if keep or dtype != x.dtype else x
-            # One-dimensional, so that it takes part in type promotion: the product is rounded once.
-            found.append(torch.mul(x, grad_total.reshape(1), out=out))
-    return found
+def _scaled(x: Tensor, grad_total: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype) if keep or dtype != x.dtype else x
+    # One-dimensional, so that it takes part in type promotion: the product is rounded once.
+    return torch.mul(x, grad_total.reshape(1), out=out)
 
 
 def _differentiable_once(gradient: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.kernels.layout import Loss
-from fastokd.ops.fused_loss import Mix, MixtureLoss, Weight, fused_loss, implementation, packed
+from fastokd.ops.fused_loss import Mix, MixtureLoss, Weight, fused_loss
 
 
 def mixture_distillation(
@@ -64,19 +64,16 @@ def mixture_distillation(
         UserError: shapes that don't fit, a weight that asks for gradient, T <= 0, an ``impl`` that
             can't serve the call.
     """
-    loss = packed(
-        logits_SBC,
-        extra_logits_EBC,
-        labels_B,
-        scores,
-        None,
+    return fused_loss(
+        "mixture_distillation",
+        impl,
+        reference,
+        (logits_SBC, extra_logits_EBC, labels_B, scores, None),
         (ce_weight, kd_weight, mixture_ce_weight, temperature),
         mix,
         detach_targets,
         label_smoothing,
     )
-    impl = implementation("mixture_distillation", impl, loss)
-    return reference(loss) if impl == "torch" else fused_loss("mixture_distillation", impl, loss)
 
 
 def _cross_entropy(logits_SBC: Tensor, labels_B: Tensor, smoothing: float) -> Tensor:

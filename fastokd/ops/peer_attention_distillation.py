@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.ops.fused_loss import Mix, MixtureLoss, Weight, fused_loss, implementation, packed
+from fastokd.kernels.layout import Loss
+from fastokd.ops.fused_loss import Mix, MixtureLoss, Weight, fused_loss
 from fastokd.ops.mixture_distillation import reference
 
 
@@ -46,22 +47,22 @@ def peer_attention_distillation(
     Raises:
         UserError: as ``mixture_distillation``, and where queries and keys don't fit.
     """
-    loss = packed(
-        logits_SBC,
-        None,
-        labels_B,
-        query_BPd,
-        key_BPd,
+    return fused_loss(
+        "peer_attention_distillation",
+        impl,
+        _reference,
+        (logits_SBC, None, labels_B, query_BPd, key_BPd),
         (ce_weight, kd_weight, 0.0, temperature),
         mix,
         detach_targets,
         label_smoothing,
     )
-    impl = implementation("peer_attention_distillation", impl, loss)
-    if impl == "torch":
-        scores = peer_scores(query_BPd, key_BPd, logits_SBC.shape[0])
-        return reference(loss._replace(scores=scores, key_BPd=None))
-    return fused_loss("peer_attention_distillation", impl, loss)
+
+
+def _reference(loss: Loss) -> MixtureLoss:
+    assert loss.key_BPd is not None
+    scores = peer_scores(loss.scores, loss.key_BPd, loss.logits_SBC.shape[0])
+    return reference(loss._replace(scores=scores, key_BPd=None))
 
 
 def peer_scores(query_BPd: Tensor, key_BPd: Tensor, students: int) -> Tensor:

@@ -90,7 +90,7 @@ def test_loss_scale(draw: Draw) -> None:
     saved = kernel.mixture_distillation(
         case.logits_SBC, None, case.labels_B, case.scores, None, None, None, None, None,
         share, 0.7 * share, 0.0, 3.0, "logits", False, 0.0, True, False, False, False,
-    )[3]  # fmt: skip
+    )[3][0]  # fmt: skip
     assert saved.dtype == torch.float32
     assert (saved.abs() < torch.finfo(torch.float16).smallest_normal).float().mean() > 0.9
 

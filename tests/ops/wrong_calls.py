@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastokd.ops import cpp
 
@@ -178,7 +179,7 @@ def calls(op: str, pairs: int, draw: random.Random) -> Iterator[tuple[str, Calla
 
 def used(result: Any) -> str:
     """Reads all of a result, and takes its gradient where it has one; the device it is on."""
-    values = [result] if isinstance(result, Tensor) else list(result)
+    values = tree_leaves(result)
     for value in values:
         if value.device.type == "cpu":
             value.detach().double().sum().item()

@@ -91,7 +91,7 @@ def fused() -> Head:
     leaves = (logits_SBC, query_BPd, key_BPd)
     with compiling_for("sm_90") as kernels:
         z, query, key = (x.detach() for x in leaves)
-        total, _, _, *gradients = mixture_distillation(
+        total, _, _, gradients = mixture_distillation(
             z, None, labels_B, query, key, None, None, None, None,
             1.0, 0.5, 0.0, 3.0, "logits", False, 0.0, True, False, True, True,
         )  # fmt: skip
@@ -100,9 +100,8 @@ def fused() -> Head:
     losses = 2 * 3 * S * B * 4  # out, and in again
     with Count() as count:
         # An incoming gradient that isn't 1: on a GPU it is never looked at.
-        asks = (True, False, True, True)
-        results = (total, *gradients)
-        doubled = 2.0 * FusedLoss.apply(results, asks, logits_SBC, None, query_BPd, key_BPd)
+        dtypes = [x.dtype for x in leaves]
+        doubled = 2.0 * FusedLoss.apply((total, gradients, dtypes, False), *leaves)
         torch.autograd.grad(doubled, leaves)
     # Less the 2.0 and its backward.
     backward, there = count.launches - 2, count.bytes - 6 * 4
