@@ -1,5 +1,5 @@
-// The dispatcher's side of a convolution in bfloat16, and its gradients: images are shared out among
-// threads. What the kernels don't take is torch's.
+// The dispatcher's side of a convolution in bfloat16, and its gradients: threads take images each. What
+// the kernels don't take is computed by torch.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/conv_transpose2d.h>
@@ -12,7 +12,7 @@
 
 namespace fastokd {
 
-// Half of a small L2 cache: the weight is read anew for every few places.
+// Half of a small L2 cache: the weight is read again for every few pixels.
 constexpr int64_t kL2Bytes = 512 * 1024;
 
 bool narrow_conv_takes(const NarrowShape& s) {
@@ -29,7 +29,8 @@ int64_t narrow_conv_scratch(const NarrowShape& s) { return 4 * (s.W + 2) * s.inp
 
 namespace {
 
-// A fake tensor has none, and what looks on (a trace, a count of FLOPs) must see torch's operators.
+// False for fake tensors, and under a dispatch mode (a trace, a FLOP count), which must see torch's
+// operators.
 bool has_values(const Tensor& x) {
   const c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Negative});
   return !x.key_set().has_any(others) && !c10::impl::dispatch_mode_enabled();
@@ -95,9 +96,8 @@ bool sums_of(const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
          (weight.size(2) == 1 || weight.size(2) == 3) && capability() == Capability::kAvx512Bf16;
 }
 
-// The gradients of a convolution, or of a transposed one, of which `ours` are those that the kernels
-// gave, if any: torch's where there are none. A weight that was wider than x, as under autocast, has a
-// gradient as wide.
+// The gradients of a convolution, or of a transposed one: those that the kernels don't compute are
+// torch's. The weight's gradient has the weight's dtype, which under autocast is wider than x's.
 struct Gradients {
   AutogradContext* ctx;
   Tensor x, weight, grad_y;
@@ -172,8 +172,8 @@ Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride, in
   return Conv2d::apply(x, weight, stride, padding);
 }
 
-// A decoder's step: the gradient of the input of a 3x3 convolution of stride 2, padding 1, to maps of
-// twice the height and width.
+// A decoder's layer: the input gradient of a 3x3 convolution of stride 2 and padding 1, to maps of twice
+// the height and width.
 Tensor conv_transpose2d(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
               "conv_transpose2d takes floating point maps [B, C, H, W] and weights");
@@ -203,7 +203,7 @@ struct ConvTranspose2d : torch::autograd::Function<ConvTranspose2d> {
     if (ctx->needs_input_grad(0)) {
       grad_x = by_kernel(all.grad_y, all.weight, 2, 1, false, all.x.sizes()).value_or(Tensor());
     }
-    // x and y change places.
+    // x and y swap roles.
     variable_list found = all.finish(grad_x, all.weights(all.x, all.grad_y), true);
     found.resize(2);
     return found;

@@ -1,5 +1,5 @@
-// The dispatcher's side of a weight's gradient: its blocks, and images where those are too few, are
-// shared out among threads; sums are added in their order.
+// The dispatcher's side of a weight's gradient: threads take its blocks, and parts of the batch where
+// there are too few blocks; partial sums are added in a fixed order.
 #include "conv_weight_grad_kernel.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -29,8 +29,8 @@ struct Split {
   int64_t length(int64_t n) const { return begin(n + 1) - begin(n); }
 };
 
-// How often the images are parted, so that the threads get about as much work each: by blocks of the
-// weight alone where those suffice, since every part has sums of the whole weight.
+// Into how many parts the batch is split to balance the threads: one where the weight's blocks suffice,
+// since every part needs sums of the whole weight.
 int64_t parts_of(int64_t blocks, int64_t pairs, int64_t threads) {
   int64_t parts = 1;
   while (parts < pairs && blocks * parts % threads != 0 && blocks * parts < 8 * threads) ++parts;
@@ -42,7 +42,7 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   check_map(grad_y);
   check_map(x);
   const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
-  // Bounds first: what follows adds and multiplies them.
+  // Bounds first, so that the arithmetic below can't overflow.
   TORCH_CHECK(stride < (1 << 16) && padding < (1 << 16), "stride and padding must be below 65536, not ",
               stride, " and ", padding);
   TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && padding >= 0 &&
@@ -57,9 +57,9 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   const Split outputs(s.O), inputs(s.C);
   const int64_t parts = parts_of(outputs.count * inputs.count, pairs, threads);
   const int64_t size = s.O * kernel * kernel * s.C;
-  // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. It holds the first part's sums.
+  // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. The first part's sums go there.
   Tensor grad_w = new_channels_last({s.O, s.C, kernel, kernel}, at::kFloat);
-  // Of no sums the sizes may be anything.
+  // Without elements the sizes may be anything.
   if (x.numel() == 0 || grad_y.numel() == 0) return grad_w.zero_();
   const Tensor others = at::detail::empty_cpu({parts - 1, size}, at::kFloat);
   const int64_t each = (conv_weight_grad_scratch(s, B) + 15) / 16 * 16;

@@ -2,7 +2,7 @@
 //
 // With u = x / nx and v = y / ny, |u - v|^2 = u.u + v.v - 2 u.v = (|x - y|^2 - (nx - ny)^2) / (nx ny)
 // and u . (u - v) = (|u - v|^2 + u.u - v.v) / 2. The first form cancels where the maps agree, the
-// second where their norms differ: each serves where it doesn't.
+// second where their norms differ: each is used where it doesn't.
 #include "feature_transfer_kernel.h"
 
 #include <ATen/ops/empty_like.h>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr double kEps = 1e-12;
 
-// Like a map that may have any batch stride: one sample after another, each as the map's are.
+// An empty tensor like a map of any batch stride: samples contiguous, each in the map's layout.
 Tensor dense_like(const Tensor& x) {
   Tensor made = at::empty_like(x);
   if (x.size(0) < 2 || (made.stride(0) == x[0].numel() && made[0].strides() == x[0].strides())) {

@@ -49,9 +49,8 @@ struct Blocks {
   }
   int64_t offset(int64_t block) const { return block * step * all.channels * kernels->element; }
 
-  // Calls body(block, its rows) for every block. The same blocks fall to the same thread each time:
-  // what it has just read is still in its cache, the last of it most likely, so a second pass goes
-  // `backwards`.
+  // Calls body(block, its rows) for every block. A thread gets the same blocks each time, and the last
+  // ones are most likely still in its cache, so a second pass goes `backwards`.
   template <class Body>
   void each(bool backwards, Body body) const {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -94,8 +93,8 @@ void check_like(const Tensor& other, const Tensor& x, const char* name) {
 // What forward keeps for backward: rows of a [4, C] tensor.
 enum Stat { kMean, kInvStd, kScale, kShift, kStats };
 
-// Where a channel's mean is not finite, whether it is infinite or NaN: the plain sum tells, and is
-// what running_mean then holds in PyTorch too.
+// Means as plain sums, for channels whose mean is not finite: they are infinite or NaN as PyTorch's
+// running_mean is.
 template <class T>
 void plain_means(const Tensor& x, double* mean, int64_t channels) {
   std::fill(mean, mean + channels, 0.0);
@@ -107,8 +106,8 @@ void plain_means(const Tensor& x, double* mean, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<double>(rows);
 }
 
-// Each channel's mean and sum of squared deviations: the blocks' by themselves, then merged (Chan,
-// Golub and LeVeque) in double.
+// Each channel's mean and sum of squared deviations: of each block, then merged (Chan, Golub and
+// LeVeque) in double.
 void statistics(const Blocks& blocks, const Tensor& x, double* mean, double* m2) {
   const int64_t C = blocks.all.channels;
   std::vector<double> parts(2 * C * blocks.count);
@@ -176,7 +175,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     out[kMean * C + c] = static_cast<float>(mean[c]);
     out[kInvStd * C + c] = static_cast<float>(invstd);
     out[kScale * C + c] = scale;
-    // From the rounded scale: then the mean cancels as if nothing had been rounded.
+    // From the rounded scale, so that the mean cancels exactly.
     out[kShift * C + c] = static_cast<float>(b[c] - mean[c] * scale);
     to_mean[c] = static_cast<float>((1.0 - momentum) * to_mean[c] + momentum * mean[c]);
     to_var[c] = static_cast<float>((1.0 - momentum) * to_var[c] + momentum * m2[c] / (n - 1.0));
@@ -196,8 +195,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y, stats};
 }
 
-// The gradients of x, weight, bias and residual; `y` tells where the ReLU let through, or, where it
-// is not given, x does. One that isn't wanted is empty.
+// The gradients of x, weight, bias and residual, empty where not wanted; the ReLU's mask is taken from
+// `y` or, without it, from x.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, const Tensor& x,
                                                     const optional<Tensor>& y,
                                                     const Tensor& weight, const Tensor& stats,
@@ -255,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
     const double scale = kept[kScale * C + c];
     const float slope = static_cast<float>(-scale * k);
     slopes[c] = slope;
-    // From the rounded slope: then the mean cancels as if nothing had been rounded.
+    // From the rounded slope, so that the mean cancels exactly.
     offsets[c] = static_cast<float>(-slope * static_cast<double>(kept[kMean * C + c]) -
                                     scale * parts[c] / n);
   }
@@ -265,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
     const float* const slope = repeated(lanes.data() + 3 * width, slopes.data(), blocks.all);
     const float* const offset = repeated(lanes.data() + 4 * width, offsets.data(), blocks.all);
     void* const to = grad_x.mutable_data_ptr();
-    // The first pass has written the masked gradient where a residual wants it: read that.
+    // With a residual the first pass has written the masked gradient: read that.
     const Mask left = masked ? Mask::kNone : mask;
     if (masked) grad = masked;
     blocks.each(true, [&](int64_t block, Rows rows) {
@@ -313,7 +312,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       return out;
     }
     const variable_list saved = ctx->get_saved_variables();
-    // Past the refusal of a second derivative, unless one is being recorded.
+    // Below autograd, whose fallback raises on a second derivative, unless one is recorded.
     optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
     const optional<Tensor> y = saved[3].defined() ? optional<Tensor>(saved[3]) : std::nullopt;

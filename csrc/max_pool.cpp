@@ -1,5 +1,5 @@
-// The dispatcher's side of 3x3 max pooling: rows are shared out among threads. What it keeps for the
-// gradient is a byte a value; torch keeps the map that it read, and eight bytes a value.
+// The dispatcher's side of 3x3 max pooling: threads take rows. It saves a byte a value for the gradient;
+// torch saves its input and eight bytes a value.
 #include "max_pool_kernel.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -23,7 +23,7 @@ int64_t pooled(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
 PoolShape shape_of(int64_t H, int64_t W, int64_t C, int64_t stride) {
   TORCH_CHECK(stride == 1 || stride == 2, "max_pool: the stride must be 1 or 2, not ", stride);
-  TORCH_CHECK(H > 0 && W > 0, "max_pool: a map must have places, not ", H, " x ", W);
+  TORCH_CHECK(H > 0 && W > 0, "max_pool: a map must have pixels, not ", H, " x ", W);
   return {H, W, C, pooled(H, stride), pooled(W, stride), stride};
 }
 
@@ -80,7 +80,7 @@ struct Pool : torch::autograd::Function<Pool> {
     static const auto op = find<decltype(max_pool_backward)>("fastokd::max_pool_backward");
     if (!grads[0].defined()) return {Tensor(), Tensor()};
     const Tensor grad_y = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
-    // Past the refusal of a second derivative, unless one is being recorded.
+    // Below autograd, whose fallback raises on a second derivative, unless one is recorded.
     optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
     return {op.call(grad_y, ctx->get_saved_variables()[0], ctx->saved_data["stride"].toInt(),

@@ -1,9 +1,9 @@
-// The commonest sample: mixed logits, class ids, no extras, few students. All its rows are walked
-// side by side, three times in all, and what a step needs of them stays in registers.
+// The most frequent case: mixed logits, class ids, no extras, few students. Three passes read all rows
+// at once and keep what they need in registers.
 //
-// The equations are those of mixture_distillation_kernel.cpp, with shares of 0 where nobody listens;
-// mixed logits are not above 0, so their powers need no maximum. Where a number is not finite, or
-// the powers underflow, `cohort` writes nothing and says no.
+// The equations are those of mixture_distillation_kernel.cpp, with shares of 0 for sources at
+// -inf; mixed logits are at most 0, so their exponentials need no maximum. Where a number is not finite,
+// or the exponentials underflow, `cohort` writes nothing and returns false.
 #pragma once
 
 #include "mixture_sample.h"
@@ -52,7 +52,7 @@ struct Cohort {
       rows[s] = static_cast<const Element*>(from.data) + s * from.source_stride +
                 x.b * from.sample_stride;
       for (int n = 0; n < S; ++n) share[n][s] = x.share[n][s];
-      // A student without a target as if it listened to itself: its KL and its gradient are 0.
+      // A student without a target gets itself as source: its KL and its gradient are 0.
       if (!Sample::is_set(x.has_target[s])) share[s][s] = 1.0f;
     }
   }
@@ -95,7 +95,7 @@ struct Cohort {
         Vec z[S];
         for (int s = 0; s < S; ++s) {
           z[s] = shifted(s, i, count);
-          // A row is a page, and no prefetcher crosses to the next sample's.
+          // Hardware prefetchers don't cross pages to the next sample's row.
           __builtin_prefetch(rows[s] + i + ahead);
         }
         for (int s = 0; s < S; ++s) {

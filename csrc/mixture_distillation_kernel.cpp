@@ -11,14 +11,14 @@
 //             d z_n += w_s a_sn q_n (r_s - D_sn),   d a_sn = w_s T D_sn
 //   pairwise: as probs, with log q_n - log q_s in the place of r_s (D_sn less its constant).
 //
-// z stands for logits less their row's maximum throughout: no term depends on it. A sum's log and
-// its division wait for the whole row, so each step is taken for all students before the next.
+// z are logits minus their row's maximum throughout: no term depends on it. A sum's log and division
+// need the whole row, so each step is taken for all students before the next.
 #include "mixture_cohort.h"
 
 namespace fastokd {
 namespace {
 
-// A row less its maximum, and its exponentials where something needs them.
+// A row minus its maximum, and its exponentials where they are needed.
 template <typename Element>
 void read_row(Sample& x, int n, const Element* from, float top) {
   float *z = x.z[n], *q = n < x.S || x.by_source ? x.q[n] : nullptr;
@@ -217,7 +217,7 @@ void students(Sample& x) {
   }
 }
 
-// What source n gets through its own softmax, added to x.e (or over it, for an extra).
+// The gradient of source n through its own softmax, added to x.e (an extra's overwrites it).
 void gradient_by_source(Sample& x, int n) {
   const bool pairs = x.loss.mix == Mix::kPairwise;
   const Links& listeners = x.listeners[n];

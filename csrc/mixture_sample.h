@@ -1,4 +1,4 @@
-// One sample of mixture_distillation: its rows in scratch memory, its labels, who listens to whom.
+// One sample of mixture_distillation: its rows in scratch memory, its labels, its mixing weights.
 #pragma once
 
 #include "mixture_distillation_kernel.h"
@@ -7,7 +7,7 @@
 namespace fastokd {
 namespace {
 
-// The sources of a student, or the students that listen to a source, and how much.
+// The sources of a student, or the students that have a source, with the mixing weights.
 struct Links {
   int count;
   int other[kMaxSources];
@@ -101,8 +101,8 @@ struct Sample {
       const int64_t* stride = loss.score_strides;
       return loss.scores[b * stride[0] + s * stride[1] + n * stride[2]];
     }
-    if (n >= P) return -kInfinity;  // nobody listens to the leader,
-    if (s >= P) return 0.0f;        // and it listens to every peer alike
+    if (n >= P) return -kInfinity;  // the leader is no source,
+    if (s >= P) return 0.0f;        // and weighs every peer alike
     return row_dot(loss.query + (b * P + s) * loss.width, loss.key + (b * P + n) * loss.width,
                    loss.width);
   }
@@ -119,7 +119,7 @@ struct Sample {
       for (int n = 0; n < N; ++n) top = max(load(scores[n] + s), top);
       for (int n = 0; n < N; ++n) {
         const Vec score = load(scores[n] + s);
-        // A NaN is heard, and makes all of its student's shares NaN.
+        // A NaN score makes all of its student's shares NaN.
         const VecInt silent = score == splat(-kInfinity);
         const Vec power = exp(select(silent, splat(kPadding), score - top));
         store(share[n] + s, power);
@@ -174,7 +174,7 @@ struct Sample {
     for (int s = 0; s < S; s += kLanes) {
       Vec mean{};
       for (int n = 0; n < N; ++n) {
-        // What isn't heard stays out of a NaN, too.
+        // A source at -inf gets 0 even where the others are NaN.
         const VecInt heard = as_int(load(hears[n] + s));
         const Vec value = load(share[n] + s) * load(grad_share[n] + s);
         mean += as_float(as_int(value) & heard);

@@ -1,8 +1,8 @@
 """Divergences, losses and gradients of the mixture-distillation kernel, given its sums; its second
 launch, from per-sample losses to batch means and the total.
 
-``mix`` holds a student's mixing weights, or their logarithms where probabilities are mixed;
-UNHEARD where it doesn't listen.
+``mix`` holds a student's mixing weights, or their logarithms where probabilities are mixed; UNHEARD
+for a source at -inf.
 """
 
 import triton
@@ -37,8 +37,8 @@ def log_target(log_p, log_mix):
 def targets(log_p, log_q, mix, MIX: tl.constexpr):
     """A student's target probabilities, and for each source log of target over student.
 
-    Each pair is a target of its own where ``MIX`` is pairwise; their mixture is what the student's
-    gradient sees.
+    With ``MIX`` pairwise each source is a target of its own; the student's gradient needs their
+    mixture.
     """
     ratios = ()
     if MIX == "probs":
@@ -57,7 +57,7 @@ def targets(log_p, log_q, mix, MIX: tl.constexpr):
 
 @triton.jit
 def source_terms(log_p, log_q, mix, MIX: tl.constexpr):
-    """The tiles that a student's K_n sum over; none for mixtures of logits."""
+    """The tiles whose sums are a student's K_n; none for mixtures of logits."""
     out = ()
     if len(log_p) > 0:
         _, ratios = targets(log_p, log_q, mix, MIX)
@@ -73,7 +73,7 @@ def store_losses(
 ):  # fmt: skip
     """All students' three losses, from vectors of their stats and tiles of weights and K_n."""
     s = tl.arange(0, TILE)
-    # Past the last student the sums are 0; their logarithms aren't taken.
+    # Past the last student the sums are 0; adding 1 avoids log 0.
     one = tl.where(s < S, 0.0, 1.0)
     heard = mix_tile != UNHEARD
     taught = tl.max(heard.to(tl.int32), 1) > 0
@@ -98,10 +98,10 @@ def send_gradients(
     MIX: tl.constexpr, MIXTURE_CE: tl.constexpr, DETACH: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Adds what student s, whose row is ``z``, sends to each row.
+    """Adds the gradient of student s's losses in each row; its own row is ``z``.
 
-    Returns besides what it sends to its mixture of logits. ``ce``, ``kd`` and ``mixture`` are one
-    sample's shares of the student's weights.
+    Also returns the gradient in its mixture of logits. ``ce``, ``kd`` and ``mixture`` are the
+    student's weights divided by the batch size.
     """
     MIXED: tl.constexpr = MIXTURE_CE or (MIX == "logits" and not DETACH)
     PAIRED: tl.constexpr = MIX != "logits" and not DETACH
@@ -126,8 +126,7 @@ def send_gradients(
     if MIXTURE_CE:
         mixed_grad += tl.exp2(u * LOG2E) * (mixture * stats[9] / stats[7]) - mixture * y
     sent = ()
-    # The student again, in words of which the compiler can't know that they are the same, lest the
-    # masks that picked its row live until here.
+    # Recompute the student's index opaquely, to shorten the live range of the masks that picked its row.
     same = s + tl.program_id(1)
     for n in tl.static_range(len(rows)):
         grad = grads[n]
@@ -135,7 +134,7 @@ def send_gradients(
             g = mixed_grad
             if PAIRED:
                 g += kd * tl.exp2(log_p[n] * LOG2E) * (ratios[n] - source_sums[n])
-            # Not as mixed_row says it, lest the masks live from there to here.
+            # Another form of mixed_row's mask, to shorten its live range.
             grad = tl.where(mix[n] > 1.0, grad, grad + share(mix[n], MIX) * g)
         if n >= FIRST and n < FIRST + COUNT:
             grad = tl.where(same == n, grad + direct, grad)
@@ -145,7 +144,7 @@ def send_gradients(
 
 @triton.jit
 def products(rows, mixed_grad, NEEDED: tl.constexpr):
-    """The tiles that the gradient to a student's mixing weights sums over."""
+    """The tiles whose sums are the gradients in a student's mixing weights."""
     out = ()
     if NEEDED:
         for n in tl.static_range(len(rows)):

@@ -57,7 +57,7 @@ def load_rows(of, b, c0, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.cons
     """
     width: tl.constexpr = (C + VEC - 1) // VEC * VEC
     out = ()
-    # Row by row from c0, lest a sweep's loop keep every row's address in registers.
+    # Addresses are computed row by row, so that a sweep's loop keeps none of them in registers.
     row = of[0] + c0 + b * of[2] * VEC
     for _ in tl.static_range(ROWS):
         x = tl.load(row + cols, mask=c0 + cols < width, other=0.0).to(tl.float32)

@@ -13,10 +13,16 @@ z a source's logits, M = sum_n a_sn z_n, p_n = softmax(z_n / T), q_s = p_s, t_s 
     mixture_s = CE(M, y)                             d / d M = mass(y) softmax(M) - y
     d scores_sn = a_sn (d a_sn - sum_m a_sm d a_sm)
 
-One program serves one sample. Where all its rows fit the registers, each logit is read once and
-each gradient written once; else the classes go by in blocks: one sweep for the stats, one for the
-K_n (probs and pairwise; their gradient needs sums that need the softmaxes' sums), one that writes
-the gradients. Nothing depends on another program, and nothing is specialised on the batch.
+One program computes one sample. Where all its rows fit the registers, each logit is read once and
+each gradient written once; else the classes are taken in blocks: one sweep for the stats, one for
+the K_n (probs and pairwise; their gradient needs sums that need the softmaxes' sums), one that
+writes the gradients. Programs are independent, and nothing is specialised on the batch.
+
+With queries and keys the scores are made in the kernel (OKDDip's Equation 10):
+
+    scores_ab = query_a . key_b    between peers; 0 from the leader (the last student where there is
+                                   one more than peers) to each peer; -inf to the leader
+    d query_a = sum_b d scores_ab key_b,    d key_b = sum_a d scores_ab query_a
 """
 
 from __future__ import annotations
@@ -40,8 +46,8 @@ from fastokd.kernels._tiles import load_rows, store_rows, sums
 from fastokd.kernels.layout import Loss, empty_gradient, row_layout
 from torch import Tensor
 
-# The most students in one loop past 8 sources: each selects its row among as many, and masks live
-# in registers too.
+# The most students in one loop past 8 sources: each selects its row among as many by masks, which take
+# registers too.
 GROUP = tl.constexpr(8)
 
 
@@ -85,8 +91,8 @@ def mixture_distillation_kernel(
     """One sample a program. Scores come from ``score_ptr``, or where D > 0 from P queries and keys.
 
     The mixing weights and, between sweeps, the K_n and the stats are tiles and vectors spread over
-    the threads, from which a student's entries are taken as its turn comes: S x N numbers don't
-    fit one thread's registers.
+    the threads, from which each student's entries are extracted: S x N numbers don't fit one
+    thread's registers.
     """
     N: tl.constexpr = S + E
     USES_M: tl.constexpr = MIX == "logits" or MIXTURE_CE
@@ -111,7 +117,7 @@ def mixture_distillation_kernel(
     inside = (row < S) & (column < N)
     cols = tl.arange(0, BLOCK)
 
-    if RESIDENT:  # asked for first, to be on the way while the scores are worked out
+    if RESIDENT:  # issue these loads first, to overlap with the scores
         rows, y = _block(z, x, labels, b, 0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
     if D > 0:
         scores = attention_scores(score_ptr, key_ptr, b, P, D, TILE, D_TILE)
@@ -175,7 +181,7 @@ def mixture_distillation_kernel(
                         mix = _mixture_sums.entries(mix_flat, s, N, TILE)
                         k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
                         k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
-        # Here, to have fewer addresses in registers afterwards.
+        # Stored here, so that fewer addresses stay in registers.
         _mixture.store_losses(
             loss_ptr, tl.reshape(mix_flat, [TILE, TILE]), stats, tl.reshape(k_flat, [TILE, TILE]),
             T, b, S, TILE, MIX, MIXTURE_CE,

@@ -1,4 +1,4 @@
-"""FFSD's attention on stage maps: where a network looks, and where another should.
+"""FFSD's attention on stage maps: maps, transfer, diversity and shifted maps.
 
 For a map x of C channels and HW pixels:
 
@@ -11,9 +11,8 @@ For a map x of C channels and HW pixels:
     attention_diversity(x, y) = mse(n(A(x)), target(y))          gradient in x alone
     shifted_map(y)            = y + (target(y) - a) r / C        no gradient
 
-``target`` mixes the raw norm with normalised values, as the published code does. The four live in
-one file because they are these definitions and nothing else (whole maps, which need none of them:
-``feature_transfer.py``); `mse` is the mean over all elements. Arithmetic is fp32 for fp32, bf16 and
+``target`` mixes the raw norm with normalised values, as the published code does. The four share
+these definitions and so one file (whole maps need none of them: ``feature_transfer.py``); `mse` is the mean over all elements. Arithmetic is fp32 for fp32, bf16 and
 fp16 maps and float64 where a map is float64; gradients come back in each map's own dtype. An empty
 batch gives a loss of 0.
 

@@ -50,7 +50,7 @@ def fused_bn_act(
         running_mean_C, running_var_C: updated in place in training, or None for neither.
         num_batches_tracked: 0-d int64, counted up in place in training, or None.
         residual_BCHW: added before the ReLU; x's shape.
-        relu: whether there is a ReLU. As in PyTorch it passes NaN on, and no gradient at zero.
+        relu: whether there is a ReLU. As in PyTorch NaN propagates, and the gradient at zero is 0.
         momentum: what the running statistics take of the batch's; None averages over all batches.
         training: False normalises by the running statistics.
         impl: ``"auto"``, ``"torch"`` or ``"cpp"``. Auto takes the C++ on a CPU for training with
@@ -272,8 +272,8 @@ def _fake_backward(
     )
 
 
-# Its autograd is C++ too (csrc/fused_bn_act.cpp): a network calls this once a layer, and a
-# backward in Python would cost each of them more than the smallest layers' arithmetic.
+# The autograd formula is C++ too (csrc/fused_bn_act.cpp): a network calls this once a layer, and a
+# backward in Python takes longer than the smallest layers' arithmetic.
 define(
     "fused_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
     "Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, bool relu, "

@@ -3,10 +3,10 @@
     z_k  = depthwise 3x3 (stride 1, zero padding 1) of channel k of the maps, one after another
     y_k  = ReLU(bn_weight_k (z_k - mean_k) / sqrt(var_k + eps) + bn_bias_k)
 
-with mean and (biased) variance over batch and pixels. The maps are read where the cohort left them:
-the fast path never builds their concatenation. The 1x1 convolution that follows is a matrix
-product and stays torch's. With one map the same step opens the leader's transfusion, which needs
-the map's gradient.
+with mean and (biased) variance over batch and pixels. The Triton form reads the maps
+in place and never builds their concatenation. The 1x1 convolution that follows is a matrix
+product and stays torch's. With one map it is the first step of the leader's transfusion, which
+needs the map's gradient.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ For student s and sample b, with sources n the S students and then the E extras:
     total      = sum_s mean_b(ce_weight_s CE(z_s, labels) + kd_weight_s kd_s
                               + mixture_ce_weight_s mixture_s)
 
-OKDDip's Equations 6 to 8, DML, CL-ILR, ONE, KD, KDCL and FFSD's logit terms are this with other
+OKDDip's Equations 5 to 8, DML, CL-ILR, ONE, KD, KDCL and FFSD's logit terms are this with other
 scores (docs/methods.md).
 """
 
@@ -85,7 +85,7 @@ def _cross_entropy(logits_SBC: Tensor, labels_B: Tensor, smoothing: float) -> Te
         C = log_p_SBC.shape[-1]
         valid_B = (labels_B >= 0) & (labels_B < C)
         index_SB1 = labels_B.clamp(0, C - 1).long().expand(log_p_SBC.shape[:2])[..., None]
-        # Multiplied, not selected: the sample's gradient must be NaN as its loss is.
+        # Multiplied, not selected, so that the sample's gradient is NaN as its loss is.
         poison_B = torch.where(valid_B, 1.0, math.nan).to(log_p_SBC.dtype)
         picked_SB = log_p_SBC.gather(-1, index_SB1).squeeze(-1) * poison_B
     return -(1.0 - smoothing) * picked_SB - smoothing * log_p_SBC.mean(-1)
@@ -103,8 +103,7 @@ def reference(loss: Loss) -> MixtureLoss:
 
     listens_SNB1 = (scores_SNB != -math.inf)[..., None]
     has_target_SB1 = listens_SNB1.any(1)
-    # Both are masked before they are used, so that an unheard source stays out of the gradient too:
-    # masked afterwards, 0 * NaN would be NaN.
+    # Both are masked before use, so that a source at -inf stays out of the gradient too: 0 * NaN is NaN.
     heard_SNBC = torch.where(listens_SNB1, sources_NBC, 0.0)
     scores_SNB = torch.where(has_target_SB1[:, None, :, 0], scores_SNB, 0.0)
 

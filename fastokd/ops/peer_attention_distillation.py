@@ -1,7 +1,7 @@
-"""OKDDip's loss from the peers' queries and keys: the scores are computed where they are used.
+"""OKDDip's loss from the peers' queries and keys: the scores are computed in the kernel.
 
-Peer a listens to peer b with score ``query_a . key_b`` (Equation 10; no 1/sqrt(d)); the leader, the
-last student where there is one more than peers, listens to every peer alike, and nobody to it.
+Peer a weighs peer b by the score ``query_a . key_b`` (Equation 10; no 1/sqrt(d)); the leader,
+the last student where there is one more than peers, weighs every peer alike and is no source.
 The rest is ``mixture_distillation``.
 """
 
