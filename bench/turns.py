@@ -22,9 +22,9 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Each call's times in milliseconds, one of each a round, after three rounds of warm-up.
 
-    With ``calls_in_a_row`` above 1 a round makes so many calls of each in a row and takes their median: what a
-    call takes over and over, its code and data near, as pytest-benchmark measures; with 1 what it
-    takes after another program has had the caches, as within a training step.
+    With ``calls_in_a_row`` above 1 a round calls each so many times in a row and takes the median: the
+    time with warm caches, as pytest-benchmark measures. With 1 it is the time with the caches that
+    another program leaves, as within a training step.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
