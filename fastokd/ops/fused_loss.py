@@ -285,7 +285,8 @@ class FusedLoss(torch.autograd.Function):
         gradients = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
         # What counts operators, a dispatch mode or fake tensors, sees the product, as on a GPU.
-        counted = type(grad_total) is not Tensor or torch._C._len_torch_dispatch_stack()
+        fake = compiling or type(grad_total) is not Tensor
+        counted = fake or torch._C._len_torch_dispatch_stack()
         keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
         # On the CPU reading the number is no synchronisation, and most often it is 1.
         if keep or ctx.casts or counted or not grad_total.is_cpu or grad_total.item() != 1.0:
