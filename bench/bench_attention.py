@@ -3,10 +3,11 @@
     python -m bench.bench_attention [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 fp32 channels-last maps of ResNet-32's three stages at batch 128. Both programs run in turn on the
-same maps, after they have been found equal; a ratio is the median of the rounds' ratios. ``over and
-over`` a round makes ten calls of each in a row, ``in turn`` one. The last row is every map loss of one FFSD step with two students and a leader, decoders and fusion not included.
-``bound`` is the time that the bytes alone would take at the speed of a copy in the same run: forward
-reads both maps, backward reads what it differentiates and writes the gradient.
+same maps, after a check that they agree; a ratio is the median of the rounds' ratios. A round makes
+ten calls of each in a row (``over and over``) or one (``in turn``). The last row is every map loss of
+one FFSD step with two students and a leader, without decoders and fusion. ``bound`` is the time for the
+bytes alone at the speed of a copy in the same run: forward reads both maps, backward reads what it
+differentiates and writes the gradient.
 """
 
 from __future__ import annotations

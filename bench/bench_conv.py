@@ -3,9 +3,8 @@
     python -m bench.bench_conv [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 A row is one part of one layer of a CIFAR ResNet at batch 128, or of ResNet-18 at batch 16: forward,
-the gradient of the input or of the weight, where it is ours. Both run in turn, after they have been
-found equal. ``bound`` is what the products alone take at the speed of a 2048^3 product of matrices in
-the same run.
+the gradient of the input or of the weight, where we have a kernel. Both run in turn, after a check that
+they agree. ``bound`` is the time for the FLOPs alone at the speed of a 2048^3 GEMM in the same run.
 """
 
 from __future__ import annotations

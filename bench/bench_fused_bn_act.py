@@ -2,9 +2,9 @@
 
     python -m bench.bench_fused_bn_act [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
-Both run in turn on the same bf16 channels-last maps, forward and backward, after they have been
-found equal; a ratio is the median of the rounds' ratios, its spread their quartiles. ``bound`` is
-the time that the bytes alone would take at the speed of a copy of the same size in the same run:
+Both run in turn on the same bf16 channels-last maps, forward and backward, after a check that they
+agree; a ratio is the median of the rounds' ratios, its spread their quartiles. ``bound`` is
+the time for the bytes alone at the speed of a copy of the same size in the same run:
 forward reads x twice and writes y (and reads the residual), backward reads x and dy twice and
 writes dx (with a residual: reads y once and writes its gradient, besides). On a machine with other
 work ``--threads 1 --cpu-time`` counts the seconds on a core instead of the wall's.
@@ -22,7 +22,7 @@ from bench.turns import Clock, Row, in_turn, main, summary
 from fastokd.models import create_model
 from fastokd.models.layers import NormAct
 
-# What the claim names, then the other stages of the CIFAR ResNets and one of ResNet-18's last.
+# The claim's shape, then the other stages of the CIFAR ResNets and one of ResNet-18's last.
 SHAPES = [(64, 64, 56, 56), (128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 512, 7, 7)]
 
 

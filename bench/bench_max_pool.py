@@ -1,9 +1,9 @@
-"""Max pooling behind a ResNet's stem in C++ against torch's, in bf16 channels-last.
+"""Max pooling after a ResNet's stem in C++ against torch's, in bf16 channels-last.
 
     python -m bench.bench_max_pool [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Rows are forward and backward at 112x112 with 64 channels, 16 images, of stride 2; both run in turn,
-after they have been found equal.
+after a check that they agree.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python -m bench.bench_mixture_distillation [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Three peers and a leader, T = 3, fp32 on both sides, from logits, queries and keys to the gradients of
-all three: the attention's product is in both, the projections are in neither. Both run in turn in one
-process, after they have been found equal; a ratio is the median of the rounds' ratios. ``over and
-over`` a round makes ten calls of each in a row, ``in turn`` one, which begins with what the other has
-left in the caches. The rows ``separate`` also stack four tensors of logits and split the gradient, as a cohort of
-separate networks does. ``bound`` is what the bytes take at the speed of a copy (every logit read once,
-every gradient written once); the exponentials, at T = 3 two a logit, one of the student's and one of its
-target's, since e^z is a cube, take ``exp_ms`` (in the JSON) at the speed of torch.exp.
+all three: both include the attention's product, neither the projections. Both run in turn in one
+process, after a check that they agree; a ratio is the median of the rounds' ratios. A round makes ten
+calls of each in a row (``over and over``) or one, with the caches that the other leaves (``in turn``).
+The rows ``separate`` also stack four tensors of logits and split the gradient, as a cohort of separate
+networks does. ``bound`` is the time for the bytes at the speed of a copy (every logit read once, every
+gradient written once); ``exp_ms`` (in the JSON) is the time for two exponentials a logit, the student's
+and its target's, at the speed of torch.exp (at T = 3 e^z is the cube of e^(z / T)).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def head_row(B: int, C: int, separate: bool, calls: int, rounds: int, clock: Clo
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
-    source = torch.ones(1 << 14)  # in the nearest caches
+    source = torch.ones(1 << 14)  # fits the L1 and L2 caches
     powers, target = torch.empty_like(source), torch.empty_like(logits_SBC)
     times = in_turn(
         {

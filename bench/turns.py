@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 Row = dict[str, str | float]
 Clock = Callable[[], float]
@@ -22,9 +22,9 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Each call's times in milliseconds, one of each a round, after three rounds of warm-up.
 
-    With ``calls_in_a_row`` above 1 a round makes so many calls of each in a row and takes their median: what a
-    call takes over and over, its code and data near, as pytest-benchmark measures; with 1 what it
-    takes after another program has had the caches, as within a training step.
+    With ``calls_in_a_row`` above 1 a round calls each so many times in a row and takes the median: the
+    time with warm caches, as pytest-benchmark measures. With 1 it is the time with the caches that
+    another program leaves, as within a training step.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
@@ -56,7 +56,7 @@ def main(about: str, rows_of: Callable[[int, Clock], list[Row]]) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    reason = _cpp.ensure_built()
+    reason = cpp.ensure_built()
     if reason is not None:
         raise SystemExit(reason)
     rows = rows_of(args.rounds, time.process_time if args.cpu_time else time.perf_counter)
@@ -69,7 +69,7 @@ def main(about: str, rows_of: Callable[[int, Clock], list[Row]]) -> None:
         )
     kind = "CPU" if args.cpu_time else "wall"
     print(
-        f"torch {torch.__version__}, {args.threads} threads, {_cpp.capability()}, {kind} time, "
+        f"torch {torch.__version__}, {args.threads} threads, {cpp.capability()}, {kind} time, "
         f"{args.rounds} rounds"
     )
     if args.json:

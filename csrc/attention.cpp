@@ -2,29 +2,15 @@
 // whole samples, so that no result depends on their number.
 #include "attention_kernel.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
-#include <algorithm>
-#include <tuple>
+#include <numeric>
 #include <vector>
 
-#include "capability.h"
+#include "op.h"
 
 namespace fastokd {
 namespace {
-
-using at::Tensor;
-
-// What an operator keeps for its backward, or what comes in there.
-const float* kept(const Tensor& x, at::IntArrayRef shape, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
-              " must be contiguous float32 of shape ", shape, ", not ", x.scalar_type(), " of ",
-              x.sizes());
-  return x.const_data_ptr<float>();
-}
 
 // A map by samples.
 class Map {
@@ -32,13 +18,8 @@ class Map {
   explicit Map(const Tensor& x) {
     TORCH_CHECK(x.dim() == 4, "a map must be [B, C, H, W]");
     stride_b_ = x.stride(0);
-    const auto scalar = x.scalar_type();
-    TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
-                "a map must be float32, bfloat16 or float16, not ", scalar);
+    first_.type = type_of(x, "a map");
     const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-    first_.type = scalar == at::kFloat      ? Type::kFloat
-                  : scalar == at::kBFloat16 ? Type::kBFloat16
-                                            : Type::kHalf;
     first_.data = const_cast<void*>(x.const_data_ptr());
     first_.channels = C;
     first_.pixels = H * W;
@@ -75,17 +56,8 @@ void each_sample(int64_t batch, int64_t rows, int64_t row, Body body) {
   });
 }
 
-Tensor total_of(const std::vector<double>& parts, double scale, const Tensor& like) {
-  double total = 0.0;
-  for (const double part : parts) total += part;
-  Tensor loss = at::empty({}, like.options().dtype(at::kFloat));
-  *loss.mutable_data_ptr<float>() = static_cast<float>(total * scale);
-  return loss;
-}
-
 Tensor rows_of(const Tensor& x, bool asked) {
-  const auto options = x.options().dtype(at::kFloat);
-  return asked ? at::empty({x.size(0), x.size(2) * x.size(3)}, options) : at::empty({0}, options);
+  return asked ? new_float({x.size(0), x.size(2) * x.size(3)}) : new_float({0});
 }
 
 void copy_row(const float* from, int64_t pixels, int64_t row, float* to) {
@@ -96,7 +68,7 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x_BCHW) {
   const Map x(x_BCHW);
   const int64_t B = x_BCHW.size(0), P = x.pixels();
   Tensor u_BP = rows_of(x_BCHW, true);
-  Tensor r_B = at::empty({B}, u_BP.options());
+  Tensor r_B = new_float({B});
   float* const u = u_BP.mutable_data_ptr<float>();
   float* const r = r_B.mutable_data_ptr<float>();
   each_sample(B, 1, x.row(), [&](int64_t b, float* a) {
@@ -158,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_pair(const Tensor& x_BCHW, const Te
       std::copy(g, g + P, sy + b * P);
     }
   });
-  return {total_of(parts, scale, x_BCHW), sx_BP, sy_BP};
+  const double total = std::accumulate(parts.begin(), parts.end(), 0.0);
+  return {new_number(total * scale), sx_BP, sy_BP};
 }
 
 Tensor attention_pair_backward(const Tensor& x_BCHW, const Tensor& s_BP, const Tensor& incoming) {

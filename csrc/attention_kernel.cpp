@@ -1,4 +1,4 @@
-// FFSD's attention: the map's own pass sums squares over channels, all else is one row of pixels.
+// FFSD's attention: one pass over the map sums squares over channels; the rest works on a row of pixels.
 //
 // With u = a / n, n = max(||a||, eps), and g a gradient by u, the gradient by a is
 // (g - u (u . g)) / n, without its second term where ||a|| < eps: there n is constant.
@@ -11,9 +11,8 @@ namespace {
 
 constexpr float kEps = 1e-12f;
 
-// Bytes ahead of a map's reader. Sixteen pixels are read by as many instructions, each of which
-// strides: the processor's own prefetchers lose that thread, and a map from memory takes up to twice
-// the time.
+// Prefetch distance in bytes. Sixteen pixels are read by as many strided instructions, which the
+// hardware prefetchers don't follow: without it a map in memory takes up to twice the time.
 constexpr int64_t kAhead = 4096;
 
 #if defined(__AVX512F__)
@@ -168,7 +167,7 @@ inline int count(VecInt mask) {
 #endif
 }
 
-// A NaN goes through.
+// NaN propagates.
 inline float divisor(float r) { return r < kEps ? kEps : r; }
 
 }  // namespace
@@ -193,7 +192,7 @@ float FASTOKD_KERNEL(attention_normalise)(float* a, int64_t pixels) {
 }
 
 // u is not negative, so its bit patterns are ordered as its values are: the threshold is found two
-// bits at a time, counting the entries below three candidates. NaN needs no care: where one u is,
+// bits at a time, counting the entries below three candidates. If one u is NaN,
 // all are.
 void FASTOKD_KERNEL(attention_target)(const float* u, float r, int64_t pixels, float* target) {
   const int64_t padded = (pixels + kLanes - 1) / kLanes * kLanes;

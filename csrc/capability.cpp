@@ -1,4 +1,4 @@
-// Chooses the kernels by cpuid; ops/_cpp.py may choose others (FASTOKD_CPU_CAPABILITY, the tests).
+// Chooses the kernels by cpuid; ops/cpp.py can override it (FASTOKD_CPU_CAPABILITY, the tests).
 #include "capability.h"
 
 #include <string.h>
@@ -12,7 +12,7 @@ constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512bf16"};
 
 bool supported(Capability wanted) {
 #if FASTOKD_X86
-  // These ask the operating system too, whether it saves the wide registers.
+  // These also check that the operating system saves the wide registers.
   __builtin_cpu_init();
   switch (wanted) {
     case Capability::kAvx512Bf16:
@@ -52,7 +52,7 @@ FASTOKD_EXPORT const char* fastokd_capability() {
   return fastokd::kNames[static_cast<int>(fastokd::capability())];
 }
 
-// Whether this CPU runs kernels of that name; where it does, they are the ones from now on.
+// Switches to the kernels of that name; 0 where this CPU can't run them.
 FASTOKD_EXPORT int fastokd_set_capability(const char* name) {
   for (int i = 0; i < 4; ++i) {
     const auto wanted = static_cast<fastokd::Capability>(i);

@@ -1,22 +1,18 @@
-// The dispatcher's side of a convolution in bfloat16, and its gradients: images are shared out among
-// threads. What the kernels don't take is torch's.
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
+// The dispatcher's side of a convolution in bfloat16, and its gradients: threads take images each. What
+// the kernels don't take is computed by torch.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/conv_transpose2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
-#include "capability.h"
-#include "find.h"
 #include "narrow_conv_kernel.h"
+#include "op.h"
 
 namespace fastokd {
 
-// Half of a small L2 cache: the weight is read anew for every few places.
+// Half of a small L2 cache: the weight is read again for every few pixels.
 constexpr int64_t kL2Bytes = 512 * 1024;
 
 bool narrow_conv_takes(const NarrowShape& s) {
@@ -33,16 +29,15 @@ int64_t narrow_conv_scratch(const NarrowShape& s) { return 4 * (s.W + 2) * s.inp
 
 namespace {
 
-using at::Tensor;
-
-// A fake tensor has none, and what looks on (a trace, a count of FLOPs) must see torch's operators.
+// False for fake tensors, and under a dispatch mode (a trace, a FLOP count), which must see torch's
+// operators.
 bool has_values(const Tensor& x) {
   const c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Negative});
   return !x.key_set().has_any(others) && !c10::impl::dispatch_mode_enabled();
 }
 
 // The convolution of x, or its input's gradient from y's: by our kernel where that takes it.
-std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t stride,
+optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t stride,
                                 int64_t padding, bool gradient, at::IntArrayRef sizes) {
 #if FASTOKD_X86
   const Places places = stride == 1 ? Places::kSame : gradient ? Places::kTwice : Places::kHalf;
@@ -50,7 +45,7 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
   if (!has_values(x) || !has_values(weight) || weight.size(2) != 3 || weight.size(3) != 3 || padding != 1 || stride > 2 ||
       capability() != Capability::kAvx512Bf16 || x.scalar_type() != at::kBFloat16 ||
       weight.scalar_type() != at::kBFloat16 ||
-      !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !narrow_conv_takes(s)) {
+      !is_channels_last(x) || !narrow_conv_takes(s)) {
     return std::nullopt;
   }
   const int64_t B = x.size(0), threads = at::get_num_threads();
@@ -60,7 +55,7 @@ std::optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t s
   uint32_t* const packed = static_cast<uint32_t*>(memory.mutable_data_ptr());
   narrow_conv_pack_avx512(s, gradient, static_cast<const uint16_t*>(dense.const_data_ptr()),
                           packed);
-  Tensor y = at::detail::empty_cpu(sizes, at::kBFloat16, false, at::MemoryFormat::ChannelsLast);
+  Tensor y = new_channels_last(sizes, at::kBFloat16);
   const uint16_t* const from = static_cast<const uint16_t*>(x.const_data_ptr());
   uint16_t* const to = static_cast<uint16_t*>(y.mutable_data_ptr());
   at::parallel_for(0, B, (B + threads - 1) / threads, [&](int64_t begin, int64_t end) {
@@ -95,15 +90,14 @@ using torch::autograd::variable_list;
 bool sums_of(const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
   const auto suits = [](const Tensor& map) {
     return map.scalar_type() == at::kBFloat16 && map.size(1) % 16 == 0 &&
-           map.is_contiguous(at::MemoryFormat::ChannelsLast);
+           is_channels_last(map);
   };
   return suits(grad_y) && suits(x) && has_values(grad_y) && has_values(x) &&
          (weight.size(2) == 1 || weight.size(2) == 3) && capability() == Capability::kAvx512Bf16;
 }
 
-// The gradients of a convolution, or of a transposed one, of which `ours` are those that the kernels
-// gave, if any: torch's where there are none. A weight that was wider than x, as under autocast, has a
-// gradient as wide.
+// The gradients of a convolution, or of a transposed one: those that the kernels don't compute are
+// torch's. The weight's gradient has the weight's dtype, which under autocast is wider than x's.
 struct Gradients {
   AutogradContext* ctx;
   Tensor x, weight, grad_y;
@@ -178,8 +172,8 @@ Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, int64_t stride, in
   return Conv2d::apply(x, weight, stride, padding);
 }
 
-// A decoder's step: the gradient of the input of a 3x3 convolution of stride 2, padding 1, to maps of
-// twice the height and width.
+// A decoder's layer: the input gradient of a 3x3 convolution of stride 2 and padding 1, to maps of twice
+// the height and width.
 Tensor conv_transpose2d(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(x.dim() == 4 && x.is_floating_point() && weight.is_floating_point(),
               "conv_transpose2d takes floating point maps [B, C, H, W] and weights");
@@ -209,7 +203,7 @@ struct ConvTranspose2d : torch::autograd::Function<ConvTranspose2d> {
     if (ctx->needs_input_grad(0)) {
       grad_x = by_kernel(all.grad_y, all.weight, 2, 1, false, all.x.sizes()).value_or(Tensor());
     }
-    // x and y change places.
+    // x and y swap roles.
     variable_list found = all.finish(grad_x, all.weights(all.x, all.grad_y), true);
     found.resize(2);
     return found;

@@ -1,24 +1,16 @@
-// The dispatcher's side of a weight's gradient: its blocks, and images where those are too few, are
-// shared out among threads; sums are added in their order.
+// The dispatcher's side of a weight's gradient: threads take its blocks, and parts of the batch where
+// there are too few blocks; partial sums are added in a fixed order.
 #include "conv_weight_grad_kernel.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
-#include <algorithm>
-
-#include "capability.h"
+#include "op.h"
 
 namespace fastokd {
 namespace {
 
-using at::Tensor;
-
 void check_map(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.size(1) % 16 == 0 &&
-                  x.is_contiguous(at::MemoryFormat::ChannelsLast),
+  TORCH_CHECK(is_channels_last(x) && x.scalar_type() == at::kBFloat16 && x.size(1) % 16 == 0,
               "the maps must be bfloat16, channels-last, of a multiple of 16 channels");
 }
 
@@ -37,8 +29,8 @@ struct Split {
   int64_t length(int64_t n) const { return begin(n + 1) - begin(n); }
 };
 
-// How often the images are parted, so that the threads get about as much work each: by blocks of the
-// weight alone where those suffice, since every part has sums of the whole weight.
+// Into how many parts the batch is split to balance the threads: one where the weight's blocks suffice,
+// since every part needs sums of the whole weight.
 int64_t parts_of(int64_t blocks, int64_t pairs, int64_t threads) {
   int64_t parts = 1;
   while (parts < pairs && blocks * parts % threads != 0 && blocks * parts < 8 * threads) ++parts;
@@ -50,7 +42,7 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   check_map(grad_y);
   check_map(x);
   const ConvShape s = shape_of(x, grad_y, kernel, stride, padding);
-  // Bounds first: what follows adds and multiplies them.
+  // Bounds first, so that the arithmetic below can't overflow.
   TORCH_CHECK(stride < (1 << 16) && padding < (1 << 16), "stride and padding must be below 65536, not ",
               stride, " and ", padding);
   TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && padding >= 0 &&
@@ -65,10 +57,9 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   const Split outputs(s.O), inputs(s.C);
   const int64_t parts = parts_of(outputs.count * inputs.count, pairs, threads);
   const int64_t size = s.O * kernel * kernel * s.C;
-  // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. It holds the first part's sums.
-  Tensor grad_w = at::detail::empty_cpu({s.O, s.C, kernel, kernel}, at::kFloat, false,
-                                        at::MemoryFormat::ChannelsLast);
-  // Of no sums the sizes may be anything.
+  // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. The first part's sums go there.
+  Tensor grad_w = new_channels_last({s.O, s.C, kernel, kernel}, at::kFloat);
+  // Without elements the sizes may be anything.
   if (x.numel() == 0 || grad_y.numel() == 0) return grad_w.zero_();
   const Tensor others = at::detail::empty_cpu({parts - 1, size}, at::kFloat);
   const int64_t each = (conv_weight_grad_scratch(s, B) + 15) / 16 * 16;

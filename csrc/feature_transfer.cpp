@@ -2,36 +2,24 @@
 //
 // With u = x / nx and v = y / ny, |u - v|^2 = u.u + v.v - 2 u.v = (|x - y|^2 - (nx - ny)^2) / (nx ny)
 // and u . (u - v) = (|u - v|^2 + u.u - v.v) / 2. The first form cancels where the maps agree, the
-// second where their norms differ: each serves where it doesn't.
+// second where their norms differ: each is used where it doesn't.
 #include "feature_transfer_kernel.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <torch/library.h>
 
 #include <cmath>
-#include <tuple>
+#include <numeric>
 #include <vector>
 
-#include "capability.h"
+#include "op.h"
 
 namespace fastokd {
 namespace {
 
-using at::Tensor;
-
 constexpr double kEps = 1e-12;
 
-const float* kept(const Tensor& x, at::IntArrayRef shape, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
-              " must be contiguous float32 of shape ", shape, ", not ", x.scalar_type(), " of ",
-              x.sizes());
-  return x.const_data_ptr<float>();
-}
-
-// Like a map that may have any batch stride: one sample after another, each as the map's are.
+// An empty tensor like a map of any batch stride: samples contiguous, each in the map's layout.
 Tensor dense_like(const Tensor& x) {
   Tensor made = at::empty_like(x);
   if (x.size(0) < 2 || (made.stride(0) == x[0].numel() && made[0].strides() == x[0].strides())) {
@@ -42,18 +30,13 @@ Tensor dense_like(const Tensor& x) {
   return at::empty_strided(x.sizes(), strides, x.options());
 }
 
-Type type_of(const Tensor& x, const Tensor& y) {
+Type check_pair(const Tensor& x, const Tensor& y) {
   TORCH_CHECK(x.dim() == 4, "a map must be [B, C, H, W]");
-  const auto scalar = x.scalar_type();
-  TORCH_CHECK(scalar == at::kFloat || scalar == at::kBFloat16 || scalar == at::kHalf,
-              "a map must be float32, bfloat16 or float16, not ", scalar);
-  TORCH_CHECK(y.scalar_type() == scalar && y.sizes() == x.sizes() &&
+  TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.sizes() == x.sizes() &&
                   (x.size(0) == 0 || y[0].strides() == x[0].strides()),
               "the maps must have one shape, dtype and order of memory");
   TORCH_CHECK(x.size(0) == 0 || x[0].is_non_overlapping_and_dense(), "a sample must be dense");
-  return scalar == at::kFloat      ? Type::kFloat
-         : scalar == at::kBFloat16 ? Type::kBFloat16
-                                   : Type::kHalf;
+  return type_of(x, "a map");
 }
 
 const void* sample(const Tensor& x, int64_t b) {
@@ -61,9 +44,9 @@ const void* sample(const Tensor& x, int64_t b) {
 }
 
 std::tuple<Tensor, Tensor> feature_pair(const Tensor& x, const Tensor& y) {
-  const Type type = type_of(x, y);
+  const Type type = check_pair(x, y);
   const int64_t B = x.size(0), N = x.size(1) * x.size(2) * x.size(3);
-  Tensor saved_4B = at::empty({4, B}, x.options().dtype(at::kFloat));
+  Tensor saved_4B = new_float({4, B});
   float* const saved = saved_4B.mutable_data_ptr<float>();
   std::vector<double> parts(B);
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
@@ -84,21 +67,18 @@ std::tuple<Tensor, Tensor> feature_pair(const Tensor& x, const Tensor& y) {
       saved[3 * B + b] = ry < kEps ? 0.0f : static_cast<float>((apart + vv - uu) / 2.0);
     }
   });
-  double total = 0.0;
-  for (const double part : parts) total += part;
-  Tensor loss = at::empty({}, saved_4B.options());
-  *loss.mutable_data_ptr<float>() =
-      B * N > 0 ? static_cast<float>(total / static_cast<double>(B * N)) : 0.0f;
-  return {loss, saved_4B};
+  const double total = std::accumulate(parts.begin(), parts.end(), 0.0);
+  const double count = static_cast<double>(std::max<int64_t>(B * N, 1));
+  return {new_number(total / count), saved_4B};
 }
 
 std::tuple<Tensor, Tensor> feature_pair_backward(const Tensor& x, const Tensor& y,
                                                  const Tensor& saved_4B, const Tensor& incoming,
                                                  bool need_x, bool need_y) {
-  const Type type = type_of(x, y);
+  const Type type = check_pair(x, y);
   const int64_t B = x.size(0), N = x.size(1) * x.size(2) * x.size(3);
-  Tensor gx = need_x ? dense_like(x) : at::empty({0}, x.options());
-  Tensor gy = need_y ? dense_like(y) : at::empty({0}, y.options());
+  Tensor gx = need_x ? dense_like(x) : x.new_empty({0});
+  Tensor gy = need_y ? dense_like(y) : y.new_empty({0});
   char* const to_x = need_x ? static_cast<char*>(gx.mutable_data_ptr()) : nullptr;
   char* const to_y = need_y ? static_cast<char*>(gy.mutable_data_ptr()) : nullptr;
   const float* const saved = kept(saved_4B, {4, B}, "saved_4B");

@@ -1,27 +1,100 @@
 // The dispatcher's side of fused_bn_act: shapes, threads, autograd. The loops and the equations
 // are in fused_bn_act_kernel.
-#include "fused_bn_act_blocks.h"
+#include "fused_bn_act_kernel.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
-#include "find.h"
+#include "op.h"
 
 namespace fastokd {
 namespace {
 
 using namespace bn_act;
-using std::optional;
+
+// Rows in blocks whose bounds depend on the shape alone, so that a result does not depend on the
+// number of threads: partial sums are of a block, and are added in the blocks' order.
+struct Blocks {
+  const Kernels* kernels;
+  Rows all;
+  int64_t step;   // rows of a block
+  int64_t count;  // blocks
+
+  explicit Blocks(const Tensor& x_BCHW) {
+    const bool bf16 = x_BCHW.scalar_type() == at::kBFloat16;
+    kernels = FASTOKD_DISPATCH(bn_act_kernels)(bf16 ? Type::kBFloat16 : Type::kFloat,
+                                               capability() == Capability::kAvx512Bf16);
+    constexpr int64_t kElements = 1 << 15, kRows = 128, kMost = 256;
+    const int64_t channels = x_BCHW.size(1);
+    const int64_t rows = x_BCHW.numel() / channels;
+    all = {rows, channels, std::lcm(channels, kernels->tile)};
+    step = std::max({kElements / channels, kRows, (rows + kMost - 1) / kMost});
+    const int64_t group = all.width / channels;
+    step = (step + group - 1) / group * group;
+    count = (rows + step - 1) / step;
+  }
+
+  // A block's first element.
+  const void* at(const void* base, int64_t block) const {
+    return base ? static_cast<const char*>(base) + offset(block) : nullptr;
+  }
+  void* at(void* base, int64_t block) const {
+    return base ? static_cast<char*>(base) + offset(block) : nullptr;
+  }
+  int64_t offset(int64_t block) const { return block * step * all.channels * kernels->element; }
+
+  // Calls body(block, its rows) for every block. A thread gets the same blocks each time, and the last
+  // ones are most likely still in its cache, so a second pass goes `backwards`.
+  template <class Body>
+  void each(bool backwards, Body body) const {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t block = backwards ? begin + end - 1 - i : i;
+        Rows rows = all;
+        rows.count = std::min(step, all.count - block * step);
+        body(block, rows);
+      }
+    });
+  }
+};
+
+// A channel's values side by side `width` times, as the kernels read them.
+float* repeated(float* to, const float* from, const Rows& rows) {
+  for (int64_t lane = 0; lane < rows.width; lane += rows.channels) {
+    std::copy(from, from + rows.channels, to + lane);
+  }
+  return to;
+}
+
+void check_map(const Tensor& x, const char* name) {
+  TORCH_CHECK(is_channels_last(x), "fused_bn_act: ", name, " must be a channels-last map");
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "fused_bn_act: ", name, " must be float32 or bfloat16, not ", x.scalar_type());
+}
+
+void check_channels(const Tensor& x, int64_t channels, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 1 &&
+                  x.size(0) == channels,
+              "fused_bn_act: ", name, " must be contiguous float32 of shape [", channels, "]");
+}
+
+void check_like(const Tensor& other, const Tensor& x, const char* name) {
+  check_map(other, name);
+  TORCH_CHECK(other.sizes() == x.sizes() && other.scalar_type() == x.scalar_type(),
+              "fused_bn_act: ", name, " must have x's shape and dtype");
+}
 
 // What forward keeps for backward: rows of a [4, C] tensor.
 enum Stat { kMean, kInvStd, kScale, kShift, kStats };
 
-// Where a channel's mean is not finite, whether it is infinite or NaN: the plain sum tells, and is
-// what running_mean then holds in PyTorch too.
+// Means as plain sums, for channels whose mean is not finite: they are infinite or NaN as PyTorch's
+// running_mean is.
 template <class T>
 void plain_means(const Tensor& x, double* mean, int64_t channels) {
   std::fill(mean, mean + channels, 0.0);
@@ -33,8 +106,8 @@ void plain_means(const Tensor& x, double* mean, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<double>(rows);
 }
 
-// Each channel's mean and sum of squared deviations: the blocks' by themselves, then merged (Chan,
-// Golub and LeVeque) in double.
+// Each channel's mean and sum of squared deviations: of each block, then merged (Chan, Golub and
+// LeVeque) in double.
 void statistics(const Blocks& blocks, const Tensor& x, double* mean, double* m2) {
   const int64_t C = blocks.all.channels;
   std::vector<double> parts(2 * C * blocks.count);
@@ -102,7 +175,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     out[kMean * C + c] = static_cast<float>(mean[c]);
     out[kInvStd * C + c] = static_cast<float>(invstd);
     out[kScale * C + c] = scale;
-    // From the rounded scale: then the mean cancels as if nothing had been rounded.
+    // From the rounded scale, so that the mean cancels exactly.
     out[kShift * C + c] = static_cast<float>(b[c] - mean[c] * scale);
     to_mean[c] = static_cast<float>((1.0 - momentum) * to_mean[c] + momentum * mean[c]);
     to_var[c] = static_cast<float>((1.0 - momentum) * to_var[c] + momentum * m2[c] / (n - 1.0));
@@ -122,8 +195,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y, stats};
 }
 
-// The gradients of x, weight, bias and residual; `y` tells where the ReLU let through, or, where it
-// is not given, x does. One that isn't wanted is empty.
+// The gradients of x, weight, bias and residual, empty where not wanted; the ReLU's mask is taken from
+// `y` or, without it, from x.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, const Tensor& x,
                                                     const optional<Tensor>& y,
                                                     const Tensor& weight, const Tensor& stats,
@@ -181,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
     const double scale = kept[kScale * C + c];
     const float slope = static_cast<float>(-scale * k);
     slopes[c] = slope;
-    // From the rounded slope: then the mean cancels as if nothing had been rounded.
+    // From the rounded slope, so that the mean cancels exactly.
     offsets[c] = static_cast<float>(-slope * static_cast<double>(kept[kMean * C + c]) -
                                     scale * parts[c] / n);
   }
@@ -191,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y_any, co
     const float* const slope = repeated(lanes.data() + 3 * width, slopes.data(), blocks.all);
     const float* const offset = repeated(lanes.data() + 4 * width, offsets.data(), blocks.all);
     void* const to = grad_x.mutable_data_ptr();
-    // The first pass has written the masked gradient where a residual wants it: read that.
+    // With a residual the first pass has written the masked gradient: read that.
     const Mask left = masked ? Mask::kNone : mask;
     if (masked) grad = masked;
     blocks.each(true, [&](int64_t block, Rows rows) {
@@ -239,7 +312,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       return out;
     }
     const variable_list saved = ctx->get_saved_variables();
-    // Past the refusal of a second derivative, unless one is being recorded.
+    // Below autograd, whose fallback raises on a second derivative, unless one is recorded.
     optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
     const optional<Tensor> y = saved[3].defined() ? optional<Tensor>(saved[3]) : std::nullopt;

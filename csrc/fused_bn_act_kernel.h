@@ -17,11 +17,11 @@
 namespace fastokd {
 namespace bn_act {
 
-// Where the gradient of the ReLU finds the sign of y.
+// What the ReLU's mask is taken from in the backward pass.
 enum class Mask { kNone, kFromX, kFromY };
 
-// A block of rows. `channels` repeats along `width`, the first multiple of it that fills whole
-// tiles of registers: a narrow layer's rows are so taken several at a time, without a ragged end.
+// A block of rows. `channels` repeats along `width`, its first multiple that fills whole tiles of
+// registers: several rows of a narrow layer are taken at a time, without a ragged end.
 struct Rows {
   int64_t count;
   int64_t channels;

@@ -1,5 +1,5 @@
-// How a kernel's unit (X_kernel.cpp, compiled once for each instruction set) and the dispatcher's
-// side of it (X.cpp) agree on a name. Units include neither ATen nor the C++ library.
+// Names shared by a kernel's unit (X_kernel.cpp, compiled once for each instruction set) and the
+// dispatcher's side (X.cpp). Units include neither ATen nor the C++ library.
 #pragma once
 
 #include <stdint.h>

@@ -1,6 +1,6 @@
-// y[h][w] = max over i, j of x[h s + i - 1][w s + j - 1]; the first of equal ones, and NaN, as torch
-// has it. The gradient is gathered, not scattered: a read place looks which of the (at most nine)
-// values over it came from it, so that no two threads write to one place, and it is rounded once.
+// y[h][w] = max over i, j of x[h s + i - 1][w s + j - 1]; the first of equal ones, and NaN, as in torch.
+// The gradient is gathered, not scattered: an input pixel sums over the (at most nine) outputs whose
+// maximum it is, so that no two threads write to one pixel, and it is rounded once.
 #include "max_pool_kernel.h"
 
 #include "vec.h"
@@ -8,7 +8,7 @@
 namespace fastokd {
 namespace {
 
-// GCC takes vectors of bytes apart, one by one: on AVX the instructions are named.
+// GCC converts vectors of bytes one element at a time: on AVX intrinsics are used.
 inline VecInt load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -29,7 +29,7 @@ inline void store_bytes(uint8_t* p, VecInt x) {
 #endif
 }
 
-// The taps of a kernel that is laid on the map from place `from` on: [first, last).
+// The taps [first, last) inside the map of a window that starts at `from`.
 struct Taps {
   int64_t first, last;
   Taps(int64_t from, int64_t size)
@@ -37,7 +37,7 @@ struct Taps {
   bool all() const { return first == 0 && last == 3; }
 };
 
-// All channels of one written place. kAll: no tap lies outside the map, and the loops are unrolled.
+// All channels of one output pixel. kAll: no tap is outside the map, and the loops are unrolled.
 template <bool kAll, class E>
 inline void pool_place(const PoolShape& s, const E* corner, Taps rows, Taps places, E* y,
                                uint8_t* taps) {
@@ -77,8 +77,8 @@ void pool_row(const PoolShape& s, const E* image, int64_t h, E* y, uint8_t* taps
   }
 }
 
-// The written places whose kernel reaches read place p: from p's last one to its first, with the tap
-// that p is to each, first, first + stride and so on.
+// The outputs whose window contains input p, from the last to the first; p is their tap `tap`, `tap` +
+// stride and so on.
 struct Over {
   int64_t last, tap, count;
   Over(int64_t p, int64_t stride, int64_t size) {
@@ -90,7 +90,7 @@ struct Over {
   }
 };
 
-// All channels of one read place, over which R by P written ones lie: from the last row and place on,
+// All channels of one input pixel, which R by P outputs contain: from the last row and column on,
 // s.stride taps apart.
 template <int R, int P, class E>
 void gradient_place(const PoolShape& s, const E* grad_y, const uint8_t* taps, int64_t tap,

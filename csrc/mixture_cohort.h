@@ -1,9 +1,9 @@
-// The commonest sample: mixed logits, class ids, no extras, few students. All its rows are walked
-// side by side, three times in all, and what a step needs of them stays in registers.
+// The most frequent case: mixed logits, class ids, no extras, few students. Three passes read all rows
+// at once and keep what they need in registers.
 //
-// The equations are those of mixture_distillation_kernel.cpp, with shares of 0 where nobody listens;
-// mixed logits are not above 0, so their powers need no maximum. Where a number is not finite, or
-// the powers underflow, `cohort` writes nothing and says no.
+// The equations are those of mixture_distillation_kernel.cpp, with shares of 0 for sources at
+// -inf; mixed logits are at most 0, so their exponentials need no maximum. Where a number is not finite,
+// or the exponentials underflow, `cohort` writes nothing and returns false.
 #pragma once
 
 #include "mixture_sample.h"
@@ -47,12 +47,12 @@ struct Cohort {
   float sum_e[kMaxSources], sum_q[kMaxSources], sum_t[S], mean[S];
 
   explicit Cohort(Sample& sample) : x(sample) {
-    const SourceRows& from = x.args.logits;
+    const SourceRows& from = x.loss.logits;
     for (int s = 0; s < S; ++s) {
       rows[s] = static_cast<const Element*>(from.data) + s * from.source_stride +
                 x.b * from.sample_stride;
       for (int n = 0; n < S; ++n) share[n][s] = x.share[n][s];
-      // A student without a target as if it listened to itself: its KL and its gradient are 0.
+      // A student without a target gets itself as source: its KL and its gradient are 0.
       if (!Sample::is_set(x.has_target[s])) share[s][s] = 1.0f;
     }
   }
@@ -84,7 +84,7 @@ struct Cohort {
   bool find_sums() {
     Vec high[4][S] = {};
     int64_t i = 0;
-    const int64_t ahead = x.b + 1 < x.args.batch ? x.args.logits.sample_stride : 0;
+    const int64_t ahead = x.b + 1 < x.loss.batch ? x.loss.logits.sample_stride : 0;
     const float scale = x.scale, T = x.T;
     while (i < x.C) {
       Vec total_e[S] = {}, total_q[S] = {}, total_t[S] = {}, products[S] = {};
@@ -95,7 +95,7 @@ struct Cohort {
         Vec z[S];
         for (int s = 0; s < S; ++s) {
           z[s] = shifted(s, i, count);
-          // A row is a page, and no prefetcher crosses to the next sample's.
+          // Hardware prefetchers don't cross pages to the next sample's row.
           __builtin_prefetch(rows[s] + i + ahead);
         }
         for (int s = 0; s < S; ++s) {
@@ -134,9 +134,9 @@ struct Cohort {
     for (int s = 0; s < S; ++s) {
       const float kl = mean[s] * x.scale + log_ratio[s];
       const float picked = x.label < 0 ? kNan : float_at(rows[s] + x.label) - top[s];
-      x.loss(0, s) = log_e[s] - picked;
-      x.loss(1, s) = Sample::is_set(x.has_target[s]) ? x.T * x.T * kl : 0.0f;
-      x.loss(2, s) = 0.0f;
+      x.term(0, s) = log_e[s] - picked;
+      x.term(1, s) = Sample::is_set(x.has_target[s]) ? x.T * x.T * kl : 0.0f;
+      x.term(2, s) = 0.0f;
     }
   }
 
@@ -148,16 +148,16 @@ struct Cohort {
     float per_e[S], per_q[S], per_t[S], per_g[S], weight[S];
     for (int s = 0; s < S; ++s) {
       const float w = Sample::is_set(x.has_target[s]) ? x.kd_scale(s) : 0.0f;
-      weight[s] = x.args.ce_weight[s] * x.per_sample;
+      weight[s] = x.loss.ce_weight[s] * x.per_sample;
       per_e[s] = weight[s] * x.label_mass / sum_e[s];
       per_q[s] = w / sum_q[s];
       per_t[s] = w / sum_t[s];
-      per_g[s] = x.args.detach_targets ? 0.0f : per_t[s] * x.scale;
+      per_g[s] = x.loss.detach_targets ? 0.0f : per_t[s] * x.scale;
     }
-    const int64_t out_stride = x.args.batch * x.C;
+    const int64_t out_stride = x.loss.batch * x.C;
     Vec dots[S][S] = {};
     const float T = x.T;
-    Out* next = to && x.b + 1 < x.args.batch ? to + x.C : nullptr;
+    Out* next = to && x.b + 1 < x.loss.batch ? to + x.C : nullptr;
     each_column(x.C, [&](int64_t i, int count) {
       const Vec here = select(lane_below(int(x.label - i)), Vec{}, splat(1.0f));
       const Vec label = select(lane_below(int(x.label - i) + 1), here, Vec{});
@@ -195,11 +195,11 @@ struct Cohort {
     if (!find_sums()) return false;
     write_losses();
     if (!x.asks_gradient) return true;
-    if (x.args.grad_logits_type == Type::kBFloat16) {
-      BFloat16* to = static_cast<BFloat16*>(x.args.grad_logits);
+    if (x.loss.grad_logits_type == Type::kBFloat16) {
+      BFloat16* to = static_cast<BFloat16*>(x.loss.grad_logits);
       write_gradients(to ? to + x.b * x.C : nullptr);
     } else {
-      float* to = static_cast<float*>(x.args.grad_logits);
+      float* to = static_cast<float*>(x.loss.grad_logits);
       write_gradients(to ? to + x.b * x.C : nullptr);
     }
     return true;
@@ -208,7 +208,7 @@ struct Cohort {
 
 template <int S>
 bool cohort_of(Sample& x) {
-  switch (x.args.logits.type) {
+  switch (x.loss.logits.type) {
     case Type::kFloat: return Cohort<S, float>(x).run();
     case Type::kBFloat16: return Cohort<S, BFloat16>(x).run();
     case Type::kHalf: return Cohort<S, Half>(x).run();
@@ -218,7 +218,7 @@ bool cohort_of(Sample& x) {
 
 // Losses and gradients in logits and shares, or false: then nothing is written.
 bool cohort(Sample& x) {
-  if (x.by_source || x.args.has_mixture_ce || x.N > x.S || !x.args.labels || x.args.smoothing > 0) {
+  if (x.by_source || x.loss.has_mixture_ce || x.N > x.S || !x.loss.labels || x.loss.smoothing > 0) {
     return false;
   }
   switch (x.S) {

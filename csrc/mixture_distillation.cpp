@@ -1,64 +1,45 @@
 // The dispatcher's side of mixture_distillation and peer_attention_distillation: checks, threads
-// and the sums over the batch. The schemas, and what they promise, are in ops/_mixture_op.py.
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cstdlib>
-
-#include "capability.h"
+// and the sums over the batch. The schema and its conventions are in ops/fused_loss.py.
 #include "mixture_distillation_kernel.h"
-#include "mixture_op.h"
+
+#include <cstdlib>
+#include <string_view>
+#include <vector>
+
+#include "op.h"
 
 namespace fastokd {
 namespace {
 
-using at::Tensor;
-
-Type type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Type::kFloat;
-    case at::kBFloat16: return Type::kBFloat16;
-    case at::kHalf: return Type::kHalf;
-    default: TORCH_CHECK(false, name, " is ", x.scalar_type(), ": float, bfloat16 or half here");
-  }
-}
-
-void check_plain(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.device().is_cpu() && x.layout() == at::kStrided, name, " is on ", x.device(),
-              " with layout ", x.layout(), ": it must be a dense CPU tensor");
-}
+using OptionalTensor = optional<Tensor>;
 
 Tensor as_float(const Tensor& x, const char* name) {
-  check_plain(x, name);
+  TORCH_CHECK(x.device().is_cpu() && x.layout() == at::kStrided, name, " is on ", x.device(),
+              " with layout ", x.layout(), ": it must be a dense CPU tensor");
   TORCH_CHECK(x.is_floating_point(), name, " is ", x.scalar_type(), ": it must be floating point");
   return x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
 }
 
 SourceRows rows_of(const Tensor& x, const char* name) {
-  check_plain(x, name);
+  const Type type = type_of(x, name);
   TORCH_CHECK(x.dim() == 3, name, " has ", x.dim(), " dimensions: it must have 3");
   TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1, name, " has stride ", x.stride(2),
               " between classes: it must be 1");
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), type_of(x, name)};
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), type};
 }
 
-// Not through the dispatcher, which costs more than the memory does.
-Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
-  return Tensor(at::detail::empty_cpu(shape, type));
-}
-
-Tensor new_float(at::IntArrayRef shape) { return new_tensor(shape, at::kFloat); }
-
-// For a half in float, otherwise in its own type.
-Tensor row_gradient(const Tensor& x, bool asked, void*& data, Type& type) {
-  if (!asked) return new_float({0});
-  Tensor gradient =
-      new_tensor(x.sizes(), x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
+// Memory for a gradient in rows of classes: of float16 in float32, otherwise in its own type.
+Tensor row_gradient(const Tensor& x, void*& data, Type& type) {
+  const auto scalar = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+  Tensor gradient(at::detail::empty_cpu(x.sizes(), scalar));
   data = gradient.mutable_data_ptr();
   type = type_of(gradient, "gradient");
+  return gradient;
+}
+
+Tensor float_gradient(at::IntArrayRef shape, float*& data) {
+  Tensor gradient = new_float(shape);
+  data = gradient.mutable_data_ptr<float>();
   return gradient;
 }
 
@@ -98,96 +79,74 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// What both operators have in common; `hold` keeps converted inputs alive.
-struct Call {
-  MixtureArgs args{};
-  Tensor total, ce_S, kd_S, hold[3];
+// What follows fills a Loss; the tensors returned must live as long as it.
+Tensor read_labels(Loss& loss, const Tensor& labels) {
+  const int64_t B = loss.batch, C = loss.classes;
+  TORCH_CHECK(labels.device().is_cpu() && labels.layout() == at::kStrided,
+              "labels_B must be a dense CPU tensor");
+  const bool hard = labels.dim() == 1;
+  TORCH_CHECK(labels.dim() > 0 && labels.size(0) == B &&
+                  (hard || (labels.dim() == 2 && labels.size(1) == C)),
+              "labels_B has shape ", labels.sizes(), ": it must be [", B, "] or [", B, ", ", C, "]");
+  if (hard) {
+    TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), "labels_B is ",
+                labels.scalar_type(), ": class ids must be integers");
+    const bool wide = labels.scalar_type() == at::kLong;
+    const Tensor ids = (wide ? labels : labels.to(at::kLong)).contiguous();
+    loss.labels = ids.const_data_ptr<int64_t>();
+    return ids;
+  }
+  const Tensor soft = as_float(labels, "labels_B").contiguous();
+  loss.soft_labels = soft.const_data_ptr<float>();
+  return soft;
+}
 
-  Call(const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels,
-       const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
-       const OptionalTensor& temperature_0d, double ce_weight, double kd_weight, double temperature,
-       std::string_view mix, bool detach_targets, double label_smoothing) {
-    args.logits = rows_of(logits_SBC, "logits_SBC");
-    const int64_t S = logits_SBC.size(0), B = logits_SBC.size(1), C = logits_SBC.size(2);
-    int64_t E = 0;
-    if (extra_EBC) {
-      args.extra = rows_of(*extra_EBC, "extra_EBC");
-      E = extra_EBC->size(0);
-      TORCH_CHECK(extra_EBC->size(1) == B && extra_EBC->size(2) == C, "extra_EBC has shape ",
-                  extra_EBC->sizes(), ": it must be [extras, ", B, ", ", C, "]");
+Tensor read_scores(Loss& loss, const Tensor& scores) {
+  const int64_t S = loss.students, N = S + loss.extras, B = loss.batch;
+  const Tensor values = as_float(scores, "scores");
+  const bool batched = values.dim() == 3;
+  TORCH_CHECK(batched ? values.sizes() == at::IntArrayRef({B, S, N})
+                      : values.sizes() == at::IntArrayRef({S, N}),
+              "scores has shape ", values.sizes(), ": it must be [", S, ", ", N, "] or [", B, ", ",
+              S, ", ", N, "]");
+  loss.scores = values.const_data_ptr<float>();
+  loss.score_strides[0] = batched ? values.stride(0) : 0;
+  loss.score_strides[1] = values.stride(batched);
+  loss.score_strides[2] = values.stride(batched + 1);
+  return values;
+}
+
+Tensor read_peers(Loss& loss, const Tensor& x, const char* name, const float*& data) {
+  const int64_t S = loss.students, P = x.dim() == 3 ? x.size(1) : -1;
+  TORCH_CHECK(P >= 1 && (P == S || P == S - 1) && x.size(0) == loss.batch, name, " has shape ",
+              x.sizes(), ": it must be [", loss.batch, ", ", S, " or ", S - 1, ", width]");
+  const Tensor values = as_float(x, name).contiguous();
+  data = values.const_data_ptr<float>();
+  loss.peers = int(P);
+  loss.width = int(x.size(2));
+  return values;
+}
+
+// In double and in the samples' order: the same whatever the number of threads.
+std::tuple<Tensor, Tensor, Tensor> means(const Loss& loss) {
+  const int64_t S = loss.students, B = loss.batch;
+  Tensor ce_S = new_float({S}), kd_S = new_float({S});
+  const float* weights[3] = {loss.ce_weight, loss.kd_weight, loss.mixture_weight};
+  float* to[2] = {ce_S.mutable_data_ptr<float>(), kd_S.mutable_data_ptr<float>()};
+  double total = 0;
+  for (int term = 0; term < (loss.has_mixture_ce ? 3 : 2); ++term) {
+    for (int64_t s = 0; s < S; ++s) {
+      const float* losses_B = loss.losses + (term * S + s) * B;
+      double lanes[4] = {};
+      for (int64_t b = 0; b < B; ++b) lanes[b % 4] += losses_B[b];
+      const double mean =
+          (lanes[0] + lanes[1] + lanes[2] + lanes[3]) / double(std::max<int64_t>(B, 1));
+      total += weights[term][s] * mean;
+      if (term < 2) to[term][s] = float(mean);
     }
-    TORCH_CHECK(S >= 1 && C >= 1 && S + E <= kMaxSources, "logits_SBC has shape ",
-                logits_SBC.sizes(), " and there are ", E, " extras: from 1 to ", kMaxSources,
-                " sources, and a class");
-    args.students = int(S), args.extras = int(E), args.batch = B, args.classes = C;
-    read_labels(labels, B, C);
-    args.smoothing = float(label_smoothing);
-    read_weight(args.ce_weight, ce_weight_S, ce_weight, S, "ce_weight_S");
-    read_weight(args.kd_weight, kd_weight_S, kd_weight, S, "kd_weight_S");
-    TORCH_CHECK(!temperature_0d || temperature_0d->dim() == 0, "temperature_0d must be a scalar");
-    read_weight(&args.temperature, temperature_0d, temperature, 1, "temperature_0d");
-    args.mix = mix_of(mix);
-    args.detach_targets = detach_targets;
-    static thread_local Scratch losses;
-    args.losses = losses.take((3 * S * B + 15) / 16 * 16);
   }
-
-  void read_labels(const Tensor& labels, int64_t B, int64_t C) {
-    check_plain(labels, "labels");
-    const bool hard = labels.dim() == 1;
-    TORCH_CHECK(labels.dim() > 0 && labels.size(0) == B && (hard || (labels.dim() == 2 && labels.size(1) == C)),
-                "labels has shape ", labels.sizes(), ": it must be [", B, "] or [", B, ", ", C, "]");
-    if (hard) {
-      TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), "labels is ",
-                  labels.scalar_type(), ": class ids must be integers");
-      hold[0] = (labels.scalar_type() == at::kLong ? labels : labels.to(at::kLong)).contiguous();
-      args.labels = hold[0].const_data_ptr<int64_t>();
-    } else {
-      hold[0] = as_float(labels, "labels").contiguous();
-      args.soft_labels = hold[0].const_data_ptr<float>();
-    }
-  }
-
-  Tensor dense(const Tensor& x, const char* name, int slot, int64_t P) {
-    TORCH_CHECK(x.dim() == 3 && x.size(0) == args.batch && x.size(1) == P, name, " has shape ",
-                x.sizes(), ": it must be [", args.batch, ", ", P, ", width]");
-    return hold[slot] = as_float(x, name).contiguous();
-  }
-
-  // A thread takes enough samples to be worth waking.
-  void run() {
-    const int64_t floats = mixture_distillation_scratch(args);
-    const int64_t per_sample = args.classes * (args.students + args.extras);
-    const auto range = FASTOKD_DISPATCH(mixture_distillation_range);
-    at::parallel_for(0, args.batch, std::max<int64_t>(1, 8192 / per_sample),
-                     [&](int64_t begin, int64_t end) {
-                       static thread_local Scratch scratch;
-                       range(args, begin, end, scratch.take(floats));
-                     });
-    reduce();
-  }
-
-  // In double and in the samples' order: the same whatever the number of threads.
-  void reduce() {
-    const int64_t S = args.students, B = args.batch;
-    total = new_float({}), ce_S = new_float({S}), kd_S = new_float({S});
-    const float* weights[3] = {args.ce_weight, args.kd_weight, args.mixture_weight};
-    Tensor* means[2] = {&ce_S, &kd_S};
-    double sum = 0;
-    for (int term = 0; term < (args.has_mixture_ce ? 3 : 2); ++term) {
-      for (int64_t s = 0; s < S; ++s) {
-        const float* losses_B = args.losses + (term * S + s) * B;
-        double lanes[4] = {};
-        for (int64_t b = 0; b < B; ++b) lanes[b % 4] += losses_B[b];
-        const double mean =
-            (lanes[0] + lanes[1] + lanes[2] + lanes[3]) / double(std::max<int64_t>(B, 1));
-        sum += weights[term][s] * mean;
-        if (term < 2) means[term]->mutable_data_ptr<float>()[s] = float(mean);
-      }
-    }
-    *total.mutable_data_ptr<float>() = float(sum);
-  }
-};
+  return {new_number(total), ce_S, kd_S};
+}
 
 // [B, S, N] to [S, N], in the samples' order.
 Tensor sum_of_samples(const Tensor& x_BSN) {
@@ -202,78 +161,81 @@ Tensor sum_of_samples(const Tensor& x_BSN) {
   return sum_SN;
 }
 
-}  // namespace
-
-LossAndGradients mixture_distillation(
-    const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels,
-    const Tensor& scores, const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
-    const OptionalTensor& mixture_ce_weight_S, const OptionalTensor& temperature_0d,
-    double ce_weight, double kd_weight, double mixture_ce_weight, double temperature,
-    std::string_view mix, bool detach_targets, double label_smoothing, bool grad_logits,
-    bool grad_extra, bool grad_scores) {
-  Call call(logits_SBC, extra_EBC, labels, ce_weight_S, kd_weight_S, temperature_0d, ce_weight,
-            kd_weight, temperature, mix, detach_targets, label_smoothing);
-  MixtureArgs& args = call.args;
-  const int64_t S = args.students, N = S + args.extras, B = args.batch;
-  read_weight(args.mixture_weight, mixture_ce_weight_S, mixture_ce_weight, S,
+// Where there is a key, `scores` are the queries. Returns the gradients that are asked for.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> fused_loss(
+    const Tensor& logits_SBC, const OptionalTensor& extra_EBC, const Tensor& labels_B,
+    const Tensor& scores, const OptionalTensor& key_BPd, const OptionalTensor& ce_weight_S,
+    const OptionalTensor& kd_weight_S, const OptionalTensor& mixture_ce_weight_S,
+    const OptionalTensor& temperature_0d, double ce_weight, double kd_weight,
+    double mixture_ce_weight, double temperature, std::string_view mix, bool detach_targets,
+    double label_smoothing, bool grad_logits, bool grad_extra, bool grad_scores, bool grad_key) {
+  Loss loss{};
+  loss.logits = rows_of(logits_SBC, "logits_SBC");
+  const int64_t S = logits_SBC.size(0), B = logits_SBC.size(1), C = logits_SBC.size(2);
+  int64_t E = 0;
+  if (extra_EBC) {
+    loss.extra = rows_of(*extra_EBC, "extra_EBC");
+    E = extra_EBC->size(0);
+    TORCH_CHECK(extra_EBC->size(1) == B && extra_EBC->size(2) == C, "extra_EBC has shape ",
+                extra_EBC->sizes(), ": it must be [extras, ", B, ", ", C, "]");
+  }
+  TORCH_CHECK(S >= 1 && C >= 1 && S + E <= kMaxSources, "logits_SBC has shape ",
+              logits_SBC.sizes(), " and there are ", E, " extras: from 1 to ", kMaxSources,
+              " sources, and a class");
+  loss.students = int(S), loss.extras = int(E), loss.batch = B, loss.classes = C;
+  const Tensor labels = read_labels(loss, labels_B);
+  loss.smoothing = float(label_smoothing);
+  read_weight(loss.ce_weight, ce_weight_S, ce_weight, S, "ce_weight_S");
+  read_weight(loss.kd_weight, kd_weight_S, kd_weight, S, "kd_weight_S");
+  read_weight(loss.mixture_weight, mixture_ce_weight_S, mixture_ce_weight, S,
               "mixture_ce_weight_S");
-  args.has_mixture_ce = mixture_ce_weight_S || mixture_ce_weight != 0;
+  loss.has_mixture_ce = mixture_ce_weight_S || mixture_ce_weight != 0;
+  TORCH_CHECK(!temperature_0d || temperature_0d->dim() == 0, "temperature_0d must be a scalar");
+  read_weight(&loss.temperature, temperature_0d, temperature, 1, "temperature_0d");
+  loss.mix = mix_of(mix);
+  loss.detach_targets = detach_targets;
 
-  call.hold[1] = as_float(scores, "scores");
-  const Tensor& values = call.hold[1];
-  const bool batched = values.dim() == 3;
-  TORCH_CHECK(batched ? values.sizes() == at::IntArrayRef({B, S, N})
-                      : values.sizes() == at::IntArrayRef({S, N}),
-              "scores has shape ", values.sizes(), ": it must be [", S, ", ", N, "] or [", B, ", ",
-              S, ", ", N, "]");
-  args.scores = values.const_data_ptr<float>();
-  args.score_strides[0] = batched ? values.stride(0) : 0;
-  args.score_strides[1] = values.stride(batched);
-  args.score_strides[2] = values.stride(batched + 1);
+  std::vector<Tensor> gradients;
+  if (grad_logits) {
+    gradients.push_back(row_gradient(logits_SBC, loss.grad_logits, loss.grad_logits_type));
+  }
+  if (grad_extra && extra_EBC) {
+    gradients.push_back(row_gradient(*extra_EBC, loss.grad_extra, loss.grad_extra_type));
+  }
+  Tensor values, key;
+  if (key_BPd) {
+    TORCH_CHECK(!extra_EBC, "peers' queries and keys score no extras: extra_EBC must be None");
+    values = read_peers(loss, scores, "query_BPd", loss.query);
+    key = read_peers(loss, *key_BPd, "key_BPd", loss.key);
+    TORCH_CHECK(values.sizes() == key.sizes(), "query_BPd and key_BPd differ in shape: ",
+                values.sizes(), " and ", key.sizes());
+    if (grad_scores) gradients.push_back(float_gradient(scores.sizes(), loss.grad_query));
+    if (grad_key) gradients.push_back(float_gradient(key_BPd->sizes(), loss.grad_key));
+  } else {
+    values = read_scores(loss, scores);
+    if (grad_scores) gradients.push_back(float_gradient({B, S, S + E}, loss.grad_scores));
+  }
 
-  Tensor of_logits =
-      row_gradient(logits_SBC, grad_logits, args.grad_logits, args.grad_logits_type);
-  Tensor of_extra = row_gradient(extra_EBC ? *extra_EBC : logits_SBC, extra_EBC && grad_extra,
-                                 args.grad_extra, args.grad_extra_type);
-  Tensor of_scores = grad_scores ? new_float({B, S, N}) : new_float({0});
-  if (grad_scores) args.grad_scores = of_scores.mutable_data_ptr<float>();
-  call.run();
-  if (grad_scores && !batched) of_scores = sum_of_samples(of_scores);
-  return {call.total, call.ce_S, call.kd_S, of_logits, of_extra, of_scores};
+  static thread_local Scratch losses;
+  loss.losses = losses.take((3 * S * B + 15) / 16 * 16);
+  const int64_t floats = mixture_distillation_scratch(loss);
+  const auto range = FASTOKD_DISPATCH(mixture_distillation_range);
+  // A thread takes enough samples to be worth waking.
+  at::parallel_for(0, B, std::max<int64_t>(1, 8192 / (C * (S + E))),
+                   [&](int64_t begin, int64_t end) {
+                     static thread_local Scratch scratch;
+                     range(loss, begin, end, scratch.take(floats));
+                   });
+  if (grad_scores && scores.dim() == 2) gradients.back() = sum_of_samples(gradients.back());
+  auto [total, ce_S, kd_S] = means(loss);
+  return {total, ce_S, kd_S, gradients};
 }
 
-LossAndGradients peer_attention_distillation(
-    const Tensor& logits_SBC, const Tensor& labels, const Tensor& query_BPd,
-    const Tensor& key_BPd, const OptionalTensor& ce_weight_S, const OptionalTensor& kd_weight_S,
-    const OptionalTensor& temperature_0d, double ce_weight, double kd_weight, double temperature,
-    std::string_view mix, bool detach_targets, double label_smoothing, bool grad_logits,
-    bool grad_query, bool grad_key) {
-  Call call(logits_SBC, std::nullopt, labels, ce_weight_S, kd_weight_S, temperature_0d, ce_weight,
-            kd_weight, temperature, mix, detach_targets, label_smoothing);
-  MixtureArgs& args = call.args;
-  const int64_t S = args.students, P = query_BPd.dim() == 3 ? query_BPd.size(1) : -1;
-  TORCH_CHECK(P >= 1 && (P == S || P == S - 1), "query_BPd has shape ", query_BPd.sizes(),
-              ": its peers must be the ", S, " students, or all but the leader");
-  args.query = call.dense(query_BPd, "query_BPd", 1, P).const_data_ptr<float>();
-  args.key = call.dense(key_BPd, "key_BPd", 2, P).const_data_ptr<float>();
-  TORCH_CHECK(query_BPd.sizes() == key_BPd.sizes(), "query_BPd and key_BPd differ in shape: ",
-              query_BPd.sizes(), " and ", key_BPd.sizes());
-  args.peers = int(P);
-  args.width = int(query_BPd.size(2));
+}  // namespace
 
-  Tensor of_logits =
-      row_gradient(logits_SBC, grad_logits, args.grad_logits, args.grad_logits_type);
-  Tensor of_query = grad_query ? new_float(query_BPd.sizes()) : new_float({0});
-  Tensor of_key = grad_key ? new_float(key_BPd.sizes()) : new_float({0});
-  if (grad_query) args.grad_query = of_query.mutable_data_ptr<float>();
-  if (grad_key) args.grad_key = of_key.mutable_data_ptr<float>();
-  call.run();
-  return {call.total, call.ce_S, call.kd_S, of_logits, of_query, of_key};
+TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
+  m.impl("mixture_distillation", &fused_loss);
+  m.impl("peer_attention_distillation", &fused_loss);
 }
 
 }  // namespace fastokd
-
-TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
-  m.impl("mixture_distillation", &fastokd::mixture_distillation);
-  m.impl("peer_attention_distillation", &fastokd::peer_attention_distillation);
-}

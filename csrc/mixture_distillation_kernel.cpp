@@ -11,14 +11,14 @@
 //             d z_n += w_s a_sn q_n (r_s - D_sn),   d a_sn = w_s T D_sn
 //   pairwise: as probs, with log q_n - log q_s in the place of r_s (D_sn less its constant).
 //
-// z stands for logits less their row's maximum throughout: no term depends on it. A sum's log and
-// its division wait for the whole row, so each step is taken for all students before the next.
+// z are logits minus their row's maximum throughout: no term depends on it. A sum's log and division
+// need the whole row, so each step is taken for all students before the next.
 #include "mixture_cohort.h"
 
 namespace fastokd {
 namespace {
 
-// A row less its maximum, and its exponentials where something needs them.
+// A row minus its maximum, and its exponentials where they are needed.
 template <typename Element>
 void read_row(Sample& x, int n, const Element* from, float top) {
   float *z = x.z[n], *q = n < x.S || x.by_source ? x.q[n] : nullptr;
@@ -91,7 +91,7 @@ float mixed_powers(const Sample& x, int s, float top, float scale, float* to, fl
 // but for a constant. A difference of differences: for a one-hot target it is exactly 0.
 void own_gradient(Sample& x, int s, const float* t, float per_t, bool through, float top,
                   float mean) {
-  const float weight = x.args.ce_weight[s] * x.per_sample;
+  const float weight = x.loss.ce_weight[s] * x.per_sample;
   const float per_e = weight * x.label_mass / x.sum_e[s], per_q = x.kd_scale(s) / x.sum_q[s];
   float *e = x.e[s], *mixed = x.mixed[s];
   const float *q = x.q[s], *z = x.z[s], scale = x.scale;
@@ -160,7 +160,7 @@ float by_source_kl(Sample& x, int s) {
   }
   row_mix(x.target[s], nullptr, rows, shares, heard.count, x.length, x.spare);
   logs(log_ratios, ratios, heard.count);
-  const bool probs = x.args.mix == Mix::kProbs;
+  const bool probs = x.loss.mix == Mix::kProbs;
   if (probs) kl = mixed_probs_kl(x, s);
   for (int k = 0; k < heard.count; ++k) {
     const int n = heard.other[k];
@@ -168,14 +168,14 @@ float by_source_kl(Sample& x, int s) {
     mean = probs ? row_dot(rows[k], x.r[s], x.length) / x.sum_q[n] : pair_mean(x, s, n);
     const float pair = probs ? mean : mean * x.scale + log_ratios[k];
     if (!probs) kl += heard.share[k] * pair;
-    if (!x.args.detach_targets) x.grad_share[n][s] = x.kd_scale(s) * x.T * pair;
+    if (!x.loss.detach_targets) x.grad_share[n][s] = x.kd_scale(s) * x.T * pair;
   }
   return kl;
 }
 
 // The losses of all students; their own gradients over x.e, those in mixed logits over x.mixed.
 void students(Sample& x) {
-  const bool mixture_ce = x.args.has_mixture_ce, pass = !x.args.detach_targets;
+  const bool mixture_ce = x.loss.has_mixture_ce, pass = !x.loss.detach_targets;
   float top[kMaxSources], mean[kMaxSources], sum_t[kMaxSources], sum_m[kMaxSources];
   float ratio[kMaxSources], log_ratio[kMaxSources], log_m[kMaxSources];
   for (int s = 0; s < x.S; ++s) {
@@ -191,15 +191,15 @@ void students(Sample& x) {
   logs(log_ratio, ratio, x.S);
   logs(log_m, sum_m, x.S);
   for (int s = 0; s < x.S; ++s) {
-    x.loss(0, s) = x.cross_entropy(x.z[s], x.log_e[s]);
-    x.loss(1, s) = x.loss(2, s) = 0.0f;
+    x.term(0, s) = x.cross_entropy(x.z[s], x.log_e[s]);
+    x.term(1, s) = x.term(2, s) = 0.0f;
     if (!x.sources[s].count) {
       if (x.asks_gradient) own_gradient(x, s, nullptr, 0.0f, false, 0.0f, 0.0f);
       continue;
     }
-    if (mixture_ce) x.loss(2, s) = x.cross_entropy(x.mixed[s], log_m[s] + top[s]);
+    if (mixture_ce) x.term(2, s) = x.cross_entropy(x.mixed[s], log_m[s] + top[s]);
     const float w = x.kd_scale(s);
-    x.loss(1, s) =
+    x.term(1, s) =
         x.T * x.T * (x.by_source ? by_source_kl(x, s) : mean[s] * x.scale + log_ratio[s]);
     if (!x.asks_gradient) continue;
     if (x.by_source) {
@@ -208,7 +208,7 @@ void students(Sample& x) {
       own_gradient(x, s, x.target[s], w / sum_t[s], pass, top[s], mean[s]);
     }
     if (mixture_ce) {
-      const float weight = x.args.mixture_weight[s] * x.per_sample;
+      const float weight = x.loss.mixture_weight[s] * x.per_sample;
       const float per_power = weight * x.label_mass / sum_m[s];
       const float *powers = x.powers[s], *base = !x.by_source && pass ? x.mixed[s] : nullptr;
       row_mix(x.mixed[s], base, &powers, &per_power, 1, x.length, x.spare);
@@ -217,9 +217,9 @@ void students(Sample& x) {
   }
 }
 
-// What source n gets through its own softmax, added to x.e (or over it, for an extra).
+// The gradient of source n through its own softmax, added to x.e (an extra's overwrites it).
 void gradient_by_source(Sample& x, int n) {
-  const bool pairs = x.args.mix == Mix::kPairwise;
+  const bool pairs = x.loss.mix == Mix::kPairwise;
   const Links& listeners = x.listeners[n];
   float weights[kMaxSources];
   for (int k = 0; k < listeners.count; ++k) {
@@ -242,10 +242,10 @@ void gradient_by_source(Sample& x, int n) {
 // The gradient in source n's logits, and in its shares through the mixed logits.
 void source(Sample& x, int n) {
   const bool is_student = n < x.S;
-  void* data = is_student ? x.args.grad_logits : x.args.grad_extra;
+  void* data = is_student ? x.loss.grad_logits : x.loss.grad_extra;
   const Links& listeners = x.listeners[n];
   if (!data && !(x.asks_scores && x.through_mixed)) return;
-  const bool through_own = x.by_source && !x.args.detach_targets && listeners.count;
+  const bool through_own = x.by_source && !x.loss.detach_targets && listeners.count;
   if (through_own && data) gradient_by_source(x, n);
   const float* base = is_student || through_own ? x.e[n] : nullptr;
   const float* rows[kMaxSources];
@@ -253,8 +253,8 @@ void source(Sample& x, int n) {
   const int count = x.through_mixed ? listeners.count : 0;
   for (int k = 0; k < count; ++k) rows[k] = x.mixed[listeners.other[k]];
   const float* with = x.asks_scores && count ? x.z[n] : nullptr;
-  const int64_t row = ((is_student ? n : n - x.S) * x.args.batch + x.b) * x.C;
-  const Type type = is_student ? x.args.grad_logits_type : x.args.grad_extra_type;
+  const int64_t row = ((is_student ? n : n - x.S) * x.loss.batch + x.b) * x.C;
+  const Type type = is_student ? x.loss.grad_logits_type : x.loss.grad_extra_type;
   auto write = [&](auto* to) {
     row_mix(to, base, rows, listeners.share, count, x.C, x.spare, nullptr, with, dots);
   };
@@ -270,20 +270,20 @@ void source(Sample& x, int n) {
 
 void any_sample(Sample& x) {
   x.read_links();
-  read_rows(x, x.args.logits, 0, x.S);
-  if (x.N > x.S) read_rows(x, x.args.extra, x.S, x.N);
+  read_rows(x, x.loss.logits, 0, x.S);
+  if (x.N > x.S) read_rows(x, x.loss.extra, x.S, x.N);
   logs(x.log_e, x.sum_e, x.S);
-  if (x.args.mix == Mix::kProbs) logs(x.log_q, x.sum_q, x.N);
+  if (x.loss.mix == Mix::kProbs) logs(x.log_q, x.sum_q, x.N);
   students(x);
   for (int n = 0; x.asks_gradient && n < x.N; ++n) source(x, n);
 }
 
 }  // namespace
 
-void FASTOKD_KERNEL(mixture_distillation_range)(const MixtureArgs& args, int64_t begin, int64_t end,
+void FASTOKD_KERNEL(mixture_distillation_range)(const Loss& loss, int64_t begin, int64_t end,
                                                 float* scratch) {
   for (int64_t b = begin; b < end; ++b) {
-    Sample x(args, scratch, b);
+    Sample x(loss, scratch, b);
     if (!cohort(x)) any_sample(x);
     if (x.asks_scores) x.write_scores();
   }

@@ -1,4 +1,4 @@
-// The loss of ops/mixture_distillation.py and all its gradients, a range of samples at a time.
+// The fused loss of ops/mixture_distillation.py and all its gradients, a range of samples at a time.
 #pragma once
 
 #include "kernel.h"
@@ -16,7 +16,8 @@ struct SourceRows {
   Type type;
 };
 
-struct MixtureArgs {
+// A fused loss's arguments, from the operator to the kernel.
+struct Loss {
   int64_t batch, classes;
   int students, extras;
   SourceRows logits, extra;
@@ -25,8 +26,8 @@ struct MixtureArgs {
   const float* soft_labels;  // [batch, classes]
   float smoothing;
 
-  // Scores by strides, or, where there are peers, queries and keys [batch, peers, width] that they
-  // are the products of. A tensor without elements is a null pointer.
+  // Scores by strides or, where there are peers, queries and keys [batch, peers, width] whose
+  // products they are. The pointer of a tensor without elements is null.
   const float* scores;
   int64_t score_strides[3];  // of samples, students, sources
   const float *query, *key;
@@ -46,13 +47,13 @@ struct MixtureArgs {
 };
 
 // Floats of scratch memory, aligned to 64 bytes, that a thread needs: rows as Sample lays them out.
-static inline int64_t mixture_distillation_scratch(const MixtureArgs& args) {
-  const int64_t sources = args.students + args.extras;
-  const int64_t row = args.classes > args.width ? args.classes : args.width;
-  return (row + 15) / 16 * 16 * (2 + 3 * sources + 4 * args.students);
+static inline int64_t mixture_distillation_scratch(const Loss& loss) {
+  const int64_t sources = loss.students + loss.extras;
+  const int64_t row = loss.classes > loss.width ? loss.classes : loss.width;
+  return (row + 15) / 16 * 16 * (2 + 3 * sources + 4 * loss.students);
 }
 
-FASTOKD_DECLARE(void, mixture_distillation_range, const MixtureArgs& args, int64_t begin,
-                int64_t end, float* scratch);
+FASTOKD_DECLARE(void, mixture_distillation_range, const Loss& loss, int64_t begin, int64_t end,
+                float* scratch);
 
 }  // namespace fastokd

@@ -1,4 +1,4 @@
-// One sample of mixture_distillation: its rows in scratch memory, its labels, who listens to whom.
+// One sample of mixture_distillation: its rows in scratch memory, its labels, its mixing weights.
 #pragma once
 
 #include "mixture_distillation_kernel.h"
@@ -7,7 +7,7 @@
 namespace fastokd {
 namespace {
 
-// The sources of a student, or the students that listen to a source, and how much.
+// The sources of a student, or the students that have a source, with the mixing weights.
 struct Links {
   int count;
   int other[kMaxSources];
@@ -20,7 +20,7 @@ struct Links {
 };
 
 struct Sample {
-  const MixtureArgs& args;
+  const Loss& loss;
   const int64_t b, C, length;
   const int S, N;
   const float T, scale, per_sample;  // temperature, 1 / T, 1 / B
@@ -46,8 +46,8 @@ struct Sample {
   int64_t label;     // -1: soft labels, or an id out of range
   float label_mass;  // the sum of the smoothed labels; NaN for an id out of range
 
-  Sample(const MixtureArgs& a, float* scratch, int64_t index)
-      : args(a),
+  Sample(const Loss& a, float* scratch, int64_t index)
+      : loss(a),
         b(index),
         C(a.classes),
         length(padded(a.classes)),
@@ -80,31 +80,31 @@ struct Sample {
     return bits;
   }
 
-  float& loss(int term, int s) const { return args.losses[(term * S + s) * args.batch + b]; }
-  float kd_scale(int s) const { return args.kd_weight[s] * T * per_sample; }
+  float& term(int which, int s) const { return loss.losses[(which * S + s) * loss.batch + b]; }
+  float kd_scale(int s) const { return loss.kd_weight[s] * T * per_sample; }
 
   void read_label() {
     label = -1;
     label_mass = 1.0f;
-    if (!args.labels) {
-      label_mass = (1.0f - args.smoothing) * row_sum(args.soft_labels + b * C, C) + args.smoothing;
-    } else if (args.labels[b] >= 0 && args.labels[b] < C) {
-      label = args.labels[b];
+    if (!loss.labels) {
+      label_mass = (1.0f - loss.smoothing) * row_sum(loss.soft_labels + b * C, C) + loss.smoothing;
+    } else if (loss.labels[b] >= 0 && loss.labels[b] < C) {
+      label = loss.labels[b];
     } else {
       label_mass = kNan;
     }
   }
 
   float score(int s, int n) const {
-    const int P = args.peers;
-    if (!P) {  // not args.query, which is null for queries of width 0
-      const int64_t* stride = args.score_strides;
-      return args.scores[b * stride[0] + s * stride[1] + n * stride[2]];
+    const int P = loss.peers;
+    if (!P) {  // not loss.query, which is null for queries of width 0
+      const int64_t* stride = loss.score_strides;
+      return loss.scores[b * stride[0] + s * stride[1] + n * stride[2]];
     }
-    if (n >= P) return -kInfinity;  // nobody listens to the leader,
-    if (s >= P) return 0.0f;        // and it listens to every peer alike
-    return row_dot(args.query + (b * P + s) * args.width, args.key + (b * P + n) * args.width,
-                   args.width);
+    if (n >= P) return -kInfinity;  // the leader is no source,
+    if (s >= P) return 0.0f;        // and weighs every peer alike
+    return row_dot(loss.query + (b * P + s) * loss.width, loss.key + (b * P + n) * loss.width,
+                   loss.width);
   }
 
   // The shares: softmax over sources, students side by side in a vector.
@@ -119,14 +119,14 @@ struct Sample {
       for (int n = 0; n < N; ++n) top = max(load(scores[n] + s), top);
       for (int n = 0; n < N; ++n) {
         const Vec score = load(scores[n] + s);
-        // A NaN is heard, and makes all of its student's shares NaN.
+        // A NaN score makes all of its student's shares NaN.
         const VecInt silent = score == splat(-kInfinity);
         const Vec power = exp(select(silent, splat(kPadding), score - top));
         store(share[n] + s, power);
         store(hears[n] + s, as_float(~silent));
         total += power;
       }
-      const Vec log_total = args.mix == Mix::kProbs ? log(total) : Vec{};
+      const Vec log_total = loss.mix == Mix::kProbs ? log(total) : Vec{};
       const VecInt nobody = total == Vec{};
       for (int n = 0; n < N; ++n) {
         store(share[n] + s, select(nobody, Vec{}, load(share[n] + s) / total));
@@ -150,21 +150,21 @@ struct Sample {
 
   // CE to the sample's labels of the softmax of a row whose log of the sum of powers is `log_sum`.
   float cross_entropy(const float* row, float log_sum) const {
-    const float keep = 1.0f - args.smoothing;
+    const float keep = 1.0f - loss.smoothing;
     float ce = label_mass * log_sum;
     if (label >= 0) ce -= keep * row[label];
-    if (!args.labels) ce -= keep * row_dot(args.soft_labels + b * C, row, C);
-    if (args.smoothing > 0) ce -= args.smoothing / float(C) * row_sum(row, C);
+    if (!loss.labels) ce -= keep * row_dot(loss.soft_labels + b * C, row, C);
+    if (loss.smoothing > 0) ce -= loss.smoothing / float(C) * row_sum(row, C);
     return ce;
   }
 
   // gradient -= weight * smoothed labels
   void subtract_labels(float* gradient, float weight) const {
-    const float keep = weight * (1.0f - args.smoothing);
+    const float keep = weight * (1.0f - loss.smoothing);
     if (label >= 0) gradient[label] -= keep;
-    if (args.labels && args.smoothing == 0) return;
-    const float* soft = args.labels ? nullptr : args.soft_labels + b * C;
-    const float each = weight * args.smoothing / float(C);
+    if (loss.labels && loss.smoothing == 0) return;
+    const float* soft = loss.labels ? nullptr : loss.soft_labels + b * C;
+    const float each = weight * loss.smoothing / float(C);
     for (int64_t c = 0; c < C; ++c) gradient[c] -= each + (soft ? keep * soft[c] : 0.0f);
   }
 
@@ -174,7 +174,7 @@ struct Sample {
     for (int s = 0; s < S; s += kLanes) {
       Vec mean{};
       for (int n = 0; n < N; ++n) {
-        // What isn't heard stays out of a NaN, too.
+        // A source at -inf gets 0 even where the others are NaN.
         const VecInt heard = as_int(load(hears[n] + s));
         const Vec value = load(share[n] + s) * load(grad_share[n] + s);
         mean += as_float(as_int(value) & heard);
@@ -184,24 +184,24 @@ struct Sample {
         store(gradient[n] + s, as_float(as_int(value) & as_int(load(hears[n] + s))));
       }
     }
-    for (int s = 0; args.grad_scores && s < S; ++s) {
-      for (int n = 0; n < N; ++n) args.grad_scores[(b * S + s) * N + n] = gradient[n][s];
+    for (int s = 0; loss.grad_scores && s < S; ++s) {
+      for (int n = 0; n < N; ++n) loss.grad_scores[(b * S + s) * N + n] = gradient[n][s];
     }
-    const int P = args.peers;
-    const int64_t D = args.width, first = b * P * D;
+    const int P = loss.peers;
+    const int64_t D = loss.width, first = b * P * D;
     for (int p = 0; p < P; ++p) {
       const float *keys[kMaxSources], *queries[kMaxSources];
       float of_query[kMaxSources];
       for (int n = 0; n < P; ++n) {
-        keys[n] = args.key + first + n * D;
-        queries[n] = args.query + first + n * D;
+        keys[n] = loss.key + first + n * D;
+        queries[n] = loss.query + first + n * D;
         of_query[n] = gradient[n][p];
       }
-      if (args.grad_query) {
-        row_mix(args.grad_query + first + p * D, nullptr, keys, of_query, P, D, spare);
+      if (loss.grad_query) {
+        row_mix(loss.grad_query + first + p * D, nullptr, keys, of_query, P, D, spare);
       }
-      if (args.grad_key) {
-        row_mix(args.grad_key + first + p * D, nullptr, queries, gradient[p], P, D, spare);
+      if (loss.grad_key) {
+        row_mix(loss.grad_key + first + p * D, nullptr, queries, gradient[p], P, D, spare);
       }
     }
   }

@@ -6,18 +6,18 @@
 
 namespace fastokd {
 
-// How places of the read and of the written row belong together, with tap j = 0, 1, 2: written place
-// n takes read place n + j - 1 (kSame; the gradient too, by the taps in reverse), 2 n + j - 1 (kHalf:
-// stride 2), or n = 2 p + j - 1 takes read place p (kTwice: the gradient of stride 2).
+// Which input pixel of a row output n reads for tap j = 0, 1, 2: n + j - 1 (kSame; the gradient too, with
+// reversed taps), 2 n + j - 1 (kHalf: stride 2), or the p with n = 2 p + j - 1 (kTwice: the gradient of
+// stride 2).
 enum class Places { kSame, kHalf, kTwice };
 
-// Maps of one image, channels last: read [H, W, inputs], written [OH, OW, outputs].
+// Maps of one image, channels last: input [H, W, inputs], output [OH, OW, outputs].
 struct NarrowShape {
   Places places;
   int64_t H, W, inputs, OH, OW, outputs;
 };
 
-// Whether the kernel takes it: channels are multiples of 16, OW of 8.
+// Whether the kernel takes the shape: channels are multiples of 16, OW of 8.
 bool narrow_conv_takes(const NarrowShape& s);
 
 // Words of 4 bytes: of the packed weight, and of scratch memory for one thread.

@@ -1,5 +1,5 @@
-// Passes over rows of classes for the kernels' units. Scratch rows are aligned, and as long as
-// `padded` says, so that passes over them have no rest; rows of tensors are neither.
+// Passes over rows of classes for the kernels' units. Scratch rows are aligned and of length
+// `padded`, so that passes over them have no remainder; rows of tensors are neither.
 #pragma once
 
 #include "vec.h"
@@ -7,7 +7,7 @@
 namespace fastokd {
 namespace {
 
-// Stands behind the last class: finite, so that 0 times it is 0, and e to its power is 0.
+// Fills rows after the last class: finite, so that 0 times it is 0, and its exponential is 0.
 constexpr float kPadding = -1e37f;
 
 inline int64_t padded(int64_t classes) { return (classes + 15) / 16 * 16; }
@@ -40,7 +40,7 @@ struct Total {
   float sum() const { return fastokd::sum(high + low); }
 };
 
-// NaNs are passed over: what is computed from them is NaN anyway.
+// Ignores NaN: what is computed from the row is NaN anyway.
 template <typename T>
 inline float row_max(const T* row, int64_t classes) {
   Vec best = splat(-kInfinity);

@@ -11,9 +11,10 @@ from fastokd.device import pick_device, pick_precision
 from fastokd.host import cpus
 from fastokd.host.caches import cache_root
 from fastokd.learner.optimizers import apex_missing
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import IMPLS, choose, unavailable
+from fastokd.ops import cpp
+from fastokd.ops.dispatch import IMPLS, choose, unavailable
 from fastokd.ops.fused_bn_act import ON_A_GPU
+from fastokd.ops.fusion_step import ON_A_CPU
 
 OPS = (
     "mixture_distillation",
@@ -40,7 +41,7 @@ def diagnose() -> dict[str, Any]:
     """Versions, devices, implementations of the ops and optional packages, each with its reason."""
     device = pick_device("auto")
     if device.type == "cpu":
-        _cpp.ensure_built()
+        cpp.ensure_built()
     impls = {impl: unavailable(impl, device) or "works" for impl in IMPLS}
     ops = {op: _serving(op, device) for op in OPS}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -63,7 +64,10 @@ def diagnose() -> dict[str, Any]:
 
 def _serving(op: str, device: torch.device) -> str:
     """The implementation that ``impl="auto"`` picks on ``device`` for common inputs, and why."""
-    refusals = {"cpp": None, "triton": ON_A_GPU if op == "fused_bn_act" else None}
+    refusals = {
+        "cpp": ON_A_CPU if op == "fusion_step" else None,
+        "triton": ON_A_GPU if op == "fused_bn_act" else None,
+    }
     chosen = choose(op, "auto", device, refusals)
     others = {impl: unavailable(impl, device) or refusals[impl] for impl in refusals}
     reasons = [f"{impl}: {why}" for impl, why in others.items() if impl != chosen and why]

@@ -1,7 +1,7 @@
-"""Scores from queries and keys inside the kernel, and the way back (OKDDip's Equation 4).
+"""Scores from queries and keys inside the kernel, and their gradients (OKDDip's Equation 10).
 
 Queries and keys are ``[B, P, D]``, contiguous. Peers attend to peers. A student after the last peer
-is the leader: it listens to every peer alike, and nobody hears it.
+is the leader: it weighs every peer alike and is no source.
 """
 
 import triton
@@ -20,7 +20,7 @@ def _place(b, d0, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, D_TILE: 
 def attention_scores(
     q_ptr, k_ptr, b, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, D_TILE: tl.constexpr
 ):
-    """``[TILE, TILE]``: query . key for peers, 0 in the leader's row, -inf where nobody listens."""
+    """``[TILE, TILE]``: query . key for peers, 0 in the leader's row, -inf for what is no source."""
     scores = tl.zeros([TILE, TILE], tl.float32)
     for d0 in range(0, D, D_TILE):
         at, p, d = _place(b, d0, P, D, TILE, D_TILE)
@@ -37,9 +37,9 @@ def attention_gradients(
     grad_scores, q_ptr, k_ptr, gq_ptr, gk_ptr, b,
     P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, D_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Stores d query and d key, whichever has a pointer."""
-    # Masks said otherwise than in attention_scores, lest they live from there to here. What nobody
-    # hears has no gradient already.
+    """Stores the gradients of query and key, each where its pointer is given."""
+    # Recompute the masks in another form than in attention_scores, to shorten their live ranges.
+    # What is no source has no gradient already.
     cell = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     grad = tl.where(cell < P * TILE, grad_scores, 0.0)
     # Triton turns a sum over dimension 1 of such a product into a dot in TF32.

@@ -1,7 +1,7 @@
 """Triton 3.6's interpreter on NumPy 2.4.
 
-A kernel's scalar is an array of one element there, and a loop that it bounds asks for its ``int``:
-NumPy 2.4 refuses that. Triton 3.7 takes the element out first, as is done here for 3.6.
+A kernel's scalar is an array of one element there, and a loop bound is converted to ``int``, which
+NumPy 2.4 rejects. Triton 3.7 extracts the element first; this patch does so for 3.6.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""What launchers share: the device that they run on; for the fused loss its options and its plan."""
+"""What launchers share: the device that they run on, the fused loss's plan, compiler options."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
-from fastokd.kernels._layout import Weight
 from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
@@ -31,20 +30,8 @@ def on_device(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Resu
     return run
 
 
-class Loss(NamedTuple):
-    """What makes the loss, beside the tensors it is of."""
-
-    ce: Weight
-    kd: Weight
-    mixture: Weight
-    temperature: tuple[Tensor | None, float]
-    mix: str
-    detach: bool
-    smoothing: float
-
-
 def warp_size() -> int:
-    """Threads in a warp of the current device, which kernels are compiled for."""
+    """Threads in a warp of the device that kernels are compiled for."""
     if triton.knobs.runtime.interpret:
         return 32
     return int(triton.runtime.driver.active.get_current_target().warp_size)
@@ -53,9 +40,9 @@ def warp_size() -> int:
 def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
     """``(block, warps)`` for N sources of C classes; ``pairs``: probabilities are mixed.
 
-    A thread holds ``each`` classes of every source twice, as logits and as their gradient, and
-    twice more where probabilities are mixed. ``block`` is at least C where the rows then fit the
-    registers. Where there are many sources, more threads share the score tiles too.
+    A thread holds ``each`` classes of every source twice, as logits and as gradients, and twice more
+    where probabilities are mixed. ``block`` is at least C where the rows then fit the
+    registers. With many sources more threads share the score tiles too.
     """
     wide = warp == 32
     if pairs:
@@ -64,7 +51,7 @@ def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
     else:
         each, limit = (8, 2048) if N <= 4 or (wide and N == 5) else (4, 1024)
     block = max(triton.next_power_of_2(C), 4 * warp)
-    if N > 8 and block > limit:  # between sweeps there is more to keep
+    if N > 8 and block > limit:  # more is kept between sweeps
         if pairs:
             return (256 if wide else 512), 8
         return 512, (8 if wide else 4)

@@ -1,7 +1,8 @@
-"""Divergences, losses and gradients of the mixture-distillation kernel, given its sums.
+"""Divergences, losses and gradients of the mixture-distillation kernel, given its sums; its second
+launch, from per-sample losses to batch means and the total.
 
-``mix`` holds a student's mixing weights, or their logarithms where probabilities are mixed;
-UNHEARD where it doesn't listen.
+``mix`` holds a student's mixing weights, or their logarithms where probabilities are mixed; UNHEARD
+for a source at -inf.
 """
 
 import triton
@@ -36,8 +37,8 @@ def log_target(log_p, log_mix):
 def targets(log_p, log_q, mix, MIX: tl.constexpr):
     """A student's target probabilities, and for each source log of target over student.
 
-    Each pair is a target of its own where ``MIX`` is pairwise; their mixture is what the student's
-    gradient sees.
+    With ``MIX`` pairwise each source is a target of its own; the student's gradient needs their
+    mixture.
     """
     ratios = ()
     if MIX == "probs":
@@ -56,7 +57,7 @@ def targets(log_p, log_q, mix, MIX: tl.constexpr):
 
 @triton.jit
 def source_terms(log_p, log_q, mix, MIX: tl.constexpr):
-    """The tiles that a student's K_n sum over; none for mixtures of logits."""
+    """The tiles whose sums are a student's K_n; none for mixtures of logits."""
     out = ()
     if len(log_p) > 0:
         _, ratios = targets(log_p, log_q, mix, MIX)
@@ -72,7 +73,7 @@ def store_losses(
 ):  # fmt: skip
     """All students' three losses, from vectors of their stats and tiles of weights and K_n."""
     s = tl.arange(0, TILE)
-    # Past the last student the sums are 0; their logarithms aren't taken.
+    # Past the last student the sums are 0; adding 1 avoids log 0.
     one = tl.where(s < S, 0.0, 1.0)
     heard = mix_tile != UNHEARD
     taught = tl.max(heard.to(tl.int32), 1) > 0
@@ -97,10 +98,10 @@ def send_gradients(
     MIX: tl.constexpr, MIXTURE_CE: tl.constexpr, DETACH: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Adds what student s, whose row is ``z``, sends to each row.
+    """Adds the gradient of student s's losses in each row; its own row is ``z``.
 
-    Returns besides what it sends to its mixture of logits. ``ce``, ``kd`` and ``mixture`` are one
-    sample's shares of the student's weights.
+    Also returns the gradient in its mixture of logits. ``ce``, ``kd`` and ``mixture`` are the
+    student's weights divided by the batch size.
     """
     MIXED: tl.constexpr = MIXTURE_CE or (MIX == "logits" and not DETACH)
     PAIRED: tl.constexpr = MIX != "logits" and not DETACH
@@ -125,8 +126,7 @@ def send_gradients(
     if MIXTURE_CE:
         mixed_grad += tl.exp2(u * LOG2E) * (mixture * stats[9] / stats[7]) - mixture * y
     sent = ()
-    # The student again, in words of which the compiler can't know that they are the same, lest the
-    # masks that picked its row live until here.
+    # Recompute the student's index opaquely, to shorten the live range of the masks that picked its row.
     same = s + tl.program_id(1)
     for n in tl.static_range(len(rows)):
         grad = grads[n]
@@ -134,7 +134,7 @@ def send_gradients(
             g = mixed_grad
             if PAIRED:
                 g += kd * tl.exp2(log_p[n] * LOG2E) * (ratios[n] - source_sums[n])
-            # Not as mixed_row says it, lest the masks live from there to here.
+            # Another form of mixed_row's mask, to shorten its live range.
             grad = tl.where(mix[n] > 1.0, grad, grad + share(mix[n], MIX) * g)
         if n >= FIRST and n < FIRST + COUNT:
             grad = tl.where(same == n, grad + direct, grad)
@@ -144,9 +144,65 @@ def send_gradients(
 
 @triton.jit
 def products(rows, mixed_grad, NEEDED: tl.constexpr):
-    """The tiles that the gradient to a student's mixing weights sums over."""
+    """The tiles whose sums are the gradients in a student's mixing weights."""
     out = ()
     if NEEDED:
         for n in tl.static_range(len(rows)):
             out += (mixed_grad * rows[n],)
     return out
+
+
+@triton.jit
+def weight(of, s):
+    """Student s's weight, of ``(tensor or None, stride, number)``."""
+    value = of[2]
+    if of[0] is not None:
+        value *= tl.load(of[0] + s * of[1]).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _weight_rows(ptr, stride, number, row, FROM: tl.constexpr, S: tl.constexpr):
+    """The weights of S students in rows FROM on of a column, 0 elsewhere."""
+    mine = (row >= FROM) & (row < FROM + S)
+    if ptr is not None:
+        number *= tl.load(ptr + (row - FROM) * stride, mask=mine, other=0.0).to(tl.float32)
+    return tl.where(mine, number, 0.0)
+
+
+@triton.jit(do_not_specialize=["ce_stride", "kd_stride", "mixture_stride", "B"])
+def reduce_kernel(
+    loss_ptr, ce_ptr, ce_stride, ce_number, kd_ptr, kd_stride, kd_number,
+    mixture_ptr, mixture_stride, mixture_number, total_ptr, ce_out_ptr, kd_out_ptr,
+    part_ptr, score_ptr, B, S: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program 0 reduces the losses; program 1 + s sums row s of the scores' gradient.
+
+    Each sum runs over the batch in one fixed order.
+    """
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        row = tl.arange(0, ROWS)
+        acc = tl.zeros([ROWS, BLOCK], tl.float32)
+        for b in range(0, B, BLOCK):
+            at = loss_ptr + row[:, None] * B + b + i[None, :]
+            acc += tl.load(at, mask=(row[:, None] < 3 * S) & (b + i[None, :] < B), other=0.0)
+        mean = tl.sum(acc, 1) / tl.maximum(B, 1)
+        tl.store(ce_out_ptr + row, mean, mask=row < S)
+        tl.store(kd_out_ptr + row - S, mean, mask=(row >= S) & (row < 2 * S))
+        weighted = mean * (
+            _weight_rows(ce_ptr, ce_stride, ce_number, row, 0, S)
+            + _weight_rows(kd_ptr, kd_stride, kd_number, row, S, S)
+            + _weight_rows(mixture_ptr, mixture_stride, mixture_number, row, 2 * S, S)
+        )
+        tl.store(total_ptr, tl.sum(weighted, 0))
+    if part_ptr is not None:
+        s = tl.program_id(0) - 1
+        if s >= 0:
+            n = tl.arange(0, TILE)
+            sums_N = tl.zeros([TILE, BLOCK], tl.float32)
+            for b in range(0, B, BLOCK):
+                at = part_ptr + ((b + i[None, :]) * S + s) * N + n[:, None]
+                sums_N += tl.load(at, mask=(b + i[None, :] < B) & (n[:, None] < N), other=0.0)
+            tl.store(score_ptr + s * N + n, tl.sum(sums_N, 1), mask=n < N)

@@ -9,12 +9,12 @@ import triton.language as tl
 from fastokd.kernels._tiles import PAD, maxima, sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# The weight of a source that isn't heard, which contributes nothing, even where it is NaN. No
-# weight and no weight's logarithm is above 1.
+# The weight of a source at -inf, which contributes nothing, even where it is NaN. No weight and no
+# weight's logarithm is above 1.
 UNHEARD = tl.constexpr(2.0)
-# What is kept for each student: of its row z the max, sum of exp, the same at T, labels . z; of its
-# mixture M the max, sum of exp at T, sum of exp(M / T) (M - z) / T, sum of exp, labels . M; and the
-# labels' mass. (z and M as measured from their maxima, and 0 where it isn't needed.)
+# Kept for each student: of its row z the max, sum of exp, the same at T, labels . z; of its mixture M
+# the max, sum of exp at T, sum of exp(M / T) (M - z) / T, sum of exp, labels . M; and the labels'
+# mass. (z and M are relative to their maxima; what isn't needed is 0.)
 STATS = tl.constexpr(10)
 
 
@@ -39,7 +39,7 @@ def labels_tile(labels, b, cols, C: tl.constexpr, SOFT: tl.constexpr):
 def mixing_weights(scores, MIX: tl.constexpr):
     """Softmax over a score tile's rows, or its logarithm for probs; UNHEARD at -inf.
 
-    A row of -inf alone has no weights but UNHEARD.
+    All weights of a row of -inf alone are UNHEARD.
     """
     heard = scores != float("-inf")
     top = tl.max(scores, 1)[:, None]
@@ -81,7 +81,7 @@ def entries_of_two(one, two, s, N: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def with_entries(flat, s, values, TILE: tl.constexpr):
     """A flattened score tile with numbers added to student s's row."""
-    # Counted down, lest the compiler see entries()'s masks in these and keep them all the while.
+    # Counted down, so that the compiler doesn't reuse entries()'s masks and keep them in registers.
     column = s * TILE - tl.arange(0, TILE * TILE)
     for n in tl.static_range(len(values)):
         flat += tl.where(column == -n, values[n], 0.0)
@@ -110,8 +110,8 @@ def share(weight, MIX: tl.constexpr):
 
 @triton.jit
 def has_target(mix):
-    """Whether a student hears any source: whether any weight, NaN too, isn't UNHEARD."""
-    # By a sum and not by masks, of which the registers hold few.
+    """Whether a student has any source: whether any weight, NaN too, isn't UNHEARD."""
+    # By a sum, since there are few mask registers.
     away = 0.0
     for n in tl.static_range(len(mix)):
         away += mix[n] - UNHEARD
@@ -122,7 +122,7 @@ def has_target(mix):
 def mixed_row(rows, mix, MIX: tl.constexpr):
     """The mixture of logits that is one student's target.
 
-    The gradients recompute it and subtract the maximum that the sums found. Explicit FMAs make both
+    The gradients recompute it and subtract the maximum found with the sums. Explicit FMAs make both
     round alike; otherwise a saturated softmax is off by a rounding of its largest logit.
     """
     mixed = tl.zeros_like(rows[0])

@@ -8,21 +8,23 @@ PAD = tl.constexpr(-1e30)
 
 
 @triton.jit
-def sums(tiles):
-    """The sum of each tile, all in one exchange between the warps instead of one each."""
+def _reduced(tiles, MAX: tl.constexpr):
     if len(tiles) == 0:
         return ()
     elif len(tiles) == 1:
-        return (tl.sum(tiles[0], 0),)
+        if MAX:
+            return (tl.max(tiles[0], 0),)
+        else:
+            return (tl.sum(tiles[0], 0),)
     elif len(tiles) > 8:  # more would need too many registers at once
-        return sums(tiles[0:8]) + sums(tiles[8:])
+        return _reduced(tiles[0:8], MAX) + _reduced(tiles[8:], MAX)
     else:
         pairs = ()
         for i in tl.static_range(len(tiles) // 2):
             pairs += (tl.join(tiles[2 * i], tiles[2 * i + 1]),)
         if len(tiles) % 2 == 1:
             pairs += (tl.join(tiles[len(tiles) - 1], tiles[len(tiles) - 1]),)
-        joint = sums(pairs)
+        joint = _reduced(pairs, MAX)
         parts = ()
         for i in tl.static_range(len(tiles) // 2):
             left, right = tl.split(joint[i])
@@ -34,29 +36,15 @@ def sums(tiles):
 
 
 @triton.jit
+def sums(tiles):
+    """The sum of each tile over its first dimension, in one exchange between the warps for all."""
+    return _reduced(tiles, False)
+
+
+@triton.jit
 def maxima(tiles):
     """The maximum of each tile, NaN ignored, as ``sums``."""
-    if len(tiles) == 0:
-        return ()
-    elif len(tiles) == 1:
-        return (tl.max(tiles[0], 0),)
-    elif len(tiles) > 8:  # more would need too many registers at once
-        return maxima(tiles[0:8]) + maxima(tiles[8:])
-    else:
-        pairs = ()
-        for i in tl.static_range(len(tiles) // 2):
-            pairs += (tl.join(tiles[2 * i], tiles[2 * i + 1]),)
-        if len(tiles) % 2 == 1:
-            pairs += (tl.join(tiles[len(tiles) - 1], tiles[len(tiles) - 1]),)
-        joint = maxima(pairs)
-        parts = ()
-        for i in tl.static_range(len(tiles) // 2):
-            left, right = tl.split(joint[i])
-            parts += (left, right)
-        if len(tiles) % 2 == 1:
-            last, _ = tl.split(joint[len(tiles) // 2])
-            parts += (last,)
-        return parts
+    return _reduced(tiles, True)
 
 
 @triton.jit
@@ -69,7 +57,7 @@ def load_rows(of, b, c0, cols, ROWS: tl.constexpr, C: tl.constexpr, VEC: tl.cons
     """
     width: tl.constexpr = (C + VEC - 1) // VEC * VEC
     out = ()
-    # Row by row from c0, lest a sweep's loop keep every row's address in registers.
+    # Addresses are computed row by row, so that a sweep's loop keeps none of them in registers.
     row = of[0] + c0 + b * of[2] * VEC
     for _ in tl.static_range(ROWS):
         x = tl.load(row + cols, mask=c0 + cols < width, other=0.0).to(tl.float32)

@@ -1,17 +1,17 @@
 """FFSD's map losses on a GPU: each map read once forward and once backward, channels last or first.
 
-Forward, one program a sample: the map goes by in tiles ``[pixels, channels]`` of which only
-A_p = mean_c x_pc^2 stays, in registers; norm, threshold, target and squared difference follow
-there, and with them the loss's gradient by A, so that what is saved is one number a pixel. With
+Forward, one program a sample: it reads the map in tiles ``[pixels, channels]`` and keeps only
+A_p = mean_c x_pc^2, in registers; norm, threshold, target and squared difference follow there, and
+the loss's gradient by A, so that one number a pixel is saved. With
 u = A / n, n = max(||A||, eps), and g the loss's gradient by u,
 
     dL/dA = (g - u (u . g)) / n     (no second term where ||A|| < eps)
     dL/dx_pc = 2 / C x_pc dL/dA_p
 
-and the backward is that last line times the incoming gradient. The k-th smallest of u is selected,
-not sorted for: u is not negative, so its bit patterns are ordered as its values are; a small map
-counts for each entry how many are below it, a large one finds the threshold bit by bit, counting
-the entries below a candidate. No atomics, no order between programs.
+and the backward is that last line times the incoming gradient. The k-th smallest of u is selected
+without a sort: u is not negative, so its bit patterns are ordered as its values are; for a small map
+the entries below each entry are counted, for a large one the threshold is found bit by bit, counting
+the entries below a candidate. There are no atomics, and programs are independent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import on_device
-from fastokd.kernels._maps import strides
+from fastokd.kernels.layout import strides
 from torch import Tensor
 
 _TILE = 16384  # elements in flight
@@ -64,7 +64,7 @@ def _norm(a_P):
 @triton.jit
 def _target(u_P, r, HW: tl.constexpr, BP: tl.constexpr):
     """(r/2 - u) sign(u - threshold) + r/2, the threshold the (HW // 3)-th smallest of u."""
-    # Past the last pixel above every value. NaN needs no care: where one u is, all are.
+    # Past the last pixel: above every value. If one u is NaN, all are.
     pattern_P = tl.where(tl.arange(0, BP) < HW, u_P.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     if BP <= 64:  # the largest of those that fewer than HW // 3 are below
         below_P = tl.sum((pattern_P[None, :] < pattern_P[:, None]).to(tl.int32), axis=1)

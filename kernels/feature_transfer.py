@@ -7,11 +7,11 @@ A sample is one vector of N numbers, x and y in the same order, u = x / nx, nx =
     dL/dx = 2 scale ((u - v) - u (u . (u - v))) / nx     (no second term where ||x|| < eps)
     u . (u - v) = (|u - v|^2 + u.u - v.v) / 2
 
-So four sums a sample are all that a forward needs, one program a sample. The first form cancels
-where the maps agree, the second where their norms differ: each serves where it doesn't. The sums
+So the forward needs four sums a sample, one program a sample. The first form cancels where the maps
+agree, the second where their norms differ: each is used where it doesn't. The sums
 are kept in fp32 lanes of a few dozen terms each and added up in float64. Saved are four numbers a
 sample: 1 / nx, 1 / ny, u . (u - v) and v . (v - u). The backward takes u - v as
-(x - y nx / ny) / nx: exactly 0 where the maps are the same, whatever gets fused.
+(x - y nx / ny) / nx: exactly 0 where the maps are the same, whichever operations are fused.
 
 A sample lies in memory as rows of ROW neighbours: one row where it is dense, a row a pixel where the
 map is a slice of wider channels-last maps (students side by side). The gradient is always dense.
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import on_device
-from fastokd.kernels._maps import dense, strides
+from fastokd.kernels.layout import dense, strides
 from torch import Tensor
 
 _BLOCK = 4096
@@ -63,7 +63,7 @@ def forward_kernel(
     ry = tl.sqrt(syy)
     ix = 1.0 / tl.where(rx < _EPS, _EPS, rx)
     iy = 1.0 / tl.where(ry < _EPS, _EPS, ry)
-    # 1 where the norm is above eps, exactly: equal maps must give 0, whatever gets fused.
+    # Exactly 1 where the norm is above eps: equal maps must give 0, whichever operations are fused.
     uu = tl.where(rx < _EPS, sxx * ix * ix, 1.0)
     vv = tl.where(ry < _EPS, syy * iy * iy, 1.0)
     gap = (rx - ry) * (rx - ry)

@@ -5,7 +5,7 @@
 
 Forward, two launches: ``conv_kernel`` writes z and, for its own stretch of pixels, each channel's
 mean and squared deviations; ``normalise_kernel`` merges those (Chan's formula: as exact where the
-mean is a thousand deviations from zero) and writes y. The first programs of it also keep the
+mean is a thousand deviations from zero) and writes y. Its first programs also update the
 running statistics.
 
 Backward, with g = dy where y > 0 and xhat = (z - mean) rstd, two launches, the sum of the weight's
@@ -16,8 +16,8 @@ partial gradients, and ``conv_kernel`` once more where a map asks:
     dweight_o = sum dz_p x_(p + o)
     dx_p = sum_o weight_o dz_(p - o)                                 conv_kernel, flipped
 
-Every program writes its own partial sums and every reader adds them in the same order: the same
-bits each run, no atomics. A stretch is a run of tiles [pixels of the whole batch, channels].
+Every program writes its own partial sums and every reader adds them in the same order, so that
+results are reproducible bit by bit; there are no atomics. A stretch is a run of tiles [pixels of the whole batch, channels].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from fastokd.kernels._launch import compiler_options, on_device, warp_size
-from fastokd.kernels._maps import strides
+from fastokd.kernels.layout import strides
 from torch import Tensor
 
 STRETCHES = 128  # at most, a power of two: they are merged as one tile
@@ -81,7 +81,7 @@ def conv_kernel(
         valid_NC = (n < N)[:, None] & (c < C)[None, :]
         low_NC = z_NC.to(z_ptr.dtype.element_ty)
         tl.store(z_ptr + n.to(tl.int64)[:, None] * (C * M) + k[None, :], low_NC, mask=valid_NC)
-        if STATS:  # of what was stored, so that it is exactly what gets normalised
+        if STATS:  # of the stored values, which are what is normalised
             z_NC = low_NC.to(tl.float32)
             count = tl.maximum(tl.minimum(N - (stretch * TILES + tile) * BN, BN), 1).to(tl.float32)
             tile_mean_C = tl.sum(z_NC, axis=0) / count
@@ -191,7 +191,7 @@ def gradient_kernel(
     if stretch == 0:
         tl.store(affine_ptr + k, gx_K, mask=c < C)
         tl.store(affine_ptr + K + k, g_K, mask=c < C)
-    # A row of the 3x3 at a time, for the registers; after the first, z and dy come from the cache.
+    # A row of the 3x3 at a time, to save registers; after the first, z and dy are in the cache.
     for row in tl.static_range(0, 9, 3):
         left_NK = tl.zeros([BN, BC], tl.float32)
         middle_NK = tl.zeros([BN, BC], tl.float32)

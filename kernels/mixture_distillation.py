@@ -13,34 +13,41 @@ z a source's logits, M = sum_n a_sn z_n, p_n = softmax(z_n / T), q_s = p_s, t_s 
     mixture_s = CE(M, y)                             d / d M = mass(y) softmax(M) - y
     d scores_sn = a_sn (d a_sn - sum_m a_sm d a_sm)
 
-One program serves one sample. Where all its rows fit the registers, each logit is read once and
-each gradient written once; else the classes go by in blocks: one sweep for the stats, one for the
-K_n (probs and pairwise; their gradient needs sums that need the softmaxes' sums), one that writes
-the gradients. Nothing depends on another program, and nothing is specialised on the batch.
+One program computes one sample. Where all its rows fit the registers, each logit is read once and
+each gradient written once; else the classes are taken in blocks: one sweep for the stats, one for
+the K_n (probs and pairwise; their gradient needs sums that need the softmaxes' sums), one that
+writes the gradients. Programs are independent, and nothing is specialised on the batch.
+
+With queries and keys the scores are made in the kernel (OKDDip's Equation 10):
+
+    scores_ab = query_a . key_b    between peers; 0 from the leader (the last student where there is
+                                   one more than peers) to each peer; -inf to the leader
+    d query_a = sum_b d scores_ab key_b,    d key_b = sum_a d scores_ab query_a
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from fastokd.kernels import _layout, _mixture, _mixture_sums
+from fastokd.kernels import _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
 from fastokd.kernels._launch import (
-    Loss,
     compiler_options,
     on_device,
     plan,
     query_columns,
     warp_size,
 )
-from fastokd.kernels._layout import empty_gradient, row_layout
-from fastokd.kernels._reduce import reduce, weight
+from fastokd.kernels._mixture import reduce_kernel, weight
 from fastokd.kernels._tiles import load_rows, store_rows, sums
+from fastokd.kernels.layout import Loss, empty_gradient, row_layout
 from torch import Tensor
 
-# The most students in one loop past 8 sources: each selects its row among as many, and masks live
-# in registers too.
+# The most students in one loop past 8 sources: each selects its row among as many by masks, which take
+# registers too.
 GROUP = tl.constexpr(8)
 
 
@@ -84,8 +91,8 @@ def mixture_distillation_kernel(
     """One sample a program. Scores come from ``score_ptr``, or where D > 0 from P queries and keys.
 
     The mixing weights and, between sweeps, the K_n and the stats are tiles and vectors spread over
-    the threads, from which a student's entries are taken as its turn comes: S x N numbers don't
-    fit one thread's registers.
+    the threads, from which each student's entries are extracted: S x N numbers don't fit one
+    thread's registers.
     """
     N: tl.constexpr = S + E
     USES_M: tl.constexpr = MIX == "logits" or MIXTURE_CE
@@ -110,7 +117,7 @@ def mixture_distillation_kernel(
     inside = (row < S) & (column < N)
     cols = tl.arange(0, BLOCK)
 
-    if RESIDENT:  # asked for first, to be on the way while the scores are worked out
+    if RESIDENT:  # issue these loads first, to overlap with the scores
         rows, y = _block(z, x, labels, b, 0, cols, S, E, C, Z_VEC, X_VEC, SOFT)
     if D > 0:
         scores = attention_scores(score_ptr, key_ptr, b, P, D, TILE, D_TILE)
@@ -174,7 +181,7 @@ def mixture_distillation_kernel(
                         mix = _mixture_sums.entries(mix_flat, s, N, TILE)
                         k = sums(_mixture.source_terms(log_p, log_q, mix, MIX))
                         k_flat = _mixture_sums.with_entries(k_flat, s, k, TILE)
-        # Here, to have fewer addresses in registers afterwards.
+        # Stored here, so that fewer addresses stay in registers.
         _mixture.store_losses(
             loss_ptr, tl.reshape(mix_flat, [TILE, TILE]), stats, tl.reshape(k_flat, [TILE, TILE]),
             T, b, S, TILE, MIX, MIXTURE_CE,
@@ -226,100 +233,71 @@ def mixture_distillation_kernel(
             tl.store(at, grad_scores.to(gscore_ptr.dtype.element_ty), mask=inside)
 
 
-def run(
-    logits_SBC: Tensor,
-    extra_EBC: Tensor | None,
-    labels: Tensor,
-    scores: Tensor,
-    key: Tensor | None,
-    loss: Loss,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> Tensor:
-    """Launches the kernel; returns the per-sample losses ``[3, S, B]``.
-
-    With a ``key``, ``scores`` is the query, both contiguous. ``gradients`` is where those of
-    logits, extras, scores (or query) and key go, None where not asked for.
-    """
-    S, B, C = logits_SBC.shape
-    N = S + (0 if extra_EBC is None else extra_EBC.shape[0])
-    gz, gx, g_scores, g_key = gradients
-    losses_3SB = logits_SBC.new_empty((3, S, B), dtype=torch.float32)
-    if B == 0:
-        return losses_3SB
-    z, x, gz_rows, gx_rows = (
-        (0, 0, 1) if rows is None else row_layout(rows) for rows in (logits_SBC, extra_EBC, gz, gx)
-    )
-    P, D = (0, 0) if key is None else key.shape[1:]
-    strides = scores.stride() if scores.dim() == 3 else (0, *scores.stride())
-    warp = warp_size()
-    block, warps = plan(N, C, loss.mix != "logits", warp)
-    tile = triton.next_power_of_2(N)
-    mixture_distillation_kernel[(B,)](
-        logits_SBC, *z[:2], extra_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
-        *loss.ce, *loss.kd, *loss.mixture, *loss.temperature, loss.smoothing,
-        losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
-        S, N - S, C, P, D, loss.mix, loss.mixture[0] is not None or loss.mixture[2] != 0.0,
-        loss.detach, labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
-        block, tile, query_columns(tile, warp),
-        **compiler_options(warps, warp),
-    )  # fmt: skip
-    return losses_3SB
-
-
 @on_device
-def launch(
-    logits_SBC: Tensor,
-    extra_EBC: Tensor | None,
-    labels: Tensor,
-    scores: Tensor,
-    ce_weight_S: Tensor | None,
-    kd_weight_S: Tensor | None,
-    mixture_ce_weight_S: Tensor | None,
-    temperature_0d: Tensor | None,
-    ce_weight: float,
-    kd_weight: float,
-    mixture_ce_weight: float,
-    temperature: float,
-    mix: str,
-    detach_targets: bool,
-    label_smoothing: float,
-    grad_logits: bool,
-    grad_extra: bool,
-    grad_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``fastokd::mixture_distillation`` in two launches, the second a reduction over the batch.
+def mixture_distillation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Both fused losses' operator: the loss of every sample, then a reduction over the batch.
 
     Returns:
-        total, ce_S and kd_S (fp32), then gradients for an incoming gradient of 1: of logits and
-        extras in fp32 where those are fp16 and else in their dtype, of scores in fp32; ``[0]``
-        where not asked for.
+        total, ce_S and kd_S (fp32), then the gradients that are asked for, for an incoming gradient
+        of 1: of logits and extras in fp32 where those are fp16 and else in their dtype, of scores
+        (or queries) and keys in fp32.
     """
-    batched = scores.dim() == 3
-    none = logits_SBC.new_empty(0, dtype=torch.float32)
-    loss = Loss(
-        _layout.weight(ce_weight_S, ce_weight),
-        _layout.weight(kd_weight_S, kd_weight),
-        _layout.weight(mixture_ce_weight_S, mixture_ce_weight),
-        (temperature_0d, float(temperature)),
-        mix,
-        detach_targets,
-        float(label_smoothing),
+    loss = Loss(*arguments)
+    z_SBC, x_EBC, labels, scores, key, *_ = loss
+    S, B, C = z_SBC.shape
+    N = S + (0 if x_EBC is None else x_EBC.shape[0])
+    no_width = key is not None and key.shape[2] == 0
+    if no_width:  # the kernel would take queries without a width for scores
+        scores, key = (x.new_zeros((*x.shape[:2], 1)) for x in (scores, key))
+    if key is not None:
+        scores, key = scores.contiguous(), key.contiguous()
+    P, D = (0, 0) if key is None else key.shape[1:]
+
+    def new(*shape: int) -> Tensor:
+        return z_SBC.new_empty(shape, dtype=torch.float32)
+
+    gz = empty_gradient(z_SBC) if loss.grad_logits else None
+    gx = empty_gradient(x_EBC) if loss.grad_extra and x_EBC is not None else None
+    g_scores = g_key = summed = None
+    if loss.grad_scores:
+        g_scores = new(B, S, N) if key is None else new(*scores.shape)
+        summed = new(S, N) if scores.dim() == 2 else None
+    if loss.grad_key and key is not None:
+        g_key = new(*key.shape)
+    losses_3SB, total, ce_S, kd_S = new(3, S, B), new(), new(S), new(S)
+    weights = (
+        *_weight(loss.ce_weight_S, loss.ce_weight),
+        *_weight(loss.kd_weight_S, loss.kd_weight),
+        *_weight(loss.mixture_ce_weight_S, loss.mixture_ce_weight),
     )
-    gz = empty_gradient(logits_SBC) if grad_logits else None
-    gx = empty_gradient(extra_EBC) if grad_extra and extra_EBC is not None else None
-    g_scores = None
-    if grad_scores:
-        B, S = logits_SBC.shape[1], logits_SBC.shape[0]
-        g_scores = none.new_empty((B, S, scores.shape[-1]))
-    losses_3SB = run(
-        logits_SBC,
-        extra_EBC,
-        labels,
-        scores,
-        None,
-        loss,
-        (gz, gx, g_scores, None),
-    )
-    total, ce_S, kd_S, summed = reduce(losses_3SB, *loss[:3], None if batched else g_scores)
-    gradients = (none if g is None else g for g in (gz, gx, g_scores if batched else summed))
-    return total, ce_S, kd_S, *gradients
+    if B:
+        z, x, gz_rows, gx_rows = (row_layout(rows) for rows in (z_SBC, x_EBC, gz, gx))
+        strides = scores.stride() if scores.dim() == 3 else (0, *scores.stride())
+        warp = warp_size()
+        block, warps = plan(N, C, loss.mix != "logits", warp)
+        tile = triton.next_power_of_2(N)
+        mixture_distillation_kernel[(B,)](
+            z_SBC, *z[:2], x_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
+            *weights, loss.temperature_0d, float(loss.temperature), float(loss.label_smoothing),
+            losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
+            S, N - S, C, P, D, loss.mix, loss.has_mixture_ce, loss.detach_targets,
+            labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
+            block, tile, query_columns(tile, warp),
+            **compiler_options(warps, warp),
+        )  # fmt: skip
+    rows = triton.next_power_of_2(3 * S)
+    reduce_kernel[(1 if summed is None else 1 + S,)](
+        losses_3SB, *weights, total, ce_S, kd_S, None if summed is None else g_scores, summed,
+        B, S, 1 if summed is None else N, rows,
+        triton.next_power_of_2(1 if summed is None else N), 2048 // rows, num_warps=4,
+    )  # fmt: skip
+    gradients = [gz, gx, g_scores if summed is None else summed, g_key]
+    if no_width:
+        gradients[2:] = [None if g is None else g[..., :0] for g in gradients[2:]]
+    return total, ce_S, kd_S, [g for g in gradients if g is not None]
+
+
+def _weight(tensor: Tensor | None, number: float) -> tuple[Tensor | None, int, float]:
+    """The tensor, the stride from one student's entry to the next, and the number."""
+    stride = tensor.stride(0) if tensor is not None and tensor.dim() else 0
+    return tensor, stride, float(number)

@@ -81,9 +81,9 @@ def own_kernel_selection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cpp_ops() -> None:
     """The C++ ops, built. Without a compiler there are none: a machine with g++ runs these tests."""
-    from fastokd.ops import _cpp
+    from fastokd.ops import cpp
 
-    if _cpp.find_compiler() is None:
+    if cpp.find_compiler() is None:
         pytest.skip("no C++ compiler here: install g++")
-    reason = _cpp.ensure_built()
+    reason = cpp.ensure_built()
     assert reason is None, reason

@@ -21,7 +21,7 @@ from fastokd.benchmark.peak import synchronize
 from fastokd.cohort import ENGINES
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
-from fastokd.ops._dispatch import choose
+from fastokd.ops.dispatch import choose
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
 from fastokd.run.worker import Answer, Worker, WorkerEndedError

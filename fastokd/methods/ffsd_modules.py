@@ -103,7 +103,8 @@ class Squeeze(nn.Module):
     def squeeze(self, maps_BCHW: Sequence[Tensor]) -> Tensor:
         """One map from several, concatenated along channels."""
         if is_exactly(self.bn1, nn.BatchNorm2d):
-            x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=self.impl)
+            impl = "auto" if self.impl == "cpp" else self.impl  # the op has no C++ form
+            x_BCHW = fusion_step(maps_BCHW, self.conv1.weight, self.bn1, impl=impl)
         else:  # another norm was put in its place, such as sync_bn's
             x_BCHW = F.relu(self.bn1(self.conv1(torch.cat(list(maps_BCHW), dim=1))))
         y_BCHW: Tensor = self.bn1_1(self.conv1_1(x_BCHW))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Progress
-from fastokd.ops.mixture_distillation import Mix, check_mix, mixture_distillation
+from fastokd.ops.fused_loss import Mix, check_mix
+from fastokd.ops.mixture_distillation import mixture_distillation
 
 
 class ScoredMethod(Method):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 import time
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 
 def main() -> int:
     start = time.perf_counter()
-    reason = _cpp.ensure_built()
+    reason = cpp.ensure_built()
     if reason is not None:
         print(f"impl='cpp' is not available, impl='torch' serves instead: {reason}")
         return 1
-    print(f"C++ ops: {_cpp.build()}, {_cpp.capability()} ({time.perf_counter() - start:.1f} s)")
+    print(f"C++ ops: {cpp.build()}, {cpp.capability()} ({time.perf_counter() - start:.1f} s)")
     return 0
 
 

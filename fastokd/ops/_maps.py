@@ -1,4 +1,4 @@
-"""What the ops on stage maps share: what they accept, and which layouts the fast paths read."""
+"""What the ops on stage maps share: checks, the layouts that the fast paths read, fake results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.kernels._maps import even_pixels
+from fastokd.kernels.layout import even_pixels
 
 EPS = 1e-12
 MAX_PIXELS = 4096  # kernels/attention.py holds a sample's attention in one program's registers
@@ -59,7 +59,7 @@ def mse(a_BN: Tensor, b_BN: Tensor) -> Tensor:
     return (a_BN - b_BN).square().sum() / max(a_BN.numel(), 1)
 
 
-def refusals(*maps: Tensor) -> dict[str, str | None]:
+def attention_refusals(*maps: Tensor) -> dict[str, str | None]:
     """Why the C++ and the Triton form can't read these maps' attention."""
     cpp = triton = None
     for x_BCHW in maps:
@@ -73,3 +73,13 @@ def refusals(*maps: Tensor) -> dict[str, str | None]:
         if H * W > MAX_PIXELS:
             triton = f"a map has {H * W} pixels, more than the {MAX_PIXELS} that fit one program"
     return {"cpp": cpp, "triton": triton}
+
+
+def fp32(x: Tensor, *shape: int) -> Tensor:
+    """An empty tensor in fp32, on ``x``'s device."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def like(x: Tensor, asked: bool = True) -> Tensor:
+    """An empty tensor as ``x``; ``[0]`` where not asked."""
+    return torch.empty_like(x) if asked else x.new_empty(0)

@@ -1,4 +1,4 @@
-"""Convolutions in bfloat16 on a CPU with AVX-512 BF16, as far as ours are the faster.
+"""Convolutions in bfloat16 on a CPU with AVX-512 BF16, where they are faster than torch's.
 
 Forward and the gradient of the input, of 3x3 layers with padding 1 whose rows are a multiple of 8
 long, are computed here where few channels are read (at stride 1 at most 64, at stride 2 where half
@@ -6,10 +6,10 @@ of a small L2 cache holds the weight); for other layers by torch. The gradient o
 
     grad_w[o, c, i, j] = sum over b, h, w of grad_y[b, o, h, w] x[b, c, h s + i - p, w s + j - p]
 
-is computed here for all that :func:`suits`: it is summed in float32 and returned so, where torch
+is computed here for every layer that :func:`suits`; it is summed and returned in float32, while torch
 rounds it to bfloat16.
 
-The C++ is differentiable once, and not by ``torch.func``'s transforms; ``impl="torch"`` is for more.
+The C++ is differentiable once, and not by ``torch.func``'s transforms; use ``impl="torch"`` for more.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import unavailable
+from fastokd.ops import cpp
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import unavailable
 
 
 def suits(conv: nn.Conv2d) -> bool:
@@ -81,7 +81,7 @@ def _takes(x_BCHW: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and x_BCHW.is_contiguous(memory_format=torch.channels_last)
         and unavailable("cpp", x_BCHW.device) is None
-        and _cpp.capability() == "avx512bf16"
+        and cpp.capability() == "avx512bf16"
     )
 
 
@@ -98,7 +98,7 @@ def _fake_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
 
-# Their autograd is C++ too (csrc/conv.cpp): a network calls them once a layer.
+# Their autograd formulas are C++ too (csrc/conv.cpp), since a network calls them once a layer.
 define("conv_transpose2d(Tensor x, Tensor weight) -> Tensor", _fake_transpose)
 define("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _fake_conv)
 define(

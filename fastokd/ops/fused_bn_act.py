@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.ops._dispatch import choose
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import choose
 
 ON_A_GPU = "torch.compile fuses these three on a GPU, so there is no kernel of ours"
 
@@ -50,7 +50,7 @@ def fused_bn_act(
         running_mean_C, running_var_C: updated in place in training, or None for neither.
         num_batches_tracked: 0-d int64, counted up in place in training, or None.
         residual_BCHW: added before the ReLU; x's shape.
-        relu: whether there is a ReLU. As in PyTorch it passes NaN on, and no gradient at zero.
+        relu: whether there is a ReLU. As in PyTorch NaN propagates, and the gradient at zero is 0.
         momentum: what the running statistics take of the batch's; None averages over all batches.
         training: False normalises by the running statistics.
         impl: ``"auto"``, ``"torch"`` or ``"cpp"``. Auto takes the C++ on a CPU for training with
@@ -77,32 +77,29 @@ def fused_bn_act(
         )
     refusals = {"cpp": refusal, "triton": ON_A_GPU}
     if choose("fused_bn_act", impl, x_BCHW.device, refusals) == "cpp":
-        y_BCHW: Tensor = torch.ops.fastokd.fused_bn_act(
-            x_BCHW,
-            weight_C,
-            bias_C,
-            running_mean_C,
-            running_var_C,
-            num_batches_tracked,
-            residual_BCHW,
-            relu,
-            momentum,
-            eps,
-        )[0]
-        return y_BCHW
-    return _torch_impl(
+        state = (weight_C, bias_C, running_mean_C, running_var_C, num_batches_tracked)
+        options = (residual_BCHW, relu, momentum, eps)
+        fused_BCHW: Tensor = torch.ops.fastokd.fused_bn_act(x_BCHW, *state, *options)[0]
+        return fused_BCHW
+    # The readable reference: what ``nn.BatchNorm2d``, ``+`` and ``relu`` do.
+    average = 0.0 if momentum is None else momentum
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            average = 1.0 / float(num_batches_tracked)  # a read-back, as in nn.BatchNorm2d
+    y_BCHW = F.batch_norm(
         x_BCHW,
-        weight_C,
-        bias_C,
         running_mean_C,
         running_var_C,
-        num_batches_tracked,
-        residual_BCHW,
-        relu,
-        momentum,
+        weight_C,
+        bias_C,
+        training or running_mean_C is None,
+        average,
         eps,
-        training,
     )
+    if residual_BCHW is not None:
+        y_BCHW = y_BCHW + residual_BCHW
+    return F.relu(y_BCHW) if relu else y_BCHW
 
 
 def norm_act(
@@ -205,52 +202,7 @@ def _cpp_refusal(
     return None
 
 
-def _torch_impl(
-    x_BCHW: Tensor,
-    weight_C: Tensor | None,
-    bias_C: Tensor | None,
-    running_mean_C: Tensor | None,
-    running_var_C: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    residual_BCHW: Tensor | None,
-    relu: bool,
-    momentum: float | None,
-    eps: float,
-    training: bool,
-) -> Tensor:
-    """The readable reference: what ``nn.BatchNorm2d``, ``+`` and ``relu`` do."""
-    average = 0.0 if momentum is None else momentum
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            average = 1.0 / float(num_batches_tracked)  # a read-back, as in nn.BatchNorm2d
-    y_BCHW = F.batch_norm(
-        x_BCHW,
-        running_mean_C,
-        running_var_C,
-        weight_C,
-        bias_C,
-        training or running_mean_C is None,
-        average,
-        eps,
-    )
-    if residual_BCHW is not None:
-        y_BCHW = y_BCHW + residual_BCHW
-    return F.relu(y_BCHW) if relu else y_BCHW
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty(4, x.shape[1])
 
 
@@ -272,8 +224,8 @@ def _fake_backward(
     )
 
 
-# Its autograd is C++ too (csrc/fused_bn_act.cpp): a network calls this once a layer, and a
-# backward in Python would cost each of them more than the smallest layers' arithmetic.
+# The autograd formula is C++ too (csrc/fused_bn_act.cpp): a network calls this once a layer, and a
+# backward in Python takes longer than the smallest layers' arithmetic.
 define(
     "fused_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
     "Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, bool relu, "

@@ -1,9 +1,9 @@
-"""3x3 max pooling with padding 1, as ResNets have it behind their stem.
+"""3x3 max pooling with padding 1, as after a ResNet's stem.
 
     y[b, c, h, w] = max over i, j in 0..2 of x[b, c, h s + i - 1, w s + j - 1]
 
-The first of equal values gets the gradient, and NaN stays, as in torch. torch keeps the map that it
-read and the place of each value in 8 bytes; the C++ keeps one byte a value.
+The first of equal values gets the gradient, and NaN propagates, as in torch. torch saves its input and
+an index of 8 bytes a value for the backward pass; the C++ saves one byte a value.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.ops._dispatch import choose
 from fastokd.ops._library import define
+from fastokd.ops.dispatch import choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ def max_pool(x_BCHW: Tensor, stride: int, *, impl: str = "auto") -> Tensor:
 
 def _refusal(x_BCHW: Tensor) -> str | None:
     if torch.compiler.is_compiling():
-        return "the compiler fuses its own"
+        return "torch.compile generates its own"
     if x_BCHW.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x_BCHW.dtype}"
     if x_BCHW.dim() != 4 or x_BCHW.shape[1] % 16 or x_BCHW.numel() == 0:
@@ -69,7 +69,7 @@ def _fake_backward(grad_y: Tensor, taps: Tensor, stride: int, height: int, width
     return grad_y.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-# Their autograd is C++ too (csrc/max_pool.cpp).
+# Their autograd formulas are C++ too (csrc/max_pool.cpp).
 define("max_pool(Tensor x, int stride) -> (Tensor, Tensor)", _fake)
 define(
     "max_pool_backward(Tensor grad_y, Tensor taps, int stride, int height, int width) -> Tensor",

@@ -2,8 +2,8 @@
 
     x_bchw = image_bhwc * scale_c + shift_c       scale = 1 / (255 std), shift = -mean / std
 
-It needs no kernel of its own: one ``addcmul`` that converts on reading, computes in the dtype of
-scale and shift and rounds on writing is one pass on a GPU (on a CPU torch converts through
+It has no kernel of its own: one ``addcmul`` converts on reading, computes in the dtype of scale and
+shift and rounds on writing, in one pass on a GPU (on a CPU torch converts through
 temporaries). The permuted result is channels-last in memory without a copy.
 """
 

@@ -1,32 +1,21 @@
-"""OKDDip's loss from the peers' queries and keys: the scores are computed where they are used.
+"""OKDDip's loss from the peers' queries and keys: the scores are computed in the kernel.
 
-Peer a listens to peer b with score ``query_a . key_b`` (Equation 5; no 1/sqrt(d)); the leader, the
-last student where there is one more than peers, listens to every peer alike, and nobody to it.
+Peer a weighs peer b by the score ``query_a . key_b`` (Equation 10; no 1/sqrt(d)); the leader,
+the last student where there is one more than peers, weighs every peer alike and is no source.
 The rest is ``mixture_distillation``.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.errors import UserError
-from fastokd.ops._dispatch import choose
-from fastokd.ops._mixture_op import EAGER_LOSSES, call_fused, in_one_call, refusal
-from fastokd.ops.mixture_distillation import (
-    Mix,
-    MixtureLoss,
-    Weight,
-    as_argument,
-    check_logits,
-    check_options,
-    mixture_distillation,
-    weight,
-)
+from fastokd.kernels.layout import Loss
+from fastokd.ops.fused_loss import Mix, MixtureLoss, Weight, fused_loss
+from fastokd.ops.mixture_distillation import reference
 
 
 def peer_attention_distillation(
@@ -58,63 +47,22 @@ def peer_attention_distillation(
     Raises:
         UserError: as ``mixture_distillation``, and where queries and keys don't fit.
     """
-    if in_one_call(impl, logits_SBC):
-        ce_S, ce_number = as_argument(ce_weight)
-        kd_S, kd_number = as_argument(kd_weight)
-        temperature_0d, temperature_number = as_argument(temperature)
-        with suppress(RuntimeError):
-            return MixtureLoss._make(
-                EAGER_LOSSES["peer_attention_distillation"](
-                    logits_SBC, labels_B, query_BPd, key_BPd,
-                    ce_S, kd_S, temperature_0d, ce_number, kd_number, temperature_number,
-                    mix, detach_targets, label_smoothing,
-                )
-            )  # fmt: skip
-    check_logits(logits_SBC, labels_B)
-    check_options(temperature, mix, label_smoothing)
-    S, B, _ = logits_SBC.shape
-    for name, x in (("query_BPd", query_BPd), ("key_BPd", key_BPd)):
-        if x.dim() != 3 or x.shape[0] != B or x.shape[1] not in (S, S - 1) or x.shape[1] < 1:
-            raise UserError(
-                f"{name} has shape {list(x.shape)}: it must be [{B}, {S} or {S - 1}, width]"
-            )
-        if not x.is_floating_point():
-            raise UserError(f"{name} is {x.dtype}: it must be floating point")
-    if query_BPd.shape != key_BPd.shape:
-        raise UserError(
-            f"query_BPd has shape {list(query_BPd.shape)} and key_BPd {list(key_BPd.shape)}: "
-            "they must be the same"
-        )
-    ce = weight(ce_weight, "ce_weight", logits_SBC)
-    kd = weight(kd_weight, "kd_weight", logits_SBC)
-    reason = refusal(labels_B, logits_SBC, None, query_BPd, key_BPd)
-    impl = choose(
-        "peer_attention_distillation", impl, logits_SBC.device, {"cpp": reason, "triton": reason}
+    return fused_loss(
+        "peer_attention_distillation",
+        impl,
+        _reference,
+        (logits_SBC, None, labels_B, query_BPd, key_BPd),
+        (ce_weight, kd_weight, 0.0, temperature),
+        mix,
+        detach_targets,
+        label_smoothing,
     )
-    if impl == "torch":
-        return mixture_distillation(
-            logits_SBC,
-            labels_B,
-            peer_scores(query_BPd, key_BPd, S),
-            ce_weight=ce,
-            kd_weight=kd,
-            temperature=temperature,
-            mix=mix,
-            detach_targets=detach_targets,
-            label_smoothing=label_smoothing,
-            impl="torch",
-        )
-    to_targets = not detach_targets
-    return MixtureLoss(
-        *call_fused(
-            "peer_attention_distillation",
-            impl,
-            (logits_SBC, labels_B, query_BPd, key_BPd),
-            (ce, kd, temperature),
-            (mix, detach_targets, label_smoothing),
-            ((0, True), (2, to_targets), (3, to_targets)),
-        )
-    )
+
+
+def _reference(loss: Loss) -> MixtureLoss:
+    assert loss.key_BPd is not None
+    scores = peer_scores(loss.scores, loss.key_BPd, loss.logits_SBC.shape[0])
+    return reference(loss._replace(scores=scores, key_BPd=None))
 
 
 def peer_scores(query_BPd: Tensor, key_BPd: Tensor, students: int) -> Tensor:

@@ -15,7 +15,7 @@ from fastokd.errors import UserError
 from fastokd.learner.build import build_cohort
 from fastokd.methods import method_class
 from fastokd.models import least_batch, model_info
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from fastokd.plan.devices import Device, Gpu, find_device
 from fastokd.plan.ops import Op
 from fastokd.plan.roofline import (
@@ -59,7 +59,7 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
         raise UserError(f"gpus is {gpus}, but the device is cpu: name a GPU, or leave --gpus out")
     for name in dict.fromkeys(of.models):  # a student that can't take the images is refused here
         least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
-    _cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
+    cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device)
     if isinstance(steps["loop"], str):

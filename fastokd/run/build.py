@@ -29,8 +29,8 @@ from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
 from fastokd.models import least_batch
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import choose
+from fastokd.ops import cpp
+from fastokd.ops.dispatch import choose
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.facts import run_path
 from fastokd.run.options import RunOptions
@@ -156,7 +156,7 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
 def _check_impl(impl: str, device: torch.device) -> None:
     """Builds the C++ ops, never inside a step, and raises where ``impl`` can't serve here."""
     if device.type == "cpu" and impl in ("auto", "cpp"):
-        _cpp.ensure_built()
+        cpp.ensure_built()
     # Every op is asked again with its arguments; here only so that no folder is made first.
     choose("the loss", impl, device, {"cpp": None, "triton": None})
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastokd.checkpoint import newest_checkpoint
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
@@ -132,7 +132,7 @@ def kill_and_resume(
     kills: int, seed: int, place: Path, say: Callable[[str], None] = print
 ) -> Outcome:
     """Kills until so many kills are done, each run to its end."""
-    _cpp.ensure_built()
+    cpp.ensure_built()
     # What every child would import: seconds each time.
     for name in ("sklearn.datasets", "matplotlib.backends.backend_agg", "torchvision"):
         importlib.import_module(name)

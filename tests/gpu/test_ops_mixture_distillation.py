@@ -87,10 +87,10 @@ def test_loss_scale(draw: Draw) -> None:
     weights = {"ce_weight": share, "kd_weight": 0.7 * share, "incoming": 65536.0}
     case = draw(S=4, B=3, C=1000, dtype=torch.float16, **weights)
     check(case)
-    saved = kernel.launch(
-        case.logits_SBC, None, case.labels_B, case.scores, None, None, None, None,
-        share, 0.7 * share, 0.0, 3.0, "logits", False, 0.0, True, False, False,
-    )[3]  # fmt: skip
+    saved = kernel.mixture_distillation(
+        case.logits_SBC, None, case.labels_B, case.scores, None, None, None, None, None,
+        share, 0.7 * share, 0.0, 3.0, "logits", False, 0.0, True, False, False, False,
+    )[3][0]  # fmt: skip
     assert saved.dtype == torch.float32
     assert (saved.abs() < torch.finfo(torch.float16).smallest_normal).float().mean() > 0.9
 
@@ -114,9 +114,9 @@ def test_a_weight_is_its_number_times_its_tensor(draw: Draw, triton_device: torc
     numbers = [0.5, 0.25, 2.0, 0.5]
     products = [x * number for x, number in zip(tensors, numbers, strict=True)]
     found, expected = (
-        kernel.launch(
-            case.logits_SBC, None, case.labels_B, case.scores, *weights, *factors,
-            "logits", False, 0.0, True, False, True,
+        kernel.mixture_distillation(
+            case.logits_SBC, None, case.labels_B, case.scores, None, *weights, *factors,
+            "logits", False, 0.0, True, False, True, False,
         )
         for weights, factors in ((tensors, numbers), (products, [1.0] * 4))
     )  # fmt: skip

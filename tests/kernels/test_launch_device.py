@@ -15,13 +15,12 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastokd import kernels
-from fastokd.ops import _map_ops, _mixture_op
+from fastokd.ops._library import LAUNCHERS
 from tests.proofs.offline import _Driver
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels aren't launched"
 )
-LAUNCHERS = {**_map_ops._LAUNCHERS, **_mixture_op._LAUNCHERS}
 
 
 def calls() -> dict[str, tuple[Any, ...]]:
@@ -40,7 +39,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         torch.zeros(3, 3),
     )
     query = torch.zeros(2, 2, 4)
-    options = ("logits", False, 0.0, True, True, True)
+    weights = (None, one, None, None, 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0)
     return {
         "attention_map": (x,),
         "attention_map_backward": (x, pixels, torch.zeros(2), pixels),
@@ -54,10 +53,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
             z, [x, x.clone()], weight, channel, channel, z.clone(), torch.zeros(2, 8), True
         ),
         "mixture_distillation": (
-            logits, None, labels, scores, None, one, None, None, 1.0, 1.0, 0.0, 3.0, *options
+            logits, None, labels, scores, None, *weights, True, False, True, False
         ),
         "peer_attention_distillation": (
-            logits, labels, query, query.clone(), None, one, None, 1.0, 1.0, 3.0, *options
+            logits, None, labels, query, query.clone(), *weights, True, False, True, True
         ),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastokd import ops
 from fastokd.errors import UserError
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from tests.ops.map_cases import LOSSES, OPS, assert_within_budget, draw, near_tie, rms, run
 from tests.ops.map_edges import Edges
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("cpp_ops", "_poisoned")
 
 @pytest.fixture(params=["default", "avx2", "avx512"])
 def capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[str]:
-    before = _cpp.capability()
-    if not _cpp.set_capability(request.param):
+    before = cpp.capability()
+    if not cpp.set_capability(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
-    _cpp.set_capability(before)
+    cpp.set_capability(before)
 
 
 @pytest.fixture
@@ -73,14 +73,14 @@ def test_any_call_is_within_budget(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 99)),
     )
     assume(op not in ("diversity", "shifted") or not near_tie(y))
-    before = _cpp.capability()
-    _cpp.set_capability(data.draw(st.sampled_from(["default", "avx2", "avx512"])))
+    before = cpp.capability()
+    cpp.set_capability(data.draw(st.sampled_from(["default", "avx2", "avx512"])))
     try:
         asks = data.draw(st.sampled_from([(True, False), (False, True), (True, True)]))
         incoming = data.draw(st.sampled_from([1.0, 0.25, -3.1]))
         assert_within_budget(op, x, y, "cpp", asks=asks, incoming=incoming)
     finally:
-        _cpp.set_capability(before)
+        cpp.set_capability(before)
 
 
 @pytest.mark.parametrize("op", ["attention", "feature"])

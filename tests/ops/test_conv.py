@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
 from fastokd.models.layers import NormAct
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from fastokd.ops.conv import conv2d, conv_transpose2d, suits
 
 LAST = torch.channels_last
@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def bf16(cpp_ops: None) -> None:
-    if not _cpp.set_capability("avx512bf16"):
+    if not cpp.set_capability("avx512bf16"):
         pytest.skip("this CPU has no AVX-512 BF16: the kernel runs nowhere else")
 
 
@@ -249,7 +249,7 @@ def test_what_is_left_to_torch() -> None:
         with torch.no_grad():
             assert not fast(x, w)
         assert not fast(x.clone().requires_grad_(), w.detach())
-        _cpp.set_capability("avx512")
+        cpp.set_capability("avx512")
         assert not fast(x, w)
     assert not fast(x.float(), w)
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from fastokd.host import caches
-from fastokd.ops import _cpp
-from fastokd.ops._dispatch import unavailable
+from fastokd.ops import cpp
+from fastokd.ops.dispatch import unavailable
 
 CPU = torch.device("cpu")
 Fake = Callable[..., None]
@@ -45,7 +45,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         )
         compiler.chmod(0o755)
         monkeypatch.setenv("CXX", str(compiler))
-        _cpp._version.cache_clear()
+        cpp._version.cache_clear()
 
     csrc = tmp_path / "csrc"
     csrc.mkdir()
@@ -53,13 +53,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         (csrc / name).write_text(f"// {name}\n")
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        _cpp, "sources", lambda: sorted(p for p in csrc.iterdir() if p.suffix in (".cpp", ".h"))
+        cpp, "sources", lambda: sorted(p for p in csrc.iterdir() if p.suffix in (".cpp", ".h"))
     )
-    monkeypatch.setattr(_cpp, "_library", None)
-    monkeypatch.setattr(_cpp, "_reason", None)
+    monkeypatch.setattr(cpp, "_library", None)
+    monkeypatch.setattr(cpp, "_reason", None)
     make()
     yield make
-    _cpp._version.cache_clear()
+    cpp._version.cache_clear()
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -68,11 +68,11 @@ def calls(tmp_path: Path) -> list[str]:
 
 
 def test_kernels_are_compiled_for_each_instruction_set(fake: Fake, tmp_path: Path) -> None:
-    path = _cpp.build()
+    path = cpp.build()
     assert path.read_text() == "object"
     compiled = calls(tmp_path)
-    assert len(compiled) == 1 + len(_cpp.CAPABILITIES) + 1  # x, x_kernel, the link
-    for name, flags in _cpp.CAPABILITIES.items():
+    assert len(compiled) == 1 + len(cpp.CAPABILITIES) + 1  # x, x_kernel, the link
+    for name, flags in cpp.CAPABILITIES.items():
         (unit,) = (
             call for call in compiled if f"x_kernel.{name}.o" in call and " -c " in f" {call} "
         )
@@ -85,14 +85,14 @@ def test_kernels_are_compiled_for_each_instruction_set(fake: Fake, tmp_path: Pat
 def test_what_is_cached_is_not_built_again(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = [_cpp.build()]
+    built = [cpp.build()]
     count = len(calls(tmp_path))
-    assert _cpp.build() == built[0]
+    assert cpp.build() == built[0]
     assert len(calls(tmp_path)) == count
 
     def rebuilt() -> bool:
-        _cpp._version.cache_clear()
-        built.append(_cpp.build())
+        cpp._version.cache_clear()
+        built.append(cpp.build())
         return built[-1] not in built[:-1]
 
     (tmp_path / "csrc" / "x_kernel.h").write_text("// changed\n")
@@ -101,23 +101,23 @@ def test_what_is_cached_is_not_built_again(
     assert rebuilt()
     monkeypatch.setattr(torch, "__version__", "99")
     assert rebuilt()
-    monkeypatch.setattr(_cpp, "KERNEL", (*_cpp.KERNEL, "-g"))
+    monkeypatch.setattr(cpp, "KERNEL", (*cpp.KERNEL, "-g"))
     assert rebuilt()
 
 
 def test_a_library_serves_where_no_compiler_is(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an image that was built with one."""
-    path = _cpp.build()
+    path = cpp.build()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    assert _cpp.build() == path
-    assert _cpp._cached() == path
+    assert cpp.build() == path
+    assert cpp._cached() == path
 
 
 def test_no_compiler_is_said(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    assert "no C++ compiler" in str(_cpp.ensure_built())
+    assert "no C++ compiler" in str(cpp.ensure_built())
     assert "no C++ compiler" in str(unavailable("cpp", CPU))
 
 
@@ -128,14 +128,14 @@ def test_an_op_never_builds(fake: Fake, tmp_path: Path) -> None:
 
 def test_what_the_compiler_says_is_passed_on(fake: Fake, tmp_path: Path) -> None:
     fake("sys.exit('x.cpp:3: error: expected a semicolon')")
-    assert "x.cpp:3: error: expected a semicolon" in str(_cpp.ensure_built())
+    assert "x.cpp:3: error: expected a semicolon" in str(cpp.ensure_built())
     assert not list((tmp_path / "cache").glob("*/ops-*"))
     assert not list((tmp_path / "cache").glob("*/build-*"))
 
 
 def test_a_compiler_that_does_not_run_is_said(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
-    assert "doesn't answer --version" in str(_cpp.ensure_built())
+    assert "doesn't answer --version" in str(cpp.ensure_built())
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
@@ -144,44 +144,44 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
     for name in ("FASTOKD_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.setenv(name, "/proc/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    path = _cpp.build()
+    path = cpp.build()
     assert path.is_relative_to(tmp_path / f"fastokd-{os.getuid()}")
-    assert _cpp.build() == path
+    assert cpp.build() == path
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    assert "/dev/null" in str(_cpp.ensure_built())
+    assert "/dev/null" in str(cpp.ensure_built())
 
 
 def test_a_damaged_library_is_built_again(fake: Fake, tmp_path: Path) -> None:
     """Loading half a library may end the process."""
-    path = _cpp.build()
+    path = cpp.build()
     path.write_text("obj")
     assert "run `python -m fastokd.ops`" in str(unavailable("cpp", CPU))
-    assert _cpp.build().read_text() == "object"
+    assert cpp.build().read_text() == "object"
 
 
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in an image whose files are read-only."""
-    path = _cpp.build()
+    path = cpp.build()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(caches, "_refusal", lambda folder: "Read-only file system")
-    assert _cpp.build() == path
+    assert cpp.build() == path
 
 
 def test_one_builds_and_the_others_wait(fake: Fake, tmp_path: Path) -> None:
     fake("time.sleep(0.2)")
-    builders = [threading.Thread(target=_cpp.build) for _ in range(4)]
+    builders = [threading.Thread(target=cpp.build) for _ in range(4)]
     for builder in builders:
         builder.start()
     for builder in builders:
         builder.join()
-    assert len(calls(tmp_path)) == 2 + len(_cpp.CAPABILITIES)
+    assert len(calls(tmp_path)) == 2 + len(cpp.CAPABILITIES)
 
 
 def test_the_lock_dies_with_its_holder(fake: Fake, tmp_path: Path) -> None:
     """A builder is killed in the middle: the next takes over and clears up what it left."""
-    folder = _cpp.cache_root() / _cpp._folder_name()
+    folder = cpp.cache_root() / cpp._folder_name()
     (folder / "build-left").mkdir(parents=True)
     (folder / "build-left" / "x.o").write_text("half")
     script = (
@@ -194,7 +194,7 @@ def test_the_lock_dies_with_its_holder(fake: Fake, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        builder = threading.Thread(target=_cpp.build)
+        builder = threading.Thread(target=cpp.build)
         builder.start()
         time.sleep(0.2)
         assert calls(tmp_path) == []
@@ -229,16 +229,16 @@ class TestLibrary:
 
     def test_kernels_share_nothing(self) -> None:
         """Beside its kernels a unit defines nothing that the linker could take for another's."""
-        compiler = _cpp.find_compiler()
+        compiler = cpp.find_compiler()
         nm = shutil.which("nm")
         if compiler is None or nm is None:
             pytest.skip("no nm here")
-        for source in _cpp.sources():
+        for source in cpp.sources():
             if not source.name.endswith("_kernel.cpp"):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 unit = f"{folder}/unit.o"
-                flags = [*_cpp.COMMON, *_cpp.KERNEL, "-O0", "-DFASTOKD_CAPABILITY=default"]
+                flags = [*cpp.COMMON, *cpp.KERNEL, "-O0", "-DFASTOKD_CAPABILITY=default"]
                 subprocess.run([compiler, *flags, "-c", source, "-o", unit], check=True)
                 symbols = subprocess.run(
                     [nm, "-C", unit], capture_output=True, text=True, check=True

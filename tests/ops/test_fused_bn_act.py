@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.models.layers import NormAct
-from fastokd.ops import _cpp, fused_bn_act, norm_act
+from fastokd.ops import cpp, fused_bn_act, norm_act
 
 NAMES = ("default", "avx2", "avx512", "avx512bf16")
 LEAVES = ("x", "weight", "bias", "residual")
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("cpp_ops")
 @pytest.fixture
 def capabilities(cpp_ops: None) -> Iterator[list[str]]:
     """Those that this processor has; the one that was in force comes back afterwards."""
-    before = _cpp.capability()
-    yield [name for name in NAMES if _cpp.set_capability(name)]
-    _cpp.set_capability(before)
+    before = cpp.capability()
+    yield [name for name in NAMES if cpp.set_capability(name)]
+    cpp.set_capability(before)
 
 
 @dataclass
@@ -193,7 +193,7 @@ class TestBudget:
     ) -> None:
         case = draw(shape, dtype)
         for name in capabilities:
-            _cpp.set_capability(name)
+            cpp.set_capability(name)
             check_budget(case)
 
     @pytest.mark.parametrize("relu", [False, True])
@@ -205,7 +205,7 @@ class TestBudget:
         for shape in ((3, 16, 9, 7), (3, 96, 7, 5)):
             case = draw(shape, dtype, residual=residual, relu=relu)
             for name in capabilities:
-                _cpp.set_capability(name)
+                cpp.set_capability(name)
                 check_budget(case)
 
     def test_mean_a_thousand_deviations_away(
@@ -215,7 +215,7 @@ class TestBudget:
         case = draw((8, 16, 24, 24), torch.float32)
         case.x = channels_last((case.x.double() + 1000).to(dtype))
         for name in capabilities:
-            _cpp.set_capability(name)
+            cpp.set_capability(name)
             if dtype == torch.float32:
                 check_budget(case)
             fast = run(case if dtype == torch.float32 else half(case), "cpp")
@@ -287,7 +287,7 @@ def test_non_finite_values_go_where_torchs_go(
         tensor[3] = value
     plain = run(case, "torch")
     for name in capabilities:
-        _cpp.set_capability(name)
+        cpp.set_capability(name)
         for key, ours in run(case, "cpp").items():
             theirs = plain[key]
             assert ours is not None
@@ -306,7 +306,7 @@ def test_no_gradient_at_zero(residual: bool, capabilities: list[str]) -> None:
     if case.residual is not None:
         case.residual[:, 3] = 0
     for name in capabilities:
-        _cpp.set_capability(name)
+        cpp.set_capability(name)
         out = run(case, "cpp")
         for leaf in LEAVES if residual else LEAVES[:3]:
             grad = out[f"grad_{leaf}"]

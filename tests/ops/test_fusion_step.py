@@ -92,6 +92,7 @@ def test_output_keeps_the_maps_dtype() -> None:
         ({"bn": nn.BatchNorm2d(7)}, "bn has 7 channels"),
         ({"maps_BCHW": [torch.zeros(1, 8, 1, 1)]}, "needs at least 2"),
         ({"impl": "triton"}, "needs a GPU"),
+        ({"impl": "cpp"}, "on a CPU it is left to PyTorch"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], says: str) -> None:

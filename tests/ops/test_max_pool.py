@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastokd.cohort import Cohort
 from fastokd.cohort.layers import OpMaxPool2d
 from fastokd.errors import UserError
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from fastokd.ops.max_pool import max_pool, suits
 
 LAST = torch.channels_last
@@ -22,7 +22,7 @@ SHAPES = [(3, 16, 8, 8), (2, 48, 7, 5), (1, 64, 1, 6), (2, 16, 1, 1), (1, 32, 2,
 
 @pytest.fixture(autouse=True, params=["default", "avx2", "avx512"])
 def capability(request: pytest.FixtureRequest, cpp_ops: None) -> None:
-    if not _cpp.set_capability(request.param):
+    if not cpp.set_capability(request.param):
         pytest.skip(f"this CPU has no {request.param}")
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 from tests.ops.mixture_cases import NAMES, assert_within_budget, draw
 
 INF = math.inf
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("cpp_ops", "_poisoned")
 
 @pytest.fixture(params=["default", "avx2", "avx512"])
 def capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[str]:
-    before = _cpp.capability()
-    if not _cpp.set_capability(request.param):
+    before = cpp.capability()
+    if not cpp.set_capability(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
-    _cpp.set_capability(before)
+    cpp.set_capability(before)
 
 
 @pytest.fixture
@@ -119,12 +119,12 @@ def calls(d: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=120, deadline=None, database=None)
 @given(call=calls(), name=st.sampled_from(["default", "avx2", "avx512"]))
 def test_any_call_is_within_budget(call: dict[str, Any], name: str) -> None:
-    before = _cpp.capability()
-    _cpp.set_capability(name)
+    before = cpp.capability()
+    cpp.set_capability(name)
     try:
         assert_within_budget(draw(**call))
     finally:
-        _cpp.set_capability(before)
+        cpp.set_capability(before)
 
 
 @pytest.mark.usefixtures("capability")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-from fastokd.ops import _cpp, _mixture_op, mixture_distillation
+from fastokd.ops import _library, cpp, fused_loss, mixture_distillation
 from tests.ops.mixture_cases import draw
 
 pytestmark = pytest.mark.usefixtures("cpp_ops")
@@ -28,8 +28,9 @@ def arguments(
     return {
         "logits_SBC": case.logits_SBC.clone(),
         "extra_EBC": case.extra_EBC,
-        "labels": case.labels_B,
+        "labels_B": case.labels_B,
         "scores": case.scores,
+        "key_BPd": None,
         "ce_weight_S": None,
         "kd_weight_S": torch.ones(S),
         "mixture_ce_weight_S": None,
@@ -44,6 +45,7 @@ def arguments(
         "grad_logits": True,
         "grad_extra": True,
         "grad_scores": True,
+        "grad_key": False,
     }
 
 
@@ -72,11 +74,11 @@ def test_opcheck(dtype: torch.dtype, asks: tuple[bool, bool, bool]) -> None:
         ({"extra_EBC": torch.zeros(1, 4, 11)}, "extra_EBC has shape"),
         ({"extra_EBC": torch.zeros(1, 5, 10)}, "extra_EBC has shape"),
         ({"extra_EBC": torch.zeros(4, 10)}, "extra_EBC has 2 dimensions"),
-        ({"labels": torch.zeros(5, dtype=torch.long)}, "labels has shape"),
-        ({"labels": torch.zeros(4)}, "class ids must be integers"),
-        ({"labels": torch.zeros(4, 9)}, "labels has shape"),
-        ({"labels": torch.zeros(4, 10, dtype=torch.long)}, "labels is Long"),
-        ({"labels": torch.tensor(1)}, "labels has shape"),
+        ({"labels_B": torch.zeros(5, dtype=torch.long)}, "labels_B has shape"),
+        ({"labels_B": torch.zeros(4)}, "class ids must be integers"),
+        ({"labels_B": torch.zeros(4, 9)}, "labels_B has shape"),
+        ({"labels_B": torch.zeros(4, 10, dtype=torch.long)}, "labels_B is Long"),
+        ({"labels_B": torch.tensor(1)}, "labels_B has shape"),
         ({"scores": torch.zeros(3, 3)}, "scores has shape"),
         ({"scores": torch.zeros(3, 4, 4)}, "scores has shape"),
         ({"scores": torch.zeros(4)}, "scores has shape"),
@@ -111,7 +113,8 @@ def test_a_number_may_lie_on_the_cpu_beside_tensors_on_meta() -> None:
     where = {
         name: x.to("meta") if isinstance(x, Tensor) and x.dim() else x for name, x in args.items()
     }
-    assert all(x.is_meta for x in OP(*where.values()))
+    *losses, gradients = OP(*where.values())
+    assert all(x.is_meta for x in (*losses, *gradients))
     where["scores"] = args["scores"]
     with pytest.raises(UserError, match="mixture_distillation has tensors on meta and others"):
         OP(*where.values())
@@ -119,11 +122,10 @@ def test_a_number_may_lie_on_the_cpu_beside_tensors_on_meta() -> None:
 
 @pytest.fixture(params=["cpp", "triton"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """C++ carries its own gradients, Triton's are carried in Python: here both those of the CPU's
-    operator."""
+    """The C++ operator, and by Triton's way to a launcher the same."""
     if request.param == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setitem(_mixture_op._LAUNCHERS, "mixture_distillation", OP)
+        monkeypatch.setitem(_library.LAUNCHERS, "mixture_distillation", OP)
     name: str = request.param
     return name
 
@@ -235,7 +237,7 @@ def test_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return loss.total * 3 + loss.kd_S.sum()
 
-    monkeypatch.setattr(_cpp, "_library", None)  # the search for the library isn't traced
+    monkeypatch.setattr(cpp, "_library", None)  # the search for the library isn't traced
     compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True, backend="aot_eager")
     z, extra, scores, labels_B = leaves(torch.bfloat16)
     for w in (torch.tensor(0.3), torch.tensor(0.9)):
@@ -257,7 +259,7 @@ def test_auto_takes_what_it_can_and_says_why_not() -> None:
 
     grad_fn = mixture_distillation(z, labels_B, scores).total.grad_fn
     assert grad_fn is not None
-    assert grad_fn.name() != "FusedLossBackward", "one call into C++, not the step through Python"
+    assert grad_fn.name() == "FusedLossBackward", "auto takes the C++"
     refused("float64", scores=scores.double())
     refused("10 elements apart", logits_SBC=torch.zeros(3, 4, 100)[..., ::10])
     refused("17 sources", logits_SBC=torch.zeros(17, 4, 10), scores=torch.zeros(17, 17))
@@ -281,13 +283,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
-def test_the_call_without_checks_refuses_what_they_refuse(change: dict[str, Any]) -> None:
-    """Else the sentence would never be reached: C++ is asked first."""
+def test_a_call_that_has_passed_lets_no_other_through(change: dict[str, Any]) -> None:
+    """Its signature is not checked again: whatever the checks read is part of it."""
     z, _, _, labels_B = leaves()
     call = {"logits_SBC": z, "labels_B": labels_B, "scores": torch.zeros(3, 3)}
-    assert mixture_distillation(**call, impl="cpp").total.requires_grad
-    with pytest.raises(UserError):
-        mixture_distillation(**call | change, impl="cpp")
+    for impl in ("cpp", "torch"):
+        for _ in range(2):
+            assert mixture_distillation(**call, impl=impl).total.requires_grad
+            with pytest.raises(UserError):
+                mixture_distillation(**call | change, impl=impl)
+
+
+def test_a_signature_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = []
+    monkeypatch.setattr(fused_loss, "_plans", {})
+    monkeypatch.setattr(fused_loss, "_check", checks.append)
+    z, _, _, labels_B = leaves()
+    for _ in range(3):
+        mixture_distillation(z, labels_B, torch.zeros(3, 3), kd_weight=torch.rand(3))
+    assert len(checks) == 1
+    for temperature in range(1, 200):
+        mixture_distillation(z, labels_B, torch.zeros(3, 3), temperature=temperature)
+    assert len(fused_loss._plans) <= 64
 
 
 def test_threads_change_nothing() -> None:
@@ -305,6 +322,6 @@ def test_threads_change_nothing() -> None:
 
 def test_denormals_stay_on() -> None:
     """A library linked with -ffast-math would turn them off for the whole process."""
-    assert _cpp.load() is None
+    assert cpp.load() is None
     assert torch.tensor(1e-40).mul(1.0).item() > 0
     assert math.ldexp(1.0, -1074) > 0

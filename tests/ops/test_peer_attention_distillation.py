@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-from fastokd.ops import _cpp, mixture_distillation, peer_attention_distillation
+from fastokd.ops import cpp, mixture_distillation, peer_attention_distillation
 from fastokd.ops.peer_attention_distillation import peer_scores
 from tests.conftest import golden
 
@@ -63,11 +63,11 @@ def draw(
 
 @pytest.fixture(params=["default", "avx2", "avx512"])
 def _capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[None]:
-    before = _cpp.capability()
-    if not _cpp.set_capability(request.param):
+    before = cpp.capability()
+    if not cpp.set_capability(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     yield
-    _cpp.set_capability(before)
+    cpp.set_capability(before)
 
 
 # A lone peer, OKDDip's four and eight students; widths of a part of a vector, of one and of more.
@@ -150,9 +150,20 @@ def test_detached_targets(cpp_ops: None) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own copies
 def test_opcheck(cpp_ops: None) -> None:
     logits_SBC, labels_B, query, key = draw(4, 3, 10, 8)
-    weights = (None, torch.ones(4), torch.tensor(3.0), 1.0, 1.0, 1.0)
+    weights = (None, torch.ones(4), None, torch.tensor(3.0), 1.0, 1.0, 0.0, 1.0)
     for asked in (True, False):
-        call = (logits_SBC, labels_B, query, key, *weights, "logits", False, 0.0, *[asked] * 3)
+        call = (
+            logits_SBC,
+            None,
+            labels_B,
+            query,
+            key,
+            *weights,
+            "logits",
+            False,
+            0.0,
+            *[asked] * 4,
+        )
         torch.library.opcheck(OP, call)
 
 
@@ -178,11 +189,19 @@ def test_bad_input_is_named(change: dict[str, object], says: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{2: torch.zeros(5, 2, 8)}, {3: torch.zeros(5, 3, 9)}, {2: torch.zeros(5)}, {3: torch.ones(5)}],
+    [
+        {3: torch.zeros(5, 2, 8)},
+        {4: torch.zeros(5, 3, 9)},
+        {3: torch.zeros(5)},
+        {4: torch.ones(5)},
+        {1: torch.zeros(1, 5, 10)},
+    ],
 )
 def test_the_operator_checks_what_it_is_given(change: dict[int, Tensor], cpp_ops: None) -> None:
-    call = [*draw(4, 3, 10, 8), None, None, None, 1.0, 1.0, 3.0, "logits", False, 0.0, *[True] * 3]
+    logits_SBC, labels_B, query, key = draw(4, 3, 10, 8)
+    weights = (None, None, None, None, 1.0, 1.0, 0.0, 3.0)
+    call = [logits_SBC, None, labels_B, query, key, *weights, "logits", False, 0.0, *[True] * 4]
     for place, x in change.items():
         call[place] = x
-    with pytest.raises(RuntimeError, match=r"query_BPd|key_BPd"):
+    with pytest.raises(RuntimeError, match=r"query_BPd|key_BPd|peers"):
         OP(*call)

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 OPS = torch.ops.fastokd
 # Students, samples, classes, peers and their width, pixels a side; channels of a map, of another, of
@@ -37,17 +38,16 @@ def _maps(channels: int | None = None, dtype: torch.dtype = torch.float32) -> Te
 def _mixture() -> tuple[Any, ...]:
     return (
         *(torch.randn(S, B, C), torch.randn(1, B, C), torch.randint(max(C, 1), (B,))),
-        *(torch.zeros(B, S, S + 1), torch.ones(S), torch.ones(S), torch.ones(S)),
-        *(torch.tensor(3.0), 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0, True, True, True),
+        *(torch.zeros(B, S, S + 1), None, torch.ones(S), torch.ones(S), torch.ones(S)),
+        *(torch.tensor(3.0), 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0, True, True, True, False),
     )
 
 
 def _peers() -> tuple[Any, ...]:
     return (
-        *(torch.randn(S, B, C), torch.randint(max(C, 1), (B,))),
-        *(torch.randn(B, P, D), torch.randn(B, P, D)),
-        *(torch.ones(S), torch.ones(S), torch.tensor(3.0), 1.0, 1.0, 3.0, "logits", False, 0.0),
-        *(True, True, True),
+        *(torch.randn(S, B, C), None, torch.randint(max(C, 1), (B,))),
+        *(torch.randn(B, P, D), torch.randn(B, P, D), torch.ones(S), torch.ones(S), None),
+        *(torch.tensor(3.0), 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0, True, False, True, True),
     )
 
 
@@ -58,13 +58,6 @@ def _norm() -> tuple[Any, ...]:
     )
 
 
-def _fusion() -> tuple[Any, ...]:
-    return (
-        *([_maps(), _maps()], torch.randn(K, 1, 3, 3), torch.ones(K), torch.zeros(K)),
-        *(torch.zeros(K), torch.ones(K), torch.tensor(0), 0.1, 1e-5),
-    )
-
-
 def _wide() -> Tensor:
     return _maps(WIDE, torch.bfloat16)
 
@@ -72,9 +65,7 @@ def _wide() -> Tensor:
 # A right call of each.
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "mixture_distillation": _mixture,
-    "mixture_loss": lambda: _mixture()[:-3],
     "peer_attention_distillation": _peers,
-    "peer_attention_loss": lambda: _peers()[:-3],
     "attention_map": lambda: (_maps(),),
     "attention_map_backward": lambda: (
         *(_maps(), torch.rand(B, H * H), torch.rand(B), torch.rand(B, H * H)),
@@ -85,10 +76,6 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "feature_pair": lambda: (_maps(), _maps()),
     "feature_pair_backward": lambda: (
         *(_maps(), _maps(), torch.rand(4, B), torch.tensor(1.0), True, True),
-    ),
-    "fusion_step": _fusion,
-    "fusion_step_backward": lambda: (
-        *(_maps(K), *_fusion()[:4], _maps(K), torch.rand(2, K), True),
     ),
     "fused_bn_act": _norm,
     "fused_bn_act_backward": lambda: (
@@ -156,49 +143,29 @@ def _inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _places(arguments: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
-    """Where a tensor or a number is: an argument, or a member of an argument's list."""
-    for at, value in enumerate(arguments):
-        if isinstance(value, list):
-            yield (at,)
-            yield from ((at, inner) for inner in range(len(value)))
-        else:
-            yield (at,)
-
-
-def _changed(arguments: tuple[Any, ...], place: tuple[int, ...], change: Any) -> tuple[Any, ...]:
+def _changed(arguments: tuple[Any, ...], place: int, change: Any) -> tuple[Any, ...]:
     made = list(arguments)
-    if len(place) == 2:
-        made[place[0]] = list(made[place[0]])
-        made[place[0]][place[1]] = change(made[place[0]][place[1]])
-    else:
-        made[place[0]] = change(made[place[0]])
+    made[place] = change(made[place])
     return tuple(made)
 
 
 def _changes(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
         return {**WRONG, **ODD}
-    if isinstance(value, list):
-        return {
-            "an empty list": lambda _: [],
-            "one tensor": lambda x: x[0],
-            "longer": lambda x: x * 9,
-        }
-    return {f"is {number!r}": lambda _, n=number: n for number in NUMBERS[type(value)]}
+    return {f"is {number!r}": lambda _, n=number: n for number in NUMBERS.get(type(value), [])}
 
 
 def calls(op: str, pairs: int, draw: random.Random) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every argument wrong in every way, then ``pairs`` times two at once, then the right call."""
     arguments = CALLS[op]()
-    places = list(_places(arguments))
-    single = []
-    for place in places:
-        value = arguments[place[0]][place[1]] if len(place) == 2 else arguments[place[0]]
-        single += [(place, name, change) for name, change in _changes(value).items()]
+    single = [
+        (place, name, change)
+        for place, value in enumerate(arguments)
+        for name, change in _changes(value).items()
+    ]
     both = [draw.sample(single, 2) for _ in range(pairs)]
     for changes in itertools.chain(([one] for one in single), both):
-        label = "; ".join(f"{'.'.join(map(str, place))} {name}" for place, name, _ in changes)
+        label = "; ".join(f"{place} {name}" for place, name, _ in changes)
 
         def call(changes: Any = changes) -> Any:
             made = CALLS[op]()
@@ -212,7 +179,7 @@ def calls(op: str, pairs: int, draw: random.Random) -> Iterator[tuple[str, Calla
 
 def used(result: Any) -> str:
     """Reads all of a result, and takes its gradient where it has one; the device it is on."""
-    values = [result] if isinstance(result, Tensor) else list(result)
+    values = tree_leaves(result)
     for value in values:
         if value.device.type == "cpu":
             value.detach().double().sum().item()
@@ -225,7 +192,7 @@ def main() -> None:
     pairs = int(sys.argv[2])
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    reason = _cpp.ensure_built()
+    reason = cpp.ensure_built()
     assert reason is None, reason
     draw = random.Random(0)
     with open(sys.argv[1], "w") as report:

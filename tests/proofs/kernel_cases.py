@@ -43,25 +43,27 @@ def mixture(
     soft: bool = False,
 ) -> None:
     """The mixture of S students and E extras with every gradient; ``pitch``: rows are so far apart."""
-    from fastokd.kernels.mixture_distillation import launch
+    from fastokd.kernels.mixture_distillation import mixture_distillation
 
     logits_SBC = rows(S, B, C, dtype, pitch or C)
     extra_EBC = rows(E, B, C, dtype, pitch or C) if E else None
     labels = torch.zeros(B, C) if soft else torch.zeros(B, dtype=torch.long)
-    launch(
-        logits_SBC, extra_EBC, labels, torch.zeros(B, S, S + E), None, torch.ones(()), None, None,
-        1.0, 1.0, mixture_ce, 3.0, mix, detach, 0.0, True, bool(E), True,
+    mixture_distillation(
+        logits_SBC, extra_EBC, labels, torch.zeros(B, S, S + E), None,
+        None, torch.ones(()), None, None, 1.0, 1.0, mixture_ce, 3.0, mix, detach, 0.0,
+        True, bool(E), True, False,
     )  # fmt: skip
 
 
 def peers(S: int, C: int, width: int) -> None:
     """OKDDip's S students, the leader among them, with every gradient."""
-    from fastokd.kernels.peer_attention_distillation import launch
+    from fastokd.kernels.mixture_distillation import mixture_distillation
 
     query_BPd = torch.zeros(3, S - 1, width)
-    launch(
-        rows(S, 3, C, torch.float32, C), torch.zeros(3, dtype=torch.long), query_BPd, query_BPd,
-        None, torch.ones(()), None, 1.0, 1.0, 3.0, "logits", False, 0.0, True, True, True,
+    mixture_distillation(
+        rows(S, 3, C, torch.float32, C), None, torch.zeros(3, dtype=torch.long),
+        query_BPd, query_BPd, None, torch.ones(()), None, None, 1.0, 1.0, 0.0, 3.0,
+        "logits", False, 0.0, True, False, True, True,
     )  # fmt: skip
 
 

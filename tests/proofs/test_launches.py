@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastokd.ops import _mixture_op
+from fastokd.ops.fused_loss import FusedLoss
 from fastokd.reference.common import ReferenceOutputs
 from fastokd.reference.okddip import ReferenceTwoLevel
 from tests.proofs.offline import compiling_for
@@ -84,24 +84,25 @@ def eager() -> Head:
 
 def fused() -> Head:
     """The two kernels of the forward, their bytes by design, and what the backward dispatches."""
-    from fastokd.kernels.peer_attention_distillation import launch
+    from fastokd.kernels.mixture_distillation import mixture_distillation
 
     logits, labels_B, query_BPd, key_BPd = inputs()
     logits_SBC = torch.stack(logits).detach().requires_grad_()
-    args = (
-        logits_SBC, labels_B, query_BPd, key_BPd, None, None, None,
-        1.0, 0.5, 3.0, "logits", False, 0.0, True, True, True,
-    )  # fmt: skip
+    leaves = (logits_SBC, query_BPd, key_BPd)
     with compiling_for("sm_90") as kernels:
-        result = launch(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+        z, query, key = (x.detach() for x in leaves)
+        total, _, _, gradients = mixture_distillation(
+            z, None, labels_B, query, key, None, None, None, None,
+            1.0, 0.5, 0.0, 3.0, "logits", False, 0.0, True, False, True, True,
+        )  # fmt: skip
     rows = 2 * logits_SBC.numel() * 4  # logits in, gradients out
     scores = 2 * 2 * query_BPd.numel() * 4 * 2  # queries and keys in (twice) and out
     losses = 2 * 3 * S * B * 4  # out, and in again
-    leaves = ((0, True), (2, True), (3, True))
     with Count() as count:
         # An incoming gradient that isn't 1: on a GPU it is never looked at.
-        total = 2.0 * _mixture_op.FusedLoss.apply(lambda *_: result, leaves, *args)[0]
-        torch.autograd.grad(total, args[:1] + args[2:4])
+        dtypes = [x.dtype for x in leaves]
+        doubled = 2.0 * FusedLoss.apply((total, gradients, dtypes, False), *leaves)
+        torch.autograd.grad(doubled, leaves)
     # Less the 2.0 and its backward.
     backward, there = count.launches - 2, count.bytes - 6 * 4
     return Head(len(kernels) + backward, rows + scores + losses + labels_B.numel() * 8 + there)

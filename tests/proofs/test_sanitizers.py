@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 OPS = Path(__file__).parent.parent / "ops"
 # -O1 comes last and so counts: it finds the same and compiles in half the time.
@@ -18,7 +18,7 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 
 def library(name: str) -> str:
     """The compiler's own runtime, which must be there before Python's first allocation."""
-    compiler = _cpp.find_compiler()
+    compiler = cpp.find_compiler()
     assert compiler is not None
     run = subprocess.run(
         [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -31,7 +31,7 @@ def test_the_ops_are_clean_under_sanitizers(tmp_path: Path, cpp_ops: None) -> No
     tests = sorted(
         str(path)
         for path in OPS.glob("test_*.py")
-        if "cpp_ops" in path.read_text() or "_cpp.ensure_built" in path.read_text()
+        if "cpp_ops" in path.read_text() or "cpp.ensure_built" in path.read_text()
         if path.name != "test_cpp_build.py"
     )
     assert tests

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from fastokd.errors import UserError
-from fastokd.ops import _cpp
+from fastokd.ops import cpp
 
 IMPLS = ("torch", "cpp", "triton")
 
@@ -18,7 +18,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     if impl == "torch":
         return None
     if impl == "cpp":
-        return _cpp.load() if device.type == "cpu" else "it runs on the CPU only"
+        return cpp.load() if device.type == "cpu" else "it runs on the CPU only"
     if device.type == "cuda":
         return None
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -26,17 +26,17 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     return f"it needs a GPU (the tensors are on {device.type}) or TRITON_INTERPRET=1"
 
 
-# As torch.compiler.assume_constant_result does, which would import the compiler: a compiled step
-# takes the answer for granted, and doesn't trace the search for the library.
+# What torch.compiler.assume_constant_result sets, without importing the compiler: a compiled step takes
+# the result as a constant and doesn't trace the search for the library.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(op: str, impl: str, device: torch.device, refusals: Mapping[str, str | None]) -> str:
     """The implementation that serves this call.
 
-    ``refusals`` says for each fast implementation that the op has why it can't take these
-    arguments (None: it can). ``impl="auto"`` takes the fast one of the device, else ``torch``; a
-    name asks for that one, and raises with the reason where it can't be had.
+    ``refusals`` gives for each fast implementation the reason why it can't take these arguments,
+    or None. ``impl="auto"`` takes the device's fast one if it can serve, else ``torch``; a name takes
+    that one, or raises with the reason.
     """
     if impl == "auto":
         fast = "triton" if device.type == "cuda" else "cpp"

@@ -2,10 +2,10 @@
 
 ``csrc/X.cpp`` holds the dispatcher's side of op X and includes ATen; ``csrc/X_kernel.cpp`` holds its
 loops, is compiled once for each instruction set in ``CAPABILITIES`` and includes neither ATen nor
-the C++ library: an inline function shared with another unit could otherwise bring AVX-512 code to a
-machine without it. Which of them runs is chosen by cpuid, or by ``FASTOKD_CPU_CAPABILITY``.
+the C++ library: the linker could otherwise keep an inline function's AVX-512 copy for all units.
+cpuid chooses which unit runs, or ``FASTOKD_CPU_CAPABILITY`` does.
 
-Nothing is ever built inside a training step: an op loads what is in the cache or says why not.
+Nothing is built inside a training step: an op loads the cached library or reports why there is none.
 ``python -m fastokd.ops`` builds, and so does ``fastokd.train`` before its first step.
 """
 
@@ -72,7 +72,7 @@ class BuildError(RuntimeError):
 
 
 def load() -> str | None:
-    """Loads the cached library; None, or why there is none. Builds nothing; asks the disk once."""
+    """Loads the cached library; None, or why there is none. Builds nothing; reads the disk once."""
     global _reason
     if _library is None and _reason is None:
         try:
@@ -99,7 +99,7 @@ def ensure_built() -> str | None:
 
 
 def build() -> Path:
-    """The library's path, compiled if the cache has none. One builder a node, the others wait.
+    """The library's path, compiled if the cache has none. One process of a node builds, others wait.
 
     Raises:
         BuildError: no compiler, or it failed.
@@ -161,7 +161,7 @@ def sources() -> list[Path]:
 
 
 def _folder_name() -> str:
-    """What holds libraries of this torch, these flags and these sources."""
+    """The folder of the libraries of this torch, these flags and these sources."""
     digest = hashlib.sha256()
     abi = torch.compiled_with_cxx11_abi()
     flags = (COMMON, GLUE, KERNEL, CAPABILITIES, extra_flags())
@@ -190,7 +190,7 @@ def _digest(library: Path) -> str:
 def _cached() -> Path | None:
     """The library of this compiler; any compiler's where the machine has none (built at install).
 
-    A damaged one, which could end the process that loads it, is none.
+    A damaged library, which could crash the process, is ignored.
     """
     compiler = find_compiler()
     pattern = f"ops-{_version_digest(compiler) if compiler else '*'}-*.so"

@@ -1,0 +1,315 @@
+"""The operator under the two fused losses: its arguments, checks, schema and autograd formula.
+
+It returns the loss and the gradients that were asked for, for an incoming gradient of 1; the
+backward multiplies them. Every implementation keeps these conventions:
+
+- ``total`` is 0-d, ``ce_S`` and ``kd_S`` are batch means; all fp32. Sums over the batch are taken in
+  an order that doesn't depend on the number of threads.
+- Gradients of logits are in their input's dtype, but fp32 for an fp16 input: under a GradScaler
+  most would round to 0 before the incoming 65,536 scales them. Gradients of scores, queries and
+  keys are fp32, contiguous, in the input's shape: those of unbatched scores are already summed over
+  the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fastokd.errors import UserError
+from fastokd.kernels.layout import Loss, empty_gradient, gradient_dtype
+from fastokd.ops._library import LIBRARY, Operator, define, operator
+from fastokd.ops.dispatch import choose
+
+Mix = Literal["logits", "probs", "pairwise"]
+Weight = float | Sequence[float] | Tensor
+
+MAX_SOURCES = 16
+"""Students and extras together, in the fused kernels."""
+
+
+class MixtureLoss(NamedTuple):
+    """``total`` carries gradient; ``ce_S`` and ``kd_S`` are detached batch means, fp32."""
+
+    total: Tensor
+    ce_S: Tensor
+    kd_S: Tensor
+
+
+class Plan(NamedTuple):
+    """What serves a call: ``function`` is None where the reference does."""
+
+    function: Operator | None
+    asks: tuple[bool, ...] = (False,) * 4
+    """Which gradients of logits, extras, scores (or queries) and keys are computed."""
+    leaves: tuple[int, ...] = ()
+    """The places in ``Loss`` of those that ask."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    casts: bool = False
+    """Whether a gradient has another dtype than its leaf."""
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def fused_loss(
+    op: str,
+    impl: str,
+    reference: Callable[[Loss], MixtureLoss],
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
+    weights: tuple[Weight, Weight, Weight, float | Tensor],
+    *options: Any,
+) -> MixtureLoss:
+    """The loss by the operator ``op`` or by ``reference``, differentiable once in its leaves.
+
+    ``inputs`` and ``options`` are fields of ``Loss``; ``weights`` are of CE, KD and mixture CE, and
+    the temperature. All that the checks and the choice read (shapes, dtypes, strides, requires_grad,
+    options; no values of tensors) is the call's signature: one that has passed is not checked again.
+    """
+    tensors: list[Any] = []
+    numbers: list[float] = []
+    for value in weights:
+        if isinstance(value, (int, float)):
+            tensors.append(None)
+            numbers.append(float(value))
+        else:
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value, dtype=torch.float32, device=inputs[0].device)
+            tensors.append(value)
+            numbers.append(1.0)
+    loss = Loss(*inputs, *tensors, *numbers, *options)
+    if torch.compiler.is_compiling():
+        plan = _plan(op, impl, loss)
+    else:
+        z_SBC, extra_EBC, labels_B, scores, key_BPd = inputs
+        signature = (
+            *(op, impl, torch.is_grad_enabled(), numbers[2] != 0.0, numbers[3], options),
+            *(z_SBC.shape, z_SBC.stride(), z_SBC.dtype, z_SBC.device, z_SBC.requires_grad),
+            *(labels_B.shape, labels_B.dtype, labels_B.requires_grad),
+            *(scores.shape, scores.dtype, scores.requires_grad),
+            extra_EBC if extra_EBC is None else _signature(extra_EBC),
+            key_BPd if key_BPd is None else _signature(key_BPd),
+            *[x if x is None else _signature(x) for x in tensors],
+        )
+        try:
+            plan = _plans[signature]
+        except KeyError:
+            plan = _plan(op, impl, loss)
+            if plan.function is not None:  # what is missing today may be there tomorrow
+                if len(_plans) >= 64:
+                    _plans.clear()
+                _plans[signature] = plan
+    function, asks, leaves, dtypes, casts = plan
+    if function is None:
+        return reference(loss)
+    total, ce_S, kd_S, gradients = function(*loss[:16], *asks)
+    if leaves:
+        total = FusedLoss.apply((total, gradients, dtypes, casts), *[loss[i] for i in leaves])
+    return MixtureLoss(total, ce_S, kd_S)
+
+
+def _signature(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.requires_grad
+
+
+def _plan(op: str, impl: str, loss: Loss) -> Plan:
+    """Checks the arguments and chooses an implementation."""
+    _check(loss)
+    reason = _refusal(loss)
+    impl = choose(op, impl, loss.logits_SBC.device, {"cpp": reason, "triton": reason})
+    if impl == "torch":
+        return Plan(None)
+    function = operator(op, impl, loss.logits_SBC)
+    if not torch.is_grad_enabled():
+        return Plan(function)
+    to_targets = not loss.detach_targets or loss.has_mixture_ce
+    asks, leaves, dtypes, made = [], [], [], []
+    for place, reached in ((0, True), (1, to_targets), (3, to_targets), (4, to_targets)):
+        x = loss[place]
+        asks.append(reached and x is not None and x.requires_grad)
+        if asks[-1]:
+            leaves.append(place)
+            dtypes.append(x.dtype)
+            made.append(gradient_dtype(x) if place < 2 else torch.float32)
+    return Plan(function, tuple(asks), tuple(leaves), tuple(dtypes), made != dtypes)
+
+
+def _check(loss: Loss) -> None:
+    """Raises where arguments don't fit; reads no tensor's values."""
+    _check_logits(loss.logits_SBC, loss.labels_B)
+    check_mix(loss.mix)
+    if not 0.0 <= loss.label_smoothing < 1.0:
+        raise UserError(f"label_smoothing is {loss.label_smoothing}: it must be in [0, 1)")
+    temperature = loss.temperature_0d
+    if temperature is not None and (temperature.dim() or temperature.requires_grad):
+        raise UserError("temperature must be a number or a 0-d tensor without gradient")
+    if not (math.isfinite(loss.temperature) and loss.temperature > 0):
+        raise UserError(f"temperature is {loss.temperature}: it must be a finite number above 0")
+    if loss.key_BPd is None:
+        _check_sources(loss)
+    else:
+        _check_peers(loss, loss.scores, loss.key_BPd)
+    S = loss.logits_SBC.shape[0]
+    for name in ("ce_weight", "kd_weight", "mixture_ce_weight"):
+        weight = getattr(loss, f"{name}_S")
+        if weight is not None and weight.requires_grad:
+            raise UserError(f"{name} asks for gradient, but weights carry none: detach it")
+        if weight is not None and weight.dim() and weight.shape != (S,):
+            raise UserError(f"{name} has shape {list(weight.shape)}: it must be a number or [{S}]")
+
+
+def _check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
+    given = logits_SBC.shape
+    if len(given) != 3 or not logits_SBC.is_floating_point() or not given[0] * given[2]:
+        raise UserError(
+            f"logits_SBC is {logits_SBC.dtype} of shape {list(given)}: it must be floating point, "
+            "[students, batch, classes], of a student and a class at least"
+        )
+    _, B, C = given
+    hard = labels_B.dim() == 1
+    if labels_B.shape != ((B,) if hard else (B, C)) or hard == labels_B.is_floating_point():
+        raise UserError(
+            f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: "
+            f"it must be integers [{B}] or floating point [{B}, {C}]"
+        )
+
+
+def check_mix(mix: str) -> None:
+    """Raises where ``mix`` is none."""
+    if mix not in ("logits", "probs", "pairwise"):
+        raise UserError(f"mix is {mix!r}: choose logits, probs or pairwise")
+
+
+def _check_sources(loss: Loss) -> None:
+    S, B, C = loss.logits_SBC.shape
+    E, extra_EBC, scores = 0, loss.extra_EBC, loss.scores
+    if extra_EBC is not None:
+        if extra_EBC.dim() != 3 or extra_EBC.shape[1:] != (B, C):
+            raise UserError(
+                f"extra_logits_EBC has shape {list(extra_EBC.shape)}: "
+                f"it must be [extras, {B}, {C}], as the students' logits"
+            )
+        E = extra_EBC.shape[0]
+    if scores.shape not in ((S, S + E), (B, S, S + E)) or not scores.is_floating_point():
+        raise UserError(
+            f"scores is {scores.dtype} of shape {list(scores.shape)}: it must be floating point, "
+            f"[{S}, {S + E}] or [{B}, {S}, {S + E}] (students by sources)"
+        )
+
+
+def _check_peers(loss: Loss, query_BPd: Tensor, key_BPd: Tensor) -> None:
+    S, B, _ = loss.logits_SBC.shape
+    for name, x in (("query_BPd", query_BPd), ("key_BPd", key_BPd)):
+        if x.dim() != 3 or x.shape[0] != B or x.shape[1] not in (S, S - 1) or x.shape[1] < 1:
+            raise UserError(
+                f"{name} has shape {list(x.shape)}: it must be [{B}, {S} or {S - 1}, width]"
+            )
+        if not x.is_floating_point():
+            raise UserError(f"{name} is {x.dtype}: it must be floating point")
+    if query_BPd.shape != key_BPd.shape:
+        raise UserError(
+            f"query_BPd has shape {list(query_BPd.shape)} and key_BPd {list(key_BPd.shape)}: "
+            "they must be the same"
+        )
+
+
+def _refusal(loss: Loss) -> str | None:
+    """Why the fused kernels can't take these inputs, or None where they can."""
+    for x in (loss.logits_SBC, loss.extra_EBC, loss.scores, loss.key_BPd):
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"an input is {x.dtype}, and it computes in float32"
+    sources = 0
+    for x in (loss.logits_SBC, loss.extra_EBC):
+        if x is not None:
+            sources += x.shape[0]
+            if x.stride(2) != 1 and x.shape[2] > 1:
+                return f"neighbouring classes are {x.stride(2)} elements apart, not 1"
+    if sources > MAX_SOURCES:
+        return f"there are {sources} sources, and it takes {MAX_SOURCES}"
+    if loss.labels_B.requires_grad:
+        return "labels_B asks for gradient, which it doesn't compute"
+    return None
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    loss = Loss(*args)
+    z_SBC, S = loss.logits_SBC, loss.logits_SBC.shape[0]
+
+    def gradient(x: Tensor, rows: bool) -> Tensor:
+        if rows and x.device.type == "cuda":
+            return empty_gradient(x)
+        return x.new_empty(x.shape, dtype=gradient_dtype(x) if rows else torch.float32)
+
+    leaves = (z_SBC, loss.extra_EBC, loss.scores, loss.key_BPd)
+    asked = [
+        gradient(x, place < 2)
+        for place, (x, ask) in enumerate(zip(leaves, loss[16:], strict=True))
+        if x is not None and ask
+    ]
+    total, ce_S, kd_S = (z_SBC.new_empty(n, dtype=torch.float32) for n in ((), S, S))
+    return total, ce_S, kd_S, asked
+
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str", bool: "bool"}
+_FIELDS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Loss).items())
+# One operator by two names, so that a profile tells the two losses apart.
+for _op in ("mixture_distillation", "peer_attention_distillation"):
+    define(
+        f"{_op}({_FIELDS}) -> (Tensor total, Tensor ce_S, Tensor kd_S, Tensor[] gradients)",
+        _fake,
+        "mixture_distillation.mixture_distillation",
+    )
+    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
+
+
+class FusedLoss(torch.autograd.Function):
+    """``((total, gradients, dtypes of leaves, whether they differ), *leaves) -> total``."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Any, ...], *leaves: Tensor) -> Tensor:
+        total: Tensor
+        total, gradients, ctx.dtypes, ctx.casts = results
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """The saved gradients times the incoming one, each in one pass over it.
+
+        They are overwritten, unless the graph is retained.
+        """
+        gradients = ctx.saved_tensors
+        compiling = torch.compiler.is_compiling()
+        # What counts operators, a dispatch mode or fake tensors, sees the product, as on a GPU.
+        fake = compiling or type(grad_total) is not Tensor
+        counted = fake or torch._C._len_torch_dispatch_stack()
+        keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
+        # On the CPU reading the number is no synchronisation, and most often it is 1.
+        if keep or ctx.casts or counted or not grad_total.is_cpu or grad_total.item() != 1.0:
+            pairs = zip(gradients, ctx.dtypes, strict=True)
+            if compiling:
+                gradients = [(x.float() * grad_total).to(dtype) for x, dtype in pairs]
+            else:
+                gradients = [_scaled(x, grad_total, dtype, keep) for x, dtype in pairs]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = [_differentiable_once(x) for x in gradients]
+        return None, *gradients
+
+
+def _scaled(x: Tensor, grad_total: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype) if keep or dtype != x.dtype else x
+    # One-dimensional, so that it takes part in type promotion: the product is rounded once.
+    return torch.mul(x, grad_total.reshape(1), out=out)
+
+
+def _differentiable_once(gradient: Tensor) -> Tensor:
+    """The gradient, from which a further backward raises: by default it would count as constant."""
+    error = torch._C._functions.DelayedError(
+        b"the fused loss has no second derivative: impl='torch' has", 1
+    )
+    result: Tensor = error(gradient.detach().requires_grad_())
+    return result
