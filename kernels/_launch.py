@@ -1,4 +1,4 @@
-"""What launchers share: the device that they run on, the fused loss's plan, compiler options."""
+"""What launchers share: the device that they run on, the fused loss's block size, compiler options."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def warp_size() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
-def plan(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
+def block_and_warps(N: int, C: int, pairs: bool, warp: int) -> tuple[int, int]:
     """``(block, warps)`` for N sources of C classes; ``pairs``: probabilities are mixed.
 
     A thread holds ``each`` classes of every source twice, as logits and as gradients, and twice more

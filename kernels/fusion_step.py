@@ -220,7 +220,7 @@ def gradient_kernel(
         tl.store(to + 2, tl.sum(right_NK, axis=0), mask=c < C)
 
 
-def _plan(N: int) -> tuple[int, int]:
+def _splits(N: int) -> tuple[int, int]:
     """Stretches of the batch's N pixels, and tiles of each."""
     tiles = triton.cdiv(N, _BN)
     length = triton.cdiv(tiles, STRETCHES)
@@ -232,7 +232,7 @@ def _conv(
 ) -> None:
     """Writes the depthwise 3x3 and, with room for them, its partial statistics."""
     B, C, H, W = maps[0].shape
-    S, TILES = _plan(B * H * W)
+    S, TILES = _splits(B * H * W)
     BC = min(triton.next_power_of_2(C), _BC)
     mean_SK, m2_SK = (out_BKHW, out_BKHW) if parts_2SK is None else parts_2SK
     conv_kernel[(S, len(maps) * triton.cdiv(C, BC))](
@@ -258,7 +258,7 @@ def fusion_step(
     K, N = weight_K133.shape[0], B * H * W
     z_BKHW, y_BKHW = (_channels_last(maps[0], K) for _ in range(2))
     saved_2K = z_BKHW.new_empty((2, K), dtype=torch.float32)
-    S, TILES = _plan(N)
+    S, TILES = _splits(N)
     parts_2SK = z_BKHW.new_empty((2, S, K), dtype=torch.float32)
     _conv(maps, weight_K133, z_BKHW, parts_2SK)
     BC = min(triton.next_power_of_2(K), 32)
@@ -284,7 +284,7 @@ def fusion_step_backward(
     after another ``[B, K, H, W]`` (else ``[0]``): two launches and a sum, one more for the maps."""
     B, C, H, W = maps[0].shape
     K, N = weight_K133.shape[0], B * H * W
-    S, TILES = _plan(N)
+    S, TILES = _splits(N)
     new = z_BKHW.new_empty
     parts_2SK = new((2, S, K), dtype=torch.float32)
     affine_2K = new((2, K), dtype=torch.float32)

@@ -35,9 +35,9 @@ import triton.language as tl
 from fastokd.kernels import _mixture, _mixture_sums
 from fastokd.kernels._attention import attention_gradients, attention_scores
 from fastokd.kernels._launch import (
+    block_and_warps,
     compiler_options,
     on_device,
-    plan,
     query_columns,
     warp_size,
 )
@@ -274,7 +274,7 @@ def mixture_distillation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[
         z, x, gz_rows, gx_rows = (row_layout(rows) for rows in (z_SBC, x_EBC, gz, gx))
         strides = scores.stride() if scores.dim() == 3 else (0, *scores.stride())
         warp = warp_size()
-        block, warps = plan(N, C, loss.mix != "logits", warp)
+        block, warps = block_and_warps(N, C, loss.mix != "logits", warp)
         tile = triton.next_power_of_2(N)
         mixture_distillation_kernel[(B,)](
             z_SBC, *z[:2], x_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,

@@ -40,7 +40,7 @@ class MixtureLoss(NamedTuple):
     kd_S: Tensor
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """What serves a call: ``function`` is None where the reference does."""
 
     function: Operator | None
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     """Whether a gradient has another dtype than its leaf."""
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
+_routes: dict[tuple[Any, ...], Route] = {}
 
 
 def fused_loss(
@@ -83,7 +83,7 @@ def fused_loss(
             numbers.append(1.0)
     loss = Loss(*inputs, *tensors, *numbers, *options)
     if torch.compiler.is_compiling():
-        plan = _plan(op, impl, loss)
+        route = _route(op, impl, loss)
     else:
         z_SBC, extra_EBC, labels_B, scores, key_BPd = inputs
         signature = (
@@ -96,14 +96,14 @@ def fused_loss(
             *[x if x is None else _signature(x) for x in tensors],
         )
         try:
-            plan = _plans[signature]
+            route = _routes[signature]
         except KeyError:
-            plan = _plan(op, impl, loss)
-            if plan.function is not None:  # what is missing today may be there tomorrow
-                if len(_plans) >= 64:
-                    _plans.clear()
-                _plans[signature] = plan
-    function, asks, leaves, dtypes, casts = plan
+            route = _route(op, impl, loss)
+            if route.function is not None:  # what is missing today may be there tomorrow
+                if len(_routes) >= 64:
+                    _routes.clear()
+                _routes[signature] = route
+    function, asks, leaves, dtypes, casts = route
     if function is None:
         return reference(loss)
     total, ce_S, kd_S, gradients = function(*loss[:16], *asks)
@@ -116,16 +116,16 @@ def _signature(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.requires_grad
 
 
-def _plan(op: str, impl: str, loss: Loss) -> Plan:
+def _route(op: str, impl: str, loss: Loss) -> Route:
     """Checks the arguments and chooses an implementation."""
     _check(loss)
     reason = _refusal(loss)
     impl = choose(op, impl, loss.logits_SBC.device, {"cpp": reason, "triton": reason})
     if impl == "torch":
-        return Plan(None)
+        return Route(None)
     function = operator(op, impl, loss.logits_SBC)
     if not torch.is_grad_enabled():
-        return Plan(function)
+        return Route(function)
     to_targets = not loss.detach_targets or loss.has_mixture_ce
     asks, leaves, dtypes, made = [], [], [], []
     for place, reached in ((0, True), (1, to_targets), (3, to_targets), (4, to_targets)):
@@ -135,7 +135,7 @@ def _plan(op: str, impl: str, loss: Loss) -> Plan:
             leaves.append(place)
             dtypes.append(x.dtype)
             made.append(gradient_dtype(x) if place < 2 else torch.float32)
-    return Plan(function, tuple(asks), tuple(leaves), tuple(dtypes), made != dtypes)
+    return Route(function, tuple(asks), tuple(leaves), tuple(dtypes), made != dtypes)
 
 
 def _check(loss: Loss) -> None:

@@ -33,7 +33,7 @@ def check(case: Case) -> None:
 @pytest.fixture
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in blocks of 32, as if they were too many for the registers."""
-    monkeypatch.setattr(kernel, "plan", lambda *_: (32, 1))
+    monkeypatch.setattr(kernel, "block_and_warps", lambda *_: (32, 1))
 
 
 # Two classes; ten; one hundred in few threads; one thousand, and past it a ragged row.

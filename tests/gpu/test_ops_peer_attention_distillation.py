@@ -61,7 +61,7 @@ def test_mixes(mix: str, poisoned_device: torch.device) -> None:
 
 
 def test_sweeps(monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device) -> None:
-    monkeypatch.setattr(kernel, "plan", lambda *_: (32, 1))
+    monkeypatch.setattr(kernel, "block_and_warps", lambda *_: (32, 1))
     check(4, 3, 8, poisoned_device, C=70)
 
 

@@ -296,7 +296,7 @@ def test_a_call_that_has_passed_lets_no_other_through(change: dict[str, Any]) ->
 
 def test_a_signature_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
-    monkeypatch.setattr(fused_loss, "_plans", {})
+    monkeypatch.setattr(fused_loss, "_routes", {})
     monkeypatch.setattr(fused_loss, "_check", checks.append)
     z, _, _, labels_B = leaves()
     for _ in range(3):
@@ -304,7 +304,7 @@ def test_a_signature_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(checks) == 1
     for temperature in range(1, 200):
         mixture_distillation(z, labels_B, torch.zeros(3, 3), temperature=temperature)
-    assert len(fused_loss._plans) <= 64
+    assert len(fused_loss._routes) <= 64
 
 
 def test_threads_change_nothing() -> None:
