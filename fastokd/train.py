@@ -19,7 +19,7 @@ from fastokd.host.names import on_a_line
 from fastokd.host.streams import say
 from fastokd.learner.step import training_step
 from fastokd.recipe.recipe import Recipe
-from fastokd.report.page import report
+from fastokd.report import page
 from fastokd.run.build import build
 from fastokd.run.display import Display, show_batch
 from fastokd.run.facts import RunFacts, run_path
@@ -161,7 +161,7 @@ def _report(folder: Path) -> None:
     """The page with its plots; where it can't be made, a warning says how to make it later."""
     command = f"fastokd report {shlex.quote(str(folder))}"
     why = f"the run is done, but there is no report (`{command}` makes it)"
-    spared(lambda: report([folder]), why, of=BaseException)
+    spared(lambda: page.report([folder]), why, of=BaseException)
 
 
 def _give_up() -> None:

@@ -49,7 +49,7 @@ def state_of(step: int) -> Any:
         best=None if step < 2 else 0.1,
         recipe=SimpleNamespace(score=lambda row: row["mean_top1"]),
         state=lambda: (dict(tensors), dict(facts)),
-        ranks=Ranks(),
+        learner=SimpleNamespace(ranks=Ranks()),
     )
 
 
@@ -177,14 +177,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     with pytest.MonkeyPatch.context() as patch:
         limits = files_up_to(100_000)
         at_save(2, limits.__enter__, patch)
-        display = Display.row
+        display = Display.on_epoch
 
         def after(self: Display, row: dict[str, Any]) -> None:
             display(self, row)
             if row["epoch"] == 1:
                 limits.__exit__(None, None, None)
 
-        patch.setattr(Display, "row", after)
+        patch.setattr(Display, "on_epoch", after)
         train(RECIPE, OPTIONS, out=out)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1

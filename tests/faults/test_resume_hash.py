@@ -32,7 +32,7 @@ def _scaled() -> Iterator[None]:
     """fp16's loss scale, which grows every third step, in fp32: on CPUs fp16 takes minutes."""
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastokd.run.session.gradient_scaler", lambda *_: scaler())
+        patch.setattr("fastokd.learner.learner.gradient_scaler", lambda *_: scaler())
         patch.setattr("fastokd.report.page.report", lambda runs: None)
         yield
 
