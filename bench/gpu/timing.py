@@ -15,6 +15,7 @@ import torch
 from bench.gpu.child import Result
 from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
+from fastokd.benchmark.step import quartiles
 from fastokd.learner.captured import WARM_UP_STEPS
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
@@ -163,7 +164,7 @@ class _Timed:
         self.block_ms.append(1e3 * (time.perf_counter() - started) / self.steps)
         self.ms += times
         last = float(losses[-1].item())
-        low, middle, high = _quartiles(self.ms)
+        low, middle, high = quartiles(self.ms)
         self.row |= {
             "ms": middle,
             "quartiles_ms": [low, high],
@@ -183,13 +184,6 @@ class _Timed:
         """Gives the memory back."""
         del self.loop
         free()
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def _flags() -> tuple[bool, bool, bool, bool]:

@@ -1,4 +1,4 @@
-"""How much memory a step needs beyond the imports."""
+"""The memory that a step needs, without the imports."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The high-water mark since this object was made, in bytes.
+    """The peak of memory since this object was made, in bytes.
 
-    On a GPU what torch allocated; on a CPU the process's resident set less what it was: make it
-    after the imports, in a process that does nothing else.
+    On a GPU: torch's allocations. On a CPU: the growth of the process's resident set; make the
+    object after the imports, in a process that does nothing else.
     """
 
     def __init__(self, device: torch.device) -> None:

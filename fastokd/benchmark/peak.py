@@ -7,18 +7,13 @@ import time
 import torch
 
 from fastokd.device import CASTS
+from fastokd.run.trial import synchronize
 
 SIDE = 2048
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class MatmulPeak:
-    """FLOP/s of the best product so far, in the precision's own dtype."""
+    """FLOP/s of the fastest product so far, in the dtype of ``precision``."""
 
     def __init__(self, device: torch.device, precision: str, side: int = SIDE) -> None:
         self.device = device

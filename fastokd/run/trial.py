@@ -107,15 +107,16 @@ def time_steps(session: Session, batch: Batch, count: int) -> list[float]:
 
 
 def _one_step(session: Session, images: Tensor, labels: Tensor) -> float:
-    _wait(session.learner.device)
+    synchronize(session.learner.device)
     started = clock()
     session.begin_step(labels.shape[0])
     training_step(session.learner, images, labels)
-    _wait(session.learner.device)
+    synchronize(session.learner.device)
     return 1e3 * (clock() - started)
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; a CPU needs no wait."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

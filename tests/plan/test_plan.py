@@ -14,7 +14,14 @@ from fastokd.plan import devices
 from fastokd.plan.devices import GPUS, Cpu
 from fastokd.plan.ops import Op, Product
 from fastokd.plan.plan import layers, plan
-from fastokd.plan.roofline import fuse, gradient_traffic, launches, student_traffic, terms
+from fastokd.plan.roofline import (
+    all_reduce,
+    fuse,
+    launches,
+    link_seconds,
+    student_traffic,
+    terms,
+)
 from fastokd.plan.table import lines
 from fastokd.plan.trace import trace_ours, trace_reference
 from fastokd.recipe.names import recipe
@@ -177,13 +184,13 @@ def test_the_roofline_is_the_slower_of_both() -> None:
 
 def test_traffic() -> None:
     h100 = GPUS["h100"]
-    assert gradient_traffic(8000, 1, h100).bytes == 0
-    assert gradient_traffic(8000, 4, h100).bytes == 2 * 3 / 4 * 8000
+    assert all_reduce(8000, 1) == 0
+    assert all_reduce(8000, 4) == 2 * 3 / 4 * 8000
     of = recipe(TINY, batch_size=10)
     across = student_traffic(of, exchanged=656, shared_bytes=1000, gpus=2, device=h100)
     # Half of everything is elsewhere, two bytes each; and the ring of what is shared.
-    assert across.bytes == 2 * 10 * 656 / 2 + 1000
-    assert across.seconds == across.bytes / h100.link
+    assert across == 2 * 10 * 656 / 2 + 1000
+    assert link_seconds(across, h100) == across / h100.link
 
 
 def test_layers_of_all_students_stand_together() -> None:
