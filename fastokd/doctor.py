@@ -1,4 +1,4 @@
-"""Checks what works on this machine, and why the rest doesn't."""
+"""Reports what works on this machine, and the reasons for what doesn't."""
 
 from __future__ import annotations
 
@@ -16,15 +16,9 @@ from fastokd.ops._dispatch import IMPLS, choose, unavailable
 from fastokd.ops.fused_bn_act import ON_A_GPU
 
 OPS = (
-    "mixture_distillation",
-    "peer_attention_distillation",
-    "attention_map",
-    "attention_transfer",
-    "attention_diversity",
-    "feature_transfer",
-    "shifted_map",
-    "fusion_step",
-    "fused_bn_act",
+    *("mixture_distillation", "peer_attention_distillation"),
+    *("attention_map", "attention_transfer", "attention_diversity", "feature_transfer"),
+    *("shifted_map", "fusion_step", "fused_bn_act"),
 )
 
 OPTIONAL = {
@@ -37,7 +31,7 @@ OPTIONAL = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, implementations of the ops and optional packages, each with its reason."""
+    """Versions, devices, implementations of the ops and optional packages; reasons for what is missing."""
     device = pick_device("auto")
     if device.type == "cpu":
         _cpp.ensure_built()

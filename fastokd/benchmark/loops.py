@@ -197,17 +197,25 @@ class PublishedLoop:
 
 
 def published_networks(of: Recipe, classes: int) -> nn.Module:
-    """The published loop's networks, with the recipe's options."""
-    for option in of.model_options:
-        raise _not_in_the_loop(of, option)
+    """The published loop's networks, with the recipe's options.
+
+    Raises:
+        UserError: an option that the published loop doesn't take.
+    """
+    foreign = list(of.model_options)
+    if of.method != "ffsd":
+        foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
+    if foreign:
+        raise UserError(
+            f"{of.name} sets {foreign[0]}, which the published loop doesn't take: time another recipe "
+            "against it"
+        )
     if of.method == "ffsd":
         return reference.ReferenceFFSD(of.model, classes, of.students)
     # A mixed cohort has a name for each student.
     names: Any = of.model if "+" not in of.model else of.models
     loop = LOOPS[of.method](names, classes, of.students, of.sharing)
     for option, value in of.method_options.items():
-        if option not in SPELT and option not in SAME:
-            raise _not_in_the_loop(of, option)
         spelt = SPELT[option][value] if option in SPELT else {option: value}
         for attribute, setting in spelt.items():
             setattr(loop, attribute, setting)
@@ -217,10 +225,3 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     if isinstance(loop, reference.ReferenceRandom):
         loop.belief_BPP = torch.rand(of.batch_size, loop.peers, loop.peers)
     return loop
-
-
-def _not_in_the_loop(of: Recipe, option: str) -> UserError:
-    return UserError(
-        f"{of.name} sets {option}, which the published loop doesn't take: time another recipe "
-        "against it"
-    )

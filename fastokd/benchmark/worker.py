@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
-from fastokd.benchmark.memory import PeakMemory
+from fastokd.benchmark.peak import PeakMemory
 from fastokd.cohort import ENGINES
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
@@ -102,13 +102,11 @@ class Timed(Worker):
 
     def step(self) -> float:
         """Trains one step; returns its seconds."""
-        seconds: float = self.ask("step")["seconds"]
-        return seconds
+        return float(self.ask("step")["seconds"])
 
     def peak_memory(self) -> int:
         """The peak of all steps so far, in bytes, without the imports."""
-        peak: int = self.ask("memory")["bytes"]
-        return peak
+        return int(self.ask("memory")["bytes"])
 
 
 def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:

@@ -1,4 +1,4 @@
-"""A self-contained page about one run or several: figures, tables, recipe, versions, cost."""
+"""A self-contained page about runs: figures, tables, recipe, versions, cost."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 
 def _load(path: Path) -> list[Run]:
-    """The run in a folder, or those in the folders under it."""
+    """The run in a folder, or the runs in its subfolders."""
     if (path / "recipe.json").is_file():
         return [Run.load(path)]
     below = sorted(path.glob("*/recipe.json")) if path.is_dir() else []

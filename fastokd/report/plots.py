@@ -28,7 +28,7 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
 
     ``loss``, ``accuracy`` (every student's where there is one pool), ``diversity`` (OKDDip's
     Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
-    ``attention`` (who listens to whom, over the epochs).
+    ``attention`` (the mixing weights over the epochs).
     """
     together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
     with plainly():
@@ -95,7 +95,7 @@ def _finish(figure: Figure) -> Figure:
 def _plot(
     axes: Any, pool: Pool, value: Callable[[EpochMetrics], float | None], **style: Any
 ) -> bool:
-    """A mean curve with its deviation over seeds; False where there is nothing to draw."""
+    """Draws a mean curve with its deviation over seeds; returns False if there is no value."""
     epochs, means, deviations = pool.curve(value)
     if not epochs:
         return False

@@ -121,7 +121,18 @@ def _measure(
     if unknown and SAVABLE * steps <= 2 * trial_steps * len(unknown):
         timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
     else:
-        timings = _eager(session, eager, known, cache, stopped)
+        with untouched(session) as put_back:
+
+            def time(choice: Choice, before: list[Timing]) -> Timing:
+                best_ms = min((t.step_ms for t in before if t.step_ms is not None), default=None)
+                # The default is never excluded: if it fails, nothing can run.
+                default = choice == eager[0] and not options.capture
+                with nullcontext() if default else cache.on_trial(choice):
+                    timing = time_eager(session, choice, best_ms, default=default)
+                    put_back()
+                return timing
+
+            timings = _timings(eager, known, stopped, time)
         if options.compile is not False:
             timings += _compiled(session, timings, steps, known, cache, stopped)
     if session.learner.choice not in [timing.choice for timing in timings]:
@@ -131,28 +142,40 @@ def _measure(
     return sorted(timings, key=lambda timing: timing.choice != session.learner.choice)
 
 
-def _eager(
+def _compiled(
     session: Session,
-    choices: list[Choice],
+    eager: list[Timing],
+    steps: int,
     known: dict[Choice, Timing],
     cache: TimingCache,
     stopped: Callable[[], bool],
 ) -> list[Timing]:
-    """Times the eager ``choices``, the default first."""
+    """Times the fastest engines compiled; with ``--compile`` the default first."""
+    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
+    ranked = sorted(times, key=lambda choice: times[choice])
+    best_ms = times[ranked[0]] if ranked else None
+    choices = [session.learner.choice] if session.learner.choice.compile else []
+    choices += [replace(choice, compile=True) for choice in ranked]
+
+    def time(choice: Choice, _: list[Timing]) -> Timing:
+        with cache.on_trial(choice):
+            return time_compiled(session, choice, steps, best_ms, stopped)
+
+    return _timings(list(dict.fromkeys(choices))[:COMPILED], known, stopped, time)
+
+
+def _timings(
+    choices: list[Choice],
+    known: dict[Choice, Timing],
+    stopped: Callable[[], bool],
+    time: Callable[[Choice, list[Timing]], Timing],
+) -> list[Timing]:
+    """The timing of each choice, from ``known`` or by ``time(choice, timings so far)``."""
     timings: list[Timing] = []
-    with untouched(session) as put_back:
-        for choice in choices:
-            if stopped():
-                break
-            if choice in known:
-                timings.append(known[choice])
-                continue
-            best_ms = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
-            # The default is never excluded: if it fails, nothing can run.
-            default = choice == choices[0] and not session.options.capture
-            with nullcontext() if default else cache.on_trial(choice):
-                timings.append(time_eager(session, choice, best_ms, default=default))
-                put_back()
+    for choice in choices:
+        if stopped():
+            break
+        timings.append(known[choice] if choice in known else time(choice, timings))
     return timings
 
 
@@ -182,29 +205,3 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
     finally:
         if not lost:
             put_back()
-
-
-def _compiled(
-    session: Session,
-    eager: list[Timing],
-    steps: int,
-    known: dict[Choice, Timing],
-    cache: TimingCache,
-    stopped: Callable[[], bool],
-) -> list[Timing]:
-    """Times the fastest engines compiled; with ``--compile`` the default first."""
-    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
-    ranked = sorted(times, key=lambda choice: times[choice])
-    best_ms = times[ranked[0]] if ranked else None
-    choices = [session.learner.choice] if session.learner.choice.compile else []
-    choices += [replace(choice, compile=True) for choice in ranked]
-    timings: list[Timing] = []
-    for choice in list(dict.fromkeys(choices))[:COMPILED]:
-        if stopped():
-            break
-        if choice in known:
-            timings.append(known[choice])
-            continue
-        with cache.on_trial(choice):
-            timings.append(time_compiled(session, choice, steps, best_ms, stopped))
-    return timings

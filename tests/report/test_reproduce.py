@@ -191,7 +191,7 @@ def test_a_run_of_another_recipe_is_never_mixed_in(fake: FakeTrain, tmp_path: Pa
     (path,) = (tmp_path / "t").glob("okddip*/recipe.json")
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "lr": 0.2}))
-    with pytest.raises(UserError, match=r"differs in lr \(0.2 there, 0.1 wanted\)"):
+    with pytest.raises(UserError, match=r"differs in lr \(0.2 there, 0.1 here\)"):
         reproduce(request, tmp_path / "t", RunOptions(), fake)
 
 
