@@ -15,7 +15,7 @@ NOTES: list[str] = []
 
 @pytest.fixture
 def claim(benchmark: Any) -> Callable[[str], None]:
-    """Measures one claim: pytest-benchmark times our step, the published one runs in between."""
+    """Measures one claim: pytest-benchmark times our steps; the published loop steps in between."""
 
     def check(name: str) -> None:
         found = CLAIMS[name]
