@@ -199,6 +199,6 @@ def _details(pool: Pool) -> str:
     return (
         f"<details><summary>{in_html(pool.label)}: recipe, versions, cost</summary>"
         f'<p class="note">{folders}</p>'
-        + "\n".join(f"<pre>{html.escape(text)}</pre>" for text in facts)
+        + "".join(f"<pre>{html.escape(text)}</pre>" for text in facts)
         + "</details>"
     )

@@ -12,14 +12,12 @@ import numpy as np
 
 from fastokd.checkpoint import write_durably
 from fastokd.host.names import in_plot
-from fastokd.report.canvas import canvas, plainly
+from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.pools import EpochMetrics, Pool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In a page this colour becomes the text's colour, light or dark.
-INK = "#010203"
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 
 
@@ -76,22 +74,6 @@ def save(figure: Figure, path: Path) -> None:
     write_durably(path.with_name(f"{path.name}.png"), png.getvalue())
 
 
-def _finish(figure: Figure) -> Figure:
-    """Sets lines, ticks and text to :data:`INK`."""
-    for axes in figure.axes:
-        axes.tick_params(colors=INK, which="both")
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(INK)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(INK)
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.get_frame().set_alpha(0)
-            for text in legend.get_texts():
-                text.set_color(INK)
-    return figure
-
-
 def _plot(
     axes: Any, pool: Pool, value: Callable[[EpochMetrics], float | None], **style: Any
 ) -> bool:
@@ -129,7 +111,7 @@ def _curves(
     axes.set(xlabel="epoch", **axes_settings)
     if len(pools) > 1:
         axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
 
 
 def _accuracy(pools: Sequence[Pool]) -> Figure | None:
@@ -156,7 +138,7 @@ def _students(pool: Pool) -> Figure:
         _plot(axes, pool, partial(_top1, "ensemble_top1", None), **dashed)
     axes.set(title=in_plot(f"test top-1, {recipe.dataset} (%)"), xlabel="epoch")
     axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
 
 
 def _top1(name: str, student: int | None, row: EpochMetrics) -> float | None:
@@ -196,7 +178,7 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
         return None
     axes.set(title="test error, last epoch (%)", xlabel="networks, leader included")
     axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
 
 
 def _attention(pools: Sequence[Pool]) -> Figure | None:
@@ -225,9 +207,8 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
         names = [f"{_who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set(title=in_plot(f"who listens to whom: {pool.label}"), xlabel="epoch")
-        bar = figure.colorbar(picture, ax=axes)
-        bar.ax.tick_params(colors=INK)
-    return _finish(figure)
+        figure.colorbar(picture, ax=axes)
+    return figure
 
 
 def _who(pool: Pool, student: int) -> str:

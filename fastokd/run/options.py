@@ -26,6 +26,10 @@ LEFT_OPEN = {
 }
 # Options that tuning decides.
 TUNED = ("engine", "compile", "memory_format")
+LEAST = {
+    **dict.fromkeys(("max_steps", "eval_every", "accumulate", "save_every_steps"), 1),
+    **dict.fromkeys(("workers", "skip_nonfinite"), 0),
+}
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -120,15 +124,12 @@ class RunOptions:
             if getattr(self, name) is not None:  # a string may be given for a path
                 object.__setattr__(self, name, Path(getattr(self, name)))
         object.__setattr__(self, "init", tuple(self.init))
-        for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: it must be at least {least}")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
-        for name in ("workers", "skip_nonfinite"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
         # A run on a set in memory records the loader "memory".
         choices = {"loader": (*LOADERS, "memory"), "memory_format": MEMORY_FORMATS}
         for name, known in choices.items():
@@ -160,7 +161,7 @@ class RunOptions:
         """
         begun = {**begun, "init": tuple(begun.get("init", ()))}
         return [
-            f"{_flag(name)} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
+            f"--{name.replace('_', '-')} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
             for name in KEPT
             if name in begun
             and not _is_open(name, begun[name])
@@ -206,7 +207,3 @@ def _is_open(name: str, value: Any) -> bool:
 
 def _said(value: Any) -> Any:
     return " ".join(value) or None if isinstance(value, tuple) else value
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
