@@ -1,4 +1,4 @@
-"""The claims, their table, and the report for whoever has a GPU."""
+"""The claims and their table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_each_claim_can_be_measured() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:
-    """Not the ratio of medians: here 3, where the medians are 2 and 4."""
+    """Not the ratio of the medians: here the ratio is 3, and the medians are 2 and 4."""
     found = outcome(timing(1.0, 2.0, 4.0), timing(3.0, 6.0, 4.0, loop="reference", memory=20))
     assert found.ratios() == (2.0, 3.0, 3.0)
     row = found.to_json()
