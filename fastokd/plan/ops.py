@@ -102,7 +102,7 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the tensors; views of the same memory count once, expanded dimensions not at all."""
+    """Bytes of the tensors; views of the same memory count once, without expanded dimensions."""
     seen = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in tensors}
     return sum(
         x.element_size() * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
@@ -149,7 +149,8 @@ def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:
         taps = weight.shape[2:].numel()
         for_input = Product(rows, window // taps, outputs * taps, groups)
         for_weight = Product(window, outputs, rows, groups)
-        return (for_input,) * bool(wanted[0]) + (for_weight,) * bool(wanted[1])
+        both = zip((for_input, for_weight), wanted[:2], strict=True)
+        return tuple(product for product, asked in both if asked)
     if func.overloadpacket in flop_registry:
         shapes = [x.shape for x in args if isinstance(x, Tensor)][-2:]
         if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) and len(shapes[0]) in (2, 3):

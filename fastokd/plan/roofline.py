@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from fastokd.plan.devices import Device, Gpu
 from fastokd.plan.ops import Op
@@ -36,13 +35,8 @@ def fuse(ops: Sequence[Op]) -> list[Op]:
         if run and (op is None or op.kind not in FUSIBLE or op.phase != run[0].phase):
             size = sum(part.bytes for part in run)
             kernels = 1 + sum(part.kind != "pointwise" for part in run)
-            whole: dict[str, Any] = {
-                "name": "fused",
-                "kind": "fused",
-                "bytes": size,
-                "launches": kernels,
-            }
-            fused.append(dataclasses.replace(run[0], **whole))
+            group = replace(run[0], name="fused", kind="fused", bytes=size, launches=kernels)
+            fused.append(group)
             run = []
         if op is not None and op.kind in FUSIBLE:
             run.append(op)
