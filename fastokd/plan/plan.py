@@ -51,9 +51,9 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     device = find_device(device_name)
     if gpus > 1 and not isinstance(device, Gpu):
         raise UserError(f"gpus is {gpus}, but the device is cpu: name a GPU, or leave --gpus out")
-    for name in dict.fromkeys(of.models):  # raises for a student that can't take the images
+    for name in dict.fromkeys(of.models):  # a student that can't take the images is refused here
         least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
-    _cpp.ensure_built()  # else the norm and the loss are traced as PyTorch's operators
+    _cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device)
     if isinstance(steps["loop"], str):
