@@ -2,10 +2,10 @@
 
     python -m bench.bench_loader --cores 2
 
-Every loader runs in turn, ``--rounds`` times, on the same files and the same cores; the rate is that
-of the batches after a first quarter, when workers and caches are warm. Beside them, what the disk
-alone and the JPEG decoder alone would give on these cores: no loader that decodes whole images can be
-faster. Random-resized crops need not decode whole images, and DALI doesn't.
+The loaders run in turn, ``--rounds`` times, on the same files and cores. The first quarter of the
+batches warms workers and caches and isn't counted. Two limits are measured as well: reading the files
+alone, and decoding the JPEGs alone. A loader that decodes whole images can't exceed them; DALI decodes
+only the parts that random-resized crops need.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def rate(batches: Iterable[Any], images: int) -> float:
 
 
 def ours(root: Path, loader: str, cores: int) -> Callable[[], float]:
-    """A streamed split, its files repeated."""
+    """Our stream over a split whose files are repeated."""
     split = load_dataset("imagenet", root, loader=loader, workers=cores).train
     many = split.select(torch.arange(len(split)).repeat(REPEATS))
     stream = stream_of(many, BATCH, augment=Augment(0, resized_crop=True), shuffle=True)
@@ -61,8 +61,8 @@ def ours(root: Path, loader: str, cores: int) -> Callable[[], float]:
 
 
 def torchvisions(root: Path, cores: int, *, floats: bool) -> Callable[[], float]:
-    """ImageFolder, RandomResizedCrop and flip; with ``floats`` cast and normalised too, as
-    torchvision's own reference trains."""
+    """ImageFolder, RandomResizedCrop and flip; with ``floats`` also cast and normalised, as in
+    torchvision's training reference."""
     steps: list[Any] = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     if floats:
         imagenet = preprocessing_of("imagenet")
@@ -75,7 +75,7 @@ def torchvisions(root: Path, cores: int, *, floats: bool) -> Callable[[], float]
 
 
 def alone(root: Path, cores: int, work: Callable[[Path], object]) -> Callable[[], float]:
-    """One piece of work on every file, by as many threads."""
+    """``work`` on every file, by ``cores`` threads."""
     manifest = read_manifest(root)
     paths = [root / entry.path for entry in manifest.usable("train")] * REPEATS
 
@@ -90,14 +90,14 @@ def alone(root: Path, cores: int, work: Callable[[Path], object]) -> Callable[[]
 
 
 def decoded(path: Path) -> None:
-    """The whole image, nothing else."""
+    """Decodes the whole image."""
     with Image.open(path) as image:
         image.load()
 
 
 class Pictures(Dataset[Any]):
-    """CIFAR as torchvision has it and the papers' loops read it: a PIL image at a time, cropped,
-    mirrored, cast and normalised."""
+    """CIFAR as the papers' loops read it through torchvision: one PIL image at a time, cropped, flipped,
+    cast and normalised."""
 
     def __init__(self, pixels_NHW3: np.ndarray) -> None:
         self.pixels = pixels_NHW3
@@ -119,7 +119,7 @@ class Pictures(Dataset[Any]):
 
 
 def cifar(cores: int) -> dict[str, Callable[[], float]]:
-    """50,000 drawn images in memory; torchvision's loader sees 6,400 of them a round."""
+    """50,000 drawn images in memory; torchvision's loader takes 6,400 of them in a round."""
     images = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
     stream = stream_of(
         Split(images, torch.arange(50_000) % 10), CIFAR_BATCH, augment=Augment(4), shuffle=True
@@ -133,7 +133,7 @@ def cifar(cores: int) -> dict[str, Callable[[], float]]:
 
 
 def measured(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each call's rates, one of each a round."""
+    """The rates of each call, one in each round."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -142,12 +142,12 @@ def measured(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
 
 
 def spread(figures: list[float]) -> dict[str, float]:
-    """Of all rounds; a ratio is one round's, whose loaders ran within seconds of each other."""
+    """Median, lowest and highest of all rounds; a ratio is of two rates of one round."""
     return {"median": statistics.median(figures), "low": min(figures), "high": max(figures)}
 
 
 def main() -> None:
-    """Measures, prints a table and may write it."""
+    """Measures, prints a table, and writes it with ``--json``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -157,7 +157,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     torch.set_num_threads(args.cores)
-    keep_freed_memory()  # as every run on a CPU begins
+    keep_freed_memory()  # as in every run on a CPU
     with tempfile.TemporaryDirectory() as folder:
         root = args.images or Path(folder) / "photographs"
         if not root.exists():

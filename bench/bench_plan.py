@@ -1,9 +1,9 @@
-"""The plan's model of this CPU against four recipes' measured steps, ours and the published loop's.
+"""Compares the plan's model of this CPU with measured steps of four recipes, by both programs.
 
     python -m bench.bench_plan [RECIPE...]
 
-The model is calibrated on matrix products, copies in cache and in memory, and one tiny operator;
-nothing in it is fitted to a step.
+The model is calibrated on matrix products, copies in cache and in memory, and one tiny operator. No
+value is fitted to a step.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A training alone, and beside an equal one on the same CPUs, by how long libgomp's threads spin.
+"""The speed of a training, alone and with an equal one on the same CPUs, by libgomp's spin count.
 
     python -m bench.bench_two_programs --rounds 5
     python -m bench.bench_two_programs --spin 500 1000 1500 2000 3000
 
-Every setting is two processes that train for ``--seconds`` when they are told to: one of them, then
-both at once, setting after setting, round after round. The first row is libgomp's own setting. A
-ratio is one round's. ``fastokd.host.cpus.SPIN_COUNT`` is what every program of ours takes: at most 5% slower
-alone than the first row, at most 2.5 times slower beside an equal than alone.
+Each setting has two processes that train for ``--seconds``: first one of them, then both at once. The
+settings alternate, ``--rounds`` times. The first row is libgomp's default. A ratio is of two rates of
+one round. ``fastokd.host.cpus.SPIN_COUNT``, the setting of all our programs, must be at most 5% slower
+alone than the first row, and at most 2.5 times slower with an equal program than alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.trial import time_steps
 
-# What libgomp takes where there are no more threads than CPUs.
+# The default of libgomp if there are no more threads than CPUs.
 OWN = 300_000
 RECIPE = "okddip-branch/resnet8/digits"  # small regions: a step of 250 images in some tens of ms
 WARM_UP = 5
@@ -46,16 +46,16 @@ class Program:
             text=True,
             env={**kept, "GOMP_SPINCOUNT": str(spin)},
         )
-        self.answer()  # it is ready
+        self.answer()  # waits until it is ready
 
     def train(self, seconds: float) -> None:
-        """Has it train; :meth:`answer` waits for it."""
+        """Starts a training; :meth:`answer` waits for its end."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
 
     def answer(self) -> float:
-        """Images a second."""
+        """The images a second of the training."""
         assert self._process.stdout is not None
         return float(self._process.stdout.readline())
 
@@ -65,7 +65,7 @@ class Program:
 
 
 def serve(lines: Iterable[str]) -> None:
-    """A program's side: trains for as many seconds as each line says."""
+    """The program's process: trains for the seconds in each line."""
     one = recipe(RECIPE)
     session = build(one, RunOptions(device="cpu", engine="loop", quiet=True))
     batch = session.next_batch()
@@ -80,19 +80,19 @@ def serve(lines: Iterable[str]) -> None:
 
 
 def measure(programs: list[Program], seconds: float) -> list[float]:
-    """The rates of all of them at once."""
+    """The rates of the programs, running at the same time."""
     for program in programs:
         program.train(seconds)
     return [program.answer() for program in programs]
 
 
 def spread(figures: list[float]) -> dict[str, float]:
-    """The median of all rounds, and how far they lie apart."""
+    """Median, lowest and highest of all rounds."""
     return {"median": statistics.median(figures), "low": min(figures), "high": max(figures)}
 
 
 def rows(spins: list[int], rounds: int, seconds: float) -> list[dict[str, object]]:
-    """Every setting's rates and ratios."""
+    """The rates and ratios of each setting."""
     pairs = {spin: [Program(spin), Program(spin)] for spin in spins}
     alone: dict[int, list[float]] = {spin: [] for spin in spins}
     beside: dict[int, list[float]] = {spin: [] for spin in spins}
@@ -118,7 +118,7 @@ def rows(spins: list[int], rounds: int, seconds: float) -> list[dict[str, object
 
 
 def main() -> None:
-    """Measures, prints a table and may write it."""
+    """Measures, prints a table, and writes it with ``--json``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--spin", type=int, nargs="+", default=[SPIN_COUNT])
     parser.add_argument("--rounds", type=int, default=3)

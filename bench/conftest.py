@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastokd.benchmark.claims import InTurn, Outcome, find, measure, table
+from fastokd.benchmark.claims import CLAIMS, InTurn, Outcome, measure, table
 
 OUTCOMES: list[Outcome] = []
 NOTES: list[str] = []
@@ -15,10 +15,10 @@ NOTES: list[str] = []
 
 @pytest.fixture
 def claim(benchmark: Any) -> Callable[[str], None]:
-    """Measures one claim: pytest-benchmark times our step, the published one runs in between."""
+    """Measures one claim: pytest-benchmark times our steps; the published loop steps in between."""
 
     def check(name: str) -> None:
-        found = find(name)
+        found = CLAIMS[name]
 
         def run(loops: InTurn) -> None:
             benchmark.pedantic(loops.first, setup=loops.others, rounds=found.steps)

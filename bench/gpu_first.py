@@ -1,11 +1,11 @@
-"""First contact with a GPU: one command that proves the program there and measures it.
+"""One command that tests and measures the program on a GPU.
 
     python3 bench/gpu_first.py --quick --budget 360 --out out
     python3 bench/gpu_first.py --budget 300 --only FAILED,SKIPPED --out out
 
-It runs from a checkout: nothing is installed, built in C++ or fetched. Each section has a process
-and a time limit of its own, and ``report.json`` is replaced after each. Where there is no GPU it is a
-dry run of tiny shapes, whose figures belong in no column.
+It runs from a checkout: nothing is installed, built in C++ or downloaded. Each section has its own
+process and time limit, and ``report.json`` is replaced after each. Without a GPU it is a dry run of
+tiny shapes, whose figures must not be published.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from bench.gpu.runner import Runner  # noqa: E402
 from bench.gpu.table import SECTIONS, Section  # noqa: E402
 
 KEPT_REPORT = ROOT / "docs" / "gpu" / "report.json"
-# What --only calls by how it ended.
+# The words of --only that select sections by status.
 ENDED = {"FAILED": ("failed", "timeout", "stopped", "running"), "SKIPPED": ("skipped",)}
 DRY = "dry run on a CPU: these figures belong in no GPU column"
-# Of the summary's errors, in all: a caller may keep no more than the end of the output.
+# Characters of the summary's errors: a caller may keep only the end of the output.
 ERRORS = 6000
 
 
 def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECTIONS) -> int:
-    """Runs the sections; 0 where all went well, 1 where one failed, 128 + n by signal n."""
+    """Runs the sections; returns 0, 1 if one failed, or 128 + n after signal n."""
     asked = _parser().parse_args(arguments)
     path: Path = asked.report or asked.out / "report.json"
     if not path.parent.is_dir():
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Section] = SECT
     if asked.only:
         report = _previous(asked.previous, path, how) or report
         chosen = _only(asked.only, chosen, report["sections"])
-    elif kind == how:  # what this call doesn't measure again is kept
+    elif kind == how:  # keeps the sections that this call doesn't measure
         report = _previous(path, path, how) or report
     for section in table:
         left_out = {"title": section.title, "status": "skipped", "error": "it wasn't asked for"}
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(path: Path) -> str | None:
-    """How the report in ``path`` was got; None where there is none."""
+    """The ``how`` of the report in ``path``; None if there is no report."""
     try:
         return str(json.loads(path.read_text())["how"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,7 +108,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _previous(asked: Path | None, path: Path, how: str) -> dict[str, Any] | None:
-    """The report to go on from: the one that is named, else the newest at hand, of this kind."""
+    """The report to continue: the named one, else the newest known one of this kind."""
     files = [asked] if asked else [file for file in (path, KEPT_REPORT) if file.exists()]
     reports = [json.loads(file.read_text()) for file in files]
     alike = [report for report in reports if report["how"] == how]
@@ -118,7 +118,7 @@ def _previous(asked: Path | None, path: Path, how: str) -> dict[str, Any] | None
 
 
 def _only(text: str, table: Sequence[Section], known: dict[str, Any]) -> list[Section]:
-    """The sections that ``text`` names, or that ended as it says; in the table's order."""
+    """The sections that ``text`` selects by name or status, in the table's order."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     names = {section.name for section in table}
     if unknown := [word for word in words if word not in names and word not in ENDED]:
@@ -137,7 +137,7 @@ def _only(text: str, table: Sequence[Section], known: dict[str, Any]) -> list[Se
 
 
 def summary(report: dict[str, Any], names: Sequence[str]) -> str:
-    """All figures and rows, then what failed and its last lines."""
+    """All figures and rows, then the failures with their last lines."""
     lines = [f"--- {report['how']}: {(report['calls'][-1]['card'] or {}).get('name', 'no GPU')}"]
     errors: list[str] = []
     for name in names:

@@ -1,9 +1,9 @@
-"""Writes the GPU columns of the pages from reports of ``bench/gpu_first.py``.
+"""Writes the GPU columns of the documentation from reports of ``bench/gpu_first.py``.
 
     python -m bench.gpu_report_page report.json
 
-Without a file it takes those of docs/gpu. It rewrites what stands between ``<!-- gpu: NAME -->`` and
-``<!-- /gpu -->`` and nothing else. What nobody measured stays blank.
+Without an argument it reads the reports of docs/gpu. It rewrites only the text between
+``<!-- gpu: NAME -->`` and ``<!-- /gpu -->``. Figures that weren't measured stay blank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNMEASURED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the pages; 2 where a report can't be taken."""
+    """Rewrites the pages; returns 2 if a report can't be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("reports", nargs="*", type=Path, help="those of docs/gpu, if none is named")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose pages they are")
@@ -55,10 +55,10 @@ def kept(root: Path) -> list[Path]:
 
 
 def rewritten(page: str, text: str, measured: Measured) -> str:
-    """A page with its regions anew.
+    """A page with rewritten regions.
 
     Raises:
-        UserError: the page hasn't just the regions that the program writes.
+        UserError: the page's regions aren't those that the program writes.
     """
     regions: Mapping[str, Region] = PAGES[page]
     names = [found[1] for found in REGION.findall(text)]

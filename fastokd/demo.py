@@ -1,8 +1,9 @@
-"""``make demo``: OKDDip against a lone student and nearest neighbours, on scikit-learn's digits."""
+"""``make demo``: OKDDip against a single student and nearest neighbours, on scikit-learn's digits."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -22,12 +23,14 @@ from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.train import train
 
+RECIPES = {"okddip": "okddip-branch/resnet8/digits", "alone": "baseline/resnet8/digits"}
+
 
 def main() -> None:
     """Trains OKDDip and the same student alone for each seed; prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m fastokd.demo",
-        description="Trains OKDDip and the same student alone for each seed; prints the table.",
+        description=main.__doc__,
     )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -37,12 +40,9 @@ def main() -> None:
     out = _unused(arguments.out)
 
     started = time.perf_counter()
-    runs: dict[str, list[Run]] = {"okddip": [], "alone": []}
+    runs: dict[str, list[Run]] = {kind: [] for kind in RECIPES}
     for seed in seeds:
-        for kind, name in (
-            ("okddip", "okddip-branch/resnet8/digits"),
-            ("alone", "baseline/resnet8/digits"),
-        ):
+        for kind, name in RECIPES.items():
             resolved = recipe(name, seed=seed, epochs=arguments.epochs or recipe(name).epochs)
             say(f"{name}, seed {seed}")
             options = RunOptions(out=out / f"{kind}-seed{seed}", eval_every=5, engine="loop")
@@ -90,11 +90,8 @@ def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
 
 def _unused(out: Path) -> Path:
     """``out``, or ``out-2``, ``out-3`` and so on: the first that doesn't exist."""
-    candidate, number = out, 1
-    while candidate.exists():
-        number += 1
-        candidate = out.with_name(f"{out.name}-{number}")
-    return candidate
+    others = (out.with_name(f"{out.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([out], others) if not path.exists())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks what works on this machine, and why the rest doesn't."""
+"""Reports what works on this machine, and the reasons for what doesn't."""
 
 from __future__ import annotations
 
@@ -17,15 +17,9 @@ from fastokd.ops.fused_bn_act import ON_A_GPU
 from fastokd.ops.fusion_step import ON_A_CPU
 
 OPS = (
-    "mixture_distillation",
-    "peer_attention_distillation",
-    "attention_map",
-    "attention_transfer",
-    "attention_diversity",
-    "feature_transfer",
-    "shifted_map",
-    "fusion_step",
-    "fused_bn_act",
+    *("mixture_distillation", "peer_attention_distillation"),
+    *("attention_map", "attention_transfer", "attention_diversity", "feature_transfer"),
+    *("shifted_map", "fusion_step", "fused_bn_act"),
 )
 
 OPTIONAL = {
@@ -38,7 +32,7 @@ OPTIONAL = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, implementations of the ops and optional packages, each with its reason."""
+    """Versions, devices, implementations of the ops and optional packages; reasons for what is missing."""
     device = pick_device("auto")
     if device.type == "cpu":
         cpp.ensure_built()

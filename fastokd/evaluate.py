@@ -1,4 +1,4 @@
-"""How good the students, the leader and the ensemble are."""
+"""The accuracy of the students, the leader and the ensemble."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVAL_BATCH = 512
 def evaluation_stream(
     split: Split | DiskSplit, line: Line | None = None
 ) -> BatchStream | DiskStream:
-    """Every image once, in order, as it is; over all ranks of ``line`` where there are several."""
+    """Every image once, in order, without augmentation; the ranks of ``line`` share each batch."""
     line = line or Line()
     size = min(EVAL_BATCH * line.size, len(split))
     return stream_of(split, size, rank=line.rank, world_size=line.size)
@@ -46,9 +46,10 @@ def measure(
     between: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Metrics over every image of ``stream``, in eval mode; the mode is restored after.
+    """Metrics over every image of ``stream``, in eval mode; the mode is restored afterwards.
 
-    ``between`` is called between two batches and may raise. ``ranks``: over their streams together.
+    ``between`` is called after each batch and may raise. ``ranks``: the metrics are over all their
+    streams.
     """
     was_training = cohort.training, method.training
     cohort.eval()
@@ -56,7 +57,7 @@ def measure(
     meter = Meter(len(cohort.students), has_leader)
     try:
         for images_BHWC, labels_B in stream.batches(0):
-            if len(labels_B) > 0:  # of a last batch a rank may have nothing
+            if len(labels_B) > 0:  # a rank may have no image of the last batch
                 with context():
                     out = cohort(images_BHWC)
                     watched = method.diagnostics(out)
@@ -65,7 +66,7 @@ def measure(
     finally:
         cohort.train(was_training[0])
         method.train(was_training[1])
-    return meter.result(ranks or Ranks())
+    return meter.result(ranks)
 
 
 def evaluate(
@@ -77,11 +78,11 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Scores a run folder's newest checkpoint, or one checkpoint, on its data set.
 
-    A file is taken as one of the papers' authors (:mod:`fastokd.student.authors`): it needs a ``dataset``,
-    and takes a ``model`` where its keys don't say which it is.
+    A file is read as a checkpoint of the papers' authors (:mod:`fastokd.student.authors`): it needs a
+    ``dataset``, and a ``model`` if its keys don't determine it.
 
     Returns:
-        ``{"val": {...}, "test": {...}}`` with the metrics of ``metrics.jsonl``; ``val`` only where
+        ``{"val": {...}, "test": {...}}`` with the metrics of ``metrics.jsonl``; ``val`` only if
         the recipe holds images out.
 
     Raises:
@@ -103,7 +104,7 @@ def evaluate(
 def evaluate_published(
     path: Path, dataset: str | None, *, model: str | None, options: RunOptions
 ) -> dict[str, dict[str, Any]]:
-    """Scores the students of one of the authors' checkpoints; raises as :func:`evaluate`."""
+    """Scores the students of a checkpoint of the authors; raises as :func:`evaluate`."""
     if dataset is None:
         raise UserError(f"{path} doesn't say what it was trained on: add --dataset, as cifar100")
     published = authors.read(path, model=model)
@@ -141,52 +142,40 @@ def evaluate_published(
 def evaluate_session(
     session: Session, between: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
-    """Scores the cohort as it stands on the held-out splits; ``between`` as :func:`measure`."""
-    share_state(session.learner)
+    """Scores the session's cohort on the held-out splits; ``between`` as in :func:`measure`."""
+    learner = session.learner
+    share_state(learner)
     splits = {"val": session.data.val, "test": session.data.test}
-    results = {
-        name: measure(
-            session.learner.cohort,
-            session.learner.method,
-            evaluation_stream(split, session.learner.ranks.data),
-            session.recipe.has_leader,
-            session.learner.autocast,
-            between,
-            session.learner.ranks,
-        )
-        for name, split in splits.items()
-        if split is not None
-    }
-    if session.learner.average is not None:
-        lone, nobody = _alone(session, session.learner.average.state)
+
+    def score(cohort: Cohort, method: Method, has_leader: bool) -> dict[str, dict[str, Any]]:
+        results = {}
         for name, split in splits.items():
             if split is not None:
-                stream = evaluation_stream(split, session.learner.ranks.data)
-                alone = measure(
-                    lone,
-                    nobody,
-                    stream,
-                    False,
-                    session.learner.autocast,
-                    between,
-                    session.learner.ranks,
+                stream = evaluation_stream(split, learner.ranks.data)
+                results[name] = measure(
+                    cohort, method, stream, has_leader, learner.autocast, between, learner.ranks
                 )
-                results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
+        return results
+
+    results = score(learner.cohort, learner.method, session.recipe.has_leader)
+    if learner.average is not None:
+        for name, alone in score(*_alone(session, learner.average.state), False).items():
+            results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
     return results
 
 
 def _alone(session: Session, state: dict[str, Tensor]) -> tuple[Cohort, Method]:
     """The kept student with the weights ``state``, as a cohort of one."""
-    name = session.recipe.models[session.recipe.kept_student]
+    learner, data = session.learner, session.data
     lone = Cohort(
-        (name, 1),
-        session.learner.cohort.num_classes,
+        (session.recipe.models[session.recipe.kept_student], 1),
+        learner.cohort.num_classes,
         sharing="network",
-        impl=session.learner.cohort.impl,
-        mean=session.data.mean,
-        std=session.data.std,
+        impl=learner.cohort.impl,
+        mean=data.mean,
+        std=data.std,
         model_options=session.recipe.model_options,
     )
     lone.students[0].load_state_dict(state)
-    lone.to(session.learner.device).set_memory_format(session.learner.cohort.memory_format)
+    lone.to(learner.device).set_memory_format(learner.cohort.memory_format)
     return lone, create_method("baseline", lone.shape)

@@ -1,5 +1,5 @@
-"""A run's metrics: exact counts over batches, kept on the device and read once, and the lines of
-``metrics.jsonl``, an epoch each, of which none is lost where the disk refuses one for a while."""
+"""A run's metrics: exact counts over batches, kept on the device and read once; and ``metrics.jsonl``,
+one line an epoch, whose lines wait in memory while the disk can't be written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
 
 Row = dict[str, Any]
-# Of every split that was measured.
+# The metrics of every measured split.
 MEASURED = {
     *("leader_top1", "mean_top1", "student_top1", "ensemble_top1", "ensemble_logits_top1"),
     "diversity",
@@ -26,13 +26,13 @@ MEASURED = {
 
 
 def label_rank(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes come before the label, ``[S, B]``; equal ones by their index, NaN first. All,
-    for a label that is no class."""
+    """The number of classes that rank before the label, ``[S, B]``: ties by index, NaN first. C for a
+    label that is no class."""
     S, B, C = logits_SBC.shape
     known_B = (labels_B >= 0) & (labels_B < C)
     labels_B = labels_B.clamp(0, C - 1)
     picked_SB1 = logits_SBC.gather(2, labels_B.expand(S, B)[..., None])
-    # "Not at most" rather than "above": a NaN must never count as right.
+    # "Not at most" in place of "above": NaN must never count as correct.
     before_SBC = ~(logits_SBC <= picked_SB1)
     earlier_BC = torch.arange(C, device=labels_B.device) < labels_B[:, None]
     ties_SBC = (logits_SBC == picked_SB1) & earlier_BC
@@ -50,9 +50,8 @@ def peer_diversity(probs_PBC: Tensor) -> Tensor:
 class Meter:
     """Accumulates the metrics of DESIGN's ``metrics.jsonl`` over batches of any size.
 
-    ``has_leader``: the last student is the leader; ensemble and diversity count its peers alone.
-    All state is in ``totals``, tensors on the device, so that a run can be interrupted and resumed
-    between two batches.
+    ``has_leader``: the last student is the leader; ensemble and diversity count its peers only.
+    ``totals``, tensors on the device, is the whole state: a run can be resumed between two batches.
     """
 
     def __init__(self, students: int, has_leader: bool) -> None:
@@ -60,12 +59,6 @@ class Meter:
         self.has_leader = has_leader
         self.peers = students - 1 if has_leader else students
         self.totals: dict[str, Tensor] = {}
-
-    def _add(self, name: str, value: Tensor, untaken: Tensor | None = None) -> None:
-        value = value.detach().double()
-        if untaken is not None:
-            value = value.masked_fill(untaken, 0.0)
-        self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     @torch.no_grad()
     def update(
@@ -77,24 +70,26 @@ class Meter:
     ) -> None:
         """Counts one batch; ``averages`` are batch means (a loss, an attention matrix).
 
-        Where the 0-d ``untaken`` isn't 0 it counts for nothing.
+        A batch whose 0-d ``untaken`` isn't 0 isn't counted.
         """
-        untaken = None if untaken is None else untaken != 0
         logits_SBC = logits_SBC.detach().float()
         peers_PBC = logits_SBC[: self.peers]
         probs_PBC = F.softmax(peers_PBC, dim=2)
         ensembles_2BC = torch.stack([probs_PBC.mean(0), peers_PBC.mean(0)])
         rank_SB = label_rank(torch.cat([logits_SBC, ensembles_2BC]), labels_B)
-        self._add("top1", (rank_SB < 1).sum(1), untaken)
-        self._add("top5", (rank_SB < 5).sum(1), untaken)
-        self._add("count", torch.full((), labels_B.shape[0], device=labels_B.device), untaken)
+        sums = {"top1": (rank_SB < 1).sum(1), "top5": (rank_SB < 5).sum(1)}
+        sums["count"] = torch.full((), labels_B.shape[0], device=labels_B.device)
         if self.peers > 1:
-            self._add("diversity", peer_diversity(probs_PBC), untaken)
-        for name, value in (averages or {}).items():
-            self._add(f"mean.{name}", value * labels_B.shape[0], untaken)
+            sums["diversity"] = peer_diversity(probs_PBC)
+        sums |= {f"mean.{k}": value * labels_B.shape[0] for k, value in (averages or {}).items()}
+        for name, value in sums.items():
+            value = value.detach().double()
+            if untaken is not None:
+                value = value.masked_fill(untaken != 0, 0.0)
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def result(self, ranks: Ranks | None = None) -> dict[str, Any]:
-        """Reads the totals, those of all ``ranks``: fractions from 0 to 1, plain numbers and lists."""
+        """The metrics over all ``ranks``, as plain numbers and lists; accuracies are from 0 to 1."""
         totals = {name: value.cpu() for name, value in self.totals.items()}
         totals = (ranks or Ranks()).summed(totals)
         if "count" not in totals:
@@ -118,7 +113,7 @@ class Meter:
 
 
 class MetricLines:
-    """The lines of one run; those that couldn't be written are kept, and written first."""
+    """The lines of one run; lines that couldn't be written wait, and are written first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,7 +121,7 @@ class MetricLines:
         self._torn = False
 
     def read(self) -> list[Row]:
-        """The epochs so far; a last line that was cut off is left out.
+        """The epochs so far, without an incomplete last line.
 
         Raises:
             UserError: a line isn't an epoch's.
@@ -143,23 +138,23 @@ class MetricLines:
         return rows
 
     def replace(self, rows: Sequence[Row]) -> None:
-        """Leaves these lines and no others; raises OSError, and then they are as they were."""
+        """Replaces all lines; raises OSError and then leaves the file as it was."""
         write_durably(self.path, b"".join(map(_line, rows)))
 
     def add(self, row: Row) -> None:
-        """One epoch more, not yet written."""
+        """Adds an epoch, without writing it."""
         self._waiting.append(row)
 
     def write(self) -> None:
-        """Writes what waits.
+        """Writes the waiting lines.
 
         Raises:
-            OSError: it still waits; the file's whole lines are as they were.
+            OSError: they still wait; the complete lines of the file are as they were.
         """
         if not self._waiting:
             return
         if self._torn:
-            # A part of a line, or a line that was written but not flushed, may be there.
+            # The file may end in a part of a line, or in a line that wasn't flushed.
             first = self._waiting[0]["epoch"]
             before = [row for row in self.read() if row["epoch"] < first]
             self.replace([*before, *self._waiting])
@@ -174,8 +169,8 @@ class MetricLines:
 
 
 def choosing_split(rows: Sequence[Row]) -> str:
-    """The split that the best epoch of ``rows`` is chosen on: ``"val"``, or ``"test"`` where images
-    weren't held out in all of them."""
+    """The split that the best epoch of ``rows`` is chosen on: ``"val"`` if every row has it, else
+    ``"test"``."""
     return "val" if all(row.get("val") for row in rows) else "test"
 
 
@@ -184,7 +179,7 @@ def _line(row: Row) -> bytes:
 
 
 def _is_epoch(row: Any) -> bool:
-    """Whether a line has what every reader takes for granted."""
+    """Whether a line has the fields that all readers need."""
     if not isinstance(row, dict) or type(row.get("epoch")) is not int:
         return False
     if type(row.get("step", 0)) is not int or not isinstance(row.get("seconds", 0), (int, float)):

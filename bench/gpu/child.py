@@ -1,6 +1,6 @@
 """One section's process: ``python -m bench.gpu.child MODULE:FUNCTION FILE SECONDS [--dry-run]``.
 
-What the section has found so far is in FILE at any time, so that a kill loses what comes after it.
+FILE always has the results so far, so a kill loses no earlier result.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LINES, WIDTH = 12, 240
 
 
 class Result:
-    """What a section finds; each addition is written at once.
+    """The results of a section; each addition is written at once.
 
     Attributes:
-        data: ``figures`` (a name and a number each; the first three are printed), ``rows``,
-            ``failures`` (a line each; any makes the section a failed one) and what else is said.
-        dry: whether shapes are tiny and nothing is a GPU's.
+        data: ``figures`` (names and numbers; the first three are printed), ``rows``, ``failures``
+            (lines; with any of them the section has failed) and other facts.
+        dry: whether this is a dry run: tiny shapes on the CPU.
     """
 
     def __init__(self, path: Path, seconds: float, dry: bool) -> None:
@@ -38,18 +38,18 @@ class Result:
         return self.ends - time.monotonic()
 
     def row(self, **values: Any) -> dict[str, Any]:
-        """A new row, to be filled further."""
+        """Adds a row; the caller may add values to it."""
         self.data["rows"].append(values)
         self.write()
         return values
 
     def figure(self, name: str, value: float) -> None:
-        """A number for the summary."""
+        """Adds a number for the summary."""
         self.data["figures"][name] = value
         self.write()
 
     def fail(self, row: dict[str, Any], error: BaseException) -> None:
-        """Notes in ``row`` why it couldn't be had; the section goes on."""
+        """Records an error in ``row``; the section continues."""
         row["error"] = last_lines(error)
         name = row.get("name", "a row")
         self.data["failures"].append(f"{name}: {row['error'].splitlines()[-1]}")
@@ -57,12 +57,12 @@ class Result:
         self.write()
 
     def write(self) -> None:
-        """Replaces the file by what is known now."""
+        """Writes the results so far."""
         write_whole(self.path, json.dumps(self.data, default=str))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces ``path``, or leaves it as it was: a reader sees one or the other."""
+    """Replaces ``path`` atomically."""
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(beside, "w") as file:
@@ -80,19 +80,19 @@ def last_lines(error: BaseException) -> str:
 
 
 def tail(text: str, lines: int = LINES) -> str:
-    """The last lines of a text, none of them long."""
+    """The last lines of a text, each cut to :data:`WIDTH` characters."""
     return "\n".join(line[:WIDTH] for line in text.strip().splitlines()[-lines:])
 
 
 def _end_with(parent: int) -> None:
-    """Kills this process group when the program that started it is gone."""
+    """Kills this process group when its parent process has ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
-    """Calls the section; the exit code is 1 where it raised."""
+    """Calls the section; the exit code is 1 if it raised."""
     target, file, seconds = sys.argv[1:4]
     watch = threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True)
     watch.start()

@@ -1,4 +1,4 @@
-"""The card's ceilings: what it copies, multiplies and launches, and the versions that drive it."""
+"""The card's limits (copies, matrix products, launches) and the versions of its software."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COPY_BYTES, SIDE, LAUNCHES = 1 << 30, 8192, 1000
 
 
 def the_device(result: Result) -> torch.device:
-    """The GPU, or the CPU in a dry run; the section says which.
+    """The GPU, or the CPU in a dry run; its name is recorded in the section.
 
     Raises:
         RuntimeError: torch finds no GPU.
@@ -32,8 +32,8 @@ def the_device(result: Result) -> torch.device:
 
 
 def call_ms(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Milliseconds from each call's begin to the next one's: by events on a GPU, which are read
-    after all of them, else by the clock."""
+    """Milliseconds from the start of each call to the start of the next: by events on a GPU, read after
+    the last call; else by the clock."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(count):
@@ -66,7 +66,7 @@ def measure(result: Result) -> None:
 
 
 def _copy(result: Result, numel: int, rounds: int, device: torch.device) -> None:
-    """Read and written."""
+    """Bytes read and written a second."""
     source = torch.randn(numel, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     seconds = _seconds(lambda: target.copy_(source), rounds, device)
@@ -79,7 +79,7 @@ def _seconds(call: Callable[[], object], rounds: int, device: torch.device) -> f
 
 
 def _launches(result: Result, x: Tensor) -> None:
-    """What an operator costs the host, and a node of a graph the device."""
+    """The host's time for an eager operator, and the device's time for a node of a graph."""
     count = 10 if result.dry else LAUNCHES
 
     def calls() -> None:
@@ -91,7 +91,7 @@ def _launches(result: Result, x: Tensor) -> None:
             torch.cuda.synchronize()
 
     calls()
-    waited()  # or the queue is full, and the host waits for the device
+    waited()  # else the queue is full and the host waits for the device
     started = time.perf_counter()
     calls()
     result.figure("host us an eager add", 1e6 * (time.perf_counter() - started) / count)

@@ -1,7 +1,7 @@
-"""Each Triton op, forward and backward, beside PyTorch's form of it.
+"""Each Triton op, forward and backward, compared with its PyTorch form.
 
-A graph replays one call for each of several sets of inputs, so many that each call reads its inputs
-from memory and not from L2. GB/s are of the bytes that the op must move: its inputs once, its gradients once.
+A graph replays one call for each of several sets of inputs; they exceed L2, so each call reads its inputs
+from memory. GB/s count the required bytes: the inputs once and the gradients once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Call = Callable[[str, list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape: ``inputs`` draws a set; ``call`` gives what is differentiated, or the
-    output where nothing is."""
+    """An op at one shape: ``inputs`` draws a set of inputs; ``call`` returns the value to differentiate
+    (with ``gradients=False`` only the output)."""
 
     name: str
     inputs: Callable[[], list[Tensor]]
@@ -60,7 +60,7 @@ def measure(result: Result) -> None:
 
 
 def cases(device: torch.device, shrink: int = 1) -> list[Case]:
-    """The ops at the shapes that the papers' steps have, in bf16 and channels-last."""
+    """The ops at the shapes of the papers' steps, in bf16 and channels-last."""
     found = []
     for batch, C, d in ((256, 1000, 64), (128, 100, 8)):
         found += _losses(device, max(2, batch // shrink), C, d)

@@ -1,5 +1,4 @@
-"""A plugin of pytest: a line of JSON for each test as it begins and as it ends, in the file
-$FASTOKD_OUTCOMES."""
+"""A pytest plugin: writes a line of JSON to the file $FASTOKD_OUTCOMES when a test begins and when it ends."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ LINES, CHARACTERS = 15, 1500
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """So that a test in which its process dies, or is killed, has a name."""
+    """Records the test's name, in case its process dies."""
     _note({"test": nodeid, "outcome": "begun", "seconds": 0.0})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A test's own outcome, and a set-up or tear-down that wasn't passed."""
+    """Records a test's outcome, or a failed set-up or tear-down."""
     if report.when != "call" and report.passed:
         return
     found: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""What the pages take from reports of ``bench/gpu_first.py``: its sections, and cells of tables."""
+"""Reads reports of ``bench/gpu_first.py`` for the documentation, and formats cells of tables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COHORTS = {
     "branch ResNet-18": ("224x224, S 4, B 256", ("steps_imagenet",)),
 }
 Measurement = dict[str, Any]
-# The text of a region; None where nothing of it was measured.
+# The text of a region; None if nothing of it was measured.
 Region = Callable[["Measured"], "str | None"]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A section of a report, and the call that ran it; empty where none did."""
+    """A section of a report and the call that ran it; both empty if it wasn't run."""
 
     entry: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Found:
 
     @property
     def source(self) -> str:
-        """How, on what and when: what stands above each table."""
+        """The kind, card and date of a measurement, for the line above its table."""
         day = datetime.fromisoformat(self.call["started"].rstrip("Z"))
         said = f"{HOW}, {self.card}, {day.day} {day:%B %Y}"
         if torch := self.entry.get("torch"):
@@ -55,7 +55,7 @@ class Found:
 
 
 class Measured:
-    """The sections of one or several reports; of two calls that ran a section, the later one's."""
+    """The sections of one or several reports; the latest call's if several ran a section."""
 
     def __init__(self, reports: Sequence[dict[str, Any]]) -> None:
         self.sections: dict[str, Found] = {}
@@ -68,12 +68,12 @@ class Measured:
         return self.sections.get(name, Found())
 
     def ceiling(self, figure: str, card: str) -> float | None:
-        """The measured limit of this very card, else None."""
+        """The measured limit of this card, else None."""
         machine = self["machine"]
         return machine.figure(figure) if machine.card == card else None
 
     def steps(self, cohort: str) -> dict[str, tuple[Found, Measurement]]:
-        """The timed programs of a cohort by what follows its name, a section's after another's."""
+        """The timed programs of a cohort by their names without the cohort's, section by section."""
         found: dict[str, tuple[Found, Measurement]] = {}
         for name in COHORTS[cohort][1]:
             for row in self[name].rows:
@@ -86,7 +86,7 @@ class Measured:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report that was measured.
+    """Reads a measured report.
 
     Raises:
         UserError: the file can't be read, isn't a report, or is one of a dry run.
@@ -105,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def why_blank(row: Measurement) -> str | None:
-    """Why a program's step has no figure; None where it has one."""
+    """The reason why a program's step has no figure; None if it has one."""
     if "error" in row:
         return row["error"].splitlines()[-1].split(":")[0]
     if "needs" in row:
@@ -118,7 +118,7 @@ def why_blank(row: Measurement) -> str | None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with its significant digits; blank where there is none."""
+    """A figure with ``digits`` significant digits; blank for None."""
     if value is None:
         return ""
     if abs(value) >= 10 ** (digits - 1):
@@ -127,16 +127,16 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number; blank where there is none."""
+    """A whole number; blank for None."""
     return "" if value is None else f"{value:,.0f}"
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """None unless both are known."""
+    """``above / below``; None unless both are known."""
     return None if above is None or not below else above / below
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; a cell without a figure is blank."""
+    """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,4 +1,4 @@
-"""The GPU regions of docs/benchmarks.md: the card, the steps, training from end to end, the proofs."""
+"""The GPU regions of docs/benchmarks.md: the card, the steps, end-to-end training, the tests."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _cohort(measured: Measured, cohort: str) -> str:
 def _row(
     measured: Measured, programs: dict[str, tuple[Found, Measurement]], program: str
 ) -> list[str]:
-    """One program's cells; what it is compared with ran on the same card."""
+    """One program's cells, compared only with programs that ran on the same card."""
     found, row = programs[program]
     if why_blank(row) is not None:
         return [_label(program), *[""] * 9]
@@ -103,7 +103,7 @@ def _published(
 
 
 def _label(program: str) -> str:
-    """``"grouped captured, benchmark"`` as a reader is told it."""
+    """The name of a program in the table, from one such as ``"grouped captured, benchmark"``."""
     program = program.replace(", benchmark", "").replace(" (compile)", ", beside the compiled")
     if program.startswith("published "):
         precision = program.removeprefix("published ")
@@ -116,7 +116,7 @@ def _label(program: str) -> str:
 
 
 def train(measured: Measured) -> str | None:
-    """``fastokd train``; the resumed run's metrics have the begun one's epochs too."""
+    """``fastokd train``; the resumed run's metrics include the earlier epochs."""
     found = measured["train"]
     if not found.entry:
         return None
@@ -140,7 +140,7 @@ def train(measured: Measured) -> str | None:
 
 
 def proven(measured: Measured) -> str | None:
-    """What each section of tests has passed."""
+    """The results of each section of tests."""
     if not any(measured[name].entry for name in PROVEN):
         return None
     rows, failed = [], []

@@ -1,4 +1,4 @@
-"""The GPU region of docs/kernels.md: each op's time beside PyTorch's form of it."""
+"""The GPU region of docs/kernels.md: each op's time and its PyTorch form's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU region of docs/plan.md: what ``fastokd plan`` says of the card beside what was measured."""
+"""The GPU region of docs/plan.md: the estimates of ``fastokd plan`` and the measurements."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from bench.gpu.page import COHORTS, Measured, Region, count, number, ratio, table, why_blank
 
-# A program; the way of the plan that it is, and of that way what it takes: a captured step has no
-# host in it.
+# Programs; the plan's way to run each, and its key: a captured step doesn't wait for the host.
 WAYS = {
     "eager": ("loop", "step_ms"),
     "captured": ("loop", "device_ms"),
@@ -32,7 +31,7 @@ def planned(cohort: str, device: str) -> dict[str, Any]:
 
 
 def device_of(card: str) -> str | None:
-    """The plan's name of a card; None for one that it doesn't know."""
+    """The plan's name of a card; None for an unknown card."""
     from fastokd.plan.devices import GPUS
 
     said = card.lower().replace(" ", "")
@@ -80,7 +79,7 @@ def _tried(measured: Measured, cohort: str, program: str) -> bool:
 
 
 def _measured(measured: Measured, cohort: str, program: str, key: str = "ms") -> float | None:
-    """The least of a program's figure with and without ``cudnn.benchmark``."""
+    """The lower of a program's figures with and without ``cudnn.benchmark``."""
     rows = [
         row
         for name, (_, row) in measured.steps(cohort).items()

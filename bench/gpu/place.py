@@ -1,4 +1,4 @@
-"""What the sections run in: a checkout made importable, and where they leave things."""
+"""The environment of the sections: an importable checkout and a folder for results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.m
 
 
 class Place:
-    """A temporary folder: ``tree``, the checkout with the package whole; ``work``, for results.
+    """A temporary folder: ``tree``, the checkout with the complete package; ``work``, for results.
 
-    Compiled Triton kernels are kept from call to call, in the folder of a user.
+    Compiled Triton kernels are kept between calls, in a folder of the user.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Place:
             (package / name).symlink_to(ROOT / name)
 
     def environment(self) -> dict[str, str]:
-        """For every process that a section is made of."""
+        """The environment variables of a section's processes."""
         kernels = Path(tempfile.gettempdir()) / f"fastokd-triton-{os.getuid()}"
         kernels.mkdir(mode=0o700, exist_ok=True)
         found = {
@@ -55,12 +55,12 @@ class Place:
         return found
 
     def remove(self) -> None:
-        """The folder and all in it but the kernels."""
+        """Removes the folder; the compiled kernels are elsewhere and stay."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def card() -> dict[str, Any] | None:
-    """The first GPU as its driver describes it; None where there is none."""
+    """The driver's description of the first GPU; None without a GPU."""
     said = _output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
     if not said:
         return None
@@ -69,7 +69,7 @@ def card() -> dict[str, Any] | None:
 
 
 def sources() -> dict[str, Any]:
-    """Which program this is: its commit where git knows it, and a digest of what is run."""
+    """The commit, if git knows it, and a digest of the sources."""
     digest = hashlib.sha256()
     for folder in ("fastokd", "kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -81,7 +81,7 @@ def sources() -> dict[str, Any]:
 
 
 def compilers() -> dict[str, Any]:
-    """What Triton and Inductor need to build their launchers."""
+    """The compilers and headers that Triton and Inductor need."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return {
         **{name: shutil.which(name) for name in ("cc", "gcc", "g++", "nvcc")},

@@ -1,4 +1,4 @@
-"""One step under torch's profiler: kernels, launches, how busy the device is, the longest kernels."""
+"""One step under torch's profiler: kernels, launches, the device's busy share, the longest kernels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastokd.learner.captured import WARM_UP_STEPS
 LONGEST, NAME = 30, 110
 LEAST_SECONDS = 7.0
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMem")
-# Ranges that torch names; a kernel's own name may have a # in it, of a lambda.
+# Prefixes of torch's own ranges; a kernel's name may have a # as well, in a lambda.
 NAMED = ("ProfilerStep", "Optimizer.", "## ")
 
 
 def measure(result: Result) -> None:
-    """The section: each step eager, then as a graph's replay."""
+    """The section: each step eager, then replayed as a graph."""
     device = the_device(result)
     cohorts = {
         "network ResNet-32": small_recipe("network", result.dry),
@@ -63,7 +63,7 @@ def _profiled(program: Program, result: Result, device: torch.device) -> dict[st
 
 
 def _table(events: Any, where: DeviceType) -> dict[str, Any]:
-    """Times in microseconds. A range that somebody named isn't a kernel."""
+    """Times in microseconds. Annotated ranges aren't kernels."""
     launches: Counter[str] = Counter()
     kernels: dict[str, list[float]] = defaultdict(list)
     begins, ends = [], []

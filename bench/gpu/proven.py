@@ -1,6 +1,6 @@
-"""The tests of ``tests/gpu`` in a dozen processes, which compile the kernels as they prove them.
+"""Runs the tests of ``tests/gpu`` in twelve processes, as most of their time is compiling kernels.
 
-Each process takes a share of a file's tests (``FASTOKD_SHARE``), and all have one Triton cache.
+Each process runs a share of each file's tests (``FASTOKD_SHARE``). All share one Triton cache.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fastokd.host.cpus import usable_cpus
 
 FOLDER = Path("tests/gpu")
 SHARES = 12
-# A dry run takes every so-manieth of a section's tests.
+# A dry run takes every n-th of a section's tests.
 SAMPLES = {"step": 6, "capture": 6, "ops": 60, "rest": 8}
 TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 ERRORS = 30
 
 
 def step(result: Result) -> None:
-    """One step of every method, and beside it the kernels of the timed steps."""
+    """One step of every method; at the same time compiles the kernels of the timed steps."""
     beside = [] if result.dry else [[sys.executable, "-m", "bench.gpu.steps"]]
     _prove(result, ["test_step*.py"], beside=beside)
 
@@ -36,14 +36,14 @@ def capture(result: Result) -> None:
 
 
 def ops(result: Result) -> None:
-    """Every op; in a dry run a few of its tests, by Triton's interpreter."""
+    """Every op; in a dry run a few of its tests, with Triton's interpreter."""
     if result.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     _prove(result, ["test_ops*.py"])
 
 
 def rest(result: Result) -> None:
-    """What the other sections have left."""
+    """The tests that no other section runs."""
     known = {path for name in ("step", "capture", "ops") for path in _files([f"test_{name}*.py"])}
     others = [path.name for path in _files(["test_*.py"]) if path not in known]
     if others:
@@ -55,13 +55,13 @@ def _files(patterns: list[str]) -> list[Path]:
 
 
 def _prove(result: Result, patterns: list[str], beside: list[list[str]] | None = None) -> None:
-    """Runs the tests of some files, and other programs ``beside`` them."""
+    """Runs the tests of some files, and the programs ``beside`` at the same time."""
     files = _files(patterns)
     if not files:
         raise FileNotFoundError(f"{FOLDER} has no {' or '.join(patterns)}")
     shares = min(2, usable_cpus()) if result.dry else SHARES
     of = shares * SAMPLES.get(result.path.stem, 1) if result.dry else shares
-    # What a library of this machine warns of is in the log; it isn't what is proven.
+    # Warnings of this machine's libraries are logged, not errors.
     tests = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
     tests += ["-p", "bench.gpu.outcomes", *map(str, files)]
     commands = [
@@ -102,7 +102,7 @@ def _work(result: Result, index: int) -> Path:
 
 
 class _Share:
-    """One process, what it says, and the outcomes that it leaves."""
+    """One process, its output and its outcomes."""
 
     def __init__(
         self, name: str, command: list[str], result: Result, index: int, share: str
@@ -124,11 +124,11 @@ class _Share:
             )
 
     def runs(self) -> bool:
-        """Whether it goes on."""
+        """Whether the process still runs."""
         return self.process.poll() is None
 
     def noted(self) -> list[dict[str, Any]]:
-        """The tests that have begun, and those that have ended."""
+        """The recorded begins and ends of tests."""
         if not self.left.exists():
             return []
         whole = self.left.read_text().rpartition("\n")[0]

@@ -1,5 +1,5 @@
-"""Runs sections one after another and keeps the report: whatever ends a section, or this program,
-what was found before is in it."""
+"""Runs sections one after another and updates the report at once, so it has all results so far even
+if a section or this program is killed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from bench.gpu.place import Place
 from bench.gpu.table import Section
 
 POLL = 0.1
-# A section may take so many times its seconds where later ones leave them over.
+# The factor by which a section may exceed its seconds if later sections don't need them.
 STRETCH = 1.5
-# A dry run measures nothing, and slow machines need more time.
+# The same in a dry run, as slow machines need more time.
 DRY_STRETCH = 5.0
 LOG_BYTES = 1 << 20
 MARK = "FASTOKD_GPU_SECTION"
@@ -55,16 +55,16 @@ class Runner:
         self._merged = ""
 
     def stop(self, number: int, frame: object) -> None:
-        """A signal's handler: the section that runs is killed, and none is begun."""
+        """A signal handler: the running section is killed, and no other one is started."""
         del frame
         self.stopped = number
 
     def write(self) -> None:
-        """Replaces the report's file."""
+        """Writes the report."""
         write_whole(self.path, json.dumps(self.report, indent=1))
 
     def run(self, chosen: Sequence[Section]) -> None:
-        """Each section that there is time for."""
+        """Runs each section for which time is left."""
         self.log.touch()
         for index, section in enumerate(chosen):
             left = self.ends - time.monotonic()
@@ -84,7 +84,7 @@ class Runner:
     def _skip(self, section: Section, why: str) -> dict[str, Any]:
         entry = {"title": section.title, "status": "skipped", "error": why}
         known = self.report["sections"].get(section.name, {})
-        if known.get("status", "skipped") == "skipped":  # what a former call found is kept
+        if known.get("status", "skipped") == "skipped":  # results of an earlier call are kept
             self.report["sections"][section.name] = entry
         return entry
 
@@ -118,7 +118,7 @@ class Runner:
             code = process.wait()
         entry["seconds"] = round(time.monotonic() - started, 1)
         self._merge(entry, file)
-        # What the section's own processes have said.
+        # The output of the section's own processes.
         with open(self.log, "ab") as log:
             for path in sorted(self.place.work.glob(f"{section.name}-*.txt")):
                 log.write(f"----- {path.stem}\n".encode() + path.read_bytes())
@@ -139,7 +139,7 @@ class Runner:
         return entry
 
     def _watch(self, pid: int, ends: float, changed: Callable[[], None]) -> tuple[str, str] | None:
-        """Waits for the section; what it is if it has to be killed, and why."""
+        """Waits for the section; returns its status and the reason if it must be killed."""
         started = time.monotonic()
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if self.stopped is not None:
@@ -151,7 +151,7 @@ class Runner:
         return None
 
     def _merge(self, entry: dict[str, Any], file: Path) -> None:
-        """What the section has written so far, into the report and its file."""
+        """Merges the section's results so far into the report."""
         try:
             found = file.read_text()
         except FileNotFoundError:
@@ -163,18 +163,18 @@ class Runner:
 
 
 def _kill(pid: int, mark: str) -> None:
-    """Ends the section's process group, then what left the group and still carries its mark."""
+    """Kills the section's process group, then processes outside of it that have its mark."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     wanted = f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # another's, or gone
+        with contextlib.suppress(OSError):  # another user's process, or an ended one
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _since(log: Path, begun: int) -> str:
-    """What the log got since it had ``begun`` bytes; its middle is cut where that is much."""
+    """The log from byte ``begun``; in a long one the middle is removed."""
     with open(log, "r+b") as file:
         file.seek(begun)
         text = file.read()
@@ -188,7 +188,7 @@ def _since(log: Path, begun: int) -> str:
 
 
 def line(name: str, entry: dict[str, Any]) -> str:
-    """A section in one line: how it ended, and its first figures."""
+    """A section in one line: its status and first figures."""
     figures = list(entry.get("figures", {}).items())[:3]
     said = ", ".join(f"{key} {value:.4g}" for key, value in figures)
     if entry["status"] == "skipped":

@@ -1,7 +1,7 @@
-"""The sections that time training steps: ours beside the published loop.
+"""The sections that time training steps: ours and the published loop's.
 
-The published loop is timed in fp32 as it comes, and in bf16 and channels-last as one adds by hand;
-with ``cudnn.benchmark``, as its authors set it.
+The published loop is timed in fp32, and in bf16 with channels-last; both with ``cudnn.benchmark``, as
+its authors set it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def imagenet(result: Result) -> None:
 
 
 def compiled(result: Result) -> None:
-    """Branch ResNet-32 compiled, captured and both, with what compiling takes."""
+    """Branch ResNet-32 compiled, captured and both, with the time of compiling."""
     the_device(result)
     name, of = "branch ResNet-32", small_recipe("branch", result.dry)
     captured = Program(f"{name} captured", of, capture=True)
@@ -106,7 +106,7 @@ def compiled(result: Result) -> None:
 
 
 def figures(result: Result, name: str, captured: str = "") -> None:
-    """Ours captured in ms, and the published loop's times over it."""
+    """Records our captured step in ms, and the ratios of the published loop's steps to it."""
     ms = {row["name"]: row["ms"] for row in result.data["rows"] if "ms" in row}
     ours = ms.get(f"{name} captured{captured}", ms.get(f"{name} eager{captured}"))
     if ours is None:
@@ -118,7 +118,7 @@ def figures(result: Result, name: str, captured: str = "") -> None:
 
 
 def _flops(result: Result, cohorts: dict[str, Recipe]) -> None:
-    """What each row's step had to do, and at what pace it did."""
+    """Adds the required FLOPs and the FLOP/s of each row's step."""
     for name, of in cohorts.items():
         flops = step_flops(of)
         for row in result.data["rows"]:
@@ -130,7 +130,7 @@ def _flops(result: Result, cohorts: dict[str, Recipe]) -> None:
 
 
 def warm() -> None:
-    """Compiles the loss's kernels for the timed steps, so that no section waits for them."""
+    """Compiles the loss's kernels for the timed steps, in advance."""
     for B, C, d in ((128, 100, 8), (256, 1000, 64)):
         logits_SBC = torch.randn(STUDENTS, B, C, device="cuda", dtype=torch.bfloat16)
         labels_B = torch.zeros(B, device="cuda", dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The sections in the order in which they run: those that decide come first."""
+"""The sections in the order in which they run, the most important first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class Section(NamedTuple):
     """One section.
 
     Attributes:
-        seconds: it isn't begun with less left, and is killed after them (or later, where the other
-            sections leave more).
+        seconds: the section isn't started with less time left, and is killed after this time (later if
+            the other sections leave more).
         quick: whether ``--quick`` includes it.
         target: ``module:function``, called with a :class:`bench.gpu.child.Result`.
     """

@@ -15,11 +15,12 @@ import torch
 from bench.gpu.child import Result
 from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
+from fastokd.benchmark.step import quartiles
 from fastokd.learner.captured import WARM_UP_STEPS
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
 
-# A section with less time left goes on to no further block.
+# A section with less time left starts no further block.
 SPARE_SECONDS = 4.0
 
 
@@ -28,8 +29,8 @@ class Program:
     """One row: a recipe's step by ``"fastokd"`` or ``"published"``, and how.
 
     Attributes:
-        cudnn_benchmark: None leaves it as the program itself sets it.
-        seconds: it isn't begun with less of the section left.
+        cudnn_benchmark: None keeps the program's own setting.
+        seconds: the program isn't started with less of the section's time left.
     """
 
     name: str
@@ -59,8 +60,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps: ``warm`` first, then ``blocks`` of ``steps``, or of as many as fit
-    ``block_seconds``; ``together``: all programs live at once, a block of each in turn."""
+    """The number of steps: ``warm`` untimed ones, then ``blocks`` of ``steps`` (fewer if a block would
+    exceed ``block_seconds``). ``together``: all programs stay in memory, and their blocks alternate."""
 
     warm: int
     blocks: int
@@ -75,7 +76,7 @@ DRY = Plan(warm=1, blocks=2, steps=1, block_seconds=1.0)
 
 
 def measure(result: Result, programs: Sequence[Program], plan: Plan) -> None:
-    """A row for each program, the first ones first; one that fails is a row with its error."""
+    """A row for each program, in order; a failed program's row has its error."""
     alive: list[_Timed] = []
     plan = DRY if result.dry else plan
     for program in programs:
@@ -105,20 +106,20 @@ def measure(result: Result, programs: Sequence[Program], plan: Plan) -> None:
 
 
 def _attempt(result: Result, row: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, or None and the error in the row; the row is written."""
+    """The value of ``make()``, or None with the error in the row; writes the row."""
     made = None
     try:
         made = make()
     except Exception as error:
         result.fail(row, error)
     if made is None:
-        free()  # only now: the error's frames held what had been built
+        free()  # the error's frames no longer hold the program
     result.write()
     return made
 
 
 class _Timed:
-    """A program that is built and warm, and has run its first block."""
+    """A built program, after its warm-up and first block."""
 
     def __init__(self, program: Program, row: dict[str, Any], result: Result, plan: Plan) -> None:
         self.row, self.program, self.plan = row, program, plan
@@ -155,7 +156,7 @@ class _Timed:
             row["reserved_gb"] = (torch.cuda.max_memory_reserved() - reserved) / 1e9
 
     def block(self) -> bool:
-        """Times some steps and brings the row up to date."""
+        """Times a block of steps and updates the row."""
         _set_flags(self.flags)
         started = time.perf_counter()
         losses = []
@@ -163,12 +164,12 @@ class _Timed:
         self.block_ms.append(1e3 * (time.perf_counter() - started) / self.steps)
         self.ms += times
         last = float(losses[-1].item())
-        low, middle, high = _quartiles(self.ms)
+        low, middle, high = quartiles(self.ms)
         self.row |= {
             "ms": middle,
             "quartiles_ms": [low, high],
             "mean_ms": statistics.mean(self.ms),
-            # By the host's clock, the wait at a block's end included.
+            # By the host's clock, with the wait at the end of a block.
             "wall_ms": statistics.mean(self.block_ms),
             "steps": len(self.ms),
             "images_per_second": 1e3 * self.program.recipe.batch_size / middle,
@@ -180,20 +181,13 @@ class _Timed:
         return True
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Frees the program's memory."""
         del self.loop
         free()
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def _flags() -> tuple[bool, bool, bool, bool]:
-    """The process-wide settings that a program was built under."""
+    """The process-wide settings of a built program."""
     cudnn = torch.backends.cudnn
     tf32 = torch.backends.cuda.matmul.allow_tf32
     return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, tf32
@@ -206,7 +200,7 @@ def _set_flags(flags: tuple[bool, bool, bool, bool]) -> None:
 
 
 def free() -> None:
-    """Gives back what nothing holds any longer: a session and its step hold each other."""
+    """Frees unused memory; a session and its step refer to each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""``fastokd train`` itself: two epochs on drawn CIFAR-100, captured, stopped in the middle and resumed."""
+"""``fastokd train``: two epochs on drawn CIFAR-100, captured, stopped halfway and resumed."""
 
 from __future__ import annotations
 

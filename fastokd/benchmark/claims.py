@@ -1,7 +1,7 @@
-"""What this project claims of its speed, and how each claim is measured.
+"""The project's speed claims, and how each is measured.
 
-A claim is one recipe run by two programs in turn: ``fastokd`` as it comes, and the published loop
-on the same images. Their equality is checked first; a ratio is printed beside a check that holds.
+A claim is one recipe run by two programs in turn: ``fastokd`` with its defaults, and the published
+loop on the same images. Both programs are first checked for equal results.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastokd.benchmark.equality import StepErrors, step_errors
-from fastokd.benchmark.step import InTurn, StepTiming, step_macs
+from fastokd.benchmark.step import InTurn, StepTiming, quartiles, step_macs
 from fastokd.benchmark.worker import Spec
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 
 STUDENT_COUNTS = (1, 2, 4, 8)
@@ -22,77 +22,49 @@ STUDENT_COUNTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the table: ``recipe`` against the published loop in ``theirs`` precision.
+    """One row of the table: ``recipe`` against the published loop in ``theirs`` precision.
 
-    ``at_least`` and ``share``: the ratio, and the share of the matrix product's peak, that are
-    promised on a CPU with bf16 instructions.
+    ``at_least`` and ``share``: the promised ratio and share of the matrix product's peak, on a CPU
+    with bf16 instructions.
     """
 
     name: str
     title: str
     recipe: str
+    at_least: float | None = None
+    share: float | None = None
     batch_size: int = 128
     ours: str = "auto"
     theirs: str = "fp32"
-    at_least: float | None = None
-    share: float | None = None
     steps: int = 10
 
 
-CLAIMS = {
-    claim.name: claim
-    for claim in (
-        Claim(
-            "okddip_branch",
-            "OKDDip branch ResNet-32",
-            "okddip-branch/resnet32/cifar100",
-            at_least=2.4,
-            share=0.70,
-        ),
-        Claim(
-            "okddip_network",
-            "OKDDip network ResNet-32",
-            "okddip-network/resnet32/cifar100",
-            at_least=2.8,
-            share=0.70,
-        ),
-        Claim(
-            "ffsd",
-            "FFSD ResNet-32, 2 students + leader",
-            "ffsd/resnet32/cifar100",
-            at_least=3.0,
-            share=0.65,
-        ),
-        Claim(
-            "imagenet",
-            "OKDDip network ResNet-18, 224x224, S 2",
-            "okddip-network@2/resnet18/imagenet",
-            batch_size=16,
-            at_least=2.5,
-            share=0.78,
-            steps=6,
-        ),
-        Claim(
-            "by_hand",
-            "OKDDip branch ResNet-32, loop in bf16 channels-last",
-            "okddip-branch/resnet32/cifar100",
-            theirs="bf16",
-            at_least=1.15,
-        ),
-        Claim(
-            "fp32",
-            "OKDDip branch ResNet-32, both in fp32",
-            "okddip-branch/resnet32/cifar100",
-            ours="fp32",
-            at_least=1.25,
-        ),
-    )
-}
+R32, R18 = "resnet32/cifar100", "resnet18/imagenet"
+BY_HAND = "OKDDip branch ResNet-32, loop in bf16 channels-last"
+ALL_CLAIMS = (
+    Claim("okddip_branch", "OKDDip branch ResNet-32", f"okddip-branch/{R32}", 2.4, 0.70),
+    Claim("okddip_network", "OKDDip network ResNet-32", f"okddip-network/{R32}", 2.8, 0.70),
+    Claim("ffsd", "FFSD ResNet-32, 2 students + leader", f"ffsd/{R32}", 3.0, 0.65),
+    Claim(
+        "imagenet",
+        "OKDDip network ResNet-18, 224x224, S 2",
+        f"okddip-network@2/{R18}",
+        2.5,
+        0.78,
+        batch_size=16,
+        steps=6,
+    ),
+    Claim("by_hand", BY_HAND, f"okddip-branch/{R32}", 1.15, theirs="bf16"),
+    Claim(
+        "fp32", "OKDDip branch ResNet-32, both in fp32", f"okddip-branch/{R32}", 1.25, ours="fp32"
+    ),
+)
+CLAIMS = {claim.name: claim for claim in ALL_CLAIMS}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A claim as it was measured."""
+    """The measurements of a claim."""
 
     claim: Claim
     equality: StepErrors
@@ -102,14 +74,10 @@ class Outcome:
     def ratios(self) -> tuple[float, float, float]:
         """Quartiles of the rounds' ratios: lower, median, upper."""
         rounds = zip(self.theirs.seconds, self.ours.seconds, strict=True)
-        ratios = [theirs / ours for theirs, ours in rounds]
-        if len(ratios) == 1:
-            return ratios[0], ratios[0], ratios[0]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, middle, high
+        return quartiles([theirs / ours for theirs, ours in rounds])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that the table is made of."""
+        """The figures of the table, and both timings."""
         low, ratio, high = self.ratios()
         return {
             "claim": self.claim.name,
@@ -126,20 +94,10 @@ class Outcome:
         }
 
 
-Progressed = Callable[[InTurn], None]
+def measure(claim: Claim, run: Callable[[InTurn], None], **settings: Any) -> Outcome:
+    """Checks that both programs agree, then lets ``run`` step them in turn.
 
-
-def find(name: str) -> Claim:
-    """A claim by name."""
-    if name not in CLAIMS:
-        raise unknown_name("claim", name, CLAIMS)
-    return CLAIMS[name]
-
-
-def measure(claim: Claim, run: Progressed, **settings: Any) -> Outcome:
-    """Checks that both programs agree, then has ``run`` step them in turn.
-
-    ``settings`` are fields of :class:`Spec` for both: device, threads.
+    ``settings``: fields of :class:`Spec` for both programs (device, threads).
 
     Raises:
         UserError: the programs don't agree, or one of them can't be built.
@@ -157,50 +115,33 @@ def measure(claim: Claim, run: Progressed, **settings: Any) -> Outcome:
         return Outcome(claim, found, *loops.timings())
 
 
-def rounds(count: int) -> Progressed:
-    """Steps the loops ``count`` times each."""
-
-    def run(loops: InTurn) -> None:
-        for _ in range(count):
-            loops.round()
-
-    return run
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What S students cost, in units of one: time beside multiply-accumulates."""
-
-    timings: tuple[StepTiming, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """A row for each number of students."""
-        one = self.timings[0]
-        return {
-            "claim": "students",
-            "title": "Cost of S students over one, branch ResNet-32",
-            "rows": [
-                {
-                    "students": timing.spec.recipe.students,
-                    "time": statistics.median(
-                        mine / first
-                        for mine, first in zip(timing.seconds, one.seconds, strict=True)
-                    ),
-                    "macs": step_macs(timing.spec.recipe) / step_macs(one.spec.recipe),
-                    "fastokd": timing.to_json(),
-                }
-                for timing in self.timings
-            ],
-        }
+def rounds(count: int) -> Callable[[InTurn], None]:
+    """A function that steps each loop ``count`` times."""
+    return lambda loops: loops.rounds(count)
 
 
 def growth_specs(batch_size: int = 128, **settings: Any) -> list[Spec]:
-    """One network alone, then branch cohorts."""
-    names = [
-        "baseline/resnet32/cifar100" if S == 1 else f"okddip-branch@{S}/resnet32/cifar100"
-        for S in STUDENT_COUNTS
-    ]
+    """A single network, then branch cohorts."""
+    names = [f"baseline/{R32}" if S == 1 else f"okddip-branch@{S}/{R32}" for S in STUDENT_COUNTS]
     return [Spec(recipe(name, batch_size=batch_size), **settings) for name in names]
+
+
+def growth(timings: Sequence[StepTiming]) -> dict[str, Any]:
+    """The cost of S students over the first timing's: time and multiply-accumulates."""
+    one = timings[0]
+    rows = []
+    for timing in timings:
+        ratios = [a / b for a, b in zip(timing.seconds, one.seconds, strict=True)]
+        rows.append(
+            {
+                "students": timing.spec.recipe.students,
+                "time": statistics.median(ratios),
+                "macs": step_macs(timing.spec.recipe) / step_macs(one.spec.recipe),
+                "fastokd": timing.to_json(),
+            }
+        )
+    title = "Cost of S students over one, branch ResNet-32"
+    return {"claim": "students", "title": title, "rows": rows}
 
 
 HEADER = (
@@ -210,7 +151,7 @@ HEADER = (
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The claims side by side."""
+    """The claims as lines of text."""
     lines = [HEADER]
     for outcome in outcomes:
         low, ratio, high = outcome.ratios()
@@ -227,11 +168,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def growth_table(growth: Growth) -> str:
-    """Time beside multiply-accumulates, S by S."""
+def growth_table(found: dict[str, Any]) -> str:
+    """The rows of :func:`growth` as lines of text."""
     lines = [f"{'S':>2} {'time':>6} {'MACs':>6}   (one student: 1)"]
-    lines += [
-        f"{row['students']:2} {row['time']:6.2f} {row['macs']:6.2f}"
-        for row in growth.to_json()["rows"]
-    ]
-    return "\n".join(lines)
+    rows = [f"{row['students']:2} {row['time']:6.2f} {row['macs']:6.2f}" for row in found["rows"]]
+    return "\n".join([*lines, *rows])

@@ -1,16 +1,15 @@
-"""Whether our step computes what the published loop computes, before either is timed.
+"""Checks, before anything is timed, that our step computes what the published loop computes.
 
-From the same weights, on the same images, one step's total loss and the gradient of every
-parameter, each beside the published loop in float64. Ours may be as far from that as the published
-loop itself is in our precision (eager, by hand), and a little besides::
+One step from the same weights on the same images. Its total loss and the gradient of every parameter
+are compared with the published loop in float64. The error budget of our step is the error of the
+published loop in our precision, plus a small tolerance::
 
     |ours - exact| <= SLACK * |plain - exact| + TINY * |exact|
 
-in the root mean square over all parameters, large and small: each one's error is taken in units of
-its own exact gradient, floored at FLOOR of the typical one. The total has LOSS_TINY. TINY lets one ReLU, whose input is zero
-but for rounding, be open in one program and shut in the other; a term that is missing or weighed
-wrongly moves gradients by more. That the programs are the same in float64, to 1e-9, is for the
-tests.
+The error is the root mean square over all parameters. Each parameter's error is relative to its own
+exact gradient, floored at FLOOR of the median gradient. The total loss has LOSS_TINY in place of TINY.
+TINY allows for one ReLU whose input is zero up to rounding; a term that is missing or has a wrong
+weight changes gradients by more. Tests check that both programs agree in float64 to 1e-9.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 
 SLACK, TINY, LOSS_TINY, FLOOR = 2.0, 1e-2, 1e-3, 0.05
-# Of small images, and of large ones, where float64 takes its time.
+# Images in the batch: small ones, and large ones (float64 is slow).
 BATCH, LARGE_BATCH = 16, 4
-# Fresh classifiers give flat softmaxes, in which a wrong distillation term hardly shows.
+# Factor on the weights of fresh classifiers: their flat softmaxes would hide a wrong distillation term.
 SHARPER = 8.0
 
 
@@ -47,7 +46,7 @@ class StepErrors:
 
     @property
     def holds(self) -> bool:
-        """Whether ours is within the budget."""
+        """Whether our step is within the budget."""
         loss = self.ours_loss <= SLACK * self.plain_loss + LOSS_TINY
         return loss and self.ours_grad <= SLACK * self.plain_grad + TINY
 
@@ -56,7 +55,7 @@ def step_errors(of: Recipe, options: RunOptions) -> StepErrors:
     """One step of ours and of the published loop, in float64 and in our precision.
 
     Raises:
-        UserError: what either raises when it is built.
+        UserError: a program can't be built; they have different gradients.
     """
     most = BATCH if of.image_size <= 64 else LARGE_BATCH
     of = dataclasses.replace(of, batch_size=min(of.batch_size, most))
@@ -72,18 +71,19 @@ def step_errors(of: Recipe, options: RunOptions) -> StepErrors:
     exact.x_BCHW = exact.x_BCHW.double()
     for loop in (plain, exact):
         _take(loop, ours.session)
-    wanted = _grads(exact)
+    wanted_loss, wanted = _grads(exact)
     errors = []
     for loss, grads in (_our_grads(ours), _grads(plain)):
-        if grads.keys() != wanted[1].keys():
+        if grads.keys() != wanted.keys():
             raise UserError(f"{of.name} has gradients that its published loop doesn't have")
-        errors.append((_relative(loss, wanted[0]), _rms(grads, wanted[1])))
+        relative = ((loss.double() - wanted_loss).abs() / wanted_loss.abs()).item()
+        errors.append((relative, _rms(grads, wanted)))
     return StepErrors(errors[0][0], errors[1][0], errors[0][1], errors[1][1])
 
 
 @torch.no_grad()
 def _take(loop: PublishedLoop, session: Session) -> None:
-    """Gives the loop our weights, our teacher and our draws."""
+    """Copies our weights, teacher and random draws into the loop."""
     weights = {**session.learner.cohort.state_dict(), **session.learner.method.state_dict()}
     for name, value in loop.model.state_dict().items():
         value.copy_(weights[name])
@@ -105,19 +105,14 @@ def _our_grads(loop: OurLoop) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _grads(loop: PublishedLoop) -> tuple[Tensor, dict[str, Tensor]]:
-    losses = [loss for loss, _ in loop.losses()]
-    # Targets are detached where there are several, so that one sum has all their gradients.
-    total = torch.stack(losses).sum()
+    # Where there are several losses their targets are detached, so their sum has all gradients.
+    total = torch.stack([loss for loss, _ in loop.losses()]).sum()
     total.backward()
     return total.detach(), _named(loop.model)
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).abs() / exact.abs()).item()
 
 
 def _rms(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

@@ -1,7 +1,7 @@
 """The two programs that are timed: ours, and the published loop of ``fastokd/reference/``.
 
-Both take the same images, labels and ramp. Ours starts from uint8 images, as in a run; the
-published loop is given them normalised, which its loader did outside of the step.
+Both take the same images, labels and ramp. Our step starts from uint8 images, as in a run. The
+published loop gets normalised images, as its loader normalised them outside of the step.
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd import reference
-from fastokd.benchmark.synthetic import (
-    MEAN,
-    STD,
-    drawn_batch,
-    drawn_splits,
-    drawn_teacher,
-    num_classes,
-)
+from fastokd.benchmark import synthetic
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.errors import UserError
 from fastokd.learner.step import training_step
@@ -34,7 +27,7 @@ from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.tuning import tune
 
-# Steps of CIFAR's recipes.
+# The steps of CIFAR's recipes.
 LONG_RUN = 300 * 391
 
 LOOPS: dict[str, type[reference.ReferenceCohort]] = {
@@ -53,7 +46,7 @@ LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "okddip_kd": reference.ReferenceOKDDipKD,
     "kdcl": reference.ReferenceKDCL,
 }
-# The options of a method, as its loop spells them; the rest are spelt the same.
+# The attributes of a published loop for the options of a method; those in SAME have the same name.
 SPELT: dict[str, dict[Any, dict[str, bool]]] = {
     "detach_targets": {True: {"detach": True}, False: {"detach": False}},
     "mix": {"logits": {}, "probs": {"mix_probs": True}, "pairwise": {"pairwise": True}},
@@ -62,7 +55,7 @@ SAME = ("temperature", "target", "linear_steps")
 
 
 class Loop(Protocol):
-    """What is timed: ``step`` trains once on the same batch again; ``facts`` says how."""
+    """A timed loop: ``step`` trains one step, always on the same batch; ``facts`` says how."""
 
     device: torch.device
     precision: str
@@ -76,34 +69,34 @@ class OurLoop:
     """``fastokd train``'s own step on drawn data."""
 
     def __init__(self, of: Recipe, options: RunOptions) -> None:
-        batch = drawn_batch(of)
-        data = drawn_splits(of, batch)
-        of = dataclasses.replace(of, resized_crop=False)  # the loader's work, not the step's
+        batch = synthetic.drawn_batch(of)
+        data = synthetic.drawn_splits(of, batch)
+        of = dataclasses.replace(of, resized_crop=False)  # the loader crops, not the step
         with tempfile.TemporaryDirectory() as folder:
-            teacher = drawn_teacher(of, data, Path(folder))
+            teacher = synthetic.drawn_teacher(of, data, Path(folder))
             options = dataclasses.replace(options, teacher=teacher, quiet=True)
             session = self.session = build(of, options, data=data)
         self.device, self.precision = session.learner.device, session.learner.precision
         self.images_BHWC = batch.images_NHWC.to(self.device)
         self.labels_B = batch.labels_N.to(self.device)
-        session.epoch = int(of.ramp_epochs)  # the ramp's end: every term has its whole weight
+        session.epoch = int(of.ramp_epochs)  # the end of the ramp: full weights
         session.learner.train()
         session.begin_epoch()
 
     def step(self) -> Tensor:
-        """One step; the total loss, still on the device."""
+        """Trains one step; returns the total loss, on the device."""
         self.session.begin_step(len(self.labels_B))
         _, loss = training_step(self.session.learner, self.images_BHWC, self.labels_B)
         self.session.step += 1
         return loss.total.detach()
 
     def choose(self) -> dict[str, Any]:
-        """What ``engine="auto"`` takes for a long run of this recipe, as options."""
+        """The choice of ``engine="auto"`` for a long run of this recipe, as options."""
         tune(self.session, LONG_RUN)
         return dataclasses.asdict(self.session.learner.choice)
 
     def facts(self) -> dict[str, Any]:
-        """The engine, and what served each op of ours: seen in one more step."""
+        """The engine and the implementation of each op, recorded in one more step."""
         with _FusedOps() as seen:
             self.step()
         fast = "triton" if self.device.type == "cuda" else "cpp"
@@ -116,7 +109,7 @@ class OurLoop:
 
 
 class _FusedOps(TorchDispatchMode):
-    """Notes the operators of this package; a backward of one isn't an op of its own."""
+    """Records the operators of this package; a backward counts as its forward's op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,56 +123,50 @@ class _FusedOps(TorchDispatchMode):
 
 class PublishedLoop:
     """The published loop over one batch: eager, float32, channels first; with
-    ``precision="bf16"`` what one adds by hand, autocast and channels-last."""
+    ``precision="bf16"`` under autocast and channels-last."""
 
     def __init__(
         self, of: Recipe, model: nn.Module, x_BCHW: Tensor, labels_B: Tensor, precision: str
     ) -> None:
-        """``x_BCHW`` normalised, on the device of ``model`` (:func:`published_networks`)."""
+        """``x_BCHW``: normalised images, on the device of ``model`` (:func:`published_networks`)."""
         self.of = of
         self.precision = precision
         self.device = x_BCHW.device
         self.labels_B = labels_B
         by_hand = precision == "bf16"
         layout = torch.channels_last if by_hand else torch.contiguous_format
-        self.model = model.to(memory_format=torch.channels_last) if by_hand else model
+        self.model = model.to(memory_format=layout) if by_hand else model
         self.x_BCHW = x_BCHW.contiguous(memory_format=layout)
         self.optimizers: list[torch.optim.Optimizer]
         if isinstance(self.model, reference.ReferenceFFSD):
-            lambdas = {
-                name.removeprefix("lambda_"): value
-                for name, value in of.method_options.items()
-                if name.startswith("lambda_")
-            }
-            self.lambdas = reference.Lambdas(**lambdas)
+            options = of.method_options.items()
+            weights = {k.removeprefix("lambda_"): v for k, v in options if k.startswith("lambda_")}
+            self.lambdas = reference.Lambdas(**weights)
             self.optimizers = reference.ffsd_optimizers(self.model, of.lr, of.weight_decay)
         else:
             assert isinstance(self.model, reference.ReferenceCohort)
-            self.optimizers = self.model.optimizers(
-                lr=of.lr,
-                momentum=of.momentum,
-                nesterov=of.nesterov,
-                weight_decay=of.weight_decay,
-            )
+            names = ("lr", "momentum", "nesterov", "weight_decay")
+            settings = {name: getattr(of, name) for name in names}
+            self.optimizers = self.model.optimizers(**settings)
 
     @staticmethod
     def drawn(of: Recipe, options: RunOptions) -> PublishedLoop:
-        """On drawn images, in float32 unless bf16 is asked for."""
+        """The loop on drawn images, in float32 where the precision is ``"auto"``."""
         device = use_device(options.device)
         asked = "fp32" if options.precision == "auto" else options.precision
         precision = pick_precision(asked, device)
         set_matmul_precision(precision)
         torch.manual_seed(of.seed)
-        batch = drawn_batch(of)
-        model = published_networks(of, num_classes(of)).to(device)
+        batch = synthetic.drawn_batch(of)
+        model = published_networks(of, synthetic.num_classes(of)).to(device)
         images = batch.images_NHWC.permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+        statistics = (synthetic.MEAN, synthetic.STD)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in statistics)
         x_BCHW = ((images - mean) / std).to(device)
         return PublishedLoop(of, model, x_BCHW, batch.labels_N.to(device), precision)
 
     def step(self) -> Tensor:
-        """One step of the loop as its file has it, the forward under autocast in bf16; the total
-        loss, or the first network's where each has its own."""
+        """Trains one step; returns the total loss, or the first network's where each has its own."""
         losses = self.losses()
         for loss, optimizers in losses:
             for optimizer in optimizers:
@@ -190,15 +177,12 @@ class PublishedLoop:
         return losses[0][0].detach()
 
     def losses(self) -> list[tuple[Tensor, list[torch.optim.Optimizer]]]:
-        """What each backward starts from, and the optimizers that step after it."""
+        """The losses, each with the optimizers that step after its backward."""
         with autocast(self.device, self.precision):
             if isinstance(self.model, reference.ReferenceFFSD):
+                temperature = self.of.method_options["temperature"]
                 out = reference.ffsd_losses(
-                    self.model,
-                    self.x_BCHW,
-                    self.labels_B,
-                    self.lambdas,
-                    self.of.method_options["temperature"],
+                    self.model, self.x_BCHW, self.labels_B, self.lambdas, temperature
                 )
                 each = [*out.students, out.leader, out.fusion, *out.decoders.values()]
                 pairs = zip(each, self.optimizers, strict=True)
@@ -208,23 +192,31 @@ class PublishedLoop:
             return [(self.model.losses(outputs, self.labels_B, 1.0).total, self.optimizers)]
 
     def facts(self) -> dict[str, Any]:
-        """It has no engine, and none of our ops."""
+        """The published loop has no engine and none of our ops."""
         return {"engine": "reference", "way": "the published loop", "impls": {}}
 
 
 def published_networks(of: Recipe, classes: int) -> nn.Module:
-    """The published loop's networks, with the recipe's options."""
-    for option in of.model_options:
-        raise _not_in_the_loop(of, option)
+    """The published loop's networks, with the recipe's options.
+
+    Raises:
+        UserError: an option that the published loop doesn't take.
+    """
+    foreign = list(of.model_options)
+    if of.method != "ffsd":
+        foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
+    if foreign:
+        raise UserError(
+            f"{of.name} sets {foreign[0]}, which the published loop doesn't take: time another recipe "
+            "against it"
+        )
     if of.method == "ffsd":
         return reference.ReferenceFFSD(of.model, classes, of.students)
-    # By the constructor: a mixed cohort has a name for each student.
+    # A mixed cohort has a name for each student.
     names: Any = of.model if "+" not in of.model else of.models
     loop = LOOPS[of.method](names, classes, of.students, of.sharing)
     for option, value in of.method_options.items():
-        if option not in SPELT and option not in SAME:
-            raise _not_in_the_loop(of, option)
-        spelt: dict[str, Any] = SPELT[option][value] if option in SPELT else {option: value}
+        spelt = SPELT[option][value] if option in SPELT else {option: value}
         for attribute, setting in spelt.items():
             setattr(loop, attribute, setting)
     if isinstance(loop, (reference.ReferenceKD, reference.ReferenceOKDDipKD)):
@@ -233,10 +225,3 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     if isinstance(loop, reference.ReferenceRandom):
         loop.belief_BPP = torch.rand(of.batch_size, loop.peers, loop.peers)
     return loop
-
-
-def _not_in_the_loop(of: Recipe, option: str) -> UserError:
-    return UserError(
-        f"{of.name} sets {option}, which the published loop doesn't take: time another recipe "
-        "against it"
-    )

@@ -1,24 +1,23 @@
-"""The machine's peak: the fastest of several 2048^3 matrix products, timed between the steps."""
+"""The fastest of several 2048^3 matrix products, and the peak of a step's memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from pathlib import Path
 
 import torch
 
 from fastokd.device import CASTS
+from fastokd.run.trial import synchronize
 
 SIDE = 2048
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+STATUS = Path("/proc/self/status")
 
 
 class MatmulPeak:
-    """FLOP/s of the best product so far, in the precision's own dtype."""
+    """FLOP/s of the fastest product so far, in the dtype of ``precision``."""
 
     def __init__(self, device: torch.device, precision: str, side: int = SIDE) -> None:
         self.device = device
@@ -41,3 +40,38 @@ class MatmulPeak:
     def measure(self) -> None:
         """Times one more product."""
         self.best = max(self.best, self.flops / self._once())
+
+
+class PeakMemory:
+    """The peak of memory since this object was made, in bytes.
+
+    On a GPU: torch's allocations. On a CPU: the growth of the process's resident set; make the
+    object after the imports, in a process that does nothing else.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.before = _status("VmRSS") if STATUS.exists() else _high_water()
+
+    def read(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # getrusage counts what the process had before exec too; /proc doesn't.
+        return (_status("VmHWM") if STATUS.exists() else _high_water()) - self.before
+
+
+def _status(name: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(name)
+
+
+def _high_water() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,9 +2,9 @@
 
     FLOPs of a step = 6 x MACs x batch
 
-two a multiply-accumulate, once forward and twice backward, of the students alone: a branch
-cohort's trunk counts once, and neither a teacher nor a method's own modules count. They are the
-FLOPs that have to be done, not those that were.
+Two FLOPs a multiply-accumulate, once forward and twice backward, of the students alone: a branch
+cohort's trunk counts once; a teacher and a method's own modules don't count. These are required
+FLOPs, not executed FLOPs.
 """
 
 from __future__ import annotations
@@ -44,28 +44,17 @@ class StepTiming:
         """Seconds of the median step."""
         return statistics.median(self.seconds)
 
-    @property
-    def flops(self) -> float:
-        """FLOP/s of the median step."""
-        return step_flops(self.spec.recipe) / self.median
-
-    def quartiles(self) -> tuple[float, float]:
-        """Seconds of the first and of the third quartile."""
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
     def to_json(self) -> dict[str, Any]:
-        """What ``fastokd bench step --json`` prints."""
-        low, high = (1e3 * seconds for seconds in self.quartiles())
+        """The facts that ``fastokd bench step --json`` prints."""
+        low, _, high = (1e3 * seconds for seconds in quartiles(self.seconds))
+        flops = step_flops(self.spec.recipe) / self.median
         facts = self.facts
         kind = "measured-gpu" if facts["device"] == "cuda" else "measured-cpu"
         return {
             "step_ms": 1e3 * self.median,
             "images_per_second": self.spec.recipe.batch_size / self.median,
-            "gflops": self.flops / 1e9,
-            "peak_fraction": self.flops / self.peak_flops,
+            "gflops": flops / 1e9,
+            "peak_fraction": flops / self.peak_flops,
             "peak_memory_bytes": self.peak_memory_bytes,
             "engine": facts["engine"],
             "impls": facts["impls"],
@@ -81,8 +70,16 @@ class StepTiming:
         }
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of at least one value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 class _Trunk(nn.Module):
-    """What a branch cohort shares of a student."""
+    """The part of a student that a branch cohort shares."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -94,23 +91,17 @@ class _Trunk(nn.Module):
 
 def step_macs(of: Recipe) -> int:
     """Multiply-accumulates of one forward of all students over one image, a trunk counted once."""
-    students = {
-        name: create_on_meta(name, num_classes(of), **of.model_options) for name in {*of.models}
-    }
     with torch.no_grad(), torch.device("meta"):
+        students = {
+            name: create_model(name, num_classes(of), **of.model_options).eval()
+            for name in {*of.models}
+        }
         x_BCHW = torch.empty(1, 3, of.image_size, of.image_size)
         macs = {name: count_macs(student, x_BCHW) for name, student in students.items()}
         total = sum(macs[name] for name in of.models)
         if of.sharing == "branch":
-            trunk = count_macs(_Trunk(students[of.model]), x_BCHW)
-            total -= (of.students - 1) * trunk
+            total -= (of.students - 1) * count_macs(_Trunk(students[of.model]), x_BCHW)
     return total
-
-
-def create_on_meta(name: str, classes: int, **options: Any) -> Student:
-    """A student in eval mode that has shapes and no memory."""
-    with torch.device("meta"):
-        return create_model(name, classes, **options).eval()
 
 
 def step_flops(of: Recipe) -> float:
@@ -119,17 +110,16 @@ def step_flops(of: Recipe) -> float:
 
 
 class InTurn:
-    """Several loops, each in a process of its own, stepped in turn.
+    """Several loops, each in its own process, stepped in turn.
 
-    A round is one step of each and, in :data:`PEAKS` of them, a product for the peak::
+    A round is one step of each. In :data:`PEAKS` rounds a matrix product is timed as well::
 
         with InTurn(specs) as loops:
-            for _ in range(20):
-                loops.round()
+            loops.rounds(20)
             timings = loops.timings()
 
     Raises:
-        UserError: what a loop's own construction raises; fewer than one thread.
+        UserError: a loop can't be built; fewer than one thread.
     """
 
     def __init__(self, specs: Sequence[Spec]) -> None:
@@ -143,13 +133,12 @@ class InTurn:
         self.workers: list[Timed] = []
         try:
             for spec in self.specs:
-                worker = Timed(spec)
-                self.workers.append(worker)  # at once: it is ended though the next one fails
+                self.workers.append(Timed(spec))  # closed even if the next one fails
         except BaseException:
             self.close()
             raise
         device = pick_device(specs[0].device)
-        self.precisions = [worker.facts["precision"] for worker in self.workers]
+        self.precisions = [worker.first["precision"] for worker in self.workers]
         self.peaks = {name: MatmulPeak(device, name) for name in {*self.precisions}}
         self.peaks_taken = 0
 
@@ -158,16 +147,17 @@ class InTurn:
         self.seconds[0].append(self.workers[0].step())
 
     def others(self) -> None:
-        """One step of each other loop, and a product while the peak isn't known."""
+        """One step of each other loop, and a product until there are enough."""
         for taken, worker in zip(self.seconds[1:], self.workers[1:], strict=True):
             taken.append(worker.step())
         if self.peaks_taken < PEAKS:
             self._peak()
 
-    def round(self) -> None:
-        """One step of each."""
-        self.first()
-        self.others()
+    def rounds(self, count: int) -> None:
+        """``count`` steps of each loop."""
+        for _ in range(count):
+            self.first()
+            self.others()
 
     def _peak(self) -> None:
         self.peaks_taken += 1
@@ -175,19 +165,15 @@ class InTurn:
             peak.measure()
 
     def timings(self) -> list[StepTiming]:
-        """What was measured, a loop each."""
+        """The timing of each loop."""
         while self.peaks_taken < PEAKS:
             self._peak()
-        columns = zip(self.specs, self.seconds, self.precisions, self.workers, strict=True)
+        rows = zip(self.specs, self.seconds, self.precisions, self.workers, strict=True)
         return [
             StepTiming(
-                spec,
-                tuple(seconds),
-                self.peaks[precision].best,
-                worker.peak_memory(),
-                worker.facts,
+                spec, tuple(taken), self.peaks[name].best, worker.peak_memory(), worker.first
             )
-            for spec, seconds, precision, worker in columns
+            for spec, taken, name, worker in rows
         ]
 
     def close(self) -> None:
@@ -209,6 +195,5 @@ def time_steps(specs: Sequence[Spec], steps: int) -> list[StepTiming]:
     for spec in specs:
         spec.check()
     with InTurn(specs) as loops:
-        for _ in range(steps):
-            loops.round()
+        loops.rounds(steps)
         return loops.timings()

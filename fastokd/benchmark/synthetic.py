@@ -1,4 +1,4 @@
-"""Drawn images, labels and teachers: what a step is timed on where no data set is at hand."""
+"""Drawn images, labels and teachers, for timing a step without a data set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.student.teacher import STUDENT
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "imagenet": 1000}
-# An image folder has the classes that its user has; ImageNet's number stands for them.
+# An image folder is taken to have as many classes as ImageNet.
 FOLDER_CLASSES = 1000
 
-# The channels' own mean and deviation: uniform noise, normalised like any other images.
+# Mean and deviation of uniform noise.
 MEAN, STD = (0.5, 0.5, 0.5), (0.289, 0.289, 0.289)
 
 
 def num_classes(of: Recipe) -> int:
-    """C of the recipe's data set, known without the data."""
+    """The number of classes of the recipe's data set, known without the data."""
     return CLASSES.get(of.dataset, FOLDER_CLASSES)
 
 
@@ -48,8 +48,7 @@ def drawn_splits(of: Recipe, batch: Split) -> DatasetSplits:
 
 
 def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
-    """An untrained teacher's file in ``folder``, where the method asks for one: it costs the same
-    as a trained one."""
+    """Writes an untrained teacher into ``folder`` if the method needs one; returns its file."""
     if not method_class(of.method).needs.teacher:
         return None
     teacher = recipe(of.teacher)

@@ -1,6 +1,6 @@
-"""A program of its own for each loop that is timed, so that neither sees the other's memory.
+"""A process for each timed loop, so that no loop's memory counts for another.
 
-The parent asks for one step at a time, which lets it time several loops in turn::
+The parent asks for one step at a time, so it can time several loops in turn::
 
     with Timed(Spec(recipe, "fastokd")) as ours, Timed(Spec(recipe, "reference")) as theirs:
         times = [(ours.step(), theirs.step()) for _ in range(20)]
@@ -11,19 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
-from fastokd.benchmark.memory import PeakMemory
-from fastokd.benchmark.peak import synchronize
+from fastokd.benchmark.peak import PeakMemory
 from fastokd.cohort import ENGINES
 from fastokd.device import pick_device, pick_precision
 from fastokd.errors import UserError
 from fastokd.ops.dispatch import choose
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
+from fastokd.run.trial import synchronize
 from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
@@ -34,7 +33,7 @@ LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker runs: a recipe by ``"fastokd"`` or ``"reference"``, and how."""
+    """What a worker runs: a recipe, by the loop ``"fastokd"`` or ``"reference"``, and how."""
 
     recipe: Recipe
     loop: str = "fastokd"
@@ -47,25 +46,19 @@ class Spec:
     threads: int | None = None
 
     def options(self) -> RunOptions:
-        """As a run would take them; but on a CPU, where compiling takes minutes and hasn't paid,
-        it is tried only where it is asked for."""
+        """The options of a run. On a CPU, where compiling takes minutes and hasn't paid, ``"auto"``
+        doesn't compile."""
+        names = ("device", "precision", "engine", "memory_format", "impl")
         compiled = self.compile
         if compiled is None and pick_device(self.device).type == "cpu":
             compiled = False
-        return RunOptions(
-            device=self.device,
-            precision=self.precision,
-            engine=self.engine,
-            compile=compiled,
-            memory_format=self.memory_format,
-            impl=self.impl,
-        )
+        return RunOptions(compile=compiled, **{name: getattr(self, name) for name in names})
 
     def check(self) -> None:
-        """Refuses what no worker could run, before one is started.
+        """Checks the options before a worker is started.
 
         Raises:
-            UserError: an unknown device, precision, engine or implementation; or one that isn't here.
+            UserError: a device, precision, engine or implementation is unknown or unavailable.
         """
         device = pick_device(self.device)
         precision = pick_precision(self.precision, device)
@@ -76,11 +69,11 @@ class Spec:
         choose("the loss", self.impl, device, {"cpp": None, "triton": None})
 
     def settled(self) -> Spec:
-        """With the engine that ``"auto"`` chooses, measured in a process of its own: what the
-        trials leave in memory isn't the step's.
+        """The spec with the engine that ``"auto"`` chooses, measured in its own process so that the
+        trials don't count for the step's memory.
 
         Raises:
-            UserError: what the loop's own construction raises.
+            UserError: the loop can't be built.
         """
         if self.loop != "fastokd" or self.engine != "auto":
             return self
@@ -91,8 +84,10 @@ class Spec:
 class Timed(Worker):
     """A loop in its own process, ready to step when the constructor returns.
 
+    ``first``: the loop's facts and the machine's.
+
     Raises:
-        UserError: the loop's own construction raises it.
+        UserError: the loop can't be built.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -104,21 +99,19 @@ class Timed(Worker):
         if "error" in self.first:
             self.close()
             raise UserError(self.first["error"])
-        self.facts = self.first
 
     def step(self) -> float:
-        """Trains one step; the seconds that it took."""
-        seconds: float = self.ask("step")["seconds"]
-        return seconds
+        """Trains one step; returns its seconds."""
+        return float(self.ask("step")["seconds"])
 
     def peak_memory(self) -> int:
-        """The most bytes that were held in any step so far, beyond the imports."""
-        peak: int = self.ask("memory")["bytes"]
-        return peak
+        """The peak of all steps so far, in bytes, without the imports."""
+        return int(self.ask("memory")["bytes"])
 
 
 def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:
-    """The loop of a :class:`Spec`: its facts, and what answers ``"step"`` and ``"memory"``."""
+    """Builds the loop of a :class:`Spec`; returns its facts, and the function that answers
+    ``"step"`` and ``"memory"``."""
     spec = Spec(**{**job, "recipe": Recipe.from_json(job["recipe"])})
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
@@ -127,7 +120,7 @@ def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:
         loop = LOOPS[spec.loop](spec.recipe, spec.options())
         if isinstance(loop, OurLoop) and spec.engine == "auto":
             return {"choice": loop.choose()}, None
-        # The first step makes what is kept between steps; the second is looked at op by op.
+        # The first step allocates what is kept between steps; `facts` looks at the ops of another.
         loop.step()
         facts = loop.facts()
         loop.step()
@@ -143,17 +136,9 @@ def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:
         synchronize(loop.device)
         return {"seconds": time.perf_counter() - start}
 
-    return {**facts, **_machine(loop)}, answer
-
-
-def _machine(loop: Loop) -> dict[str, Any]:
     if loop.device.type == "cuda":
         name = torch.cuda.get_device_name(loop.device)
     else:
         name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-    return {
-        "device": loop.device.type,
-        "device_name": name,
-        "precision": loop.precision,
-        "threads": torch.get_num_threads(),
-    }
+    facts |= {"device": loop.device.type, "device_name": name, "precision": loop.precision}
+    return {**facts, "threads": torch.get_num_threads()}, answer

@@ -1,4 +1,4 @@
-"""Writes a student, reads it back by its own library, and keeps it only if both say the same."""
+"""Writes a student, reads it with the format's library, and keeps the file if the logits are equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastokd.checkpoint import load_checkpoint, sync_folder, write_durably
 from fastokd.data import DatasetSplits
 from fastokd.errors import DiskError, UserError, unknown_name, warn
-from fastokd.export.formats import NEEDS, SINGLE_FILES, Format
+from fastokd.export.formats import SINGLE_FILES, Format
 from fastokd.export.hub import HUB
 from fastokd.host.names import in_utf8
 from fastokd.learner.build import build_cohort
@@ -32,13 +32,13 @@ from fastokd.student.within_cohort import BATCH, alike, first_images, furthest_a
 
 FORMATS: dict[str, Format] = {**SINGLE_FILES, "hub": HUB}
 ABOUT = "student.json"
-# Of the largest logit: other kernels add in another order.
+# Relative to the largest logit: other kernels sum in another order.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: a folder with the student's file and ``student.json``."""
+    """The written folder, with the student's file and ``student.json``; and the lines to print."""
 
     folder: Path
     lines: tuple[str, ...]
@@ -53,29 +53,30 @@ def export(
     best: bool = False,
     options: RunOptions | None = None,
 ) -> Export:
-    """Turns a student into a folder for another library.
+    """Exports a student into a folder for another library.
 
-    The file is loaded by that library and has to give the student's logits on a batch of the run's
-    held-out images (on seeded noise where ``source`` is a lone file, which has no data), within
-    1e-4 of the largest; and the student those of its place in the run's cohort, by the engine that
-    trained it (``fastokd/student/within_cohort.py``). Otherwise nothing is left.
+    That library loads the file, and its logits on a batch of the run's held-out images must equal the
+    student's within 1e-4 of the largest (on seeded noise if ``source`` is a file outside of a run).
+    The student's logits must also equal those of its place in the run's cohort, by the engine that
+    trained it (``fastokd/student/within_cohort.py``). Otherwise nothing is written.
 
     Args:
         source: a run folder, a checkpoint of one, or a ``student.safetensors``.
         to: a format, see :data:`FORMATS`; ``"hub"`` is the layout of a model hub, with a card
             (nothing is uploaded).
         out: the folder to write; ``SOURCE/export/FORMAT`` by default.
-        student: which of a run's students, counted from 0; the one that the recipe keeps.
-        best: of a run, the best epoch's in place of the last one's.
-        options: where the run's data lie.
+        student: which of a run's students, counted from 0; by default the one that the recipe keeps.
+        best: of a run, the best epoch's weights in place of the last epoch's.
+        options: say where the run's data are.
 
     Raises:
-        UserError: an unknown format, a network that the library doesn't have, a package that is
-            missing, an ``out`` that exists, data that can't be found, logits that differ.
+        UserError: an unknown format, a network that the library doesn't have, a missing package, an
+            ``out`` that exists, missing data, logits that differ.
     """
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
-    missing = [name for name in NEEDS.get(to, ()) if importlib.util.find_spec(name) is None]
+    form = FORMATS[to]
+    missing = [name for name in form.needs if importlib.util.find_spec(name) is None]
     if missing:
         extra = "onnx" if to == "onnx" else to
         raise UserError(
@@ -92,18 +93,23 @@ def export(
     network = weights.build()
     with torch.no_grad():
         wanted_BC = network(images_BCHW)
-    form = FORMATS[to]
+    name = form.file.format(model=weights.model.replace(":", "-").replace("/", "-"))
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     made = [parent for parent in folder.parents if not parent.exists()]
-    # An export that was killed may have had this process's number, as containers count from 1.
+    # A killed export may have had the same process id: containers count from 1.
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         with in_utf8(beside) as place:
-            name = form.write(weights, network, place)
+            form.write(weights, network, place / name)
             with torch.no_grad():
                 got_BC = form.read(weights, place / name)(images_BCHW)
-        furthest = _compare(got_BC, wanted_BC, to)
+        furthest = furthest_apart(got_BC, wanted_BC)
+        if not furthest <= TOLERANCE:
+            raise UserError(
+                f"the export to {to} gives other logits than the student: {furthest:.2g} of the "
+                f"largest apart, and at most {TOLERANCE:g} is allowed; nothing was kept, choose another format"
+            )
         about = {"file": name, **weights.about()}
         write_durably(beside / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
         os.rename(beside, folder)
@@ -111,27 +117,24 @@ def export(
         raise DiskError(f"{folder} can't be written: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where the export is in them they stay
+        with contextlib.suppress(OSError):  # the folders stay if the export is in them
             for parent in made:
                 parent.rmdir()
     sync_folder(folder.parent)
-    where = str(folder / name)
-    return Export(
-        folder,
-        (
-            f"{weights.model}, {weights.fact('role')}, from {weights.path}",
-            *through,
-            f"its logits on {what}, loaded again: at most {furthest:.1g} away",
-            f"read it by {form.how(weights, where)}",
-        ),
+    lines = (
+        f"{weights.model}, {weights.fact('role')}, from {weights.path}",
+        *through,
+        f"its logits on {what}, loaded again: at most {furthest:.1g} away",
+        f"read it by {'; '.join(form.how(weights, str(folder / name)))}",
     )
+    return Export(folder, lines)
 
 
 def _images(
     source: Path, weights: Weights, options: RunOptions
 ) -> tuple[Tensor, str, tuple[str, ...]]:
-    """Normalised images ``[B, 3, H, W]`` to compare on, what they are, and what comparing the
-    student with itself in its run's cohort gave."""
+    """Normalised images ``[B, 3, H, W]`` to compare on, their description, and the result of comparing
+    the student with its place in the run's cohort."""
     run = source if (source / "recipe.json").is_file() else source.parent.parent
     if not (run / "recipe.json").is_file():
         size = weights.preprocessing.input_size
@@ -183,14 +186,3 @@ def _through(
     logits_BC = within_cohort(cohort, index, state, images_BHWC)
     furthest = alike(logits_BC, weights, images_BHWC, how.get("precision", "fp32"), run)
     return (f"its logits within its cohort, engine {cohort.engine}: at most {furthest:.1g} away",)
-
-
-def _compare(got_BC: Tensor, wanted_BC: Tensor, to: str) -> float:
-    """How far apart they are, as a share of the largest logit; too far raises."""
-    furthest = furthest_apart(got_BC, wanted_BC)
-    if not furthest <= TOLERANCE:
-        raise UserError(
-            f"the export to {to} gives other logits than the student: {furthest:.2g} of the "
-            f"largest apart, and at most {TOLERANCE:g} is allowed; nothing was kept, choose another format"
-        )
-    return furthest

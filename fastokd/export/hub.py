@@ -1,4 +1,4 @@
-"""The layout of a model hub: weights, a configuration, a card. Files only; nothing is uploaded."""
+"""The layout of a model hub: weights, a configuration and a card. Nothing is uploaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import OPTIONAL, Weights
 
 FILE = "model.safetensors"
-# On a card, for the folder that holds it.
+# Stands for the folder of a card.
 HERE = "PATH_OF_THIS_FOLDER"
 
 
@@ -41,33 +41,30 @@ def _in_timm(weights: Weights) -> bool:
     return True
 
 
-def _write(weights: Weights, student: Student, folder: Path) -> str:
-    (folder / write_safetensors(weights, student, folder)).rename(folder / FILE)
+def _write(weights: Weights, student: Student, path: Path) -> None:
+    write_safetensors(weights, student, path)
     about = weights.about()
     classes = len(about["class_names"])
-    in_timm = _in_timm(weights)
-    # timm's form: `local-dir:` reads it.
+    library = "timm" if _in_timm(weights) else "fastokd"
+    options = arguments(weights, library)
+    options.pop("num_classes")
+    # The form that timm's `local-dir:` reads.
     config = {
-        "architecture": foreign_name(weights, "timm") if in_timm else weights.model,
+        "architecture": foreign_name(weights, "timm") if library == "timm" else weights.model,
         "num_classes": classes,
         "label_names": about["class_names"],
-        "model_args": {
-            key: value
-            for key, value in arguments(weights, "timm" if in_timm else "fastokd").items()
-            if key != "num_classes"
-        },
+        "model_args": options,
         "pretrained_cfg": {"num_classes": classes, **_shown_by_timm(weights.preprocessing)},
     }
-    write_durably(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-    card = _card(weights, about, "timm" if in_timm else "fastokd")
-    write_durably(folder / "README.md", card.encode())
-    return FILE
+    text = json.dumps(config, indent=1) + "\n"
+    write_durably(path.with_name("config.json"), text.encode())
+    write_durably(path.with_name("README.md"), _card(weights, about, library).encode())
 
 
 def _shown_by_timm(shown: Preprocessing) -> dict[str, Any]:
-    """timm's words; of small grey pictures they only say how one of ``input_size`` is shown."""
+    """The preprocessing in timm's terms; they can't describe the resizing of small grey pictures."""
     share = shown.input_size / shown.view.resize
-    # timm takes the whole part of input_size / crop_pct.
+    # timm rounds input_size / crop_pct down.
     while math.floor(shown.input_size / share) < shown.view.resize:
         share = math.nextafter(share, 0)
     return {
@@ -97,7 +94,7 @@ def _statements(weights: Weights, name: str) -> list[str]:
 
 
 def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
-    """What the student is, what it was trained on, how to load it: all from its own facts."""
+    """The model card: the student, its training data, how to load it; all from its facts."""
     classes = len(about["class_names"])
     use = "\n".join(_statements(weights, f"{HERE}/{FILE}"))
     lines = [
@@ -143,7 +140,7 @@ def _numbers(values: list[float]) -> str:
 
 
 def _trained(weights: Weights) -> list[str]:
-    """The recipe, and the accuracy of exactly these weights where it was measured."""
+    """The recipe, and the accuracy of these weights if it was measured."""
     if "recipe" not in weights.facts:
         return []
     recipe = Recipe.from_json(weights.fact("recipe"))
@@ -165,8 +162,4 @@ def _trained(weights: Weights) -> list[str]:
     return lines
 
 
-def _how(weights: Weights, name: str) -> str:
-    return "; ".join(_statements(weights, name))
-
-
-HUB = Format(_write, _read, _how)
+HUB = Format(FILE, _write, _read, _statements)

@@ -1,1 +1,1 @@
-"""What a recipe needs of a machine that need not be there: counted on fake tensors, modelled."""
+"""The time and memory of a recipe on any machine: counted on fake tensors, then modelled."""

@@ -1,4 +1,4 @@
-"""Whether the model of this CPU foretells its steps: predicted beside measured, each error shown."""
+"""Checks the model of this CPU: predicted and measured steps, and the error of each prediction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastokd.recipe.names import Recipe
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """One program's step: milliseconds as modelled, by term, and as measured."""
+    """One program's step: modelled milliseconds, by term, and measured milliseconds."""
 
     recipe: str
     program: str
@@ -23,12 +23,12 @@ class ModelledStep:
 
     @property
     def modelled_ms(self) -> float:
-        """All terms, one after another."""
+        """The sum of all terms."""
         return sum(self.terms_ms.values())
 
     @property
     def error(self) -> float:
-        """Of the model, as a share of what was measured."""
+        """The model's error, relative to the measured time."""
         return self.modelled_ms / self.measured_ms - 1
 
     def __str__(self) -> str:
@@ -42,24 +42,18 @@ class ModelledStep:
 HEADER = f"{'recipe':36} {'program':10} {'modelled':>8} {'measured':>8} {'error':>7}  terms, ms"
 
 
-def predict(
-    of: Recipe, cpu: Cpu, engine: str = "loop"
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds by term of our step, in the CPU's precision, and of the published loop's."""
-    ours = trace_ours(of, of.batch_size, engine, cpu.precision, "auto")
-    theirs = trace_reference(of, of.batch_size)
-    both = [{k: 1e3 * v for k, v in terms(step.ops, cpu).items()} for step in (ours, theirs)]
-    return both[0], both[1]
-
-
 def check(of: Recipe, cpu: Cpu, steps: int = 5, engine: str = "loop") -> list[ModelledStep]:
-    """Predicts the steps of both programs, then measures them in turn."""
-    predicted = predict(of, cpu, engine)
+    """Models the steps of our program and of the published loop, then measures them in turn."""
+    traces = (
+        trace_ours(of, of.batch_size, engine, cpu.precision, "auto"),
+        trace_reference(of, of.batch_size),
+    )
+    modelled = [{k: 1e3 * v for k, v in terms(step.ops, cpu).items()} for step in traces]
     specs = [
         Spec(of, device="cpu", precision=cpu.precision, engine=engine),
         Spec(of, "reference", device="cpu"),
     ]
     return [
         ModelledStep(of.name, timing.spec.loop, found, 1e3 * timing.median)
-        for found, timing in zip(predicted, time_steps(specs, steps), strict=True)
+        for found, timing in zip(modelled, time_steps(specs, steps), strict=True)
     ]

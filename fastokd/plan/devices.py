@@ -1,16 +1,14 @@
-"""What a machine can do: GPUs by their data sheets, this CPU by micro-benchmarks."""
+"""The speed of devices: GPUs by their data sheets, this CPU by micro-benchmarks."""
 
 from __future__ import annotations
 
-import bisect
 import os
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fastokd.device import pick_precision
 from fastokd.errors import unknown_name
@@ -19,32 +17,12 @@ from fastokd.plan.ops import Op, Product
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class Device(Protocol):
-    """Where a step would run."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def how(self) -> str: ...
-
-    @property
-    def memory_bytes(self) -> int: ...
-
-    @property
-    def precision(self) -> str: ...
-
-    def seconds(self, op: Op) -> float:
-        """The least that the operator takes, its launches not counted."""
-        ...
-
-
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense FLOP/s by dtype, bytes/s of its memory and, one way, of its link.
+    """A GPU's data sheet: dense FLOP/s by dtype, bytes/s of its memory and (one direction) link.
 
-    ``host_seconds``: what an eager operator costs the CPU that launches it. ``kernel_seconds``: the
-    shortest time from the start of one kernel to the start of the next, in a replayed graph too.
+    ``host_seconds``: the CPU's time to launch an eager operator. ``kernel_seconds``: the shortest
+    time between the starts of two kernels, also in a replayed graph.
     """
 
     name: str
@@ -58,7 +36,7 @@ class Gpu:
     precision: str = "bf16"
 
     def seconds(self, op: Op) -> float:
-        """The roofline: arithmetic or memory, whichever is slower, at the peak of each."""
+        """The roofline: the slower of arithmetic and memory traffic, each at its peak."""
         rate = self.flops[torch.bfloat16 if op.dtype == torch.bfloat16 else torch.float32]
         return max(op.flops / rate, op.bytes / self.bandwidth, self.kernel_seconds * op.launches)
 
@@ -80,7 +58,7 @@ NAMES = [*GPUS, "cpu"]
 
 
 def find_device(name: str) -> Device:
-    """A device by name; ``cpu`` is this one, measured now.
+    """A device by name; ``cpu`` is this CPU, measured now.
 
     Raises:
         UserError: an unknown name.
@@ -92,26 +70,18 @@ def find_device(name: str) -> Device:
     return GPUS[name]
 
 
-def best_seconds(run: Callable[[], object], repeats: int = 5, least: float = 2e-3) -> float:
-    """Seconds of one call, in the fastest of several bursts of at least ``least`` seconds."""
-    run()
-    start = time.perf_counter()
-    run()
-    once = time.perf_counter() - start
-    calls = max(1, int(least / max(once, 1e-7)))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        times.append((time.perf_counter() - start) / calls)
-    return min(times)
+def best_seconds(run: Callable[[], object]) -> float:
+    """Seconds of one call, in the fastest of five bursts of at least two milliseconds."""
+    timer = timeit.Timer(run)
+    timer.timeit(1)
+    calls = max(1, int(2e-3 / max(timer.timeit(1), 1e-7)))
+    return min(timer.repeat(5, calls)) / calls
 
 
-# What a matrix product is cut to along its longest side: far less than a third-level cache, and enough
-# rows for the small operand, which `mm` packs at each call, to weigh as little as in a layer.
+# A measured matrix product is cut to this size along its longest side: it fits the third-level cache,
+# and has enough rows to make the packing of the small operand in `mm` negligible, as in a layer.
 CACHED_BYTES = 1 << 22
-# Working sets of the copies: from the nearest cache to far beyond the last.
+# Working sets of the copies, in bytes: from the first-level cache to main memory.
 SIZES = tuple(1 << power for power in range(14, 29, 2))
 
 
@@ -119,7 +89,7 @@ SIZES = tuple(1 << power for power in range(14, 29, 2))
 class Cpu:
     """This CPU, by four micro-benchmarks: products, copies in cache and in memory, one tiny op.
 
-    Nothing is fitted to a training step.
+    No value is fitted to a training step.
     """
 
     precision: str
@@ -133,33 +103,26 @@ class Cpu:
 
     @staticmethod
     def calibrated(precision: str, sizes: Sequence[int] = SIZES) -> Cpu:
-        """Measures copies and the cost of an operator; products as they are asked for."""
+        """Measures copies and the overhead of an operator; products are measured on demand."""
         dtypes = {torch.float32, DTYPES[precision]}
         rates = {dtype: [_copy_rate(size, dtype) for size in sizes] for dtype in dtypes}
         a = torch.ones(8, requires_grad=True)
         overhead = best_seconds(lambda: a * a)
-        return Cpu(precision, overhead, list(sizes), rates, _memory())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Cpu(precision, overhead, list(sizes), rates, memory)
 
     def seconds(self, op: Op) -> float:
-        """Products at the rate of the same product in cache, bytes at the rate of a copy of as many."""
+        """Products at the rate of the same product in cache, bytes at the rate of a copy of that size."""
         dtype = op.dtype if op.dtype in self.copy_rates else torch.float32
         arithmetic = sum(self.product_seconds(product, dtype) for product in op.products)
         return max(arithmetic, op.bytes / self.copy_rate(op.bytes, dtype)) + self.overhead
 
     def copy_rate(self, size: int, dtype: torch.dtype) -> float:
-        """Bytes/s over a working set of ``size``: in proportion between those measured."""
-        rates = self.copy_rates[dtype]
-        at = bisect.bisect_left(self.sizes, size)
-        if at == 0:
-            return rates[0]
-        if at == len(self.sizes):
-            return rates[-1]
-        low, high = self.sizes[at - 1], self.sizes[at]
-        share = (size - low) / (high - low)
-        return rates[at - 1] * (1 - share) + rates[at] * share
+        """Bytes/s over a working set of ``size``: interpolated between the measured sizes."""
+        return float(np.interp(size, self.sizes, self.copy_rates[dtype]))
 
     def product_seconds(self, product: Product, dtype: torch.dtype) -> float:
-        """Of a product whose operands lie in cache; a depthwise one has no arithmetic to speak of."""
+        """Seconds of a product with its operands in cache; 0 for a depthwise convolution."""
         if product.n == 1 and product.count > 1:
             return 0.0
         m, n, k = _cut(product, torch.tensor([], dtype=dtype).element_size())
@@ -172,7 +135,7 @@ class Cpu:
 
 
 def _cut(product: Product, size: int) -> tuple[int, int, int]:
-    """The product's sides, the longest one cut so that its operands fit the cache."""
+    """The product's sides, the longest halved until the operands fit :data:`CACHED_BYTES`."""
     m, n, k = product.m, product.n, product.k
     while size * (m * k + k * n + m * n) > CACHED_BYTES and max(m, k) > 64:
         if m >= k:
@@ -183,12 +146,11 @@ def _cut(product: Product, size: int) -> tuple[int, int, int]:
 
 
 def _copy_rate(size: int, dtype: torch.dtype) -> float:
-    """Bytes/s of an operator that reads one half of ``size`` and writes the other, which is there: a
-    run keeps the memory that it frees, and optimizers work in place."""
-    a: Tensor = torch.ones(size // 2 // torch.tensor([], dtype=dtype).element_size(), dtype=dtype)
+    """Bytes/s of an operator that reads one half of ``size`` and writes the other half. The output is
+    allocated before: a run reuses freed memory, and optimizers work in place."""
+    a = torch.ones(size // 2 // torch.tensor([], dtype=dtype).element_size(), dtype=dtype)
     out = torch.zeros_like(a)
     return size / best_seconds(lambda: torch.neg(a, out=out))
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+Device = Gpu | Cpu

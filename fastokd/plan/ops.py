@@ -1,4 +1,4 @@
-"""What one dispatched operator is: its kind, FLOPs, bytes, matrix products and GPU launches."""
+"""A dispatched operator: its kind, FLOPs, bytes, matrix products and GPU launches."""
 
 from __future__ import annotations
 
@@ -13,65 +13,36 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-# Dispatched, but nothing runs: allocation, and questions about a tensor.
+# Dispatched operators that run nothing: allocation, views, and queries of a tensor.
 FREE = {
-    "detach",
-    "device",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_unsafe_view",
-    "_local_scalar_dense",
-    "_reshape_alias",
-    "resize_",
-    "lift_fresh",
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"),
+    *("detach", "lift_fresh", "_unsafe_view", "_reshape_alias"),
+    *("device", "_local_scalar_dense"),
 }
-# How often an operator passes over its inputs, as its algorithm must: a norm reads once for the
-# statistics and once to normalise, its backward once for the sums and once for the gradient.
-READS = {
-    "native_batch_norm": 2,
-    "_native_batch_norm_legit": 2,
-    "native_batch_norm_backward": 2,
-    "fused_bn_act": 2,
-    "fused_bn_act_backward": 2,
-    "_log_softmax": 2,
-    "_softmax": 2,
+NORMS = {
+    *("native_batch_norm", "_native_batch_norm_legit", "native_batch_norm_backward"),
+    *("fused_bn_act", "fused_bn_act_backward"),
 }
-NORMS = {name for name in READS if "norm" in name or "bn" in name}
+# How often an operator must read its inputs: a norm reads once for the statistics and once to
+# normalise, its backward once for the sums and once for the gradient.
+READS = dict.fromkeys([*NORMS, "_log_softmax", "_softmax"], 2)
 REDUCTIONS = {
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "argmin",
-    "argmax",
-    "topk",
-    "linalg_vector_norm",
-    "norm",
-    "mse_loss",
-    "nll_loss_forward",
-    "_log_softmax",
-    "_softmax",
-    "_softmax_backward_data",
-    "_log_softmax_backward_data",
-    "avg_pool2d",
-    "max_pool2d_with_indices",
+    *("sum", "mean", "amax", "amin", "max", "min", "argmin", "argmax", "topk"),
+    *("linalg_vector_norm", "norm", "mse_loss", "nll_loss_forward"),
+    *("_log_softmax", "_softmax", "_softmax_backward_data", "_log_softmax_backward_data"),
+    *("avg_pool2d", "max_pool2d_with_indices"),
 }
-# Tensors that one launch of torch's multi-tensor kernels takes, by the number of lists, and the
-# blocks of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
+# Limits of one launch of torch's multi-tensor kernels: tensors, by the number of lists, and blocks
+# of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
 TENSORS_A_LAUNCH = (110, 64, 48, 36, 30)
 BLOCKS_A_LAUNCH, BLOCK = 320, 65536
-# Kernels of ours that are more than one launch: the loss of every sample, then their sum.
+# Our kernels with more than one launch: the loss of every sample, then the sum.
 FUSED_LAUNCHES = {"mixture_distillation": 2, "peer_attention_distillation": 2}
 
 
 @dataclass(frozen=True)
 class Product:
-    """``count`` matrix products ``[m, k] @ [k, n]``; a convolution is one over its windows."""
+    """``count`` matrix products ``[m, k] @ [k, n]``; a convolution is a product over its windows."""
 
     m: int
     n: int
@@ -80,7 +51,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Two a multiply-accumulate."""
+        """Two for each multiply-accumulate."""
         return 2 * self.m * self.n * self.k * self.count
 
 
@@ -89,8 +60,8 @@ class Op:
     """One operator of a step.
 
     ``phase``: forward, backward or optimizer. ``layer``: the module that it belongs to, or "".
-    ``kind``: product, norm, reduction, pointwise, loss or optimizer. ``bytes``: what it must read
-    and write. ``launches``: the kernels that it is on a GPU.
+    ``kind``: product, norm, reduction, pointwise, loss or optimizer. ``bytes``: required reads and
+    writes. ``launches``: kernels on a GPU.
     """
 
     name: str
@@ -105,7 +76,7 @@ class Op:
 
 
 def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str) -> Op | None:
-    """The operator as an :class:`Op`; None where nothing runs."""
+    """The operator as an :class:`Op`; None if it runs nothing."""
     name = func._schema.name.split("::")[1]
     if func.is_view or name in FREE or func.namespace in ("prim", "profiler"):
         return None
@@ -131,15 +102,12 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Each memory once, though it is seen through several views."""
+    """Bytes of the tensors; views of the same memory count once, without expanded dimensions."""
     seen = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in tensors}
-    return sum(_elements(x) * x.element_size() for x in seen.values())
-
-
-def _elements(x: Tensor) -> int:
-    """What is really there of an expanded tensor."""
-    sizes = zip(x.shape, x.stride(), strict=True)
-    return math.prod(size for size, stride in sizes if stride != 0)
+    return sum(
+        x.element_size() * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
+        for x in seen.values()
+    )
 
 
 def _kind(name: str, namespace: str, has_products: bool, phase: str) -> str:
@@ -160,15 +128,12 @@ def _launches(func: Any, name: str, args: Any) -> int:
         lists = [x for x in lists if isinstance(x[0], Tensor) and x[0].dim() > 0]
         if not lists:
             return 1
-        tensors = len(lists[0])
         blocks = sum(math.ceil(x.numel() / BLOCK) for x in lists[0])
         limit = TENSORS_A_LAUNCH[min(len(lists), 5) - 1]
-        return max(math.ceil(tensors / limit), math.ceil(blocks / BLOCKS_A_LAUNCH))
+        return max(math.ceil(len(lists[0]) / limit), math.ceil(blocks / BLOCKS_A_LAUNCH))
     if func is aten.convolution_backward.default:
         return sum(args[10])
-    if func.namespace == "fastokd":
-        return FUSED_LAUNCHES.get(name, 1)
-    return 1
+    return FUSED_LAUNCHES.get(name, 1) if func.namespace == "fastokd" else 1
 
 
 def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:
@@ -182,13 +147,10 @@ def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:
         forward = _convolution(x, weight, grad, transposed, groups)
         rows, outputs, window = forward.m, forward.n, forward.k
         taps = weight.shape[2:].numel()
-        inputs = window // taps
-        found = []
-        if wanted[0]:
-            found.append(Product(rows, inputs, outputs * taps, groups))
-        if wanted[1]:
-            found.append(Product(window, outputs, rows, groups))
-        return tuple(found)
+        for_input = Product(rows, window // taps, outputs * taps, groups)
+        for_weight = Product(window, outputs, rows, groups)
+        both = zip((for_input, for_weight), wanted[:2], strict=True)
+        return tuple(product for product, asked in both if asked)
     if func.overloadpacket in flop_registry:
         shapes = [x.shape for x in args if isinstance(x, Tensor)][-2:]
         if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) and len(shapes[0]) in (2, 3):
@@ -199,7 +161,7 @@ def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:
 
 def _convolution(x: Tensor, weight: Tensor, y: Tensor, transposed: bool, groups: int) -> Product:
     taps = weight.shape[2:].numel()
-    if transposed:  # as many windows as inputs, each spread over its outputs
+    if transposed:  # one window per input pixel, spread over its outputs
         pixels = x.shape[0] * x.shape[2:].numel()
         return Product(pixels, weight.shape[1], weight.shape[0] // groups * taps, groups)
     pixels = y.shape[0] * y.shape[2:].numel()

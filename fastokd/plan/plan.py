@@ -18,13 +18,7 @@ from fastokd.models import least_batch, model_info
 from fastokd.ops import cpp
 from fastokd.plan.devices import Device, Gpu, find_device
 from fastokd.plan.ops import Op
-from fastokd.plan.roofline import (
-    fuse,
-    gradient_traffic,
-    launches,
-    student_traffic,
-    terms,
-)
+from fastokd.plan.roofline import all_reduce, fuse, launches, link_seconds, student_traffic, terms
 from fastokd.plan.trace import Step, trace_ours, trace_reference
 from fastokd.recipe.names import Recipe
 
@@ -39,9 +33,9 @@ TRAIN_IMAGES = {
 
 
 def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
-    """Everything that the command prints, under ``counted`` and ``modelled``.
+    """The facts that the command prints, under ``counted`` and ``modelled``.
 
-    The recipe's batch is that of the whole step; ``gpus`` share it.
+    ``gpus`` GPUs share the recipe's batch.
 
     Raises:
         UserError: students that can't take the images, or that the method refuses; an unknown
@@ -63,8 +57,7 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device)
     if isinstance(steps["loop"], str):
-        raise UserError(steps["loop"])  # the method refuses these students
-    best = _modelled(of, batch, gpus, device, steps)
+        raise UserError(steps["loop"])  # the method can't take these students
     return {
         "recipe": of.name,
         "device": device.name,
@@ -73,27 +66,26 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
         "batch_size": of.batch_size,
         "batch_size_per_gpu": batch,
         "counted": _counted(of, batch, steps, device),
-        "modelled": best,
+        "modelled": _modelled(of, gpus, device, steps),
     }
 
 
 def _steps(of: Recipe, batch: int, device: Device) -> dict[str, Step | str]:
-    """Traces by name; the reason where an engine can't take the recipe."""
+    """Traces by name; or the reason why an engine can't take the recipe."""
     on_gpu = isinstance(device, Gpu)
-    found: dict[str, Step | str] = {}
-    for engine in ENGINES:
-        norm = "torch" if on_gpu else "auto"
-        found[engine] = _or_reason(trace_ours, of, batch, engine, device.precision, norm)
-        if on_gpu:  # as the compiler has it: the norm reads twice and writes once
-            found[f"{engine} fused"] = _or_reason(
-                trace_ours, of, batch, engine, device.precision, "auto"
-            )
+    # Compiled code has the traffic of our fused norm: it reads twice and writes once.
+    norms = {"": "torch", " fused": "auto"} if on_gpu else {"": "auto"}
+    found = {
+        f"{engine}{how}": _or_reason(trace_ours, of, batch, engine, device.precision, norm)
+        for engine in ENGINES
+        for how, norm in norms.items()
+    }
     found["reference"] = _or_reason(trace_reference, of, batch, "fp32", on_gpu)
     return found
 
 
 def _or_reason(trace: Callable[..., Step], *args: Any) -> Step | str:
-    """The trace, or why there is none."""
+    """The trace, or the reason why there is none."""
     try:
         return trace(*args)
     except UserError as error:
@@ -105,10 +97,8 @@ def _counted(
 ) -> dict[str, Any]:
     loop = steps["loop"]
     assert isinstance(loop, Step)
-    counts: dict[str, Any] = {}
-    for name in (*ENGINES, "reference"):
-        step = steps[name]
-        counts[name] = step if isinstance(step, str) else launches(step.ops)
+    eager = {name: steps[name] for name in (*ENGINES, "reference")}
+    counts = {k: step if isinstance(step, str) else launches(step.ops) for k, step in eager.items()}
     return {
         "parameters": loop.parameters,
         "macs_per_image": step_macs(of),
@@ -128,7 +118,7 @@ def _counted(
 
 
 def layers(ops: Sequence[Op]) -> list[dict[str, Any]]:
-    """FLOPs and bytes of each layer, forward and backward; students' layers of one name together."""
+    """FLOPs and bytes of each layer, forward and backward; layers of one name are added over students."""
     rows: dict[str, dict[str, Any]] = {}
     for op in ops:
         parts = op.layer.split(".")
@@ -143,7 +133,7 @@ def layers(ops: Sequence[Op]) -> list[dict[str, Any]]:
 
 
 def _modelled(
-    of: Recipe, batch: int, gpus: int, device: Device, steps: dict[str, Step | str]
+    of: Recipe, gpus: int, device: Device, steps: dict[str, Step | str]
 ) -> dict[str, Any]:
     ways = {}
     for name in (*ENGINES, "reference"):
@@ -153,38 +143,36 @@ def _modelled(
         ways[name] = _way(step.ops, device, launches(step.ops))
         fused = steps.get(f"{name} fused")
         if isinstance(fused, Step) and isinstance(device, Gpu):
-            # Two replays, of the forward with the loss and of the backward, then the optimizer's.
+            # Two replays (forward with loss, and backward), then the optimizer's launches.
             kernels = fuse(fused.ops)
-            alone = [op for op in kernels if op.kind == "optimizer"]
-            ways[f"{name} compiled"] = {
-                **_way(kernels, device, REPLAYS + launches(alone)),
-                "graph_replays": REPLAYS,
-            }
+            host = REPLAYS + launches([op for op in kernels if op.kind == "optimizer"])
+            way = {**_way(kernels, device, host), "graph_replays": REPLAYS}
+            ways[f"{name} compiled"] = way
     loop = steps["loop"]
     assert isinstance(loop, Step)
-    traffic = gradient_traffic(loop.gradient_bytes, gpus, device)
+    gradients = all_reduce(loop.gradient_bytes, gpus)
     across = None
     if of.sharing == "network" and of.students > 1:
         across = student_traffic(of, _exchanged(of), _shared_bytes(of), gpus, device)
-    ours = {name: way for name, way in ways.items() if not name.startswith("reference")}
-    fastest = min(ours, key=lambda name: ours[name]["step_ms"])
-    seconds = ours[fastest]["step_ms"] / 1e3 + traffic.seconds
+    ours = [name for name in ways if name != "reference"]
+    fastest = min(ours, key=lambda name: ways[name]["step_ms"])
+    seconds = ways[fastest]["step_ms"] / 1e3 + link_seconds(gradients, device)
     return {
         "how": device.how,
         "ways": ways,
         "fastest": fastest,
-        "gradient_traffic_bytes": traffic.bytes,
-        "gradient_traffic_ms": 1e3 * traffic.seconds,
-        "students_across_gpus_bytes": None if across is None else across.bytes,
-        "students_across_gpus_ms": None if across is None else 1e3 * across.seconds,
+        "gradient_traffic_bytes": gradients,
+        "gradient_traffic_ms": 1e3 * link_seconds(gradients, device),
+        "students_across_gpus_bytes": across,
+        "students_across_gpus_ms": None if across is None else 1e3 * link_seconds(across, device),
         "images_per_second": of.batch_size / seconds,
         "hours": _hours(of, seconds),
     }
 
 
 def _exchanged(of: Recipe) -> int:
-    """Numbers that students tell each other about an image: logits and features, and the last
-    map where the method compares maps."""
+    """Numbers an image that students exchange: logits and features, and the last map if the method
+    compares maps."""
     infos = [model_info(name, num_classes(of), **of.model_options) for name in of.models]
     with_maps = method_class(of.method).needs.maps
     return sum(
@@ -194,18 +182,14 @@ def _exchanged(of: Recipe) -> int:
 
 
 def _shared_bytes(of: Recipe) -> int:
-    """Of the method's weights that no student has for itself, in float32."""
+    """Bytes of the method's parameters that belong to no single student, in float32."""
     with torch.device("meta"):
         _, method = build_cohort(of, num_classes(of), image_size=of.image_size)
-    return 4 * sum(
-        parameter.numel()
-        for name, parameter in method.named_parameters()
-        if method.belongs_to(name) is None
-    )
+    return 4 * sum(p.numel() for k, p in method.named_parameters() if method.belongs_to(k) is None)
 
 
 def _way(ops: Sequence[Op], device: Device, host: int) -> dict[str, Any]:
-    """One way to run the step: its terms, and the host's own time where that is the longer."""
+    """One way to run the step: its terms, or the host's launch time if that is longer."""
     found = terms(ops, device)
     work = sum(found.values())
     waiting = host * device.host_seconds if isinstance(device, Gpu) else 0.0
@@ -220,7 +204,7 @@ def _way(ops: Sequence[Op], device: Device, host: int) -> dict[str, Any]:
 
 
 def _hours(of: Recipe, seconds: float) -> float | None:
-    """Of all epochs, evaluation and data not counted; None where the images aren't known."""
+    """Hours of all epochs, without evaluation and data; None if the number of images is unknown."""
     if of.dataset not in TRAIN_IMAGES:
         return None
     steps = math.ceil((TRAIN_IMAGES[of.dataset] - of.val) / of.batch_size)

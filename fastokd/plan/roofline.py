@@ -1,10 +1,9 @@
-"""A traced step on a device: the time of each term, kernels after fusion, traffic between GPUs."""
+"""A traced step on a device: time by term, kernels after fusion, traffic between GPUs."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from fastokd.plan.devices import Device, Gpu
 from fastokd.plan.ops import Op
@@ -14,7 +13,7 @@ FUSIBLE = ("pointwise", "reduction", "norm")
 
 
 def terms(ops: Sequence[Op], device: Device) -> dict[str, float]:
-    """Seconds by kind of operator, one after another."""
+    """Seconds by kind of operator, the longest first; operators run one after another."""
     found: dict[str, float] = {}
     for op in ops:
         found[op.kind] = found.get(op.kind, 0.0) + device.seconds(op)
@@ -22,28 +21,22 @@ def terms(ops: Sequence[Op], device: Device) -> dict[str, float]:
 
 
 def launches(ops: Sequence[Op]) -> int:
-    """Kernels that the operators are, one by one."""
+    """GPU kernels of the operators, each launched alone."""
     return sum(op.launches for op in ops)
 
 
 def fuse(ops: Sequence[Op]) -> list[Op]:
-    """The operators as a compiler would group them: what stands between two products, losses or
-    updates becomes one operator, of one kernel and another for each reduction, whose result the
-    rest waits for. Its bytes are its parts' own, more than a compiler needs."""
+    """The operators as a compiler groups them: those between two products, losses or updates become
+    one operator, of one kernel plus one for each reduction. Its bytes are the sum of its parts' bytes,
+    an upper bound."""
     fused: list[Op] = []
     run: list[Op] = []
-    following: list[Op | None] = [*ops, None]
-    for op in following:
+    for op in (*ops, None):
         if run and (op is None or op.kind not in FUSIBLE or op.phase != run[0].phase):
-            fused.append(
-                dataclasses.replace(
-                    run[0],
-                    name="fused",
-                    kind="fused",
-                    bytes=sum(part.bytes for part in run),
-                    launches=1 + sum(part.kind != "pointwise" for part in run),
-                )
-            )
+            size = sum(part.bytes for part in run)
+            kernels = 1 + sum(part.kind != "pointwise" for part in run)
+            group = replace(run[0], name="fused", kind="fused", bytes=size, launches=kernels)
+            fused.append(group)
             run = []
         if op is not None and op.kind in FUSIBLE:
             run.append(op)
@@ -52,36 +45,25 @@ def fuse(ops: Sequence[Op]) -> list[Op]:
     return fused
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a GPU sends in one step, and the seconds at its link's speed."""
-
-    bytes: float
-    seconds: float
-
-
 def all_reduce(size: float, gpus: int) -> float:
-    """Bytes that each GPU of a ring sends: 2 (N - 1) / N of the tensor."""
+    """Bytes that each GPU sends to sum ``size`` bytes over a ring: 2 (N - 1) / N of them."""
     return 2 * (gpus - 1) / gpus * size
-
-
-def gradient_traffic(gradient_bytes: int, gpus: int, device: Device) -> Traffic:
-    """Data parallel: every gradient is summed over the GPUs."""
-    return _over_the_link(all_reduce(gradient_bytes, gpus), device)
 
 
 def student_traffic(
     of: Recipe, exchanged: int, shared_bytes: int, gpus: int, device: Device
-) -> Traffic:
-    """Students spread over the GPUs, each GPU with the whole batch (``--parallel students``).
+) -> float:
+    """Bytes that each GPU sends in a step with ``--parallel students``: each GPU has some students and
+    the whole batch.
 
-    Everybody gathers what the students show each other, ``exchanged`` numbers an image in the step's
-    precision; nothing returns. The gradient of what the students share of a method is summed.
+    All GPUs gather the students' outputs, ``exchanged`` numbers an image in the step's precision,
+    without gradients. The gradients of a method's shared parameters are summed.
     """
     size = 2 if device.precision in ("bf16", "fp16") else 4
     gathered = size * of.batch_size * exchanged * (gpus - 1) / gpus
-    return _over_the_link(gathered + all_reduce(shared_bytes, gpus), device)
+    return gathered + all_reduce(shared_bytes, gpus)
 
 
-def _over_the_link(size: float, device: Device) -> Traffic:
-    return Traffic(size, size / device.link if isinstance(device, Gpu) else 0.0)
+def link_seconds(size: float, device: Device) -> float:
+    """Seconds to send ``size`` bytes over the device's link; 0 for a CPU."""
+    return size / device.link if isinstance(device, Gpu) else 0.0

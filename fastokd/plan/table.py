@@ -9,7 +9,7 @@ MB, GB = 1e6, 1e9
 
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
-    """The plan, line by line; each figure stands under how it was got."""
+    """The plan as lines of text; each figure is under a heading that says how it was got."""
     counted, modelled = plan["counted"], plan["modelled"]
     share = f", {plan['batch_size_per_gpu']} on each of {plan['gpus']} GPUs"
     yield (
@@ -54,7 +54,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _by_stage(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers added up to stages: the first two parts of a name, a student's star beside them."""
+    """Sums over the layers of a stage: the first two parts of a name (three of a student's)."""
     rows: dict[str, dict[str, Any]] = {}
     for layer in layers:
         parts = layer["layer"].split(".")

@@ -1,6 +1,6 @@
-"""One training step on fake tensors: every operator that it dispatches, and the memory that lives.
+"""One training step on fake tensors: every dispatched operator, and the memory in use.
 
-Fake tensors have shapes and no values, so neither data nor a GPU nor much memory is needed.
+Fake tensors have shapes and no values, so no data, no GPU and little memory are needed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ from fastokd.models.layers import NormAct
 from fastokd.plan.ops import Op, describe
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
-from fastokd.reference import ReferenceKD, ReferenceOKDDipKD
+from fastokd.reference import ReferenceKD, ReferenceOKDDipKD, ReferenceRandom
 
 CHANNELS_LAST = torch.channels_last
 
 
 @dataclass
 class Step:
-    """What one step dispatched.
+    """The operators and the memory of one step.
 
     Attributes:
         ops: in the order in which they ran.
-        parameter_bytes: weights and running statistics; ``gradient_bytes`` of what is trained;
-            ``state_bytes`` of the optimizers.
-        activation_bytes: what the forward leaves for the backward.
-        peak_bytes: the most that lived at once, everything counted.
+        parameters: the number of trained parameters.
+        parameter_bytes: weights and running statistics.
+        gradient_bytes: gradients of the trained parameters.
+        state_bytes: the optimizers' states.
+        activation_bytes: saved by the forward for the backward.
+        peak_bytes: the peak of all memory.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Step:
 
 
 class _Record(TorchDispatchMode):
-    """Notes each operator, whose layer it is, and what memory lives."""
+    """Records each operator, its layer, and the memory in use."""
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
         super().__init__()
@@ -89,10 +91,10 @@ class _Record(TorchDispatchMode):
             self.step.ops.append(op)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self.hold(x)
+                self._hold(x)
         return out
 
-    def hold(self, x: Tensor) -> None:
+    def _hold(self, x: Tensor) -> None:
         """Counts a tensor's memory until it is freed."""
         storage = x.untyped_storage()
         key = storage._cdata
@@ -109,19 +111,17 @@ class _Record(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, freed)
 
     def _layer(self) -> str:
-        """In the backward, the layer of the forward's node with the same number."""
+        """The layer that runs; in the backward, the layer of the forward node with the same number."""
         if self.phase == "forward":
             layer = self.layers[-1] if self.layers else ""
             self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, layer)
             return layer
-        if self.phase == "backward":
-            node = torch._C._current_autograd_node()
-            return "" if node is None else self.layer_of_node.get(node._sequence_nr(), "")
-        return ""
+        node = torch._C._current_autograd_node() if self.phase == "backward" else None
+        return "" if node is None else self.layer_of_node.get(node._sequence_nr(), "")
 
     @contextmanager
     def named_layers(self) -> Iterator[None]:
-        """Follows which module runs."""
+        """Within the block, records which module runs."""
 
         def enter(module: nn.Module, _args: Any) -> None:
             above = self.layers[-1] if self.layers else ""
@@ -142,21 +142,19 @@ class _Record(TorchDispatchMode):
 
 
 def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
-    """Our step over ``batch`` images; ``norm_impl`` is ``"torch"`` for a GPU, where the compiler
-    fuses the norm, and ``"auto"`` for a CPU.
+    """Our step over ``batch`` images; ``norm_impl`` is ``"torch"`` for an eager step on a GPU, and
+    ``"auto"`` for a compiled step or a CPU.
 
     Raises:
         UserError: an engine that can't take the recipe's students.
     """
     classes = num_classes(of)
-    needs = method_class(of.method).needs
+    teacher = None
     with torch.device("meta"):
-        cohort, method = build_cohort(
-            of,
-            classes,
-            image_size=of.image_size,
-            teacher=_teacher(of, classes) if needs.teacher else None,
-        )
+        if method_class(of.method).needs.teacher:
+            taught_by = named_recipe(of.teacher)
+            teacher = create_model(taught_by.model, classes, **taught_by.model_options)
+        cohort, method = build_cohort(of, classes, image_size=of.image_size, teacher=teacher)
         use_torchs_layers(cohort, method, norm_impl)
         cohort.set_engine(engine)
     with FakeTensorMode():
@@ -170,7 +168,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         progress.draws = method.draw(batch, torch.Generator())
         optimizers = build_optimizers(cohort, method, of, "sgd", torch.device("cpu"))
         record = _Record(_names(cohort, method))
-        # Autocast doesn't see through vmap where tensors are fake: that engine is in float32.
+        # Autocast has no effect under vmap on fake tensors: that engine is traced in float32.
         bf16 = precision == "bf16" and engine != "vmap"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with record, autocast, record.named_layers():
@@ -179,8 +177,8 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 
 def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
-    """Has convolutions and pools run as torch's operators, as on a GPU: the C++ of a CPU does the same
-    products and keeps less of a pool. The students' norms run by ``norm_impl``."""
+    """Makes convolutions and pools run as torch's operators, as on a GPU (the C++ ops of a CPU do the same
+    products but save less of a pool). The students' norms run by ``norm_impl``."""
     for module in (*cohort.modules(), *method.modules()):
         if isinstance(module, (OpConv2d, OpMaxPool2d, DecoderBlock)):
             module.impl = "torch"
@@ -190,7 +188,7 @@ def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
 
 
 def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bool = False) -> Step:
-    """The published loop's step; ``foreach``: its optimizers as torch has them on a GPU.
+    """The published loop's step; ``foreach``: with multi-tensor optimizers, torch's default on a GPU.
 
     Raises:
         UserError: KDCL's loop, and a recipe whose options the published loop doesn't take.
@@ -206,14 +204,12 @@ def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bo
             modules += model._teacher
         for module in modules:
             _materialise(module, torch.contiguous_format)
-        if of.method == "okddip_random":
-            peers = of.students - 1
-            setattr(model, "belief_BPP", torch.rand(batch, peers, peers))  # noqa: B010
+        if isinstance(model, ReferenceRandom):
+            model.belief_BPP = torch.rand(batch, model.peers, model.peers)
         x_BCHW = torch.empty(batch, 3, of.image_size, of.image_size)
         loop = PublishedLoop(of, model, x_BCHW, torch.zeros(batch, dtype=torch.long), precision)
-        for optimizer in loop.optimizers:
-            for group in optimizer.param_groups:
-                group["foreach"] = foreach
+        for group in (group for one in loop.optimizers for group in one.param_groups):
+            group["foreach"] = foreach
         record = _Record({module: name for name, module in model.named_modules()})
         with record, record.named_layers():
             losses = loop.losses()
@@ -226,7 +222,7 @@ def _finish(
     optimizers: list[torch.optim.Optimizer],
     losses: list[tuple[Tensor, list[torch.optim.Optimizer]]],
 ) -> Step:
-    """Backwards and updates; what is kept, counted."""
+    """Runs the backwards and updates, and counts the memory that stays."""
     step = record.step
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -244,21 +240,17 @@ def _finish(
         for module in modules
         for x in [*module.parameters(), *module.buffers()]
     )
-    step.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
+    step.gradient_bytes = sum(p.nbytes for p in trained)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    step.state_bytes = sum(
-        x.numel() * x.element_size()
-        for state in states
-        for x in state.values()
-        if isinstance(x, Tensor)
-    )
-    # The states are made in this first step; from the second on they live through all of it.
+    tensors = [x for state in states for x in state.values() if isinstance(x, Tensor)]
+    step.state_bytes = sum(x.nbytes for x in tensors)
+    # Optimizer states are allocated in this first step; later steps hold them from the start.
     step.peak_bytes = record.peak + step.parameter_bytes + step.state_bytes
     return step
 
 
 def _materialise(module: nn.Module, layout: torch.memory_format) -> None:
-    """Fake tensors on the CPU in place of those on meta."""
+    """Replaces tensors on meta by fake tensors on the CPU."""
     for part in module.modules():
         tables: list[dict[str, Any]] = [part._parameters, part._buffers]
         for tensors in tables:
@@ -273,12 +265,7 @@ def _materialise(module: nn.Module, layout: torch.memory_format) -> None:
                 tensors[name] = fake
 
 
-def _teacher(of: Recipe, classes: int) -> nn.Module:
-    teacher = named_recipe(of.teacher)
-    return create_model(teacher.model, classes, **teacher.model_options)
-
-
 def _names(cohort: nn.Module, method: nn.Module) -> dict[nn.Module, str]:
-    """Modules by name; the stacked layers of an engine by their first student's."""
+    """Modules by name; an engine's stacked layers have the name of their first student's layer."""
     named = {module: f"method.{name}" for name, module in method.named_modules()}
     return {**named, **{module: name for name, module in cohort.named_modules()}}

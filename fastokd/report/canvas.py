@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# The colour of text and lines; a page replaces it by its text's colour, light or dark.
+INK = "#010203"
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+
+
 def _import_matplotlib() -> Any:
     """Imports matplotlib without MPLBACKEND: programs started by a notebook inherit it, and the
     import raises if that backend isn't installed."""
@@ -47,7 +52,7 @@ def canvas(width: float, height: float) -> Figure:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Within the block text is drawn literally, without formulas and TeX.
+    """Within the block text is drawn literally, without formulas and TeX, in :data:`INK`.
 
     SVGs keep text as text, so that it can be searched and uses the page's fonts. A fixed salt makes
     the bytes of an SVG reproducible.
@@ -57,6 +62,8 @@ def plainly() -> Iterator[None]:
         "text.usetex": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "fastokd",
+        "legend.framealpha": 0,
+        **dict.fromkeys(INKED, INK),
     }
     with _import_matplotlib().rc_context(settings), warnings.catch_warnings():
         for harmless in ("Glyph .* missing from", "constrained_layout not applied"):

@@ -23,13 +23,9 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, list
     recipes = [run.recipe.to_json() for run in runs]
     return {
         "recipe": _differing(*recipes),
-        "environment": _differing(*(_environment(run) for run in runs)),
+        "environment": _differing(*(RunFacts(run.folder).environment() for run in runs)),
         "results": _both(*(_results(run) for run in runs)),
     }
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    return RunFacts(run.folder).environment()
 
 
 def _results(run: Run) -> dict[str, Any]:

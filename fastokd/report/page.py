@@ -1,4 +1,4 @@
-"""A self-contained page about one run or several: figures, tables, recipe, versions, cost."""
+"""A self-contained page about runs: figures, tables, recipe, versions, cost."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
 from fastokd.host.names import in_html
-from fastokd.recipe.cells import Cell, cells_of, tables
+from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import recipe
 from fastokd.report.plots import as_svg, draw_all, save
 from fastokd.report.pools import Pool, pool_runs
@@ -78,7 +77,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 
 def _load(path: Path) -> list[Run]:
-    """The run in a folder, or those in the folders under it."""
+    """The run in a folder, or the runs in its subfolders."""
     if (path / "recipe.json").is_file():
         return [Run.load(path)]
     below = sorted(path.glob("*/recipe.json")) if path.is_dir() else []
@@ -121,10 +120,6 @@ def _table(identity: str, head: Sequence[str], rows: Sequence[Sequence[object]])
     )
 
 
-def _percent(sample: Sample | None) -> str:
-    return "" if sample is None else str(sample)
-
-
 def _results(pools: Sequence[Pool]) -> str:
     rows = []
     for pool in pools:
@@ -142,13 +137,13 @@ def _results(pools: Sequence[Pool]) -> str:
                 pool.reported,
                 pool.last(),
                 pool.best(),
-                _percent(ensemble) if recipe.students > 1 else "",
+                "" if ensemble is None or recipe.students == 1 else ensemble,
                 "" if diversity is None else f"{diversity.mean:.3f}",
                 f"{seconds.mean:,.0f} s",
             )
         )
-    first = ("recipe", "networks", "data", "epochs", "runs", "reported")
-    head = (*first, "last epoch (%)", "best epoch (%)", "ensemble (%)", "diversity", "training")
+    head = ["recipe", "networks", "data", "epochs", "runs", "reported", "last epoch (%)"]
+    head += ["best epoch (%)", "ensemble (%)", "diversity", "training"]
     on_val = summarise(pools[0].runs[0]).best_on == "val"
     how = "on held-out images" if on_val else "on the test set, as the papers did it"
     note = (
@@ -163,10 +158,13 @@ def _epochs(pool: Pool) -> int:
 
 
 def _published(pools: Sequence[Pool]) -> str:
-    """The papers' cells of these recipes beside our results, with all differences of the runs."""
+    """The papers' cells of these recipes with our results, and all differences of the runs."""
     rows = []
+    cells = [cell for table in tables() for cell in cells_of(table) if cell.mean is not None]
     for pool in pools:
-        for cell in _cells(pool):
+        for cell in cells:
+            if cell.recipe != pool.recipe.name:
+                continue
             theirs = Sample(cell.mean or 0.0, cell.std, cell.runs)
             best = pool.best()
             if cell.unit == "error":
@@ -191,30 +189,16 @@ def _published(pools: Sequence[Pool]) -> str:
     return "<h2>Beside the papers</h2>" + _table("published", head, rows)
 
 
-def _cells(pool: Pool) -> list[Cell]:
-    """The cells with a published number for the recipe of this name."""
-    return [
-        cell
-        for table in tables()
-        for cell in cells_of(table)
-        if cell.recipe == pool.recipe.name and cell.mean is not None
-    ]
-
-
 def _details(pool: Pool) -> str:
     folders = ", ".join(in_html(run.folder) for run in pool.runs)
-    environment = _environment(pool.runs[0])
+    environment = RunFacts(pool.runs[0].folder).environment()
+    rates = [row.get("images_per_second") for row in pool.runs[0].metrics]
+    if rates := sorted(rate for rate in rates if rate):
+        environment["images_per_second (median)"] = round(rates[len(rates) // 2], 1)
+    facts = [json.dumps(found, indent=1) for found in (pool.recipe.to_json(), environment)]
     return (
         f"<details><summary>{in_html(pool.label)}: recipe, versions, cost</summary>"
         f'<p class="note">{folders}</p>'
-        f"<pre>{html.escape(json.dumps(pool.recipe.to_json(), indent=1))}</pre>"
-        f"<pre>{html.escape(json.dumps(environment, indent=1))}</pre></details>"
+        + "".join(f"<pre>{html.escape(text)}</pre>" for text in facts)
+        + "</details>"
     )
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    found = RunFacts(run.folder).environment()
-    rates = [row["images_per_second"] for row in run.metrics if row.get("images_per_second")]
-    if rates:
-        found["images_per_second (median)"] = round(sorted(rates)[len(rates) // 2], 1)
-    return found

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastokd.checkpoint import write_durably
 from fastokd.host.names import in_plot
-from fastokd.report.canvas import canvas, plainly
+from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.pools import EpochMetrics, Pool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In a page this colour becomes the text's colour, light or dark.
-INK = "#010203"
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 
 
@@ -27,21 +26,21 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
 
     ``loss``, ``accuracy`` (every student's where there is one pool), ``diversity`` (OKDDip's
     Figure 2), ``group_size`` (error against the number of networks, Figure 3) and
-    ``attention`` (who listens to whom, over the epochs).
+    ``attention`` (the mixing weights over the epochs).
     """
     together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
     with plainly():
         drawn = {
             "loss": _curves(
                 pools,
-                lambda pool, row: row["train"]["loss"],
+                lambda _, row: row["train"]["loss"],
                 title=f"training loss{together}",
                 yscale="log",
             ),
             "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
             "diversity": _curves(
                 pools,
-                lambda pool, row: _test(row, lambda test: test["diversity"]),
+                lambda _, row: row["test"]["diversity"] if "test" in row else None,
                 title="diversity of the peers, test",
             ),
             "group_size": _group_size(pools),
@@ -75,26 +74,10 @@ def save(figure: Figure, path: Path) -> None:
     write_durably(path.with_name(f"{path.name}.png"), png.getvalue())
 
 
-def _finish(figure: Figure) -> Figure:
-    """Sets lines, ticks and text to :data:`INK`."""
-    for axes in figure.axes:
-        axes.tick_params(colors=INK, which="both")
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(INK)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(INK)
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.get_frame().set_alpha(0)
-            for text in legend.get_texts():
-                text.set_color(INK)
-    return figure
-
-
 def _plot(
     axes: Any, pool: Pool, value: Callable[[EpochMetrics], float | None], **style: Any
 ) -> bool:
-    """A mean curve with its deviation over seeds; False where there is nothing to draw."""
+    """Draws a mean curve with its deviation over seeds; returns False if there is no value."""
     epochs, means, deviations = pool.curve(value)
     if not epochs:
         return False
@@ -128,13 +111,13 @@ def _curves(
     axes.set(xlabel="epoch", **axes_settings)
     if len(pools) > 1:
         axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
 
 
 def _accuracy(pools: Sequence[Pool]) -> Figure | None:
     return _curves(
         pools,
-        lambda pool, row: _test(row, lambda test: 100 * pool.recipe.score(test)),
+        lambda pool, row: 100 * pool.recipe.score(row["test"]) if "test" in row else None,
         lambda pool: f"{pool.label}, {pool.reported}",
         title="test top-1, as reported (%)",
     )
@@ -144,32 +127,26 @@ def _students(pool: Pool) -> Figure:
     recipe, figure = pool.recipe, canvas(6, 4)
     axes = figure.subplots()
 
-    def top1_of(student: int) -> Callable[[EpochMetrics], float | None]:
-        return lambda row: _test(row, lambda test: 100 * test["student_top1"][student])
-
     for student in range(recipe.students):
-        leader = recipe.has_leader and student == recipe.students - 1
         name = f"student {student}" if recipe.students > 1 else "student"
-        _plot(
-            axes,
-            pool,
-            top1_of(student),
-            label="leader" if leader else name,
-            color=INK if leader else _colour(student),
-            linewidth=2 if leader else 1,
-        )
+        style = {"label": name, "color": _colour(student), "linewidth": 1}
+        if _who(pool, student) == "leader":
+            style = {"label": "leader", "color": INK, "linewidth": 2}
+        _plot(axes, pool, partial(_top1, "student_top1", student), **style)
     if recipe.students > 1:
-        _plot(
-            axes,
-            pool,
-            lambda row: _test(row, lambda test: 100 * test["ensemble_top1"]),
-            label="ensemble",
-            color="gray",
-            linestyle="--",
-        )
+        dashed = {"label": "ensemble", "color": "gray", "linestyle": "--"}
+        _plot(axes, pool, partial(_top1, "ensemble_top1", None), **dashed)
     axes.set(title=in_plot(f"test top-1, {recipe.dataset} (%)"), xlabel="epoch")
     axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
+
+
+def _top1(name: str, student: int | None, row: EpochMetrics) -> float | None:
+    """The test accuracy ``name`` of an epoch in %, of one student or of all together."""
+    if "test" not in row:
+        return None
+    found = row["test"][name]
+    return 100.0 * (found if student is None else found[student])
 
 
 def _group_size(pools: Sequence[Pool]) -> Figure | None:
@@ -201,66 +178,39 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
         return None
     axes.set(title="test error, last epoch (%)", xlabel="networks, leader included")
     axes.legend(fontsize="small")
-    return _finish(figure)
+    return figure
 
 
 def _attention(pools: Sequence[Pool]) -> Figure | None:
     """Mean mixing weights on the test set over the epochs: a row for each receiver and source."""
     shown = []
     for pool in pools:
-        matrices = {
-            row["epoch"] + 1: [
-                r["test"]["attention"]
-                for run in pool.runs
-                for r in run.metrics
-                if r["epoch"] == row["epoch"] and "attention" in r.get("test", {})
-            ]
-            for row in pool.runs[0].metrics
-            if "attention" in row.get("test", {})
-        }
-        if matrices:
-            shown.append((pool, matrices))
+        found: dict[int, list[Any]] = {}
+        for row in (row for run in pool.runs for row in run.metrics):
+            if "attention" in row.get("test", {}):
+                found.setdefault(row["epoch"] + 1, []).append(row["test"]["attention"])
+        if found:
+            epochs = sorted(found)
+            shown.append((pool, epochs, np.stack([np.mean(found[e], axis=0) for e in epochs])))
     if not shown:
         return None
-    lines = max(
-        len(next(iter(m.values()))[0]) * len(next(iter(m.values()))[0][0]) for _, m in shown
-    )
+    lines = max(weights_ESN[0].size for _, _, weights_ESN in shown)
     figure = canvas(6, len(shown) * (1.2 + 0.22 * lines))
     panels = figure.subplots(len(shown), squeeze=False)[:, 0]
-    for axes, (pool, matrices) in zip(panels, shown, strict=True):
-        epochs = sorted(matrices)
-        first = matrices[epochs[0]][0]
-        cells = [
-            (s, n)
-            for s in range(len(first))
-            for n in range(len(first[0]))
-            if _heard(matrices, s, n)
-        ]
-        weights = [
-            [statistics.mean(matrix[s][n] for matrix in matrices[epoch]) for epoch in epochs]
-            for s, n in cells
-        ]
-        picture = axes.imshow(weights, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+    for axes, (pool, epochs, weights_ESN) in zip(panels, shown, strict=True):
+        heard_SN = weights_ESN.any(0)  # peers have no weight for the leader
+        picture = axes.imshow(
+            weights_ESN[:, heard_SN].T, aspect="auto", vmin=0, vmax=1, interpolation="nearest"
+        )
         step = max(1, len(epochs) // 8)
         axes.set_xticks(range(0, len(epochs), step), [str(e) for e in epochs[::step]])
-        axes.set_yticks(
-            range(len(cells)), [f"{_who(pool, s)} to {n}" for s, n in cells], fontsize=7
-        )
+        names = [f"{_who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
+        axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set(title=in_plot(f"who listens to whom: {pool.label}"), xlabel="epoch")
-        bar = figure.colorbar(picture, ax=axes)
-        bar.ax.tick_params(colors=INK)
-    return _finish(figure)
-
-
-def _heard(matrices: dict[int, list[Any]], s: int, n: int) -> bool:
-    """Whether the source has a weight in any epoch; the leader never has."""
-    return any(matrix[s][n] for found in matrices.values() for matrix in found)
+        figure.colorbar(picture, ax=axes)
+    return figure
 
 
 def _who(pool: Pool, student: int) -> str:
     leader = pool.recipe.has_leader and student == pool.recipe.students - 1
     return "leader" if leader else str(student)
-
-
-def _test(row: EpochMetrics, value: Callable[[Any], float | None]) -> float | None:
-    return value(row["test"]) if "test" in row else None

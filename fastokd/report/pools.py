@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,17 +40,12 @@ class Pool:
         An epoch counts only if every run has a value.
         """
         found: dict[int, list[float]] = {}
-        for run in self.runs:
-            for row in run.metrics:
-                number = value(row)
-                if number is not None:
-                    found.setdefault(row["epoch"] + 1, []).append(number)
+        for row in (row for run in self.runs for row in run.metrics):
+            if (number := value(row)) is not None:
+                found.setdefault(row["epoch"] + 1, []).append(number)
         epochs = sorted(epoch for epoch, values in found.items() if len(values) == len(self.runs))
-        means = [statistics.mean(found[epoch]) for epoch in epochs]
-        deviations = [
-            statistics.stdev(found[epoch]) if len(self.runs) > 1 else 0.0 for epoch in epochs
-        ]
-        return epochs, means, deviations
+        samples = [Sample.of(found[epoch]) for epoch in epochs]
+        return epochs, [s.mean for s in samples], [s.std or 0.0 for s in samples]
 
     @property
     def reported(self) -> str:
@@ -68,10 +62,9 @@ class Pool:
 
     def of_last(self, value: Callable[[EpochMetrics], float | None]) -> Sample | None:
         """``value`` of the last measured epoch; None if a run has none."""
-        values = [
-            value(next(row for row in reversed(run.metrics) if "test" in row)) for run in self.runs
-        ]
-        return None if None in values else Sample.of([v for v in values if v is not None])
+        rows = [[row for row in run.metrics if "test" in row][-1] for run in self.runs]
+        values = [number for row in rows if (number := value(row)) is not None]
+        return Sample.of(values) if len(values) == len(self.runs) else None
 
 
 def pool_runs(runs: Sequence[Run]) -> list[Pool]:
@@ -85,21 +78,18 @@ def pool_runs(runs: Sequence[Run]) -> list[Pool]:
     for run in runs:
         summarise(run)
         what = _What.of(run)
-        for known, group in together:
-            if known == what:
-                if run.recipe.seed in (member.recipe.seed for member in group):
-                    raise UserError(
-                        f"{run.folder} and {group[0].folder} are the same recipe with the same "
-                        "seed: name one of them, or compare them by `fastokd diff`"
-                    )
-                group.append(run)
-                break
-        else:
+        group = next((group for known, group in together if known == what), None)
+        if group is None:
             together.append((what, [run]))
+            continue
+        if run.recipe.seed in (member.recipe.seed for member in group):
+            raise UserError(
+                f"{run.folder} and {group[0].folder} are the same recipe with the same "
+                "seed: name one of them, or compare them by `fastokd diff`"
+            )
+        group.append(run)
     kinds = [what for what, _ in together]
-    return [
-        Pool(_label(what, kinds, group), group[0].recipe, tuple(group)) for what, group in together
-    ]
+    return [Pool(_label(what, kinds, runs), runs[0].recipe, tuple(runs)) for what, runs in together]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fastokd.run.identity import deciding
 from fastokd.student.file import read_weights
 from fastokd.student.teacher import KEPT
 
-# Runs that differ in these have another task and aren't compared.
+# Runs that differ in these fields have another task and aren't compared.
 TASK = ("method", "model", "dataset", "sharing")
 # Fields that scale with the epochs.
 SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
@@ -81,12 +81,8 @@ def shown(changes: Changes) -> list[str]:
 
 
 def _changed(ours: dict[str, Any], theirs: dict[str, Any]) -> Changes:
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    return {
-        name: (ours.get(name), theirs.get(name))
-        for name in names
-        if ours.get(name) != theirs.get(name)
-    }
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _cut(run: Run) -> str:

@@ -55,12 +55,8 @@ class Reproduction:
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        rows = []
-        for result in self.results:
-            row = dataclasses.asdict(result)
-            row["recipe"] = result.recipe.name
-            rows.append(row)
-        return {"title": self.title, "notes": list(self.notes), "cells": rows}
+        cells = [{**dataclasses.asdict(r), "recipe": r.recipe.name} for r in self.results]
+        return {"title": self.title, "notes": list(self.notes), "cells": cells}
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,8 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
         for seed in request.seeds:
             entry = _training(request.recipe(cell, seed), options.max_steps)
             wanted.setdefault(entry.folder, entry)
-    scaled = (
-        {} if request.epochs is None else {"epochs": request.epochs}
-    )  # for as many epochs as its students
+    # A teacher is trained for as many epochs as its students.
+    scaled = {} if request.epochs is None else {"epochs": request.epochs}
     teachers = {
         entry.recipe.teacher: _training(teacher_recipe(entry.recipe, **scaled), options.max_steps)
         for entry in wanted.values()
@@ -149,12 +144,10 @@ def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
     method, model, dataset = judged.name.split("/")
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
     trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
-    words = [plain.name.replace("/", "-"), f"{trained.epochs}epochs"]
-    if trained.val:
-        words.append(f"val{trained.val}")
-    if max_steps is not None:
-        words.append(f"{max_steps}steps")
-    return WantedRun("-".join([*words, f"seed{trained.seed}"]), trained, {"seed": trained.seed})
+    folder = f"{plain.name.replace('/', '-')}-{trained.epochs}epochs"
+    folder += f"-val{trained.val}" if trained.val else ""
+    folder += "" if max_steps is None else f"-{max_steps}steps"
+    return WantedRun(f"{folder}-seed{trained.seed}", trained, {"seed": trained.seed})
 
 
 def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:
@@ -210,24 +203,20 @@ def _data(recipes: Sequence[Recipe]) -> str:
     names = " and ".join(dict.fromkeys(r.dataset for r in recipes))
     held_out = max(r.val for r in recipes)
     apart = f" less {held_out} held out" if held_out else ""
-    return f"{names}{apart}, {_span([r.epochs for r in recipes])} epochs"
-
-
-def _span(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
+    low, high = min(r.epochs for r in recipes), max(r.epochs for r in recipes)
+    epochs = str(low) if low == high else f"{low} to {high}"
+    return f"{names}{apart}, {epochs} epochs"
 
 
 def _notes(results: Sequence[Result]) -> tuple[str, ...]:
-    unit = results[0].cell.unit
-    notes = [f"Top-1 {unit} in %, mean ± deviation over seeds; last epoch, and best epoch."]
-    on_test = results[0].best_on == "test"
-    notes.append(
-        "The best epoch is chosen on the test set, as the papers did it: best on test."
-        if on_test
-        else "The best epoch is chosen on held-out images, then scored on the test set."
-    )
-    notes.append("Difference: best less published, with Welch's 95% interval where both have one.")
+    chosen = "The best epoch is chosen on held-out images, then scored on the test set."
+    if results[0].best_on == "test":
+        chosen = "The best epoch is chosen on the test set, as the papers did it: best on test."
+    notes = [
+        f"Top-1 {results[0].cell.unit} in %, mean ± deviation over seeds; last epoch, and best epoch.",
+        chosen,
+        "Difference: best less published, with Welch's 95% interval where both have one.",
+    ]
     if any(method_class(r.recipe.method).needs.teacher for r in results):
         notes.append("One teacher, of seed 0, taught the students of all seeds.")
     return tuple(notes)
@@ -241,20 +230,14 @@ def as_table(reproduction: Reproduction) -> Table:
     for name in ("last", f"best on {reproduction.results[0].best_on}", "published", "difference"):
         table.add_column(name, justify="right")
     table.add_column("")
-    previous = None
+    previous = reproduction.results[0].cell.row
     for result in reproduction.results:
         cell = result.cell
-        if previous is not None and previous != cell.row:
+        if previous != cell.row:
             table.add_section()
         previous = cell.row
-        published = "" if cell.mean is None else str(Sample(cell.mean, cell.std, cell.runs))
-        table.add_row(
-            cell.row,
-            cell.column,
-            str(result.last),
-            str(result.best),
-            published,
-            "" if result.difference is None else str(result.difference),
-            result.caveat or result.verdict,
-        )
+        published = None if cell.mean is None else Sample(cell.mean, cell.std, cell.runs)
+        figures = (result.last, result.best, published, result.difference)
+        texts = ["" if figure is None else str(figure) for figure in figures]
+        table.add_row(cell.row, cell.column, *texts, result.caveat or result.verdict)
     return table

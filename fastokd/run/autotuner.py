@@ -6,7 +6,6 @@ measured (:mod:`fastokd.run.tuning`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate's timing, or why it has none.
+    """One candidate's timing, or a note why it has none.
 
-    ``failed``: it can't run. ``final``: another run needn't try it again. ``compile_seconds``:
+    ``failed``: it can't run. ``final``: another run needn't try it again. ``compile_seconds``: the time
     before its first step.
     """
 
@@ -35,15 +34,12 @@ class Timing:
     failed: bool = False
     final: bool = True
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @staticmethod
     def from_json(values: dict[str, Any]) -> Timing:
-        """The reverse of :meth:`to_json`.
+        """The reverse of ``dataclasses.asdict``.
 
         Raises:
-            ValueError, TypeError, KeyError: what can't have been written by it.
+            ValueError, TypeError, KeyError: the values are no timing's.
         """
         timing = Timing(**{**values, "choice": Choice(**values["choice"])})
         times = (timing.compile_seconds, *([] if timing.step_ms is None else [timing.step_ms]))
@@ -53,16 +49,16 @@ class Timing:
 
 
 def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]:
-    """Every engine in every layout that isn't named already; the plain loop first."""
+    """Every engine in every allowed layout; the plain loop first."""
     formats = list(FORMATS) if memory_format == "auto" else [memory_format]
     return [Choice(engine, False, layout) for layout in formats for engine in engines]
 
 
 def pick(timings: Sequence[Timing], steps: int) -> Choice:
-    """The fastest for a run of so many steps, compiling included.
+    """The fastest choice for a run of ``steps`` steps, compiling included.
 
-    The first is the default: it stays unless another is clearly faster or it can't run. Where nothing
-    was timed, the first that hasn't failed is taken.
+    The first timing is the default's: it is kept unless it can't run or another is faster by more than
+    :data:`MARGIN`. If nothing was timed, the first choice that hasn't failed is taken.
     """
     default = timings[0]
     known = [timing for timing in timings if timing.step_ms is not None]
@@ -74,13 +70,13 @@ def pick(timings: Sequence[Timing], steps: int) -> Choice:
     able = next((timing for timing in timings if not timing.failed), default)
     best = min(known, key=cost, default=able)
     if default.step_ms is None:
-        slow = default.final  # its trial took longer than it could save
-        return best.choice if default.failed or slow else default.choice
+        # Final without a time: its trial took longer than it could save.
+        return best.choice if default.failed or default.final else default.choice
     return best.choice if cost(best) < (1 - MARGIN) * cost(default) else default.choice
 
 
 def table(timings: Sequence[Timing], chosen: Choice) -> str:
-    """The measurements as lines of text; the chosen one is marked."""
+    """The measurements as lines of text, with a mark at the chosen one."""
     lines = ["  engine, how, layout                  ms a step"]
     for timing in timings:
         mark = "*" if timing.choice == chosen else " "

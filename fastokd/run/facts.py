@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class RunFacts:
 
     def write_tuning(self, timings: list[Timing]) -> None:
         """The timings that the engine was chosen by."""
-        _write(self.folder / "tuning.json", {"timings": [timing.to_json() for timing in timings]})
+        _write(self.folder / "tuning.json", {"timings": [asdict(timing) for timing in timings]})
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -12,34 +12,24 @@ from typing import Annotated, Any, get_args, get_type_hints
 from fastokd.errors import UserError
 from fastokd.known import LOADERS
 
-# Options that determine a run's numbers, or their last bits: a resumed run keeps them. The contents
-# of `init` and of the teacher count too (identity.py).
+# Options that determine a run's numbers, or their last bits: a resumed run keeps them, and the
+# contents of `init` and of the teacher (identity.py).
 KEPT = (
-    "device",
-    "precision",
-    "engine",
-    "compile",
-    "memory_format",
-    "capture",
-    "impl",
-    "loader",
-    "optimizer",
-    "accumulate",
-    "clip_norm",
-    "ema",
-    "overfit_batch",
-    "sync_bn",
-    "deterministic",
-    "init",
-    "eval_every",
+    *("device", "precision", "engine", "compile", "memory_format", "capture", "impl", "loader"),
+    *("optimizer", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
+    *("init", "eval_every"),
 )
-# The values with which the machine, or a measurement on it, decides.
+# The values that leave the choice to the machine or to a measurement.
 LEFT_OPEN = {
     **{"device": "auto", "engine": "auto", "compile": None},
     **{"memory_format": "auto", "impl": "auto", "loader": "auto"},
 }
 # Options that tuning decides.
 TUNED = ("engine", "compile", "memory_format")
+LEAST = {
+    **dict.fromkeys(("max_steps", "eval_every", "accumulate", "save_every_steps"), 1),
+    **dict.fromkeys(("workers", "skip_nonfinite"), 0),
+}
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -48,7 +38,7 @@ class RunOptions:
     """Where and how a recipe runs. The command line has an option for each field.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number out of its range, or an unknown word.
     """
 
     out: Annotated[Path | None, "The run folder; by default runs/RECIPE-seedN."] = None
@@ -131,24 +121,21 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("out", "data_root", "teacher"):
-            if getattr(self, name) is not None:  # a string is as good as a path
+            if getattr(self, name) is not None:  # a string may be given for a path
                 object.__setattr__(self, name, Path(getattr(self, name)))
         object.__setattr__(self, "init", tuple(self.init))
-        for name in ("max_steps", "eval_every", "accumulate", "save_every_steps"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: it must be at least {least}")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes is {self.save_every_minutes}: it must be above 0")
-        for name in ("workers", "skip_nonfinite"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
-        if self.loader not in (*LOADERS, "memory"):  # as a run on a set in memory was begun
-            raise UserError(f"loader is {self.loader!r}: choose {', '.join(LOADERS)}")
-        if self.memory_format not in MEMORY_FORMATS:
-            raise UserError(
-                f"memory_format is {self.memory_format!r}: choose {', '.join(MEMORY_FORMATS)}"
-            )
+        # A run on a set in memory records the loader "memory".
+        choices = {"loader": (*LOADERS, "memory"), "memory_format": MEMORY_FORMATS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                said = ", ".join(word for word in known if word != "memory")
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose {said}")
         if self.sync_bn and self.engine not in ("auto", "loop"):
             raise UserError(
                 f"engine is {self.engine!r}, but sync_bn runs the students one after another: leave "
@@ -167,14 +154,14 @@ class RunOptions:
         }
 
     def differing(self, begun: Mapping[str, Any], unsaid: Mapping[str, Any]) -> list[str]:
-        """The options that differ from those a run was begun with, each with both values.
+        """The options that differ from those of a begun run, each with both values.
 
-        ``unsaid``: for each option the value that asks for nothing. Options that ``begun`` lacks, as
-        in runs of older versions, or that tuning has yet to decide, don't differ.
+        ``unsaid``: for each option the value that requests nothing. Options that ``begun`` lacks (runs
+        of older versions) or that tuning hasn't decided yet don't differ.
         """
         begun = {**begun, "init": tuple(begun.get("init", ()))}
         return [
-            f"{_flag(name)} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
+            f"--{name.replace('_', '-')} ({_said(begun[name])} there, {_said(getattr(self, name))} here)"
             for name in KEPT
             if name in begun
             and not _is_open(name, begun[name])
@@ -184,10 +171,10 @@ class RunOptions:
         ]
 
     def as_begun(self, begun: Mapping[str, Any], where: Path) -> RunOptions:
-        """These options for resuming the run that ``begun`` describes: its values replace defaults.
+        """The options for resuming the run with the options ``begun``, which replace defaults.
 
         Raises:
-            UserError: an option that was asked for differs; both values are named.
+            UserError: a requested option differs; the message has both values.
         """
         known = {name: begun[name] for name in KEPT if name in begun}
         known = {name: value for name, value in known.items() if not _is_open(name, value)}
@@ -220,7 +207,3 @@ def _is_open(name: str, value: Any) -> bool:
 
 def _said(value: Any) -> Any:
     return " ".join(value) or None if isinstance(value, tuple) else value
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""A sweep: several runs in folders of their own, with an index; it can be resumed."""
+"""A sweep: several runs, each in its own folder, with an index; it can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 
 INDEX = "index.json"
-# :func:`fastokd.train`, which lies above this room.
+# The type of :func:`fastokd.train`, which this room can't import.
 Train = Callable[[Recipe, RunOptions], Run]
 
 
@@ -103,12 +103,8 @@ class _Index:
         self._write(entry, {"state": state, **dataclasses.asdict(summarise(run))}, over=True)
 
     def _write(self, entry: WantedRun, facts: dict[str, Any], *, over: bool) -> None:
-        row = {
-            "folder": entry.folder,
-            "recipe": entry.recipe.name,
-            "settings": dict(entry.settings),
-            **facts,
-        }
+        known = {"folder": entry.folder, "recipe": entry.recipe.name}
+        row = {**known, "settings": dict(entry.settings), **facts}
         folder = self.path.parent
         try:
             if not folder.exists():

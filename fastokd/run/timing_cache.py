@@ -1,8 +1,8 @@
 """Cached timings of one kind of step on one machine, and the candidates that ended their process.
 
-Two files in the user's cache. The timings are for the next run. The other file names the candidate
-on trial and is locked by the process that tries it. A candidate still recorded when its process is
-gone ended that process (a lost GPU, the kernel's out-of-memory killer), and is excluded.
+Two files in the user's cache. One has the timings, for later runs. The other names the candidate on
+trial, and the process that tries it locks the file. A candidate that is still in an unlocked file ended
+its process (a lost GPU, the kernel's out-of-memory killer) and is excluded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fastokd.checkpoint import write_durably
@@ -25,10 +24,10 @@ from fastokd.run.autotuner import Timing
 
 
 class TimingCache:
-    """The two files of one ``key`` below ``root``. A folder that can't be written keeps nothing.
+    """The two files of one ``key`` below ``root``; a folder that can't be written is no error.
 
-    While it is entered, :meth:`on_trial` keeps its record; of several processes that measure the
-    same at the same time, one does.
+    Within the ``with`` block :meth:`on_trial` records candidates. Of several processes that measure the
+    same step at the same time, one records.
     """
 
     def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
@@ -41,26 +40,21 @@ class TimingCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._trial = os.open(self.path.with_suffix(".trial"), os.O_RDWR | os.O_CREAT, 0o644)
-            # A lock of the process, not of the file: a forked loader doesn't share it.
+            # lockf locks for this process only: a forked loader doesn't share the lock.
             fcntl.lockf(self._trial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._close()
-        left = self._left()
-        if left is not None:
-            self.exclude(left)
-            self.clear()
+        if self._trial is not None:
+            with suppress(ValueError, TypeError):  # an empty file: no trial was cut off
+                self.exclude(Choice(**json.loads(os.pread(self._trial, 4096, 0))))
+                self.clear()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def read(self) -> dict[Choice, Timing]:
-        """The timings; none where the file is missing, damaged or another version's."""
+        """The timings; none if the file is missing, damaged or of another version."""
         try:
             found = json.loads(self.path.read_bytes())
             if found["key"] != self.key:
@@ -71,9 +65,9 @@ class TimingCache:
         return {timing.choice: timing for timing in timings}
 
     def write(self, timings: Iterable[Timing]) -> None:
-        """Adds those that are final."""
+        """Adds the timings that are final."""
         known = self.read() | {timing.choice: timing for timing in timings if timing.final}
-        rows = [timing.to_json() for timing in known.values()]
+        rows = [dataclasses.asdict(timing) for timing in known.values()]
         content = json.dumps({"key": self.key, "timings": rows}, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +76,13 @@ class TimingCache:
             warn(f"the timings of engines can't be kept: {error}")
 
     def exclude(self, choice: Choice) -> None:
-        """Keeps a candidate from being tried again."""
+        """Excludes a candidate from later trials."""
         note = f"excluded: its last trial ended the process (known by {self.path})"
         self.write([Timing(choice, note=note, failed=True)])
 
     @contextmanager
     def on_trial(self, choice: Choice) -> Iterator[None]:
-        """Within it a process that ends excludes ``choice``; one that is stopped doesn't."""
+        """Excludes ``choice`` if the process ends within the block, but not if it is stopped."""
         if self._trial is not None:
             with suppress(OSError):  # a full disk is no reason to stop a run
                 os.pwrite(self._trial, json.dumps(dataclasses.asdict(choice)).encode(), 0)
@@ -102,19 +96,10 @@ class TimingCache:
             self.clear()
 
     def clear(self) -> None:
-        """No candidate is on trial."""
+        """Records that no candidate is on trial."""
         if self._trial is not None:
             with suppress(OSError):
                 os.ftruncate(self._trial, 0)
-
-    def _left(self) -> Choice | None:
-        """What is on record of a process that is no more."""
-        if self._trial is None:
-            return None
-        try:
-            return Choice(**json.loads(os.pread(self._trial, 4096, 0)))
-        except (ValueError, TypeError):
-            return None
 
     def _close(self) -> None:
         if self._trial is not None:

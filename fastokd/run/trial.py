@@ -1,6 +1,6 @@
 """Times one candidate of ``engine="auto"`` over a few steps.
 
-An eager candidate runs in this process. A compiled one runs in a process of its own
+An eager candidate runs in this process. A compiled candidate runs in its own process
 (``worker.py``), which is killed when it takes longer than the candidate could save.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from time import perf_counter as clock
 from typing import Any
@@ -46,9 +46,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 def warm_up_steps(session: Session, compiled: bool = False) -> int:
-    """Steps before those that count: one, one more on a GPU (in the first, cuDNN times its algorithms
-    for seconds) and where it compiles (the second may compile again, for states that the first one
-    made), and those up to a capture."""
+    """Steps before the timed ones: one, one more on a GPU (in the first, cuDNN times its algorithms for
+    seconds), one more when compiled (the second may compile again, as the optimizer has a state), and
+    those up to a capture."""
     on_gpu = session.learner.device.type == "cuda"
     return 1 + on_gpu + compiled + (WARM_UP_STEPS + 1) * session.options.capture
 
@@ -58,10 +58,10 @@ def time_eager(
 ) -> Timing:
     """Times a few steps of this session by ``choice``; the steps change its state.
 
-    ``default``: raises what its steps raise, as there is nothing else to run.
+    ``default``: errors of the steps are raised, as no other choice is left.
 
     Raises:
-        DeviceLostError: it took the GPU from this process.
+        DeviceLostError: this process can't use the GPU any more.
     """
     try:
         return _timed(session, choice, best_ms, default)
@@ -82,10 +82,7 @@ def time_eager(
 def _timed(session: Session, choice: Choice, best_ms: float | None, default: bool) -> Timing:
     session.learner.adopt(choice, alone=True)
     batch = session.next_batch()
-    fits: AbstractContextManager[Any] = nullcontext()
-    if default:
-        fits = saying_what_fits(session, *batch)
-    with fits:
+    with saying_what_fits(session, *batch) if default else nullcontext():
         first = min(time_steps(session, batch, warm_up_steps(session)))
         if best_ms is not None and first > HOPELESS * best_ms:
             return Timing(choice, first, note="one step: far slower")
@@ -103,19 +100,19 @@ def time_steps(session: Session, batch: Batch, count: int) -> list[float]:
     """Milliseconds of each of ``count`` steps, all on one batch."""
     session.learner.train()
     session.begin_epoch()
-    return [_one_step(session, *batch) for _ in range(count)]
+    times = []
+    for _ in range(count):
+        synchronize(session.learner.device)
+        started = clock()
+        session.begin_step(len(batch[1]))
+        training_step(session.learner, *batch)
+        synchronize(session.learner.device)
+        times.append(1e3 * (clock() - started))
+    return times
 
 
-def _one_step(session: Session, images: Tensor, labels: Tensor) -> float:
-    _wait(session.learner.device)
-    started = clock()
-    session.begin_step(labels.shape[0])
-    training_step(session.learner, images, labels)
-    _wait(session.learner.device)
-    return 1e3 * (clock() - started)
-
-
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; a CPU needs no wait."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -127,7 +124,7 @@ def time_compiled(
     best_ms: float | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Timing:
-    """Times ``choice`` in its own process, for at most the time that it could save over ``best_ms``."""
+    """Times ``choice`` in its own process, killed after the time that it could save over ``best_ms``."""
     seconds = PATIENCE
     if best_ms is not None:
         seconds = min(PATIENCE, SAVABLE * steps * best_ms / 1e3)
@@ -139,11 +136,11 @@ def time_compiled(
 
 
 def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) -> Answer:
-    """The answer of the function ``make`` in its own process: fields of a :class:`Timing`."""
-    threads = torch.get_num_threads()
+    """Calls the function ``make`` in its own process; returns fields of a :class:`Timing`."""
+    own = torch.get_num_threads()
     try:
         with Worker(
-            make, told, threads=threads, seconds=seconds, stopped=stopped, quiet=True
+            make, told, threads=own, seconds=seconds, stopped=stopped, quiet=True
         ) as worker:
             return worker.first
     except WorkerEndedError as ended:
@@ -181,9 +178,9 @@ def job(session: Session, choice: Choice) -> Answer:
 
 
 def trial_here(job: Answer) -> tuple[Answer, None]:
-    """Trains a few steps on random images; the times, or why it can't."""
+    """Trains a few steps on random images; returns the times, or a note why it can't."""
     try:
-        if ":" in job["recipe"]["method"]:  # named by the user whose run this is
+        if ":" in job["recipe"]["method"]:  # a method of the user
             register_method(job["recipe"]["method"])
         recipe = Recipe.from_json(job["recipe"])
         data = _random_splits(recipe.batch_size, **job["data"])
@@ -192,7 +189,7 @@ def trial_here(job: Answer) -> tuple[Answer, None]:
         before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
         step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
     except Exception as error:
-        # Memory may run out because of what else is on the device: another run tries again.
+        # Other programs may have used the memory: another run tries again.
         final = not isinstance(error, torch.OutOfMemoryError)
         return {"note": in_one_line(error), "failed": True, "final": final}, None
     return {"compile_seconds": before / 1e3, "step_ms": step_ms}, None

@@ -1,7 +1,7 @@
 """``engine="auto"``: times candidates on the run's own batches and keeps the fastest.
 
-What is asked for (``compile``, ``capture``, ``memory_format``) holds for whatever is chosen. A run
-too short to gain isn't measured. One candidate's failure is a row of the table.
+All candidates have the requested ``compile``, ``capture`` and ``memory_format``. A run too short to
+gain isn't measured. A candidate that fails is a row of the table.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from fastokd.run.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_st
 
 # The two fastest engines are tried compiled.
 COMPILED = 2
-# Options that don't change a step's time, or that ``step_key`` resolves.
-ELSEWHERE = {"device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init"}
-ELSEWHERE |= {"eval_every"}
+# Options that don't change a step's time, or that ``step_key`` has resolved.
+ELSEWHERE = {
+    *("device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init", "eval_every")
+}
 
 
 def tune(
@@ -42,12 +43,12 @@ def tune(
 ) -> list[Timing]:
     """Chooses the engine of an unsettled session for ``steps`` more steps; returns the timings.
 
-    With several processes the first one's choice is everybody's. Where ``stop`` receives a signal
-    the session stays unsettled, by its default.
+    All ranks take the choice of the first. If ``stop`` receives a signal, the session stays unsettled
+    and keeps its default.
 
     Raises:
-        UserError: nothing can run as it is asked for; on every rank.
-        DeviceLostError: a candidate took the GPU from this process; the next one leaves it out.
+        UserError: no candidate can run with the options; on every rank.
+        DeviceLostError: a candidate made the GPU unusable for this process; later runs exclude it.
     """
     if session.settled:
         return []
@@ -71,7 +72,7 @@ def tune(
 
 
 def step_key(session: Session) -> dict[str, Any]:
-    """Everything that a step's time depends on: the key of cached timings."""
+    """All that a step's time depends on: the key of cached timings."""
     recipe, options = session.recipe, session.options
     machine = environment(session.learner.device, session.learner.precision)
     names = ("fastokd", "torch", "device", "gpu", "cpu", "threads", "waiting", "precision")
@@ -91,7 +92,7 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
     """The fastest timing that fits the options.
 
     Raises:
-        UserError: none of them can run.
+        UserError: no candidate can run with the options.
     """
     options = session.options
     asked = [t for t in timings if options.compile in (None, t.choice.compile)]
@@ -109,7 +110,7 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
 def _measure(
     session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
 ) -> list[Timing]:
-    """A timing for each candidate, the default first; cached timings are used."""
+    """A timing for each candidate, cached or measured; the default first."""
     options = session.options
     # A damaged file may name an unknown engine.
     known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
@@ -120,7 +121,18 @@ def _measure(
     if unknown and SAVABLE * steps <= 2 * trial_steps * len(unknown):
         timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
     else:
-        timings = _eager(session, eager, known, cache, stopped)
+        with untouched(session) as put_back:
+
+            def time(choice: Choice, before: list[Timing]) -> Timing:
+                best_ms = min((t.step_ms for t in before if t.step_ms is not None), default=None)
+                # The default is never excluded: if it fails, nothing can run.
+                default = choice == eager[0] and not options.capture
+                with nullcontext() if default else cache.on_trial(choice):
+                    timing = time_eager(session, choice, best_ms, default=default)
+                    put_back()
+                return timing
+
+            timings = _timings(eager, known, stopped, time)
         if options.compile is not False:
             timings += _compiled(session, timings, steps, known, cache, stopped)
     if session.learner.choice not in [timing.choice for timing in timings]:
@@ -130,28 +142,40 @@ def _measure(
     return sorted(timings, key=lambda timing: timing.choice != session.learner.choice)
 
 
-def _eager(
+def _compiled(
     session: Session,
-    choices: list[Choice],
+    eager: list[Timing],
+    steps: int,
     known: dict[Choice, Timing],
     cache: TimingCache,
     stopped: Callable[[], bool],
 ) -> list[Timing]:
-    """Times the eager ``choices``, the default first."""
+    """Times the fastest engines compiled; with ``--compile`` the default first."""
+    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
+    ranked = sorted(times, key=lambda choice: times[choice])
+    best_ms = times[ranked[0]] if ranked else None
+    choices = [session.learner.choice] if session.learner.choice.compile else []
+    choices += [replace(choice, compile=True) for choice in ranked]
+
+    def time(choice: Choice, _: list[Timing]) -> Timing:
+        with cache.on_trial(choice):
+            return time_compiled(session, choice, steps, best_ms, stopped)
+
+    return _timings(list(dict.fromkeys(choices))[:COMPILED], known, stopped, time)
+
+
+def _timings(
+    choices: list[Choice],
+    known: dict[Choice, Timing],
+    stopped: Callable[[], bool],
+    time: Callable[[Choice, list[Timing]], Timing],
+) -> list[Timing]:
+    """The timing of each choice, from ``known`` or by ``time(choice, timings so far)``."""
     timings: list[Timing] = []
-    with untouched(session) as put_back:
-        for choice in choices:
-            if stopped():
-                break
-            if choice in known:
-                timings.append(known[choice])
-                continue
-            best_ms = min((t.step_ms for t in timings if t.step_ms is not None), default=None)
-            # The default is never excluded: where it fails, nothing can run.
-            default = choice == choices[0] and not session.options.capture
-            with nullcontext() if default else cache.on_trial(choice):
-                timings.append(time_eager(session, choice, best_ms, default=default))
-                put_back()
+    for choice in choices:
+        if stopped():
+            break
+        timings.append(known[choice] if choice in known else time(choice, timings))
     return timings
 
 
@@ -159,13 +183,13 @@ def _eager(
 def untouched(session: Session) -> Iterator[Callable[[], None]]:
     """Restores the learner at the end, and at each call of the function that it yields.
 
-    A trial that failed half-way is undone like any other, and its memory is freed.
+    The memory of a trial is freed as well, also if it failed.
     """
     learner = session.learner
     choice, training, restore = learner.choice, learner.cohort.training, snapshot(learner)
 
     def put_back() -> None:
-        learner.adopt(choice)  # lays the optimizers' states out as the parameters lie
+        learner.adopt(choice)  # brings the optimizers' states into the layout of the parameters
         restore()
         learner.train(training)
         gc.collect()  # a step and its graphs refer to each other
@@ -181,29 +205,3 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
     finally:
         if not lost:
             put_back()
-
-
-def _compiled(
-    session: Session,
-    eager: list[Timing],
-    steps: int,
-    known: dict[Choice, Timing],
-    cache: TimingCache,
-    stopped: Callable[[], bool],
-) -> list[Timing]:
-    """Times the fastest engines compiled, after the default where ``--compile`` asks for it."""
-    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
-    ranked = sorted(times, key=lambda choice: times[choice])
-    best_ms = times[ranked[0]] if ranked else None
-    choices = [session.learner.choice] if session.learner.choice.compile else []
-    choices += [replace(choice, compile=True) for choice in ranked]
-    timings: list[Timing] = []
-    for choice in list(dict.fromkeys(choices))[:COMPILED]:
-        if stopped():
-            break
-        if choice in known:
-            timings.append(known[choice])
-            continue
-        with cache.on_trial(choice):
-            timings.append(time_compiled(session, choice, steps, best_ms, stopped))
-    return timings

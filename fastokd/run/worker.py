@@ -1,6 +1,6 @@
-"""A process of its own that is asked one question at a time: a loop that is timed, or a trial.
+"""A separate process that answers one question at a time: a timed loop, or a trial of an engine.
 
-Neither side sees the other's memory. Both write JSON, an object a line.
+The two processes share no memory. They exchange JSON, one object a line.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 Answer = dict[str, Any]
 START = "from fastokd.run.worker import main; main()"
-# Seconds between two looks whether the caller is to stop.
+# Seconds between two checks of ``stopped``.
 LOOK_EVERY = 0.5
 
 
 class WorkerEndedError(Exception):
-    """The process ended, or was ended, before it had answered; the message says why."""
+    """The process ended or was killed before it answered; the message gives the reason."""
 
 
 class Worker:
-    """Starts ``make``, a ``module:function`` of a job, in a process and reads its first answer.
+    """Calls ``make``, a ``module:function`` of a job, in a process and reads its first answer.
 
-    The function returns its first answer, and what answers each further question or None.
+    The function returns its first answer, and a function that answers each further question (or None).
 
     Args:
-        job: what JSON holds. ``threads``: of the process; None for this one's.
-        seconds: the process is killed, with all that it started, when an answer takes longer.
-        stopped: it is killed when this is true.
-        quiet: its standard error is kept for the message of :class:`WorkerEndedError`.
+        job: a JSON object.
+        threads: the process's threads; None: as in this process.
+        seconds: the process and its children are killed when an answer takes longer.
+        stopped: they are killed when this returns true.
+        quiet: keeps standard error for the message of :class:`WorkerEndedError`.
 
     Raises:
         WorkerEndedError: as :meth:`ask`.
@@ -56,10 +56,9 @@ class Worker:
         quiet: bool = False,
     ) -> None:
         environment = dict(os.environ)
-        environment.pop("WORLD_SIZE", None)  # torchrun's: this process is alone
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, sys.path)
-        )  # for the user's methods
+        environment.pop("WORLD_SIZE", None)  # torchrun sets it, but this process is alone
+        # The user's methods are found on this path.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         self._seconds, self._stopped = seconds, stopped
@@ -92,7 +91,7 @@ class Worker:
         """The answer to one question.
 
         Raises:
-            WorkerEndedError: there is none; why.
+            WorkerEndedError: the process ended or was killed before it answered.
         """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
@@ -122,7 +121,7 @@ class Worker:
         return f"it failed: {lines[-1][:200]}"
 
     def close(self) -> None:
-        """Ends the process and all that it started."""
+        """Ends the process and its children."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -138,17 +137,12 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def main() -> None:
-    """The process: only answers go where the caller reads, other prints to standard error."""
+    """The worker process: answers go to standard output, all other output to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

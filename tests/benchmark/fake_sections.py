@@ -1,4 +1,4 @@
-"""Sections for tests/benchmark/test_gpu_first.py: one for each way to end."""
+"""Sections for tests/benchmark/test_gpu_first.py, one for each way to end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def raises(result: Result) -> None:
 
 
 def half(result: Result) -> None:
-    """Half of its rows, then it hangs; what it started has left its process group."""
+    """Writes half of its rows, then hangs; its child process has left its process group."""
     child = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
     )
@@ -45,7 +45,7 @@ def row_fails(result: Result) -> None:
 
 
 def mends(result: Result) -> None:
-    """Raises the first time, by a file that it leaves beside the report."""
+    """Raises the first time; a file next to the report marks that."""
     mark = Path(os.environ["FAKE_MARK"])
     if not mark.exists():
         mark.touch()
@@ -54,7 +54,7 @@ def mends(result: Result) -> None:
 
 
 def package(result: Result) -> None:
-    """The package is whole though nothing is installed."""
+    """The package is complete without an installation."""
     import fastokd.csrc
     import fastokd.kernels
 

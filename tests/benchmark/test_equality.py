@@ -1,4 +1,4 @@
-"""The check that comes before a timing: it holds for our step, and sees one that is wrong."""
+"""The check before a timing: it accepts our step and rejects a wrong one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def found(name: str, precision: str, **changes: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _small_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher of eight layers says as much here as one of 110."""
+    """Eight layers in place of 110: the check is the same."""
     for module in ("synthetic", "loops"):
         name = "recipe" if module == "synthetic" else "named_recipe"
         monkeypatch.setattr(
@@ -75,7 +75,7 @@ def test_a_wrong_ramp_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_timed_loops_learn(cpp_ops: None) -> None:
-    """Both fit their one batch, so neither times a step that does nothing."""
+    """Both losses fall, so no step without an update is timed."""
     of = recipe("okddip-branch/resnet8/digits", batch_size=8)
     for loop in (
         loops.OurLoop(of, RunOptions()),

@@ -1,4 +1,4 @@
-"""``bench/gpu_first.py`` with sections that end in every way: nothing else is lost."""
+"""``bench/gpu_first.py`` with sections that end in every way: no other result is lost."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_section_over_its_time_is_killed_with_all_that_it_started(
 
 
 def _gone(pid: int) -> None:
-    """A process has ended, or waits only for whoever inherits it."""
+    """Whether a process has ended, or is a zombie."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -99,7 +99,7 @@ def _gone(pid: int) -> None:
 def test_a_section_without_time_is_skipped_and_can_be_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second call runs what failed and what was skipped; the rest stays as the first found it."""
+    """The second call runs failed and skipped sections; the other results stay."""
     monkeypatch.setenv("FAKE_MARK", str(tmp_path / "mark"))
     table = [
         section("good"),
@@ -138,7 +138,7 @@ def test_a_section_is_asked_for_by_name(tmp_path: Path) -> None:
 def test_a_former_report_is_named_or_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a device's empty folder lacks is in the checkout; a report of another kind isn't it."""
+    """The report of the checkout is used if the folder has none; a report of another kind isn't."""
     kept = tmp_path / "kept.json"
     monkeypatch.setattr(gpu_first, "KEPT_REPORT", kept)
     with pytest.raises(SystemExit, match="needs a former report"):
@@ -166,7 +166,7 @@ def test_another_call_keeps_what_it_does_not_measure_again(tmp_path: Path) -> No
 
 
 def test_a_measured_report_is_not_replaced_by_a_dry_run(tmp_path: Path) -> None:
-    """As where nvidia-smi can't be found in the second call."""
+    """As if nvidia-smi isn't found in the second call."""
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"how": "measured-gpu", "calls": [], "sections": {}}))
     before = path.read_bytes()
@@ -179,7 +179,7 @@ def test_a_measured_report_is_not_replaced_by_a_dry_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_is_known_outlives_the_program(tmp_path: Path, number: int) -> None:
-    """Killed in the middle of a section, it leaves the rows so far, and nothing that runs on."""
+    """A kill within a section leaves the rows so far and no running process."""
     program = (
         "import sys; from bench import gpu_first; from tests.benchmark.test_gpu_first import section;"
         "sys.exit(gpu_first.main(sys.argv[1:], [section('good'), section('half'), section('good')]))"
@@ -285,7 +285,7 @@ def test_crashes(): time.sleep(0.5); os._exit(9)
 def test_tests_are_shared_out_and_each_outcome_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of a process that dies included; the crash itself is a failure."""
+    """Also the outcomes of a process that dies; the crash itself is a failure."""
     monkeypatch.setattr(proven, "FOLDER", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "conftest.py").write_text(SHARED)

@@ -1,4 +1,4 @@
-"""The GPU regions of the pages: what a report has, blanks where it has nothing, no other change."""
+"""The GPU regions of the pages: the report's figures, blanks for missing ones, no other change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def section(call: int = 0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    """In the shape of a real one: two calls, sections of every ending."""
+    """A report like a real one: two calls, and sections of every status."""
     call = {
         "how": "measured-gpu",
         "started": "2026-11-28T05:00:00Z",
@@ -110,7 +110,7 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Half a minute each, but in the proof."""
+    """Faked: a plan takes half a minute; the proof makes real ones."""
     if "proof" in request.keywords:
         return
     ways = {"loop": {"step_ms": 5.7, "device_ms": 2.0}}
@@ -123,7 +123,7 @@ def _plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The pages, in a folder of their own."""
+    """Copies of the pages in a folder."""
     (tmp_path / "docs").mkdir()
     for page in gpu_report_page.PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
@@ -131,7 +131,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def write(root: Path, *reports: dict[str, Any]) -> dict[str, str]:
-    """What the program makes of the pages."""
+    """The pages as the program rewrites them."""
     files = [root / f"{index}.json" for index in range(len(reports))]
     for file, report in zip(files, reports, strict=True):
         file.write_text(json.dumps(report))
@@ -150,7 +150,7 @@ def test_figures_and_blanks(report: dict[str, Any], root: Path) -> None:
     assert "measured-gpu, NVIDIA H100 80GB HBM3, 28 November 2026, torch 2.11.0" in text
     assert line(text, "device copy, TB/s read and written").endswith("| 3.00 |")
     assert line(text, "triton") == "| triton |  |"
-    # 0.8 TFLOP in 4 ms are 200 TFLOP/s, a quarter of the card's; the loop's 12 ms are thrice ours.
+    # 0.8 TFLOP in 4 ms are 200 TFLOP/s, a quarter of the card's; the loop's 12 ms are 3 times ours.
     assert line(text, "ours, loop, captured") == (
         "| ours, loop, captured | on | 4.000 (3.500 to 4.500) | 32,000 | 0.250 | 200 | 0.25 | 3.00 |  "
         "| 20 |"
@@ -196,7 +196,7 @@ def test_a_second_time_changes_nothing_and_nothing_else_is_touched(
 def test_the_later_report_counts_and_cards_are_told_apart(
     report: dict[str, Any], root: Path
 ) -> None:
-    """A share is of the same card's limit; what the later one skipped is the former's."""
+    """A share is of the same card's limit; sections that the later report skipped are the earlier one's."""
     later = copy.deepcopy(report)
     later["calls"] = [{**report["calls"][0], "started": "2026-12-01T00:00:00Z"}]
     later["calls"][0]["card"] = {"name": "NVIDIA L4"}
@@ -222,7 +222,7 @@ def test_any_section_may_be_missing(name: str, report: dict[str, Any]) -> None:
 
 
 def test_sections_that_ended_before_their_first_row(report: dict[str, Any], root: Path) -> None:
-    """They leave no zero and no table of nothing."""
+    """Missing figures give neither zeros nor empty tables."""
     for name in report["sections"]:
         report["sections"][name] = section(status="timeout")
     pages = write(root, report)
@@ -266,7 +266,7 @@ def test_a_page_whose_marks_are_broken_is_refused(lost: str, report: dict[str, A
 
 @pytest.mark.parametrize("page", [*QUICK, pytest.param("docs/plan.md", marks=pytest.mark.proof)])
 def test_the_pages_are_what_the_program_makes(page: str) -> None:
-    """Of the reports in docs/gpu, or of none: a figure can't be written by hand."""
+    """The pages are as the reports in docs/gpu give them: no figure is written by hand."""
     measured = Measured([read(path) for path in gpu_report_page.kept(ROOT)])
     text = (ROOT / page).read_text()
     assert gpu_report_page.rewritten(page, text, measured) == text, (

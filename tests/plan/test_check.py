@@ -1,4 +1,4 @@
-"""The model of a CPU beside its measured steps."""
+"""The model of a CPU, compared with measured steps."""
 
 from __future__ import annotations
 

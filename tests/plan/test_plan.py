@@ -14,7 +14,14 @@ from fastokd.plan import devices
 from fastokd.plan.devices import GPUS, Cpu
 from fastokd.plan.ops import Op, Product
 from fastokd.plan.plan import layers, plan
-from fastokd.plan.roofline import fuse, gradient_traffic, launches, student_traffic, terms
+from fastokd.plan.roofline import (
+    all_reduce,
+    fuse,
+    launches,
+    link_seconds,
+    student_traffic,
+    terms,
+)
 from fastokd.plan.table import lines
 from fastokd.plan.trace import trace_ours, trace_reference
 from fastokd.recipe.names import recipe
@@ -41,8 +48,8 @@ def test_every_method_is_traced(method: str) -> None:
         with pytest.raises(UserError, match="reads values"):
             trace_reference(of, 4)
     else:
-        # With one loss and one update, a step is about as long as the published one's at most,
-        # autocast's conversions included.
+        # With one loss and one update, a step has at most about as many launches as the published
+        # one, with autocast's conversions.
         assert launches(ours.ops) < 1.1 * launches(trace_reference(of, 4).ops)
 
 
@@ -76,7 +83,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert ways["grouped compiled"]["graph_replays"] == 2
     for way in ways.values():
         assert way["device_ms"] == pytest.approx(sum(way["terms_ms"].values()))
-    # Half of the gradients out and half in, in a ring of two.
+    # A ring of two GPUs: each sends half of the gradients twice.
     assert modelled["gradient_traffic_bytes"] == counted["gradient_bytes"]
     assert modelled["hours"] == pytest.approx(
         300 * 391 * 128 / modelled["images_per_second"] / 3600
@@ -100,7 +107,7 @@ def test_the_table_has_each_way_of_sharing_by_its_own_figures() -> None:
 
 
 def test_hours_count_the_images_that_are_trained_on() -> None:
-    """Of 50,000 images 20,000 are held out: 235 batches an epoch, not 391."""
+    """With 20,000 of 50,000 images held out an epoch has 235 batches, not 391."""
     of = recipe("baseline/resnet8/cifar100", val=20_000)
     modelled = plan(of, "h100")["modelled"]
     seconds = of.batch_size / modelled["images_per_second"]
@@ -139,7 +146,7 @@ def test_bad_input(
 
 
 def test_fusion() -> None:
-    """Two runs of three between products; the second reduces once; a phase ends a run."""
+    """Two groups of three between products; the second has one reduction; a phase ends a group."""
     ops = [
         *[op("pointwise")] * 3,
         op("product"),
@@ -177,13 +184,13 @@ def test_the_roofline_is_the_slower_of_both() -> None:
 
 def test_traffic() -> None:
     h100 = GPUS["h100"]
-    assert gradient_traffic(8000, 1, h100).bytes == 0
-    assert gradient_traffic(8000, 4, h100).bytes == 2 * 3 / 4 * 8000
+    assert all_reduce(8000, 1) == 0
+    assert all_reduce(8000, 4) == 2 * 3 / 4 * 8000
     of = recipe(TINY, batch_size=10)
     across = student_traffic(of, exchanged=656, shared_bytes=1000, gpus=2, device=h100)
-    # Half of everything is elsewhere, two bytes each; and the ring of what is shared.
-    assert across.bytes == 2 * 10 * 656 / 2 + 1000
-    assert across.seconds == across.bytes / h100.link
+    # The other GPU has half of the numbers, of two bytes each; the shared gradients are reduced.
+    assert across == 2 * 10 * 656 / 2 + 1000
+    assert link_seconds(across, h100) == across / h100.link
 
 
 def test_layers_of_all_students_stand_together() -> None:
@@ -194,7 +201,7 @@ def test_layers_of_all_students_stand_together() -> None:
 
 
 def cpu() -> Cpu:
-    """A CPU that copies 1 B/s in cache and half of it beyond, and multiplies at 1 FLOP/s."""
+    """A CPU that copies 1 B/s in cache and 0.5 B/s in memory, and multiplies at 1 FLOP/s."""
     rates = {torch.float32: [1.0, 0.5], torch.bfloat16: [1.0, 0.5]}
     return Cpu("fp32", 0.25, [1000, 2000], rates, 1 << 30)
 
@@ -214,8 +221,8 @@ def test_a_cpus_products_are_measured_in_cache() -> None:
     assert (cut.n, cut.k, dtype) == (16, 144, torch.float32)
     assert 4 * (cut.m * 144 + 144 * 16 + cut.m * 16) <= devices.CACHED_BYTES
     assert seconds > 0
-    # The gradient of a narrow layer's weight: a long sum, cut too.
+    # The gradient of a narrow layer's weight is a long sum, and cut as well.
     assert machine.product_seconds(Product(144, 16, 1 << 17), torch.float32) > 0
     assert {(144, 16)} == {(p.m, p.n) for p, _ in machine.products if p.m == 144}
-    # Depthwise windows have no arithmetic to speak of.
+    # A depthwise convolution has negligible arithmetic.
     assert machine.product_seconds(Product(4096, 1, 9, 128), torch.float32) == 0

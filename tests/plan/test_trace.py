@@ -1,4 +1,4 @@
-"""What is counted on fake tensors is what a real step does."""
+"""The counts on fake tensors equal those of a real step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = "okddip-branch/resnet8/cifar100"
 
 
 class Real(TorchDispatchMode):
-    """The same account of a step on real tensors."""
+    """Counts a step on real tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_the_published_step_is_counted_as_it_runs(name: str) -> None:
 
 
 def test_the_yardstick_stays_plain_and_short() -> None:
-    """At most 1,600 operators compute in a step of the published branch ResNet-32."""
+    """A step of the published branch ResNet-32 has at most 1,600 operators."""
     step = trace_reference(recipe("okddip-branch/resnet32/cifar100"), 128)
     assert 1400 < len(step.ops) <= 1600
     assert {op.dtype for op in step.ops} <= {torch.float32, torch.int64, torch.bool}
@@ -79,7 +79,7 @@ def test_parameters_and_flops() -> None:
     assert step.parameters == 1554272  # facts/students.json
     assert step.gradient_bytes == 4 * step.parameters
     assert step.state_bytes == 4 * step.parameters
-    # Three products a layer, but for the first convolution's input; attention adds a little.
+    # Three products a layer, without the gradient of the first convolution's input; attention adds a little.
     first = 3 * 16 * 9 * 32 * 32
     assert step.flops == pytest.approx(2 * 8 * (3 * step_macs(of) - first), rel=1e-3)
 
@@ -91,7 +91,7 @@ def test_each_engine_does_the_same_arithmetic() -> None:
 
 
 def test_memory_is_what_lives() -> None:
-    """Twice the batch, twice the activations; the peak holds them and all that is kept."""
+    """Twice the batch has twice the activations; the peak includes them and the kept memory."""
     of = recipe(TINY)
     one, two = (trace_ours(of, batch, "loop", "bf16", "torch") for batch in (64, 128))
     assert two.activation_bytes == pytest.approx(2 * one.activation_bytes, rel=0.02)
@@ -100,7 +100,7 @@ def test_memory_is_what_lives() -> None:
 
 
 def test_activations_are_what_autograd_saves() -> None:
-    """Of a real step: the storages that its graph keeps, parameters not counted."""
+    """Compared with the storages that autograd saves in a real step, without the parameters."""
     of = recipe(TINY, batch_size=16)
     loop = OurLoop(of, RunOptions(precision="fp32", impl="torch"))
     session = loop.session
@@ -132,7 +132,7 @@ def test_layers_of_the_backward_are_the_forwards() -> None:
 
 
 def test_transposed_products() -> None:
-    """Against the weights' own count: each is used once for every output or input pixel."""
+    """Each weight of a decoder is used once for every input pixel."""
     step = trace_ours(recipe("ffsd/resnet8/cifar100", batch_size=4), 4, "loop", "bf16", "torch")
     forward = [op for op in step.ops if op.name == "convolution"]
     pixels = 4 * 8 * 8

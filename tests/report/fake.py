@@ -1,4 +1,4 @@
-"""Training that only writes what a run leaves, for tests of what is made of runs."""
+"""A fake training that writes the files of a run, for tests of reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Accuracy = Callable[[Recipe, int], float]
 
 
 class FakeTrain:
-    """Stands in for :func:`fastokd.train`; ``accuracy(recipe, epoch)`` is what it measures.
+    """Stands in for :func:`fastokd.train`; ``accuracy(recipe, epoch)`` is its accuracy.
 
     ``stop_after`` runs it is interrupted, ``stop_at`` epochs into the next.
     """
@@ -49,7 +49,7 @@ class FakeTrain:
                 if stops and epoch == self.stop_at:
                     raise KeyboardInterrupt
                 file.write(json.dumps(self.row(recipe, epoch)) + "\n")
-                # The first and the last are as good as three hundred.
+                # The first and the last epoch are enough.
                 if epoch in (0, recipe.epochs - 1):
                     at = {"epoch": epoch + 1, "step": epoch + 1}
                     save_checkpoint(folder / f"checkpoints/last-{epoch + 1:09d}", {}, at)

@@ -1,4 +1,4 @@
-"""The page about runs: what it holds, and that a real browser shows it."""
+"""The page about runs: its contents, and its display in a real browser."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EPOCHS = 3
 
 
 def make(folder: Path, name: str, *seeds: int, **changes: Any) -> list[Path]:
-    """Runs of one recipe: every seed a tenth of a point better than the one before."""
+    """Runs of one recipe; each seed is 0.1 points better than the one before."""
     fake = FakeTrain(lambda recipe, epoch: 0.5 + epoch / 10 + recipe.seed / 1000)
     made = []
     for seed in seeds:
@@ -196,7 +196,7 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     pool = dataclasses.replace(
         pool_runs([Run.load(run)])[0], label="<script>alert(1)</script>", recipe=hostile
     )
-    from fastokd.report.page import _page  # what makes the page of pools
+    from fastokd.report.page import _page  # makes the page of pools
 
     assert "<script" not in _page([pool], {})
 
@@ -222,7 +222,7 @@ def test_a_difference_names_recipe_and_results(
     found = diff_runs(first, second)
     assert found["recipe"] == {"seed": [0, 3]}
     assert found["results"]["last top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
-    assert found["results"]["whole epochs"] == [3, 3]  # results stand there where they agree too
+    assert found["results"]["whole epochs"] == [3, 3]  # equal results are listed as well
     assert run_command(["diff", str(first), str(second)]) == 0
     assert "seed: 0 | 3" in capsys.readouterr().out
 
@@ -232,7 +232,7 @@ def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
     make(tmp_path, "okddip-branch/resnet8/digits", 0, 1)
     make(tmp_path, "okddip-branch@3/resnet8/digits", 0)
     page = report([tmp_path], tmp_path / "all.html")
-    # Measured by the browser itself, on a phone's width: what has no height isn't shown.
+    # The browser measures the elements at a phone's width: those without height aren't shown.
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify("
         "[...document.querySelectorAll('figure svg')].map(s => "

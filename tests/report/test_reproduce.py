@@ -1,4 +1,4 @@
-"""A table of the papers: what is trained, what is said of it, and that it goes on."""
+"""A table of the papers: its runs, its text, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.report.fake import FakeTrain
 
 
 def rising(recipe: Recipe, epoch: int) -> float:
-    """A little better each epoch, best before the last; a little other for each seed."""
+    """Grows with the epochs, and is best before the last; differs a little by seed."""
     peak = recipe.epochs - 2
     return 0.7 + 0.001 * min(epoch, 2 * peak - epoch) / recipe.epochs + 0.001 * recipe.seed
 
@@ -157,7 +157,7 @@ def test_the_teacher_comes_first_and_teaches_all(fake: FakeTrain, tmp_path: Path
     assert {result.cell.row for result in made.results} == {"cifar100"}
     names = [name for name, _, _ in fake.calls]
     assert names[0] == "baseline/resnet110/cifar100"
-    assert names.count("baseline/resnet110/cifar100") == 2  # as a cell it has both seeds
+    assert names.count("baseline/resnet110/cifar100") == 2  # both seeds, as it is a cell
     for (name, _, _), teacher in zip(fake.calls, fake.teachers, strict=True):
         needs = name.startswith(("kd/", "okddip_kd-"))
         expected = tmp_path / "t" / "baseline-resnet110-cifar100-2epochs-seed0"
@@ -230,7 +230,7 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
 
 
 def test_the_command_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing stands in here: a step of real training, then the table of it again without any."""
+    """No fake: one step of real training, then the same table without training."""
     command = ["reproduce", "table5", "--only", "okddip_mean", "--dataset", "digits"]
     command += ["--model", "resnet8", "--seeds", "0", "--max-steps", "1"]
     command += ["--out", str(tmp_path / "t"), "--device", "cpu", "--engine", "loop"]

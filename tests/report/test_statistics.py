@@ -1,4 +1,4 @@
-"""Welch's interval, against scipy's own from the raw values."""
+"""Welch's interval, compared with scipy's from the raw values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_interval_is_welchs(counts: tuple[int, int]) -> None:
 
 
 def test_a_published_pair_is_enough() -> None:
-    """Table 2's ResNet-32 row: OKDDip's branch form against its baseline."""
+    """Table 2's ResNet-32 row: OKDDip's branch form minus its baseline."""
     difference = welch(Sample(25.63, 0.14, 3), Sample(28.76, 0.08, 3))
     assert difference.interval is not None
     low, high = difference.interval

@@ -1,4 +1,4 @@
-"""Options of the step: resumed as begun; what can't be had is refused."""
+"""Options of the step: a resumed run keeps them; unavailable ones raise."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
     fastokd.train(small(), out=tmp_path / "killed", max_steps=2, **QUICK)
     for checkpoint in (tmp_path / "killed" / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
-    # Its line is written before its checkpoint, its student long after.
+    # An epoch's line is written before its checkpoint, the student after the last one.
     with pytest.raises(UserError, match="holds a student and no checkpoint"):
         fastokd.train(small(), out=tmp_path / "killed", resume=True, **QUICK)
     (tmp_path / "killed" / "student.safetensors").unlink()
@@ -86,7 +86,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
 
 
 def test_a_last_batch_of_one_is_left_out_where_a_norm_needs_two() -> None:
-    """ONE's gate normalises over the batch; 500 images are 499 and one."""
+    """ONE's gate normalises over the batch; 500 images make batches of 499 and one."""
     session = build(small(name="one/resnet8/digits", batch_size=499), RunOptions(**QUICK))
     assert len(session.stream) == 1
     other = build(small(batch_size=499), RunOptions(**QUICK))

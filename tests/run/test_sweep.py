@@ -1,4 +1,4 @@
-"""Several runs by one command: settings parsed and checked, a folder each, an index."""
+"""Several runs by one command: parsed and checked settings, a folder for each run, an index."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_rate_is_scaled_however_it_and_the_batch_are_said(
     assert run_command(["train", DIGITS, *arguments, "--scale-lr", "--print-recipe"]) == 0
     printed = capsys.readouterr().out.replace("}\n{", "}\n\n{").split("\n\n")
     assert [json.loads(text)["lr"] for text in printed] == pytest.approx(rates)
-    for key, values in settings.items():  # said twice, alike
+    for key, values in settings.items():  # equal settings given twice
         assert run_command(
             ["train", DIGITS, *arguments, "--set", f"{key}={values[0]}", "--print-recipe"]
         ) == 0  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_command_trains_goes_on_and_refuses(
     command = ["train", DIGITS, "--seeds", "0,1", "--epochs", "2", "--out", str(out)]
     assert run_command(command) == 0
     assert run_command(command) == 0
-    assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # says nothing new
+    assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # no new request
     assert [seed for _, seed, _ in fake.calls] == [0, 1, 2]
     assert "index.json" in capsys.readouterr().out
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""What is known of earlier runs, and of a process that died within a trial."""
+"""Cached timings, and the record of a process that died within a trial."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_live_trial_of_another_process_excludes_nothing(cache: Path) -> None:
 
 
 def tuned_in_a_process(cache: Path, act: str) -> int:
-    """Tunes as :func:`session_of`, where grouped acts in its trial; the exit status."""
+    """Tunes a session in a process, with ``grouped`` patched; returns the exit status."""
     program = (
         "import os, signal, sys; from pathlib import Path; import pytest\n"
         "from fastokd.run import tuning\n"
@@ -120,7 +120,7 @@ def kills(*names: str) -> str:
 @pytest.mark.parametrize(
     ("signals", "status", "excluded"),
     [
-        (["SIGKILL"], -signal.SIGKILL, True),  # as the kernel does where memory runs out
+        (["SIGKILL"], -signal.SIGKILL, True),  # as the kernel does when memory runs out
         (["SIGTERM"], 9, False),
         (["SIGHUP"], 9, False),  # of a terminal that is closed
         (["SIGINT", "SIGINT"], 128 + signal.SIGINT, False),
@@ -140,12 +140,12 @@ def test_a_candidate_that_ends_the_process_is_left_out_and_a_user_that_does_is_n
     assert [timing.failed for timing in timings] == [False, excluded, False]
     assert [timing.step_ms is None for timing in timings] == [False, excluded, False]
     if excluded:
-        assert str(known.path) in timings[1].note  # which to remove to try it again
+        assert str(known.path) in timings[1].note  # the file to remove to try it again
     assert tune(session_of(), LONG)[1].failed == excluded
 
 
 def test_the_plain_loop_is_never_left_out(cache: Path) -> None:
-    """There is nothing else to run."""
+    """No other candidate could run."""
     session = session_of()
     seen: list[str] = []
 

@@ -1,4 +1,4 @@
-"""One candidate: timed without a trace; one that can't run is a row, and a run goes on."""
+"""One candidate: its trial changes no state; one that can't run is a row, and the run continues."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GROUPED = Choice("grouped")
 
 
 def begun(session: Session, steps: int) -> str:
-    """Some steps, then the fingerprint."""
+    """Takes some steps; returns the fingerprint."""
     session.begin_epoch()
     for index in range(steps):
         session.begin_step(8)
@@ -58,7 +58,7 @@ def begun(session: Session, steps: int) -> str:
 
 @pytest.mark.parametrize(("steps", "precision"), [(0, "fp32"), (2, "fp32"), (2, "fp16")])
 def test_trials_leave_no_trace(steps: int, precision: str) -> None:
-    """Before the first step, when optimizers have no state, and in mid-run."""
+    """Before the first step, without optimizer states, and after two steps."""
     session = session_of(precision=precision)
     before = begun(session, steps)
     with untouched(session) as put_back:
@@ -87,7 +87,7 @@ def memory() -> torch.OutOfMemoryError:
 def test_a_candidate_that_fails_is_a_row(
     error: Exception, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second step of its trial; the session is as it was, and the run goes on."""
+    """In the second step of its trial; the session is restored, and the run continues."""
     failing(monkeypatch, "grouped", raising(error), after=1)
     session = session_of(precision=precision)
     before = begun(session, 2)
@@ -151,7 +151,7 @@ def test_numbers_are_drawn_as_before_after_a_failed_capture(
 
 
 def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its frames held is gone before anything else runs; its gradients with its trial."""
+    """Its frames are freed before the next candidate runs; its gradients after the trial."""
     held: list[weakref.ref[torch.Tensor]] = []
 
     def fail() -> None:
@@ -176,7 +176,7 @@ def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_the_default_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else could run; but that memory ran out is said as in training."""
+    """No other candidate could run; out of memory has the message of training."""
     session = session_of()
     before = fingerprint(session)
     with monkeypatch.context() as patch:
@@ -205,7 +205,7 @@ def test_interrupt_and_exit_propagate(
         with pytest.raises(type(error)):
             tune(session, LONG)
     assert fingerprint(session) == before
-    # It isn't the candidate's fault: it is tried again.
+    # The candidate didn't fail: it is tried again.
     assert [timing.failed for timing in tune(session_of(), LONG)] == [False] * 3
 
 
@@ -219,7 +219,7 @@ def test_a_lost_gpu_ends_the_process_and_its_candidate_is_left_out(
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def restoring(*arguments: object) -> None:
-        assert not lost  # nothing can be on such a device
+        assert not lost  # such a device can't be used
 
     session = session_of()
     with monkeypatch.context() as patch:
@@ -248,8 +248,8 @@ def test_a_lost_gpu_ends_the_process_and_its_candidate_is_left_out(
 def test_a_network_of_another_library_trains_by_default(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16, where vmap has no rule for such a norm of mixed dtypes."""
-    monkeypatch.setattr(tuning, "SAVABLE", 1e6)  # so few steps are measured all the same
+    """In bf16: vmap has no rule for such a norm with mixed dtypes."""
+    monkeypatch.setattr(tuning, "SAVABLE", 1e6)  # measures in spite of so few steps
     options = {**AUTO, "precision": "bf16", "memory_format": "channels_last", "ema": None}
     run = fastokd.train(
         recipe(name, batch_size=4), out=tmp_path / "run", max_steps=2, eval_every=99, **options
@@ -275,7 +275,7 @@ OWN_PLACE = {"device", "precision", "engine", "compile", "teacher", "out", "resu
 def test_the_worker_takes_the_options_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, but for those of its place."""
+    """All options except those in :data:`OWN_PLACE`."""
     others = {"accumulate": 2, "clip_norm": 0.5, "skip_nonfinite": 3, "out": tmp_path, "ema": 0.5}
     session = session_of(**others, capture=False)
     told = json.loads(json.dumps(job(session, Choice("grouped", True, "contiguous"))))
@@ -334,7 +334,7 @@ def test_the_worker_takes_the_recipe_of_the_run(
 def test_a_compiled_candidate_without_memory_is_tried_again_by_another_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The run that asks holds memory on the same device; any other error is remembered."""
+    """The run itself uses memory on the same device; any other error is cached."""
     told = job(session_of(), Choice("loop", True))
     for error, final in ((memory(), False), (RuntimeError("no lowering"), True)):
         monkeypatch.setattr(trial, "build", lambda *_, e=error, **__: raising(e)())

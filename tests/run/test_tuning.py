@@ -1,4 +1,4 @@
-"""engine="auto": what is asked for runs, the fastest of it, and the choice is kept."""
+"""engine="auto": the fastest candidate that has the requested options, and the cached choice."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from tests.run.tuned import (
 
 pytestmark = pytest.mark.usefixtures("cache")
 SHORT, MEDIUM = 50, 1_000
-# What the worker measures: the loop gains most by compiling, and grouped is the fastest.
+# The worker's timings: the loop gains most by compiling, and grouped is the fastest.
 COMPILED_MS = {"loop": 90.0, "grouped": 50.0}
 
 
 def answering(
     monkeypatch: pytest.MonkeyPatch, **answers: dict[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """In place of the worker: what it answers for an engine; what it was told."""
+    """In place of the worker: its answer for an engine, and the jobs that it got."""
     told: list[tuple[str, dict[str, Any]]] = []
 
     def ask(make: str, job: dict[str, Any], *more: object) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def answering(
 
 
 def take(session: Session, steps: int) -> None:
-    """Steps as a run takes them."""
+    """Takes steps as a run does."""
     batch = session.next_batch()
     session.begin_epoch()
     for _ in range(steps):
@@ -124,7 +124,7 @@ def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.Monke
     assert session.learner.cohort.engine == ("grouped" if slow == "loop" else "loop")
     assert session.settled
     assert "* " + session.learner.cohort.engine in said[0]
-    # What is known isn't measured again, for a short run neither.
+    # Cached timings aren't measured again, also in a short run.
     monkeypatch.setattr(tuning, "time_eager", None)
     again = session_of()
     tune(again, 2)
@@ -185,7 +185,7 @@ def _noting(engines: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_run_stopped_while_it_is_tuned_chooses_when_it_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step is taken by the default, and saved."""
+    """The first step runs by the default, and is saved."""
 
     def stopped(*arguments: object) -> list[Timing]:
         signal.raise_signal(signal.SIGTERM)
@@ -202,13 +202,13 @@ def test_a_run_stopped_while_it_is_tuned_chooses_when_it_is_resumed(
 
 
 def test_the_default_stays_unless_another_is_clearly_faster_or_it_cannot_run() -> None:
-    """Compiling: what it saves over the run against what it takes."""
+    """Compiling must save more over the run than it takes."""
     timings = [Timing(Choice("loop"), 100.0), Timing(Choice("loop", True), 80.0, 60.0)]
     assert pick(timings, 1000) == Choice("loop")
     assert pick(timings, 10_000) == Choice("loop", True)
     assert "compiled in 60 s" in table(timings, Choice())
     vmap = Timing(Choice("vmap"), 98.0)
-    # Within what timings scatter, the first stays.
+    # Within the noise of timings the first is kept.
     assert pick([Timing(Choice("loop"), 100.0), vmap], 10**6) == Choice("loop")
     assert pick([Timing(Choice("loop"), note="not timed", final=False), vmap], 9) == Choice("loop")
     killed = Timing(Choice("loop"), note="killed after 60 s")
@@ -216,7 +216,7 @@ def test_the_default_stays_unless_another_is_clearly_faster_or_it_cannot_run() -
     assert pick([killed, Timing(Choice("vmap"), failed=True)], 9) == Choice("loop")
     failed = Timing(Choice("loop"), failed=True)
     assert pick([failed, vmap], 9) == Choice("vmap")
-    # A run too short to measure, of whose step only a failure is known.
+    # A run too short to measure; the cache has only a failure.
     assert pick([failed, Timing(Choice("vmap"), note="not timed", final=False)], 9) == Choice(
         "vmap"
     )
@@ -244,7 +244,7 @@ def test_a_capture_that_fails_for_all_is_refused(
     session = session_of(capture=True)
     with pytest.raises(UserError, match=r"--capture is asked for, but no engine can \(loop.*not p"):
         tune(session, LONG)
-    assert list(cache.rglob("*.json")) == []  # it may be mended: nothing is remembered
+    assert list(cache.rglob("*.json")) == []  # the error may be transient: it isn't cached
 
 
 def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
@@ -258,7 +258,7 @@ def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
     tune(session, LONG)
     assert session.learner.choice == Choice("grouped", True)
     answering(monkeypatch, loop=failed, grouped=failed)
-    other = small(batch_size=9)  # of which nothing is known
+    other = small(batch_size=9)  # without cached timings
     with pytest.raises(UserError, match=r"--compile is asked for, .*no compiler\): leave it out"):
         tune(session_of(other, compile=True), LONG)
     unasked = session_of(other, compile=None)
