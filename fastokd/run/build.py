@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -258,14 +257,13 @@ def _cohort_and_method(
 def _begin_from(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, cohort: Cohort
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Loads ``--init`` into the cohort, unless the run goes on from a checkpoint of its own; what to
-    say of it, and the SHA-256 of the weights."""
+    """Loads ``--init`` into the cohort, unless the run resumes from a checkpoint. Returns notes for
+    the user, and the SHA-256 of the weights."""
     where = run_path(recipe, options) / "checkpoints"
     if not options.init or (options.resume and first(lambda: bool(list_checkpoints(where)))):
         return (), {}
-    files = [Path(name) for name in options.init]
+    files = read_files(options.init)
     notes = begin_from(cohort, files, data.class_names, recipe.kept_student)
-    given = read_files(files)
-    for weights in given:
+    for weights, _ in files:
         check_held_out(weights, data, "--init", recipe)
-    return tuple(notes), {"init_sha256": [fingerprint(weights.state) for weights in given]}
+    return tuple(notes), {"init_sha256": [fingerprint(weights.state) for weights, _ in files]}

@@ -116,7 +116,7 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))
-        if [fingerprint(weights.state) for weights in read_files(options.init)] == contents:
+        if [fingerprint(weights.state) for weights, _ in read_files(options.init)] == contents:
             begun["init"] = options.init
         elif named == options.init:
             begun["init"] = tuple(f"{name}, as it was," for name in named)
