@@ -120,7 +120,7 @@ class Cohort(nn.Module):
     def train_only(
         self, own: range, exchange: Callable[[list[StudentOutput]], list[StudentOutput]]
     ) -> None:
-        """Runs and trains only the students ``own`` from here on; the others' state is kept.
+        """From now on runs and trains only the students ``own``; the others' state is kept.
 
         ``exchange`` takes their outputs and returns those of all students.
         """
@@ -130,7 +130,7 @@ class Cohort(nn.Module):
         self.set_engine(self.engine)
 
     def set_engine(self, engine: str) -> None:
-        """Runs the students by another engine from here on; their state doesn't change.
+        """Changes the engine; the students' state doesn't change.
 
         Raises:
             UserError: an unknown engine, or one that can't run these students, with the reason.

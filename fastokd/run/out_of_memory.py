@@ -17,13 +17,13 @@ from fastokd.run.session import Session
 
 @contextmanager
 def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[None]:
-    """Catches an out-of-memory error of a step and finds the batch that would fit, by halving.
+    """Catches an out-of-memory error of a step and finds a batch that fits, by halving.
 
-    The session can't be used after that.
+    The session can't be used afterwards.
 
     Raises:
-        UserError: the step ran out of memory; or an operator has no deterministic form, where one is
-            asked for.
+        UserError: the step ran out of memory, or an operator has no deterministic form with
+            ``deterministic``.
     """
     refused = ""
     try:
@@ -45,9 +45,8 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
         return
     B, ranks = labels_B.shape[0], session.learner.ranks.data.size
     parts = session.learner.parts_of(B)
-    if (
-        session.learner.student_parallel is not None
-    ):  # nothing can be tried here without the other ranks
+    # Students spread over ranks: nothing can be tried without the other ranks.
+    if session.learner.student_parallel is not None:
         raise UserError(
             f"a step of {B} images doesn't fit into the memory of {session.learner.device} ({refused}): "
             "choose a smaller --batch-size, or --accumulate to keep the recipe's"
@@ -72,7 +71,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -> int | None:
     """The largest of ``size`` / 2, / 4, ... images whose gradients fit, or None."""
     choice = Choice(session.learner.choice.engine, False, session.learner.choice.memory_format)
-    session.learner.adopt(choice, alone=True)  # of several ranks each finds out for itself
+    session.learner.adopt(choice, alone=True)  # each rank tries by itself
     while size > session.learner.min_batch:
         size = -(-size // 2)
         for parameter in session.learner.parameters():
