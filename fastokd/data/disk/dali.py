@@ -27,7 +27,7 @@ HARDWARE_LOAD = 0.75
 
 
 def why_not() -> str | None:
-    """Why DALI can't serve here; None where it can."""
+    """Why DALI isn't available; None if it is."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -159,7 +159,7 @@ def decode(
     # Batches in progress, oldest first.
     fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
-    # Else each of these threads would start torch's own threads.
+    # One torch thread each: else every thread of the pool would start its own threads of torch.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
@@ -205,7 +205,7 @@ def decode(
         yield from without_dali()
     finally:
         watch.end()
-        # End its threads here. If a forked process collected the pipeline, it would wait for ever for
+        # End its threads here. If a forked process collected the pipeline, it would wait forever for
         # threads that it doesn't have.
         del pipeline
         pool.shutdown(cancel_futures=True)

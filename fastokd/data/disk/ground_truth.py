@@ -1,4 +1,4 @@
-"""Which class each image of ILSVRC's flat ``val/`` has, from the files that say so."""
+"""Reads the classes of ILSVRC's flat ``val/`` from a ground-truth file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ PLACES = (
 def read_ground_truth(
     root: Path, given: Path | None, names: list[str], classes: list[str]
 ) -> dict[str, str]:
-    """The class of each of ``names``, as far as the file has it.
+    """The class of each of ``names`` that the file contains.
 
-    Three forms are known: the development kit's (a number a line for the images in the order of
-    their names, which ``meta.mat`` beside it turns into WordNet ids), Kaggle's
-    ``LOC_val_solution.csv``, and lines of ``NAME CLASS``, where a number counts in the sorted
-    classes.
+    The file is the development kit's (a number a line, for the images in the order of their names;
+    ``meta.mat`` beside it maps numbers to WordNet ids), Kaggle's ``LOC_val_solution.csv``, or has
+    lines of ``NAME CLASS``, where a number is an index into the sorted classes.
 
     Raises:
-        UserError: there is none, it can't be read, or it doesn't fit the images.
+        UserError: there is no such file, it can't be read, or it doesn't fit the images.
     """
     path = given
     if path is None:
