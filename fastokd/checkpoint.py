@@ -151,9 +151,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"the checkpoint {path} is incomplete: {name} is missing; use an older one"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     for name, data in payload.items():
         known = manifest.get(name) if isinstance(manifest, dict) else None
         if hashlib.sha256(data).hexdigest() != known:
@@ -163,9 +161,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, facts = load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(facts, dict):
         raise UserError(f"the checkpoint {path} isn't from a run: its {FACTS} holds no object")
     return tensors, facts
@@ -183,10 +179,12 @@ def read_facts(path: Path) -> dict[str, Any]:
         if digest == manifest[FACTS] and isinstance(facts, dict):
             return facts
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     raise UserError(f"the checkpoint {path} is damaged: {FACTS} isn't what was written")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the checkpoint {path} can't be read ({error}): use an older one")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

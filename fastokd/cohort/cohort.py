@@ -265,6 +265,6 @@ def _names(students: tuple[str, int] | Sequence[str]) -> tuple[str, ...]:
 
 
 def _compute_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of the first convolution's input: autocast's where it is on."""
+    """The dtype of the first convolution's input: autocast's if it is on."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

@@ -74,20 +74,20 @@ class Hooks:
 
     def on_step(self, images: int) -> None:
         self.images += images
-        for hook in self._hooks:
-            self._call(hook, hook.on_step, images)
+        self._call_all("on_step", images)
 
     def on_batch(self) -> None:
-        for hook in self._hooks:
-            self._call(hook, hook.on_batch)
+        self._call_all("on_batch")
 
     def on_last_batch(self) -> None:
-        for hook in self._hooks:
-            self._call(hook, hook.on_last_batch)
+        self._call_all("on_last_batch")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
+        self._call_all("on_epoch", row)
+
+    def _call_all(self, event: str, *values: Any) -> None:
         for hook in self._hooks:
-            self._call(hook, hook.on_epoch, row)
+            self._call(hook, getattr(hook, event), *values)
 
     def _call(self, hook: Hook, event: Callable[..., None], *values: Any) -> None:
         if not hook.optional:

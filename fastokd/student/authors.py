@@ -242,16 +242,14 @@ def _option(cfg: Any, name: str) -> str | None:
 
 
 def _notes(model: str, sharing: str | None, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    if model != "densenet_40_12" or sharing != "branch":
-        return ()
-    notes = "the published branches of DenseNet share the last block: each student has a copy"
-    if "query_weight.weight" not in weights:
-        return (notes,)
-    return (
-        notes,
+    notes = (
+        "the published branches of DenseNet share the last block: each student has a copy",
         "the published leader of this network skips the final norm, but no student here does: the "
         "last student is a peer with the same weights",
     )
+    if model != "densenet_40_12" or sharing != "branch":
+        return ()
+    return notes if "query_weight.weight" in weights else notes[:1]
 
 
 def _filled(module: M, state: dict[str, Tensor]) -> M:

@@ -148,14 +148,12 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     model = weights.model
     transfusion, epoch = _transfusion(source, weights)
     authors.save(out, weights.state, model=model, paper=paper, transfusion=transfusion, epoch=epoch)
-    lines = [f"{model} for {paper}'s code, written to {out}"]
-    if paper == "FFSD" and transfusion is None:
-        lines.insert(
-            0,
-            "the file also needs a transfusion, and the student has none: a new one for two students "
-            "is written, which doesn't change the scores",
-        )
-    return lines
+    note = (
+        "the file also needs a transfusion, and the student has none: a new one for two students is "
+        "written, which doesn't change the scores"
+    )
+    missing = paper == "FFSD" and transfusion is None
+    return [*([note] if missing else []), f"{model} for {paper}'s code, written to {out}"]
 
 
 def _transfusion(source: Path, weights: Weights) -> tuple[dict[str, Tensor] | None, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 from fastokd.data.disk.layout import find_layout
@@ -89,8 +88,7 @@ def _stats(root: Path, entries: list[Entry]) -> Iterable[os.stat_result | None]:
     def look(some: list[Entry]) -> list[os.stat_result | None]:
         return [_stat(root / entry.path) for entry in some]
 
-    rest = iter(entries)
-    chunks = list(iter(lambda: list(islice(rest, 256)), []))
+    chunks = [entries[first : first + 256] for first in range(0, len(entries), 256)]
     for found in by_threads(look, chunks, THREADS, lambda some: some[0].path):
         yield from found
 

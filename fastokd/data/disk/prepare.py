@@ -129,18 +129,11 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     sums = [entry.sums for entry in entries if entry.sums is not None]
     if not sums:
         raise UserError(f"no image in {root / 'train'} can be read: is the folder what it seems?")
-    mean, std = statistics_of(np.array(sums))
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
-    return Manifest(
-        root,
-        tuple(layout.classes),
-        mean,
-        std,
-        tuple(entries),
-        tuple(layout.notes),
-        layout.folders,
-    )
+    classes, notes = tuple(layout.classes), tuple(layout.notes)
+    statistics = statistics_of(np.array(sums))
+    return Manifest(root, classes, *statistics, tuple(entries), notes, layout.folders)
 
 
 def _rounded(values: tuple[float, ...]) -> str:

@@ -79,7 +79,7 @@ class DiskSplit:
             view,
             loader,
             workers,
-            sums_N7=_sums(entries) if counted else None,
+            sums_N7=torch.tensor([entry.sums or [0] * 7 for entry in entries]) if counted else None,
         )
 
     def __len__(self) -> int:
@@ -109,14 +109,6 @@ class DiskSplit:
             plain_N=self.plain_N[indices_M],
             sums_N7=None if self.sums_N7 is None else self.sums_N7[indices_M],
         )
-
-
-def _sums(entries: list[Entry]) -> Tensor:
-    sums_N7 = torch.zeros(len(entries), 7, dtype=torch.int64)
-    for index, entry in enumerate(entries):
-        if entry.sums is not None:
-            sums_N7[index] = torch.tensor(entry.sums)
-    return sums_N7
 
 
 def labels_of(split: DiskSplit, draws: DiskDraws) -> Tensor:
