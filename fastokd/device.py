@@ -97,6 +97,11 @@ def staged(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory() if device.type == "cuda" else host
 
 
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """The CPU tensor ``host`` on ``device``, copied without a host sync."""
+    return staged(host, device).to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The autocast context of the cohort and the method."""
     if precision in CASTS:

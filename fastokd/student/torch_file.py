@@ -27,7 +27,10 @@ from fastokd.student.stand_ins import Unread, stand_ins, strangers
 from fastokd.student.wrappers import models_own, unwrapped
 
 # Where trainers put a model's state dict within their checkpoint.
-PLACES = ["state_dict", "model", "weight", "model_state_dict", "model_state", "net", "network", "net_state_dict"]
+PLACES = (
+    *("state_dict", "model", "weight", "model_state_dict"),
+    *("model_state", "net", "network", "net_state_dict"),
+)
 _NO_MODEL = re.compile(r"optim|sched|scaler|criterion|loss|metric|config|args|hyper|hparam|rng")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastokd.data.disk.manifest import Entry
 from fastokd.data.views import View
-from fastokd.device import staged
+from fastokd.device import moved
 
 
 class DiskDraws(NamedTuple):
@@ -113,5 +113,4 @@ class DiskSplit:
 
 def labels_of(split: DiskSplit, draws: DiskDraws) -> Tensor:
     """The labels of a batch, on the split's device."""
-    labels_B: Tensor = split.labels_N[draws.index_B]
-    return staged(labels_B, split.device).to(split.device, non_blocking=True)
+    return moved(split.labels_N[draws.index_B], split.device)

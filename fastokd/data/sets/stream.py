@@ -15,7 +15,7 @@ from torch import Tensor
 from fastokd.data.augment import Augment
 from fastokd.data.order import BatchOrder
 from fastokd.data.splits import Split
-from fastokd.device import staged
+from fastokd.device import moved
 from fastokd.errors import UserError
 
 
@@ -70,12 +70,13 @@ class BatchStream:
             return images_NHWC[span], labels_N[span]
         draws = self.draws(epoch, index)
         if self.augment is None:
-            index_B = self._move(draws.index_B)
+            index_B = moved(draws.index_B, labels_N.device)
             return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
         padded_H, padded_W = self._padded_size
         first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
         # One small copy to the device per batch.
-        index_B, first_B, flip_B = self._move(torch.stack((draws.index_B, first_B, draws.flip_B)))
+        small_3B = torch.stack((draws.index_B, first_B, draws.flip_B))
+        index_B, first_B, flip_B = moved(small_3B, labels_N.device)
         pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
         images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
         return (
@@ -93,10 +94,6 @@ class BatchStream:
         flip_B = augment.draw_flips(B, generator)
         index_B = self.order.samples(epoch, index)
         return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
-
-    def _move(self, small: Tensor) -> Tensor:
-        device = self.split.labels_N.device
-        return staged(small, device).to(device, non_blocking=True)
 
     def _prepare(self, augment: Augment) -> None:
         """Pads the set once, and computes the offsets of a crop's pixels from its first one."""
