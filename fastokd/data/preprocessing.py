@@ -112,17 +112,17 @@ class Preprocessing:
         ]
 
     def to_facts(self) -> dict[str, str]:
-        """Its fields, each as JSON: what a student's file says of itself."""
+        """The fields as JSON values, for a student's file."""
         return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
 
     def sentence(self) -> str:
-        """How a picture is shown, for a person."""
+        """The preprocessing in words."""
         size = f"{self.input_size} x {self.input_size}"
         if self.native_size:
-            way = "set into a black border" if self.border else "enlarged by bicubic interpolation"
+            way = "padded with black" if self.border else "enlarged by bicubic interpolation"
             shown = (
-                f"The centre square is turned to grey, brought to {self.native_size} x "
-                f"{self.native_size} and {way} to {size}; one of {size} is taken as it is."
+                f"The centre square is converted to grey, resized to {self.native_size} x "
+                f"{self.native_size} and {way} to {size}; one of {size} isn't resized."
             )
         else:
             shown = (
@@ -131,7 +131,7 @@ class Preprocessing:
             )
         ground = {0: "black", 255: "white"}.get(self.background, f"grey {self.background}")
         return (
-            f"A picture is turned as its EXIF orientation says, and transparent pixels are laid on "
+            f"A picture is rotated by its EXIF orientation, and transparent pixels are filled with "
             f"{ground}. {shown}"
         )
 

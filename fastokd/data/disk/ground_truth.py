@@ -54,7 +54,7 @@ def read_ground_truth(
 
 
 def _devkit(path: Path, numbers: list[int], names: list[str]) -> dict[str, str]:
-    """The n-th line is the class of the n-th image; file names carry n, so a subset fits too."""
+    """Line n is the class of image n. File names contain n, so a subset of the images fits too."""
     ids = _wordnet_ids(path.with_name("meta.mat"))
     truth = {}
     for position, name in enumerate(names):
@@ -72,7 +72,7 @@ def _devkit(path: Path, numbers: list[int], names: list[str]) -> dict[str, str]:
 
 
 def _wordnet_ids(meta: Path) -> dict[int, str]:
-    """``ILSVRC2012_ID`` to WordNet id."""
+    """Maps ``ILSVRC2012_ID`` to the WordNet id."""
     from scipy.io import loadmat
 
     try:
@@ -87,7 +87,7 @@ def _wordnet_ids(meta: Path) -> dict[int, str]:
             f"the ground truth's numbers need {meta}: put it there, from the development kit"
         ) from None
     except Exception as error:
-        # A damaged file makes loadmat raise nearly anything.
+        # loadmat may raise any exception for a damaged file.
         raise UserError(
             f"{meta} can't be read ({error}): fetch the development kit again"
         ) from error
