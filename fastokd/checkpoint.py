@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints, which are written atomically.
 
 A checkpoint is a folder: ``state.safetensors`` (every tensor), ``state.json`` (everything else)
-and ``manifest.json`` (SHA-256 of both). It is written beside its place, flushed, and renamed into
-it, so that a reader sees all of it or nothing. Loading runs no code: safetensors and JSON only.
+and ``manifest.json`` (SHA-256 of both). It is written to a temporary folder, flushed and renamed, so
+that a reader sees all of it or nothing. Loading runs no code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replaces ``path`` by ``data``, or leaves it as it was."""
+    """Replaces ``path`` by ``data`` atomically."""
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(beside, "wb") as file:
@@ -43,21 +43,17 @@ def write_durably(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Into a run folder: what the disk refuses, in one sentence; what was written before is whole.
-
-    Raises:
-        DiskError: in place of OSError.
-    """
+    """Raises a :class:`DiskError` that names the run ``folder`` in place of an OSError."""
     try:
         yield
     except OSError as error:
         raise DiskError(
-            f"the run folder {folder} can't be written: {error}; what it held before is whole"
+            f"the run folder {folder} can't be written: {error}; files written before are intact"
         ) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in ``folder`` last."""
+    """Flushes the names in ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,10 +62,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes the folder ``path``; one of that name is replaced.
+    """Writes the folder ``path``; an existing one is replaced.
 
     Raises:
-        OSError: the disk is full or the folder can't be written; ``path`` is as it was.
+        OSError: the disk is full or can't be written; ``path`` is unchanged.
     """
     payload = {
         TENSORS: save_tensors(
@@ -85,11 +81,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
-    """The checkpoint ``source`` once more under the name ``path``, without its bytes twice.
-
-    Raises:
-        OSError: as :func:`save_checkpoint`.
-    """
+    """Makes ``path`` a copy of the checkpoint ``source`` by hard links; raises as
+    :func:`save_checkpoint`."""
     with _beside(path) as beside:
         for name in (TENSORS, FACTS, MANIFEST):
             try:
@@ -100,7 +93,7 @@ def link_checkpoint(source: Path, path: Path) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes the place of ``path`` at once, or is gone."""
+    """A temporary folder that replaces ``path`` afterwards; removed if the body raises."""
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     away = path.with_name(f".{path.name}.old{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -126,9 +119,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What writers that were killed have left; nobody else may be writing in ``folder``.
+    """Removes temporary files of killed writers; no other process may write in ``folder``.
 
-    What was put away for something newer that never came is put back.
+    A checkpoint that was moved away for one that wasn't finished is restored.
     """
     for path in folder.glob(".*.old*"):
         place = path.with_name(path.name[1:].rpartition(".old")[0])
@@ -142,7 +135,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a checkpoint and checks it against its manifest.
+    """Reads a checkpoint and checks its digests.
 
     Raises:
         UserError: it is missing, incomplete or altered; the message names the file.
@@ -158,9 +151,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"the checkpoint {path} is incomplete: {name} is missing; use an older one"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     for name, data in payload.items():
         known = manifest.get(name) if isinstance(manifest, dict) else None
         if hashlib.sha256(data).hexdigest() != known:
@@ -170,16 +161,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, facts = load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(facts, dict):
-        raise UserError(f"the checkpoint {path} is no run's: its {FACTS} holds no object")
+        raise UserError(f"the checkpoint {path} isn't from a run: its {FACTS} holds no object")
     return tensors, facts
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """A checkpoint's facts without its tensors, which aren't looked at.
+    """A checkpoint's facts; its tensors aren't read.
 
     Raises:
         UserError: they are missing or altered.
@@ -190,14 +179,16 @@ def read_facts(path: Path) -> dict[str, Any]:
         if digest == manifest[FACTS] and isinstance(facts, dict):
             return facts
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint {path} can't be read ({error}): use an older one"
-        ) from error
+        raise _unreadable(path, error) from error
     raise UserError(f"the checkpoint {path} is damaged: {FACTS} isn't what was written")
 
 
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the checkpoint {path} can't be read ({error}): use an older one")
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values, in whatever order they come."""
+    """SHA-256 of names, dtypes, shapes and values; doesn't depend on the order."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         value = value.detach().cpu().contiguous()
@@ -207,21 +198,21 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:
-    """The checkpoints ``kind-STEP`` of a run's ``checkpoints/``, the newest first."""
+    """The checkpoints ``kind-STEP`` in a run's ``checkpoints/``, newest first."""
     return sorted(folder.glob(f"{kind}-[0-9]*"), key=lambda path: path.name, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint's name says; -1 where it says none."""
+    """The step in a checkpoint's name, or -1."""
     step = path.name.rpartition("-")[2]
     return int(step) if step.isdecimal() else -1
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with newer ones, which is warned of.
+    """The newest complete checkpoint, and the faults of newer ones, each with a warning.
 
     Raises:
-        UserError: none can be read; the message says why for the newest.
+        UserError: none can be read; the message has the newest one's fault.
     """
     faults: list[str] = []
     for path in list_checkpoints(folder):
@@ -241,8 +232,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
 
 
 def run_checkpoint(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The checkpoint at ``path``, or the newest one of the run there, as
-    :func:`newest_checkpoint`.
+    """The checkpoint at ``path``, or the :func:`newest_checkpoint` of the run there.
 
     Raises:
         UserError: there is neither, or it can't be read.
@@ -250,7 +240,9 @@ def run_checkpoint(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     if (path / "checkpoints").is_dir():
         return newest_checkpoint(path / "checkpoints")[:3]
     if not path.exists():
-        raise UserError(f"there is no run or checkpoint at {path}: name what `fastokd train` left")
+        raise UserError(
+            f"there is no run or checkpoint at {path}: name a folder of `fastokd train`"
+        )
     return path, *load_checkpoint(path)
 
 

@@ -1,4 +1,4 @@
-"""Which device, which precision, and what this machine is."""
+"""The device, the precision, and facts on the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """``"auto"`` is the GPU where there is one, else the CPU."""
+    """The device by name; ``"auto"`` is the GPU if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device is {name!r}, but this machine has no GPU: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device is {name!r}, but this machine's GPUs end at cuda:{torch.cuda.device_count() - 1}"
+            f"device is {name!r}, but this machine's last GPU is cuda:{torch.cuda.device_count() - 1}"
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def use_device(name: str) -> torch.device:
-    """:func:`pick_device`'s, made the current one: streams, graphs and pinned memory name no device."""
+    """:func:`pick_device`, made the current device, as streams, graphs and pinned memory require."""
     device = pick_device(name)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -48,7 +48,7 @@ def use_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``"auto"`` is bf16 where the device has instructions for it, else fp32."""
+    """Checks a precision; ``"auto"`` is bf16 if the device has instructions for it, else fp32."""
     if name not in PRECISIONS:
         raise UserError(f"precision is {name!r}: choose {', '.join(PRECISIONS)}")
     if name == "tf32" and device.type != "cuda":
@@ -62,19 +62,19 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """TF32 only where it was asked for: an fp32 run is fp32 in every convolution."""
+    """Allows TF32 only for ``"tf32"``; torch allows it in convolutions by default."""
     allowed = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
-    """Which kernels a GPU's libraries may choose, for the whole process.
+    """Sets which kernels a GPU's libraries may choose, for the whole process.
 
-    By default cuDNN times its algorithms for each new shape and takes the fastest, which another
-    process may not: sums are then rounded in another order. ``deterministic`` allows only algorithms
-    that give the same bits each time; an operator without one raises. It stays on for the process.
-    A process that has turned on torch's own switch keeps it.
+    By default cuDNN times its algorithms for each shape and takes the fastest; another process may get
+    another one, which rounds sums differently. ``deterministic`` allows only algorithms with
+    reproducible bits; an operator without one raises. It can't be turned off again. torch's own
+    deterministic switch stays on if it is on.
     """
     if device.type != "cuda":
         return
@@ -82,7 +82,7 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
         deterministic or torch.are_deterministic_algorithms_enabled()
     )
     if deterministic:
-        # cuBLAS reads it when a process first multiplies; with several streams it must be set.
+        # cuBLAS reads this at the process's first GEMM. It is required with several streams.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
@@ -90,27 +90,32 @@ def set_kernel_selection(device: torch.device, deterministic: bool) -> None:
 
 
 def staged(host: Tensor, device: torch.device) -> Tensor:
-    """``host``, a tensor of the CPU, where a copy to ``device`` that is ``non_blocking`` doesn't wait.
+    """The CPU tensor ``host`` in pinned memory if ``device`` is a GPU, for a ``non_blocking`` copy.
 
-    That is pinned memory for a GPU; the allocator keeps it until the copy is done.
+    The allocator keeps the memory until the copy is done.
     """
     return host.pin_memory() if device.type == "cuda" else host
 
 
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """The CPU tensor ``host`` on ``device``, copied without a host sync."""
+    return staged(host, device).to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context in which the cohort and the method run."""
+    """The autocast context of the cohort and the method."""
     if precision in CASTS:
         return torch.autocast(device.type, CASTS[precision], cache_enabled=True)
     return nullcontext()
 
 
 def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Scales fp16 losses, whose gradients would underflow; with any other precision it does nothing."""
+    """The loss scaler for fp16, whose gradients would underflow; disabled for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether the GPU refuses this process everything: what an illegal address does is for good."""
+    """Whether the GPU rejects all further calls, as after an illegal address."""
     if device.type != "cuda":
         return False
     try:
@@ -121,7 +126,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """What a run's numbers depend on beside its recipe."""
+    """Facts that a run's numbers depend on beside its recipe."""
     import torchvision
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -120,7 +120,7 @@ def evaluate_published(
     ).to(device)
     if len(data.class_names) != published.num_classes:
         raise UserError(
-            f"{path} knows {published.num_classes} classes, and {dataset} has "
+            f"{path} has {published.num_classes} classes, and {dataset} has "
             f"{len(data.class_names)}: choose another --dataset"
         )
     cohort = published.cohort(mean=data.mean, std=data.std).float()

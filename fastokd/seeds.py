@@ -1,4 +1,4 @@
-"""Random generators that are keyed on what they draw for."""
+"""Random generators seeded by a key."""
 
 from __future__ import annotations
 

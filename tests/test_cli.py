@@ -277,7 +277,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="'cuda:2', but this machine's GPUs end at cuda:1"):
+    with pytest.raises(UserError, match="'cuda:2', but this machine's last GPU is cuda:1"):
         pick_device("cuda:2")
 
 

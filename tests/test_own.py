@@ -94,6 +94,6 @@ def test_what_is_no_method_is_said(name: str, message: str) -> None:
 
 def test_a_recipe_loads_no_code_by_itself() -> None:
     """``antigravity`` would open a browser."""
-    with pytest.raises(UserError, match="which a recipe doesn't load by itself"):
+    with pytest.raises(UserError, match="which a recipe alone doesn't load"):
         recipe("dml/resnet8/digits", method="antigravity:Method")
     assert "antigravity" not in sys.modules

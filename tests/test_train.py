@@ -329,7 +329,7 @@ class TestRefusals:
         session.load_state(tensors, facts)
         assert capsys.readouterr().err == ""
         session.load_state(tensors, {**facts, "mean": mean})
-        assert "the run keeps its own" in capsys.readouterr().err
+        assert "the run keeps its values" in capsys.readouterr().err
         assert session.data.mean == tuple(mean)
         theirs = Cohort(("resnet8", 1), 10, sharing="network", mean=mean, std=facts["std"])
         assert torch.equal(session.learner.cohort.shift_C, theirs.shift_C)

@@ -70,8 +70,8 @@ def _same(a: Any, b: Any) -> bool:
 def template_of(
     students: Sequence[Student], engine: str, dtype: torch.dtype | None = None
 ) -> Student:
-    """A copy of equal students' first on the meta device, tied weights tied; floating point as
-    ``dtype`` where it is given.
+    """A copy of the first of equal ``students`` on the meta device; ties are kept. Floating-point
+    tensors become ``dtype`` if it is given.
 
     Raises:
         UserError: the students differ, or can't be copied.
@@ -82,9 +82,8 @@ def template_of(
     memo: dict[int, Any] = {}
     for module in student.modules():
         for value in vars(module).values():
-            if isinstance(
-                value, Tensor
-            ):  # recomputed from parameters before each call, as by torch's old weight norm
+            # Recomputed from parameters before each call, as by torch's old weight norm.
+            if isinstance(value, Tensor):
                 memo[id(value)] = value.detach()
     for value in _state(student).values():
         meta = value.detach().to("meta", dtype if value.is_floating_point() else None)

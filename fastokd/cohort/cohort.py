@@ -120,7 +120,7 @@ class Cohort(nn.Module):
     def train_only(
         self, own: range, exchange: Callable[[list[StudentOutput]], list[StudentOutput]]
     ) -> None:
-        """Runs and trains only the students ``own`` from here on; the others' state is kept.
+        """From now on runs and trains only the students ``own``; the others' state is kept.
 
         ``exchange`` takes their outputs and returns those of all students.
         """
@@ -130,7 +130,7 @@ class Cohort(nn.Module):
         self.set_engine(self.engine)
 
     def set_engine(self, engine: str) -> None:
-        """Runs the students by another engine from here on; their state doesn't change.
+        """Changes the engine; the students' state doesn't change.
 
         Raises:
             UserError: an unknown engine, or one that can't run these students, with the reason.
@@ -265,6 +265,6 @@ def _names(students: tuple[str, int] | Sequence[str]) -> tuple[str, ...]:
 
 
 def _compute_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of the first convolution's input: autocast's where it is on."""
+    """The dtype of the first convolution's input: autocast's if it is on."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

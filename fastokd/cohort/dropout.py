@@ -13,7 +13,7 @@ from fastokd.models.layers import Dropout
 
 
 class DropoutMasks:
-    """The places where equal students drop features, and their masks ``[S, B, D]``."""
+    """The dropout layers of equal students, and their masks ``[S, B, D]``."""
 
     def __init__(self, students: Sequence[Student]) -> None:
         self.students = len(students)
@@ -24,10 +24,8 @@ class DropoutMasks:
         }
 
     def draw(self, like: Tensor, training: bool) -> dict[str, Tensor]:
-        """New masks by place, for a step over the batch of ``like``; none unless ``training``.
-
-        An entry is 0, or 1 / (1 - p).
-        """
+        """New masks by layer for the batch of ``like``, with entries 0 or 1 / (1 - p); none unless
+        ``training``."""
         if not training:
             return {}
         size = (self.students, like.shape[0])
@@ -39,7 +37,7 @@ class DropoutMasks:
 
 
 def give(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Gives each place of ``student`` its mask ``[B, D]``, for the next forward alone."""
+    """Sets the masks ``[B, D]`` of the dropout layers of ``student`` for the next forward."""
     for name, mask_BD in masks.items():
         site = student.get_submodule(name)
         assert isinstance(site, Dropout)

@@ -87,7 +87,7 @@ class GroupedStudents:
 
 
 def _stack(name: str, module: nn.Module, layers: Sequence[Any]) -> nn.Module:
-    """The layer that replaces the students' ``layers`` in the template; ``module`` where it can stay."""
+    """The layer that replaces the students' ``layers`` in the template; ``module`` if it can stay."""
     if is_exactly(module, nn.Conv2d, OpConv2d):
         if module.padding_mode != "zeros":
             raise UserError(

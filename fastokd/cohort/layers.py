@@ -1,10 +1,9 @@
-"""The only place where a student's layers are replaced by others.
+"""Replaces layers of a student; no other module does.
 
-A layer is replaced only where its type is exactly the one that is asked for and nothing was set on it
-(:func:`is_exactly`): a subclass with a ``forward`` of its own is called as it is. A replacement
-(:func:`replace`) keeps the state, its keys, ties and taps. No values are handed over through attributes
-of layers; the one exception are the masks of :class:`~fastokd.models.layers.Dropout`, which
-``cohort/dropout.py`` gives.
+A layer is replaced only if its type is exactly the given one and it isn't altered
+(:func:`is_exactly`); subclasses are called unchanged. A replacement (:func:`replace`) keeps the state,
+its keys, ties and taps. No values are passed through attributes of layers, except the masks of
+:class:`~fastokd.models.layers.Dropout` (``cohort/dropout.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_exactly(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
-    """Whether ``module`` computes what one of ``kinds`` does: its type is that one, not a subclass, and
-    it isn't altered."""
+    """Whether the type of ``module`` is one of ``kinds``, not a subclass, and it isn't altered."""
     return type(module) in kinds and not is_altered(module)
 
 
@@ -40,7 +38,7 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def replace(module: nn.Module, kind: type[nn.Module], **settings: Any) -> None:
-    """Makes ``module`` one of ``kind``, a layer with the same state and these settings, in its place."""
+    """Turns ``module`` in place into a ``kind``, a layer with the same state, with these settings."""
     module.__class__ = kind
     for name, value in settings.items():
         setattr(module, name, value)
@@ -67,10 +65,10 @@ class OpMaxPool2d(nn.MaxPool2d):
 
 
 def use_ops(student: Student, impl: str) -> None:
-    """Has the norms, convolutions and poolings of ``student`` computed by ``ops/``.
+    """Makes ``ops/`` compute the norms, convolutions and poolings of ``student``.
 
-    ``impl``: of the norms, which raise where it can't be met (``"triton"``, which they don't have, is
-    auto). Convolutions and poolings choose among C++ and torch themselves, layer by layer, unless it is
+    ``impl``: that of the norms, which raise if it isn't available (``"triton"`` is auto, since they
+    have none). Convolutions and poolings choose between C++ and torch layer by layer, unless it is
     ``"torch"``.
     """
     of_others = "torch" if impl == "torch" else "auto"

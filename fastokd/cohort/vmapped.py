@@ -1,7 +1,7 @@
-"""The vmap engine: one student's program over stacked parameters and buffers.
+"""The vmap engine: one student's forward over stacked parameters and buffers.
 
-It takes any students of equal architecture. Where the input is shared, a convolution over stacked
-weights becomes one dense convolution by vmap's own rule.
+It runs any students of equal architecture. With a shared input, vmap's batching rule turns a
+convolution over stacked weights into one dense convolution.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class VmapStudents:
         parameters.update({key: parameters[key].to(dtype) for key in self.cast})
 
     def _try(self, x_BCHW: Tensor) -> None:
-        """Runs both modes on the meta device, so that what can't run is refused here, not in a step."""
+        """Runs both modes on the meta device, so that errors are raised here and not in a step."""
         student, S = self.students[0], len(self.students)
         parameters, buffers = (
             {k: torch.empty(S, *v.shape, dtype=v.dtype, device="meta") for k, v in named}
@@ -159,7 +159,7 @@ class VmapStudents:
 
 
 class _Norm(NormAct):
-    """A norm without cuDNN: to choose it, torch asks for the memory format, which vmap doesn't tell."""
+    """A norm without cuDNN: to choose cuDNN, torch queries the memory format, which vmap lacks."""
 
     engine: VmapStudents
 

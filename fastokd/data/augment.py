@@ -18,8 +18,8 @@ class Augment:
     Attributes:
         crop_padding: pixels added on every side before the crop to the original size.
         padding_mode: ``"zeros"`` (black) or ``"reflect"`` (the border pixel isn't repeated).
-        flip: False where a mirrored image is another thing (digits).
-        resized_crop: of images on disk, a random area is cropped and resized instead.
+        flip: False if mirroring changes the class (digits).
+        resized_crop: crops and resizes a random area instead, for images on disk.
     """
 
     crop_padding: int = 4
@@ -34,7 +34,7 @@ class Augment:
             raise UserError(f"padding_mode is {self.padding_mode!r}: choose zeros or reflect")
 
     def draw_flips(self, count: int, generator: torch.Generator) -> Tensor:
-        """Which of ``count`` images are mirrored, int64. Draws in any case, so that what is drawn
-        next doesn't depend on ``flip``."""
+        """Which of ``count`` images are mirrored, int64. Always draws, so that later draws don't
+        depend on ``flip``."""
         flip_B = torch.randint(2, (count,), generator=generator)
         return flip_B if self.flip else torch.zeros_like(flip_B)

@@ -1,4 +1,4 @@
-"""Decodes image files to upright RGB, or refuses them by name. All decoding is done here."""
+"""Decodes image files to upright RGB with Pillow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbC
 # Half a gigabyte in Pillow. The largest phone sensors have 108 million pixels.
 MAX_PIXELS = 1 << 27
 TOO_MANY = f"more than {MAX_PIXELS // 10**6} million pixels"
-# Rows of a transparent picture that are composed at a time.
+# Rows of a transparent picture that are composited at a time.
 BAND = 256
 ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -31,11 +31,11 @@ _UPRIGHT = {
 
 
 def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
-    """The picture in a file, upright as its EXIF orientation says, on ``background``.
+    """The picture in a file, rotated by its EXIF orientation, on ``background``.
 
     Raises:
-        UserError: it can't be read, or isn't a picture that is read.
-        LoaderError: the machine has no more memory or files to give.
+        UserError: it can't be read, or its format isn't supported.
+        LoaderError: memory or file descriptors ran out.
     """
     try:
         with Image.open(path) as image:
@@ -55,7 +55,7 @@ def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
 
 
 def fault_of(image: Image.Image) -> str:
-    """Why an opened picture isn't read, whatever its pixels are; "" for nothing."""
+    """Why an opened picture isn't supported, by its header; "" if it is."""
     width, height = image.size
     if image.format not in FORMATS:
         return f"a {image.format}, which isn't read"
@@ -69,15 +69,15 @@ def fault_of(image: Image.Image) -> str:
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether a picture that was opened, and not loaded yet, is one that every decoder decodes
-    alike: an upright JPEG or PNG of 8-bit grey or RGB, without transparency. Loads a PNG."""
+    """Whether all decoders agree on a picture that is opened but not loaded: an upright JPEG or PNG of
+    8-bit grey or RGB, without transparency. Loads a PNG."""
     if image.mode not in ("L", "RGB") or image.format not in ("JPEG", "MPO", "PNG"):
         return False
     if image.format == "PNG":
         if not _ends(image):
             return False
         raw = [tile[3] for tile in getattr(image, "tile", ())]
-        image.load()  # what comes after the pixels may say how they are meant
+        image.load()  # chunks after the pixels may change their meaning
         alike = raw in (["L"], ["RGB"])  # of 8 bits
     else:
         # Components with these ids are YCbCr, unless Adobe's marker says otherwise.
@@ -88,7 +88,7 @@ def is_plain(image: Image.Image) -> bool:
 
 
 def _ends(png: Image.Image) -> bool:
-    """Whether a PNG ends in IEND: Pillow doesn't need it, other decoders do."""
+    """Whether a PNG ends in IEND, which other decoders than Pillow require."""
     file = getattr(png, "fp", None)
     if file is None:
         return False
@@ -100,15 +100,15 @@ def _ends(png: Image.Image) -> bool:
 
 
 def upright_rgb(image: Image.Image, background: int = BACKGROUND) -> Image.Image:
-    """An opened picture in RGB, turned upright."""
-    image.load()  # only now a PNG has its orientation, and a TIFF is turned
+    """An opened picture in RGB, rotated upright."""
+    image.load()  # sets a PNG's orientation, and rotates a TIFF
     rgb = _on_ground(image, background) if _transparent(image) else image.convert("RGB")
     turn = _UPRIGHT.get(orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _on_ground(image: Image.Image, level: int) -> Image.Image:
-    """A picture with transparency composed in bands, as several copies of it may be gigabytes."""
+    """A picture with transparency composited in bands, since whole copies may take gigabytes."""
     ground = Image.new("RGB", image.size, (level,) * 3)
     for top in range(0, image.height, BAND):
         band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
@@ -123,7 +123,7 @@ def _transparent(image: Image.Image) -> bool:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, from 1 to 8; 1 where there is none or its note is damaged."""
+    """The EXIF orientation, 1 to 8; 1 if it is missing or damaged."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF from cameras and editors may be malformed
@@ -132,10 +132,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def centre(image: Image.Image, view: View) -> np.ndarray:
-    """The shorter side to ``view.resize``, then the centre: uint8 ``[S, S, 3]``, bilinear.
-
-    One resampling that reads the crop's pixels alone: a thin picture costs no more than a square.
-    """
+    """The centre crop after a bilinear resize of the shorter side to ``view.resize``: uint8
+    ``[S, S, 3]``. One resampling reads only the crop's pixels."""
     width, height = image.size
     corners = centre_boxes(np.array([[height, width]]), view)
     (top, left), (bottom, right) = (corner_12[0].tolist() for corner_12 in corners)

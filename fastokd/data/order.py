@@ -1,4 +1,4 @@
-"""Which samples each batch holds, on each rank: a function of (seed, epoch, batch) alone."""
+"""The samples of each batch on each rank, a function of (seed, epoch, batch)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from fastokd.seeds import keyed_generator
 
 
 class BatchOrder:
-    """The batches of ``count`` samples, epoch after epoch, as positions in an epoch's order.
+    """The batches of ``count`` samples.
 
     Args:
-        count: samples of the set.
+        count: the number of samples.
         batch_size: samples of one step over all ranks. Rank r of W takes the r-th of W nearly equal
-            slices of every batch, so that a run sees the same batches on any number of ranks.
+            slices of every batch, so that the batches don't depend on the number of ranks.
         seed: of the order.
-        shuffle: a new order for each epoch, else the set's own.
-        drop_last: leaves out the last batch where it isn't full.
-        rank, world_size: this process and how many there are. Shuffled, the last batch is cut, by
-            ``world_size`` - 1 samples at most, so that the ranks have equal shares of it too.
+        shuffle: a new order for each epoch; else the set's own.
+        drop_last: leaves out the last batch if it isn't full.
+        rank, world_size: this process and the number of processes. If shuffled, up to
+            ``world_size`` - 1 samples are cut from the last batch, so that all ranks' shares are equal.
 
     Raises:
-        UserError: no samples; a batch below 1, or, shuffled or with ``drop_last``, larger than the
-            set; a shuffled batch that ``world_size`` doesn't divide.
+        UserError: there are no samples; a batch is smaller than 1 or, with ``shuffle`` or
+            ``drop_last``, larger than the set; or ``world_size`` doesn't divide a shuffled batch.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BatchOrder:
         self.world_size = world_size
         self._samples = count
         last = count % batch_size
-        # Samples that an epoch sees.
+        # Samples of an epoch.
         self.seen = count - (last if drop_last else last % world_size if shuffle else 0)
         self._order: tuple[int, Tensor] | None = None
 
@@ -73,18 +73,18 @@ class BatchOrder:
         return min(self.batch_size, self.seen - index * self.batch_size)
 
     def share(self, index: int) -> slice:
-        """This rank's part of batch ``index``, counted from the batch's first sample."""
+        """This rank's slice of batch ``index``."""
         B = self.size(index)
         return slice(self.rank * B // self.world_size, (self.rank + 1) * B // self.world_size)
 
     def span(self, index: int) -> slice:
-        """This rank's part of batch ``index``, as positions in the epoch's order."""
+        """This rank's slice of the epoch's order for batch ``index``."""
         first, share = index * self.batch_size, self.share(index)
         return slice(first + share.start, first + share.stop)
 
     @property
     def largest_share(self) -> int:
-        """Samples that a rank has of a batch at most."""
+        """The most samples of a batch on one rank."""
         return -(-self.batch_size // self.world_size)
 
     def samples(self, epoch: int, index: int) -> Tensor:
@@ -98,5 +98,5 @@ class BatchOrder:
         return self._order[1][span]
 
     def generator(self, epoch: int, index: int) -> torch.Generator:
-        """For the draws of the whole of batch ``index``: each rank takes its :meth:`share`."""
+        """The generator of batch ``index``. Draw for the whole batch and take this rank's :meth:`share`."""
         return keyed_generator(self.seed, epoch, index)

@@ -33,13 +33,13 @@ def crop(
     top = int(generator.integers(height - h + 1))
     box = (left, top, left + w, top + h)
     part = photograph.resize(size, Image.Resampling.BICUBIC, box=box)
-    # A sensor's grain, of which JPEG's size comes: with it files are nearly as large as ImageNet's.
+    # Sensor noise, which makes the files nearly as large as ImageNet's.
     noise = generator.normal(0, GRAIN, (size[1], size[0], 3))
     return Image.fromarray((np.asarray(part) + noise).clip(0, 255).astype(np.uint8))
 
 
 def tint(image: Image.Image, share: float) -> Image.Image:
-    """The image in the light of one hue: what a class is told by, beside its photograph."""
+    """The image tinted with one hue, which distinguishes classes of the same photograph."""
     light = np.array(colorsys.hsv_to_rgb(share, 0.45, 1.0))
     return Image.fromarray((np.asarray(image) * light).astype(np.uint8))
 
@@ -57,9 +57,8 @@ def write_photographs(
 ) -> Path:
     """``root/train/n000.../*.JPEG`` and ``root/val/...``; returns ``root``.
 
-    Class c shows one of the photographs in a hue of its own, so that it can be learnt. Images are a
-    function of the arguments; sides vary by a share of up to ``spread`` around ``size`` (width,
-    height).
+    Each class has one of the photographs in its own hue, so that it can be learnt. Images are a
+    function of the arguments. Sides vary by up to ``spread`` around ``size`` (width, height).
     """
     generator = np.random.default_rng(seed)
     sources = photographs()
@@ -78,7 +77,7 @@ def write_photographs(
 
 
 def main() -> None:
-    """Writes such a folder."""
+    """Runs :func:`write_photographs` from the command line."""
     parser = argparse.ArgumentParser(prog="python -m fastokd.data.photographs")
     parser.add_argument("root", type=Path)
     for name, default in (("classes", 10), ("train", 20), ("val", 5), ("seed", 0)):

@@ -1,4 +1,4 @@
-"""What a network sees of a picture: the one place that says how a file becomes its input."""
+"""The preprocessing of pictures: from a file to the network's input."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from fastokd.data.views import BACKGROUND, View
 from fastokd.known import MOST_PIXELS
 from fastokd.ops.normalize import normalize, scale_and_shift
 
-# Of a folder, mean and deviation move by less with what is held out and how it is read.
+# Tolerance for mean and deviation: held-out images and the decoder change a folder's by less.
 NEAR = 0.01
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture is turned into what the network is given.
+    """How a picture becomes the network's input.
 
-    A picture is first turned upright as its EXIF orientation says, and its transparent pixels are
-    laid on ``background``. Then its shorter side becomes ``eval_resize`` by antialiased bilinear
-    interpolation, and the centre of ``input_size`` is taken, in one resampling.
+    A picture is rotated by its EXIF orientation, and transparent pixels are filled with
+    ``background``. The shorter side is resized to ``eval_resize`` by antialiased bilinear
+    interpolation and the centre of ``input_size`` is cropped, in one resampling.
 
-    A set of small grey pictures has a ``native_size``. The centre square of a picture is brought to
-    it, its grey to ``levels`` steps, and then to ``input_size``: by bicubic interpolation, or with
-    a black ``border``. A centre square of exactly ``input_size`` is what the network sees already.
+    A set of small grey pictures has a ``native_size``. The centre square of a picture is resized to it
+    and quantised to ``levels`` of grey, then enlarged to ``input_size`` by bicubic interpolation or
+    padded with a black ``border``. A picture of exactly ``input_size`` isn't resized.
 
     Attributes:
         input_size: height and width in pixels.
         mean, std: of the channels, for images in [0, 1].
         eval_resize: the shorter side before the centre crop; 0 for ``input_size``.
-        native_size: height and width of the set's own pictures; 0 where they are of any size.
-        border: the native picture is set into black instead of being enlarged.
+        native_size: height and width of the set's own pictures; 0 if they have any size.
+        border: the native picture is padded with black instead of enlarged.
         grey: the three channels are the picture's luma.
-        levels: steps of grey that the set's own pictures have.
-        background: level of all channels under transparent pixels, 0 to 255.
+        levels: the number of grey levels of the set's own pictures.
+        background: the level of all channels under transparent pixels, 0 to 255.
     """
 
     input_size: int
@@ -59,12 +59,12 @@ class Preprocessing:
 
     @property
     def view(self) -> View:
-        """What is seen of an image, without its colours."""
+        """The geometric part: sizes and background."""
         return View(self.input_size, self.eval_resize, self.background)
 
     @property
     def interpolation(self) -> str:
-        """By which a set's own picture becomes ``input_size``."""
+        """The interpolation to ``input_size``, by name."""
         return "bicubic" if self.native_size and not self.border else "bilinear"
 
     def read(self, path: Path) -> np.ndarray:
@@ -83,7 +83,7 @@ class Preprocessing:
         return centre(image, self.view)
 
     def from_native(self, steps_NHW: Tensor) -> Tensor:
-        """The set's own pictures, from 0 to ``levels`` - 1, as uint8 ``[N, S, S, 3]``."""
+        """The set's own pictures, of levels 0 to ``levels`` - 1, as uint8 ``[N, S, S, 3]``."""
         scale = 255 / (self.levels - 1)
         if self.border:
             margin = self.input_size - self.native_size
@@ -98,13 +98,13 @@ class Preprocessing:
         return shown_NHW[..., None].expand(-1, -1, -1, 3).contiguous()
 
     def normalized(self, images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images as the cohort normalises them, ``[B, 3, H, W]`` in ``dtype``."""
+        """Normalises uint8 images as the cohort does, to ``[B, 3, H, W]`` in ``dtype``."""
         scale_C, shift_C = scale_and_shift(self.mean, self.std, dtype)
         here = images_BHWC.device
         return normalize(images_BHWC, scale_C.to(here), shift_C.to(here), dtype).contiguous()
 
     def differences(self, other: Preprocessing, near: float = NEAR) -> list[str]:
-        """The names of what isn't the same; mean and deviation may be ``near``."""
+        """The names of fields that differ; mean and deviation by more than ``near``."""
         return [
             known.name
             for known in dataclasses.fields(self)
@@ -112,17 +112,17 @@ class Preprocessing:
         ]
 
     def to_facts(self) -> dict[str, str]:
-        """Its fields, each as JSON: what a student's file says of itself."""
+        """The fields as JSON values, for a student's file."""
         return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
 
     def sentence(self) -> str:
-        """How a picture is shown, for a person."""
+        """The preprocessing in words."""
         size = f"{self.input_size} x {self.input_size}"
         if self.native_size:
-            way = "set into a black border" if self.border else "enlarged by bicubic interpolation"
+            way = "padded with black" if self.border else "enlarged by bicubic interpolation"
             shown = (
-                f"The centre square is turned to grey, brought to {self.native_size} x "
-                f"{self.native_size} and {way} to {size}; one of {size} is taken as it is."
+                f"The centre square is converted to grey, resized to {self.native_size} x "
+                f"{self.native_size} and {way} to {size}; one of {size} isn't resized."
             )
         else:
             shown = (
@@ -131,28 +131,27 @@ class Preprocessing:
             )
         ground = {0: "black", 255: "white"}.get(self.background, f"grey {self.background}")
         return (
-            f"A picture is turned as its EXIF orientation says, and transparent pixels are laid on "
+            f"A picture is rotated by its EXIF orientation, and transparent pixels are filled with "
             f"{ground}. {shown}"
         )
 
 
-# What each set's recipes use; the mean and the deviation of a folder are measured.
+# Defaults of each set; the mean and the deviation of a folder are measured.
 _CIFAR = Preprocessing(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 KNOWN: dict[str, Preprocessing] = {
     "cifar10": _CIFAR,
     "cifar100": dataclasses.replace(
         _CIFAR, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
-    # Of the 500 training images as the students see them; a test holds them to the data.
+    # Mean and deviation of the 500 preprocessed training images; a test checks them.
     "digits": Preprocessing(
         32, (0.3101,) * 3, (0.3542,) * 3, native_size=8, grey=True, levels=17, background=0
     ),
-    # Of the 60,000 training images as the students see them, black border included.
+    # Mean and deviation of the 60,000 preprocessed training images, black border included.
     "fashion_mnist": Preprocessing(
         32, (0.2190,) * 3, (0.3318,) * 3, native_size=28, border=True, grey=True, background=0
     ),
-    # What students of ImageNet are trained with everywhere; so they work in torchvision as they
-    # are.
+    # The usual values, as in torchvision.
     "imagenet": Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), eval_resize=256),
     "imagefolder": Preprocessing(32, (0.5,) * 3, (0.25,) * 3),
 }
@@ -166,10 +165,7 @@ def preprocessing_of(
     image_size: int | None = None,
     eval_resize: int | None = None,
 ) -> Preprocessing:
-    """How a data set's pictures are shown; what isn't given is as its recipes have it.
-
-    A set that isn't known is shown as a folder of pictures is.
-    """
+    """A data set's preprocessing, with the given values replaced. An unknown set has a folder's."""
     usual = KNOWN.get(dataset, KNOWN["imagefolder"])
     return dataclasses.replace(
         usual,
@@ -180,7 +176,7 @@ def preprocessing_of(
     )
 
 
-# Files come from anywhere: what a fact must be like to be used.
+# Files are untrusted: the check that each value must pass.
 FITS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _numbers(value),
     "std": lambda value: _numbers(value) and min(value) > 0,
@@ -195,21 +191,21 @@ FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def from_facts(said: Mapping[str, Any], fact: Callable[[str], Any]) -> Preprocessing:
-    """What a student's file says of its preprocessing.
+    """The preprocessing in a student's metadata.
 
-    Files of earlier versions say ``mean``, ``std``, ``input_size`` and ``eval_resize`` alone; what
-    they leave out is as in the data set that has their mean and deviation, else as in a folder.
+    Files of earlier versions have only ``mean``, ``std``, ``input_size`` and ``eval_resize``. The
+    other fields are those of the data set with this mean and deviation, or a folder's.
 
     Args:
-        said: the names that the file has.
-        fact: gives one of them, checked, or raises.
+        said: the metadata.
+        fact: returns a checked value by name, or raises.
     """
     if "mean" not in said:
-        fact("input_size")  # what says neither is told so by this one
+        fact("input_size")  # if both are missing, the message names input_size
     mean, std = tuple(fact("mean")), tuple(fact("std"))
     same = (p for p in KNOWN.values() if _same(p.mean, mean) and _same(p.std, std))
     usual = next(same, None)
-    # Without a set, a file has to say its size.
+    # If the data set is unknown, the file must have a size.
     values = {} if usual else {"input_size": fact("input_size")}
     values |= {name: fact(name) for name in FITS if name in said}
     base = usual or KNOWN["imagefolder"]

@@ -54,15 +54,15 @@ class DatasetSplits:
     """A data set, ready to stream.
 
     Attributes:
-        name: as in :func:`fastokd.data.list_datasets`.
+        name: as in :func:`fastokd.list_datasets`.
         class_names: the name of each class id.
-        preprocessing: how its pictures are shown.
-        train, val, test: ``val`` is None where nothing is held out.
-        note: what a reader of the results should know about the splits, or "".
-        loader: who makes the batches: ``"memory"``, ``"dali"`` or ``"torchvision"``.
-        held_out: how many images were taken out of train for ``val``; 0 where it is the set's own.
-        with_held_out: where ``mean`` and ``std`` were measured without the held-out images, those
-            with them: earlier versions trained with these.
+        preprocessing: how its pictures are preprocessed.
+        train, val, test: ``val`` is None if nothing is held out.
+        note: a remark on the splits for readers of the results, or "".
+        loader: ``"memory"``, ``"dali"`` or ``"torchvision"``.
+        held_out: number of train's images held out for ``val``; 0 if ``val`` is the set's own.
+        with_held_out: mean and deviation with the held-out images, if measured without them; earlier
+            versions trained with these.
     """
 
     name: str
@@ -78,12 +78,12 @@ class DatasetSplits:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of the channels, for images in [0, 1]."""
+        """The channels' mean, for images in [0, 1]."""
         return self.preprocessing.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Of the channels, for images in [0, 1]."""
+        """The channels' standard deviation, for images in [0, 1]."""
         return self.preprocessing.std
 
     @property
@@ -101,10 +101,10 @@ class DatasetSplits:
 
 
 def stratified_split(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices ``(kept, held)`` with ``count`` samples held out, each class by its share.
+    """Indices ``(kept, held)`` in ascending order, with ``count`` samples held out, stratified by class.
 
     Shares are rounded by largest remainder, so that every class is within one sample of its exact
-    share. Both are in ascending order. Depends on the labels, ``count`` and ``seed`` alone.
+    share. The result depends only on the labels, ``count`` and ``seed``.
     """
     N = len(labels_N)
     if not 0 < count < N:

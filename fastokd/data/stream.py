@@ -27,24 +27,14 @@ def stream_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream | DiskStream:
-    """The batches of ``split``, epoch after epoch, on its device.
+    """The batches of ``split`` on its device; the arguments are :class:`BatchOrder`'s.
 
     Args:
-        split: where the batches come from.
-        batch_size: images of one step over all ranks. Rank r of W takes the r-th of W nearly equal
-            slices of every batch, so that a run sees the same batches, crops and flips on any
-            number of ranks.
-        seed: of every draw.
-        augment: crop and flip, or None for the images as they are tested.
-        shuffle: a new order for each epoch, else the split's own.
-        drop_last: leaves out the last batch where it isn't full.
-        rank, world_size: this process and how many there are. Shuffled, every rank has equal shares
-            of every batch; in order, every image comes once over all ranks, and a rank's share may
-            be empty.
+        augment: crops and flips, which don't depend on the number of ranks; None for the images as
+            in evaluation.
 
     Raises:
-        UserError: as :class:`BatchOrder`; an ``augment`` that isn't for images in memory, or not
-            for images on disk.
+        UserError: as :class:`BatchOrder`, or ``augment`` doesn't fit a split in memory or on disk.
     """
     order = BatchOrder(
         len(split),
@@ -61,18 +51,18 @@ def stream_of(
 
 
 def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:
-    """All images as they are tested, uint8 ``[N, H, W, 3]``, and their labels.
+    """All images as in evaluation, uint8 ``[N, H, W, 3]``, and their labels.
 
     Raises:
-        UserError: images on disk that take more than 8 GiB.
+        UserError: images on disk take more than 8 GiB.
     """
     if isinstance(split, Split):
         return split.images_NHWC, split.labels_N
     total = len(split) * split.view.image_size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
-            f"{len(split)} images at {split.view.image_size} take {total / 2**30:.1f} GiB, and at "
-            f"most {MAX_BYTES / 2**30:.0f} are taken: hold fewer out"
+            f"{len(split)} images at {split.view.image_size} take {total / 2**30:.1f} GiB, and the "
+            f"limit is {MAX_BYTES / 2**30:.0f}: hold fewer out"
         )
     batches = list(stream_of(split, min(256, len(split))).batches(0))
     images, labels = zip(*batches, strict=True)

@@ -1,4 +1,4 @@
-"""Which part of an image is seen, at what size: drawn at random to train, fixed to be tested."""
+"""The crops of images on disk: random for training, the centre for evaluation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from fastokd.errors import UserError
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
-# Under transparent pixels: white, as pages and papers are.
+# White, under transparent pixels.
 BACKGROUND = 255
 
 
 @dataclass(frozen=True)
 class View:
-    """What a model sees of an image on disk.
+    """The output size of images on disk.
 
     Attributes:
         image_size: height and width.
-        eval_resize: to be tested, the shorter side is resized to this before the centre crop; 0 for
-            ``image_size``.
+        eval_resize: the shorter side before the centre crop in evaluation; 0 for ``image_size``.
         background: level of all channels under transparent pixels, 0 to 255.
     """
 
@@ -40,7 +39,7 @@ class View:
             raise UserError(f"image_size is {self.image_size}: it must be at least 1")
         if self.eval_resize and self.eval_resize < self.image_size:
             raise UserError(
-                f"eval_resize is {self.eval_resize}, which has no room for image_size "
+                f"eval_resize is {self.eval_resize}, which is less than image_size "
                 f"{self.image_size}: choose at least that, or 0"
             )
 
@@ -51,8 +50,8 @@ class View:
 
 
 class Windows(NamedTuple):
-    """For each image of a batch: what is decoded (whole pixels), and which part of that becomes the
-    output (fractions of a pixel). Rows of (top, left) and (height, width)."""
+    """For each image of a batch, the window to decode (whole pixels) and the region of interest within
+    it that becomes the output (fractions of a pixel). Rows are (top, left) or (height, width)."""
 
     start_B2: np.ndarray
     shape_B2: np.ndarray
@@ -63,14 +62,14 @@ class Windows(NamedTuple):
 def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
     """Boxes (top, left, height, width), int64 ``[B, 4]``, as ``RandomResizedCrop`` draws them.
 
-    Ten times an area (of 8% to 100%) and a ratio are drawn; the first box that fits is taken, at a
-    uniform place; else the largest centred one of a permitted ratio.
+    Ten areas (8% to 100%) and ratios are drawn. The first box that fits is placed uniformly; if none
+    fits, the box is the largest centred one of a permitted ratio.
     """
     B = len(sizes_B2)
     area_BT, ratio_BT = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64).numpy()
     place_2B = torch.rand(2, B, generator=generator, dtype=torch.float64).numpy()
-    # In numpy from here: torch's exp and sqrt of doubles wake its threads even for one batch's
-    # boxes, and those wait for each other, spinning, on the cores that decode.
+    # In numpy: torch's exp and sqrt of doubles wake its threads even for one batch's boxes, and these
+    # spin on the cores that decode.
     height_B, width_B = sizes_B2.numpy().astype(np.float64).T
     area_BT = (AREA[0] + (AREA[1] - AREA[0]) * area_BT) * (height_B * width_B)[:, None]
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
@@ -86,7 +85,7 @@ def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _widest(height_B: np.ndarray, width_B: np.ndarray) -> np.ndarray:
-    """The largest centred box whose ratio is permitted."""
+    """The largest centred box of a permitted ratio."""
     ratio_B = width_B / height_B
     w_B = np.where(ratio_B > RATIO[1], (height_B * RATIO[1]).round(), width_B)
     h_B = np.where(ratio_B < RATIO[0], (width_B / RATIO[0]).round(), height_B)
@@ -94,7 +93,7 @@ def _widest(height_B: np.ndarray, width_B: np.ndarray) -> np.ndarray:
 
 
 def windows_of_boxes(box_B4: Tensor) -> Windows:
-    """A box is decoded, and all of it becomes the output."""
+    """Windows of which all becomes the output."""
     box = box_B4.numpy()
     shape_B2 = box[:, 2:].astype(np.int32)
     end_B2 = shape_B2.astype(np.float32)
@@ -102,7 +101,7 @@ def windows_of_boxes(box_B4: Tensor) -> Windows:
 
 
 def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
-    """The same windows; where ``flip_B`` says so, what is seen begins at its right edge."""
+    """The windows, mirrored where ``flip_B``: the region of interest then begins at its right edge."""
     flip_B2 = flip_B.numpy()[:, None].astype(bool) & np.array([False, True])
     start_B2, end_B2 = windows.roi_start_B2, windows.roi_end_B2
     return windows._replace(
@@ -114,8 +113,8 @@ def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
 def centre_boxes(sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
     """The part of each image that becomes the output, as two corners ``[B, 2]`` (row, column).
 
-    The shorter side would become ``view.resize`` and the centre of ``image_size`` be taken; sizes
-    and corners are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them.
+    This is the centre of ``image_size`` after a resize of the shorter side to ``view.resize``, rounded
+    as torchvision's ``Resize`` and ``CenterCrop``.
     """
     short_B1 = sizes_B2.min(1, keepdims=True)
     resized_B2 = np.where(sizes_B2 == short_B1, view.resize, view.resize * sizes_B2 // short_B1)
@@ -126,11 +125,10 @@ def centre_boxes(sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarr
 
 
 def centre_windows(sizes_B2: Tensor, view: View) -> Windows:
-    """:func:`centre_boxes` as one resampling, of which only the source pixels that its filter
-    reads are decoded."""
+    """:func:`centre_boxes` as one resampling; only the pixels that its filter reads are decoded."""
     sizes = sizes_B2.numpy().astype(np.int64)
     from_B2, to_B2 = centre_boxes(sizes, view)
-    # A triangular filter is as wide as the step of the resampling, and at least a pixel.
+    # A triangular filter reaches one step of the resampling, and at least a pixel.
     reach_B2 = np.maximum((to_B2 - from_B2) / view.image_size, 1) + 1
     start_B2 = np.clip(np.floor(from_B2 - reach_B2), 0, None)
     stop_B2 = np.minimum(np.ceil(to_B2 + reach_B2), sizes)

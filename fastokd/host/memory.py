@@ -1,4 +1,4 @@
-"""The memory that this process may still take."""
+"""The memory available to this process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine or, where that is less, of its
-    container; None where nobody says."""
+    """Bytes available to this process: the smaller of the machine's and its container's; None if
+    neither can be read."""
     lines = lines_of("/proc/meminfo")
     found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     for limit, used, cache in (
@@ -23,7 +23,7 @@ def free_memory() -> int | None:
 
 
 def lines_of(path: str) -> list[str]:
-    """Of a file such as the kernel's; none where it can't be read."""
+    """The lines of a file; none if it can't be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:
@@ -31,5 +31,5 @@ def lines_of(path: str) -> list[str]:
 
 
 def mib(size: int) -> str:
-    """A number of bytes, for a person."""
+    """A number of bytes as text."""
     return f"{size / 2**20:,.0f} MiB"

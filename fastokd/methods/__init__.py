@@ -44,8 +44,7 @@ def method_class(name: str) -> type[Method]:
         return _OWN[name]
     if ":" in name:
         raise UserError(
-            f"the method {name} is somebody's own code, which a recipe doesn't load by itself: add "
-            f"--method {name}"
+            f"the method {name} is custom code, which a recipe alone doesn't load: add --method {name}"
         )
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)

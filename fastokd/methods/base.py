@@ -17,16 +17,15 @@ from fastokd.errors import UserError
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of its cohort.
+    """What a method requires of its cohort.
 
-    ``sharing``: the forms it has. ``leader``: the last student is kept and the others are its
-    peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained one.
+    ``sharing``: the forms that it has. ``leader``: the last student is kept and the others are its
+    peers. ``trunk``, ``maps``: it reads them from the output. ``teacher``: it needs a trained teacher.
     ``heldout``: it evaluates the students after each epoch on images held out of the training set.
     ``divide_trunk_gradient``: the gradient into the trunk is divided by the number of students.
     ``min_batch``: the smallest batch that its own norms can train on; a smaller last batch of an epoch
-    is left out.
-    ``own_rows``: with students spread over ranks, its loss covers the students of this rank
-    (``out.own``), and the ranks' losses are summed; else each rank computes the loss of all students.
+    is left out. ``own_rows``: with students spread over ranks, its loss covers this rank's students
+    (``out.own``) and the ranks' losses are summed; else each rank computes the loss of all students.
     ``running_statistics``: it reads its norms' running statistics in training.
     """
 
@@ -43,11 +42,7 @@ class Needs:
     running_statistics: bool = False
 
     def check(self, method: str, sharing: str, students: int) -> None:
-        """Raises unless the method ``method`` has a form for so many students who share so.
-
-        Raises:
-            UserError: it has no such form, or trains more.
-        """
+        """Raises UserError if ``method`` lacks this sharing or needs more students."""
         if sharing not in self.sharing:
             raise UserError(f"{method} has no {sharing} form: choose {' or '.join(self.sharing)}")
         if students < self.min_students:
@@ -152,8 +147,7 @@ class Method(nn.Module):
         """Runs after the optimizer in every step, without gradient: averages of parameters, hybrids.
 
         It may be captured in a CUDA graph, so its conditions are device tensors. What it writes in
-        cohort and method is restored where the step is skipped, and is part of a checkpoint as far as
-        it is in their state dicts.
+        cohort and method is restored if the step is skipped; checkpoints contain their state dicts.
         """
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:

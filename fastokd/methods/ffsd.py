@@ -1,9 +1,9 @@
 """FFSD (Li et al., arXiv 2103.14473): diverse students, and a leader that learns from their fusion.
 
-Scores: a student listens to every other student alike, pair by pair; the fusion module to the
+Scores: a student listens to each other student with equal weight, pairwise; the fusion module to the
 students' mean logits; the leader to the fusion module. The map losses (``ops/attention.py``) make the
-students' attention differ, draw each student's earlier maps to those that its decoder computes from a
-better last map, and draw the leader's last map to the fused one.
+students' attention differ, pull each student's earlier maps towards those that its decoder computes
+from a better last map, and pull the leader's last map towards the fused map.
 
 Every target is detached, so that one backward of the sum gives each network the gradient of its own
 published loss.

@@ -23,7 +23,7 @@ from fastokd.ops.peer_attention_distillation import inner_products, peer_attenti
 
 
 class TwoLevel(ScoredMethod):
-    """Peers that listen to each other by :meth:`peer_scores`, and a leader that listens to all alike.
+    """Peers that listen to each other by :meth:`peer_scores`, and a leader that listens to all equally.
 
     Eq. 8: CE of every student + w (T^2 KL of each peer to its own mixture + the leader's to the
     mean of the peers), w the recipe's ramp. ``mix="logits"`` as published in code, ``"probs"`` as

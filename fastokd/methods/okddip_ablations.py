@@ -60,7 +60,7 @@ class OKDDipEntropy(_Fixed):
 
 
 class OKDDipMean(_Fixed):
-    """*w/o SA (mean)*: every peer listens to all peers alike, itself included."""
+    """*w/o SA (mean)*: every peer listens to all peers equally, itself included."""
 
     @staticmethod
     def fixed(peers: int) -> Tensor:

@@ -1,7 +1,7 @@
 """OKDDip with a teacher (Table 6): OKDDip's loss, and a second one whose only source is the teacher.
 
 Scores: OKDDip's; then the teacher's column alone, without cross-entropy and without a ramp (the
-papers' KD has none; that it has none here is our reading).
+papers' KD has none; the paper doesn't say so for this combination).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ScoredMethod(Method):
 
 
 class Mutual(ScoredMethod):
-    """Each student listens to all the others alike: 0 off the diagonal, -inf on it."""
+    """Each student listens to all others equally: 0 off the diagonal, -inf on it."""
 
     scores_SS: Tensor
 

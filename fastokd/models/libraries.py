@@ -98,7 +98,7 @@ def _timm(name: str, arch: str) -> tuple[Callable[..., nn.Module], int]:
     try:
         known = timm.list_models()
     except ImportError as error:
-        raise UserError(f"{name} needs timm, which isn't here: pip install timm") from error
+        raise UserError(f"{name} needs timm, which isn't installed: pip install timm") from error
     if arch.partition(".")[0] not in known:
         raise unknown_name("timm model", arch, known)
     cfg = timm.models.get_pretrained_cfg(arch)

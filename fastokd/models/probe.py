@@ -95,7 +95,7 @@ def probe(
 
 
 def pool_features(x: Tensor, channels_first: bool) -> Tensor:
-    """The classifier's input as ``[B, D]``: averaged over positions or tokens where it has any."""
+    """The classifier's input as ``[B, D]``: averaged over positions or tokens, if it has any."""
     if x.dim() == 2:
         return x
     return x.mean((2, 3)) if channels_first else x.flatten(1, -2).mean(1)

@@ -20,8 +20,8 @@ class StudentOutput(NamedTuple):
 
 
 def with_versions(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``state`` with the versions that modules of other libraries read in ``load_state_dict``, which
-    files of tensors lack."""
+    """``state`` with the module versions that other libraries read in ``load_state_dict``. Files of
+    tensors lack them."""
     if hasattr(state, "_metadata"):
         return state
     versioned = OrderedDict(state)

@@ -1,9 +1,8 @@
-"""A session from a recipe and options, resolved from the bottom up."""
+"""Builds a session from a recipe and options."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,13 +47,14 @@ def build(
     training: bool = True,
     data: DatasetSplits | None = None,
 ) -> Session:
-    """The session of a run at its beginning.
+    """A new session.
 
-    ``training=False``: it only evaluates, and needs neither teacher nor held-out images.
-    ``data`` replaces the recipe's (a benchmark's random images).
+    Args:
+        training: False for evaluation only, which needs neither teacher nor held-out images.
+        data: replaces the recipe's (a benchmark's random images).
 
     Raises:
-        UserError: the recipe or an option can't be met here; the message names the value.
+        UserError: the recipe or an option isn't possible here; the message names the value.
     """
     _check_fit(recipe, options)
     device = use_device(device_here(options.device))
@@ -141,7 +141,7 @@ def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> 
 
 
 def _check_fit(recipe: Recipe, options: RunOptions) -> None:
-    """Raises on options that this recipe has no use for."""
+    """Raises UserError for options that don't fit the recipe."""
     if options.accumulate > recipe.batch_size:
         raise UserError(
             f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
@@ -154,15 +154,15 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
 
 
 def _check_impl(impl: str, device: torch.device) -> None:
-    """Builds the C++ ops, never inside a step, and raises where ``impl`` can't serve here."""
+    """Builds the C++ ops before the first step, and raises if ``impl`` isn't available here."""
     if device.type == "cpu" and impl in ("auto", "cpp"):
         cpp.ensure_built()
-    # Every op is asked again with its arguments; here only so that no folder is made first.
+    # Each op checks again with its arguments; this check comes before a run folder is made.
     choose("the loss", impl, device, {"cpp": None, "triton": None})
 
 
 def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool) -> int:
-    """The fewest images that the norms of a rank need, and so each part of an accumulated batch.
+    """The fewest images that a rank's norms need in each part of an accumulated batch.
 
     Raises:
         UserError: a student can't take images of this size, or the batch is too small.
@@ -172,7 +172,7 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
     for name in dict.fromkeys(recipe.models):
         shown = (len(data.class_names), recipe.model_options, data.train.image_size)
         least[name] = least_batch(name, *shown)
-    if sync_bn:  # the norms see the batch of all ranks
+    if sync_bn:  # the norms have the batch of all ranks
         least = {name: -(-count // size) for name, count in least.items()}
     who = max(least, key=lambda name: least[name])
     if recipe.batch_size // size < least[who]:
@@ -187,7 +187,7 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
 def _training_stream(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
 ) -> Stream:
-    """This rank's training batches; a last batch too small for the norms is left out."""
+    """This rank's training batches, without a last batch that is too small for the norms."""
     rest = len(data.train) % recipe.batch_size
     stream = stream_of(
         data.train,
@@ -203,7 +203,7 @@ def _training_stream(
 
 
 class RepeatedBatch:
-    """The first batch of a stream, as often as the stream has batches (``--overfit-batch``)."""
+    """Repeats the first batch of a stream (``--overfit-batch``); the number of batches stays."""
 
     def __init__(self, stream: Stream) -> None:
         self.count = len(stream)
@@ -213,7 +213,7 @@ class RepeatedBatch:
         return self.count
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same images and labels, whatever the epoch."""
+        """The same images and labels in every epoch."""
         del epoch
         for _ in range(start_batch, self.count):
             yield self.only
@@ -222,7 +222,7 @@ class RepeatedBatch:
 def _find_teacher(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
 ) -> Weights | None:
-    """The teacher that the method needs: what the run has kept, or what the options name."""
+    """The method's teacher: the copy in a resumed run, or what the options name."""
     if not method_class(recipe.method).needs.teacher:
         return None
     kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
@@ -258,14 +258,13 @@ def _cohort_and_method(
 def _begin_from(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, cohort: Cohort
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Loads ``--init`` into the cohort, unless the run goes on from a checkpoint of its own; what to
-    say of it, and the SHA-256 of the weights."""
+    """Loads ``--init`` into the cohort, unless the run resumes from a checkpoint. Returns notes for
+    the user, and the SHA-256 of the weights."""
     where = run_path(recipe, options) / "checkpoints"
     if not options.init or (options.resume and first(lambda: bool(list_checkpoints(where)))):
         return (), {}
-    files = [Path(name) for name in options.init]
+    files = read_files(options.init)
     notes = begin_from(cohort, files, data.class_names, recipe.kept_student)
-    given = read_files(files)
-    for weights in given:
+    for weights, _ in files:
         check_held_out(weights, data, "--init", recipe)
-    return tuple(notes), {"init_sha256": [fingerprint(weights.state) for weights in given]}
+    return tuple(notes), {"init_sha256": [fingerprint(weights.state) for weights, _ in files]}

@@ -23,7 +23,7 @@ COLUMNS = (
     *("epoch", "images/s", "left", "lr", "loss"),
     *("student", "leader", "peers", "ensemble", "diversity"),
 )
-SHOWN = 10  # epochs at once: a table higher than the terminal can't be renewed in place
+SHOWN = 10  # epochs; a table higher than the terminal can't be updated in place
 
 
 class Display(Hook):
@@ -71,7 +71,7 @@ class Display(Hook):
             self._check_lost()
 
     def _line(self, text: str) -> None:
-        # In a log an epoch stays on one line.
+        # No wrapping: in a log an epoch has one line.
         self.console.print(text, soft_wrap=True)
         self._check_lost()
 
@@ -117,10 +117,10 @@ class Display(Hook):
 
 
 def cells(row: dict[str, Any], epochs: int) -> list[str]:
-    """One epoch's values for :data:`COLUMNS` without the time left; "" where there is none.
+    """One epoch's values for :data:`COLUMNS` without the time left; "" if there is none.
 
-    Accuracies and diversity are of the held-out images where the recipe has some, else of the test
-    set; ``peers`` is the mean over the students that aren't the leader. A lone student is no peer.
+    Accuracies and diversity are on held-out images if the recipe has some, else on the test set.
+    ``peers`` is the mean over the students but the leader; a single student is no peer.
     """
     values = [
         f"epoch {row['epoch'] + 1}/{epochs}",

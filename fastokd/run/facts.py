@@ -25,7 +25,7 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
 class RunFacts:
     """``recipe.json``, ``environment.json`` and ``tuning.json`` of one run.
 
-    What writes raises OSError, and then the file is as it was.
+    Writing may raise OSError; the file is then unchanged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class RunFacts:
         """The run's resolved recipe.
 
         Raises:
-            UserError: there is none, or the file isn't what a run writes.
+            UserError: the file is missing or damaged.
         """
         path = self.recipe_file
         if not path.is_file():
@@ -50,14 +50,14 @@ class RunFacts:
             ) from error
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """The resolved recipe."""
+        """Writes the resolved recipe."""
         _write(self.recipe_file, recipe.to_json())
 
     def environment(self) -> dict[str, Any]:
-        """What the run's numbers depend on beside its recipe; empty where there is no such file.
+        """What the run's numbers depend on beside its recipe; empty if there is no such file.
 
         Raises:
-            UserError: the file isn't what a run writes.
+            UserError: the file is damaged.
         """
         path = self.environment_file
         try:
@@ -73,7 +73,7 @@ class RunFacts:
     def write_environment(
         self, device: torch.device, precision: str, how: dict[str, Any], *, resumed: bool
     ) -> None:
-        """What the run's numbers depend on beside its recipe: the machine, and how it runs."""
+        """Writes facts on the machine and the run's settings ``how``."""
         facts = {**environment(device, precision), **how}
         begun = self.environment() if resumed else {}
         if "init_sha256" in begun:  # a resumed run doesn't read them again
@@ -81,7 +81,7 @@ class RunFacts:
         _write(self.environment_file, facts)
 
     def write_tuning(self, timings: list[Timing]) -> None:
-        """The timings that the engine was chosen by."""
+        """Writes the timings that the engine was chosen by."""
         _write(self.folder / "tuning.json", {"timings": [asdict(timing) for timing in timings]})
 
 

@@ -85,31 +85,30 @@ class RunFolder:
         self.lines = MetricLines(path / "metrics.jsonl")
         self.lock = FolderLock(path)
         self.facts = RunFacts(path)
-        # Whether the last steps aren't saved because the disk refused.
+        # Whether the last save failed.
         self._behind = False
 
     @staticmethod
     def claim(recipe: Recipe, options: RunOptions) -> RunFolder:
-        """The folder of a run that starts; nothing is written yet. Only rank 0 reads and writes it.
+        """The folder of a run that starts; writes nothing yet. Only rank 0 accesses it.
 
         Raises:
-            UserError: it exists and ``resume`` isn't asked for, it doesn't and is, or its place
-                can't be written.
+            UserError: as :meth:`FolderLock.check`.
         """
         folder = RunFolder(run_path(recipe, options))
 
         def claim() -> RunFolder:
-            with writing(folder.path):  # a name that is too long is refused where it is looked for
+            with writing(folder.path):  # a name that is too long raises OSError
                 folder.lock.check(options.resume)
             return folder
 
         return first(claim)
 
     def as_begun(self, options: RunOptions) -> RunOptions:
-        """The options of a resumed run as it was begun; unchanged for a new run.
+        """The options with which a resumed run was begun; a new run's are returned unchanged.
 
         Raises:
-            UserError: something is asked for that differs from what the run was begun with.
+            UserError: an option differs from what the run was begun with.
         """
         return first(lambda: self._as_begun(options))
 
@@ -117,7 +116,7 @@ class RunFolder:
         if not options.resume or not self.facts.environment_file.is_file():
             return options
         if self.facts.recipe_file.is_file():
-            self.recipe()  # what can't be read is said before anything is trained
+            self.recipe()  # raises here, before training, if the file is damaged
         begun = options.as_begun(begun_with(self.path, options), self.path)
         for difference in other_teacher(self.path, options.teacher):
             raise UserError(
@@ -128,7 +127,7 @@ class RunFolder:
 
     @contextmanager
     def beginning(self, session: Session) -> Iterator[None]:
-        """Opens the folder; where the body raises, a new folder is removed again."""
+        """Opens the folder; a new folder is removed if the body raises."""
         made = [place for place in (self.path, *self.path.parents) if not place.exists()]
         self.open(session)
         try:
@@ -137,31 +136,31 @@ class RunFolder:
             if not session.options.resume and speaks():
                 for entry in self.path.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                with suppress(OSError):  # somebody else's run may have begun beside it
+                with suppress(OSError):  # another run may have begun in a parent
                     for place in made:
                         place.rmdir()
             raise
 
     def open(self, session: Session) -> None:
-        """Starts the folder, or loads the checkpoint where its run stopped into the session.
+        """Creates the folder, or loads the newest checkpoint into the session.
 
         A run that was killed before its first checkpoint starts again.
 
         Raises:
-            UserError: another process is at work in the folder.
+            UserError: another process uses the folder.
         """
         found = session.learner.ranks.first(lambda: self._open(session))
         if found is None:
             return
         session.load_state(*found)
-        # An unfinished epoch's row will be written again, unless no step is left to take.
+        # An unfinished epoch's row will be written again, unless no step is left.
         rows = [
             row
             for row in self.metrics()
             if row["epoch"] < session.epoch or (session.stopped and row["step"] <= session.step)
         ]
         session.learner.ranks.first(lambda: self._replace_lines(rows))
-        # The best checkpoint's score by the present measure.
+        # The best checkpoint's score by this version's measure.
         kept = session.learner.ranks.first(lambda: list_checkpoints(self.checkpoints, "best"))
         scores = [
             _score(row, session.recipe)
@@ -171,7 +170,7 @@ class RunFolder:
         session.best = next((score for score in scores if score is not None), session.best)
 
     def _open(self, session: Session) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Locks and prepares the folder; the newest checkpoint of a resumed run."""
+        """Locks and prepares the folder; returns the newest checkpoint of a resumed run."""
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock.take()
@@ -200,11 +199,11 @@ class RunFolder:
         return None
 
     def _start_again(self) -> None:
-        """Removes the lines of a run that has no checkpoint."""
+        """Removes the metric lines of a run without checkpoints."""
         if (self.path / STUDENT).is_file():
             raise UserError(
-                f"{self.path} holds a student and no checkpoint to go on from: put its checkpoints/ "
-                "back, or choose another --out"
+                f"{self.path} holds a student and no checkpoint to continue from: put its "
+                "checkpoints/ back, or choose another --out"
             )
         if self.lines.path.is_file():
             self._replace_lines([])
@@ -242,10 +241,10 @@ class RunFolder:
         return self.lines.read()
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
-        """Writes an epoch: its line, its checkpoint, and the best checkpoint if it is the best.
+        """Writes an epoch's line and checkpoint, and the best checkpoint if its score is the best.
 
-        The best is chosen on held-out images where the recipe has some, else on the test set, and
-        of whole epochs alone: a run that was stopped within one ends as one that wasn't.
+        The score is on held-out images if the recipe has some, else on the test set. Only whole epochs
+        count, so that an interrupted run keeps the same best checkpoint.
         """
         score = _score(row, session.recipe) if session.batch == 0 else None
         before = session.best
@@ -257,18 +256,18 @@ class RunFolder:
             self.save(session, best_on=choosing_split([row]), better=better)
         except DiskError as error:
             if better and not session.learner.ranks.first(lambda: self._best(session).is_dir()):
-                session.best = before  # the best that is kept
+                session.best = before  # the best that is on disk
             if speaks():
-                warn(f"{error}; training goes on, and saves when it is time again")
+                warn(f"{error}; training continues until the next save")
 
     def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """Writes a checkpoint of the session; it is the best one too if ``better``.
+        """Writes a checkpoint of the session, also as the best one if ``better``.
 
-        All ranks ask for it together; the first writes, and none goes on before it has. The lines
-        of its epochs come before it: a resumed run doesn't train them again.
+        All ranks call this together; rank 0 writes and the others wait. Metric lines are written
+        before the checkpoint, since a resumed run doesn't train their epochs again.
 
         Raises:
-            DiskError: the disk refuses; what was written before is whole.
+            DiskError: it can't be written; files written before are intact.
         """
         tensors, facts = session.state()
         if best_on is not None:
@@ -283,7 +282,7 @@ class RunFolder:
         last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
         with writing(self.path):
             self.lines.write()
-            # The best one first: a run that is killed in between repeats the epoch.
+            # The best one first, so that a run killed in between repeats the epoch.
             if better:
                 save_checkpoint(best, tensors, facts)
                 prune_checkpoints(self.checkpoints, "best", 1)
@@ -297,13 +296,11 @@ class RunFolder:
 
     @contextmanager
     def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
-        """Saves a checkpoint of the last step where a data file or the loader stops the run."""
+        """Saves a checkpoint of the last step if a data file or the loader stops the run."""
         try:
             yield
         except (DataFileError, LoaderError):
-            if (
-                session.learner.ranks.size == 1
-            ):  # the others are within the step that this one can't take
+            if session.learner.ranks.size == 1:  # other ranks wait within the failed step
                 try:
                     save()
                 except DiskError as error:
@@ -311,13 +308,11 @@ class RunFolder:
             raise
 
     def finish(self, session: Session) -> Run:
-        """Writes the student with its published keys, reads it back, and compares its logits alone with
-        those within the cohort.
+        """Writes the student with its published keys and checks it (:func:`check_kept`).
 
         Raises:
-            DiskError: the student can't be written, or the last steps couldn't be saved and still
-                can't.
-            UserError: the student says something else alone. It and the checkpoints are kept.
+            DiskError: the student or the last steps can't be saved.
+            UserError: its logits differ from those in the cohort. It and the checkpoints are kept.
         """
         if self._behind:
             self.save(session)

@@ -1,4 +1,4 @@
-"""What follows a run: display, loggers, checkpoints between epochs."""
+"""Hooks, called at the events of a run: display, loggers, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastokd.errors import in_one_line, warn
 
 
 class Hook:
-    """Is called at the events of a run; the base class does nothing.
+    """Called at the events of a run; the base class does nothing.
 
     Attributes:
-        optional: the run goes on without a hook that raises, and a warning says so.
-        title: what that warning calls it.
+        optional: if the hook raises, it is removed with a warning.
+        title: its name in that warning.
     """
 
     optional = True
@@ -39,7 +39,7 @@ class Hook:
 
 
 def spared(act: Callable[[], object], what: str, *, of: type[BaseException] = Exception) -> bool:
-    """Does what a run can do without; where it raises, a warning says so, and the answer is False."""
+    """Calls ``act``; if it raises an ``of``, warns and returns False."""
     try:
         act()
     except of as error:
@@ -49,10 +49,7 @@ def spared(act: Callable[[], object], what: str, *, of: type[BaseException] = Ex
 
 
 class Hooks:
-    """All hooks of one run, called in the order in which they were added.
-
-    ``images`` counts what was trained on.
-    """
+    """All hooks of one run, called in the order of addition. ``images`` counts the training images."""
 
     def __init__(self) -> None:
         self._hooks: list[Hook] = []
@@ -66,31 +63,31 @@ class Hooks:
             self._call(hook, hook.on_end)
 
     def add(self, *hooks: Hook) -> None:
-        """Adds hooks that the run can't begin without; raises what their ``on_begin`` raises."""
+        """Adds hooks; raises what their ``on_begin`` raises."""
         for hook in hooks:
             hook.on_begin()
             self._hooks.append(hook)
 
     def try_add(self, make: Callable[[], Hook], title: str) -> None:
-        """Adds a hook; where it can't be made or begun, a warning says so."""
+        """Adds a hook; warns if it can't be made or begun."""
         spared(lambda: self.add(make()), f"the run goes on without {title}")
 
     def on_step(self, images: int) -> None:
         self.images += images
-        for hook in self._hooks:
-            self._call(hook, hook.on_step, images)
+        self._call_all("on_step", images)
 
     def on_batch(self) -> None:
-        for hook in self._hooks:
-            self._call(hook, hook.on_batch)
+        self._call_all("on_batch")
 
     def on_last_batch(self) -> None:
-        for hook in self._hooks:
-            self._call(hook, hook.on_last_batch)
+        self._call_all("on_last_batch")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
+        self._call_all("on_epoch", row)
+
+    def _call_all(self, event: str, *values: Any) -> None:
         for hook in self._hooks:
-            self._call(hook, hook.on_epoch, row)
+            self._call(hook, getattr(hook, event), *values)
 
     def _call(self, hook: Hook, event: Callable[..., None], *values: Any) -> None:
         if not hook.optional:

@@ -1,7 +1,7 @@
 """Which run a folder holds, and how many of its epochs and steps are done.
 
-A run is its recipe and the options that decide its numbers (:data:`KEPT`), the contents of ``init``
-and of the teacher among them.
+A run is identified by its recipe and the options that determine its numbers (:data:`KEPT`), including
+the contents of ``init`` and of the teacher.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init"
 
 @dataclass(frozen=True)
 class Standing:
-    """Whole epochs, and steps in all."""
+    """Whole epochs, and the total of steps."""
 
     epochs: int
     step: int
 
 
 def standing(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Standing:
-    """The position of a run's newest checkpoint; without one, of its lines ``rows``.
+    """The position of a run's newest checkpoint; without one, that of its lines ``rows``.
 
-    An epoch that was cut has a line too, so lines alone can't tell whether a single epoch is whole.
+    An interrupted epoch has a line too. It has fewer steps than the epochs before it.
     """
     for path in list_checkpoints(folder / "checkpoints"):
         try:
@@ -57,10 +57,10 @@ def standing(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Standing:
 
 
 def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:
-    """Whether the run in ``folder`` has all epochs of its recipe, or the ``max_steps`` asked for.
+    """Whether the run in ``folder`` has all epochs of its recipe, or ``max_steps`` steps.
 
     Raises:
-        UserError: it has taken more steps than are asked for.
+        UserError: it has more steps than ``max_steps``.
     """
     at = standing(folder, MetricLines(folder / "metrics.jsonl").read())
     if max_steps is not None and at.step > max_steps:
@@ -73,10 +73,10 @@ def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:
 
 
 def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
-    """Raises where the folder's run has another recipe or other options, and names the differences.
+    """Raises UserError with the differences if the folder's run has another recipe or other options.
 
-    Of options that leave the machine a choice, any choice will do; but ``precision="auto"`` is what
-    it is on this machine.
+    An option that is ``"auto"`` matches any value, except ``precision``, which is resolved on this
+    machine.
     """
     differing = other_recipe(wanted, RunFacts(folder).recipe().to_json())
     precision = pick_precision(options.precision, pick_device(options.device))
@@ -93,7 +93,7 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
-    """Each setting in which ``theirs`` differs from ``recipe``, and both values."""
+    """Each setting in which ``theirs`` differs from ``recipe``, with both values."""
     ours = recipe.to_json()
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
@@ -101,22 +101,23 @@ def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
 
 
 def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
-    """Raises where a checkpoint's recipe ``theirs`` isn't ``recipe``, and says what differs."""
+    """Raises UserError with the differences if a checkpoint's recipe ``theirs`` isn't ``recipe``."""
     differing = other_recipe(recipe, theirs)
     if differing:
         raise UserError(
-            f"the checkpoint is of another recipe: it differs in {', '.join(differing)}; "
+            f"the checkpoint has another recipe: it differs in {', '.join(differing)}; "
             "resume with the run's own recipe, or choose another --out"
         )
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
-    """What the run was begun with, ``init`` as ``options`` name it where its contents are the same."""
+    """The environment that the run was begun with. ``init`` is that of ``options`` if its contents are
+    the same."""
     begun = RunFacts(folder).environment()
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))
-        if [fingerprint(weights.state) for weights in read_files(options.init)] == contents:
+        if [fingerprint(weights.state) for weights, _ in read_files(options.init)] == contents:
             begun["init"] = options.init
         elif named == options.init:
             begun["init"] = tuple(f"{name}, as it was," for name in named)

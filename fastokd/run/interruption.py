@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from fastokd.distributed.ranks import speaks
@@ -22,11 +22,11 @@ ECHO = 10.0
 
 
 class StopRequest:
-    """Handles the signals while it is entered. A second one exits at once, if it comes more than
-    ``echo`` seconds after the first.
+    """A context that records the first signal in ``received`` (else None). A second one exits at once,
+    if it comes more than ``echo`` seconds after the first.
 
-    ``received`` is the signal, None before. Only the main thread can listen; elsewhere, and where
-    somebody else's handler is in place or the signal is ignored (by nohup, say), nothing is changed.
+    Handlers are set only in the main thread, and only for signals with the default handler (nohup
+    ignores SIGHUP, for example).
     """
 
     def __init__(self, echo: float = 0.0) -> None:
@@ -45,18 +45,13 @@ class StopRequest:
                     signal.signal(signum, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, before in self._before.items():
             signal.signal(signum, before)
 
     @contextmanager
     def telling(self, act: Callable[[], object]) -> Iterator[None]:
-        """Within it the first signal calls ``act``."""
+        """Within the context, the first signal calls ``act``."""
         self._told = act
         try:
             yield
@@ -71,7 +66,7 @@ class StopRequest:
             if self._told is not None:
                 self._told()
         elif now - self._since >= self.echo:
-            os._exit(128 + signum)  # checkpoints are whole or absent, so nothing is lost
+            os._exit(128 + signum)  # checkpoints are written atomically, so none is damaged
 
 
 class Keeper(Hook):
@@ -79,13 +74,12 @@ class Keeper(Hook):
 
     Args:
         save: writes a checkpoint.
-        stop: listens for signals.
+        stop: receives the signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
-        settle: looks whether the steps so far were taken, before each save and every ``READ_EVERY``
-            steps; it may move the run back, or raise.
-        agree: turns what this rank wishes, (whether it is time to save, the signal or 0), into what
-            all ranks do at this same moment.
-        is_over: whether the run has ended, so that a signal needs no answer.
+        settle: handles non-finite steps, before each save and every ``READ_EVERY`` steps; it may move
+            the run back, or raise.
+        agree: turns this rank's (whether a save is due, the signal or 0) into that of all ranks.
+        is_over: whether the run has ended, so that signals are ignored.
     """
 
     optional = False
@@ -122,7 +116,7 @@ class Keeper(Hook):
         self.saved()
 
     def saved(self) -> None:
-        """Restarts the counts: a checkpoint was written."""
+        """Resets the counts after a save."""
         self._steps, self._time = 0, time.monotonic()
 
     def on_epoch(self, row: dict[str, Any]) -> None:
@@ -140,11 +134,11 @@ class Keeper(Hook):
         self.on_batch()
 
     def on_batch(self) -> None:
-        """Saves or stops where it is time; called between two steps or batches.
+        """Saves if a save is due, and stops after a signal; called between two steps or batches.
 
         Raises:
-            Interrupted: a signal came; the state is saved.
-            DiskError: a signal came, and the state can't be saved. Without one the run goes on.
+            Interrupted: after a signal, when the state is saved.
+            DiskError: after a signal, if the state can't be saved. Other failed saves only warn.
         """
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
@@ -157,7 +151,7 @@ class Keeper(Hook):
                 if signum:
                     raise
                 if speaks():
-                    warn(f"{error}; training goes on, and saves when it is time again")
+                    warn(f"{error}; training continues until the next save")
                 self.saved()
         if signum:
             raise Interrupted(signum)

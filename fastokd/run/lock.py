@@ -1,4 +1,4 @@
-"""Keeps a run folder to one run: it must be free or resumable, without links, and is locked."""
+"""Checks that a run folder is free or resumable and has no links, and locks it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastokd.errors import UserError, warn
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
-def _not_the_childs() -> None:
-    """Releases locks in a forked child (a loader's worker), which would hold them after its parent."""
+def _release_in_child() -> None:
+    """Releases the locks in a forked loader's worker, which may outlive its parent."""
     for lock in list(LOCKS):
         lock._close()
 
 
-os.register_at_fork(after_in_child=_not_the_childs)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextmanager
@@ -51,11 +51,11 @@ class FolderLock:
         LOCKS.add(self)
 
     def check(self, resume: bool) -> None:
-        """Raises where a run may neither begin nor resume here; nothing is written.
+        """Checks that a run can begin or resume here; writes nothing.
 
         Raises:
-            UserError: the folder exists and ``resume`` isn't asked for, it doesn't and is, there is
-                a link in it, or its place can't be written.
+            UserError: a new run's folder exists, there is no run to resume, there is a link in the
+                folder, or it can't be created.
         """
         if resume:
             self._refuse_links()
@@ -77,11 +77,10 @@ class FolderLock:
             raise UserError(f"the run folder {self.path} can't be made: {parent} can't be written")
 
     def take(self) -> None:
-        """Locks the folder until :meth:`release`; the lock of a process that died is gone with it,
-        whatever children live on.
+        """Locks the folder until :meth:`release` or the end of the process.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
         """
         self._held = os.open(self.path, os.O_RDONLY)
         try:
@@ -89,7 +88,7 @@ class FolderLock:
         except BlockingIOError as error:
             self.release()
             raise UserError(
-                f"another run is at work in {self.path}: wait for it, or choose another --out"
+                f"another run uses {self.path}: wait for it, or choose another --out"
             ) from error
         except OSError as error:  # a file system without locks
             warn(f"{self.path} can't be locked: {error}")
@@ -107,19 +106,19 @@ class FolderLock:
             self._held = None
 
     def _refuse_links(self) -> None:
-        """Raises where the folder holds a link, through which a run would write elsewhere."""
+        """Raises if the folder holds a link, through which a run would write elsewhere."""
         inside = [self.path / "checkpoints"]
         for folder in (self.path, self.path / "checkpoints"):
             inside += folder.iterdir() if folder.is_dir() else []
         for entry in (self.path, *inside):
             if entry.is_symlink():
                 raise UserError(
-                    f"{entry} is a symbolic link to {os.readlink(entry)}: a run writes through none, "
-                    "name the folder itself or put the file back"
+                    f"{entry} is a symbolic link to {os.readlink(entry)}, and a run doesn't write "
+                    "through links: name the folder itself or put the file back"
                 )
 
     def _is_free(self) -> bool:
-        """Whether a run may start here: the folder is empty, or a run has left no checkpoint in it."""
+        """Whether the folder is empty, or holds only an empty ``checkpoints/``."""
         if not self.path.is_dir():
             return False
         return all(

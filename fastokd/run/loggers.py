@@ -1,7 +1,4 @@
-"""Loggers: TensorBoard and Weights & Biases.
-
-Both are given the rows of ``metrics.jsonl``, so all three say the same.
-"""
+"""Loggers: TensorBoard and Weights & Biases. Both log the rows of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from fastokd.host.names import in_utf8, on_a_line
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.hooks import Hook
 
-# Seconds that a logger may take to begin, which can need a server, and to end.
+# Timeouts in seconds to begin, which may need a server, and to end.
 BEGIN, END = 60.0, 30.0
 THREAD = "fastokd-logger"
 
@@ -34,20 +31,16 @@ class Sink(Protocol):
 
 
 def check_installed(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises where a logger that is asked for isn't installed.
-
-    Raises:
-        UserError: names the package.
-    """
+    """Raises UserError with the package's name if a requested logger isn't installed."""
     for wanted, name in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(f"--{name} needs {name}, which isn't here: pip install {name}")
+            raise UserError(f"--{name} needs {name}, which isn't installed: pip install {name}")
 
 
 def loggers(
     recipe: Recipe, folder: Path, first_step: int, *, tensorboard: bool, wandb: bool
 ) -> list[Logger]:
-    """The loggers that are asked for; ``first_step`` is a resumed run's next step."""
+    """The requested loggers; ``first_step`` is a resumed run's next step."""
     found = []
     if tensorboard:
         found.append(Logger(TensorBoard, folder, first_step))
@@ -81,7 +74,7 @@ class Logger(Hook):
         """Starts the thread, with standard input closed so that nothing can prompt.
 
         Raises:
-            UserError: it can't; says why and what to do.
+            UserError: the logger can't be used; the message says why and what to do.
         """
         asked, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115
         try:
@@ -91,7 +84,7 @@ class Logger(Hook):
             sys.stdin.close()
             sys.stdin = asked
         if self._error is not None or not begun:
-            self._rows.put(None)  # where it begins late, it ends
+            self._rows.put(None)  # ends a logger that begins after the timeout
             why = f"no answer within {BEGIN:g} s" if not self._error else in_one_line(self._error)
             raise UserError(f"{self.title} can't be used: {why}; {self._sink.fix}")
 
@@ -117,7 +110,7 @@ def still_busy() -> bool:
 
 
 class TensorBoard:
-    """Scalars under ``RUN/tensorboard``; a resumed run replaces the steps that it repeats."""
+    """Scalars under ``RUN/tensorboard``; a resumed run replaces repeated steps."""
 
     title = "TensorBoard"
     fix = "install tensorboard anew, or leave --tensorboard out"
@@ -141,13 +134,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of that name, with the recipe as its configuration."""
+    """A run named after the folder, with the recipe as its configuration."""
 
     title = "Weights & Biases"
-    fix = (
-        "`wandb login` or WANDB_API_KEY lets it in, WANDB_MODE=offline needs neither that nor a "
-        "network, or leave --wandb out"
-    )
+    fix = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline, or leave --wandb out"
     later = "metrics.jsonl has every row, and `wandb sync` sends what RUN/wandb holds"
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
@@ -167,7 +157,7 @@ class WeightsAndBiases:
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row by name: ``test/leader_top1``, ``train/ce_S/2``; matrices left out."""
+    """The numbers of a row by name, ``test/leader_top1`` or ``train/ce_S/2``, without matrices."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{name}/")

@@ -15,13 +15,13 @@ from fastokd.run.session import Session
 
 
 def settle(session: Session, save: Callable[[], None]) -> None:
-    """Reads the flag; where it is set, moves the session back before the first bad step.
+    """Reads the flag; if it is set, moves the session back to the first non-finite step.
 
-    Then either that step is skipped (``skip_nonfinite``) and those after it are to be taken anew,
-    or the state is saved and the run stops.
+    The step is then skipped (``skip_nonfinite``) and the later ones are repeated, or the state is
+    saved and the run stops.
 
     Raises:
-        UserError: a step isn't finite and no more may be skipped; the message says where and what.
+        UserError: no more steps may be skipped; the message names the step and the cause.
     """
     fault = session.learner.guard.read()
     if fault is None:
@@ -54,23 +54,22 @@ def settle(session: Session, save: Callable[[], None]) -> None:
 
 
 def find(session: Session) -> str:
-    """What isn't finite in the next step: the first value, and what follows from it.
-
-    The step is taken once more, as it was but for an update; the session stays as it is.
-    """
+    """The first non-finite values of the next step. Repeats the step without its update; the session
+    doesn't change."""
     images_BHWC, labels_B = session.next_batch()
     restore = snapshot(session.learner)
     try:
-        found = list(_findings(session, images_BHWC, labels_B))[:3]  # all: ranks go along
+        # All findings are computed, since the ranks' collectives must match.
+        found = list(_findings(session, images_BHWC, labels_B))[:3]
     finally:
         restore()
-    # It may be in one rank's share only.
+    # One rank alone may have findings.
     found = next(filter(None, session.learner.ranks.gather(found)), [])
-    return ", ".join(found) or "but it is when it is taken once more: it isn't the same each time"
+    return ", ".join(found) or "but it is finite when it is repeated: it isn't reproducible"
 
 
 def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[str]:
-    """In the order of the computation."""
+    """Non-finite values in the order of the computation."""
     if _is_bad(images_BHWC):
         bad_B = (~images_BHWC.isfinite()).flatten(1).any(1)
         yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
@@ -102,23 +101,15 @@ def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterat
 
 
 def _parameters(session: Session) -> list[tuple[str, Tensor]]:
-    return [
-        *((_owner(name), value) for name, value in session.learner.cohort.named_parameters()),
-        *(
-            (f"the method's {name}", value)
-            for name, value in session.learner.method.named_parameters()
-        ),
-    ]
+    cohort, method = session.learner.cohort, session.learner.method
+    own = [(f"the method's {name}", value) for name, value in method.named_parameters()]
+    return [*((_owner(name), value) for name, value in cohort.named_parameters()), *own]
 
 
 def _statistics(session: Session) -> list[tuple[str, Tensor]]:
-    named = [
-        *((_owner(name), value) for name, value in session.learner.cohort.named_buffers()),
-        *(
-            (f"the method's {name}", value)
-            for name, value in session.learner.method.named_buffers()
-        ),
-    ]
+    cohort, method = session.learner.cohort, session.learner.method
+    named = [(_owner(name), value) for name, value in cohort.named_buffers()]
+    named += [(f"the method's {name}", value) for name, value in method.named_buffers()]
     return [(name, value) for name, value in named if name.endswith(("_mean", "_var"))]
 
 
@@ -130,7 +121,7 @@ def _first_bad(named: list[tuple[str, Tensor]], would: str) -> Iterator[str]:
 
 
 def _bad_terms(name: str, value: Tensor) -> Iterator[str]:
-    """A term of the loss, by student where it has one value for each."""
+    """A term of the loss, by student if it has one value for each."""
     if not _is_bad(value):
         return
     if not name.endswith("_S"):

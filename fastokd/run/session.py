@@ -1,4 +1,4 @@
-"""A run while it trains: a learner, its data, and where it stands."""
+"""A run in training: a learner, its data, and its position."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
 from fastokd.student.weights import Weights
 
-# A folder's mean and deviation change by less when a few files do, or how they are read.
+# Tolerance for mean and deviation: a few changed files or another decoder change them by less.
 CHANGED = 0.05
-# Earlier versions summed in another order.
+# The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
 
 
 class Stream(Protocol):
-    """The batches of an epoch, from any one on."""
+    """The batches of an epoch, from any batch on."""
 
     def __len__(self) -> int: ...
 
@@ -46,12 +46,13 @@ class Session:
     Attributes:
         stream: the training batches of this rank.
         teacher: the weights of the run's teacher, or None.
-        contents: SHA-256 of the weights that the run takes from elsewhere.
-        settled: ``engine="auto"`` needs no timing: another choice has other last bits.
-        notes: what a user should know of how the run began, a sentence each.
+        contents: SHA-256 of the teacher's and the initial weights.
+        settled: the engine is chosen, so ``engine="auto"`` needs no timing.
+        notes: notes for the user on the start of the run, a sentence each.
         epoch, batch, step: the next step: its epoch, its batch in the epoch, and its number in the
             run. Skipped steps count.
-        best: the best score so far. ``skipped``: steps skipped under ``skip_nonfinite``.
+        best: the best score so far.
+        skipped: steps skipped under ``skip_nonfinite``.
         meter: the training metrics of this epoch.
     """
 
@@ -76,7 +77,7 @@ class Session:
 
     @property
     def stopped(self) -> bool:
-        """Whether ``max_steps`` are taken."""
+        """Whether ``max_steps`` are done."""
         return self.options.max_steps is not None and self.step >= self.options.max_steps
 
     @property
@@ -86,14 +87,14 @@ class Session:
 
     @property
     def steps_left(self) -> int:
-        """Steps until the recipe's end, or until ``max_steps`` are taken."""
+        """Steps until the recipe's end or ``max_steps``."""
         left = (self.recipe.epochs - self.epoch) * len(self.stream) - self.batch
         if self.options.max_steps is not None:
             left = min(left, self.options.max_steps - self.step)
         return left
 
     def begin_epoch(self) -> None:
-        """Fills what changes from epoch to epoch: ramp and learning rates."""
+        """Sets the ramp and the learning rates of this epoch."""
         recipe, progress = self.recipe, self.learner.progress
         progress.epoch.fill_(self.epoch)
         progress.ramp.fill_(ramp_weight(self.epoch + recipe.ramp_first, recipe.ramp_epochs))
@@ -104,10 +105,8 @@ class Session:
                 set_rate(group, group["initial_lr"] * factor)
 
     def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch. A step that wasn't taken is followed by the batches after it.
-
-        ``at_end`` may move the position back.
-        """
+        """The rest of the epoch. If the position is moved, also by ``at_end``, the batches continue
+        from there."""
         while self.batch < len(self.stream) and not self.stopped:
             for batch in self.stream.batches(self.epoch, self.batch):
                 index = self.batch
@@ -117,14 +116,14 @@ class Session:
             at_end()
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The batch of the next step; the position stays."""
+        """The batch of the next step; doesn't change the position."""
         return next(iter(self.stream.batches(self.epoch, self.batch)))
 
     def begin_step(self, images: int) -> None:
         """Draws the method's random numbers of this step, a function of (seed, step).
 
-        ``images``: this rank's number of them; it takes its part of the whole batch's draws.
-        Batches of one size share their tensors: a captured step reads the same memory every time.
+        ``images``: this rank's number of images. Draws are made for the whole batch and then sliced.
+        Batches of one size share tensors, since a captured step always reads the same memory.
         """
         generator = keyed_generator(self.recipe.seed, "draws", self.step)
         line = self.learner.ranks.data
@@ -148,7 +147,7 @@ class Session:
         self.step += 1
 
     def finish_epoch(self) -> None:
-        """Moves to the next epoch; an epoch that was cut short is left to be continued."""
+        """Moves to the next epoch, unless this one was interrupted."""
         if self.batch < len(self.stream):
             return
         heldout = None if self.data.val is None else read_all(self.data.val)
@@ -157,7 +156,7 @@ class Session:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def how(self) -> dict[str, Any]:
-        """How the run runs, as :meth:`RunOptions.as_begun` takes it up again."""
+        """The run's settings, for :meth:`RunOptions.as_begun`."""
         learner = self.learner
         how = {name: getattr(self.options, name) for name in KEPT}
         one = learner.ranks.size == 1
@@ -169,7 +168,7 @@ class Session:
         return how
 
     def state(self) -> State:
-        """All that a resumed run needs. Several ranks ask together, and rank 0 has it all."""
+        """The state for a resumed run. All ranks call this together; rank 0 gets all tensors."""
         share_state(self.learner)
         tensors, facts = state_of(self.learner)
         tensors |= {f"meter.{k}": v for k, v in self.meter.totals.items()}
@@ -188,11 +187,11 @@ class Session:
         return gathered(self.learner.ranks, tensors), facts
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The reverse of :meth:`state`.
+        """Restores :meth:`state`.
 
         Raises:
-            UserError: the checkpoint is of another recipe or of other data, and what differs; or it
-                holds what no run of its recipe writes.
+            UserError: the checkpoint has another recipe or other data (the message names the
+                difference), or lacks what a run of its recipe writes.
         """
         try:
             check_recipe(self.recipe, facts["recipe"])
@@ -203,7 +202,7 @@ class Session:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise UserError(
-                f"the checkpoint doesn't hold what its recipe asks for: {why}"
+                f"the checkpoint doesn't hold what its recipe requires: {why}"
             ) from error
 
     def _load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -218,10 +217,10 @@ class Session:
         self.skipped = int(facts.get("skipped", 0))
 
     def _load_statistics(self, facts: dict[str, Any]) -> None:
-        """Takes the mean and deviation that the run began with.
+        """Restores the mean and deviation that the run began with.
 
         Raises:
-            UserError: the data has other classes or clearly other statistics.
+            UserError: the data has other classes, or statistics that differ by more than ``CHANGED``.
         """
         ours = self.data.preprocessing
         theirs = replace(ours, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
@@ -239,7 +238,7 @@ class Session:
             warn(
                 f"the images of the {self.recipe.dataset} here have another mean or deviation than "
                 "the run began with: the folder has changed since, or an earlier fastokd measured "
-                "them otherwise; the run keeps its own"
+                "them otherwise; the run keeps its values"
             )
         self.data = replace(self.data, preprocessing=theirs)
         self.learner.cohort.set_statistics(theirs.mean, theirs.std)

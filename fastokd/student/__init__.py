@@ -1,1 +1,1 @@
-"""One trained student: its file, where it comes from and what is done with it."""
+"""Trained students: reading, writing, conversion, prediction and export."""

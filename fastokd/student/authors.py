@@ -1,11 +1,10 @@
-"""Checkpoints as the papers' authors publish them, in and out; loading one runs no code.
+"""Reads and writes the checkpoints of the papers' authors; loading one runs no code.
 
-FFSD's hold ``{"weight", "epoch", "cfg", "index"}``, one network each, the leader's with its
-transfusion (``trans_fusion_module``). OKDDip's hold ``{"state_dict", "epoch", "optim_dict", ...}``:
-one network; students ``stu0..`` that share nothing; or a trunk with branches ``layer3_0..``, whose
-projections (``query_weight``, ``key_weight``) or gate (``control_v1``, ``bn_v1``) are the method's.
-Where there is a leader it is the last student. DataParallel's ``module.`` may stand before every
-key.
+FFSD's hold ``{"weight", "epoch", "cfg", "index"}`` with one network; the leader's also has the
+transfusion (``trans_fusion_module``). OKDDip's hold ``{"state_dict", "epoch", "optim_dict", ...}``
+with one network, separate students ``stu0..``, or a trunk with branches ``layer3_0..``; the method's
+projections (``query_weight``, ``key_weight``) or gate (``control_v1``, ``bn_v1``) are beside them. A
+leader is the last student. All keys may have DataParallel's prefix ``module.``.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ class Published:
     """One of the authors' checkpoints under our keys.
 
     Attributes:
-        paper: ``"FFSD"``, ``"OKDDip"`` or ``"another trainer"``: whose the file is.
+        paper: ``"FFSD"``, ``"OKDDip"`` or ``"another trainer"``.
         sharing: ``"branch"`` or ``"network"``; None for a file of one network.
         has_leader: the last of several students is the leader.
-        state: a student's state, or a cohort's where ``sharing`` says so.
-        method_state: what belongs to the method: projections, gate, transfusion.
-        notes: what a user should know, a sentence each.
-        dataset: as the options in the file name it; None where it has none.
+        state: the student's state if ``sharing`` is None, else the cohort's.
+        method_state: the method's projections, gate or transfusion.
+        notes: notes for the user, a sentence each.
+        dataset: the data set that the options in the file name, or None.
     """
 
     paper: str
@@ -72,11 +71,11 @@ class Published:
 
     @property
     def kept_student(self) -> int:
-        """The leader, or the first student where there is none."""
+        """The leader, or the first student if there is none."""
         return self.students - 1 if self.has_leader else 0
 
     def student_state(self, index: int) -> dict[str, Tensor]:
-        """Student ``index`` alone, under its plain keys."""
+        """The state of student ``index``, without prefixes."""
         if not 0 <= index < self.students:
             raise UserError(f"student is {index}, but the file has 0 to {self.students - 1}")
         if self.sharing is None:
@@ -84,13 +83,13 @@ class Published:
         return state_of_student(self.state, index)
 
     def student(self, index: int | None = None) -> Student:
-        """One student in eval mode: the kept one unless ``index`` names another."""
+        """Student ``index`` (default: the kept one) in eval mode."""
         state = self.student_state(self.kept_student if index is None else index)
         student = create_model(self.model, self.num_classes)
         return _filled(student, state)
 
     def cohort(self, **options: Any) -> Cohort:
-        """All students in eval mode; ``options`` as :class:`fastokd.Cohort` takes them."""
+        """All students in eval mode; ``options`` are :class:`fastokd.Cohort`'s."""
         cohort = Cohort(
             (self.model, self.students),
             self.num_classes,
@@ -110,16 +109,16 @@ def load(
 
     Args:
         path: FFSD's ``model*.pth`` or OKDDip's ``last.pth`` and ``best.pth``.
-        model: our name or theirs; found by the keys and shapes where it is left out.
-        num_classes: C; read from the classifier where it is left out.
+        model: fastokd's name or the authors'. Default: determined by the keys and shapes.
+        num_classes: C. Default: the classifier's.
 
     Returns:
-        The student of a file that holds one, else the cohort (its leader the last student). It is
-        in float64 where the file is, else in float32.
+        The student if the file holds one, else the cohort (a leader is last). The dtype is float64
+        if the file has float64 tensors, else float32.
 
     Raises:
-        UserError: a file that can't be read or holds code, keys that are missing or extra, shapes
-            that don't fit.
+        UserError: the file can't be read or holds code, keys are missing or extra, or shapes
+            don't fit.
     """
     published = read(path, model=model, num_classes=num_classes)
     return published.student() if published.sharing is None else published.cohort()
@@ -128,14 +127,14 @@ def load(
 def read(
     path: str | Path, *, model: str | None = None, num_classes: int | None = None
 ) -> Published:
-    """What :func:`load` reads, before a module is made of it; raises as it does."""
+    """As :func:`load`, but returns the file's content."""
     path = Path(path)
     found = _found(path)
     weights, facts = found.weights, found.beside
     paper = {"weight": "FFSD", "state_dict": "OKDDip"}.get(found.place, "another trainer")
     if facts.get("index") == "fusion":
         raise UserError(
-            f"{path} holds FFSD's fusion module, which is no student: take modelleader_best.pth"
+            f"{path} holds FFSD's fusion module, not a student: take modelleader_best.pth"
         )
     sharing, students = sharing_of(weights)
     names = _candidates(path, model, paper, sharing, facts.get("cfg"))
@@ -176,19 +175,19 @@ def save(
     transfusion: Mapping[str, Tensor] | None = None,
     epoch: int = 0,
 ) -> None:
-    """Writes one student as the authors do; their code needs no newer torch than 1.0 to read it.
+    """Writes one student in an author's format, readable by torch 1.0 and later.
 
     Args:
-        path: replaced where it exists. FFSD's ``test.py`` takes it as ``--load_path``.
-        state: the student's, under its plain keys.
-        model: our name of it.
+        path: replaced if it exists. FFSD's ``test.py`` reads it as ``--load_path``.
+        state: the student's state, without prefixes.
+        model: fastokd's name of the model.
         paper: ``"FFSD"``: a leader, as ``modelleader_best.pth``. ``"OKDDip"``: one network, as
             ``best.pth``, such as the teacher of ``train_kd.py``.
-        transfusion: the state of the method's ``transfusion``. FFSD's ``test.py`` asks for one but
-            scores without it; where it is left out, a new one for two students is written.
+        transfusion: the state of the method's ``transfusion``. FFSD's ``test.py`` requires one, but
+            its scores don't depend on it. Default: a new one for two students.
 
     Raises:
-        UserError: a model that the paper hasn't, a state that isn't this model's.
+        UserError: the paper lacks the model, or the state isn't this model's.
     """
     published = {"FFSD": FFSD_NAMES, "OKDDip": OKDDIP_NAMES}.get(paper)
     if published is None:
@@ -213,7 +212,7 @@ def save(
 
 def _found(path: Path) -> StateDict:
     found = state_dict_in(path)
-    # The DenseNet of ONE names its branches as ResNets do, that of OKDDip has its own name.
+    # ONE's DenseNet names its branches layer3_N, as ResNets do; OKDDip's names them BranchN.
     rename = re.compile(r"^layer3_(\d+)\.denselayer")
     weights = {rename.sub(r"Branch\1.denselayer", key): v for key, v in found.weights.items()}
     return replace(found, weights=weights)
@@ -222,7 +221,7 @@ def _found(path: Path) -> StateDict:
 def _candidates(
     path: Path, model: str | None, paper: str, sharing: str | None, cfg: Any
 ) -> list[str]:
-    """The networks that the file may hold, the likeliest first."""
+    """The models that the file may hold, the likeliest first."""
     if model is not None:
         name = our_name(model)
         if sharing == "branch" and name not in BRANCHES:
@@ -230,29 +229,27 @@ def _candidates(
         return [name]
     if paper != "FFSD":
         return list(dict.fromkeys([*OKDDIP_NAMES, *FFSD_NAMES]))
-    # FFSD names the model, or keeps all its options.
+    # FFSD's files hold the model's name, or all options.
     hint = our_name(_option(cfg, "model") or str(cfg))
     return sorted(FFSD_NAMES, key=lambda name: name != hint)
 
 
 def _option(cfg: Any, name: str) -> str | None:
-    """One of the options that FFSD keeps in a file, where there are any."""
+    """One of the options in a file of FFSD, or None."""
     options = vars(cfg) if isinstance(cfg, argparse.Namespace) else cfg
     value = options.get(name) if isinstance(options, dict) else None
     return value if isinstance(value, str) else None
 
 
 def _notes(model: str, sharing: str | None, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    notes = (
+        "the published branches of DenseNet share the last block: each student has a copy",
+        "the published leader of this network skips the final norm, but no student here does: the "
+        "last student is a peer with the same weights",
+    )
     if model != "densenet_40_12" or sharing != "branch":
         return ()
-    notes = "the published branches of DenseNet share one last block: each student has its copy"
-    if "query_weight.weight" not in weights:
-        return (notes,)
-    return (
-        notes,
-        "the published leader of this network skips its final norm, which none here does: the last "
-        "student is the peer that the same weights also are",
-    )
+    return notes if "query_weight.weight" in weights else notes[:1]
 
 
 def _filled(module: M, state: dict[str, Tensor]) -> M:

@@ -1,4 +1,4 @@
-"""Students between the papers' authors' files and ours."""
+"""Converts students between the papers' checkpoints and ``student.safetensors``."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def convert(
     dataset: str | None = None,
     data_root: Path | None = None,
 ) -> list[str]:
-    """Reads an author's checkpoint into a ``student.safetensors``, or writes one for their code.
+    """Converts an author's checkpoint to a ``student.safetensors``, or a student to an author's format.
 
     Args:
-        source: an author's ``.pth``; or a run folder, a checkpoint of one or a
-            ``student.safetensors``, for the way back.
-        out: the file to write; by default beside the source, as ``.safetensors`` or as
-            ``modelleader_best.pth`` (OKDDip: ``best.pth``).
-        model: of an author's file, where its keys don't say it.
-        student: which of an author's students; the leader where there is one.
-        paper: whose format the way back writes.
-        dataset: what an author's student was trained on. By default the one that the file names, or
-            the CIFAR or ImageNet with as many classes, as the network was published for.
-        data_root: where that data set lies: an image folder's classes, mean and deviation are read
-            there, and ImageNet's names of its classes, which are numbers without it.
+        source: an author's ``.pth``; or, to write theirs, a run folder, a checkpoint or a
+            ``student.safetensors``.
+        out: the file to write. Default: beside the source, as ``.safetensors``,
+            ``modelleader_best.pth`` (FFSD) or ``best.pth`` (OKDDip).
+        model: the model of an author's file, if its keys don't determine it.
+        student: the index of an author's student. Default: the leader, or the first student.
+        paper: the format to write.
+        dataset: the data set of an author's student. Default: the one that the file names, or the
+            CIFAR or ImageNet with as many classes.
+        data_root: the folder of that data set. An image folder's classes, mean and deviation are
+            read from it, and ImageNet's class names, which are numbers without it.
 
     Returns:
-        What was done and what should be known of it, a line each.
+        What was done, and notes for the user, a line each.
 
     Raises:
-        UserError: files that can't be read or don't fit, an ``out`` that exists already.
+        UserError: a file can't be read or doesn't fit, or ``out`` exists.
     """
     source = Path(source)
     if not source.exists():
@@ -59,7 +59,7 @@ def convert(
     ours = source.is_dir() or source.suffix == ".safetensors"
     if ours and (model, student, dataset, data_root) != (None,) * 4:
         raise UserError(
-            f"{source} is one student of ours and says its model and data: leave --model, "
+            f"{source} is a fastokd student, which names its model and data: leave --model, "
             "--student, --dataset and --data-root out"
         )
     if out is None:
@@ -108,8 +108,7 @@ def _to_ours(
 
 
 def _dataset_of(source: Path, published: authors.Published) -> str:
-    """The one that the file names; else whose classes are as many, of those that the network was
-    published for."""
+    """The data set that the file names, or one of the network's published sets with as many classes."""
     named = (published.dataset or "").lower().replace("-", "").replace("_", "")
     if named in (*CIFAR, "imagenet"):
         return named
@@ -118,7 +117,7 @@ def _dataset_of(source: Path, published: authors.Published) -> str:
     found = of_classes.get(C) if small else {IMAGENET_CLASSES: "imagenet"}.get(C)
     if found is None:
         raise UserError(
-            f"{source} doesn't say what its {C} classes are: add --dataset, as cifar10, imagenet or "
+            f"{source} doesn't name its {C} classes: add --dataset, such as cifar10, imagenet or "
             "imagefolder"
         )
     return found
@@ -127,7 +126,7 @@ def _dataset_of(source: Path, published: authors.Published) -> str:
 def _data_facts(
     source: Path, published: authors.Published, dataset: str, root: Path | None
 ) -> dict[str, str]:
-    """Classes and preprocessing of a data set, as a run's student has them."""
+    """Facts on the classes and the preprocessing of a data set."""
     C = published.num_classes
     if dataset in CIFAR:
         names, shown = CIFAR[dataset].class_names, preprocessing_of(dataset)
@@ -139,7 +138,7 @@ def _data_facts(
         names, shown = data.class_names, data.preprocessing
     if len(names) != C:
         raise UserError(
-            f"{source} knows {C} classes, and {dataset} has {len(names)}: choose another --dataset"
+            f"{source} has {C} classes, and {dataset} has {len(names)}: choose another --dataset"
         )
     return {"class_names": json.dumps(list(names)), **shown.to_facts()}
 
@@ -149,19 +148,16 @@ def _to_theirs(source: Path, out: Path, paper: str) -> list[str]:
     model = weights.model
     transfusion, epoch = _transfusion(source, weights)
     authors.save(out, weights.state, model=model, paper=paper, transfusion=transfusion, epoch=epoch)
-    lines = [f"{model} for {paper}'s code, written to {out}"]
-    if paper == "FFSD" and transfusion is None:
-        lines.insert(
-            0,
-            "the file also needs a transfusion, of which the student has none: it has a new one "
-            "for two students, which scores don't depend on",
-        )
-    return lines
+    note = (
+        "the file also needs a transfusion, and the student has none: a new one for two students is "
+        "written, which doesn't change the scores"
+    )
+    missing = paper == "FFSD" and transfusion is None
+    return [*([note] if missing else []), f"{model} for {paper}'s code, written to {out}"]
 
 
 def _transfusion(source: Path, weights: Weights) -> tuple[dict[str, Tensor] | None, int]:
-    """The transfusion of an FFSD run or checkpoint beside the student's ``weights``, and the epochs
-    that it was trained for."""
+    """The transfusion of an FFSD run or checkpoint, and the epochs that it was trained for."""
     saved = weights.path
     if saved.is_file():
         saved = source

@@ -1,4 +1,4 @@
-"""Where a student's weights are found: :func:`read_weights` decides which are a run's."""
+"""Reads a student's weights from a run folder, a checkpoint or a ``student.safetensors``."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ def student_of(
     rows: list[Row],
     student: int | None = None,
 ) -> Weights:
-    """A student out of a run's state, as a checkpoint has it: the one that the recipe keeps, by its
-    running average where the run keeps one, or ``student`` as it stands.
+    """One student of a run's checkpoint.
 
     Args:
-        rows: the run's ``metrics.jsonl``; a score is told of where the same step was measured.
+        rows: the run's ``metrics.jsonl``; the score is included if this step was measured.
+        student: its index. None for the kept student. The kept student's weights are the running
+            average if the run has one.
 
     Raises:
-        UserError: there is no such student, or this is no run's state.
+        UserError: the index is out of range, or the checkpoint isn't from a run.
     """
     recipe = Recipe.from_json(facts.get("recipe"))
     if student is None:
@@ -63,12 +64,12 @@ def student_of(
         score = _measured(rows, facts["step"], None if ema is not None else student)
         of_run = {"step": facts["step"], "ema": ema, "score": score, "recipe": recipe.to_json()}
     except (KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} is no run's: it lacks {error}") from error
+        raise UserError(f"the checkpoint {path} isn't from a run: {error} is missing") from error
     return Weights(path, state, said | {name: json.dumps(of_run[name]) for name in of_run})
 
 
 def _measured(rows: list[Row], step: int, student: int | None) -> dict[str, Any] | None:
-    """What the weights of one step scored: a student's, or (None) the average's."""
+    """The score at ``step`` of a student, or of the running average (None)."""
     for row in reversed(rows):
         found = row.get("test") or row.get("val")
         if row.get("step") == step and found:
@@ -82,20 +83,22 @@ def _measured(rows: list[Row], step: int, student: int | None) -> dict[str, Any]
 def read_weights(path: Path, *, student: int | None = None, best: bool = False) -> Weights:
     """A student from a run folder, a checkpoint or a ``student.safetensors``.
 
-    A run's are those of its newest step: its ``student.safetensors``, or the newest checkpoint that
-    is whole where that is of a later step (the run went on and hasn't ended). Where the run keeps an
-    average, so it is of the kept student in each of these.
+    A run folder gives the weights of its newest step: its ``student.safetensors``, or the newest
+    complete checkpoint if its step is later (the run continued and hasn't ended).
 
     Args:
-        student: which of a run's or a checkpoint's; None for the one that its recipe keeps.
-        best: of a run, the best epoch's in place of the last one's.
+        student: the index in a run or a checkpoint; None for the kept student, whose weights are the
+            running average if the run has one.
+        best: reads a run's best epoch instead of its last.
 
     Raises:
-        UserError: there is none, or it can't be read.
+        UserError: there are no weights, or they can't be read.
     """
     if path.is_file():
         if student is not None or best:
-            raise UserError(f"{path} is one student, of one epoch: name its run to choose another")
+            raise UserError(
+                f"{path} holds one student of one epoch: name its run to choose another"
+            )
         return from_file(path)
     if best:
         found = list_checkpoints(path / "checkpoints", "best")
@@ -112,7 +115,7 @@ def read_weights(path: Path, *, student: int | None = None, best: bool = False) 
 
 
 def _newer(run: Path, written: Weights) -> Weights:
-    """The run's ``student.safetensors``, or the same student of a checkpoint of a later step."""
+    """``written``, or the same student from a checkpoint of a later step."""
     step = written.fact("step") if "step" in written.facts else -1
     saved = list_checkpoints(run / "checkpoints")
     if not saved or checkpoint_step(saved[0]) <= step:
@@ -125,9 +128,9 @@ def _newer(run: Path, written: Weights) -> Weights:
     if checkpoint_step(path) <= step:
         return written
     if step < 0 and ("recipe" not in facts or (faults and _finished(run, facts))):
-        return written  # an older file doesn't say its step, but the run's end wrote it
+        return written  # a file of an earlier version lacks the step; the end of the run wrote it
     if step >= 0:
-        warn(f"{written.path} is of step {step}, and the run went on: {path.name} is used")
+        warn(f"{written.path} is from step {step}, but the run continued: {path.name} is used")
     return _from_checkpoint(path, tensors, facts, None)
 
 
@@ -138,11 +141,11 @@ def _finished(run: Path, facts: dict[str, Any]) -> bool:
 
 
 def run_rows(run: Path) -> list[Row]:
-    """A run's ``metrics.jsonl``; nothing where it is damaged, which is warned of."""
+    """A run's ``metrics.jsonl``; warns and returns no rows if it is damaged."""
     try:
         return MetricLines(run / "metrics.jsonl").read()
     except UserError as error:
-        warn(f"{error} (no score is told of)")
+        warn(f"{error} (no score is shown)")
         return []
 
 

@@ -1,9 +1,8 @@
-"""``--init``: students that are initialised from trained weights.
+"""``--init``: initialises students from trained weights.
 
 One file initialises every student, or each student has its own file. A classifier for other classes
-is replaced by a new one. Several students from one file would stay identical, since they see the
-same images: so only the kept student takes the file's classifier, and the others begin with a
-classifier drawn from the seed.
+is replaced by a new one. Equal students would stay equal, since they are trained on the same images,
+so only the kept student takes the file's classifier; the others have new ones.
 """
 
 from __future__ import annotations
@@ -29,32 +28,46 @@ from fastokd.student.wrappers import network_in
 # Auxiliary heads of torchvision's GoogLeNet and Inception, which students don't have.
 AUXILIARY = ("aux", "AuxLogits.")
 
+# The weights in a file, and notes for the user on how they were chosen.
+InitFile = tuple[Weights, list[str]]
 
-def begin_from(
-    cohort: Cohort, paths: Sequence[Path], class_names: Sequence[str], kept: int
-) -> list[str]:
-    """Fills the students from one file, or from one for each, the leader's last.
 
-    Args:
-        class_names: the data set's. A classifier for others is replaced.
-        kept: the student that is taken away in the end.
-
-    Returns:
-        What was taken from each file and what wasn't, a sentence each.
+def read_files(paths: Iterable[str | Path]) -> list[InitFile]:
+    """Reads each file once: a run, a checkpoint, a student, or a state dict of another trainer.
 
     Raises:
-        UserError: a file that can't be read or holds code; keys that are missing, extra or of
-            another shape, by name; more files than one and fewer than students.
+        UserError: a file is missing, can't be read or holds code.
+    """
+    names = [Path(path) for path in paths]
+    found = {path: _read(path) for path in dict.fromkeys(names)}
+    return [found[path] for path in names]
+
+
+def begin_from(
+    cohort: Cohort, files: Sequence[InitFile], class_names: Sequence[str], kept: int
+) -> list[str]:
+    """Initialises all students from one file, or each from its own (the leader's last).
+
+    Args:
+        class_names: the data set's. A classifier for other classes is replaced.
+        kept: the index of the kept student.
+
+    Returns:
+        What was loaded from each file and what wasn't, a sentence each.
+
+    Raises:
+        UserError: the number of files is neither 1 nor that of the students; keys are missing, extra
+            or of another shape.
     """
     S = len(cohort.students)
+    paths = [weights.path for weights, _ in files]
     if len(paths) not in (1, S):
         raise UserError(f"--init names {len(paths)} files for {S} students: give one, or {S}")
     if cohort.trunk is not None and len(set(paths)) > 1:
         raise UserError("--init names several files, but a branch cohort shares a trunk: give one")
     notes: list[str] = []
-    for path in dict.fromkeys(paths):
+    for path, (given, chosen) in dict(zip(paths, files, strict=True)).items():
         mine = [s for s in range(S) if paths[s if len(paths) > 1 else 0] == path]
-        given, chosen = _read(path)
         notes += _fill(cohort, mine, given, class_names, kept) + chosen
     return notes
 
@@ -62,11 +75,11 @@ def begin_from(
 def _fill(
     cohort: Cohort, mine: list[int], given: Weights, class_names: Sequence[str], kept: int
 ) -> list[str]:
-    """Fills the students ``mine`` from one file."""
+    """Initialises the students ``mine`` from one file."""
     names = {cohort.model_names[s] for s in mine}
     if len(names) > 1:
         raise UserError(
-            f"{given.path} can't begin {' and '.join(sorted(names))} at once: give one --init a "
+            f"{given.path} can't initialise both {' and '.join(sorted(names))}: give one --init a "
             "student"
         )
     (name,) = names
@@ -85,8 +98,8 @@ def _fill(
     elif len(mine) > 1:
         holder = kept if kept in mine else mine[0]
         notes.append(
-            f"its classifier is student {holder}'s; the others have new ones, or all would stay "
-            "alike"
+            f"its classifier is student {holder}'s; the others have new ones, since equal students "
+            "stay equal"
         )
     else:
         holder = mine[0]
@@ -101,13 +114,13 @@ def _fill(
 
 
 def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads the entries of ``state`` that the module has: a trunk's or a branch's."""
+    """Loads the entries of ``state`` that the module has."""
     own = module.state_dict().keys()
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
 def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
-    """The keys whose shapes follow the number of classes."""
+    """The keys whose shapes depend on the number of classes."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         states = [create_model(name, c, **options).state_dict() for c in (classes, classes + 1)]
     return [key for key, value in states[0].items() if value.shape != states[1][key].shape]
@@ -116,11 +129,11 @@ def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
 def _fitting(
     given: Weights, name: str, cohort: Cohort, classifier: Collection[str]
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The file's entries under our keys, a classifier of another shape left out; what else was; and
-    what a user should know of the choice.
+    """The file's entries under fastokd's keys, without a classifier of another shape; the auxiliary
+    keys left out; and notes for the user.
 
     Raises:
-        UserError: what is left doesn't fit, by key; integers in place of weights.
+        UserError: the other keys don't fit, or weights are integers.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Student = create_model(name, cohort.num_classes, **cohort.model_options)
@@ -150,8 +163,8 @@ def _fitting(
         if wanted[key].is_floating_point() and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(
-                f"{given.path} has {model.published_key(key)} in {kind}, and weights are in floating "
-                "point: save it so, dequantised where it was quantised"
+                f"{given.path} has {model.published_key(key)} in {kind}, but weights must be floating "
+                "point: dequantise it and save it again"
             )
     return state, left_out, chosen
 
@@ -159,12 +172,11 @@ def _fitting(
 def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str]) -> str:
     if known is None:
         return f"{given.path} was trained for other classes than these {len(ours)}"
-    return f"{given.path} knows {first_names(known, SHOWN)}, not {first_names(list(ours), SHOWN)}"
+    return f"{given.path} has {first_names(known, SHOWN)}, not {first_names(list(ours), SHOWN)}"
 
 
-def _read(path: Path) -> tuple[Weights, list[str]]:
-    """A run, checkpoint or student of ours, or a state dict that somebody else saved; of an author's
-    cohort the student that is kept. And what should be known of the choice."""
+def _read(path: Path) -> InitFile:
+    """Reads one file; an author's cohort gives its kept student."""
     if not path.exists():
         raise UserError(f"--init is {path}, and there is no such file")
     if path.is_dir() or path.suffix == ".safetensors" or is_safetensors(path):
@@ -175,8 +187,3 @@ def _read(path: Path) -> tuple[Weights, list[str]]:
         return Weights(path, published.student_state(published.kept_student), {}), []
     own = {key: v for key, v in found.weights.items() if not key.startswith(METHOD_KEYS)}
     return Weights(path, own, {}), list(found.notes)
-
-
-def read_files(paths: Iterable[str | Path]) -> list[Weights]:
-    """The weights in each file; raises as :func:`begin_from`."""
-    return [_read(Path(path))[0] for path in paths]

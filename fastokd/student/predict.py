@@ -1,4 +1,4 @@
-"""What a student says of someone's own pictures."""
+"""Classifies picture files with a trained student."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastokd.student.weights import Weights
 
 @dataclass(frozen=True)
 class Prediction:
-    """One picture's most probable classes, the first one first; probabilities from 0 to 1."""
+    """One picture's most probable classes in descending order; probabilities from 0 to 1."""
 
     image: Path
     classes: tuple[str, ...]
@@ -24,18 +24,16 @@ class Prediction:
 
 @torch.no_grad()
 def predict(student: str | Path, images: Sequence[str | Path], *, top: int = 5) -> list[Prediction]:
-    """The ``top`` classes of each picture.
-
-    A picture is shown to the student as its held-out images were: :class:`Preprocessing`.
+    """The ``top`` most probable classes of each picture, preprocessed as in evaluation.
 
     Args:
-        student: a run folder, a checkpoint, an export of ``fastokd export`` to safetensors, timm
-            or hub, or a ``student.safetensors``.
+        student: a run folder, a checkpoint, a ``student.safetensors``, or an export of
+            ``fastokd export`` to safetensors, timm or hub.
         images: files that Pillow reads.
-        top: how many classes; at most all.
+        top: number of classes; limited to the student's.
 
     Raises:
-        UserError: no student there, a picture that is missing or can't be read.
+        UserError: there is no student, or a picture is missing or can't be read.
     """
     if top < 1:
         raise UserError(f"top is {top}: it must be at least 1")
@@ -60,12 +58,12 @@ def predict(student: str | Path, images: Sequence[str | Path], *, top: int = 5) 
 
 
 def _weights(path: Path) -> Weights:
-    """Of an export's folder, its one file."""
+    """Reads a student, from an export's folder too."""
     if (path / "student.json").is_file():
         found = sorted(path.glob("*.safetensors"))
         if not found:
             raise UserError(
-                f"{path} is no export that fastokd reads back: name the run, or an export to "
+                f"{path} is an export that fastokd can't read: name the run, or an export to "
                 "safetensors, timm or hub"
             )
         path = found[0]

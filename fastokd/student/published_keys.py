@@ -1,4 +1,4 @@
-"""How the authors name the entries of their checkpoints, and what keeps a file from fitting."""
+"""Maps the keys of the authors' checkpoints to fastokd's, and describes mismatches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastokd.host.names import first_names
 from fastokd.methods.ffsd_modules import Squeeze
 from fastokd.models import create_model, trunk_shape
 
-# Our names of their models, and theirs where they differ.
+# fastokd's model names and the authors'.
 FFSD_NAMES = {
     "resnet20": "resnet20",
     "resnet32": "resnet32",
@@ -33,7 +33,7 @@ OKDDIP_NAMES = {
     "vgg16": "vgg16",
     "densenet_40_12": "densenetd40k12",
 }
-# How a branch's keys are named: our prefix, their prefix with the branch's index.
+# Prefixes of a branch's keys: fastokd's, and the authors' with the branch's index.
 RESIDUAL = (("layer3.", "layer3_{}."), ("fc.", "classifier3_{}."))
 BRANCHES = {
     "resnet32": RESIDUAL,
@@ -46,35 +46,35 @@ BRANCHES = {
         ("classifier.", "classifier3_{}."),
     ),
 }
-# What belongs to a method: the transfusion, OKDDip's projections, ONE's gate.
+# A method's keys: FFSD's transfusion, OKDDip's projections, ONE's gate.
 METHOD_KEYS = ("trans_fusion_module.", "query_weight.", "key_weight.", "control_v1.", "bn_v1.")
 SHOWN = 3
 
-# Ours and the shape, under their key.
+# The authors' key -> (fastokd's key, shape).
 KeyMap = dict[str, tuple[str, torch.Size]]
 
 
 def sharing_of(weights: Mapping[str, Tensor]) -> tuple[str | None, int]:
-    """How the students share, and how many there are."""
+    """The kind of sharing and the number of students."""
     for sharing, pattern in (
         ("network", r"stu(\d+)\."),
         ("branch", r"(?:(?:layer3|classifier3|norm_final)_|Branch)(\d+)\."),
     ):
         found = {int(match.group(1)) for key in weights if (match := re.match(pattern, key))}
         if found:
-            # A gap in the numbers shows as missing and extra keys.
+            # A gap in the indices gives missing and extra keys.
             return sharing, len(found)
     return None, 1
 
 
 def our_name(model: str) -> str:
-    """Our name of a model, given as ours or as the authors'."""
+    """fastokd's name of a model; ``model`` may be the authors' name."""
     theirs = {v: k for names in (FFSD_NAMES, OKDDIP_NAMES) for k, v in names.items()}
     return theirs.get(model, model)
 
 
 def keys_of(model: str, classes: int, sharing: str | None, students: int) -> KeyMap:
-    """Every entry of the file's networks."""
+    """The keys of the networks in a file."""
     with torch.device("meta"):
         if sharing is None:
             student = create_model(model, classes)
@@ -95,7 +95,7 @@ def _their_key(key: str, model: str, sharing: str) -> str:
 
 
 def classes_of(weights: Mapping[str, Tensor]) -> int:
-    """C as the last linear layer of the networks has it, or 100 where there is none."""
+    """C, the rows of the last linear layer; 100 if there is none."""
     rows = [
         value.shape[0]
         for key, value in weights.items()
@@ -107,7 +107,7 @@ def classes_of(weights: Mapping[str, Tensor]) -> int:
 def method_keys(
     weights: Mapping[str, Tensor], model: str, sharing: str | None, students: int
 ) -> KeyMap:
-    """The entries that are the method's, complete where there is one of them."""
+    """The keys of each method module of which the file has a key."""
     if not any(key.startswith(METHOD_KEYS) for key in weights):
         return {}
     parts: list[tuple[str, str, nn.Module]] = []
@@ -133,7 +133,7 @@ def method_keys(
 
 
 def faults_of(weights: Mapping[str, Tensor], keys: KeyMap) -> dict[str, list[str]]:
-    """What keeps the weights from fitting, by kind; old torches kept no count of batches."""
+    """The keys that don't fit, by kind. ``num_batches_tracked`` may be missing, as in old torch."""
     faults = {
         "missing": [
             key for key in keys if key not in weights and not key.endswith("num_batches_tracked")
@@ -149,7 +149,7 @@ def faults_of(weights: Mapping[str, Tensor], keys: KeyMap) -> dict[str, list[str
 
 
 def described(faults: Mapping[str, Sequence[str]]) -> tuple[int, str]:
-    """How many faults there are, and the first of each kind in words."""
+    """The number of faults, and a description with the first of each kind."""
     text = "; ".join(
         f"{len(keys)} {kind}: {first_names(keys, SHOWN)}" for kind, keys in faults.items()
     )
@@ -157,6 +157,6 @@ def described(faults: Mapping[str, Sequence[str]]) -> tuple[int, str]:
 
 
 def renamed(weights: Mapping[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
-    """The entries under our keys; a count of batches that is missing is 0."""
+    """The entries under fastokd's keys; a missing ``num_batches_tracked`` is 0."""
     zero = torch.zeros((), dtype=torch.long)
     return {ours: weights.get(theirs, zero) for theirs, (ours, _) in keys.items()}

@@ -55,8 +55,8 @@ _TORCHS = re.compile(
 
 
 def stand_ins(pickles: Iterable[IO[bytes]]) -> dict[str, type]:
-    """A class for every type and function that the pickles name. torch prefers its own to these, and
-    refuses what isn't among them: all of a file that can't be looked through, or names too many."""
+    """A class for every type and function that the pickles name; none if a pickle can't be parsed or
+    names too many. torch's reader prefers its own types, and raises on names that have no class."""
     kinds: dict[str, type] = {}
     try:
         for file in pickles:
@@ -72,21 +72,21 @@ def stand_ins(pickles: Iterable[IO[bytes]]) -> dict[str, type]:
 
 
 def _name_now(name: str) -> str:
-    """What Python 3 calls what Python 2 called ``name``."""
+    """The Python 3 name of a Python 2 ``name``."""
     module, _, attribute = name.rpartition(".")
     renamed = (IMPORT_MAPPING.get(module, module), attribute)
     return ".".join(NAME_MAPPING.get((module, attribute), renamed))
 
 
 def strangers(kinds: dict[str, type]) -> list[str]:
-    """The names of those of ``kinds`` that don't stand for torch's own for tensors."""
+    """The names of ``kinds`` that aren't torch's own types for tensors."""
     names = dict.fromkeys(kind.__name__ for kind in kinds.values())
     return [name for name in names if not _TORCHS.fullmatch(name)]
 
 
 def _look_through(file: IO[bytes], kinds: dict[str, type]) -> None:
-    """Adds one pickle's names, and how their objects are filled: the stack has a name where an
-    unpickler's has what it stands for, or an object of it."""
+    """Adds one pickle's names and how their objects are filled. Emulates the unpickler's stack with
+    names in place of objects."""
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(file):

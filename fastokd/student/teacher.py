@@ -1,4 +1,4 @@
-"""A trained, frozen teacher: where it lies, and whether it fits the data."""
+"""Finds a trained teacher and checks that it fits the data."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT, Weights
 
-# A run keeps the teacher that it had, so that it can be resumed without it.
+# A copy of the teacher in the run folder, so that a resume needs no other file.
 KEPT = "teacher.safetensors"
 
 
 def teacher_recipe(student: Recipe, **changes: Any) -> Recipe:
-    """What trains the teacher of ``student``: at seed 0, with the same images held out.
+    """The recipe that trains the teacher of ``student``: seed 0, the same images held out.
 
-    ``changes`` as :func:`fastokd.recipe` takes them.
+    ``changes`` are passed to :func:`fastokd.recipe`.
     """
     return recipe(student.teacher, seed=0, val=student.val, **changes)
 
 
 def default_path(recipe: Recipe) -> Path:
-    """Where :func:`teacher_recipe` leaves it."""
+    """The default run folder of :func:`teacher_recipe`."""
     return Path("runs") / f"{recipe.teacher.replace('/', '-')}-seed0"
 
 
 def find_teacher(recipe: Recipe, given: Path | None, kept: Path | None) -> Weights:
-    """The teacher of a run.
+    """Reads the teacher of a run.
 
     Args:
-        recipe: a recipe whose method needs one.
-        given: what the user named; else ``kept``, what a resumed run has kept; else the default
-            run folder of the recipe that trains it.
+        recipe: a recipe whose method needs a teacher.
+        given: the path that the user named; None for the :func:`default_path`.
+        kept: the copy in a resumed run's folder. It is used first if it exists.
 
     Raises:
-        UserError: there is none; the message says how to train it. It can't be read.
+        UserError: there is no teacher (the message says how to train it), or it can't be read.
     """
     if kept is not None and kept.is_file():
         return read_weights(kept)
@@ -57,13 +57,13 @@ def _command(student: Recipe) -> str:
 
 
 def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Recipe) -> bool:
-    """Whether ``weights`` are known not to have seen the images that ``data`` holds out of train.
+    """Whether ``weights`` are known not to be trained on the images that ``data`` holds out.
 
-    One ``val`` of one data set is one choice of images, whatever the seeds. ``what`` is how the
-    weights came here.
+    A data set and ``val`` determine the held-out images; the seed doesn't. ``what`` describes the
+    weights in the message.
 
     Raises:
-        UserError: they have seen them.
+        UserError: they were trained on them.
     """
     if not data.held_out:
         return True
@@ -72,18 +72,18 @@ def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Rec
     if weights.fact("dataset") == data.name and weights.fact("val") != data.held_out:
         also = f"train one with `{_command(recipe)}`, " if recipe.teacher else ""
         raise UserError(
-            f"{what} {weights.path} has seen images that --val {data.held_out} holds out, since its "
-            f"own training held out {weights.fact('val') or 'none'}: {also}or leave --val out"
+            f"{what} {weights.path} was trained on images that --val {data.held_out} holds out, since "
+            f"its training held out {weights.fact('val') or 'none'}: {also}or leave --val out"
         )
     return True
 
 
 def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
-    """The network, after checking that it means these classes and reads such images.
+    """The teacher network.
 
     Raises:
-        UserError: classes in another number or order, images of another preprocessing, weights
-            that don't fit the model that the file names.
+        UserError: its classes or its preprocessing differ from the data's, or its weights don't fit
+            its model.
     """
     path = weights.path
     ours, theirs = list(data.class_names), weights.fact("class_names")
@@ -94,13 +94,13 @@ def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
             if len(theirs) != len(ours)
             else f"classes of other names or in another order than {data.name}'s"
         )
-        raise UserError(f"the teacher {path} knows {what}: train one on {data.name}")
+        raise UserError(f"the teacher {path} has {what}: train one on {data.name}")
     for name in shown.differences(data.preprocessing):
         value, here = getattr(shown, name), getattr(data.preprocessing, name)
         by = f"normalised by {name}" if name in ("mean", "std") else f"whose {name} is"
         raise UserError(
             f"the teacher {path} was trained on images {by} {_shown(value)}, and {data.name}'s is "
-            f"{_shown(here)}: it would see other images; train one on {data.name} as it is shown here"
+            f"{_shown(here)}: train one on {data.name} with this preprocessing"
         )
     return weights.build()
 

@@ -28,14 +28,8 @@ from fastokd.student.wrappers import models_own, unwrapped
 
 # Where trainers put a model's state dict within their checkpoint.
 PLACES = (
-    "state_dict",
-    "model",
-    "weight",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "net_state_dict",
+    *("state_dict", "model", "weight", "model_state_dict"),
+    *("model_state", "net", "network", "net_state_dict"),
 )
 _NO_MODEL = re.compile(r"optim|sched|scaler|criterion|loss|metric|config|args|hyper|hparam|rng")
 
@@ -46,9 +40,9 @@ class StateDict:
 
     Attributes:
         weights: under the network's own keys.
-        place: where in the file they stand; "" for the file itself.
-        beside: all that the file holds.
-        notes: what a user should know of the choice, a sentence each.
+        place: their key in the file; "" for the file itself.
+        beside: the whole content of the file.
+        notes: notes for the user, a sentence each.
     """
 
     weights: dict[str, Tensor]
@@ -58,14 +52,14 @@ class StateDict:
 
 
 def state_dict_in(path: Path) -> StateDict:
-    """The state dict that a file is, or holds.
+    """The model's state dict in a file.
 
-    Of a model and its average the model's is taken. The prefixes of DataParallel, torch.compile,
-    AveragedModel and of a trainer's module are taken off.
+    A model is preferred to its average. Prefixes of DataParallel, torch.compile, AveragedModel and
+    trainers' modules are removed.
 
     Raises:
-        UserError: as :func:`unpickled`; there is no state dict, or there are several and none is
-            the model's; an entry is no plain tensor.
+        UserError: as :func:`unpickled`; there is no state dict, or it can't be determined which of
+            several is the model's; an entry isn't a plain tensor.
     """
     content = unpickled(path)
     if not isinstance(content, dict):
@@ -89,8 +83,8 @@ def state_dict_in(path: Path) -> StateDict:
 
 
 def _state_dicts(content: dict[Any, Any], at: str = "", deep: int = 3) -> Iterator[tuple[str, Any]]:
-    """Every state dict and its place: a mapping with tensors; where mappings stand among these, one
-    of them has a name as within a network."""
+    """Every state dict and its place: a mapping with tensors. If it also holds mappings, a tensor must
+    have a dotted name."""
     tensors = [key for key, value in content.items() if isinstance(value, Tensor)]
     nested = any(isinstance(value, dict) for value in content.values())
     if tensors and not (nested and all("." not in str(k) or _NO_MODEL.search(k) for k in tensors)):
@@ -118,17 +112,17 @@ def _unread(content: dict[Any, Any], deep: int = 1) -> str:
 
 
 def unpickled(path: Path) -> Any:
-    """The file's content, built of tensors and plain values alone; what else training states hold
-    beside them (NumPy's numbers, paths, dates, objects of any class) is there without its value. The
-    file's names are never looked up. A safetensors file under another name is read as what it is.
+    """The file's content. Tensors and plain values are read; other objects (NumPy's numbers, paths,
+    dates, any class) become placeholders without a value, and the file's names are never imported. A
+    safetensors file under another name is read too.
 
     Raises:
-        UserError: it can't be read, or unpacks to more than it holds.
+        UserError: it can't be read, or is a zip bomb.
     """
     refuse_what_is_none(path)
     _refuse_a_bomb(path)
     kinds = stand_ins(_pickles(path))
-    # A trainer's options are read, for what they say.
+    # A trainer's options are read, since they may name the model and the data set.
     known: list[Any] = [argparse.Namespace, *((kind, name) for name, kind in kinds.items())]
     try:
         if is_safetensors(path):
@@ -159,7 +153,7 @@ def unpickled(path: Path) -> Any:
 
 
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
-    """Those in a file of torch's, each at its begin."""
+    """The pickles in a file of torch, each at its start."""
     if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -172,13 +166,13 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
 
 
 def is_plain(key: Any, value: Any) -> bool:
-    """Whether this is an entry of a state dict: a name, and a tensor with values of its own."""
+    """Whether this is an entry of a state dict: a name, and a dense tensor with values."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided
     return isinstance(key, str) and plain and not value.is_meta and not value.is_quantized
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file begins as those of safetensors do, whatever its name."""
+    """Whether the file's content begins like safetensors; its name isn't checked."""
     begins = _begins(path)
     size = int.from_bytes(begins[:8], "little")
     return begins[8:9] == b"{" and size + 8 <= path.stat().st_size

@@ -1,4 +1,4 @@
-"""One student as it is kept: its weights, and what it says of itself."""
+"""``student.safetensors``: one student's weights and metadata."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from fastokd.models import Student, create_model
 from fastokd.recipe.recipe import Recipe
 from fastokd.student.torch_file import refuse_what_is_none
 
+# Optional metadata: files of earlier versions lack it.
+OPTIONAL = ("step", "ema", "score")
 STUDENT = "student.safetensors"
 
 
@@ -35,7 +37,7 @@ def _score(value: Any) -> bool:
     )
 
 
-# Files come from anywhere: what a fact must be like to be used.
+# Files are untrusted: the check that each value must pass.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "model_options": lambda value: isinstance(value, dict),
     "class_names": lambda value: (
@@ -48,21 +50,19 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "recipe": lambda value: isinstance(value, dict),
     "val": lambda value: type(value) is int and value >= 0,
 }
-# What older files don't say.
-OPTIONAL = ("step", "ema", "score")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One student's state and what it says of itself (the metadata of a ``student.safetensors``).
+    """One student's state and ``facts``, the metadata of its ``student.safetensors``.
 
-    ``facts``, each as JSON but the model: ``model``, ``model_options``, ``class_names``, the fields
-    of its :class:`Preprocessing`, ``student`` (its index) and ``role`` (why it is this one). Files of a
-    run say besides: ``step`` (of the run, after which the weights are these), ``ema`` (the decay,
-    where they are a running average; else null), ``score`` (what exactly these weights scored:
-    ``split``, ``top1`` from 0 to 1 and ``epoch``, counted from 1; null where they weren't scored)
-    ``recipe``, and ``dataset`` and ``val`` (what it was trained on, and how many images were held
-    out of that).
+    All values except ``model`` are JSON:
+
+    - ``model``, ``model_options``, ``class_names``, the fields of :class:`Preprocessing`;
+    - ``student``, its index, and ``role``, why this student was kept;
+    - from a run: ``step``; ``ema``, the decay of the running average, or null; ``score`` of exactly
+      these weights (``split``, ``top1`` from 0 to 1, ``epoch`` from 1), or null; ``recipe``;
+      ``dataset``; and ``val``, the number of images held out of its training split.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Weights:
     facts: dict[str, str]
 
     def fact(self, name: str) -> Any:
-        """One of ``facts``, out of its JSON."""
+        """One value of ``facts``, decoded and checked."""
         if name not in self.facts:
             raise UserError(f"{self.path} doesn't say its {name}: take a run's {STUDENT}")
         try:
@@ -87,23 +87,23 @@ class Weights:
 
     @property
     def model(self) -> str:
-        """The student's model, by name."""
+        """The model's name."""
         if "model" not in self.facts:
             raise UserError(f"{self.path} doesn't say its model: take a run's {STUDENT}")
         return self.facts["model"]
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the model's constructor."""
+        """Keyword arguments of the model's constructor."""
         return dict(self.fact("model_options")) if "model_options" in self.facts else {}
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a picture is shown to the student."""
+        """How pictures are preprocessed for the student."""
         return from_facts(self.facts, self.fact)
 
     def about(self) -> dict[str, Any]:
-        """All that it says of itself, for JSON."""
+        """The metadata as a JSON object."""
         known = ["student", "role", *(name for name in OPTIONAL if name in self.facts)]
         return {
             "model": self.model,
@@ -114,9 +114,9 @@ class Weights:
         }
 
     def to_bytes(self) -> bytes:
-        """A ``student.safetensors``: the same bytes from the same weights and facts."""
+        """A ``student.safetensors``; equal weights and facts give equal bytes."""
         plain = {key: value.detach().cpu().contiguous() for key, value in self.state.items()}
-        data = save(plain)  # whose metadata would stand in the order of a hash map
+        data = save(plain)  # the metadata is added below: safetensors doesn't fix its order
         size = int.from_bytes(data[:8], "little")
         entries = {
             "__metadata__": dict(sorted(self.facts.items())),
@@ -127,10 +127,10 @@ class Weights:
         return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
     def build(self) -> Student:
-        """The network with these weights, in eval mode; their keys ours or the publisher's.
+        """The network with these weights, in eval mode. The keys may be fastokd's or the publisher's.
 
         Raises:
-            UserError: the weights don't fit the model that the file names.
+            UserError: the weights don't fit the model.
         """
         model = create_model(self.model, len(self.fact("class_names")), **self.options)
         ours = {model.published_key(key): key for key in model.state_dict()}
@@ -143,7 +143,7 @@ class Weights:
 
 
 def from_file(path: Path) -> Weights:
-    """The student of a ``student.safetensors``; raises as :func:`read_weights`."""
+    """Reads a ``student.safetensors``; raises UserError if it can't be read."""
     try:
         with in_utf8(path.parent) as folder, safe_open(folder / path.name, "pt") as file:
             names = list(file.keys())
@@ -159,7 +159,7 @@ def from_file(path: Path) -> Weights:
 
 
 def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int) -> dict[str, str]:
-    """What a student's file says of it; ``names`` are the classes'."""
+    """The facts of a run's student; ``names`` are the class names."""
     return {
         "model": recipe.models[student],
         "model_options": json.dumps(recipe.model_options),
@@ -173,7 +173,7 @@ def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int
 
 
 def _role(recipe: Recipe, student: int) -> str:
-    """Why this student is the one, in words."""
+    """Why this student was kept, in words."""
     S = recipe.students
     if S == 1:
         return "the only student"

@@ -1,4 +1,4 @@
-"""Whether the kept student says alone what it says within its cohort, by the engine that trained it."""
+"""Checks that the written student alone computes the logits that it has in its cohort."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastokd.learner.learner import Learner
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT, Weights
 
-# Of the largest logit, from the student alone in float64. The cohort computes in float32, whatever the
-# run's precision; a tf32 run's multiplies in TF32, which has 10 bits. FACTOR: how many times further
-# than the student alone in float32 it may be besides, where a network amplifies rounding.
+# Allowed difference from the student alone in float64, as a share of the largest logit. The cohort runs
+# in float32 (TF32, with 10 bits, in a tf32 run). FACTOR times the error of the student alone in float32
+# is added, since some networks amplify rounding.
 TOLERANCE, TF32_TOLERANCE, FACTOR = 1e-3, 2e-2, 8
 BATCH = 16
 
 
 def check_kept(learner: Learner, data: DatasetSplits, kept: Weights, run: Path) -> None:
-    """Compares the student that a run has written with ``kept``, the same out of the learner, within
-    the cohort. All ranks run the cohort, and the first reads the file.
+    """Compares a run's written student with ``kept``, the same weights in the cohort. All ranks run
+    the cohort; the first reads the file. Warns if the images can't be read.
 
     Raises:
-        UserError: as :func:`alike`. Images that can't be read are warned of.
+        UserError: as :func:`alike`.
     """
     try:
         images_BHWC = learner.ranks.first(lambda: first_images(data).cpu())
@@ -58,9 +58,9 @@ def first_images(data: DatasetSplits) -> Tensor:
 def within_cohort(
     cohort: Cohort, student: int, state: dict[str, Tensor], images_BHWC: Tensor
 ) -> Tensor:
-    """The logits ``[B, C]`` of a student of the cohort in eval mode, with the weights ``state``.
+    """The logits ``[B, C]`` of the cohort's ``student`` with the weights ``state``, in eval mode.
 
-    The cohort is left as it was.
+    Restores the cohort's weights and mode.
     """
     live, training = cohort.student_state(student), cohort.training
     before = {key: value.clone() for key, value in live.items()}
@@ -79,10 +79,10 @@ def within_cohort(
 def alike(
     logits_BC: Tensor, alone: Weights, images_BHWC: Tensor, precision: str, where: Path
 ) -> float:
-    """How far the student alone is from ``logits_BC``, as a share of the largest.
+    """The largest difference of the student alone from ``logits_BC``, relative to the largest logit.
 
     Raises:
-        UserError: further than the tolerance; the message names ``where``, the run.
+        UserError: it exceeds the tolerance; the message names ``where``, the run.
     """
     network = alone.build().to(images_BHWC.device)
     shown = alone.preprocessing
@@ -96,10 +96,10 @@ def alike(
     allowed += FACTOR * furthest_apart(own_BC, exact_BC)
     if not furthest <= allowed:
         raise UserError(
-            f"the student of {where} gives other logits alone than within its cohort: "
-            f"{furthest:.2g} of the largest apart, and at most {allowed:.2g} is allowed, so that what "
-            f"the run measured isn't what {alone.path} does; its checkpoints are kept: train it with "
-            "another --engine, and report the model"
+            f"the student of {where} gives other logits alone than within its cohort: they differ by "
+            f"{furthest:.2g} of the largest, more than {allowed:.2g}, so the run's scores don't hold "
+            f"for {alone.path}; its checkpoints are kept: train it with another --engine, and report "
+            "the model"
         )
     return furthest
 

@@ -1,5 +1,5 @@
-"""A network's keys within the modules that wrapped it: DataParallel, FSDP, torch.compile, averages of
-weights, and the modules of trainers."""
+"""Finds a network's state in that of modules that wrap it: DataParallel, FSDP, torch.compile, averages
+of weights, and the modules of trainers."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastokd.errors import UserError
 from fastokd.host.names import first_names
 
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)")
-# Modules that wrap a network: their names stand before all of its keys,
+# Wrappers of a network, which prefix all keys,
 _AROUND = ("module", "model", "net", "network", "_orig_mod", "_forward_module")
-# or, where a part of it was wrapped, within.
+# and wrappers of a submodule.
 _WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What a trainer's module has beside its network: a word of these in its name.
+# Names of what a trainer's module holds beside its network.
 _BESIDE = re.compile(
     r"n_averaged|(.*_)?(criterion|loss|metrics?|acc|accuracy|train|val|test|ema)(_.*)?"
 )
-# How many wrappers' names may stand before a network's keys.
+# The most wrappers around a network.
 _DEEP = 4
 
 
 def models_own(
     path: Path, places: Collection[str], is_usual: Callable[[str], bool]
 ) -> tuple[str, list[str]]:
-    """Which of ``places`` has the model's own weights, and what a user should know of the choice.
+    """Which of ``places`` has the model's own weights, and notes for the user.
 
     Raises:
-        UserError: several are no averages, and not just one ``is_usual``.
+        UserError: several aren't averages, and not exactly one ``is_usual``.
     """
     trained = [place for place in places if not _AVERAGE.search(place)] or list(places)
     usual = [place for place in trained if is_usual(place)] or trained
@@ -52,12 +52,12 @@ def _averages(path: Path, others: Iterable[str], own: str) -> list[str]:
 
 
 def _without_inner(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, without the names of wrappers of parts of the network."""
+    """Removes the names of submodules' wrappers from the keys."""
     return {_WITHIN.sub("", key): value for key, value in weights.items()}
 
 
 def unwrapped(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The same under the keys of the network within all wrappers, and what a user should know."""
+    """The entries without wrappers' prefixes, and notes for the user."""
     plain = _without_inner(weights)
     notes: list[str] = []
     while True:
@@ -76,11 +76,11 @@ def unwrapped(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 def network_in(
     path: Path, weights: dict[str, Tensor], is_network: Callable[..., bool]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's entries under the keys of the network: those under one common prefix are its, where
-    they are just a network's, whatever stands beside; else all.
+    """The entries under a prefix whose keys are exactly a network's, without the prefix, and notes for
+    the user; all entries if there is no such prefix.
 
     Args:
-        is_network: of keys, and of whether they are all that the file has.
+        is_network: takes keys, and ``whole``: whether they are all keys of the file.
     """
     plain = _without_inner(weights)
     under: dict[str, dict[str, Tensor]] = {"": plain}

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastokd.data import stream_of
@@ -25,7 +26,7 @@ from fastokd.data.disk.manifest import read_manifest
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import pick_loader
 from fastokd.data.disk.split import DiskSplit
-from fastokd.data.disk.workers import _Chunk, _Decoder
+from fastokd.data.disk.workers import _Chunk, make
 from fastokd.data.views import View
 from fastokd.errors import DataFileError, UserError
 from tests.data.mutate import mutated
@@ -55,7 +56,7 @@ def originals() -> list[tuple[str, bytes]]:
 
 def by_torchvision(split: DiskSplit, index: int) -> bool:
     """As a worker decodes it."""
-    found = _Decoder(split)[_Chunk([index], [None], [False])]
+    found = make(split, _Chunk([index], [None], [False]), torch.zeros(1, dtype=torch.int64))
     if isinstance(found, str):
         assert split.path(index).name in found, found
         return False
@@ -76,8 +77,6 @@ def by_pillow(split: DiskSplit, index: int) -> bool:
 
 def by_dali(split: DiskSplit, first: int, count: int) -> int:
     """How many of these are decoded; those of a batch that stops are tried in halves."""
-    import torch
-
     part = split.select(torch.arange(first, first + count))
     try:
         for images_BHWC, _ in stream_of(part, count).batches(0):

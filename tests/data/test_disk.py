@@ -221,7 +221,7 @@ def test_the_loader_is_chosen_and_named(root: Path, monkeypatch: pytest.MonkeyPa
     assert (splits.loader, splits.train.image_size) == ("torchvision", (224, 224))
     assert splits.note.startswith("images are decoded by torchvision")
     assert splits.mean == (0.485, 0.456, 0.406)
-    with pytest.raises(UserError, match="isn't here: no module nvidia"):
+    with pytest.raises(UserError, match="isn't available: no module nvidia"):
         load_dataset("imagenet", root, loader="dali")
 
 

@@ -119,7 +119,7 @@ def test_what_changed_is_named(
     assert f"run `fastokd prepare {root}` again" in str(raised.value)
     # A run that has begun goes on with what it began with.
     assert streamed(root, begun=True) == 8
-    assert "isn't what it was when it was prepared" in capsys.readouterr().err
+    assert "has changed since it was prepared" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

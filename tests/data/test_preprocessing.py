@@ -267,7 +267,7 @@ def test_timm_shows_a_picture_alike(sizes: tuple[int, int]) -> None:
 
 def test_the_words_of_small_grey_pictures() -> None:
     digits, fashion = (KNOWN[name].sentence() for name in ("digits", "fashion_mnist"))
-    assert "brought to 8 x 8 and enlarged by bicubic interpolation to 32 x 32" in digits
-    assert "brought to 28 x 28 and set into a black border to 32 x 32" in fashion
-    assert "laid on black" in fashion
-    assert "laid on white" in Preprocessing(32, (0.5,) * 3, (0.5,) * 3).sentence()
+    assert "resized to 8 x 8 and enlarged by bicubic interpolation to 32 x 32" in digits
+    assert "resized to 28 x 28 and padded with black to 32 x 32" in fashion
+    assert "filled with black" in fashion
+    assert "filled with white" in Preprocessing(32, (0.5,) * 3, (0.5,) * 3).sentence()

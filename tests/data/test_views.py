@@ -152,7 +152,7 @@ def test_the_centre_s_corner_is_torchvisions(view: View) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"), [((0, 0), "image_size is 0"), ((64, 32), "no room for image_size 64")]
+    ("sizes", "says"), [((0, 0), "image_size is 0"), ((64, 32), "less than image_size 64")]
 )
 def test_bad_sizes_are_named(sizes: tuple[int, int], says: str) -> None:
     with pytest.raises(UserError, match=says):

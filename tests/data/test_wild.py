@@ -223,7 +223,7 @@ def test_files_of_other_endings_are_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "b" / ".DS_Store").write_bytes(b"x")
     notes = " ".join(prepare(tmp_path, quiet=True).lines())
     for note in (load_dataset("imagefolder", tmp_path).note, notes):
-        assert "3 files are left out, as none of the endings .jpg, .jpeg" in note
+        assert "3 files are left out, since they have none of the extensions .jpg, .jpeg" in note
         assert "(the first: train/b/anim.gif)" in note
 
 

@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1
     assert "File too large" in warned[0]
-    assert "training goes on, and saves when it is time again" in warned[0]
+    assert "training continues until the next save" in warned[0]
     assert digest(out) == digest(whole)
     assert [name for name in tree(out) if "/." in f"/{name}"] == []
 

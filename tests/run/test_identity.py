@@ -63,7 +63,7 @@ def test_a_second_sweep_leaves_a_live_run_alone(
             before = live.stat().st_ino, live.stat().st_mtime_ns
             assert not list(live.parent.glob("checkpoints/*")), "stopped too late"
             assert run_command(command) == 2
-            assert "another run is at work in" in capsys.readouterr().err
+            assert "another run uses" in capsys.readouterr().err
             assert (live.stat().st_ino, live.stat().st_mtime_ns) == before
         finally:
             first.send_signal(signal.SIGCONT)

@@ -194,7 +194,7 @@ def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
         try:
-            with pytest.raises(UserError, match="another run is at work"):
+            with pytest.raises(UserError, match="another run uses"):
                 train(SMALL, OPTIONS, out=out)
             assert not (out / "recipe.json").exists()
             holder.kill()

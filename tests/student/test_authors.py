@@ -360,7 +360,7 @@ def test_an_ffsd_runs_leader_goes_back_with_its_own_transfusion(tmp_path: Path) 
         authors.read(run / "modelleader_best.pth", model="wrn_16_2").state, student.state_dict()
     )
     shutil.rmtree(run / "checkpoints")
-    assert "of which the student has none" in convert(run, tmp_path / "without.pth")[0]
+    assert "and the student has none" in convert(run, tmp_path / "without.pth")[0]
 
 
 def test_back_only_to_networks_that_they_have(tmp_path: Path) -> None:
@@ -397,13 +397,13 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert cli.run_command([*base]) == 2
     assert "add --dataset" in capsys.readouterr().err
     assert cli.run_command([*base, "--dataset", "digits"]) == 2
-    assert "knows 100 classes, and digits has 10" in capsys.readouterr().err
+    assert "has 100 classes, and digits has 10" in capsys.readouterr().err
 
     out = tmp_path / "peer.safetensors"
     assert cli.run_command(["convert", str(path), "--out", str(out), "--student", "1"]) == 0
     assert "(student 1 of 3)" in capsys.readouterr().out
     assert torch.equal(load_file(out)["fc.bias"], alone[1]["fc.bias"])
-    # It serves as a teacher: it says what it knows.
+    # It serves as a teacher: it names its classes.
     assert isinstance(build_teacher(read_weights(out), data), Student)
 
 
@@ -433,9 +433,9 @@ def test_a_data_set_that_a_file_does_not_tell_is_asked_for(
     state = create_model("resnet18", 100).state_dict()
     path = write(tmp_path / "a.pth", state, cfg="resnet18")
     assert cli.run_command(["convert", str(path)]) == 2
-    assert "doesn't say what its 100 classes are: add --dataset" in capsys.readouterr().err
+    assert "doesn't name its 100 classes: add --dataset" in capsys.readouterr().err
     assert cli.run_command(["convert", str(path), "--dataset", "digits"]) == 2
-    assert "knows 100 classes, and digits has 10" in capsys.readouterr().err
+    assert "has 100 classes, and digits has 10" in capsys.readouterr().err
     assert not (tmp_path / "a.safetensors").exists()
     write(path, state, cfg=argparse.Namespace(model="resnet18", dataset="CIFAR-100"))
     assert cli.run_command(["convert", str(path)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
 from fastokd.run.options import RunOptions
+from fastokd.student import init
 from fastokd.student.file import read_weights
-from fastokd.student.init import begin_from
 from fastokd.train import train
 
 NAMES = tuple("abcdefg")
@@ -37,6 +38,10 @@ def weights(model: str = "resnet8", classes: int = len(NAMES)) -> dict[str, Tens
         key: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
         for key, value in state.items()
     }
+
+
+def begin_from(made: Cohort, paths: list[Path], names: Sequence[str], kept: int) -> list[str]:
+    return init.begin_from(made, init.read_files(paths), names, kept)
 
 
 def saved(path: Path, content: object) -> Path:
@@ -228,7 +233,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     three = [saved(tmp_path / f"{i}.pth", state) for i in range(3)]
     with pytest.raises(UserError, match="shares a trunk"):
         begin_from(cohort(sharing="branch"), three, NAMES, 0)
-    with pytest.raises(UserError, match="at once"):
+    with pytest.raises(UserError, match="initialise both"):
         begin_from(Cohort(["resnet8", "resnet14"], 7, sharing="network"), three[:1], NAMES, 0)
     assert capsys.readouterr().out == ""
 

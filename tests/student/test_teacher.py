@@ -148,8 +148,11 @@ def test_the_held_out_images_are_the_same_for_every_seed(cifar: Path) -> None:
     ("facts", "says"),
     [
         ({}, ""),
-        ({"val": "0"}, r"has seen images that --val 20 holds out, .* held out none: .*--val 20"),
-        ({"val": "10"}, r"has seen images that --val 20 holds out, .* held out 10"),
+        (
+            {"val": "0"},
+            r"was trained on images that --val 20 holds out, .* held out none: .*--val 20",
+        ),
+        ({"val": "10"}, r"was trained on images that --val 20 holds out, .* held out 10"),
         ({"val": None}, "it may have seen the images of --val 20"),
         ({"val": "0", "dataset": '"imagefolder"'}, ""),
     ],
@@ -181,7 +184,7 @@ def test_weights_that_have_seen_the_held_out_images_are_refused(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"class_names": json.dumps(["a", "b"])}, "knows 2 classes, and digits has 10"),
+        ({"class_names": json.dumps(["a", "b"])}, "has 2 classes, and digits has 10"),
         ({"class_names": json.dumps(list("9876543210"))}, "in another order than digits's"),
         ({"mean": json.dumps([0.1, 0.1, 0.1])}, "normalised by mean"),
         ({"std": json.dumps([0.1, 0.1, 0.1])}, "normalised by std"),

@@ -32,7 +32,7 @@ from fastokd.errors import UserError
 from fastokd.models import create_model
 from fastokd.student import authors
 from fastokd.student.convert import convert
-from fastokd.student.init import begin_from
+from fastokd.student.init import begin_from, read_files
 from fastokd.student.torch_file import state_dict_in
 
 State = dict[str, Tensor]
@@ -182,7 +182,7 @@ def test_every_reader_finds_them(state: State, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(training_state(behind("module._orig_mod.", state)), path)
     made = Cohort(("resnet20", 1), 10, sharing="network", seed=5)
-    begin_from(made, [path], [str(c) for c in range(10)], 0)
+    begin_from(made, read_files([path]), [str(c) for c in range(10)], 0)
     published = authors.read(path)
     assert (published.model, published.num_classes) == ("resnet20", 10)
     for ours in (made.student_state(0), published.state):
@@ -278,7 +278,7 @@ def test_what_was_fetched_instead_is_named(
 ) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
-        begin_from(Cohort(("resnet8", 1), 10), [tmp_path / name], ["a"] * 10, 0)
+        begin_from(Cohort(("resnet8", 1), 10), read_files([tmp_path / name]), ["a"] * 10, 0)
 
 
 def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
 from fastokd.data.waits import Watch
-from fastokd.device import staged
+from fastokd.device import moved
 from fastokd.errors import DataFileError
 
 # Batches that are decoded ahead.
@@ -27,7 +27,7 @@ HARDWARE_LOAD = 0.75
 
 
 def why_not() -> str | None:
-    """Why DALI can't serve here; None where it can."""
+    """Why DALI isn't available; None if it is."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -129,15 +129,11 @@ class _Fed:
         B = len(self.whole.index_B)
         images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, device=device)
         if images is not None:
-            images_BHWC.index_copy_(0, self._moved(self.plain_R), images)
+            images_BHWC.index_copy_(0, moved(self.plain_R, device), images)
         if self.seen:
             seen = torch.stack([self._result(row, one) for row, one in enumerate(self.seen)])
-            images_BHWC.index_copy_(0, self._moved(self.rest_R), self._moved(seen))
+            images_BHWC.index_copy_(0, moved(self.rest_R, device), moved(seen, device))
         return images_BHWC, labels_B
-
-    def _moved(self, host: Tensor) -> Tensor:
-        device = self.split.device
-        return staged(host, device).to(device, non_blocking=True)
 
     def _result(self, row: int, one: Future[Tensor]) -> Tensor:
         try:
@@ -159,7 +155,7 @@ def decode(
     # Batches in progress, oldest first.
     fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
-    # Else each of these threads would start torch's own threads.
+    # One torch thread each: else every thread of the pool would start its own threads of torch.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
@@ -205,7 +201,7 @@ def decode(
         yield from without_dali()
     finally:
         watch.end()
-        # End its threads here. If a forked process collected the pipeline, it would wait for ever for
+        # End its threads here. If a forked process collected the pipeline, it would wait forever for
         # threads that it doesn't have.
         del pipeline
         pool.shutdown(cancel_futures=True)

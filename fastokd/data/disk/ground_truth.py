@@ -1,4 +1,4 @@
-"""Which class each image of ILSVRC's flat ``val/`` has, from the files that say so."""
+"""Reads the classes of ILSVRC's flat ``val/`` from a ground-truth file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ PLACES = (
 def read_ground_truth(
     root: Path, given: Path | None, names: list[str], classes: list[str]
 ) -> dict[str, str]:
-    """The class of each of ``names``, as far as the file has it.
+    """The class of each of ``names`` that the file contains.
 
-    Three forms are known: the development kit's (a number a line for the images in the order of
-    their names, which ``meta.mat`` beside it turns into WordNet ids), Kaggle's
-    ``LOC_val_solution.csv``, and lines of ``NAME CLASS``, where a number counts in the sorted
-    classes.
+    The file is the development kit's (a number a line, for the images in the order of their names;
+    ``meta.mat`` beside it maps numbers to WordNet ids), Kaggle's ``LOC_val_solution.csv``, or has
+    lines of ``NAME CLASS``, where a number is an index into the sorted classes.
 
     Raises:
-        UserError: there is none, it can't be read, or it doesn't fit the images.
+        UserError: there is no such file, it can't be read, or it doesn't fit the images.
     """
     path = given
     if path is None:
@@ -55,7 +54,7 @@ def read_ground_truth(
 
 
 def _devkit(path: Path, numbers: list[int], names: list[str]) -> dict[str, str]:
-    """The n-th line is the class of the n-th image; file names carry n, so a subset fits too."""
+    """Line n is the class of image n. File names contain n, so a subset of the images fits too."""
     ids = _wordnet_ids(path.with_name("meta.mat"))
     truth = {}
     for position, name in enumerate(names):
@@ -73,7 +72,7 @@ def _devkit(path: Path, numbers: list[int], names: list[str]) -> dict[str, str]:
 
 
 def _wordnet_ids(meta: Path) -> dict[int, str]:
-    """``ILSVRC2012_ID`` to WordNet id."""
+    """Maps ``ILSVRC2012_ID`` to the WordNet id."""
     from scipy.io import loadmat
 
     try:
@@ -88,7 +87,7 @@ def _wordnet_ids(meta: Path) -> dict[int, str]:
             f"the ground truth's numbers need {meta}: put it there, from the development kit"
         ) from None
     except Exception as error:
-        # A damaged file makes loadmat raise nearly anything.
+        # loadmat may raise any exception for a damaged file.
         raise UserError(
             f"{meta} can't be read ({error}): fetch the development kit again"
         ) from error

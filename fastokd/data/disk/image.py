@@ -1,5 +1,4 @@
-"""One image of a split on disk: decoded by Pillow as a batch has it, and what is wrong with its
-file. Both loaders use this."""
+"""Decodes one image of a split on disk with Pillow, and finds the fault of a file, for both loaders."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from fastokd.errors import DataFileError
 
 
 def see(split: DiskSplit, index: int, box: list[int] | None, *, flip: bool) -> Tensor:
-    """Image ``index`` as it is trained on, or tested where there is no box: ``[S, S, 3]``.
+    """Image ``index`` as ``[S, S, 3]``: the ``box`` for training, or the centre without one.
 
     Raises:
         OSError: the file has changed since it was prepared.
@@ -37,9 +36,8 @@ def see(split: DiskSplit, index: int, box: list[int] | None, *, flip: bool) -> T
 
 
 def first_broken(split: DiskSplit, indices: Iterable[int], error: Exception | None) -> Exception:
-    """The error to raise where a loader stopped: it names the first file at fault, oldest first;
-    the loader's own ``error`` where no file is.
-    """
+    """The error to raise after a loader's failure: it names the first faulty file of ``indices``; the
+    loader's own ``error`` if there is none."""
     for index in indices:
         path, expected = split.path(index), int(split.bytes_N[index])
         look = look_at(path)

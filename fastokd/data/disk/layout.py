@@ -1,8 +1,7 @@
-"""Where the images of a set lie and which class each has; what lies in the wrong place.
+"""Lists the images of a folder, their classes, and misplaced files.
 
-``train/CLASS/**`` and ``val/CLASS/**`` or ``test/CLASS/**``, in the order of torchvision's
-``ImageFolder``; or ILSVRC's flat ``val/``, whose classes a ground-truth file has. Sets in memory, on
-disk and ``fastokd prepare`` are all listed here.
+A folder has ``train/CLASS/**`` and ``val/CLASS/**`` or ``test/CLASS/**``, in the order of torchvision's
+``ImageFolder``; or ILSVRC's flat ``val/``, whose classes are in a ground-truth file.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from fastokd.data.disk.ground_truth import read_ground_truth
 from fastokd.data.disk.walk import Found, images_in, is_image, list_folder, walk_classes
 from fastokd.errors import UserError
 
-# Notes that a run's first lines have room for.
+# The most notes shown at the start of a run.
 SHOWN = 3
 
 
@@ -25,10 +24,10 @@ class Layout:
 
     Attributes:
         classes: names of train's folders that hold an image, sorted by code point.
-        files: (split, path from the root, class id) of each image; the class id is -1 with a fault.
-        faults: by path, why a file can't be used where it lies.
-        notes: folders in the wrong place, without images or left out.
-        folders: of every folder that was listed, when it last changed (ns), by path.
+        files: (split, path from the root, class id) of each image; the class id is -1 if unknown.
+        faults: why a file can't be used, by path.
+        notes: folders that are misplaced, empty or left out.
+        folders: modification time (ns) of every listed folder, by path.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -51,9 +50,9 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
         labelled: False lists a flat ``val/`` without its classes.
 
     Raises:
-        UserError: no ``train/`` with at least two classes, a class that train lacks, a class whose
-            files can't be used, nothing to be tested on, a flat ``val/`` without its classes, a
-            folder that can't be listed.
+        UserError: ``train/`` has fewer than two classes, ``val/`` or ``test/`` has a class that train
+            lacks, a class has no usable file, there are no test images, a flat ``val/`` has no
+            classes, or a folder can't be listed.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: give the one that holds train/ and val/")
@@ -76,7 +75,7 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
             layout.notes.append("test/ has no folders of classes: it is left out")
     if ground_truth is not None and not flat_val:
         raise UserError(
-            f"{root / 'val'} has folders of classes, which say more than {ground_truth}: "
+            f"{root / 'val'} has folders of classes, which replace {ground_truth}: "
             "leave the ground truth out"
         )
     if not any(split != "train" for split, _, _ in layout.files):
@@ -88,16 +87,16 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
 
 
 def shortened(notes: Sequence[str]) -> list[str]:
-    """As many notes as a line has room for."""
+    """The first notes, and the number of the others."""
     more = len(notes) - SHOWN
     return [*notes[:SHOWN], *([f"and {more:,} more such notes"] if more > 0 else [])]
 
 
 def held_out_folders(name: str, splits: Iterable[str]) -> dict[str, str]:
-    """Which folder is which split, train aside, of the ``splits`` that hold files.
+    """The folder of each split but train; ``splits`` are the folders that hold files.
 
-    ImageNet is tested on ``val/``. Any other set is tested on ``test/`` and validated on ``val/``;
-    without ``test/``, ``val/`` is the test split.
+    ``test/`` is the test split and ``val/`` the validation split. For ImageNet, and without
+    ``test/``, ``val/`` is the test split.
     """
     splits = set(splits)
     if name == "imagenet" or "test" not in splits:
@@ -108,7 +107,7 @@ def held_out_folders(name: str, splits: Iterable[str]) -> dict[str, str]:
 def refuse_unusable_classes(
     root: Path, classes: Iterable[str], files: Iterable[tuple[int, str]]
 ) -> None:
-    """Refuses a class without a single image: it would be trained on nothing.
+    """Raises UserError for a class without usable images.
 
     ``files``: (class id, fault or "") of train's files.
     """
@@ -128,7 +127,7 @@ def refuse_unusable_classes(
 
 
 def what_is_left_out(files: list[tuple[str, str]], total: int, how: str) -> str:
-    """One clause about files with faults, (path, fault) each, of ``total``."""
+    """A clause on ``files`` with faults, (path, fault) each, of ``total``."""
     path, fault = files[0]
     are = "is" if len(files) == 1 and total == 1 else "are"
     return f"{len(files)} of {total:,} files {are} {how} (the first: {path}, {fault})"
@@ -183,7 +182,7 @@ def _add_held_out(layout: Layout, root: Path, split: str, names: list[str]) -> N
 
 
 def _note_missing(layout: Layout, split: str) -> None:
-    """Classes that can't be tested."""
+    """Notes the classes without images in ``split``."""
     there = {label for _, label in layout.usable(split)}
     missing = [name for label, name in enumerate(layout.classes) if label not in there]
     if missing:
@@ -194,7 +193,7 @@ def _note_missing(layout: Layout, split: str) -> None:
 
 
 def _add_class(layout: Layout, split: str, name: str, label: int, images: list[Found]) -> None:
-    """One class of one split; a class's folder inside another's is in the wrong place."""
+    """Adds one class of one split; the folder of another class inside it is a fault."""
     classes = set(layout.classes)
     seen: set[str] = set()
     for image in images:

@@ -1,11 +1,12 @@
-"""What ``fastokd prepare`` found in a folder of images: every file, its class, size and faults.
+"""The manifest that ``fastokd prepare`` writes: every file of a folder of images.
 
-``manifest.jsonl``: a header (a JSON object), then a JSON list a file:
-``[split, path, class id, height, width, bytes, fault, plain, mtime, sums]``, the size being that of the
-upright image. A file with a fault is quarantined: it is listed, and no run reads it. What isn't plain
-(:func:`fastokd.data.decode.is_plain`) is left to Pillow by every loader. Manifests of earlier versions
-lack the last three and the header's ``folders``: headers are read for the first, nothing is known about
-what has changed since, and mean and deviation stay those of all of train's images.
+``manifest.jsonl`` is a header (a JSON object), then a JSON list a file:
+``[split, path, class id, height, width, bytes, fault, plain, mtime, sums]``. Height and width are those
+of the upright image. No run reads a file with a fault. All loaders decode files that aren't plain
+(:func:`fastokd.data.decode.is_plain`) with Pillow.
+
+Manifests of earlier versions lack the last three fields and the header's ``folders``. For them the
+image headers are read, changes aren't detected, and mean and deviation include held-out images.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ VERSION = 1
 
 
 class Entry(NamedTuple):
-    """One file: ``path`` from the set's root; ``label`` is -1 where no class is known; ``fault`` is
-    "" for an image that can be read; ``plain`` is None in manifests that don't say it; ``mtime`` in
-    nanoseconds, 0 where it isn't known; ``sums``, of images whose colours were counted: pixels, then
-    the sum of each channel's levels, then that of their squares."""
+    """One file.
+
+    ``path`` is relative to the root; ``label`` is -1 if unknown; ``fault`` is "" for a readable image;
+    ``plain`` is None and ``mtime`` (ns) is 0 if unknown; ``sums``, of sampled images: the number of
+    pixels, the sum of each channel, the sum of each channel's squares.
+    """
 
     split: str
     path: str
@@ -47,12 +50,12 @@ class Manifest:
     """A prepared folder.
 
     Attributes:
-        root: where the images' paths begin.
-        classes: names in torchvision's order; an entry's label counts in it.
+        root: the folder that paths are relative to.
+        classes: names in torchvision's order, indexed by the entries' labels.
         mean, std: of the channels of train's images, in [0, 1].
-        entries: in torchvision's order, split by split; files with faults among them.
-        notes: what was found that is no image's fault: folders in the wrong place.
-        folders: when each folder last changed (ns), by its path; empty where that isn't known.
+        entries: all files, those with faults included, by split in torchvision's order.
+        notes: problems of folders, such as one in the wrong place.
+        folders: modification time (ns) of each folder by path; empty if unknown.
     """
 
     root: Path
@@ -64,7 +67,7 @@ class Manifest:
     folders: Mapping[str, int] = field(default_factory=dict)
 
     def usable(self, split: str) -> list[Entry]:
-        """The images of one split that can be read."""
+        """The readable images of one split."""
         return [entry for entry in self.entries if entry.split == split and not entry.fault]
 
     def quarantined(self, *splits: str) -> list[Entry]:
@@ -73,7 +76,7 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> Path:
-    """Writes ``folder/manifest.jsonl``, whole or not at all; returns its path.
+    """Writes ``folder/manifest.jsonl`` atomically; returns its path.
 
     Raises:
         UserError: the folder can't be written.
@@ -81,7 +84,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
     path = folder / MANIFEST
     header = {
         "fastokd_manifest": VERSION,
-        # A folder that is moved keeps its manifest.
+        # Relative, so that the folder can be moved.
         "root": "."
         if manifest.root.resolve() == folder.resolve()
         else str(manifest.root.resolve()),
@@ -121,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in ``folder``.
 
     Raises:
-        UserError: there is none, or it isn't whole.
+        UserError: it is missing or damaged.
     """
     path = folder / MANIFEST
     try:
@@ -162,5 +165,5 @@ def _checked(header: Any, entries: tuple[Entry, ...], folder: Path) -> Manifest:
 
 
 def _counts(sums: Any) -> bool:
-    """Whether they can be an image's."""
+    """Whether these can be an image's sums."""
     return sums is None or (len(sums) == 7 and sums[0] > 0 and all(0 <= s < 1 << 62 for s in sums))

@@ -1,16 +1,14 @@
-"""Whether a folder is still what ``fastokd prepare`` saw.
+"""Checks whether a folder has changed since ``fastokd prepare``.
 
 A run checks the modification time of each folder, and the size and time of up to ``CHECKED`` files,
-spread over the set. Folders are listed again only if one of them has changed. A copied set has new
-times throughout, none of which occurred before: names and sizes decide there. The loaders compare
-the size of every file that they read.
+evenly spaced. Folders are listed again only if one has changed. In a copied set all times are new;
+there only names and sizes are compared. The loaders check the size of every file that they read.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 from fastokd.data.disk.layout import find_layout
@@ -25,11 +23,11 @@ THREADS = 8
 
 
 def what_changed(manifest: Manifest) -> str:
-    """What was added, removed or changed since, in words; "" for nothing, and for a manifest of an
-    earlier version, which doesn't say when it looked.
+    """What was added, removed or changed, in words; "" for nothing, and for a manifest of an earlier
+    version, which has no times.
 
     Raises:
-        UserError: the folder isn't one of classes any more.
+        UserError: as :func:`find_layout`.
     """
     if not manifest.folders:
         return ""
@@ -64,7 +62,7 @@ def _names(manifest: Manifest) -> list[str]:
 
 
 def _files(manifest: Manifest, moved: set[str]) -> tuple[list[str], list[str]]:
-    """Of the files that are checked: which are gone, and which aren't what they were."""
+    """The checked files that are gone, and those that have changed."""
     known = [entry for entry in manifest.entries if entry.mtime]
     checked = known[:: max(1, -(-len(known) // CHECKED))]
     gone: list[str] = []
@@ -80,7 +78,7 @@ def _files(manifest: Manifest, moved: set[str]) -> tuple[list[str], list[str]]:
     copied = (
         len(touched) + len(changed) + len(gone) == len(checked)
         and {os.path.dirname(path) for path in touched} <= moved
-        # Folders that were exchanged have each other's times.
+        # Exchanged folders have each other's times.
         and {entry.mtime for entry in checked}.isdisjoint(touched.values())
     )
     return gone, changed if copied else sorted([*changed, *touched])
@@ -90,8 +88,7 @@ def _stats(root: Path, entries: list[Entry]) -> Iterable[os.stat_result | None]:
     def look(some: list[Entry]) -> list[os.stat_result | None]:
         return [_stat(root / entry.path) for entry in some]
 
-    rest = iter(entries)
-    chunks = list(iter(lambda: list(islice(rest, 256)), []))
+    chunks = [entries[first : first + 256] for first in range(0, len(entries), 256)]
     for found in by_threads(look, chunks, THREADS, lambda some: some[0].path):
         yield from found
 
@@ -116,7 +113,7 @@ def _counted(names: list[str], one: str, more: str) -> str:
 
 
 def refuse_outgrown(manifest: Manifest, folder: Path) -> None:
-    """Raises a :class:`UserError` with what changed since the manifest in ``folder`` was made."""
+    """Raises a :class:`UserError` that names what changed since the manifest in ``folder`` was made."""
     prepare = f"fastokd prepare {manifest.root}"
     if manifest.root.resolve() != folder.resolve():
         prepare += f" --out {folder}"
@@ -126,6 +123,6 @@ def refuse_outgrown(manifest: Manifest, folder: Path) -> None:
         changed = str(error)
     if changed:
         raise UserError(
-            f"{manifest.root} isn't what it was when it was prepared: {changed}; run `{prepare}` "
-            "again, or put it back"
+            f"{manifest.root} has changed since it was prepared: {changed}; run `{prepare}` again, or "
+            "undo the change"
         )

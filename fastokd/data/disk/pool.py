@@ -1,8 +1,8 @@
-"""Worker processes that make chunks of batches, and the memory in which they hand them over.
+"""Worker processes that make chunks of batches in shared memory.
 
 The memory is mapped before the workers are forked. So it needs no ``/dev/shm`` (64 MiB in
-containers), no file, no name and no descriptor, and it can't run out during a run. Each worker has
-one pipe, which closes when the worker ends, so that no wait outlasts it.
+containers), file, name or descriptor, and it can't run out during a run. Each worker has one pipe,
+which closes when the worker ends, so that the main process doesn't wait for a dead worker.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Pool:
 
         Raises:
             DataFileError: a file of the chunk is at fault.
-            LoaderError: a worker was killed or given up, or the machine has no more to give.
+            LoaderError: a worker was killed or hangs, or a resource ran out.
         """
         given = self._given[0]
         patience, row = Patience(), -1
@@ -207,7 +207,7 @@ class Pool:
         return self._at(given.chunk, row)
 
     def _died(self, worker: _Worker) -> None:
-        """Raises an error that says how a worker ended."""
+        """Raises an error with the cause of a worker's end."""
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
         except ChildProcessError:  # SIGCHLD is ignored, so the exit status is unknown

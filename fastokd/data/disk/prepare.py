@@ -1,4 +1,4 @@
-"""``fastokd prepare``: looks at every image of a folder once and writes its manifest."""
+"""``fastokd prepare``: decodes every image of a folder once and writes its manifest."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fastokd.errors import UserError
 from fastokd.host.console import console
 
 IMAGENET_CLASSES = 1000
-# As many faults as a screen shows; the manifest has them all.
+# The most faults printed; the manifest has all.
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was found and where it is written."""
+    """A manifest and the path where it was written."""
 
     path: Path
     manifest: Manifest
 
     def to_json(self) -> dict[str, Any]:
-        """The facts, every quarantined file among them."""
+        """The facts, with every quarantined file."""
         found = self.manifest
         counts = Counter(entry.split for entry in found.entries if not entry.fault)
         return {
@@ -43,7 +43,7 @@ class Prepared:
         }
 
     def lines(self) -> list[str]:
-        """The facts for a person."""
+        """The facts as text."""
         facts = self.to_json()
         images = ", ".join(f"{count:,} {split}" for split, count in facts["images"].items())
         lines = [
@@ -73,14 +73,14 @@ def prepare(
 
     Args:
         root: the folder that holds ``train/`` and ``val/`` or ``test/``.
-        ground_truth: the classes of ILSVRC's flat ``val/``; looked for where it isn't given.
-        out: where the manifest goes, for an image folder that can't be written; ``root``.
-        imagenet: says so where the classes aren't ImageNet's 1,000.
+        ground_truth: the classes of ILSVRC's flat ``val/``. Default: searched for.
+        out: the folder of the manifest, if ``root`` can't be written. Default: ``root``.
+        imagenet: adds a note if there aren't 1,000 classes.
         workers: threads; 0 for one a core.
         quiet: no progress bar.
 
     Raises:
-        UserError: a layout that isn't understood; a class whose images are all damaged.
+        UserError: as :func:`find_layout`, or all images of a class are damaged.
     """
     if workers < 0:
         raise UserError(f"workers is {workers}: it must be at least 0")
@@ -99,7 +99,7 @@ def prepare(
 def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     good = [file for file in layout.files if file[1] not in layout.faults]
     train = [i for i, (split, _, _) in enumerate(good) if split == "train"]
-    # Spread evenly, so that every class has its part.
+    # Evenly spaced, so that all classes are sampled.
     take = np.linspace(0, len(train) - 1, min(SAMPLED, len(train))).round().astype(int)
     sampled = [train[i] for i in np.unique(take)]
     entries = [
@@ -129,18 +129,11 @@ def _scanned(root: Path, layout: Layout, workers: int, quiet: bool) -> Manifest:
     sums = [entry.sums for entry in entries if entry.sums is not None]
     if not sums:
         raise UserError(f"no image in {root / 'train'} can be read: is the folder what it seems?")
-    mean, std = statistics_of(np.array(sums))
     place = {path: i for i, (_, path, _) in enumerate(layout.files)}
     entries.sort(key=lambda entry: place[entry.path])
-    return Manifest(
-        root,
-        tuple(layout.classes),
-        mean,
-        std,
-        tuple(entries),
-        tuple(layout.notes),
-        layout.folders,
-    )
+    classes, notes = tuple(layout.classes), tuple(layout.notes)
+    statistics = statistics_of(np.array(sums))
+    return Manifest(root, classes, *statistics, tuple(entries), notes, layout.folders)
 
 
 def _rounded(values: tuple[float, ...]) -> str:

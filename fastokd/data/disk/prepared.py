@@ -1,4 +1,4 @@
-"""Prepared folders of images as data sets: ImageNet, and any folder that is streamed from disk."""
+"""Data sets streamed from a prepared folder: ImageNet, and any folder of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pick_loader(name: str) -> str:
     """``"auto"`` is DALI where it is installed, else torchvision.
 
     Raises:
-        UserError: an unknown loader; DALI asked for where it can't be had, and why.
+        UserError: an unknown loader; DALI, if it isn't available (the message says why).
     """
     if name not in LOADERS:
         raise UserError(f"loader is {name!r}: choose {', '.join(LOADERS)}")
@@ -34,7 +34,7 @@ def pick_loader(name: str) -> str:
     if reason is None:
         return "dali"
     if name == "dali":
-        raise UserError(f"loader is 'dali', which isn't here: {reason}")
+        raise UserError(f"loader is 'dali', which isn't available: {reason}")
     return "torchvision"
 
 
@@ -47,16 +47,15 @@ def load_prepared(
     workers: int = 0,
     begun: bool = False,
 ) -> DatasetSplits:
-    """``root``, which ``fastokd prepare`` has looked at, streamed from disk.
+    """A folder prepared by ``fastokd prepare``, streamed from disk.
 
     Args:
-        shown: how its pictures are shown; the mean and deviation of a set that isn't published are
-            measured.
-        begun: a run goes on with it: what has changed in the folder since is told, not refused.
+        shown: the preprocessing. Mean and deviation are replaced by measured ones, but for ImageNet.
+        begun: for a resumed run: changes in the folder give a warning, not an error.
 
     Raises:
-        UserError: a folder that isn't prepared, or has changed since; no image left to train or to test on; a loader
-            that can't be had.
+        UserError: the folder isn't prepared or has changed since; there are no images to train or
+            to test on; the loader isn't available.
     """
     root = files.need_root(name, root)
     manifest = read_manifest(root)
@@ -65,7 +64,7 @@ def load_prepared(
     except UserError as error:
         if not begun:
             raise
-        warn(f"{error}; the run goes on with the images that it began with")
+        warn(f"{error}; the run continues with the images that it began with")
     manifest = _with_headers(manifest)
     picked = pick_loader(loader)
     published = name == "imagenet"  # mean and deviation
@@ -95,15 +94,15 @@ def load_prepared(
 
 
 def _with_headers(manifest: Manifest) -> Manifest:
-    """What manifests of earlier versions don't say is read from the headers of the images: which
-    are turned, and which not every decoder decodes alike."""
+    """Adds what a manifest of an earlier version lacks, read from the images' headers: the upright
+    size, and which files are plain."""
     old = [i for i, e in enumerate(manifest.entries) if not e.fault and e.plain is None]
     if not old:
         return manifest
     entries = list(manifest.entries)
     looks = scan(manifest.root, [entries[i].path for i in old], pixels=False)
     for i, look in zip(old, looks, strict=True):
-        # A file at fault stays, and is named when it is read: a resumed run has the same images.
+        # A file with a fault is kept, since a resumed run must have the same images; reading it raises.
         size = entries[i][3:5] if look.fault else look[:2]
         entries[i] = entries[i]._replace(height=size[0], width=size[1], plain=look.plain)
     return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))

@@ -1,4 +1,4 @@
-"""Reads every image of a set once: whether it can be decoded, its size, and its colour statistics."""
+"""Checks every image of a set: whether it can be decoded, its size, and its colour statistics."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, uprig
 from fastokd.data.waits import by_threads, exhausted
 from fastokd.host.cpus import usable_cpus
 
-# Images whose pixels give mean and deviation: enough for three digits of ImageNet's.
+# Images from which mean and deviation are computed: enough for three digits of ImageNet's.
 SAMPLED = 20_000
 CHUNK = 64
 
 
 class Look(NamedTuple):
-    """One file: its upright size in pixels and its bytes, why it can't be used or "", whether it is
-    plain (:func:`fastokd.data.decode.is_plain`); where it was asked for, :func:`sums_of` its pixels;
-    and when it last changed (ns)."""
+    """One file: its upright size in pixels, its size in bytes, why it can't be used or "", whether it is
+    plain (:func:`fastokd.data.decode.is_plain`), :func:`sums_of` its pixels if requested, and its
+    modification time (ns)."""
 
     height: int
     width: int
@@ -34,10 +34,10 @@ class Look(NamedTuple):
 
 
 def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
-    """Decodes one file, or without ``pixels`` its header; never raises for what is in it.
+    """Decodes one file, or only its header without ``pixels``. Faults are returned, not raised.
 
     Raises:
-        LoaderError: the machine has no more memory or files to give, which is no fault of the file's.
+        LoaderError: file descriptors ran out.
     """
     try:
         facts = path.stat()
@@ -57,7 +57,7 @@ def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
     except UnidentifiedImageError:
         return Look(0, 0, size, "no image")
     except Exception as error:
-        # A MemoryError is the fault of a large image; a lack of descriptors isn't the file's.
+        # A MemoryError is due to a large image, but a lack of descriptors isn't the file's fault.
         no_more = exhausted(error, f"{path} was looked at") if isinstance(error, OSError) else None
         if no_more is not None:
             raise no_more from error
@@ -75,8 +75,8 @@ def _decoded(path: Path, size: int, count: bool, pixels: bool) -> Look:
         if count:
             rgb = upright_rgb(image)
             return Look(rgb.height, rgb.width, size, "", plain, sums_of(np.asarray(rgb)))
-        if pixels or image.format not in ("JPEG", "MPO"):  # of others the header isn't enough
-            # All of the bits are read, but of a JPEG an eighth of each side is computed.
+        if pixels or image.format not in ("JPEG", "MPO"):  # other headers don't suffice
+            # Reads all bits, but decodes a JPEG at an eighth of each side.
             eighth = image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
             image.load()
             width, height = (width, height) if eighth else image.size
@@ -94,15 +94,14 @@ def scan(
     workers: int = 0,
     step: Callable[[int], None] = lambda files: None,
 ) -> Iterator[Look]:
-    """A :class:`Look` at each of ``paths`` below ``root``, in order, by several threads.
-
-    Threads are enough: Pillow decodes without the interpreter's lock.
+    """A :class:`Look` at each of ``paths`` below ``root``, in order, from several threads. Pillow
+    releases the GIL while it decodes.
 
     Args:
         sampled: positions of the images whose colours are counted.
-        pixels: False reads headers alone.
-        workers: threads; 0 for one a CPU that this process may use.
-        step: is called with the number of files that were just looked at.
+        pixels: False reads only headers.
+        workers: threads; 0 for one per usable CPU.
+        step: called with the number of files of each finished chunk.
     """
     counted = set(sampled)
     at: dict[int, str] = {}
@@ -130,7 +129,7 @@ def scan(
 
 
 def sums_of(images: np.ndarray) -> list[int]:
-    """Pixels, the sum of each channel's levels and that of their squares, of uint8 ``[..., 3]``."""
+    """The number of pixels, the sum of each channel and of its squares, of uint8 ``[..., 3]``."""
     counts_3L = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
     levels = np.arange(256)
     sums = counts_3L @ np.stack((levels, levels**2), 1)
@@ -138,8 +137,7 @@ def sums_of(images: np.ndarray) -> list[int]:
 
 
 def statistics_of(sums_N7: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, for images in [0, 1], of images with these
-    :func:`sums_of`; exact up to the last rounding."""
+    """Mean and deviation of each channel, for images in [0, 1], from their :func:`sums_of`."""
     pixels, *sums = (sum(column.tolist()) for column in sums_N7.T)
     mean = tuple(total / (255 * pixels) for total in sums[:3])
     # Integer arithmetic avoids cancellation.

@@ -1,4 +1,4 @@
-"""Splits that stay on disk, and what one of their batches is made of."""
+"""Splits on disk, and the random draws of one batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastokd.data.disk.manifest import Entry
 from fastokd.data.views import View
-from fastokd.device import staged
+from fastokd.device import moved
 
 
 class DiskDraws(NamedTuple):
-    """What makes one batch: the images by number, what is seen of each, and which are mirrored.
+    """The images of one batch by index, their crops, and which are mirrored.
 
     ``box_B4`` is (top, left, height, width), or None for the centre.
     """
@@ -32,18 +32,17 @@ class DiskSplit:
     """Images of one split, as files.
 
     Attributes:
-        root: where the paths begin.
+        root: the folder that paths are relative to.
         paths_N: bytes, as the operating system has them.
         labels_N: int64 class ids, on the CPU.
         sizes_N2: height and width in pixels, int64.
-        bytes_N: of each file, int64.
-        plain_N: bool, which of them every decoder decodes alike; the others are left to Pillow.
-        view: the size of what comes out.
+        bytes_N: file sizes, int64.
+        plain_N: bool, whether all decoders agree on the file; others are decoded by Pillow.
+        view: the size of the decoded images.
         loader: ``"dali"`` or ``"torchvision"``.
         workers: threads of DALI, processes of torchvision; 0 for this process's share of the CPUs.
-        device: where batches come out.
-        sums_N7: of the images whose colours were counted (0 pixels: of those that weren't), as
-            :class:`fastokd.data.disk.manifest.Entry` has them, int64.
+        device: the device of the batches.
+        sums_N7: the sums of :class:`fastokd.data.disk.manifest.Entry`, int64; 0 where not sampled.
     """
 
     root: Path
@@ -68,7 +67,7 @@ class DiskSplit:
         *,
         counted: bool = False,
     ) -> DiskSplit:
-        """The images of a manifest's entries, in their order. ``counted``: with ``sums_N7``."""
+        """The images of a manifest's ``entries``; with ``sums_N7`` if ``counted``."""
         paths = [os.fsencode(entry.path) for entry in entries]
         return DiskSplit(
             root,
@@ -80,7 +79,7 @@ class DiskSplit:
             view,
             loader,
             workers,
-            sums_N7=_sums(entries) if counted else None,
+            sums_N7=torch.tensor([entry.sums or [0] * 7 for entry in entries]) if counted else None,
         )
 
     def __len__(self) -> int:
@@ -88,7 +87,7 @@ class DiskSplit:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
+        """Height and width of the decoded images."""
         return self.view.image_size, self.view.image_size
 
     def path(self, index: int) -> Path:
@@ -96,7 +95,7 @@ class DiskSplit:
         return self.root / os.fsdecode(bytes(self.paths_N[index]))
 
     def to(self, device: torch.device | str) -> DiskSplit:
-        """The same split, its batches on ``device``; nothing is read."""
+        """The same split with batches on ``device``; reads no files."""
         return replace(self, device=torch.device(device))
 
     def select(self, indices_M: Tensor) -> DiskSplit:
@@ -112,15 +111,6 @@ class DiskSplit:
         )
 
 
-def _sums(entries: list[Entry]) -> Tensor:
-    sums_N7 = torch.zeros(len(entries), 7, dtype=torch.int64)
-    for index, entry in enumerate(entries):
-        if entry.sums is not None:
-            sums_N7[index] = torch.tensor(entry.sums)
-    return sums_N7
-
-
 def labels_of(split: DiskSplit, draws: DiskDraws) -> Tensor:
     """The labels of a batch, on the split's device."""
-    labels_B: Tensor = split.labels_N[draws.index_B]
-    return staged(labels_B, split.device).to(split.device, non_blocking=True)
+    return moved(split.labels_N[draws.index_B], split.device)

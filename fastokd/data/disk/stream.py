@@ -1,4 +1,4 @@
-"""Batches of a split on disk: any one is a function of (seed, epoch, batch), whoever decodes it."""
+"""Batches of a split on disk. The draws are a function of (seed, epoch, batch), for every decoder."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ from fastokd.data.views import random_boxes
 from fastokd.errors import UserError
 from fastokd.host.cpus import share_of_cpus
 
-# A GPU's decoder is fed by few threads, and more than these only wait for each other.
+# A GPU's decoder needs few threads; more only contend.
 MOST_WORKERS = 16
 DECODERS = {"dali": dali.decode, "torchvision": workers.decode}
 
 
 class DiskStream:
-    """The batches of one split on disk, epoch after epoch, decoded ahead of who reads them
-    (:func:`fastokd.data.stream_of`).
+    """The batches of a split on disk, decoded ahead (:func:`fastokd.data.stream_of`).
 
     Args:
-        split: where the batches come from; they come out on its device.
-        order: which samples each batch holds.
         augment: random resized crops and flips, or None for the centre.
 
     Raises:
-        UserError: padded crops, which sets in memory have.
+        UserError: ``augment`` has padded crops, which are for splits in memory.
     """
 
     def __init__(self, split: DiskSplit, order: BatchOrder, augment: Augment | None) -> None:
@@ -48,12 +45,12 @@ class DiskStream:
         return len(self.order)
 
     def draws(self, epoch: int, index: int) -> DiskDraws:
-        """What makes batch ``index`` of ``epoch`` on this rank; nothing is read."""
+        """The draws of batch ``index`` of ``epoch`` on this rank; reads no files."""
         index_B = self.order.samples(epoch, index)
         if self.augment is None:
             return DiskDraws(index_B, None, torch.zeros_like(index_B))
-        # Drawn for the whole batch and then sliced, so that ranks agree with one process. The
-        # sizes of the others' images aren't needed: every image has its own row of draws.
+        # Drawn for the whole batch and then sliced, so that W ranks draw as one process. Each image
+        # has its own row of draws, so the sizes of other ranks' images aren't needed.
         B, mine = self.order.size(index), self.order.share(index)
         sizes_B2 = self.split.sizes_N2.new_ones(B, 2)
         sizes_B2[mine] = self.split.sizes_N2[index_B]
@@ -62,17 +59,17 @@ class DiskStream:
         return DiskDraws(index_B, box_B4[mine], self.augment.draw_flips(B, generator)[mine])
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on: uint8 and int64, on the
-        split's device.
+        """``(images_BHWC, labels_B)`` from ``start_batch`` to the end of the epoch, uint8 and int64, on
+        the split's device.
 
         Raises:
-            DataFileError: a file that vanished or changed since ``fastokd prepare``; every batch
-                before its own was given.
+            DataFileError: a file vanished or changed since ``fastokd prepare``. All batches before it
+                were yielded.
         """
         return self._decoded(self.draws(epoch, index) for index in range(start_batch, len(self)))
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Batch ``index`` of ``epoch`` alone; for many, :meth:`batches` decodes ahead."""
+        """Batch ``index`` of ``epoch``, without decoding ahead."""
         assert 0 <= index < len(self)
         (only,) = self._decoded(iter([self.draws(epoch, index)]))
         return only

@@ -1,4 +1,5 @@
-"""The image files below folders: each folder once, links followed, hidden names left out."""
+"""Finds the image files below folders. Each folder is walked once, links are followed, and hidden names
+are left out."""
 
 from __future__ import annotations
 
@@ -26,15 +27,15 @@ HIDDEN = (
 
 
 class Found(NamedTuple):
-    """One file with an image's ending: its path from the root, and why it can't be used or ""."""
+    """A file with an image's extension: its path from the root, and why it can't be used, or ""."""
 
     path: str
     fault: str
 
 
 class Listed(NamedTuple):
-    """One name in a folder. ``kind``: ``"folder"`` or ``"file"``, through links too; ``"broken"``, a
-    link that leads nowhere; ``"other"``, a pipe or a device, whose reader would wait."""
+    """One name in a folder. ``kind``: ``"folder"`` or ``"file"`` (links are resolved); ``"broken"``, a
+    dangling link; ``"other"``, a pipe or a device, which could block a reader."""
 
     name: str
     kind: str
@@ -47,27 +48,27 @@ _FAULTS = {"file": "", "broken": "a link that leads nowhere", "other": "no regul
 
 
 def is_image(name: str) -> bool:
-    """Whether a file counts as an image: by its ending, as torchvision has it."""
+    """Whether a file has an image's extension."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is no part of a data set."""
+    """Whether a name doesn't belong to a data set."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 def list_folder(
     folder: Path | str, folders: dict[str, int] | None = None, root: Path | None = None
 ) -> list[Listed]:
-    """What a folder holds, sorted by name. ``folders``: when it last changed is noted there, under
-    its path from ``root``.
+    """The content of a folder, sorted by name. Adds its modification time to ``folders``, under its
+    path from ``root``.
 
     Raises:
         UserError: it can't be listed.
     """
     try:
         if folders is not None and root is not None:
-            # Before the listing, so that files added meanwhile are noticed later.
+            # Before the listing, so that files added meanwhile are detected later.
             folders[below_root(str(folder), root)] = os.stat(folder).st_mtime_ns
         with os.scandir(folder) as found:
             return sorted(_listed(entry) for entry in found)
@@ -101,7 +102,7 @@ def images_in(folder: Path, root: Path) -> list[Found]:
 
 
 def below_root(path: str, root: Path) -> str:
-    """A path that begins with ``root``, without it."""
+    """``path`` relative to ``root``, with which it begins."""
     return path if str(root) == "." else path[len(f"{root}/".replace("//", "/")) :]
 
 
@@ -110,13 +111,12 @@ def walk_classes(
 ) -> dict[str, list[Found]]:
     """The image files of each class of one split, in torchvision's order: by folder, then by name.
 
-    Links to files and folders are followed, but no folder is walked twice in a split: a link to one
-    that is part of it already, or lies above it, is noted instead. What lies in a class's own folder
-    is never taken by a link from elsewhere.
+    Links are followed, but no folder is walked twice in a split. A link to a folder that was walked, or
+    to one that contains the split, gives a note. A class's own folder takes precedence over links to it.
 
     Args:
         names: the class folders.
-        folders, notes: as in :class:`fastokd.data.disk.layout.Layout`; added to.
+        folders, notes: those of :class:`fastokd.data.disk.layout.Layout`, which are extended.
     """
     top = root / split
     walk = _Walk(root, folders, notes)
@@ -137,8 +137,8 @@ def walk_classes(
                 walk.below(name, path, linked=True)
     if walk.others:
         notes.append(
-            f"{split}/: {len(walk.others):,} files are left out, as none of the endings "
-            f"{', '.join(EXTENSIONS)} is theirs (the first: {min(walk.others)})"
+            f"{split}/: {len(walk.others):,} files are left out, since they have none of the extensions "
+            f"{', '.join(EXTENSIONS)} (the first: {min(walk.others)})"
         )
     return {name: [found for _, found in sorted(walk.found.get(name, []))] for name in names}
 
@@ -154,10 +154,10 @@ class _Walk:
         self.found: dict[str, list[tuple[tuple[str, str], Found]]] = {}
 
     def first_time(self, folder: str) -> bool:
-        """Whether the walk hasn't been there; from now on it has."""
+        """Marks a folder as walked; returns whether it was new."""
         try:
             facts = os.stat(folder)
-        except OSError:  # said where it is listed
+        except OSError:  # listing it raises
             return True
         identity = facts.st_dev, facts.st_ino
         if identity in self.seen:
@@ -166,7 +166,7 @@ class _Walk:
         return True
 
     def follows(self, link: str) -> bool:
-        """Whether a link to a folder is walked; else that is noted."""
+        """Whether a link to a folder is walked; adds a note if not."""
         if self.first_time(link):
             return True
         self.notes.append(
@@ -175,7 +175,7 @@ class _Walk:
         return False
 
     def below(self, name: str, top: str, *, linked: bool) -> None:
-        """Everything in ``top``, which is of class ``name``; its links are kept for later."""
+        """Adds everything in ``top`` to class ``name``; links to folders are queued."""
         stack = [top]
         images = self.found.setdefault(name, [])
         while stack:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,41 +29,26 @@ class _Chunk(NamedTuple):
     flips: list[int]
 
 
-class _Decoder:
-    """Makes the images of a chunk in a worker, or returns a sentence about a damaged file."""
-
-    def __init__(self, split: DiskSplit) -> None:
-        self.split = split
-        # The row in progress.
-        self.row = torch.zeros(1, dtype=torch.int64)
-
-    def make(self, chunk: _Chunk, row: Tensor) -> Tensor | str:
-        """Called by the pool."""
-        self.row = row
-        return self[chunk]
-
-    def __getitem__(self, chunk: _Chunk) -> Tensor | str:
-        try:
-            return self._images(chunk)
-        except Exception as error:
-            at = self.split.path(chunk.images[int(self.row)])
-            no_more = exhausted(error, f"{at} was read")
-            if no_more is not None:
-                raise no_more from error
-            # Decoders raise any exception for damaged files. Re-raised here, it would come back with
-            # this worker's traceback.
-            found = first_broken(self.split, chunk.images, error)
-            if isinstance(found, DataFileError):
-                return str(found)
-            raise
-
-    def _images(self, chunk: _Chunk) -> Tensor:
-        size = self.split.view.image_size
-        images_BHWC = torch.empty(len(chunk.images), size, size, 3, dtype=torch.uint8)
+def make(split: DiskSplit, chunk: _Chunk, at_row: Tensor) -> Tensor | str:
+    """The images of a chunk, in a worker; or a sentence about a damaged file. ``at_row`` is set to the
+    row in progress."""
+    size = split.view.image_size
+    images_BHWC = torch.empty(len(chunk.images), size, size, 3, dtype=torch.uint8)
+    try:
         for row, (index, box, flip) in enumerate(zip(*chunk, strict=True)):
-            self.row[0] = row
-            images_BHWC[row] = see(self.split, index, box, flip=bool(flip))
-        return images_BHWC
+            at_row[0] = row
+            images_BHWC[row] = see(split, index, box, flip=bool(flip))
+    except Exception as error:
+        no_more = exhausted(error, f"{split.path(chunk.images[int(at_row)])} was read")
+        if no_more is not None:
+            raise no_more from error
+        # Decoders raise any exception for damaged files. Re-raised, it would come back with this
+        # worker's traceback.
+        found = first_broken(split, chunk.images, error)
+        if isinstance(found, DataFileError):
+            return str(found)
+        raise
+    return images_BHWC
 
 
 def decode(
@@ -81,7 +67,11 @@ def decode(
     size = split.view.image_size
     pinned = split.device.type == "cuda"
     shape = (CHUNK, size, size, 3)
-    with Pool(_Decoder(split).make, chunks(), shape, workers, _file_of(split)) as pool:
+
+    def file_of(chunk: _Chunk, row: int) -> Path:
+        return split.path(chunk.images[row])
+
+    with Pool(partial(make, split), chunks(), shape, workers, file_of) as pool:
         pool.feed()
         while planned:
             draws = planned.popleft()
@@ -102,7 +92,3 @@ def _chunks(draws: DiskDraws) -> Iterator[_Chunk]:
     for first in range(0, len(index), CHUNK):
         some = slice(first, first + CHUNK)
         yield _Chunk(index[some], boxes[some], flips[some])
-
-
-def _file_of(split: DiskSplit) -> Callable[[_Chunk, int], Path]:
-    return lambda chunk, row: split.path(chunk.images[row])

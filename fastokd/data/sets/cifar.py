@@ -32,7 +32,7 @@ trout tulip turtle wardrobe whale willow_tree wolf woman worm
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """Where a CIFAR's files lie and what is in them."""
+    """The files of a CIFAR and their content."""
 
     folder: str
     archive: str
@@ -66,10 +66,10 @@ CIFAR = {
 
 
 def load_cifar(name: str, root: Path | None, *, download: bool) -> DatasetSplits:
-    """``cifar10`` or ``cifar100`` from ``root``, downloaded first where asked and not there.
+    """``cifar10`` or ``cifar100`` from ``root``; missing files are downloaded if ``download``.
 
     Raises:
-        UserError: files that are missing, empty, damaged, or hold labels out of range.
+        UserError: files are missing, empty or damaged, or have labels out of range.
     """
     cifar = CIFAR[name]
     root = files.need_root(name, root)
@@ -90,7 +90,7 @@ def load_cifar(name: str, root: Path | None, *, download: bool) -> DatasetSplits
 
 
 def _read(name: str, cifar: CifarFiles, root: Path, download: bool) -> dict[str, FileBytes]:
-    """The bytes of every file, from the folder or else from the archive."""
+    """The bytes of every file, from the folder or the archive."""
     wanted = [*cifar.train, cifar.test]
     # The root may be the parent, as torchvision has it, or the folder itself.
     folders = [root / cifar.folder, *([root] if root.name == cifar.folder else [])]
@@ -136,7 +136,7 @@ def _split(file: FileBytes, cifar: CifarFiles) -> Split:
             f"classes 0 to {C - 1}: fetch it again (--download)"
         )
     images_NHWC = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    # np.array copies: what the pickle gave can't be written to, which tensors don't allow.
+    # np.array copies, since the pickle's array is read-only, which tensors don't support.
     return Split(
         torch.from_numpy(np.array(images_NHWC, order="C")),
         torch.from_numpy(labels.astype(np.int64)),
@@ -144,7 +144,7 @@ def _split(file: FileBytes, cifar: CifarFiles) -> Split:
 
 
 def _labels(values: Any, where: str, key: str) -> np.ndarray:
-    """Labels as an integer array, from the list that CIFAR has or an array."""
+    """Labels as an integer array, from a list or an array."""
     if isinstance(values, list) and all(type(v) is int and abs(v) < 1 << 31 for v in values):
         return np.array(values, dtype=np.int64)
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":

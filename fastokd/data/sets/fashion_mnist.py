@@ -36,10 +36,10 @@ MD5 = {
 
 
 def load_fashion_mnist(root: Path | None, *, download: bool) -> DatasetSplits:
-    """Fashion-MNIST from ``root/FashionMNIST/raw`` or ``root``; without one, Debian's package.
+    """Fashion-MNIST from ``root/FashionMNIST/raw`` or ``root``; without ``root``, from Debian's package.
 
     Raises:
-        UserError: files that are missing, empty or damaged, or hold labels out of range.
+        UserError: files are missing, empty or damaged, or have labels out of range.
     """
     folder = _find(root)
     if folder is None and download:
@@ -71,7 +71,7 @@ def _places(root: Path | None) -> list[Path]:
 
 
 def _find(root: Path | None) -> Path | None:
-    """The first place with any of the files; whether it has all of them shows when they're read."""
+    """The first place with any of the files; reading raises if one is missing."""
     for place in _places(root):
         if any((place / name).exists() or (place / name[:-3]).exists() for name in MD5):
             return place

@@ -1,4 +1,4 @@
-"""Finding and reading the files of a data set; what is missing is said with where it was sought."""
+"""Finds and reads the files of a data set."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_ARCHIVE = 1 << 32
 
 
 class FileBytes(NamedTuple):
-    """A file's content, and what to call it in an error."""
+    """A file's content, and its name for errors."""
 
     where: str
     data: bytes
 
 
 def need_root(name: str, root: Path | None) -> Path:
-    """``root``, which must be given and, to read from, be a folder."""
+    """Checks that ``root`` is given and isn't a file."""
     if root is None:
         raise UserError(f"{name} needs to know where its files are: give --data-root DIR")
     root = Path(root).expanduser()
@@ -48,11 +48,11 @@ def read_file(path: Path) -> FileBytes:
 
 
 def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
-    """The regular files called ``names`` in a ``.tar.gz``, read in memory: nothing is unpacked.
+    """The regular files called ``names`` in a ``.tar.gz``, read into memory.
 
     Raises:
-        UserError: the archive is damaged, unreasonably large, lacks one of the names, or holds a
-            member that would land outside the folder it is unpacked in.
+        UserError: the archive is damaged, too large, lacks one of the names, or has a member with a
+            path outside of it.
     """
     found: dict[str, FileBytes] = {}
     try:
@@ -64,7 +64,7 @@ def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
                         file = tar.extractfile(member)
                         assert file is not None
                         found[path] = FileBytes(f"{archive}:{path}", file.read())
-            # gzip's checksum comes last, and tar needn't have read so far.
+            # Read to the end, where gzip's checksum is.
             while stream.tell() < MAX_ARCHIVE and stream.read(1 << 20):
                 pass
     except UserError:
@@ -80,7 +80,7 @@ def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
 
 
 def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
-    """The members, each only once it is known to be a plain file or folder of a sane size."""
+    """The members, each checked to be a file or a folder of reasonable size."""
     total = 0
     for member in tar:
         path = PurePosixPath(member.name)
@@ -99,7 +99,7 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def download(name: str, url: str, folder: Path, md5: str) -> None:
-    """Fetches one file into ``folder`` with torchvision's downloader, unless it is there whole."""
+    """Fetches one file into ``folder`` with torchvision's downloader, unless it is there intact."""
     from torchvision.datasets.utils import download_url
 
     try:

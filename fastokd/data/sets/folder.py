@@ -40,13 +40,12 @@ class Listing(NamedTuple):
 def load_folder(root: Path | None, shown: Preprocessing) -> DatasetSplits:
     """``root/train/CLASS/*.png|jpg|...``, with ``val/`` or ``test/`` or both beside it.
 
-    Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Every
-    image is seen as ``shown`` says, whose mean and deviation train's take the place of. Without ``test/``, ``val/`` is the test split, and ``note`` says
-    so.
+    Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Images are
+    preprocessed as ``shown``, with train's mean and deviation. Without ``test/``, ``val/`` is the test
+    split, and ``note`` says so.
 
     Raises:
-        UserError: a folder that is missing or empty, classes that train lacks, an image that can't
-            be read, more images than memory should hold.
+        UserError: as :func:`find_layout`, an image can't be read, or the images exceed 8 GiB.
     """
     root = files.need_root("imagefolder", root)
     size = shown.input_size
@@ -59,9 +58,9 @@ def load_folder(root: Path | None, shown: Preprocessing) -> DatasetSplits:
     total = sum(len(listing.paths) for listing in listings.values()) * size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
-            f"{root} at {size}x{size} takes {total / 2**30:.1f} GiB of memory, and at "
-            f"most {MAX_BYTES / 2**30:.0f} are taken: choose a smaller image_size, or stream it from "
-            "disk with --set resized_crop=true --set crop_padding=0"
+            f"{root} at {size}x{size} takes {total / 2**30:.1f} GiB of memory, and the limit is "
+            f"{MAX_BYTES / 2**30:.0f}: choose a smaller image_size, or stream it from disk with "
+            "--set resized_crop=true --set crop_padding=0"
         )
     splits = {name: decode(listing, shown) for name, listing in listings.items()}
     mean, std = channel_statistics(splits["train"])
@@ -112,5 +111,5 @@ def decode(listing: Listing, shown: Preprocessing) -> Split:
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, for images in [0, 1]."""
-    parts = split.images_NHWC.split(1024)  # counting takes eight bytes a value
+    parts = split.images_NHWC.split(1024)  # in parts, since counting takes eight bytes a value
     return statistics_of(np.array([sums_of(part.numpy()) for part in parts]))

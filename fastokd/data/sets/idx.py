@@ -1,4 +1,4 @@
-"""MNIST's IDX files: a header that says how many bytes follow, and exactly those."""
+"""Reads MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _CHUNK = 1 << 20
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """A uint8 array of ``dims`` dimensions, from a raw file or one ending in ``.gz``.
 
-    The header is ``00 00 08 dims`` and the size of each dimension as a big-endian uint32. It is
-    never trusted with an allocation: memory grows with the bytes that are really there.
+    The header is ``00 00 08 dims`` and the size of each dimension as a big-endian uint32. Memory grows
+    with the bytes that are read, since the header may be wrong.
 
     Raises:
-        UserError: another header, more or fewer bytes than it says, a damaged ``.gz``.
+        UserError: another header, a size that doesn't match it, or a damaged ``.gz``.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -52,7 +52,7 @@ def _read(file: BinaryIO, path: Path, dims: int) -> np.ndarray:
             "(--download)"
         )
     content = bytearray()
-    # One byte more than announced, to see whether the file ends there.
+    # One byte more than announced, to check that the file ends there.
     while chunk := file.read(min(_CHUNK, size + 1 - len(content))):
         content += chunk
     if len(content) != size:

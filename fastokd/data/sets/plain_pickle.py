@@ -1,9 +1,8 @@
-"""Reads a pickle of plain values and numpy arrays, and calls nothing that the file names.
+"""Reads a pickle of plain values and numpy arrays without running code.
 
-CIFAR comes as pickles, and unpickling runs what a file tells it to. This reader knows only the
-opcodes that plain data needs, keeps their results in Python lists and dictionaries, and builds
-arrays from their bytes itself; the few globals that stand for an array are names to it, never
-looked up. Anything else is refused.
+CIFAR comes as pickles, and unpickling calls what a file names. This reader supports only the opcodes
+of plain data and builds arrays from their bytes itself. The few globals of an array are compared as
+names and never imported. Anything else raises.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _GLOBALS = {
 
 
 class _RefusedError(Exception):
-    """Why the bytes are no plain pickle."""
+    """Why the bytes aren't a plain pickle."""
 
 
 @dataclass
@@ -75,7 +74,7 @@ def read_plain_pickle(data: bytes, where: str) -> dict[str, Any]:
 
     Args:
         data: the pickle.
-        where: what to call it in an error.
+        where: its name for errors.
 
     Raises:
         UserError: it is truncated, holds anything but plain values and numeric arrays, or isn't a
@@ -103,7 +102,7 @@ def read_plain_pickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """A stack machine for the opcodes of plain data, as :mod:`pickletools` splits a pickle."""
+    """A stack machine for the opcodes of plain data, which :mod:`pickletools` parses."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -118,7 +117,7 @@ class _Reader:
                     break
                 handler = _HANDLERS.get(opcode.name)
                 if handler is None:
-                    raise _RefusedError(f"its opcode {opcode.name} is not for plain data")
+                    raise _RefusedError(f"its opcode {opcode.name} isn't supported")
                 handler(self, argument)
         except ValueError as error:
             raise _RefusedError(f"it ends too early or is no pickle: {error}") from error
@@ -131,7 +130,7 @@ class _Reader:
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
-            raise _RefusedError("it takes a value where there is none")
+            raise _RefusedError("its stack is empty")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
@@ -140,11 +139,11 @@ class _Reader:
                 values = self.stack[index + 1 :]
                 del self.stack[index:]
                 return values
-        raise _RefusedError("it ends a group that never began")
+        raise _RefusedError("a mark is missing")
 
     def top(self, kind: type) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise _RefusedError(f"it fills a {kind.__name__} that isn't there")
+            raise _RefusedError(f"a {kind.__name__} is missing")
         return self.stack[-1]
 
     # Containers.
@@ -154,9 +153,9 @@ class _Reader:
         if len(items) % 2:
             raise _RefusedError("a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Nothing else is hashed: a nested tuple's hash can be made to take forever.
+            # No other keys: the hash of a nested tuple can take forever.
             if type(key) not in (bytes, str):
-                raise _RefusedError("a key is no string")
+                raise _RefusedError("a key isn't a string")
             target[key] = value
 
     def extend(self, values: list[Any]) -> None:
@@ -172,31 +171,31 @@ class _Reader:
 
     def remember(self, key: int | None) -> None:
         if not self.stack or self.stack[-1] is _MARK:
-            raise _RefusedError("it remembers a value where there is none")
+            raise _RefusedError("its stack is empty")
         self.memo[len(self.memo) if key is None else key] = self.stack[-1]
 
     def recall(self, key: int) -> None:
         if key not in self.memo:
-            raise _RefusedError("it recalls what it never had")
+            raise _RefusedError("a memo entry is missing")
         self.push(self.memo[key])
 
     # Arrays.
 
     def find(self, name: str) -> None:
         if name not in _GLOBALS:
-            raise _RefusedError(f"it asks for {name[:160]}")
+            raise _RefusedError(f"it names {name[:160]}")
         self.push(_GLOBALS[name])
 
     def find_on_stack(self) -> None:
         name, module = self.pop(), self.pop()
         if type(module) is not str or type(name) is not str:
-            raise _RefusedError("it names something by what is no name")
+            raise _RefusedError("a name isn't a string")
         self.find(f"{module} {name}")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if type(arguments) is not tuple:
-            raise _RefusedError("it calls something without arguments")
+            raise _RefusedError("a call has no arguments")
         match function, arguments:
             case _Global.ARRAY, (_Global.NDARRAY, tuple(), _):
                 self.push(_Array())
@@ -217,17 +216,17 @@ class _Reader:
             case _Global.ENCODE, (str() as text, "latin1"):
                 self.push(self.encode(text))
             case _:
-                raise _RefusedError("it calls something that makes no array")
+                raise _RefusedError("it calls what doesn't make an array")
 
     def encode(self, text: str) -> bytes:
-        # The same text may be encoded again and again: bounded, or memory would run out.
+        # Limited, since one text may be encoded many times until memory runs out.
         self.encoded += len(text)
         if self.encoded > len(self.data):
-            raise _RefusedError("it spells out more bytes than it has")
+            raise _RefusedError("it encodes more bytes than it has")
         try:
             return text.encode("latin-1")
         except UnicodeEncodeError:
-            raise _RefusedError("its text is no bytes") from None
+            raise _RefusedError("its text isn't Latin-1") from None
 
     def build(self) -> None:
         state = self.pop()
@@ -243,32 +242,32 @@ class _Reader:
             ):
                 array.value = _array(raw, dtype, shape, fortran=bool(fortran))
             case _:
-                raise _RefusedError("it fills something that is no array")
+                raise _RefusedError("it fills what isn't an array")
 
 
 def _array(raw: bytes, dtype: _Dtype, shape: tuple[Any, ...], *, fortran: bool) -> np.ndarray:
-    """The array of these bytes; its size must be exactly what shape and dtype say."""
+    """The array of these bytes, whose number must match shape and dtype."""
     code = dtype.code.lstrip("<>|=")
     if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"):
         raise _RefusedError(f"it has an array of {dtype.code[:20]!r}, not of numbers")
     if dtype.order not in ("<", ">", "|", "="):
         raise _RefusedError("an array has no known byte order")
     if len(shape) > 8 or any(type(size) is not int or size < 0 for size in shape):
-        raise _RefusedError("an array's shape is no shape")
+        raise _RefusedError("an array's shape isn't valid")
     if math.prod(shape) * int(code[1:]) != len(raw):
-        raise _RefusedError("an array has not as many bytes as its shape says")
+        raise _RefusedError("an array's bytes don't match its shape")
     order = ">" if dtype.order == ">" else "<"
     flat = np.frombuffer(raw, order + code) if raw else np.empty(0, order + code)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-# By the names that pickletools gives opcodes.
+# By pickletools' names of opcodes.
 _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda r, _: None),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), lambda r, v: r.push(v)),
     **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), lambda r, v: r.push(v)),
     **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), lambda r, v: r.push(v)),
-    # Python 2's strings are bytes here, as CIFAR's data are; pickletools reads them as Latin-1.
+    # Python 2's strings become bytes, as for CIFAR's data; pickletools decodes them as Latin-1.
     **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda r, v: r.push(v.encode("latin-1"))),
     "BYTEARRAY8": lambda r, value: r.push(bytes(value)),
     "MARK": lambda r, _: r.push(_MARK),

@@ -1,7 +1,7 @@
 """Batches of a split in memory: shuffled, cropped and flipped by batched tensor operations.
 
-Every draw comes from a generator on the CPU that is keyed on (seed, epoch) for the order and on
-(seed, epoch, batch) for crops and flips. So any batch can be made again, alone, on any device.
+Draws come from CPU generators keyed on (seed, epoch) for the order and on (seed, epoch, batch) for
+crops and flips, so that any batch can be reproduced alone and on any device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from fastokd.data.augment import Augment
 from fastokd.data.order import BatchOrder
 from fastokd.data.splits import Split
-from fastokd.device import staged
+from fastokd.device import moved
 from fastokd.errors import UserError
 
 
 class Draws(NamedTuple):
-    """What makes one batch, on the CPU: samples, the crop's corner in the padded image, flips."""
+    """The draws of one batch, on the CPU: samples, the crops' corners in the padded images, flips."""
 
     index_B: Tensor
     top_B: Tensor
@@ -29,15 +29,13 @@ class Draws(NamedTuple):
 
 
 class BatchStream:
-    """The batches of one split in memory, epoch after epoch (:func:`fastokd.data.stream_of`).
+    """The batches of a split in memory (:func:`fastokd.data.stream_of`).
 
     Args:
-        split: where the batches come from; they come out on its device.
-        order: which samples each batch holds.
         augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
 
     Raises:
-        UserError: a reflected padding as large as the image; a ``resized_crop``.
+        UserError: a reflected padding is as large as the image, or ``augment`` has a ``resized_crop``.
     """
 
     def __init__(self, split: Split, order: BatchOrder, augment: Augment | None) -> None:
@@ -57,7 +55,7 @@ class BatchStream:
         return len(self.order)
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images_BHWC, labels_B)`` of one epoch, from ``start_batch`` on."""
+        """``(images_BHWC, labels_B)`` from ``start_batch`` to the end of the epoch."""
         for index in range(start_batch, len(self)):
             yield self.batch(epoch, index)
 
@@ -72,12 +70,13 @@ class BatchStream:
             return images_NHWC[span], labels_N[span]
         draws = self.draws(epoch, index)
         if self.augment is None:
-            index_B = self._move(draws.index_B)
+            index_B = moved(draws.index_B, labels_N.device)
             return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
         padded_H, padded_W = self._padded_size
         first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
-        # One small copy to the device a batch, whatever the draws.
-        index_B, first_B, flip_B = self._move(torch.stack((draws.index_B, first_B, draws.flip_B)))
+        # One small copy to the device per batch.
+        small_3B = torch.stack((draws.index_B, first_B, draws.flip_B))
+        index_B, first_B, flip_B = moved(small_3B, labels_N.device)
         pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
         images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
         return (
@@ -86,9 +85,9 @@ class BatchStream:
         )
 
     def draws(self, epoch: int, index: int) -> Draws:
-        """What makes batch ``index`` of ``epoch`` on this rank."""
+        """The draws of batch ``index`` of ``epoch`` on this rank."""
         augment = self.augment or Augment(crop_padding=0, flip=False)
-        # Drawn for the whole batch and then sliced, so that ranks agree with one process.
+        # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
         B, mine = self.order.size(index), self.order.share(index)
         generator = self.order.generator(epoch, index)
         corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
@@ -96,12 +95,8 @@ class BatchStream:
         index_B = self.order.samples(epoch, index)
         return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
 
-    def _move(self, small: Tensor) -> Tensor:
-        device = self.split.labels_N.device
-        return staged(small, device).to(device, non_blocking=True)
-
     def _prepare(self, augment: Augment) -> None:
-        """Pads the set once, and lays out where a crop's pixels lie from its first one."""
+        """Pads the set once, and computes the offsets of a crop's pixels from its first one."""
         padded_NHWC = pad(self.split.images_NHWC, augment)
         H, W = self.split.image_size
         device = padded_NHWC.device
@@ -114,7 +109,7 @@ class BatchStream:
 
 
 def pad(images_NHWC: Tensor, augment: Augment) -> Tensor:
-    """``images_NHWC`` with ``crop_padding`` pixels more on every side."""
+    """``images_NHWC`` padded with ``crop_padding`` pixels on every side."""
     p = augment.crop_padding
     if p == 0:
         return images_NHWC
