@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastokd.ops import cpp
+from fastokd.ops import conv, cpp, max_pool  # noqa: F401  # define their operators
 
 OPS = torch.ops.fastokd
 # Students, samples, classes, peers and their width, pixels a side; channels of a map, of another, of
