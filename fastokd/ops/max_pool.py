@@ -41,7 +41,9 @@ def max_pool(x_BCHW: Tensor, stride: int, *, impl: str = "auto") -> Tensor:
     Raises:
         UserError: an ``impl`` that can't serve the call.
     """
-    if choose("max_pool", impl, x_BCHW.device, {"cpp": _refusal(x_BCHW)}) == "torch":
+    # A map inside of vmap has no memory layout to ask for.
+    refusal = None if impl == "torch" else _refusal(x_BCHW)
+    if choose("max_pool", impl, x_BCHW.device, {"cpp": refusal}) == "torch":
         return F.max_pool2d(x_BCHW, 3, stride, 1)
     y_BCHW: Tensor = torch.ops.fastokd.max_pool(x_BCHW, stride)[0]
     return y_BCHW
