@@ -172,7 +172,7 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
     with (
         patch("torch.compile", side_effect=lambda body, **how: body) as compiled,
         patch("fastokd.run.tuning.cache_root", return_value=cache),
-        patch("fastokd.run.tuning._eager") as measured,
+        patch("fastokd.run.tuning.time_eager") as measured,
     ):
         session = build(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
         opened = not session.settled
