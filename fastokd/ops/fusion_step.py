@@ -126,6 +126,8 @@ def _torch_impl(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNo
     """The readable reference, in the maps' dtype."""
     x_BKHW = maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(tuple(maps_BCHW), dim=1)
     weight_K133 = weight_K133.to(x_BKHW.dtype)
+    # Through a view, so that the gradient has a dense weight's strides, which DDP's buckets expect.
+    weight_K133 = weight_K133.reshape(-1, 9).view(-1, 1, 3, 3)
     z_BKHW = F.conv2d(x_BKHW, weight_K133, padding=1, groups=weight_K133.shape[0])
     # The class's own forward: a subclass may add an activation of its own.
     return F.relu(nn.BatchNorm2d.forward(bn, z_BKHW))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
+from fastokd.learner.step import gradients
 from fastokd.run.options import RunOptions
 from tests.learner.every_method import METHODS, small
 
@@ -36,14 +37,14 @@ def test_engines_agree(device: torch.device, method: str, sharing: str, engine: 
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_a_fused_step_is_the_plain_one(device: torch.device, method: str, sharing: str) -> None:
     """In float32, one step: the gradients, which is what the fused losses decide."""
-    gradients = []
+    found = []
     for impl in ("torch", "auto"):
         options = RunOptions(device=str(device), engine="loop", precision="fp32", impl=impl)
         loop = OurLoop(small(method, sharing), options)
         session = loop.session
         session.begin_step(len(loop.labels_B))
         gradients(session.learner, loop.images_BHWC, loop.labels_B)
-        found = [p.grad.flatten() for p in session.learner.parameters() if p.grad is not None]
-        gradients.append(torch.cat(found))
-    plain, fused = gradients
+        grads = [p.grad.flatten() for p in session.learner.parameters() if p.grad is not None]
+        found.append(torch.cat(grads))
+    plain, fused = found
     assert torch.linalg.vector_norm(fused - plain) <= 1e-3 * torch.linalg.vector_norm(plain)
