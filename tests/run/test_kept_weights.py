@@ -364,7 +364,9 @@ def test_a_student_that_is_another_alone_is_written_and_the_run_says_so(
         return session
 
     monkeypatch.setattr(importlib.import_module("fastokd.train"), "build", louder)
-    with pytest.raises(UserError, match=r"gives other logits alone than within its cohort: they differ by 0\.0"):
+    with pytest.raises(
+        UserError, match=r"gives other logits alone than within its cohort: they differ by 0\.0"
+    ):
         fastokd.train(small(), out=tmp_path / "run", max_steps=1, **QUICK)
     assert list_checkpoints(tmp_path / "run/checkpoints")
     state = load_file(tmp_path / "run" / STUDENT)
