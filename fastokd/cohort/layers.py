@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastokd.models import Student
 from fastokd.models.layers import NormAct, Tap
 from fastokd.ops import conv, max_pool
-from fastokd.ops.fused_bn_act import norm_impl
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,14 +66,13 @@ class OpMaxPool2d(nn.MaxPool2d):
 def use_ops(student: Student, impl: str) -> None:
     """Makes ``ops/`` compute the norms, convolutions and poolings of ``student``.
 
-    ``impl``: that of the norms, which raise if it isn't available (``"triton"`` is auto, since they
-    have none). Convolutions and poolings choose between C++ and torch layer by layer, unless it is
-    ``"torch"``.
+    ``impl``: that of the norms, which raise if it isn't available; they have no Triton form.
+    Convolutions and poolings choose between C++ and torch layer by layer, unless it is ``"torch"``.
     """
     of_others = "torch" if impl == "torch" else "auto"
     for module in student.modules():
         if isinstance(module, NormAct):
-            module.impl = norm_impl(impl)
+            module.impl = impl
         elif is_exactly(module, nn.Conv2d) and conv.suits(module):
             replace(module, OpConv2d)
         elif is_exactly(module, nn.MaxPool2d) and max_pool.suits(module):

@@ -117,3 +117,9 @@ def test_one_class_is_refused() -> None:
 
 def test_it_is_a_module() -> None:
     assert isinstance(Cohort(("resnet8", 2), 10), nn.Module)
+
+
+def test_an_implementation_that_the_norms_lack_is_refused() -> None:
+    cohort = Cohort(("resnet8", 2), 10, impl="triton")
+    with pytest.raises(UserError, match="triton"):
+        cohort(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
