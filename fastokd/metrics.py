@@ -52,6 +52,7 @@ class Meter:
 
     ``has_leader``: the last student is the leader; ensemble and diversity count its peers only.
     ``totals``, tensors on the device, is the whole state: a run can be resumed between two batches.
+    Once made they are changed in place, so a captured step can add to them.
     """
 
     def __init__(self, students: int, has_leader: bool) -> None:
@@ -86,13 +87,26 @@ class Meter:
             value = value.detach().double()
             if untaken is not None:
                 value = value.masked_fill(untaken != 0, 0.0)
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
+            if name in self.totals:
+                self.totals[name].add_(value)
+            else:
+                self.totals[name] = value.clone()
+
+    def set(self, totals: dict[str, Tensor]) -> None:
+        """Continues from ``totals``; from nothing where it is empty."""
+        for name in self.totals.keys() - totals.keys():
+            self.totals[name].zero_()
+        for name, value in totals.items():
+            if name in self.totals:
+                self.totals[name].copy_(value)
+            else:
+                self.totals[name] = value.clone()
 
     def result(self, ranks: Ranks | None = None) -> dict[str, Any]:
         """The metrics over all ``ranks``, as plain numbers and lists; accuracies are from 0 to 1."""
         totals = {name: value.cpu() for name, value in self.totals.items()}
         totals = (ranks or Ranks()).summed(totals)
-        if "count" not in totals:
+        if not totals.get("count"):
             return {}
         count = totals["count"]
         result: dict[str, Any] = {}

@@ -71,3 +71,16 @@ def test_nan_and_equal_logits_are_never_right_by_accident() -> None:
     assert label_rank(one_nan, labels_B).item() == 1
     for no_class in (-1, 10):
         assert label_rank(torch.ones(1, 1, 10), torch.tensor([no_class])).item() == 10
+
+
+def test_a_meter_set_to_nothing_counts_in_the_same_tensors():
+    torch.manual_seed(0)
+    logits_SBC, labels_B = torch.randn(2, 9, 4), torch.randint(4, (9,))
+    meter = Meter(2, has_leader=False)
+    meter.update(logits_SBC, labels_B)
+    first, totals = meter.result(), dict(meter.totals)
+    meter.set({})
+    assert meter.result() == {}
+    meter.update(logits_SBC, labels_B)
+    assert meter.result() == first
+    assert all(meter.totals[name] is value for name, value in totals.items())

@@ -152,7 +152,7 @@ class Session:
             return
         heldout = None if self.data.val is None else read_all(self.data.val)
         self.learner.method.end_epoch(self.learner.cohort, heldout)
-        self.meter = Meter(self.recipe.students, self.recipe.has_leader)
+        self.meter.set({})
         self.epoch, self.batch = self.epoch + 1, 0
 
     def how(self) -> dict[str, Any]:
@@ -171,7 +171,8 @@ class Session:
         """The state for a resumed run. All ranks call this together; rank 0 gets all tensors."""
         share_state(self.learner)
         tensors, facts = state_of(self.learner)
-        tensors |= {f"meter.{k}": v for k, v in self.meter.totals.items()}
+        if self.batch:
+            tensors |= {f"meter.{k}": v for k, v in self.meter.totals.items()}
         facts |= {
             "recipe": self.recipe.to_json(),
             "epoch": self.epoch,
@@ -209,7 +210,7 @@ class Session:
         learner = self.learner
         load_state(learner, tensors, facts, self.recipe.kept_student)
         meter = below(tensors, "meter.")
-        self.meter.totals = {k: v.to(learner.device, copy=True) for k, v in meter.items()}
+        self.meter.set({k: v.to(learner.device) for k, v in meter.items()})
         self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
         self.best = facts["best"]
         if "rng.cpu" not in tensors:
