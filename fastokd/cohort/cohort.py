@@ -13,6 +13,7 @@ from fastokd.cohort.layers import use_ops
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.cohort.sharing import check_sharing
+from fastokd.cohort.streams import Streams
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
 from fastokd.models import (
@@ -114,6 +115,7 @@ class Cohort(nn.Module):
             use_ops(student, impl)
         self.memory_format = torch.channels_last
         self.own = range(len(built))
+        self.streams: Streams | None = None
         self._exchange: Callable[[list[StudentOutput]], list[StudentOutput]] | None = None
         self.set_engine(engine)
 
@@ -127,17 +129,29 @@ class Cohort(nn.Module):
         self.own, self._exchange = own, exchange
         for index, student in enumerate(self.students):
             student.requires_grad_(index in own)
-        self.set_engine(self.engine)
+        self.set_engine(self.engine, self.streams is not None)
 
-    def set_engine(self, engine: str) -> None:
+    def set_engine(self, engine: str, streams: bool = False) -> None:
         """Changes the engine; the students' state doesn't change.
 
+        ``streams``: on a GPU the loop's students, and what a method computes for each, run side by
+        side (``streams.py``); meant for a captured step.
+
         Raises:
-            UserError: an unknown engine, or one that can't run these students, with the reason.
+            UserError: an unknown engine, or one that can't run these students or has no streams, with
+                the reason.
         """
         members = list(self._members())[self.own.start : self.own.stop]
+        if streams and engine in ("grouped", "vmap"):
+            raise UserError(
+                f"engine={engine!r} runs all students in one launch and has no streams: use "
+                "engine='loop', or leave streams out"
+            )
+        beside = Streams(len(members)) if streams else None
         if engine in ("auto", "loop"):
-            run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(members, self.branch_from)
+            run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
+                members, self.branch_from, beside
+            )
         elif engine == "grouped":
             run = GroupedStudents(members, self.branch_from)
         elif engine == "vmap":
@@ -146,6 +160,7 @@ class Cohort(nn.Module):
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
         self._run, self.engine = run, "loop" if engine == "auto" else engine
+        self.streams = beside
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Sets the memory format of weights and maps."""
@@ -218,6 +233,7 @@ class Cohort(nn.Module):
             trunk_BCHW,
             extra_logits_EBC,
             self.own,
+            self.streams,
         )
 
     def student_state(self, index: int) -> dict[str, Tensor]:

@@ -1,22 +1,29 @@
-"""The loop engine: students one after another."""
+"""The loop engine: students one after another, or each on a CUDA stream of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks, give
+from fastokd.cohort.streams import Streams, side_by_side
 from fastokd.models import Student, StudentOutput
 
 
 class LoopStudents:
-    """Runs each student from stage ``start`` on over the same input."""
+    """Runs each student from stage ``start`` on over the same input.
 
-    def __init__(self, students: Sequence[Student], start: int) -> None:
+    ``streams``: where they run side by side; None for one after another.
+    """
+
+    def __init__(
+        self, students: Sequence[Student], start: int, streams: Streams | None = None
+    ) -> None:
         self.students = tuple(students)
         self.start = start
+        self.streams = streams
         # Masks are drawn together only for equal students; else each dropout layer draws its own.
         self.dropout = DropoutMasks(students) if are_alike(students) else None
 
@@ -24,6 +31,16 @@ class LoopStudents:
         """The outputs of each student over the shared ``x_BCHW``."""
         training = self.students[0].training
         masks = {} if self.dropout is None else self.dropout.draw(x_BCHW, training)
-        for index, student in enumerate(self.students):
-            give(student, {name: mask_SBD[index] for name, mask_SBD in masks.items()})
-        return [student.outputs(x_BCHW, self.start) for student in self.students]
+        calls = [
+            (student, x_BCHW, {name: mask_SBD[index] for name, mask_SBD in masks.items()})
+            for index, student in enumerate(self.students)
+        ]
+        if self.streams is not None:
+            self.streams.begin()
+        return side_by_side(self._outputs, calls, self.streams)
+
+    def _outputs(
+        self, student: Student, x_BCHW: Tensor, masks: Mapping[str, Tensor]
+    ) -> StudentOutput:
+        give(student, masks)
+        return student.outputs(x_BCHW, self.start)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastokd.cohort.streams import Streams
+
 
 @dataclass(frozen=True)
 class CohortShape:
@@ -33,7 +35,7 @@ class CohortOutput:
     trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only.
     ``extra_logits_EBC``: a frozen teacher's logits, without gradient. ``own``: the students that
     ran in this process, None for all; the others have logits, features and at most the last map,
-    without gradient.
+    without gradient. ``streams``: those on which the students ``own`` ran, side by side.
     """
 
     logits_SBC: Tensor
@@ -42,6 +44,7 @@ class CohortOutput:
     trunk_BCHW: Tensor | None
     extra_logits_EBC: Tensor | None
     own: range | None = None
+    streams: Streams | None = None
 
     @property
     def features_SBD(self) -> Tensor:  # noqa: N802

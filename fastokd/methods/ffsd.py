@@ -11,13 +11,14 @@ published loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort import CohortOutput, CohortShape
+from fastokd.cohort import CohortOutput, CohortShape, side_by_side
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, no_one
 from fastokd.methods.ffsd_modules import Decoder, Fusion, Squeeze
@@ -32,6 +33,15 @@ from fastokd.ops import (
 LEADER = "leader"
 # A third of a map's positions must be at least one.
 LEAST_PLACES = 3
+
+
+class OfMaps(NamedTuple):
+    """What is computed of one student's maps: its losses, and of the leader's the fusion's logits."""
+
+    diversity: Tensor | None = None
+    fusion: Tensor | None = None
+    decoders: Tensor | None = None
+    fusion_BC: Tensor | None = None
 
 
 class FFSD(Method):
@@ -94,20 +104,19 @@ class FFSD(Method):
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
         own = range(self.shape.students) if out.own is None else out.own
         lasts = [maps[-1].detach() for maps in out.maps[: self.peers]]
-        fusion_BC: Tensor | None = None
-        if self.peers in own:
-            fused_BCHW, fusion_BC = self.fusion.fuse(lasts)
-        total, parts = self._logit_losses(out, fusion_BC, labels_B, own)
+        calls = [(student, out.maps[student], lasts) for student in own]
+        of_maps = side_by_side(self._of_maps, calls, out.streams)
+        # The leader is the last student.
+        total, parts = self._logit_losses(out, of_maps[-1].fusion_BC, labels_B, own)
 
         diversity, fusion, decoders = (total.new_zeros(()) for _ in range(3))
-        for student in own:
-            if 0 < student < self.peers:
-                diversity = diversity + self._apart(student, out.maps[student], lasts[student - 1])
-        if fusion_BC is not None:
-            fusion = self._follow(out.maps[-1], fused_BCHW.detach(), torch.cat(lasts, dim=1))
-        for student in own:
-            if student > 0:
-                decoders = decoders + self._reconstruction(student, out.maps[student])
+        for losses in of_maps:
+            if losses.diversity is not None:
+                diversity = diversity + losses.diversity
+            if losses.fusion is not None:
+                fusion = losses.fusion
+            if losses.decoders is not None:
+                decoders = decoders + losses.decoders
 
         maps = (
             self.lambda_diversity * diversity
@@ -169,6 +178,18 @@ class FFSD(Method):
         decoder = self.decoders[name]
         assert isinstance(decoder, Decoder)
         return decoder
+
+    def _of_maps(self, student: int, maps: tuple[Tensor, ...], lasts: Sequence[Tensor]) -> OfMaps:
+        """The losses of one student's ``maps``; ``lasts``: the last maps of all but the leader."""
+        if student == 0:
+            return OfMaps()
+        if student < self.peers:
+            diversity = self._apart(student, maps, lasts[student - 1])
+            return OfMaps(diversity=diversity, decoders=self._reconstruction(student, maps))
+        fused_BCHW, fusion_BC = self.fusion.fuse(lasts)
+        fusion = self._follow(maps, fused_BCHW.detach(), torch.cat(tuple(lasts), dim=1))
+        decoders = self._reconstruction(student, maps)
+        return OfMaps(fusion=fusion, decoders=decoders, fusion_BC=fusion_BC)
 
     def _apart(self, student: int, maps: tuple[Tensor, ...], other_BCHW: Tensor) -> Tensor:
         """The diversity losses of a student: its attention differs from the previous student's."""
