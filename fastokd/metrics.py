@@ -29,14 +29,13 @@ def label_rank(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
     """The number of classes that rank before the label, ``[S, B]``: ties by index, NaN first. C for a
     label that is no class."""
     S, B, C = logits_SBC.shape
-    known_B = (labels_B >= 0) & (labels_B < C)
-    labels_B = labels_B.clamp(0, C - 1)
-    picked_SB1 = logits_SBC.gather(2, labels_B.expand(S, B)[..., None])
+    class_B = labels_B.clamp(0, C - 1)
+    picked_SB1 = logits_SBC.gather(2, class_B.expand(S, B)[..., None])
     # "Not at most" in place of "above": NaN must never count as correct.
     before_SBC = ~(logits_SBC <= picked_SB1)
-    earlier_BC = torch.arange(C, device=labels_B.device) < labels_B[:, None]
+    earlier_BC = torch.arange(C, device=labels_B.device) < class_B[:, None]
     ties_SBC = (logits_SBC == picked_SB1) & earlier_BC
-    return torch.where(known_B, (before_SBC | ties_SBC).sum(2), C)
+    return (before_SBC | ties_SBC).sum(2).masked_fill(class_B != labels_B, C)
 
 
 def peer_diversity(probs_PBC: Tensor) -> Tensor:
@@ -60,6 +59,7 @@ class Meter:
         self.has_leader = has_leader
         self.peers = students - 1 if has_leader else students
         self.totals: dict[str, Tensor] = {}
+        self._flat_T: Tensor | None = None
 
     @torch.no_grad()
     def update(
@@ -78,19 +78,34 @@ class Meter:
         probs_PBC = F.softmax(peers_PBC, dim=2)
         ensembles_2BC = torch.stack([probs_PBC.mean(0), peers_PBC.mean(0)])
         rank_SB = label_rank(torch.cat([logits_SBC, ensembles_2BC]), labels_B)
-        sums = {"top1": (rank_SB < 1).sum(1), "top5": (rank_SB < 5).sum(1)}
-        sums["count"] = torch.full((), labels_B.shape[0], device=labels_B.device)
+        B, device = labels_B.shape[0], labels_B.device
+        tops_211 = torch.arange(1, 6, 4, device=device)[:, None, None]
+        top1_S, top5_S = (rank_SB < tops_211).sum(2)
+        sums = {"top1": top1_S, "top5": top5_S}
+        # Of float64, and so is the concatenation.
+        sums["count"] = torch.full((), B, dtype=torch.float64, device=device)
         if self.peers > 1:
             sums["diversity"] = peer_diversity(probs_PBC)
-        sums |= {f"mean.{k}": value * labels_B.shape[0] for k, value in (averages or {}).items()}
-        for name, value in sums.items():
-            value = value.detach().double()
-            if untaken is not None:
-                value = value.masked_fill(untaken != 0, 0.0)
-            if name in self.totals:
-                self.totals[name].add_(value)
-            else:
-                self.totals[name] = value.clone()
+        if averages:
+            sums |= _times(averages, B)
+        total_T = torch.cat([value.reshape(-1) for value in sums.values()])
+        if untaken is not None:
+            total_T = total_T.masked_fill(untaken != 0, 0.0)
+        if self._flat_T is None:
+            self._lay_out(sums)
+        assert self._flat_T is not None
+        self._flat_T.add_(total_T)
+
+    def _lay_out(self, sums: dict[str, Tensor]) -> None:
+        """Makes the totals views of one tensor, which one operation adds to."""
+        begun, sizes = self.totals, [value.numel() for value in sums.values()]
+        device = next(iter(sums.values())).device
+        self._flat_T = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.totals = {
+            name: flat.view(value.shape)
+            for (name, value), flat in zip(sums.items(), self._flat_T.split(sizes), strict=True)
+        }
+        self.set(begun)
 
     def set(self, totals: dict[str, Tensor]) -> None:
         """Continues from ``totals``; from nothing where it is empty."""
@@ -124,6 +139,16 @@ class Meter:
             if name.startswith("mean."):
                 result[name.removeprefix("mean.")] = (value / count).tolist()
         return result
+
+
+def _times(averages: dict[str, Tensor], B: int) -> dict[str, Tensor]:
+    """Batch means to sums over the batch, in one multiplication."""
+    flat_T = torch.cat([value.detach().reshape(-1) for value in averages.values()]) * B
+    sizes = [value.numel() for value in averages.values()]
+    return {
+        f"mean.{name}": part.view(value.shape)
+        for (name, value), part in zip(averages.items(), flat_T.split(sizes), strict=True)
+    }
 
 
 class MetricLines:

@@ -41,12 +41,11 @@ def train_epoch(session: Session, hooks: Hooks) -> dict[str, Any]:
     learner = session.learner
     learner.train()
     session.begin_epoch()
-    for images_BHWC, labels_B in session.batches(hooks.on_last_batch):
-        session.begin_step(labels_B.shape[0])
-        with saying_what_fits(session, images_BHWC, labels_B):
-            logits_SBC, loss = training_step(learner, images_BHWC, labels_B)
-        session.finish_step(logits_SBC, labels_B, loss)
-        hooks.on_step(labels_B.shape[0] * learner.ranks.data.size)
+    for B, *batch in session.batches(hooks.on_last_batch):
+        with saying_what_fits(session, *batch):
+            training_step(learner, B, *batch, body=session.whole_step)
+        session.finish_step()
+        hooks.on_step(B * learner.ranks.data.size)
     return session.meter.result(learner.ranks)
 
 

@@ -1,4 +1,4 @@
-"""A whole training step as CUDA graphs, one for each batch shape.
+"""A whole training step as CUDA graphs, one for each shape of its inputs.
 
 The first steps run eagerly: then optimizer states exist, DDP has built its buckets and libraries have
 chosen their kernels. After them a shape that has run eagerly is captured when it comes again, and
@@ -23,7 +23,7 @@ from fastokd.learner.recording import recording
 # DistributedDataParallel measures and rebuilds its buckets within the first eleven.
 WARM_UP_STEPS = 11
 
-Step = Callable[[Tensor, Tensor], Any]
+Step = Callable[..., Any]
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Any, Replay]]
 
@@ -37,11 +37,14 @@ def check_captures(device: torch.device) -> None:
 
 
 class CapturedStep:
-    """Calls ``step`` until it is warm, captures it for each shape of a batch, replays it.
+    """Calls ``step`` until it is warm, captures it for each shape of its inputs, replays it.
+
+    Tensors among the inputs are copied into the graph's own. Other inputs are constants of a graph:
+    each value has a graph of its own.
 
     Args:
-        step: (images, labels) to the step's result, without gradient history. It must not read from
-            the device, and whatever else it reads must stay the same tensors.
+        step: the inputs (images and labels, say) to the step's result, without gradient history. It
+            must not read from the device, and whatever else it reads must stay the same tensors.
         device: where the step runs.
         record: captures a function without arguments; returns its result and the replay.
         warm_up: eager steps before the first capture.
@@ -59,19 +62,19 @@ class CapturedStep:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.record = record or self._record_graph
         self.left = warm_up
-        self.graphs: dict[torch.Size, _Graph | None] = {}
+        self.graphs: dict[tuple[Any, ...], _Graph | None] = {}
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Any:
-        shape = images.shape
-        if self.left > 0 or shape not in self.graphs:
+    def __call__(self, *inputs: Any) -> Any:
+        kind = tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
+        if self.left > 0 or kind not in self.graphs:
             self.left -= 1
-            self.graphs[shape] = None
-            return self._beside(lambda: self.step(images, labels))
-        graph = self.graphs[shape]
+            self.graphs[kind] = None
+            return self._beside(lambda: self.step(*inputs))
+        graph = self.graphs[kind]
         if graph is None:
-            # A capture computes nothing: the first replay is this batch's step.
-            graph = self.graphs[shape] = _Graph(self.step, self.record, images, labels)
-        return graph(images, labels)
+            # A capture computes nothing: the first replay is this step.
+            graph = self.graphs[kind] = _Graph(self.step, self.record, inputs)
+        return graph(inputs)
 
     def _record_graph(self, body: Callable[[], Any]) -> tuple[Any, Replay]:
         """Captures ``body``: its result's tensors, and the replay that fills them.
@@ -99,14 +102,15 @@ class CapturedStep:
 
 
 class _Graph:
-    """The captured step of one shape: its input tensors, its result's tensors, its replay."""
+    """One captured step: its inputs, its result's tensors, its replay."""
 
-    def __init__(self, step: Step, record: Record, images: Tensor, labels: Tensor) -> None:
-        self.inputs = images.clone(), labels.clone()
+    def __init__(self, step: Step, record: Record, inputs: tuple[Any, ...]) -> None:
+        self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         self.result, self.replay = record(lambda: step(*self.inputs))
 
-    def __call__(self, *batch: Tensor) -> Any:
-        for kept, new in zip(self.inputs, batch, strict=True):
-            kept.copy_(new, non_blocking=True)
+    def __call__(self, inputs: tuple[Any, ...]) -> Any:
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            if isinstance(new, Tensor):
+                kept.copy_(new, non_blocking=True)
         self.replay()
         return self.result

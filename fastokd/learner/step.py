@@ -8,7 +8,9 @@ finite is skipped by a flag on the device (``guard.py``).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,19 +48,20 @@ def step(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tenso
 
 
 def training_step(
-    learner: Learner, images_BHWC: Tensor, labels_B: Tensor
+    learner: Learner, *batch: Any, body: Callable[..., tuple[Tensor, MethodLoss]] = step
 ) -> tuple[Tensor, MethodLoss]:
-    """:func:`step`, as a CUDA graph where the learner captures its steps.
+    """``body(learner, *batch)``, as a CUDA graph where the learner captures its steps.
 
-    ``images_BHWC``: uint8, on the learner's device; ``labels_B``: class ids. What a captured step
-    returns is overwritten by the next one.
+    ``batch``: for :func:`step` uint8 images on the learner's device and class ids; ``body`` stays the
+    same from one :meth:`Learner.adopt` to the next. What a captured step returns is overwritten by the
+    next one.
     """
     learner.guard.begin()
     if not learner.capture:
-        return step(learner, images_BHWC, labels_B)
+        return body(learner, *batch)
     if learner.captured is None:
-        learner.captured = CapturedStep(partial(step, learner), learner.device)
-    result: tuple[Tensor, MethodLoss] = learner.captured(images_BHWC, labels_B)
+        learner.captured = CapturedStep(partial(body, learner), learner.device)
+    result: tuple[Tensor, MethodLoss] = learner.captured(*batch)
     return result
 
 

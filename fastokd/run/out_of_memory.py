@@ -16,10 +16,11 @@ from fastokd.run.session import Session
 
 
 @contextmanager
-def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[None]:
+def saying_what_fits(session: Session, *batch: Tensor) -> Iterator[None]:
     """Catches an out-of-memory error of a step and finds a batch that fits, by halving.
 
-    The session can't be used afterwards.
+    ``batch``: images and labels; without them they are made again. The session can't be used
+    afterwards.
 
     Raises:
         UserError: the step ran out of memory, or an operator has no deterministic form with
@@ -41,6 +42,7 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
             raise
         # The frames hold the step's activations.
         traceback.clear_frames(error.__traceback__)
+    images_BHWC, labels_B = batch or session.next_batch()
     B = labels_B.shape[0]
     fault = f"a step of {B} images doesn't fit into the memory of {learner.device} ({said})"
     if learner.student_parallel is not None:  # nothing can be tried without the other ranks
@@ -51,8 +53,8 @@ def saying_what_fits(session: Session, images_BHWC: Tensor, labels_B: Tensor) ->
     if fitting is None:
         advice = "not even a part of one fits: choose a smaller model, or fewer --students"
     else:
-        batch, parts = fitting * learner.ranks.data.size, -(-B // fitting)
-        advice = f"{fitting} would fit: --batch-size {batch}, or --accumulate {parts} to keep the recipe's"
+        whole, parts = fitting * learner.ranks.data.size, -(-B // fitting)
+        advice = f"{fitting} would fit: --batch-size {whole}, or --accumulate {parts} to keep the recipe's"
     raise UserError(f"{fault}; {advice}")
 
 

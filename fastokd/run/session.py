@@ -9,17 +9,18 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastokd.data import DatasetSplits, read_all
-from fastokd.device import staged
+from fastokd.data import BatchStream, DatasetSplits, read_all
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.learner import Learner
 from fastokd.learner.optimizers import set_rate
 from fastokd.learner.shared_state import gathered, mine, share_state
 from fastokd.learner.state import State, below, load_state, state_of
+from fastokd.learner.step import step
 from fastokd.methods import MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
+from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
@@ -29,6 +30,8 @@ from fastokd.student.weights import Weights
 CHANGED = 0.05
 # The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
+# The row of a batch among the draws of its step; a method's draws have names.
+BATCH = ""
 
 
 class Stream(Protocol):
@@ -73,7 +76,13 @@ class Session:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
-        self._draws: dict[int, dict[str, Tensor]] = {}
+        # By the number of images, which a CUDA graph is captured for.
+        self._blocks: dict[int, Block] = {}
+        self._single: dict[int, Block] = {}
+        # What the device's counter is at: images, epoch, batch, step; and the steps from there on that
+        # the block has.
+        self._next: tuple[int, ...] = ()
+        self._left = 0
 
     @property
     def stopped(self) -> bool:
@@ -104,45 +113,90 @@ class Session:
                 factor = rate / recipe.lr if group["scheduled"] else 1.0
                 set_rate(group, group["initial_lr"] * factor)
 
-    def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch. If the position is moved, also by ``at_end``, the batches continue
-        from there."""
+    def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Any, ...]]:
+        """The rest of the epoch, as the arguments of :meth:`whole_step`; the draws of a step are on the
+        device before it. If the position is moved, also by ``at_end``, the batches continue from there.
+        """
         while self.batch < len(self.stream) and not self.stopped:
-            for batch in self.stream.batches(self.epoch, self.batch):
+            for batch in self._from_here():
                 index = self.batch
+                self._upload(batch[0])
                 yield batch
                 if self.stopped or self.batch != index + 1:
                     break
             at_end()
+
+    def _from_here(self) -> Iterator[tuple[Any, ...]]:
+        """The number of images of each batch, and the batch unless the step makes it on the device."""
+        if isinstance(self.stream, BatchStream):
+            for index in range(self.batch, len(self.stream)):
+                yield (self.stream.size(index),)
+        else:
+            for images_BHWC, labels_B in self.stream.batches(self.epoch, self.batch):
+                yield len(labels_B), images_BHWC, labels_B
+
+    def _upload(self, images: int) -> None:
+        """Uploads the draws of this step and those after it, unless the device's counter is at them."""
+        here = (images, self.epoch, self.batch, self.step)
+        if here != self._next or self._left == 0:
+            block = self._blocks.setdefault(images, Block(self.learner.device))
+            self._left = block.fill(self._ahead(images))
+        self._left -= 1
+        self._next = (images, self.epoch, self.batch + 1, self.step + 1)
+
+    def _ahead(self, images: int) -> Iterator[Draws]:
+        """The draws of this step and of the epoch's next ones of as many images."""
+        for ahead in range(min(len(self.stream) - self.batch, self.steps_left)):
+            draws = self._draws(images, self.step + ahead)
+            if isinstance(self.stream, BatchStream):
+                batch = self.batch + ahead
+                if self.stream.size(batch) != images:
+                    return
+                draws[BATCH] = self.stream.row(self.epoch, batch)
+            yield draws
+
+    def _draws(self, images: int, number: int) -> Draws:
+        """The method's random numbers of step ``number``, a function of (seed, step): drawn for the whole batch,
+        then this rank's ``images`` of them."""
+        line = self.learner.ranks.data
+        generator = keyed_generator(self.recipe.seed, "draws", number)
+        whole = self.learner.method.draw(images * line.size, generator)
+        mine = slice(line.rank * images, (line.rank + 1) * images)
+        return {name: value[mine] for name, value in whole.items()}
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the next step; doesn't change the position."""
         return next(iter(self.stream.batches(self.epoch, self.batch)))
 
     def begin_step(self, images: int) -> None:
-        """Draws the method's random numbers of this step, a function of (seed, step).
+        """Draws the method's random numbers of this step alone, for a step outside of the loop.
 
-        ``images``: this rank's number of images. Draws are made for the whole batch and then sliced.
-        Batches of one size share tensors, since a captured step always reads the same memory.
+        ``images``: this rank's number of images. Batches of one size share tensors, since a captured
+        step always reads the same memory.
         """
-        generator = keyed_generator(self.recipe.seed, "draws", self.step)
-        line = self.learner.ranks.data
-        draws = self.learner.method.draw(images * line.size, generator)
-        kept = self._draws.setdefault(images, {})
-        for name, whole in draws.items():
-            value = staged(
-                whole[line.rank * images : (line.rank + 1) * images], self.learner.device
-            )
-            if name in kept:
-                kept[name].copy_(value, non_blocking=True)
-            else:
-                kept[name] = value.to(self.learner.device, copy=True, non_blocking=True)
-        self.learner.progress.draws = kept
+        block = self._single.setdefault(images, Block(self.learner.device, steps=1))
+        block.fill(iter([self._draws(images, self.step)]))
+        self.learner.progress.draws = {name: x[0] for name, x in block.tensors.items()}
 
-    def finish_step(self, logits_SBC: Tensor, labels_B: Tensor, loss: MethodLoss) -> None:
-        """Counts one step and its metrics."""
+    def whole_step(
+        self, learner: Learner, images: int, *batch: Tensor
+    ) -> tuple[Tensor, MethodLoss]:
+        """One step from its draws to its metrics: what the graph of a captured step contains.
+
+        ``batch``: images and labels, where the stream doesn't make them of the draws.
+        """
+        draws = self._blocks[images].read()
+        if isinstance(self.stream, BatchStream):
+            batch = self.stream.read(draws.pop(BATCH))
+        learner.progress.draws = draws
+        images_BHWC, labels_B = batch
+        logits_SBC, loss = step(learner, images_BHWC, labels_B)
         losses = {"loss": loss.total, **loss.parts}
-        self.meter.update(logits_SBC, labels_B, losses, self.learner.guard.fault)
+        self.meter.update(logits_SBC, labels_B, losses, learner.guard.fault)
+        return logits_SBC, loss
+
+    def finish_step(self) -> None:
+        """Counts one step."""
         self.batch += 1
         self.step += 1
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastokd.benchmark.loops import OurLoop
+from fastokd.data import BatchStream, Split
 from fastokd.learner import step as step_module
 from fastokd.learner.build import build_optimizers
 from fastokd.learner.guard import Guard
@@ -56,27 +57,27 @@ class Dispatched(TorchDispatchMode):
 
 
 def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any) -> Dispatched:
-    """What a bf16 step dispatches on a GPU, from the images to the metrics, but for the backward."""
+    """What a bf16 step dispatches on a GPU, from its draws to the metrics, but for the backward."""
     chosen = RunOptions(device="cpu", precision="bf16", engine=engine, clip_norm=1.0, ema=0.9)
     recipe = small(method, sharing, method_options=options)
-    session, B = OurLoop(recipe, chosen).session, recipe.batch_size
+    session = OurLoop(recipe, chosen).session
     session.options = dataclasses.replace(chosen, impl=impl)
     session.learner.method = create_method(
         recipe.method, session.learner.cohort.shape, impl=impl, **recipe.method_options
     )
-    draws = session.learner.method.draw(B, torch.Generator())
+    stream = session.stream
+    assert isinstance(stream, BatchStream)
     capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
-    with FakeTensorMode(), fake_autocast(), capturing:
+    pinning = mock.patch.object(Tensor, "pin_memory", lambda host: host)
+    with FakeTensorMode(), fake_autocast(), capturing, pinning:
         _move(session)
-        session.learner.progress.draws = {name: _fake(x) for name, x in draws.items()}
-        images_BHWC = torch.empty(B, 32, 32, 3, dtype=torch.uint8, device=CUDA)
-        labels_B = torch.empty(B, dtype=torch.long, device=CUDA)
+        split = Split(_fake(stream.split.images_NHWC), _fake(stream.split.labels_N))
+        session.stream = BatchStream(split, stream.order, stream.augment)
+        (images,) = next(session.batches(lambda: None))
         learner = session.learner
         learner.before  # noqa: B018  # made before the step is counted
         with mock.patch.object(step_module, "gradients", without_backward), Dispatched() as seen:
-            logits_SBC, loss = step_module.step(learner, images_BHWC, labels_B)
-            losses = {"loss": loss.total, **loss.parts}
-            session.meter.update(logits_SBC, labels_B, losses, session.learner.guard.fault)
+            session.whole_step(learner, images)
     return seen
 
 

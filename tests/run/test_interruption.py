@@ -37,8 +37,8 @@ def after_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyP
     """Acts inside step ``number`` of the next training, counted from 1."""
     step, taken = loop.training_step, [0]
 
-    def acting(*arguments: Any) -> Any:
-        result = step(*arguments)
+    def acting(*arguments: Any, **how: Any) -> Any:
+        result = step(*arguments, **how)
         taken[0] += 1
         if taken[0] == number:
             act()

@@ -64,19 +64,38 @@ class BatchStream:
 
         Without shuffling and augmentation they are views of the split.
         """
-        images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
         if not self.order.shuffle and self.augment is None:
             span = self.order.span(index)
-            return images_NHWC[span], labels_N[span]
+            return self.split.images_NHWC[span], self.split.labels_N[span]
+        return self.read(moved(self.row(epoch, index), self.split.labels_N.device))
+
+    def size(self, index: int) -> int:
+        """This rank's number of images in batch ``index``."""
+        mine = self.order.share(index)
+        return mine.stop - mine.start
+
+    def row(self, epoch: int, index: int) -> Tensor:
+        """What :meth:`read` takes for batch ``index`` of ``epoch``: int64 ``[3, B]``, on the CPU.
+
+        Its rows are samples, the crops' first pixels in the padded set, and flips; ``[1, B]``, the
+        samples alone, without augmentation.
+        """
         draws = self.draws(epoch, index)
         if self.augment is None:
-            index_B = moved(draws.index_B, labels_N.device)
-            return images_NHWC.index_select(0, index_B), labels_N.index_select(0, index_B)
+            return draws.index_B[None]
         padded_H, padded_W = self._padded_size
         first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
-        # One small copy to the device per batch.
-        small_3B = torch.stack((draws.index_B, first_B, draws.flip_B))
-        index_B, first_B, flip_B = moved(small_3B, labels_N.device)
+        return torch.stack((draws.index_B, first_B, draws.flip_B))
+
+    def read(self, row_3B: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of a :meth:`row`, which is on the split's device.
+
+        The host reads no value, so a CUDA graph can contain this.
+        """
+        images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
+        if self.augment is None:
+            return images_NHWC.index_select(0, row_3B[0]), labels_N.index_select(0, row_3B[0])
+        index_B, first_B, flip_B = row_3B
         pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
         images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
         return (
