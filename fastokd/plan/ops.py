@@ -19,25 +19,34 @@ FREE = {
     *("detach", "lift_fresh", "_unsafe_view", "_reshape_alias"),
     *("device", "_local_scalar_dense"),
 }
-NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit", "native_batch_norm_backward"),
-    *("fused_bn_act", "fused_bn_act_backward"),
-}
-# How often an operator must read its inputs: a norm reads once for the statistics and once to
+# The arguments that an operator must read twice: a norm reads once for the statistics and once to
 # normalise, its backward once for the sums and once for the gradient.
-READS = dict.fromkeys([*NORMS, "_log_softmax", "_softmax"], 2)
+READ_TWICE = {
+    **dict.fromkeys(("native_batch_norm", "fused_bn_act"), (0,)),
+    **dict.fromkeys(("native_batch_norm_backward", "fused_bn_act_backward"), (0, 1)),
+    **dict.fromkeys(("_log_softmax", "_softmax"), (0,)),
+}
+NORMS = {name for name in READ_TWICE if "softmax" not in name}
+# Kernels of an operator on a GPU, where it is more than one. PyTorch's norm of channels-last maps has
+# the statistics, their update and the normalisation, then sums and gradient; each pass over the
+# batch also clears its counters (seen by a profiler on an H200). Our norm has partial statistics, the
+# final ones and the normalisation, and the same backward. Our losses: every sample, then the sum.
+KERNELS = {
+    **{"native_batch_norm": 4, "native_batch_norm_backward": 3},
+    **dict.fromkeys(("fused_bn_act", "fused_bn_act_backward"), 3),
+    **dict.fromkeys(("mixture_distillation", "peer_attention_distillation"), 2),
+}
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "argmin", "argmax", "topk"),
     *("linalg_vector_norm", "norm", "mse_loss", "nll_loss_forward"),
     *("_log_softmax", "_softmax", "_softmax_backward_data", "_log_softmax_backward_data"),
-    *("avg_pool2d", "max_pool2d_with_indices"),
 }
 # Limits of one launch of torch's multi-tensor kernels: tensors, by the number of lists, and blocks
 # of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
 TENSORS_A_LAUNCH = (110, 64, 48, 36, 30)
 BLOCKS_A_LAUNCH, BLOCK = 320, 65536
-# Our kernels with more than one launch: the loss of every sample, then the sum.
-FUSED_LAUNCHES = {"mixture_distillation": 2, "peer_attention_distillation": 2}
+MULTI_TENSOR = ("_foreach_", "_fused_", "_amp_foreach_")
+TENSORS_A_CAT = 128
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Op:
     """One operator of a step.
 
     ``phase``: forward, backward or optimizer. ``layer``: the module that it belongs to, or "".
-    ``kind``: product, norm, reduction, pointwise, loss or optimizer. ``bytes``: required reads and
+    ``kind``: product, norm, pool, reduction, pointwise, loss or optimizer. ``bytes``: required reads and
     writes. ``launches``: kernels on a GPU.
     """
 
@@ -82,7 +91,8 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str
         return None
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    read, written = _bytes(tensors), _bytes(results)
+    twice = [args[i] for i in READ_TWICE.get(name, ()) if not _evaluates(name, args)]
+    read, written = _bytes(tensors) + _bytes(twice), _bytes(results)
     if name.endswith("_") and not name.endswith("__") and not results:
         written = read
     products = _products(func, args, out)
@@ -94,7 +104,7 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str
         layer,
         _kind(name, func.namespace, bool(products), phase),
         flops,
-        read * READS.get(name, 1) + written,
+        read + written,
         _launches(func, name, args),
         products,
         torch.float32 if widest is None else widest.dtype,
@@ -117,13 +127,15 @@ def _kind(name: str, namespace: str, has_products: bool, phase: str) -> str:
         return "product"
     if name in NORMS:
         return "norm"
+    if "pool" in name:
+        return "pool"
     if namespace == "fastokd":
         return "loss"
     return "reduction" if name in REDUCTIONS else "pointwise"
 
 
 def _launches(func: Any, name: str, args: Any) -> int:
-    if name.startswith(("_foreach_", "_fused_")):
+    if name.startswith(MULTI_TENSOR):
         lists = [x for x in args if isinstance(x, (list, tuple)) and len(x)]
         lists = [x for x in lists if isinstance(x[0], Tensor) and x[0].dim() > 0]
         if not lists:
@@ -132,8 +144,19 @@ def _launches(func: Any, name: str, args: Any) -> int:
         limit = TENSORS_A_LAUNCH[min(len(lists), 5) - 1]
         return max(math.ceil(len(lists[0]) / limit), math.ceil(blocks / BLOCKS_A_LAUNCH))
     if func is aten.convolution_backward.default:
-        return sum(args[10])
-    return FUSED_LAUNCHES.get(name, 1) if func.namespace == "fastokd" else 1
+        return sum(args[10]) + args[10][1]  # a weight's gradient also clears or sums a workspace
+    if name in ("cat", "stack"):
+        return math.ceil(len(args[0]) / TENSORS_A_CAT)
+    if _evaluates(name, args):
+        return 2  # a deviation's reciprocal, and the normalisation
+    if name.startswith("native_batch_norm") and args[0].is_contiguous():
+        return 1  # cuDNN's
+    return KERNELS.get(name, 1)
+
+
+def _evaluates(name: str, args: Any) -> bool:
+    """Whether this is PyTorch's norm by its running statistics."""
+    return name == "native_batch_norm" and not args[5]
 
 
 def _products(func: Any, args: Any, out: Any) -> tuple[Product, ...]:

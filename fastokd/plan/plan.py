@@ -22,7 +22,6 @@ from fastokd.plan.roofline import all_reduce, fuse, launches, link_seconds, stud
 from fastokd.plan.trace import Step, trace_ours, trace_reference
 from fastokd.recipe.names import Recipe
 
-REPLAYS = 2
 TRAIN_IMAGES = {
     "cifar10": 50_000,
     "cifar100": 50_000,
@@ -32,10 +31,11 @@ TRAIN_IMAGES = {
 }
 
 
-def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
+def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -> dict[str, Any]:
     """The facts that the command prints, under ``counted`` and ``modelled``.
 
-    ``gpus`` GPUs share the recipe's batch.
+    ``gpus`` GPUs share the recipe's batch. ``norm_impl``: ``"torch"`` for PyTorch's BatchNorm in place
+    of the fused one.
 
     Raises:
         UserError: students that can't take the images, or that the method refuses; an unknown
@@ -55,7 +55,7 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
         least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
     cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
-    steps = _steps(of, batch, device)
+    steps = _steps(of, batch, device, norm_impl)
     if isinstance(steps["loop"], str):
         raise UserError(steps["loop"])  # the method can't take these students
     return {
@@ -70,16 +70,13 @@ def plan(of: Recipe, device_name: str, gpus: int = 1) -> dict[str, Any]:
     }
 
 
-def _steps(of: Recipe, batch: int, device: Device) -> dict[str, Step | str]:
+def _steps(of: Recipe, batch: int, device: Device, norm_impl: str) -> dict[str, Step | str]:
     """Traces by name; or the reason why an engine can't take the recipe."""
-    on_gpu = isinstance(device, Gpu)
-    # Compiled code has the traffic of our fused norm: it reads twice and writes once.
-    norms = {"": "torch", " fused": "auto"} if on_gpu else {"": "auto"}
     found = {
-        f"{engine}{how}": _or_reason(trace_ours, of, batch, engine, device.precision, norm)
+        engine: _or_reason(trace_ours, of, batch, engine, device.precision, norm_impl)
         for engine in ENGINES
-        for how, norm in norms.items()
     }
+    on_gpu = isinstance(device, Gpu)
     found["reference"] = _or_reason(trace_reference, of, batch, "fp32", on_gpu)
     return found
 
@@ -97,8 +94,7 @@ def _counted(
 ) -> dict[str, Any]:
     loop = steps["loop"]
     assert isinstance(loop, Step)
-    eager = {name: steps[name] for name in (*ENGINES, "reference")}
-    counts = {k: step if isinstance(step, str) else launches(step.ops) for k, step in eager.items()}
+    counts = {k: step if isinstance(step, str) else launches(step.ops) for k, step in steps.items()}
     return {
         "parameters": loop.parameters,
         "macs_per_image": step_macs(of),
@@ -135,38 +131,32 @@ def layers(ops: Sequence[Op]) -> list[dict[str, Any]]:
 def _modelled(
     of: Recipe, gpus: int, device: Device, steps: dict[str, Step | str]
 ) -> dict[str, Any]:
-    ways = {}
-    for name in (*ENGINES, "reference"):
-        step = steps[name]
-        if isinstance(step, str):
-            continue
-        ways[name] = _way(step.ops, device, launches(step.ops))
-        fused = steps.get(f"{name} fused")
-        if isinstance(fused, Step) and isinstance(device, Gpu):
-            # Two replays (forward with loss, and backward), then the optimizer's launches.
-            kernels = fuse(fused.ops)
-            host = REPLAYS + launches([op for op in kernels if op.kind == "optimizer"])
-            way = {**_way(kernels, device, host), "graph_replays": REPLAYS}
-            ways[f"{name} compiled"] = way
+    ways: dict[str, dict[str, Any]] = {}
+    for name, step in steps.items():
+        if not isinstance(step, str):
+            ways |= _ways(name, step.ops, device, of.students)
     loop = steps["loop"]
     assert isinstance(loop, Step)
     gradients = all_reduce(loop.gradient_bytes, gpus)
     across = None
     if of.sharing == "network" and of.students > 1:
         across = student_traffic(of, _exchanged(of), _shared_bytes(of), gpus, device)
-    ours = [name for name in ways if name != "reference"]
-    fastest = min(ours, key=lambda name: ways[name]["step_ms"])
-    seconds = ways[fastest]["step_ms"] / 1e3 + link_seconds(gradients, device)
+    default = "loop captured" if isinstance(device, Gpu) else "loop"
+    sending = link_seconds(gradients, device)
+    seconds = ways[default]["step_ms"] / 1e3 + sending
+    least = min(ways[k]["bound_ms"] for k in ways if k != "reference") / 1e3 + sending
     return {
         "how": device.how,
         "ways": ways,
-        "fastest": fastest,
+        "default": default,
         "gradient_traffic_bytes": gradients,
         "gradient_traffic_ms": 1e3 * link_seconds(gradients, device),
         "students_across_gpus_bytes": across,
         "students_across_gpus_ms": None if across is None else 1e3 * link_seconds(across, device),
         "images_per_second": of.batch_size / seconds,
+        "images_per_second_at_most": of.batch_size / least,
         "hours": _hours(of, seconds),
+        "hours_at_least": _hours(of, least),
     }
 
 
@@ -188,17 +178,37 @@ def _shared_bytes(of: Recipe) -> int:
     return 4 * sum(p.numel() for k, p in method.named_parameters() if method.belongs_to(k) is None)
 
 
-def _way(ops: Sequence[Op], device: Device, host: int) -> dict[str, Any]:
-    """One way to run the step: its terms, or the host's launch time if that is longer."""
-    found = terms(ops, device)
-    work = sum(found.values())
-    waiting = host * device.host_seconds if isinstance(device, Gpu) else 0.0
+def _ways(name: str, ops: Sequence[Op], device: Device, students: int) -> dict[str, dict[str, Any]]:
+    """The ways to run a step: eager; on a GPU ours also as a CUDA graph, compiled or not."""
+    if isinstance(device, Gpu) and name == "vmap":
+        return {}  # traced in float32
+    if not isinstance(device, Gpu) or name == "reference":
+        return {name: _way(ops, device, len(ops))}
+    found = {
+        f"{name} eager": _way(ops, device, len(ops)),
+        f"{name} captured": _way(ops, device),
+        f"{name} compiled + captured": _way(fuse(ops), device),
+    }
+    if name == "loop" and students > 1:
+        found["loop captured, side by side"] = _way(ops, device, students=students)
+    return found
+
+
+def _way(ops: Sequence[Op], device: Device, host: int = 0, students: int = 1) -> dict[str, Any]:
+    """One way to run a step: the expected time and the bound. ``host``: operators that the host
+    launches; ``students``: those that run side by side."""
+    found = terms(ops, device, students)
+    work = least = sum(found.values())
+    waiting = 0.0
+    if isinstance(device, Gpu):
+        waiting = host * device.host_seconds
+        least = sum(map(device.bound, ops))
     return {
         "step_ms": 1e3 * max(work, waiting),
+        "bound_ms": 1e3 * least,
         "kernels": launches(ops),
         "device_ms": 1e3 * work,
         "host_ms": 1e3 * waiting,
-        "host_launches": host,
         "terms_ms": {name: 1e3 * seconds for name, seconds in found.items()},
     }
 

@@ -9,14 +9,18 @@ from fastokd.plan.devices import Device, Gpu
 from fastokd.plan.ops import Op
 from fastokd.recipe.names import Recipe
 
-FUSIBLE = ("pointwise", "reduction", "norm")
+FUSIBLE = ("pointwise", "reduction", "norm", "pool")
 
 
-def terms(ops: Sequence[Op], device: Device) -> dict[str, float]:
-    """Seconds by kind of operator, the longest first; operators run one after another."""
+def terms(ops: Sequence[Op], device: Device, students: int = 1) -> dict[str, float]:
+    """Expected seconds by kind of operator, the longest first.
+
+    Operators run one after another; with ``students`` those of different students run side by side.
+    """
     found: dict[str, float] = {}
     for op in ops:
-        found[op.kind] = found.get(op.kind, 0.0) + device.seconds(op)
+        beside = students if op.layer.startswith("students.") else 1
+        found[op.kind] = found.get(op.kind, 0.0) + device.seconds(op, beside)
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
 

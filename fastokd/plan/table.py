@@ -31,12 +31,14 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     for row in _by_stage(counted["layers"]):
         yield f"  {row['layer']:34} {row['flops'] / 1e6:10,.0f} {row['bytes'] / MB:8,.1f}"
     yield modelled["how"]
-    yield f"  {'way':18} {'step ms':>8} {'kernels':>8} {'replays':>8} {'host ms':>8}  terms, ms"
+    yield (
+        f"  {'way':27} {'step ms':>8} {'bound':>8} {'kernels':>8} {'host ms':>8}  terms of the step, ms"
+    )
     for name, way in modelled["ways"].items():
         terms = ", ".join(f"{term} {ms:.3g}" for term, ms in way["terms_ms"].items())
         yield (
-            f"  {name:18} {way['step_ms']:8.3g} {way['kernels']:8} "
-            f"{way.get('graph_replays', 0):8} {way['host_ms']:8.3g}  {terms}"
+            f"  {name:27} {way['step_ms']:8.3g} {way['bound_ms']:8.3g} {way['kernels']:8} "
+            f"{way['host_ms']:8.3g}  {terms}"
         )
     if plan["gpus"] > 1:
         yield (
@@ -48,9 +50,13 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
                 f"  students on GPUs  {modelled['students_across_gpus_bytes'] / MB:,.1f} MB a step "
                 f"from each GPU, {modelled['students_across_gpus_ms']:.3g} ms"
             )
-    hours = modelled["hours"]
-    yield f"  images/s          at most {modelled['images_per_second']:,.0f} ({modelled['fastest']})"
-    yield f"  hours             {'unknown' if hours is None else f'at least {hours:.3g}'}"
+    yield (
+        f"  images/s          about {modelled['images_per_second']:,.0f} ({modelled['default']}), "
+        f"at most {modelled['images_per_second_at_most']:,.0f}"
+    )
+    hours, least = modelled["hours"], modelled["hours_at_least"]
+    told = "unknown" if hours is None else f"about {hours:.3g}, at least {least:.3g}"
+    yield f"  hours             {told}"
 
 
 def _by_stage(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,9 +21,12 @@ from fastokd.benchmark.loops import PublishedLoop, published_networks
 from fastokd.benchmark.synthetic import num_classes
 from fastokd.cohort import Cohort
 from fastokd.cohort.layers import OpConv2d, OpMaxPool2d
+from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
 from fastokd.learner.build import build_cohort, build_optimizers
-from fastokd.methods import Method, Progress, method_class
+from fastokd.learner.learner import Learner
+from fastokd.learner.step import step
+from fastokd.methods import Method, method_class
 from fastokd.methods.ffsd_modules import DecoderBlock
 from fastokd.models import create_model
 from fastokd.models.layers import NormAct
@@ -74,7 +77,6 @@ class _Record(TorchDispatchMode):
     def __init__(self, names: dict[nn.Module, str]) -> None:
         super().__init__()
         self.step = Step()
-        self.phase = "forward"
         self.names = names
         self.layers: list[str] = []
         self.layer_of_node: dict[int, str] = {}
@@ -84,9 +86,9 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        layer = self._layer()
+        phase, layer = self._place()
         out = func(*args, **kwargs)
-        op = describe(func, args, kwargs, out, self.phase, layer)
+        op = describe(func, args, kwargs, out, phase, layer)
         if op is not None:
             self.step.ops.append(op)
         for x in tree_leaves(out):
@@ -110,14 +112,19 @@ class _Record(TorchDispatchMode):
 
         self.alive[key] = weakref.ref(storage, freed)
 
-    def _layer(self) -> str:
-        """The layer that runs; in the backward, the layer of the forward node with the same number."""
-        if self.phase == "forward":
-            layer = self.layers[-1] if self.layers else ""
-            self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, layer)
-            return layer
-        node = torch._C._current_autograd_node() if self.phase == "backward" else None
-        return "" if node is None else self.layer_of_node.get(node._sequence_nr(), "")
+    def _place(self) -> tuple[str, str]:
+        """The phase, and the layer that runs; in the backward, the layer of the forward node with the
+        same number. What runs outside of autograd's nodes after the first one belongs to the update."""
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            if not self.step.activation_bytes:
+                self.step.activation_bytes = self.live
+            return "backward", self.layer_of_node.get(node._sequence_nr(), "")
+        if self.step.activation_bytes:
+            return "optimizer", ""
+        layer = self.layers[-1] if self.layers else ""
+        self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, layer)
+        return "forward", layer
 
     @contextmanager
     def named_layers(self) -> Iterator[None]:
@@ -142,8 +149,8 @@ class _Record(TorchDispatchMode):
 
 
 def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
-    """Our step over ``batch`` images; ``norm_impl`` is ``"torch"`` for an eager step on a GPU, and
-    ``"auto"`` for a compiled step or a CPU.
+    """Our step (``learner/step.py``) over ``batch`` images; the students' norms run by ``norm_impl``:
+    ``"torch"``, or ``"auto"`` for the fused op.
 
     Raises:
         UserError: an engine that can't take the recipe's students.
@@ -157,6 +164,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         cohort, method = build_cohort(of, classes, image_size=of.image_size, teacher=teacher)
         use_torchs_layers(cohort, method, norm_impl)
         cohort.set_engine(engine)
+    cpu = torch.device("cpu")
     with FakeTensorMode():
         modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
         for module in modules:
@@ -164,16 +172,20 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         size = of.image_size
         images_BHWC = torch.empty(batch, size, size, 3, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
-        progress = Progress.start("cpu", dtype=torch.float32)
-        progress.draws = method.draw(batch, torch.Generator())
-        optimizers = build_optimizers(cohort, method, of, "sgd", torch.device("cpu"))
-        record = _Record(_names(cohort, method))
+        optimizers = build_optimizers(cohort, method, of, "sgd", cpu)
         # Autocast has no effect under vmap on fake tensors: that engine is traced in float32.
-        bf16 = precision == "bf16" and engine != "vmap"
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with record, autocast, record.named_layers():
-            total = method(cohort(images_BHWC), labels_B, progress).total
-        return _finish(record, modules, optimizers, [(total, optimizers)])
+        precision = "bf16" if precision == "bf16" and engine != "vmap" else "fp32"
+        learner = Learner(
+            cohort, method, optimizers, device=cpu, precision=precision, ranks=Ranks()
+        )
+        # As `adopt`, which moves tensors: these can't be, and are in their layout already.
+        learner.forward, learner.replicas = learner.eager, None
+        learner.progress.draws = method.draw(batch, torch.Generator())
+        learner.before.take()  # the momentum exists before a step
+        record = _Record(_names(cohort, method))
+        with record, record.named_layers():
+            step(learner, images_BHWC, labels_B)
+        return _finished(record, modules, optimizers)
 
 
 def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
@@ -212,29 +224,21 @@ def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bo
             group["foreach"] = foreach
         record = _Record({module: name for name, module in model.named_modules()})
         with record, record.named_layers():
-            losses = loop.losses()
-        return _finish(record, modules, loop.optimizers, losses)
+            for loss, optimizers in loop.losses():
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+        return _finished(record, modules, loop.optimizers)
 
 
-def _finish(
-    record: _Record,
-    modules: list[nn.Module],
-    optimizers: list[torch.optim.Optimizer],
-    losses: list[tuple[Tensor, list[torch.optim.Optimizer]]],
+def _finished(
+    record: _Record, modules: list[nn.Module], optimizers: list[torch.optim.Optimizer]
 ) -> Step:
-    """Runs the backwards and updates, and counts the memory that stays."""
+    """The recorded step, with the memory that stays."""
     step = record.step
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
     step.parameters = sum(p.numel() for p in trained)
-    step.activation_bytes = record.live
-    with record:
-        for loss, its_optimizers in losses:
-            record.phase = "backward"
-            loss.backward()
-            record.phase = "optimizer"
-            for optimizer in its_optimizers:
-                optimizer.step()
     step.parameter_bytes = sum(
         x.untyped_storage().nbytes()
         for module in modules
@@ -244,7 +248,7 @@ def _finish(
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     tensors = [x for state in states for x in state.values() if isinstance(x, Tensor)]
     step.state_bytes = sum(x.nbytes for x in tensors)
-    # Optimizer states are allocated in this first step; later steps hold them from the start.
+    # Where this first step allocates optimizer states, later steps hold them from the start.
     step.peak_bytes = record.peak + step.parameter_bytes + step.state_bytes
     return step
 

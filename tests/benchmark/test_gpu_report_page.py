@@ -113,12 +113,16 @@ def _plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
     """Faked: a plan takes half a minute; the proof makes real ones."""
     if "proof" in request.keywords:
         return
-    ways = {"loop": {"step_ms": 5.7, "device_ms": 2.0}}
-    ways["loop compiled"] = {"step_ms": 1.1, "device_ms": 1.05}
-    ways["grouped"] = ways["reference"] = ways["loop"]
+    ways = {
+        "loop eager": {"step_ms": 5.7, "bound_ms": 1.9},
+        "loop captured": {"step_ms": 2.0, "bound_ms": 1.9},
+        "loop compiled + captured": {"step_ms": 1.05, "bound_ms": 0.8},
+    }
+    ways["grouped eager"] = ways["reference"] = ways["loop eager"]
+    ways["grouped captured"] = ways["loop captured"]
     counted = {"launches_eager": {"loop": 765}, "peak_bytes": 240e6}
     made = {"counted": counted, "modelled": {"ways": ways}}
-    monkeypatch.setattr(page_plan, "planned", lambda cohort, device: made)
+    monkeypatch.setattr(page_plan, "planned", lambda cohort, device, norm: made)
 
 
 @pytest.fixture
@@ -174,9 +178,9 @@ def test_figures_and_blanks(report: dict[str, Any], root: Path) -> None:
     assert line(ops, "fusion_step") == "| fusion_step | 20.0 | 1,500 | 0.50 | 90.0 | 4.50 |"
     assert line(ops, "shifted_map") == "| shifted_map |  |  |  | 40.0 |  |"
     plan = pages["docs/plan.md"]
-    assert "| branch ResNet-32 | eager | 5.70 | 10.0 | -43 % |" in plan
-    assert "| branch ResNet-32 | captured | 2.00 | 4.00 | -50 % |" in plan
-    assert "| branch ResNet-32 | grouped eager | 5.70 |  |  |" in plan
+    assert "| branch ResNet-32 | eager | 1.90 | 5.70 | 10.0 | -43 % |" in plan
+    assert "| branch ResNet-32 | captured | 1.90 | 2.00 | 4.00 | -50 % |" in plan
+    assert "| branch ResNet-32 | grouped eager | 1.90 | 5.70 |  |  |" in plan
     assert "| branch ResNet-32 | 765 | 770 | 780 |  | 0.240 | 0.250 | 0.250 |" in plan
     assert "| network ResNet-34 |" + "  |" * 7 in plan
 
@@ -210,7 +214,7 @@ def test_the_later_report_counts_and_cards_are_told_apart(
         assert line(text, "ours, loop, compiled + captured").endswith("| 0.33 |  |  | 20 |")
         assert "NVIDIA L4, 1 December 2026" in text
         assert "| fusion_step | 20.0 | 1,500 | 0.50 |" in pages["docs/kernels.md"]
-        assert "| branch ResNet-32 | eager |  | 20.0 |  |" in pages["docs/plan.md"]
+        assert "| branch ResNet-32 | eager |  |  | 20.0 |  |" in pages["docs/plan.md"]
 
 
 @pytest.mark.parametrize("name", [section.name for section in SECTIONS])

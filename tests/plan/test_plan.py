@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,14 +36,14 @@ def op(kind: str, phase: str = "forward", **settings: int) -> Op:
 
 
 @pytest.mark.parametrize("method", [m for m in list_methods() if m != "ffsd"])
-def test_every_method_is_traced(method: str) -> None:
+def test_every_method_is_traced(method: str, cpp_ops: None) -> None:
     form = "" if method in ("baseline", "cl_ilr", "one") else "-network"
     of = (
         recipe(f"{method}{form}/resnet8/digits")
         if method != "ind"
         else recipe("ind/resnet8/digits")
     )
-    ours = trace_ours(of, 4, "loop", "bf16", "torch")
+    ours = trace_ours(of, 4, "loop", "bf16", "auto")
     assert ours.parameters > 0
     if method == "kdcl":
         with pytest.raises(UserError, match="reads values"):
@@ -79,10 +80,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(row["flops"] for row in counted["layers"]) == counted["executed_flops"]
     assert sum(row["bytes"] for row in counted["layers"]) == counted["bytes"]
     ways = modelled["ways"]
-    assert ways["grouped compiled"]["kernels"] < ways["grouped"]["kernels"]
-    assert ways["grouped compiled"]["graph_replays"] == 2
+    eager, captured, compiled = (
+        ways[f"grouped {how}"] for how in ("eager", "captured", "compiled + captured")
+    )
+    assert compiled["kernels"] < captured["kernels"] == eager["kernels"]
+    # A replay has no launches of the host.
+    assert captured["host_ms"] == compiled["host_ms"] == 0
+    assert eager["step_ms"] == eager["host_ms"] > captured["step_ms"]
+    beside = ways["loop captured, side by side"]
+    assert beside["bound_ms"] < beside["step_ms"] < ways["loop captured"]["step_ms"]
+    assert not any("vmap" in name for name in ways), "traced in float32"
     for way in ways.values():
         assert way["device_ms"] == pytest.approx(sum(way["terms_ms"].values()))
+        assert way["bound_ms"] < way["step_ms"]
+    assert modelled["images_per_second"] < modelled["images_per_second_at_most"]
+    assert modelled["hours_at_least"] < modelled["hours"]
     # A ring of two GPUs: each sends half of the gradients twice.
     assert modelled["gradient_traffic_bytes"] == counted["gradient_bytes"]
     assert modelled["hours"] == pytest.approx(
@@ -91,7 +103,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", TINY, "--gpus", "2"]) == 0
     text = capsys.readouterr().out
     assert "counted\n" in text
-    assert "modelled: data sheet\n" in text
+    assert "modelled: bf16 and memory measured elsewhere on an H100" in text
     assert "students on GPUs" not in text, "a branch cohort's students share their trunk"
     assert run_command(["plan", "okddip-network/resnet8/cifar100", "--gpus", "2"]) == 0
     assert "students on GPUs" in capsys.readouterr().out
@@ -122,7 +134,7 @@ def test_an_engine_that_cant_serve_says_why(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_doesnt_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = devices._gpu("small", 1, 1, 1, 1e-3, 1)
+    small = devices._gpu("small", 1, 1, 1, 1e-3, 1, "data sheet")
     monkeypatch.setitem(GPUS, "rtx4090", small)
     assert not plan(recipe(TINY), "rtx4090")["counted"]["fits"]
 
@@ -172,14 +184,33 @@ def test_fusion() -> None:
 
 def test_the_roofline_is_the_slower_of_both() -> None:
     h100 = GPUS["h100"]
-    arithmetic = Op("mm", "forward", "", "product", int(989.4e12), 1, 1, (), torch.bfloat16)
-    memory = op("pointwise", bytes=int(3.35e12))
+    arithmetic = Op("mm", "forward", "", "product", int(798e12), 1, 1, (), torch.bfloat16)
+    memory = op("pointwise", bytes=int(3e12))
     tiny = op("pointwise", launches=3)
-    assert h100.seconds(arithmetic) == pytest.approx(1.0)
-    assert h100.seconds(memory) == pytest.approx(1.0)
-    assert h100.seconds(tiny) == pytest.approx(3 * h100.kernel_seconds)
-    found = terms([arithmetic, memory, tiny], h100)
-    assert sum(found.values()) == pytest.approx(2.0, rel=1e-4)
+    assert h100.bound(arithmetic) == pytest.approx(1.0)
+    assert h100.bound(memory) == pytest.approx(1.0)
+    assert h100.bound(tiny) == pytest.approx(3 * h100.node_seconds)
+
+
+def test_the_expected_time_adds_latency_and_a_share_of_the_roofline() -> None:
+    h100 = GPUS["h100"]
+    latency, share = devices.BEHIND["norm"]
+    norm = op("norm", bytes=int(3e12), launches=4)
+    assert h100.seconds(norm) == pytest.approx(4e-6 * latency + 1 / share)
+    # Side by side, latencies are hidden and traffic isn't.
+    assert h100.seconds(norm, 4) == pytest.approx(1e-6 * latency + 1 / share)
+    mine = replace(norm, layer="students.0.bn1")
+    assert terms([norm, mine], h100, students=4) == {
+        "norm": h100.seconds(norm) + h100.seconds(mine, 4)
+    }
+    # A float32 product reaches the rate of the CUDA cores.
+    product = replace(op("product", flops=int(66.9e12)), products=(Product(1, 1, 1),))
+    assert h100.seconds(product) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_compiler_s_kernels_are_slower_than_their_roofline() -> None:
+    ops = fuse([op("pointwise", bytes=int(3e12)), op("norm")])
+    assert terms(ops, GPUS["h100"]) == {"fused": pytest.approx(1 / 0.42, rel=1e-3)}
 
 
 def test_traffic() -> None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
+from fastokd.learner.step import step
 from fastokd.plan.ops import describe
 from fastokd.plan.trace import trace_ours, trace_reference, use_torchs_layers
 from fastokd.recipe.names import recipe
@@ -43,16 +44,12 @@ def test_our_step_is_counted_as_it_runs(name: str, engine: str, cpp_ops: None) -
     session = loop.session
     session.begin_step(of.batch_size)
     use_torchs_layers(session.learner.cohort, session.learner.method, "auto")
+    _ = session.learner.before
     with Real() as real:
-        with session.learner.autocast():
-            out = session.learner.cohort(loop.images_BHWC)
-            loss = session.learner.method(out, loop.labels_B, session.learner.progress)
-        loss.total.backward()
-        for optimizer in session.learner.optimizers:
-            optimizer.step()
-    step = trace_ours(of, 4, engine, "bf16", "auto")
-    assert [op.name for op in step.ops] == real.names
-    assert step.bytes == pytest.approx(real.bytes, rel=1e-3)
+        step(session.learner, loop.images_BHWC, loop.labels_B)
+    counted = trace_ours(of, 4, engine, "bf16", "auto")
+    assert [op.name for op in counted.ops] == real.names
+    assert counted.bytes == pytest.approx(real.bytes, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [TINY, "ffsd/resnet8/cifar100", "dml/resnet8/cifar100"])
