@@ -139,11 +139,13 @@ void statistics(const Blocks& blocks, const Tensor& x, double* mean, double* m2)
   }
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                   Tensor running_mean, Tensor running_var,
-                                   optional<Tensor> num_batches_tracked,
-                                   const optional<Tensor>& residual, bool relu, double momentum,
-                                   double eps) {
+// y, the stats, and no bits of the ReLU's mask, which only the Triton form keeps.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
+                                           const Tensor& bias, Tensor running_mean,
+                                           Tensor running_var,
+                                           optional<Tensor> num_batches_tracked,
+                                           const optional<Tensor>& residual, bool relu,
+                                           double momentum, double eps) {
   check_map(x, "x");
   const int64_t C = x.size(1);
   TORCH_CHECK(x.numel() > C, "fused_bn_act: more than one value a channel is needed");
@@ -192,7 +194,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     blocks.kernels->normalise(rows, blocks.at(x.const_data_ptr(), block), blocks.at(add, block),
                               blocks.at(y_data, block), affine, relu);
   });
-  return {y, stats};
+  return {y, stats, Tensor(at::detail::empty_cpu({0}, at::kByte))};
 }
 
 // The gradients of x, weight, bias and residual, empty where not wanted; the ReLU's mask is taken from
@@ -287,16 +289,16 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
                                double momentum, double eps) {
     static const auto op = find<decltype(fastokd::forward)>("fastokd::fused_bn_act");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, stats] = op.call(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                              residual, relu, momentum, eps);
+    auto [y, stats, bits] = op.call(x, weight, bias, running_mean, running_var, num_batches_tracked,
+                                    residual, relu, momentum, eps);
     running_mean.unsafeGetTensorImpl()->bump_version();
     running_var.unsafeGetTensorImpl()->bump_version();
     if (num_batches_tracked) num_batches_tracked->unsafeGetTensorImpl()->bump_version();
     ctx->save_for_backward({x, weight, stats, relu && residual ? y : Tensor()});
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["residual"] = residual.has_value();
-    ctx->mark_non_differentiable({stats});
-    return {y, stats};
+    ctx->mark_non_differentiable({stats, bits});
+    return {y, stats, bits};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -326,16 +328,16 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
   }
 };
 
-std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight,
-                                            const Tensor& bias, Tensor running_mean,
-                                            Tensor running_var,
-                                            optional<Tensor> num_batches_tracked,
-                                            const optional<Tensor>& residual, bool relu,
-                                            double momentum, double eps) {
+std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight,
+                                                    const Tensor& bias, Tensor running_mean,
+                                                    Tensor running_var,
+                                                    optional<Tensor> num_batches_tracked,
+                                                    const optional<Tensor>& residual, bool relu,
+                                                    double momentum, double eps) {
   const variable_list out =
       Differentiable::apply(x, weight, bias, residual, running_mean, running_var,
                             num_batches_tracked, relu, momentum, eps);
-  return {out[0], out[1]};
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace

@@ -13,7 +13,6 @@ from fastokd.host.caches import cache_root
 from fastokd.learner.optimizers import apex_missing
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import IMPLS, choose, unavailable
-from fastokd.ops.fused_bn_act import ON_A_GPU
 from fastokd.ops.fusion_step import ON_A_CPU
 
 OPS = (
@@ -58,10 +57,7 @@ def diagnose() -> dict[str, Any]:
 
 def _serving(op: str, device: torch.device) -> str:
     """The implementation that ``impl="auto"`` picks on ``device`` for common inputs, and why."""
-    refusals = {
-        "cpp": ON_A_CPU if op == "fusion_step" else None,
-        "triton": ON_A_GPU if op == "fused_bn_act" else None,
-    }
+    refusals = {"cpp": ON_A_CPU if op == "fusion_step" else None, "triton": None}
     chosen = choose(op, "auto", device, refusals)
     others = {impl: unavailable(impl, device) or refusals[impl] for impl in refusals}
     reasons = [f"{impl}: {why}" for impl, why in others.items() if impl != chosen and why]

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from bench.gpu.child import Result
 from bench.gpu.machine import call_ms, the_device
 from fastokd import ops
+from fastokd.models.layers import NormAct
 
 ROTATED_BYTES, MOST_SETS = 160 << 20, 64
 S = 4
+# B, C, pixels a side, residual: ResNet-32's first and last stages, ResNet-18's first.
+NORMS = ((128, 16, 32, False), (128, 16, 32, True), (128, 64, 8, True), (256, 64, 56, True))
 Call = Callable[[str, list[Tensor]], Tensor]
 
 
@@ -67,6 +70,8 @@ def cases(device: torch.device, shrink: int = 1) -> list[Case]:
     for C, side in ((16, 32), (32, 16), (64, 8)):
         found += _map_losses(device, max(2, 128 // shrink), C, side)
     found.append(_fusion(device, max(2, 128 // shrink), 64, 8))
+    for batch, C, side, residual in NORMS:
+        found.append(_norm(device, max(2, batch // shrink), C, side, residual))
     return found
 
 
@@ -121,6 +126,20 @@ def _fusion(device: torch.device, B: int, C: int, side: int) -> Case:
         return ops.fusion_step([x[0].detach(), x[1].detach()], x[2], bn, impl=impl)
 
     return Case(f"fusion_step B {B} 2 maps {C}x{side}x{side}", inputs, call)
+
+
+def _norm(device: torch.device, B: int, C: int, side: int, residual: bool) -> Case:
+    layer = NormAct(C).to(device)
+
+    def inputs() -> list[Tensor]:
+        maps = [_draw(device, B, C, side, side) for _ in range(2 if residual else 1)]
+        return [x.contiguous(memory_format=torch.channels_last) for x in maps]
+
+    def call(impl: str, x: list[Tensor]) -> Tensor:
+        return ops.norm_act(layer, x[0], x[1] if residual else None, impl=impl)
+
+    name = f"fused_bn_act B {B} {C}x{side}x{side}{' + residual' if residual else ''}"
+    return Case(name, inputs, call)
 
 
 def _timed(case: Case, impl: str, device: torch.device) -> tuple[float, int]:

@@ -44,7 +44,7 @@ class Cohort(nn.Module):
         sharing: ``"branch"`` or ``"network"``.
         engine: how the students run: ``"loop"``, ``"grouped"``, ``"vmap"`` or ``"auto"``. All give
             the same numbers.
-        impl: of the students' layers: ``"auto"``, ``"torch"`` or ``"cpp"``, as
+        impl: of the students' layers: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``, as
             :func:`~fastokd.cohort.layers.use_ops` takes it.
         mean, std: of the images, for each channel, in units of [0, 1].
         seed: initial weights are a function of it and the student's index alone.

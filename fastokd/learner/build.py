@@ -11,7 +11,6 @@ from torch import nn
 from fastokd.cohort import Cohort
 from fastokd.learner.optimizers import create_optimizer
 from fastokd.methods import Method, OptimGroup, create_method, method_class
-from fastokd.ops.fused_bn_act import norm_impl
 from fastokd.recipe.recipe import Recipe
 
 
@@ -39,7 +38,7 @@ def build_cohort(
         recipe.models,
         num_classes,
         sharing=recipe.sharing,
-        impl=norm_impl(impl),
+        impl=impl,
         mean=mean,
         std=std,
         seed=recipe.seed,

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from fastokd.cohort.layers import is_exactly
 from fastokd.models.layers import NormAct
 from fastokd.ops.conv import conv_transpose2d
-from fastokd.ops.fused_bn_act import norm_impl
 from fastokd.ops.fusion_step import fusion_step
 
 
@@ -30,7 +29,7 @@ class DecoderBlock(nn.Module):
             inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=False
         )
         self.norm = NormAct(outputs)
-        self.norm.impl = norm_impl(impl)
+        self.norm.impl = impl
 
     def forward(self, x_BCHW: Tensor, running: bool) -> Tensor:
         z_BCHW = conv_transpose2d(x_BCHW, self.convtranpose.weight, impl=self.impl)
@@ -95,7 +94,7 @@ class Squeeze(nn.Module):
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1_1 = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn1_1 = NormAct(outputs)
-        self.bn1_1.impl = norm_impl(impl)
+        self.bn1_1.impl = impl
         for conv in (self.conv1, self.conv1_1):
             # normal(0, sqrt(2 / (k k out))), the depthwise one too.
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

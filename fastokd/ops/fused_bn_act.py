@@ -1,4 +1,4 @@
-"""Training-mode BatchNorm, an optional residual and an optional ReLU as one operation.
+"""BatchNorm, an optional residual and an optional ReLU as one operation.
 
 For each channel, over the n = B*H*W values x of a batch, with mean m and biased variance v:
 
@@ -8,8 +8,9 @@ For each channel, over the n = B*H*W values x of a batch, with mean m and biased
     running_var  <- (1 - momentum) running_var  + momentum v n / (n - 1)
     num_batches_tracked <- num_batches_tracked + 1
 
-that is, ``nn.BatchNorm2d``, ``+`` and ``relu``. Forward reads x twice, backward x and dy twice; the
-equations of the backward stand in ``csrc/fused_bn_act_kernel.h``.
+that is, ``nn.BatchNorm2d``, ``+`` and ``relu``; in eval mode m and v are the running statistics. In
+training, forward reads x twice, backward x and dy twice; the equations of the backward stand in
+``csrc/fused_bn_act_kernel.h`` and ``kernels/fused_bn_act.py``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.ops._library import define
+from fastokd.ops._library import define, operator
+from fastokd.ops._maps import like
 from fastokd.ops.dispatch import choose
 
-ON_A_GPU = "torch.compile fuses these three on a GPU, so there is no kernel of ours"
+DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def fused_bn_act(
@@ -45,7 +51,8 @@ def fused_bn_act(
     """BatchNorm over the batch, plus ``residual_BCHW``, through a ReLU, ``[B, C, H, W]``.
 
     Args:
-        x_BCHW: floating point, of any layout; the C++ takes float32 and bfloat16, channels-last.
+        x_BCHW: floating point, of any layout; the C++ takes float32 and bfloat16, the Triton form float16
+            too, both channels-last.
         weight_C, bias_C: float32 even where x is bfloat16 (as under autocast), or None.
         running_mean_C, running_var_C: updated in place in training, or None for neither.
         num_batches_tracked: 0-d int64, counted up in place in training, or None.
@@ -53,34 +60,46 @@ def fused_bn_act(
         relu: whether there is a ReLU. As in PyTorch NaN propagates, and the gradient at zero is 0.
         momentum: what the running statistics take of the batch's; None averages over all batches.
         training: False normalises by the running statistics.
-        impl: ``"auto"``, ``"torch"`` or ``"cpp"``. Auto takes the C++ on a CPU for training with
-            running statistics and a momentum, and PyTorch for all else.
+        impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The C++ is for training, with running
+            statistics and a momentum. The Triton form is that too, and in eval mode for calls
+            without gradient; ``"auto"`` leaves compiled steps on a GPU to the compiler, which fuses
+            PyTorch's three operations. What these don't take is PyTorch's.
 
     Returns:
         y, in x's dtype and layout (PyTorch's promotion where the residual has another dtype).
-        The C++ form is differentiable once.
+        The C++ and Triton forms are differentiable once.
 
     Raises:
         UserError: shapes that don't fit, one value a channel in training, an ``impl`` that can't
             serve the call.
     """
     _check(x_BCHW, weight_C, bias_C, running_mean_C, running_var_C, residual_BCHW, training)
-    refusal = None
+    vectors = (weight_C, bias_C, running_mean_C, running_var_C)
+    refusals: dict[str, str | None] = {}
     if impl != "torch":
-        refusal = _cpp_refusal(
-            x_BCHW,
-            (weight_C, bias_C, running_mean_C, running_var_C),
-            num_batches_tracked,
-            residual_BCHW,
-            momentum,
-            training,
-        )
-    refusals = {"cpp": refusal, "triton": ON_A_GPU}
-    if choose("fused_bn_act", impl, x_BCHW.device, refusals) == "cpp":
-        state = (weight_C, bias_C, running_mean_C, running_var_C, num_batches_tracked)
+        fast = impl if impl != "auto" else "triton" if x_BCHW.is_cuda else "cpp"
+        if fast in DTYPES:
+            refusals[fast] = (
+                "torch.compile fuses PyTorch's operations on a GPU"
+                if impl == "auto" and fast == "triton" and torch.compiler.is_compiling()
+                else _refusal(
+                    fast, x_BCHW, vectors, num_batches_tracked, residual_BCHW, momentum, training
+                )
+            )
+    chosen = choose("fused_bn_act", impl, x_BCHW.device, refusals)
+    if chosen == "cpp":
+        state = (*vectors, num_batches_tracked)
         options = (residual_BCHW, relu, momentum, eps)
         fused_BCHW: Tensor = torch.ops.fastokd.fused_bn_act(x_BCHW, *state, *options)[0]
         return fused_BCHW
+    if chosen == "triton" and training:
+        return FusedBnAct.apply(
+            chosen, relu, momentum, eps, x_BCHW, *vectors, num_batches_tracked, residual_BCHW
+        )
+    if chosen == "triton":
+        call = operator("fused_bn_act_eval", chosen, x_BCHW)
+        normalised_BCHW: Tensor = call(x_BCHW, *vectors, residual_BCHW, relu, eps)
+        return normalised_BCHW
     # The readable reference: what ``nn.BatchNorm2d``, ``+`` and ``relu`` do.
     average = 0.0 if momentum is None else momentum
     if training and num_batches_tracked is not None:
@@ -120,11 +139,6 @@ def norm_act(
         training=module.training,
         impl=impl,
     )
-
-
-def norm_impl(impl: str) -> str:
-    """The norm's ``impl`` in a step whose losses take ``impl``: the norm has no Triton form."""
-    return "auto" if impl == "triton" else impl
 
 
 def _check(
@@ -169,7 +183,8 @@ def _check(
         )
 
 
-def _cpp_refusal(
+def _refusal(
+    fast: str,
     x_BCHW: Tensor,
     vectors: tuple[Tensor | None, ...],
     num_batches_tracked: Tensor | None,
@@ -177,14 +192,21 @@ def _cpp_refusal(
     momentum: float | None,
     training: bool,
 ) -> str | None:
-    """Why the C++ can't take these arguments, or None."""
+    """Why the implementation ``fast`` can't take these arguments, or None."""
+    if torch._C._are_functorch_transforms_active():
+        return "it has no batching rule for torch.func.vmap"
     if not training:
-        return "it is for training, and this is eval mode"
-    if momentum is None:
+        if fast == "cpp":
+            return "it is for training, and this is eval mode"
+        asking = (x_BCHW, *vectors, residual_BCHW)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asking):
+            return "in eval mode it has no gradient, and this call asks for one"
+    elif momentum is None:
         return "it needs a momentum, and this is a cumulative average"
     dtype = x_BCHW.dtype
-    if dtype != torch.bfloat16 and dtype != torch.float32:
-        return f"it takes float32 and bfloat16, not {dtype}"
+    if dtype not in DTYPES[fast]:
+        taken = " and ".join(str(one).removeprefix("torch.") for one in DTYPES[fast])
+        return f"it takes {taken}, not {dtype}"
     if not x_BCHW.is_contiguous(memory_format=torch.channels_last) or x_BCHW.numel() == 0:
         return "it takes channels-last maps that are not empty"
     for vector_C in vectors:
@@ -202,38 +224,100 @@ def _cpp_refusal(
     return None
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(4, x.shape[1])
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    C = x.shape[1]
+    kept = x.is_cuda and relu and residual is not None
+    bits = x.new_empty((x.numel() // C, (C + 7) // 8) if kept else 0, dtype=torch.uint8)
+    return torch.empty_like(x), weight.new_empty(4, C), bits
 
 
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    sign: Tensor | None,
     weight: Tensor,
     stats: Tensor,
     relu: bool,
     want_x: bool,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if want_x else x.new_empty(0),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-        torch.empty_like(x) if want_residual else x.new_empty(0),
-    )
+    vectors = torch.empty_like(weight), torch.empty_like(weight)
+    return like(x, want_x), *vectors, like(x, want_residual)
 
 
-# The autograd formula is C++ too (csrc/fused_bn_act.cpp): a network calls this once a layer, and a
-# backward in Python takes longer than the smallest layers' arithmetic.
+# ``stats``: the batch's mean, 1 / deviation, and what else a backward needs, a row each. ``bits``: on a
+# GPU the mask of a residual's ReLU, a bit a value in rows of whole bytes. ``sign``: where the ReLU's
+# mask comes from if not from x: y itself in C++, those bits in Triton.
 define(
     "fused_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
     "Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, bool relu, "
-    "float momentum, float eps) -> (Tensor, Tensor)",
+    "float momentum, float eps) -> (Tensor y, Tensor stats, Tensor bits)",
     _fake,
+    "fused_bn_act.fused_bn_act",
 )
 define(
-    "fused_bn_act_backward(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor stats, "
+    "fused_bn_act_backward(Tensor grad_y, Tensor x, Tensor? sign, Tensor weight, Tensor stats, "
     "bool relu, bool want_x, bool want_residual) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    "fused_bn_act.fused_bn_act_backward",
 )
+define(
+    "fused_bn_act_eval(Tensor x, Tensor weight, Tensor bias, Tensor running_mean, "
+    "Tensor running_var, Tensor? residual, bool relu, float eps) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+    "fused_bn_act.fused_bn_act_eval",
+)
+
+
+class FusedBnAct(torch.autograd.Function):
+    """``(impl, relu, momentum, eps, x, weight, bias, three statistics, residual) -> y``, for Triton.
+
+    The C++ has an autograd formula in C++ (csrc/fused_bn_act.cpp): on a CPU a backward in Python
+    takes longer than the smallest layers' arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, impl: str, relu: bool, momentum: float, eps: float, *tensors: Tensor | None
+    ) -> Tensor:
+        x, weight, *_, residual = tensors
+        assert x is not None
+        y: Tensor
+        y, stats, bits = operator("fused_bn_act", impl, x)(*tensors, relu, momentum, eps)
+        torch.autograd.graph.increment_version([t for t in tensors[3:6] if t is not None])
+        ctx.impl, ctx.relu = impl, relu
+        ctx.save_for_backward(x, weight, stats, bits if relu and residual is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, stats, bits = ctx.saved_tensors
+        want_x, want_weight, want_bias, *_, want_residual = ctx.needs_input_grad[4:]
+        masked = want_residual and ctx.relu
+        grad_x = grad_weight = grad_bias = None
+        grad_residual = grad_y if want_residual else None
+        if want_x or want_weight or want_bias or masked:
+            call = operator("fused_bn_act_backward", ctx.impl, x)
+            options = (ctx.relu, want_x, masked)
+            grad_x, grad_weight, grad_bias, g = call(grad_y, x, bits, weight, stats, *options)
+            grad_residual = g if masked else grad_residual
+        return (
+            *(None, None, None, None),
+            grad_x if want_x else None,
+            grad_weight if want_weight else None,
+            grad_bias if want_bias else None,
+            *(None, None, None),
+            grad_residual,
+        )

@@ -48,6 +48,11 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "shifted_map": (x,),
         "feature_pair": (x, x.clone()),
         "feature_pair_backward": (x, x.clone(), saved, one, True, True),
+        "fused_bn_act": (x, *(channel[:4],) * 4, count, x, True, 0.1, 1e-5),
+        "fused_bn_act_backward": (
+            x, x, torch.zeros(18, 1, dtype=torch.uint8), channel[:4], torch.zeros(4, 4), True, True, True
+        ),
+        "fused_bn_act_eval": (x, *(channel[:4],) * 4, x, True, 1e-5),
         "fusion_step": ([x, x.clone()], weight, channel, channel, channel, channel, count, 0.1, 1e-5),
         "fusion_step_backward": (
             z, [x, x.clone()], weight, channel, channel, z.clone(), torch.zeros(2, 8), True

@@ -1,15 +1,12 @@
 """BatchNorm + residual + ReLU as one: PyTorch's numbers, state, NaN and gradients, in C++.
 
-The budget: against float64, the C++ may not err more than PyTorch in the same dtype does, plus a
-rounding. Gradients are compared under each side's own ReLU mask, since a value that is zero but for
-rounding may fall on either side; the masks themselves may differ only there.
+The Triton form's tests are in ``tests/gpu/test_ops_fused_bn_act.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,9 +18,9 @@ from torch.nn import functional as F
 from fastokd.errors import UserError
 from fastokd.models.layers import NormAct
 from fastokd.ops import cpp, fused_bn_act, norm_act
+from tests.ops.norm_cases import LEAVES, channels_last, check_budget, draw, half, run
 
 NAMES = ("default", "avx2", "avx512", "avx512bf16")
-LEAVES = ("x", "weight", "bias", "residual")
 
 
 pytestmark = pytest.mark.usefixtures("cpp_ops")
@@ -35,135 +32,6 @@ def capabilities(cpp_ops: None) -> Iterator[list[str]]:
     before = cpp.capability()
     yield [name for name in NAMES if cpp.set_capability(name)]
     cpp.set_capability(before)
-
-
-@dataclass
-class Case:
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    residual: Tensor | None
-    grad_y: Tensor
-    relu: bool
-
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same values, maps and vectors alike, in another dtype."""
-        residual = None if self.residual is None else self.residual.to(dtype)
-        vectors = (self.weight.to(dtype), self.bias.to(dtype))
-        return Case(self.x.to(dtype), *vectors, residual, self.grad_y.to(dtype), self.relu)
-
-
-def channels_last(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW.contiguous(memory_format=torch.channels_last)
-
-
-def draw(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype = torch.float32,
-    residual: bool = True,
-    relu: bool = True,
-    mean: float = 0.5,
-) -> Case:
-    g = torch.Generator().manual_seed(sum(shape))
-
-    def values() -> Tensor:
-        return channels_last(torch.randn(shape, generator=g).to(dtype))
-
-    C = shape[1]
-    x = channels_last((values().float() + mean * torch.randn(1, C, 1, 1, generator=g)).to(dtype))
-    weight, bias = torch.randn(C, generator=g), torch.randn(C, generator=g)
-    return Case(x, weight, bias, values() if residual else None, values(), relu)
-
-
-def run(
-    case: Case, impl: str, ask: tuple[str, ...] = LEAVES, batches: int = 1
-) -> dict[str, Tensor | None]:
-    """y, the gradients asked for and the state afterwards."""
-    C = case.x.shape[1]
-    leaves: dict[str, Tensor | None] = {}
-    for name in LEAVES:
-        tensor = getattr(case, name)
-        leaves[name] = None if tensor is None else tensor.detach().requires_grad_(name in ask)
-    vectors = case.weight.dtype
-    state = torch.zeros(C, dtype=vectors), torch.ones(C, dtype=vectors), torch.tensor(3)
-    x, weight, bias, residual = leaves.values()
-    assert x is not None
-    for _ in range(batches):
-        y = fused_bn_act(x, weight, bias, *state, residual_BCHW=residual, relu=case.relu, impl=impl)
-    out: dict[str, Tensor | None] = {"y": y.detach()}
-    if y.requires_grad:
-        y.backward(case.grad_y)
-    for name, leaf in leaves.items():
-        out[f"grad_{name}"] = None if leaf is None else leaf.grad
-    out["running_mean"], out["running_var"], out["num_batches_tracked"] = state
-    return out
-
-
-def exact(case: Case, y: Tensor) -> dict[str, Tensor | None]:
-    """Float64's answer, its gradients under the ReLU mask of ``y``."""
-    wide = case.to(torch.float64)
-    answer = run(wide, "torch")
-    if case.relu:
-        wide.relu = False
-        wide.grad_y = wide.grad_y * ~(y <= 0)
-        answer |= {k: v for k, v in run(wide, "torch").items() if k.startswith("grad")}
-    return answer
-
-
-def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
-
-
-def terms(case: Case) -> dict[str, Tensor]:
-    """How large the terms are whose sum an output is, where they may cancel."""
-    x, grad_y = case.x.double(), case.grad_y.double()
-    over = {"dim": (0, 2, 3), "keepdim": True}
-    mean = x.mean(**over)  # type: ignore[arg-type]
-    std = (x.var(correction=0, **over) + 1e-5).sqrt()  # type: ignore[arg-type]
-    scale = case.weight.double()[:, None, None].abs() / std
-    normalised = (x - mean) / std
-    k = (grad_y * normalised).mean(**over).abs() / std  # type: ignore[arg-type]
-    return {
-        "y": scale * (mean.abs() + std),
-        "running_mean": 0.1 * 4 * (mean.abs() + std).flatten(),  # hundreds of merges in fp32
-        "running_var": 0.1 * 4 * std.square().flatten(),  # likewise
-        "grad_x": scale * (grad_y.abs().amax(**over) + k * mean.abs()),  # type: ignore[arg-type]
-        "grad_weight": (grad_y * normalised).square().sum((0, 2, 3)).sqrt(),
-        "grad_bias": grad_y.square().sum((0, 2, 3)).sqrt(),
-    }
-
-
-def check_budget(case: Case, fast: dict[str, Tensor | None] | None = None) -> None:
-    fast = fast or run(case, "cpp")
-    plain = run(case, "torch")
-    assert fast["y"] is not None
-    assert plain["y"] is not None
-    fast_exact, plain_exact = exact(case, fast["y"]), exact(case, plain["y"])
-    added = terms(case)
-    for name, value in fast.items():
-        theirs = plain[name]
-        if theirs is None:
-            assert value is None, name
-            continue
-        assert value is not None, name
-        assert value.dtype == theirs.dtype, name
-        assert value.shape == theirs.shape, name
-        assert value.isfinite().all(), name
-        want, theirs_want = fast_exact[name], plain_exact[name]
-        assert want is not None
-        assert theirs_want is not None
-        error, theirs_error = value.double() - want, theirs.double() - theirs_want
-        # A rounding of the result and one of its terms: sums are not taken in PyTorch's order.
-        ulp = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        slack = ulp * want.abs()
-        if name in added:
-            slack = slack + torch.finfo(torch.float32).eps * added[name]
-        assert (error.abs() <= theirs_error.abs().max() + 4 * slack).all(), name
-        assert rms(error) <= 1.05 * rms(theirs_error) + 2 * rms(slack), name
-    if case.relu and fast_exact["y"] is not None:
-        differ = (fast["y"] > 0) != (fast_exact["y"] > 0)
-        near = torch.finfo(case.x.dtype).eps * max(1.0, case.x.abs().max().item())
-        assert fast_exact["y"][differ].abs().max().item() < near if differ.any() else True
 
 
 # Channels: one; fewer than a register has; the narrow layers; not a multiple of a register; wide.
@@ -194,7 +62,7 @@ class TestBudget:
         case = draw(shape, dtype)
         for name in capabilities:
             cpp.set_capability(name)
-            check_budget(case)
+            check_budget(case, "cpp")
 
     @pytest.mark.parametrize("relu", [False, True])
     @pytest.mark.parametrize("residual", [False, True])
@@ -206,7 +74,7 @@ class TestBudget:
             case = draw(shape, dtype, residual=residual, relu=relu)
             for name in capabilities:
                 cpp.set_capability(name)
-                check_budget(case)
+                check_budget(case, "cpp")
 
     def test_mean_a_thousand_deviations_away(
         self, dtype: torch.dtype, capabilities: list[str]
@@ -217,18 +85,11 @@ class TestBudget:
         for name in capabilities:
             cpp.set_capability(name)
             if dtype == torch.float32:
-                check_budget(case)
+                check_budget(case, "cpp")
             fast = run(case if dtype == torch.float32 else half(case), "cpp")
             want = case.x.double().var((0, 2, 3)) * 0.1 + 0.9
             assert fast["running_var"] is not None
             torch.testing.assert_close(fast["running_var"].double(), want, rtol=1e-5, atol=0)
-
-
-def half(case: Case) -> Case:
-    """Maps in bf16, vectors in fp32, as under autocast."""
-    residual = None if case.residual is None else case.residual.bfloat16()
-    x, grad_y = case.x.bfloat16(), case.grad_y.bfloat16()
-    return Case(x, case.weight, case.bias, residual, grad_y, case.relu)
 
 
 @given(
@@ -243,7 +104,7 @@ def half(case: Case) -> Case:
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape(C: int, B: int, H: int, W: int, bf16: bool, residual: bool, relu: bool) -> None:
     shape = (max(B, 2), C, H, W)
-    check_budget(draw(shape, torch.bfloat16 if bf16 else torch.float32, residual, relu))
+    check_budget(draw(shape, torch.bfloat16 if bf16 else torch.float32, residual, relu), "cpp")
 
 
 def test_result_does_not_depend_on_threads() -> None:
@@ -267,7 +128,7 @@ def test_nothing_is_left_unwritten() -> None:
     try:
         for shape in ((3, 17, 31, 23), (9, 16, 17, 15)):
             for dtype in (torch.float32, torch.bfloat16):
-                check_budget(draw(shape, dtype))
+                check_budget(draw(shape, dtype), "cpp")
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -342,7 +203,7 @@ def test_incoming_gradient_of_any_layout(form: str, relu: bool) -> None:
         case.grad_y = case.grad_y.contiguous()
     else:
         case.grad_y = torch.randn(3, 16, 5, 8)[..., ::2]
-    check_budget(case)
+    check_budget(case, "cpp")
 
 
 def test_state_over_batches_is_batchnorms() -> None:
@@ -481,7 +342,7 @@ def test_opcheck(requires_grad: bool, residual: bool) -> None:
     arguments = operands(requires_grad, residual)
     torch.library.opcheck(torch.ops.fastokd.fused_bn_act.default, arguments)
     x, weight = (a.detach() for a in arguments[:2])  # type: ignore[attr-defined]
-    y, stats = torch.ops.fastokd.fused_bn_act(*operands())
+    y, stats, _ = torch.ops.fastokd.fused_bn_act(*operands())
     backward = torch.ops.fastokd.fused_bn_act_backward.default
     torch.library.opcheck(
         backward,
@@ -491,7 +352,7 @@ def test_opcheck(requires_grad: bool, residual: bool) -> None:
 
 def test_backward_refuses_other_tensors() -> None:
     x, weight = operands()[:2]
-    y, stats = torch.ops.fastokd.fused_bn_act(*operands())
+    y, stats, _ = torch.ops.fastokd.fused_bn_act(*operands())
     good = [torch.ones_like(y), x, y, weight, stats, True, True, True]
     for position, bad in ((0, y[:2]), (2, y.bfloat16()), (3, weight[:3]), (4, stats[:3])):  # type: ignore[index]
         arguments = [*good]

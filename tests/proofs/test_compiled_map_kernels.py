@@ -106,15 +106,16 @@ def _row(name: str, kernels: tuple[Facts, ...]) -> str:
     return f"| {name} | {first.kernel} | {first.warps} | {registers} | {spills} | {widths} |"
 
 
-def _table() -> None:
+def print_table(cases: dict[str, Callable[[], None]]) -> None:
+    """A row for each kernel that each of the cases launches."""
     print(
         f"| launch | kernel | warps | registers on {', '.join(TARGETS)} | spills | loads | stores |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name, case in CASES.items():
+    for name, case in cases.items():
         for kernels in zip(*(facts(case, target) for target in TARGETS), strict=True):
             print(_row(name, kernels), flush=True)
 
 
 if __name__ == "__main__":
-    _table()
+    print_table(CASES)
