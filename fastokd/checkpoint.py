@@ -31,14 +31,18 @@ def write_durably(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data`` atomically."""
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_flushed(beside, data)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     payload[MANIFEST] = json.dumps(digests, indent=1).encode()
     with _beside(path) as beside:
         for name, data in payload.items():
-            write_durably(beside / name, data)
+            _write_flushed(beside / name, data)
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
@@ -88,7 +92,7 @@ def link_checkpoint(source: Path, path: Path) -> None:
             try:
                 os.link(source / name, beside / name)
             except OSError:  # noqa: PERF203 (a file system without links)
-                write_durably(beside / name, (source / name).read_bytes())
+                _write_flushed(beside / name, (source / name).read_bytes())
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from fastokd.checkpoint import run_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset, stream_of
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
-from fastokd.distributed.ranks import Line, Ranks
-from fastokd.errors import UserError
+from fastokd.distributed.ranks import Line, Ranks, speaks
+from fastokd.errors import UserError, in_one_line, warn
+from fastokd.learner.captured import CapturedStep
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
@@ -36,37 +39,76 @@ def evaluation_stream(
     return stream_of(split, size, rank=line.rank, world_size=line.size)
 
 
-@torch.no_grad()
-def measure(
-    cohort: Cohort,
-    method: Method,
-    stream: BatchStream | DiskStream,
-    has_leader: bool,
-    context: Any,
-    between: Callable[[], None] = lambda: None,
-    ranks: Ranks | None = None,
-) -> dict[str, Any]:
-    """Metrics over every image of ``stream``, in eval mode; the mode is restored afterwards.
+class Scorer:
+    """Scores a cohort on every image of a stream, in eval mode.
 
-    ``between`` is called after each batch and may raise. ``ranks``: the metrics are over all their
-    streams.
+    ``captured``: the CUDA graphs of the training steps, or None. With them a batch's forward and metrics
+    are a graph, too, captured for each size of a batch in its second evaluation. All graphs share one
+    memory pool: they never run at the same time, and a batch leaves nothing but the totals.
     """
-    was_training = cohort.training, method.training
-    cohort.eval()
-    method.eval()
-    meter = Meter(len(cohort.students), has_leader)
-    try:
-        for images_BHWC, labels_B in stream.batches(0):
-            if len(labels_B) > 0:  # a rank may have no image of the last batch
-                with context():
-                    out = cohort(images_BHWC)
-                    watched = method.diagnostics(out)
-                meter.update(out.logits_SBC, labels_B, watched)
-            between()
-    finally:
-        cohort.train(was_training[0])
-        method.train(was_training[1])
-    return meter.result(ranks)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        method: Method,
+        has_leader: bool,
+        context: Callable[[], AbstractContextManager[Any]],
+        captured: CapturedStep | None = None,
+    ) -> None:
+        self.cohort, self.method, self.context, self.captured = cohort, method, context, captured
+        self.meter = Meter(len(cohort.students), has_leader)
+        self._run: Callable[[Tensor, Tensor], Any] = self._count
+        if captured is not None:
+            device = cohort.scale_C.device
+            graphs = CapturedStep(self._count, device, captured.record, warm_up=1)
+            graphs.stream = captured.stream
+            self._run = graphs
+
+    @torch.no_grad()
+    def measure(
+        self,
+        stream: BatchStream | DiskStream,
+        between: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
+    ) -> dict[str, Any]:
+        """The metrics over ``stream``, or over those of all ``ranks``; the mode is restored afterwards.
+
+        ``between`` is called after each batch and may raise.
+        """
+        was_training = self.cohort.training, self.method.training
+        self.cohort.eval()
+        self.method.eval()
+        self.meter.set({})
+        try:
+            for images_BHWC, labels_B in stream.batches(0):
+                if len(labels_B) > 0:  # a rank may have no image of the last batch
+                    self.add(images_BHWC, labels_B)
+                between()
+        finally:
+            self.cohort.train(was_training[0])
+            self.method.train(was_training[1])
+        return self.meter.result(ranks)
+
+    def add(self, images_BHWC: Tensor, labels_B: Tensor) -> None:
+        """Counts a batch, in the present mode; nothing is read from the device."""
+        try:
+            self._run(images_BHWC, labels_B)
+        except (UserError, torch.OutOfMemoryError) as error:
+            if self.captured is None or self._run == self._count:
+                raise
+            # A failed capture has counted nothing; its pool can't be captured into again.
+            if self.captured.pool is not None:
+                self.captured.pool = torch.cuda.graph_pool_handle()
+            if speaks():
+                warn(f"evaluations aren't captured as CUDA graphs: {in_one_line(error)}")
+            self._run = self._count
+            self._run(images_BHWC, labels_B)
+
+    def _count(self, images_BHWC: Tensor, labels_B: Tensor) -> None:
+        with self.context():
+            out = self.cohort(images_BHWC)
+            watched = self.method.diagnostics(out)
+        self.meter.update(out.logits_SBC, labels_B, watched)
 
 
 def evaluate(
@@ -98,7 +140,7 @@ def evaluate(
     recipe = Recipe.from_json(facts.get("recipe"))
     session = build(recipe, options or RunOptions(), training=False)
     session.load_state(tensors, facts)
-    return evaluate_session(session)
+    return Evaluator(session)()
 
 
 def evaluate_published(
@@ -126,56 +168,74 @@ def evaluate_published(
     cohort = published.cohort(mean=data.mean, std=data.std).float()
     cohort.to(device).to(memory_format=torch.channels_last)
     method = create_method("baseline" if cohort.sharing == "network" else "ind", cohort.shape)
+    context = partial(autocast, device, precision)
+    scorer = Scorer(cohort, method, published.has_leader, context)
     return {
-        name: measure(
-            cohort,
-            method,
-            evaluation_stream(split),
-            published.has_leader,
-            lambda: autocast(device, precision),
-        )
+        name: scorer.measure(evaluation_stream(split))
         for name, split in (("val", data.val), ("test", data.test))
         if split is not None
     }
 
 
-def evaluate_session(
-    session: Session, between: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, Any]]:
-    """Scores the session's cohort on the held-out splits; ``between`` as in :func:`measure`."""
-    learner = session.learner
-    share_state(learner)
-    splits = {"val": session.data.val, "test": session.data.test}
+class Evaluator:
+    """Scores a session's cohort, and the average of its kept student, on the held-out splits.
 
-    def score(cohort: Cohort, method: Method, has_leader: bool) -> dict[str, dict[str, Any]]:
-        results = {}
-        for name, split in splits.items():
-            if split is not None:
-                stream = evaluation_stream(split, learner.ranks.data)
-                results[name] = measure(
-                    cohort, method, stream, has_leader, learner.autocast, between, learner.ranks
-                )
+    What it makes is kept for the next call, until the learner adopts another choice.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._captured: CapturedStep | None = None
+        self._whole: Scorer | None = None
+        self._alone: Scorer | None = None
+
+    def __call__(self, between: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
+        """The metrics by split; ``between`` as in :meth:`Scorer.measure`."""
+        learner = self.session.learner
+        share_state(learner)
+        if self._whole is None or self._captured is not learner.captured:
+            self._captured, self._alone = learner.captured, None
+            has_leader = self.session.recipe.has_leader
+            self._whole = self._scorer(learner.cohort, learner.method, has_leader)
+        results = self._score(self._whole, between)
+        if learner.average is not None:
+            if self._alone is None:
+                lone = self._lone_cohort()
+                self._alone = self._scorer(lone, create_method("baseline", lone.shape), False)
+            _copy_into(self._alone.cohort, learner.average.state)
+            for name, alone in self._score(self._alone, between).items():
+                results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
         return results
 
-    results = score(learner.cohort, learner.method, session.recipe.has_leader)
-    if learner.average is not None:
-        for name, alone in score(*_alone(session, learner.average.state), False).items():
-            results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
-    return results
+    def _scorer(self, cohort: Cohort, method: Method, has_leader: bool) -> Scorer:
+        return Scorer(cohort, method, has_leader, self.session.learner.autocast, self._captured)
+
+    def _score(self, scorer: Scorer, between: Callable[[], None]) -> dict[str, dict[str, Any]]:
+        ranks, data = self.session.learner.ranks, self.session.data
+        return {
+            name: scorer.measure(evaluation_stream(split, ranks.data), between, ranks)
+            for name, split in (("val", data.val), ("test", data.test))
+            if split is not None
+        }
+
+    def _lone_cohort(self) -> Cohort:
+        """The kept student as a cohort of one."""
+        learner, recipe, data = self.session.learner, self.session.recipe, self.session.data
+        lone = Cohort(
+            (recipe.models[recipe.kept_student], 1),
+            learner.cohort.num_classes,
+            sharing="network",
+            impl=learner.cohort.impl,
+            mean=data.mean,
+            std=data.std,
+            model_options=recipe.model_options,
+        )
+        lone.to(learner.device).set_memory_format(learner.cohort.memory_format)
+        return lone
 
 
-def _alone(session: Session, state: dict[str, Tensor]) -> tuple[Cohort, Method]:
-    """The kept student with the weights ``state``, as a cohort of one."""
-    learner, data = session.learner, session.data
-    lone = Cohort(
-        (session.recipe.models[session.recipe.kept_student], 1),
-        learner.cohort.num_classes,
-        sharing="network",
-        impl=learner.cohort.impl,
-        mean=data.mean,
-        std=data.std,
-        model_options=session.recipe.model_options,
-    )
-    lone.students[0].load_state_dict(state)
-    lone.to(learner.device).set_memory_format(learner.cohort.memory_format)
-    return lone, create_method("baseline", lone.shape)
+@torch.no_grad()
+def _copy_into(lone: Cohort, state: dict[str, Tensor]) -> None:
+    """Copies weights into the tensors of a cohort of one, which its graphs read."""
+    live = lone.student_state(0)
+    torch._foreach_copy_([live[key] for key in state], list(state.values()))

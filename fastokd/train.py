@@ -13,7 +13,7 @@ from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError
-from fastokd.evaluate import evaluate_session
+from fastokd.evaluate import Evaluator
 from fastokd.host import cpus
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import say
@@ -117,10 +117,10 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopRequest) -> Run:
-    """Every epoch that is left. The run's files are written before any hook is called."""
+    """Every epoch that is left. The run's last files are written before any hook is told of the end."""
     recipe, options, learner = session.recipe, session.options, session.learner
     keeper = Keeper(
-        lambda: folder.save(session),
+        lambda background: folder.save(session, background=background),
         stop,
         options.save_every_steps,
         options.save_every_minutes,
@@ -129,6 +129,7 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
         is_over=lambda: session.is_over,
     )
     hooks.add(keeper)
+    evaluator = Evaluator(session)
     run = None
     with folder.keeping(session, keeper.save_now):
         while not session.is_over:
@@ -147,7 +148,7 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
             }
             last = session.stopped or session.epoch + 1 == recipe.epochs
             if last or (session.epoch + 1) % options.eval_every == 0:
-                row |= evaluate_session(session, hooks.on_batch)
+                row |= evaluator(hooks.on_batch)
             session.finish_epoch()
             folder.record(session, row)
             if session.is_over:

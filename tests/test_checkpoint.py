@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(checkpoint, "write_durably", full)
+    monkeypatch.setattr(checkpoint, "_write_flushed", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "last-1", TENSORS, {"step": 2})
     assert load_checkpoint(tmp_path / "last-1")[1] == {"step": 1}

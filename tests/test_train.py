@@ -21,7 +21,7 @@ from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Cohort
 from fastokd.data import load_dataset
 from fastokd.errors import UserError
-from fastokd.evaluate import evaluate_session
+from fastokd.evaluate import Evaluator
 from fastokd.learner import build as parts
 from fastokd.learner import optimizers
 from fastokd.learner.state import as_state
@@ -121,7 +121,7 @@ def test_evaluating_moves_nothing(tmp_path: Path) -> None:
     """Nor the running statistics of students, nor those of a method (ONE's gate has some)."""
     session = build(small("one/resnet8/digits"), RunOptions(**QUICK))
     before = {key: value.clone() for key, value in session.state()[0].items()}
-    evaluate_session(session)
+    Evaluator(session)()
     for key, value in session.state()[0].items():
         assert torch.equal(value, before[key]), key
     assert session.learner.cohort.training

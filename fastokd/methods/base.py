@@ -80,7 +80,7 @@ class Progress:
     ) -> Progress:
         """The first epoch. The ramp's ``dtype`` should be at least as precise as the cohort's."""
         return Progress(
-            torch.zeros((), device=device), torch.tensor(ramp, device=device, dtype=dtype)
+            torch.zeros((), device=device), torch.full((), ramp, device=device, dtype=dtype)
         )
 
 

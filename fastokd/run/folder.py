@@ -40,6 +40,7 @@ from fastokd.run.identity import (
 from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
 from fastokd.student.teacher import KEPT
 from fastokd.student.weights import STUDENT, Weights
@@ -85,7 +86,9 @@ class RunFolder:
         self.lines = MetricLines(path / "metrics.jsonl")
         self.lock = FolderLock(path)
         self.facts = RunFacts(path)
-        # Whether the last save failed.
+        self.writer = Writer()
+        self._copies = HostCopies()
+        # Whether the last save isn't written (rank 0).
         self._behind = False
 
     @staticmethod
@@ -213,8 +216,11 @@ class RunFolder:
             self.lines.replace(rows)
 
     def close(self) -> None:
-        """Releases the lock."""
-        self.lock.release()
+        """Waits for the checkpoint that is being written, and releases the lock."""
+        try:
+            self.writer.join()
+        finally:
+            self.lock.release()
 
     def settled(self, session: Session, timings: list[Timing]) -> None:
         """Writes the chosen engine and the timings."""
@@ -241,58 +247,78 @@ class RunFolder:
         return self.lines.read()
 
     def record(self, session: Session, row: dict[str, Any]) -> None:
-        """Writes an epoch's line and checkpoint, and the best checkpoint if its score is the best.
+        """Writes an epoch's line and checkpoint in the background, and the best checkpoint if its score
+        is the best.
 
         The score is on held-out images if the recipe has some, else on the test set. Only whole epochs
         count, so that an interrupted run keeps the same best checkpoint.
         """
-        score = _score(row, session.recipe) if session.batch == 0 else None
+        self.save(session, row=row, background=True)
+
+    def save(
+        self, session: Session, *, row: dict[str, Any] | None = None, background: bool = False
+    ) -> None:
+        """Copies the session's state, and writes it as a checkpoint: with the line ``row``, and also as
+        the best one if ``row`` has the best score.
+
+        All ranks call this together; the copies are written by a thread of rank 0. The checkpoint
+        before this one is waited for. Metric lines are written before the checkpoint, since a resumed
+        run doesn't train their epochs again.
+
+        Args:
+            background: returns when the copies are queued. If the write fails, its thread warns.
+
+        Raises:
+            DiskError: it can't be written; files written before are intact. Not in the background.
+        """
+        ranks = session.learner.ranks
+        ranks.first(self.writer.wait)
+        score = None if row is None or session.batch else _score(row, session.recipe)
         before = session.best
         better = score is not None and (before is None or score > before)
         if better:
             session.best = score
-        session.learner.ranks.first(lambda: self.lines.add(row))
-        try:
-            self.save(session, best_on=choosing_split([row]), better=better)
-        except DiskError as error:
-            if better and not session.learner.ranks.first(lambda: self._best(session).is_dir()):
-                session.best = before  # the best that is on disk
-            if speaks():
-                warn(f"{error}; training continues until the next save")
-
-    def save(self, session: Session, *, best_on: str | None = None, better: bool = False) -> None:
-        """Writes a checkpoint of the session, also as the best one if ``better``.
-
-        All ranks call this together; rank 0 writes and the others wait. Metric lines are written
-        before the checkpoint, since a resumed run doesn't train their epochs again.
-
-        Raises:
-            DiskError: it can't be written; files written before are intact.
-        """
         tensors, facts = session.state()
-        if best_on is not None:
-            facts["best_on"] = best_on
-        self._behind = True
-        session.learner.ranks.first(lambda: self._save(session, tensors, facts, better))
-        self._behind = False
+        if row is not None:
+            facts["best_on"] = choosing_split([row])
+        last, best = (self.checkpoints / f"{kind}-{session.step:09d}" for kind in ("last", "best"))
 
-    def _save(
-        self, session: Session, tensors: dict[str, Tensor], facts: dict[str, Any], better: bool
-    ) -> None:
-        last, best = self.checkpoints / f"last-{session.step:09d}", self._best(session)
-        with writing(self.path):
-            self.lines.write()
-            # The best one first, so that a run killed in between repeats the epoch.
-            if better:
-                save_checkpoint(best, tensors, facts)
-                prune_checkpoints(self.checkpoints, "best", 1)
-                link_checkpoint(best, last)
+        def write() -> None:
+            try:
+                with writing(self.path):
+                    copied()
+                    self._write(last, best if better else None, copies, facts)
+            except DiskError as error:
+                if better and not best.is_dir():
+                    session.best = before  # the best that is on disk
+                if not background:
+                    raise
+                warn(f"{error}; training continues until the next save")
             else:
-                save_checkpoint(last, tensors, facts)
-            prune_checkpoints(self.checkpoints, "last", 2)
+                self._behind = False
 
-    def _best(self, session: Session) -> Path:
-        return self.checkpoints / f"best-{session.step:09d}"
+        if speaks():
+            if row is not None:
+                self.lines.add(row)
+            copies, copied = self._copies.take(tensors)
+            self._behind = True
+            self.writer.start(write)
+        if not background:
+            ranks.first(self.writer.wait)
+
+    def _write(
+        self, last: Path, best: Path | None, tensors: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """Writes the waiting lines and the checkpoint ``last``, which is also ``best`` if that is given."""
+        self.lines.write()
+        # The best one first, so that a run killed in between repeats the epoch.
+        if best is not None:
+            save_checkpoint(best, tensors, facts)
+            prune_checkpoints(self.checkpoints, "best", 1)
+            link_checkpoint(best, last)
+        else:
+            save_checkpoint(last, tensors, facts)
+        prune_checkpoints(self.checkpoints, "last", 2)
 
     @contextmanager
     def keeping(self, session: Session, save: Callable[[], None]) -> Iterator[None]:
@@ -314,7 +340,8 @@ class RunFolder:
             DiskError: the student or the last steps can't be saved.
             UserError: its logits differ from those in the cohort. It and the checkpoints are kept.
         """
-        if self._behind:
+        session.learner.ranks.first(self.writer.wait)
+        if session.learner.ranks.first(lambda: self._behind):
             self.save(session)
         tensors, facts = session.state()
         session.learner.ranks.first(lambda: self._write_student(session, tensors, facts))

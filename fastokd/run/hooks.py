@@ -32,7 +32,7 @@ class Hook:
         """All batches of the epoch are queued; the hook may move the session's position back."""
 
     def on_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch was trained, or measured, and is saved: its row of ``metrics.jsonl``."""
+        """An epoch was trained, or measured, and is being saved: its row of ``metrics.jsonl``."""
 
     def on_end(self) -> None:
         """The run has ended."""

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from fastokd.distributed.ranks import speaks
-from fastokd.errors import DiskError, Interrupted, warn
+from fastokd.errors import Interrupted
 from fastokd.learner.guard import READ_EVERY
 from fastokd.run.hooks import Hook
 
@@ -73,7 +72,7 @@ class Keeper(Hook):
     """Saves checkpoints between steps; stops the run after a signal.
 
     Args:
-        save: writes a checkpoint.
+        save: writes a checkpoint; in the background if its argument is True.
         stop: receives the signals.
         every_steps, every_minutes: how often to save within an epoch; None for never.
         settle: handles non-finite steps, before each save and every ``READ_EVERY`` steps; it may move
@@ -86,7 +85,7 @@ class Keeper(Hook):
 
     def __init__(
         self,
-        save: Callable[[], None],
+        save: Callable[[bool], None],
         stop: StopRequest,
         every_steps: int | None,
         every_minutes: float | None,
@@ -109,10 +108,10 @@ class Keeper(Hook):
         self._unchecked = 0
         self._settle()
 
-    def save_now(self) -> None:
+    def save_now(self, background: bool = False) -> None:
         """Saves a checkpoint of the steps that were taken."""
         self.on_last_batch()
-        self.save()
+        self.save(background)
         self.saved()
 
     def saved(self) -> None:
@@ -120,7 +119,7 @@ class Keeper(Hook):
         self._steps, self._time = 0, time.monotonic()
 
     def on_epoch(self, row: dict[str, Any]) -> None:
-        """The epoch's checkpoint was written with its row."""
+        """The epoch's checkpoint is being written with its row."""
         self.saved()
         if not self._is_over():
             self.on_batch()
@@ -137,21 +136,14 @@ class Keeper(Hook):
         """Saves if a save is due, and stops after a signal; called between two steps or batches.
 
         Raises:
-            Interrupted: after a signal, when the state is saved.
-            DiskError: after a signal, if the state can't be saved. Other failed saves only warn.
+            Interrupted: after a signal, when the state is written.
+            DiskError: after a signal, if the state can't be written. Other failed saves only warn.
         """
         by_steps = self.every_steps is not None and self._steps >= self.every_steps
         passed = (time.monotonic() - self._time) / 60
         by_time = self.every_minutes is not None and passed >= self.every_minutes
         by_time, signum = self.agree(by_time, self.stop.received or 0)
         if by_steps or by_time or signum:
-            try:
-                self.save_now()
-            except DiskError as error:
-                if signum:
-                    raise
-                if speaks():
-                    warn(f"{error}; training continues until the next save")
-                self.saved()
+            self.save_now(background=not signum)
         if signum:
             raise Interrupted(signum)

@@ -25,7 +25,7 @@ from fastokd.data.sets.digits import digits_indices, digits_pixels
 from fastokd.data.views import View
 from fastokd.device import autocast
 from fastokd.errors import UserError
-from fastokd.evaluate import evaluation_stream, measure
+from fastokd.evaluate import Scorer, evaluation_stream
 from fastokd.export.hub import _shown_by_timm
 from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
@@ -50,7 +50,7 @@ def scored(of: Recipe, data: DatasetSplits, file: Path) -> tuple[Tensor, float]:
         cohort.student_state(0), file, student_facts(of, data.class_names, data.preprocessing, 0)
     )
     stream = evaluation_stream(data.test)
-    found = measure(cohort, method, stream, False, lambda: autocast(CPU, "fp32"))
+    found = Scorer(cohort, method, False, lambda: autocast(CPU, "fp32")).measure(stream)
     with torch.no_grad():
         logits = [cohort.eval()(images).logits_SBC[0] for images, _ in stream.batches(0)]
     return torch.cat(logits).softmax(1), found["student_top1"][0]

@@ -17,7 +17,7 @@ import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice
 from fastokd.errors import Interrupted, UserError
-from fastokd.evaluate import evaluate_session
+from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.autotuner import Timing
@@ -71,7 +71,7 @@ def metrics(one: Recipe, options: dict[str, Any]) -> dict[str, Any]:
     session = session_of(one, **options)
     few = session.data.test.select(torch.arange(99))
     session.data = replace(session.data, val=None, test=few)
-    return evaluate_session(session)["test"]
+    return Evaluator(session)()["test"]
 
 
 def run(one: Recipe, out: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from fastokd.export import export
 from fastokd.metrics import MEASURED
 from fastokd.recipe.names import recipe
 from fastokd.report.page import report
-from fastokd.run.display import Display
 from fastokd.run.folder import RunFolder
 from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.options import RunOptions
@@ -67,6 +66,7 @@ def begun(place: Path, steps: int) -> RunFolder:
     folder.checkpoints.mkdir(parents=True)
     for step in range(1, steps + 1):
         folder.record(state_of(step), row_of(step))
+        folder.writer.wait()
     return folder
 
 
@@ -81,8 +81,9 @@ def test_every_call_of_one_record_may_fail(
     counted = begun(tmp_path / "counted", 3)
     disk.calls = 0
     counted.record(state_of(4), row_of(4))
+    counted.writer.wait()
     calls = disk.calls
-    assert calls > 30
+    assert calls > 20
     wanted = tree(counted.path)
     for call in range(1, calls + 1):
         shutil.copytree(three, tmp_path / f"{call}")
@@ -91,6 +92,7 @@ def test_every_call_of_one_record_may_fail(
         capsys.readouterr()
         disk.refuse(kind, call)
         folder.record(session, row_of(4))
+        folder.writer.wait()
         refused = disk.heal()
         warned = capsys.readouterr().err
         # What isn't warned of was done: cleaning up may fail in silence.
@@ -114,6 +116,7 @@ def test_every_call_of_one_record_may_fail(
         left = [name for name in tree(folder.path) if "/." in f"/{name}"]
         assert left == [], (call, warned)
         folder.record(state_of(5), row_of(5))
+        folder.writer.wait()
         assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4, 5]
         assert newest_checkpoint(folder.checkpoints)[2]["step"] == 5
         assert len(tree(folder.path)) <= len(wanted) + 4
@@ -149,14 +152,14 @@ def test_every_call_of_a_second_save_of_one_step_may_fail(
         assert [name for name in tree(folder.path) if "/." in f"/{name}"] == []
 
 
-def at_save(number: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+def at_save(number: int, act: Callable[[RunFolder], None], patch: pytest.MonkeyPatch) -> None:
     """Acts before save ``number`` of the next training, counted from 1."""
     save, saves = RunFolder.save, [0]
 
     def saving(folder: RunFolder, session: Any, **how: Any) -> None:
         saves[0] += 1
         if saves[0] == number:
-            act()
+            act(folder)
         save(folder, session, **how)
 
     patch.setattr(RunFolder, "save", saving)
@@ -176,15 +179,13 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         limits = files_up_to(100_000)
-        at_save(2, limits.__enter__, patch)
-        display = Display.on_epoch
+        at_save(2, lambda _: limits.__enter__(), patch)
 
-        def after(self: Display, row: dict[str, Any]) -> None:
-            display(self, row)
-            if row["epoch"] == 1:
-                limits.__exit__(None, None, None)
+        def wait_and_leave(folder: RunFolder) -> None:
+            folder.writer.wait()
+            limits.__exit__(None, None, None)
 
-        patch.setattr(Display, "on_epoch", after)
+        at_save(3, wait_and_leave, patch)
         train(RECIPE, OPTIONS, out=out)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1
@@ -203,7 +204,7 @@ def test_a_disk_that_stays_full_stops_the_run_at_its_end(
     command += ["--quiet", "--engine", "loop", "--precision", "fp32", "--device", "cpu"]
     limits = files_up_to(100_000)
     with monkeypatch.context() as patch:
-        at_save(2, limits.__enter__, patch)
+        at_save(2, lambda _: limits.__enter__(), patch)
         assert run_command(command) == 2
     limits.__exit__(None, None, None)
     told = capsys.readouterr().err.splitlines()
@@ -216,8 +217,9 @@ def test_a_disk_that_stays_full_stops_the_run_at_its_end(
 
 
 def test_a_signal_that_finds_no_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full() -> None:
-        raise DiskError("the run folder x can't be written")
+    def full(background: bool) -> None:
+        if not background:
+            raise DiskError("the run folder x can't be written")
 
     stop = StopRequest()
     keeper = Keeper(full, stop, 1, None)

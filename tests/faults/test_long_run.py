@@ -46,6 +46,7 @@ def main() -> None:
 
     def recording(folder: RunFolder, session: Any, row: dict[str, Any]) -> None:
         record(folder, session, row)
+        folder.writer.wait()
         lines = (folder.path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == list(range(len(lines)))
         print(json.dumps([session.step, *held()]), flush=True)

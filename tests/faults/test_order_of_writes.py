@@ -17,7 +17,7 @@ from fastokd.checkpoint import (
     save_checkpoint,
     write_durably,
 )
-from tests.faults.test_disk import begun, state_of
+from tests.faults.test_disk import begun, row_of, state_of
 
 
 @pytest.fixture
@@ -59,15 +59,24 @@ def test_a_checkpoint_is_flushed_before_it_is_renamed(
         save_checkpoint(tmp_path / "last-1", {"x": torch.zeros(3)}, {})
         calls.clear()
     save_checkpoint(tmp_path / "last-1", {"x": torch.ones(3)}, {})
-    beside = of("last-1")
-    placed = calls.index(("rename", "last-1"))
-    before, after = calls[:placed], calls[placed + 1 :]
-    for name in ("state.safetensors", "state.json", MANIFEST):
-        assert before.index(("fsync", of(name))) < before.index(("rename", name))
-        # ... and its name within the folder is made to last.
-        assert ("fsync", beside) in before[before.index(("rename", name)) :]
-    assert before.index(("rename", "state.json")) < before.index(("rename", MANIFEST))
-    assert after == [("fsync", tmp_path.name)]
+    files = [("fsync", name) for name in ("state.safetensors", "state.json", MANIFEST)]
+    # Their names within the folder are made to last, before the folder's own.
+    moves = [("rename", f".last-1.old{os.getpid()}")] if there else []
+    moves.append(("rename", "last-1"))
+    assert calls == [*files, ("fsync", of("last-1")), *moves, ("fsync", tmp_path.name)]
+
+
+def test_an_epoch_is_flushed_with_eight_calls(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """The line, the best checkpoint, its link; an epoch that isn't the best has six."""
+    folder = begun(tmp_path / "run", 3)
+    synced = [name for what, name in calls if what == "fsync"][-8:]
+    checkpoint = ["state.safetensors", "state.json", MANIFEST, of("best-000000003"), "checkpoints"]
+    assert synced == ["metrics.jsonl", *checkpoint, of("last-000000003"), "checkpoints"]
+    calls.clear()
+    row = row_of(1)
+    folder.record(state_of(4), {**row, "epoch": 3, "step": 4})
+    folder.writer.wait()
+    assert len([name for what, name in calls if what == "fsync"]) == 6
 
 
 def test_a_link_to_a_checkpoint_lasts_too(tmp_path: Path, calls: list[tuple[str, str]]) -> None:

@@ -19,6 +19,7 @@ from fastokd import train as training
 from fastokd.checkpoint import link_checkpoint, load_checkpoint, save_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import Interrupted, UserError
+from fastokd.evaluate import Scorer
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.interruption import Keeper, StopRequest
@@ -97,15 +98,14 @@ def test_a_signal_saves_the_step_and_a_resumed_run_ends_alike(
 def test_a_signal_during_an_evaluation_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluation = sys.modules["fastokd.evaluate"]
-    measure = evaluation.measure  # type: ignore[attr-defined]
+    add = Scorer.add
 
-    def measuring(*arguments: Any) -> Any:
+    def adding(scorer: Scorer, *batch: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(evaluation, "measure", measure)
-        return measure(*arguments)
+        monkeypatch.setattr(Scorer, "add", add)
+        add(scorer, *batch)
 
-    monkeypatch.setattr(evaluation, "measure", measuring)
+    monkeypatch.setattr(Scorer, "add", adding)
     with pytest.raises(Interrupted):
         train(SMALL, OPTIONS, out=tmp_path / "run")
     assert Run.load(tmp_path / "run").metrics == []  # the epoch will be measured when resumed
@@ -168,7 +168,7 @@ def test_state_is_saved_every_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -
     clock = [0.0]
     monkeypatch.setattr("fastokd.run.interruption.time.monotonic", lambda: clock[0])
     saves: list[float] = []
-    keeper = Keeper(lambda: saves.append(clock[0]), StopRequest(), None, 0.5)
+    keeper = Keeper(lambda _: saves.append(clock[0]), StopRequest(), None, 0.5)
     for _ in range(10):
         clock[0] += 10
         keeper.on_step(1)

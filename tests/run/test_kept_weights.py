@@ -20,7 +20,7 @@ from fastokd.checkpoint import list_checkpoints, load_checkpoint, save_checkpoin
 from fastokd.cli import run_command
 from fastokd.data import BatchStream, read_all
 from fastokd.errors import UserError
-from fastokd.evaluate import evaluate, evaluate_session
+from fastokd.evaluate import Evaluator, evaluate
 from fastokd.export import export
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.step import training_step
@@ -226,7 +226,7 @@ def test_the_average_is_scored_by_its_own_weights() -> None:
     state = session.learner.average.state
     state["fc.weight"].zero_()
     state["fc.bias"].copy_(torch.arange(10) == 3)
-    test = evaluate_session(session)["test"]
+    test = Evaluator(session)()["test"]
     labels_N = read_all(session.data.test)[1]
     assert test["ema_top1"] == pytest.approx((labels_N == 3).float().mean().item())
     assert test["ema_top1"] != test["student_top1"][1]
