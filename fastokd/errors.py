@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import signal
+import traceback
 from collections.abc import Iterable
 
 from fastokd.host.streams import warn as warn
@@ -63,6 +64,13 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return " ".join(lines)
     return f"{type(error).__name__}{': ' if lines[0] else ''}{lines[0]}"[:LINE]
+
+
+def forget(error: BaseException | None) -> None:
+    """Clears the frames of an error and of its causes, which hold a step's activations."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

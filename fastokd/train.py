@@ -12,11 +12,12 @@ from typing import Any
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import UserError
+from fastokd.errors import DiskError, UserError, in_one_line, warn
 from fastokd.evaluate import Evaluator
 from fastokd.host import cpus
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import say
+from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
 from fastokd.recipe.recipe import Recipe
 from fastokd.report import page
@@ -25,6 +26,7 @@ from fastokd.run.display import Display, show_batch
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.hooks import Hooks, spared
+from fastokd.run.identity import stays_captured
 from fastokd.run.interruption import ECHO, Keeper, StopRequest
 from fastokd.run.loggers import check_installed, loggers
 from fastokd.run.nonfinite import settle
@@ -69,7 +71,7 @@ def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> 
                 "fastokd.recipe(name, ...)"
             )
     options = replace(options or RunOptions(), **changes)
-    with joined(options.device, options.capture or _begun_captured(recipe, options)):
+    with joined(options.device, bool(options.capture) or _begun_captured(recipe, options)):
         return _train(recipe, options)
 
 
@@ -78,7 +80,7 @@ def _begun_captured(recipe: Recipe, options: RunOptions) -> bool:
     if not options.resume:
         return False
     try:
-        return bool(RunFacts(run_path(recipe, options)).environment().get("capture"))
+        return stays_captured(RunFacts(run_path(recipe, options)).environment())
     except UserError:  # raised again where the folder is claimed
         return False
 
@@ -134,7 +136,13 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
     with folder.keeping(session, keeper.save_now):
         while not session.is_over:
             started, images = time.perf_counter(), hooks.images
-            train_metrics = train_epoch(session, hooks)
+            try:
+                train_metrics = train_epoch(session, hooks)
+            except CaptureError as error:
+                if learner.ranks.size > 1 or (options.capture and not options.resume):
+                    raise
+                _go_on_eagerly(session, folder, error)
+                continue
             seconds = time.perf_counter() - started
             row: dict[str, Any] = {
                 "epoch": session.epoch,
@@ -155,6 +163,15 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
                 run = folder.finish(session)
             hooks.on_epoch(row)
     return run or folder.finish(session)
+
+
+def _go_on_eagerly(session: Session, folder: RunFolder, error: CaptureError) -> None:
+    """The run goes on from the step whose capture failed, without capture."""
+    session.learner.give_up_capture()
+    why = in_one_line(error.__cause__ or error)
+    warn(f"the step can't be captured as a CUDA graph ({why}): the run goes on eagerly")
+    again = "a resumed run will try to capture the step again"
+    spared(lambda: folder.changed(session), again, of=DiskError)
 
 
 def _report(folder: Path) -> None:

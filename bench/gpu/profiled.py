@@ -13,7 +13,7 @@ from bench.gpu.child import Result
 from bench.gpu.machine import the_device
 from bench.gpu.steps import large_recipe, small_recipe
 from bench.gpu.timing import Program, free
-from fastokd.learner.captured import WARM_UP_STEPS
+from fastokd.learner.learner import WARM_UP_ALONE
 
 LONGEST, NAME = 30, 110
 LEAST_SECONDS = 7.0
@@ -49,7 +49,7 @@ def measure(result: Result) -> None:
 
 def _profiled(program: Program, result: Result, device: torch.device) -> dict[str, Any]:
     loop = program.build(result)
-    for _ in range(WARM_UP_STEPS + 3 if program.capture else 2):
+    for _ in range(WARM_UP_ALONE + 3 if program.capture else 2):
         loop.step()
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from bench.gpu.child import Result
 from bench.gpu.machine import call_ms
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
 from fastokd.benchmark.step import quartiles
-from fastokd.learner.captured import WARM_UP_STEPS
+from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
 
@@ -141,8 +141,8 @@ class _Timed:
         first = self.loop.step().clone()
         row["first_loss"] = first.item()
         row["first_step_seconds"] = time.perf_counter() - started - row["build_seconds"]
-        # A captured step is replayed from the twelfth on.
-        warm = max(plan.warm, WARM_UP_STEPS + 3) if program.capture else plan.warm
+        # A captured step is replayed after its warm-up.
+        warm = max(plan.warm, WARM_UP_ALONE + 3) if program.capture else plan.warm
         for _ in range(warm - 2):
             self.loop.step()
         one = call_ms(self.loop.step, 1, self.loop.device)[0]

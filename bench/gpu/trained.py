@@ -24,7 +24,7 @@ def measure(result: Result) -> None:
     steps = 2 * -(-images // batch)
     run = place / "trained"
     model = "resnet8" if dry else "resnet32"
-    how = ["--precision", "fp32", "--impl", "torch", "--device", "cpu"] if dry else ["--capture"]
+    how = ["--precision", "fp32", "--impl", "torch", "--device", "cpu"] if dry else []
     command = ["train", f"okddip-branch/{model}/cifar100", "--data-root", str(place / "drawn")]
     command += ["--out", str(run), "--epochs", "2", "--batch-size", str(batch)]
     command += ["--engine", "loop", "--quiet", *how]
@@ -36,6 +36,9 @@ def measure(result: Result) -> None:
         row["wall_seconds"] = time.perf_counter() - started
         seconds += row["wall_seconds"]
         row["lines"] = [_short(line) for line in _lines(run)]
+        row["captured"] = (run / "environment.json").is_file() and json.loads(
+            (run / "environment.json").read_text()
+        )["capture"]
         if code != 0:
             raise RuntimeError(f"`fastokd {' '.join([*command, *more])}` ended with {code}")
         result.write()

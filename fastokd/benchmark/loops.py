@@ -19,12 +19,13 @@ from fastokd import reference
 from fastokd.benchmark import synthetic
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.errors import UserError
-from fastokd.learner.step import training_step
+from fastokd.learner.step import step, training_step
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
 from fastokd.run.build import build
-from fastokd.run.options import RunOptions
+from fastokd.run.options import TUNED, RunOptions
+from fastokd.run.trial import warm_up_steps
 from fastokd.run.tuning import tune
 
 # The steps of CIFAR's recipes.
@@ -55,12 +56,15 @@ SAME = ("temperature", "target", "linear_steps")
 
 
 class Loop(Protocol):
-    """A timed loop: ``step`` trains one step, always on the same batch; ``facts`` says how."""
+    """A timed loop: ``step`` trains one step, always on the same batch; ``warm_up`` trains those before
+    the timed ones; ``facts`` says how."""
 
     device: torch.device
     precision: str
 
     def step(self) -> Tensor: ...
+
+    def warm_up(self) -> None: ...
 
     def facts(self) -> dict[str, Any]: ...
 
@@ -90,21 +94,30 @@ class OurLoop:
         self.session.step += 1
         return loss.total.detach()
 
+    def warm_up(self) -> None:
+        """The steps before the timed ones, as many as the choice needs."""
+        for _ in range(warm_up_steps(self.session, self.session.learner.choice)):
+            self.step()
+
     def choose(self) -> dict[str, Any]:
         """The choice of ``engine="auto"`` for a long run of this recipe, as options."""
         tune(self.session, LONG_RUN)
-        return dataclasses.asdict(self.session.learner.choice)
+        return {name: getattr(self.session.learner.choice, name) for name in TUNED}
 
     def facts(self) -> dict[str, Any]:
-        """The engine and the implementation of each op, recorded in one more step."""
+        """The engine and the implementation of each op, recorded in one more step, which is eager: a
+        replayed graph dispatches nothing."""
+        learner = self.session.learner
+        self.session.begin_step(len(self.labels_B))
         with _FusedOps() as seen:
-            self.step()
+            step(learner, self.images_BHWC, self.labels_B)
+        self.session.step += 1
         fast = "triton" if self.device.type == "cuda" else "cpp"
         impls = dict.fromkeys(sorted(seen.names), fast)
         if not seen.names & {"mixture_distillation", "peer_attention_distillation"}:
             impls["mixture_distillation"] = "torch"
         impls.setdefault("fused_bn_act", "torch")
-        choice = self.session.learner.choice
+        choice = learner.choice
         return {"engine": choice.engine, "way": str(choice), "impls": impls}
 
 
@@ -175,6 +188,10 @@ class PublishedLoop:
             for optimizer in optimizers:
                 optimizer.step()
         return losses[0][0].detach()
+
+    def warm_up(self) -> None:
+        """The first step allocates what is kept between steps."""
+        self.step()
 
     def losses(self) -> list[tuple[Tensor, list[torch.optim.Optimizer]]]:
         """The losses, each with the optimizers that step after its backward."""

@@ -42,13 +42,14 @@ class Spec:
     engine: str = "auto"
     compile: bool | None = None
     memory_format: str = "auto"
+    capture: bool | None = None
     impl: str = "auto"
     threads: int | None = None
 
     def options(self) -> RunOptions:
         """The options of a run. On a CPU, where compiling takes minutes and hasn't paid, ``"auto"``
         doesn't compile."""
-        names = ("device", "precision", "engine", "memory_format", "impl")
+        names = ("device", "precision", "engine", "memory_format", "capture", "impl")
         compiled = self.compile
         if compiled is None and pick_device(self.device).type == "cpu":
             compiled = False
@@ -120,8 +121,7 @@ def loop_here(job: Answer) -> tuple[Answer, Callable[[str], Answer] | None]:
         loop = LOOPS[spec.loop](spec.recipe, spec.options())
         if isinstance(loop, OurLoop) and spec.engine == "auto":
             return {"choice": loop.choose()}, None
-        # The first step allocates what is kept between steps; `facts` looks at the ops of another.
-        loop.step()
+        loop.warm_up()
         facts = loop.facts()
         loop.step()
         synchronize(loop.device)

@@ -1,4 +1,4 @@
-"""How a cohort runs: the alternatives that the autotuner measures."""
+"""How a step runs: the alternatives that the autotuner measures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, compiled or eager, and the memory format of maps and weights."""
+    """An engine, compiled or not, the memory format of maps and weights, and the form of the step.
+
+    ``capture``: the step is a CUDA graph. ``streams``: within it the students of a ``loop`` run side
+    by side, each on a stream of its own.
+    """
 
     engine: str = "loop"
     compile: bool = False
     memory_format: str = "channels_last"
+    capture: bool = False
+    streams: bool = False
 
     @staticmethod
-    def of(engine: str, compile: bool | None, memory_format: str) -> Choice:
-        """What the options ask for; defaults are the loop, eager, in channels-last."""
+    def of(engine: str, compile: bool | None, memory_format: str, capture: bool) -> Choice:
+        """What the options ask for; defaults are the loop, not compiled, in channels-last."""
         return Choice(
             "loop" if engine == "auto" else engine,
             bool(compile),
             "channels_last" if memory_format == "auto" else memory_format,
+            capture,
         )
 
     @property
@@ -31,5 +38,6 @@ class Choice:
         return FORMATS[self.memory_format]
 
     def __str__(self) -> str:
-        how = "compiled" if self.compile else "eager"
-        return f"{self.engine}, {how}, {self.memory_format}"
+        how = ["compiled"] * self.compile + ["captured"] * self.capture
+        engine = f"{self.engine} in streams" if self.streams else self.engine
+        return f"{engine}, {' + '.join(how) or 'eager'}, {self.memory_format}"

@@ -97,6 +97,9 @@ def step(
             "--compile/--no-compile", help="Through torch.compile; auto tries it on GPUs."
         ),
     ] = None,
+    capture: Annotated[
+        bool | None, typer.Option(help="The step as a CUDA graph; by default as a run would.")
+    ] = None,
     impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default all cores.")] = None,
     reference: Annotated[
@@ -116,6 +119,7 @@ def step(
         precision=precision,
         engine=engine,
         compile=compile_,
+        capture=capture,
         impl=impl,
         threads=threads,
     )

@@ -77,6 +77,11 @@ class Guard:
         self._steps += 1
         self._random.append(random_state(self.device))
 
+    def withdraw(self) -> RandomState:
+        """The last step to begin computed nothing: forgets it; returns its random states."""
+        self._steps -= 1
+        return self._random.pop()
+
     def read(self) -> Fault | None:
         """The fault since the last read, or None where every step was taken.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +14,17 @@ from torch import Tensor, nn
 from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler
 from fastokd.distributed.ranks import Ranks
-from fastokd.learner.captured import CapturedStep, check_captures
+from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
 from fastokd.learner.ema import LeaderAverage
-from fastokd.learner.guard import Guard, Held, Shared
+from fastokd.learner.guard import Guard, Held, Shared, set_random_state
 from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.methods import Method, MethodLoss, Progress
+
+# Eager steps before a capture without DDP: the first makes states and tries cuDNN's algorithms, the
+# second may compile again.
+WARM_UP_ALONE = 3
 
 Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
 
@@ -32,7 +38,7 @@ class Learner:
         guard: the flag on the device that skips a step which isn't finite.
         average: the running average of the kept student's weights, or None.
         student_parallel: this rank trains a share of the students, or None.
-        choice: engine, compiler and memory format in use; :meth:`adopt` changes it.
+        choice: how the steps run; :meth:`adopt` changes it.
         forward: :meth:`eager`, compiled and inside of DDP where asked for.
         captured: the CUDA graphs of this choice's step, which ``step.py`` makes.
         before: what a step writes in place and no optimizer skips, from before the step.
@@ -52,21 +58,15 @@ class Learner:
         accumulate: int = 1,
         min_batch: int = 1,
         clip_norm: float | None = None,
-        capture: bool = False,
     ) -> None:
         """``accumulate``: parts that a batch is taken in, each of at least ``min_batch`` images;
-        ``clip_norm``: the largest norm of all gradients; ``capture``: the step is a CUDA graph.
-
-        Raises:
-            UserError: ``capture`` without a GPU.
+        ``clip_norm``: the largest norm of all gradients.
         """
-        if capture:
-            check_captures(device)
         self.cohort, self.method, self.optimizers = cohort, method, optimizers
         self.device, self.precision, self.ranks = device, precision, ranks
         self.student_parallel, self.average = student_parallel, average
         self.accumulate, self.min_batch = accumulate, min_batch
-        self.clip_norm, self.capture = clip_norm, capture
+        self.clip_norm = clip_norm
         self.progress = Progress.start(device, dtype=torch.float32)
         self.scaler = gradient_scaler(device, precision)
         self.guard = Guard(device)
@@ -79,8 +79,11 @@ class Learner:
         ``alone``: the steps that follow are timed or tried on this rank only.
 
         Raises:
-            UserError: the engine can't take these students; the message says why.
+            UserError: the engine can't take these students, or the device can't capture; the message
+                says why.
         """
+        if choice.capture:
+            check_captures(self.device)
         with self.autocast():  # the engine checks the dtype that it will run in
             self.cohort.set_engine(choice.engine)
         self.cohort.set_memory_format(choice.torch_memory_format)
@@ -106,6 +109,36 @@ class Learner:
             )
         self.captured: CapturedStep | None = None
         self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
+
+    @property
+    def warm_up(self) -> int:
+        """Eager steps before the first capture."""
+        return WARM_UP_ALONE if self.replicas is None else WARM_UP_STEPS
+
+    def why_not_captured(self) -> str | None:
+        """Why a step of this learner can't be captured on a GPU, or None where it may.
+
+        A step that waits for the device is found by its capture alone.
+        """
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if not all(isinstance(group["lr"], Tensor) for group in groups):
+            return (
+                "its optimizer reads the learning rate on the host, so that a graph would keep one"
+            )
+        return None
+
+    def give_up_capture(self) -> None:
+        """After a capture that failed: the step hasn't begun, and is eager as all that follow.
+
+        A failed capture computed nothing on the device. Its Python code left gradients without
+        values, fp16's scaler between two calls, and may have drawn random numbers.
+        """
+        set_random_state(self.guard.withdraw(), self.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.scaler._per_optimizer_states.clear()
+        self.adopt(replace(self.choice, capture=False, streams=False))
+        free_memory(self.device)
 
     def eager(
         self, images_BHWC: Tensor, labels_B: Tensor, progress: Progress
@@ -181,6 +214,13 @@ class Before:
         """Restores the copies where the 0-d ``untaken`` isn't 0."""
         self.statistics.put_back(untaken)
         self.rest.put_back(untaken)
+
+
+def free_memory(device: torch.device) -> None:
+    """Returns the memory of dropped steps; a step and its graphs refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def running_statistics(*modules: nn.Module) -> list[Tensor]:

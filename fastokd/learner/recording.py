@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from fastokd.errors import UserError, in_one_line
+from fastokd.errors import UserError, forget, in_one_line
 
 # PyTorch 2.11's pinned-memory allocator still queries a failed graph's stream: it is kept alive.
 _FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+class CaptureError(UserError):
+    """The step can't be captured. Nothing of it was computed; its cause says why."""
 
 
 @contextmanager
@@ -27,8 +31,7 @@ def recording(
     """``torch.cuda.graph(graph, pool, stream, **how)``. Don't reuse the pool after a failed capture.
 
     Raises:
-        UserError: the body can't be captured, and why. Its own UserErrors and OutOfMemoryErrors are
-            raised unchanged.
+        CaptureError: the body can't be captured, and why. Its own UserErrors are raised unchanged.
     """
     before = torch.cuda.current_stream(stream.device)
     first: BaseException | None = None
@@ -45,9 +48,10 @@ def recording(
         _end(graph, pool, before)
     else:
         return
-    if isinstance(cause, (UserError, torch.OutOfMemoryError)) or not isinstance(cause, Exception):
+    if isinstance(cause, UserError) or not isinstance(cause, Exception):
         raise cause
-    raise UserError(
+    forget(cause)
+    raise CaptureError(
         f"the step can't be captured as a CUDA graph ({in_one_line(cause)}): leave --capture out"
     ) from cause
 

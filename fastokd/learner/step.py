@@ -57,10 +57,12 @@ def training_step(
     next one.
     """
     learner.guard.begin()
-    if not learner.capture:
+    if not learner.choice.capture:
         return body(learner, *batch)
     if learner.captured is None:
-        learner.captured = CapturedStep(partial(body, learner), learner.device)
+        learner.captured = CapturedStep(
+            partial(body, learner), learner.device, warm_up=learner.warm_up
+        )
     result: tuple[Tensor, MethodLoss] = learner.captured(*batch)
     return result
 

@@ -15,8 +15,10 @@ from fastokd.cohort.choice import FORMATS, Choice
 
 # The largest share of a step that a choice is expected to save; it limits the cost of trials.
 SAVABLE = 0.3
-# A choice must be faster than the plain loop by more than the noise of timings.
+# A choice must be faster than the default by more than the noise of timings.
 MARGIN = 0.03
+# Tuning takes at most this share of a run, or so many seconds if that is more.
+SHARE, SECONDS = 0.01, 20.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,29 @@ class Timing:
         return timing
 
 
-def eager_candidates(engines: Iterable[str], memory_format: str) -> list[Choice]:
-    """Every engine in every allowed layout; the plain loop first."""
+def candidates(
+    engines: Iterable[str], memory_format: str, captures: Sequence[bool]
+) -> list[Choice]:
+    """Every engine in every allowed layout, not compiled, with each of ``captures``; the default first.
+
+    Where there are captured candidates, ``vmap`` is one of them only: uncaptured it has the most
+    work for the host.
+    """
     formats = list(FORMATS) if memory_format == "auto" else [memory_format]
-    return [Choice(engine, False, layout) for layout in formats for engine in engines]
+    return [
+        Choice(engine, False, layout, capture)
+        for capture in captures
+        for layout in formats
+        for engine in engines
+        if capture or engine != "vmap" or not any(captures)
+    ]
+
+
+def allowance(step_ms: float, steps: int) -> float:
+    """Seconds that tuning may take for ``steps`` more steps: a share of the run, and no more than a
+    choice could save."""
+    run = steps * step_ms / 1e3
+    return min(max(SHARE * run, SECONDS), SAVABLE * run)
 
 
 def pick(timings: Sequence[Timing], steps: int) -> Choice:
@@ -77,11 +98,11 @@ def pick(timings: Sequence[Timing], steps: int) -> Choice:
 
 def table(timings: Sequence[Timing], chosen: Choice) -> str:
     """The measurements as lines of text, with a mark at the chosen one."""
-    lines = ["  engine, how, layout                  ms a step"]
+    lines = [f"  {'engine, how, layout':44}ms a step"]
     for timing in timings:
         mark = "*" if timing.choice == chosen else " "
         took = "" if timing.step_ms is None else f"{timing.step_ms:9.1f}"
         compiled = f"  (compiled in {timing.compile_seconds:.0f} s)" * bool(timing.compile_seconds)
         note = f"  {timing.note}" if timing.note else ""
-        lines.append(f"{mark} {timing.choice!s:36}{took}{compiled}{note}")
+        lines.append(f"{mark} {timing.choice!s:44}{took}{compiled}{note}")
     return "\n".join(lines)

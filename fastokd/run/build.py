@@ -22,6 +22,7 @@ from fastokd.distributed.ranks import Ranks, first, speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.allocator import keep_freed_memory
 from fastokd.learner.build import build_cohort, build_optimizers
+from fastokd.learner.captured import check_captures
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
@@ -111,17 +112,42 @@ def build(
         accumulate=options.accumulate,
         min_batch=min_batch,
         clip_norm=options.clip_norm,
-        capture=options.capture,
     )
     ranks.seed_global(recipe.seed, 0)
-    learner.adopt(Choice.of(options.engine, options.compile, options.memory_format))
+    captures, why_not = _captures(options, learner) if training else (False, ())
+    learner.adopt(
+        Choice.of(options.engine, options.compile, options.memory_format, capture=captures)
+    )
     settled = (
         options.engine != "auto"
         or options.sync_bn
         or student_parallel is not None
         or options.deterministic
     )
+    notes += why_not
     return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
+
+
+def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
+    """Whether the steps are captured, and a note why not where a GPU could.
+
+    Raises:
+        UserError: capture is asked for, and this learner's step can't be captured.
+    """
+    why = learner.why_not_captured()
+    if options.capture:
+        check_captures(learner.device)
+        if why is not None:
+            raise UserError(f"capture is asked for, but {why}: leave --capture out")
+    if options.capture is not None or learner.device.type != "cuda":
+        return bool(options.capture), ()
+    if options.deterministic:
+        why = "--deterministic then holds after a resume, too"
+    elif learner.ranks.size > 1:
+        why = "several ranks capture only with --capture, which no two GPUs have run yet"
+    if why is None:
+        return True, ()
+    return False, (f"the steps run eagerly, not as a CUDA graph: {why}",)
 
 
 def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> DatasetSplits:

@@ -232,6 +232,11 @@ class RunFolder:
 
         session.learner.ranks.first(keep)
 
+    def changed(self, session: Session) -> None:
+        """Writes how the session's steps run from now on."""
+        with writing(self.path):
+            self._write_environment(session)
+
     def _write_environment(self, session: Session) -> None:
         learner, resumed = session.learner, session.options.resume
         self.facts.write_environment(

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
 from fastokd.device import pick_device, pick_precision
+from fastokd.distributed.launch import launched
 from fastokd.errors import UserError
 from fastokd.methods import method_class
 from fastokd.metrics import MetricLines
@@ -112,8 +113,10 @@ def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     """The environment that the run was begun with. ``init`` is that of ``options`` if its contents are
-    the same."""
+    the same; ``capture`` is open again where more ranks resume what one rank captured."""
     begun = RunFacts(folder).environment()
+    if begun.get("capture") and not stays_captured(begun):
+        begun["capture"] = None
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))
@@ -122,6 +125,12 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
         elif named == options.init:
             begun["init"] = tuple(f"{name}, as it was," for name in named)
     return begun
+
+
+def stays_captured(begun: Mapping[str, Any]) -> bool:
+    """Whether a resumed run captures its steps as it was begun. One rank captures unasked; several
+    don't."""
+    return bool(begun.get("capture")) and (launched() == 1 or begun.get("ranks", launched()) > 1)
 
 
 def other_teacher(folder: Path, given: Path | None) -> list[str]:

@@ -22,10 +22,10 @@ KEPT = (
 # The values that leave the choice to the machine or to a measurement.
 LEFT_OPEN = {
     **{"device": "auto", "engine": "auto", "compile": None},
-    **{"memory_format": "auto", "impl": "auto", "loader": "auto"},
+    **{"memory_format": "auto", "capture": None, "impl": "auto", "loader": "auto"},
 }
-# Options that tuning decides.
-TUNED = ("engine", "compile", "memory_format")
+# Options that tuning decides, each a field of Choice.
+TUNED = ("engine", "compile", "memory_format", "capture")
 LEAST = {
     **dict.fromkeys(("max_steps", "eval_every", "accumulate", "save_every_steps"), 1),
     **dict.fromkeys(("workers", "skip_nonfinite"), 0),
@@ -73,7 +73,10 @@ class RunOptions:
     memory_format: Annotated[str, "Of weights and maps: auto, channels_last or contiguous."] = (
         "auto"
     )
-    capture: Annotated[bool, "The whole step as a CUDA graph."] = False
+    capture: Annotated[
+        bool | None,
+        "The whole step as a CUDA graph; by default on one GPU, where the step can be captured.",
+    ] = None
     accumulate: Annotated[
         int,
         "Take a batch in so many parts, whose gradients add up to the batch's; only BatchNorm sees "

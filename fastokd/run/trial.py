@@ -1,13 +1,13 @@
 """Times one candidate of ``engine="auto"`` over a few steps.
 
-An eager candidate runs in this process. A compiled candidate runs in its own process
-(``worker.py``), which is killed when it takes longer than the candidate could save.
+A compiled candidate runs in its own process (``worker.py``), which is killed when it takes longer than
+the candidate could save. The others, eager or captured, run in this process.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -21,14 +21,14 @@ from fastokd.cohort.choice import Choice
 from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.device import is_lost
-from fastokd.errors import DeviceLostError, UserError, in_one_line
-from fastokd.learner.captured import WARM_UP_STEPS
+from fastokd.errors import DeviceLostError, UserError, forget, in_one_line
+from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.learner.step import training_step
 from fastokd.methods import register_method
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.autotuner import SAVABLE, Timing
+from fastokd.run.autotuner import SAVABLE, Timing, allowance
 from fastokd.run.build import build
-from fastokd.run.options import RunOptions
+from fastokd.run.options import TUNED, RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
 from fastokd.run.worker import Answer, Worker, WorkerEndedError
@@ -41,36 +41,75 @@ HOPELESS = 3.0
 COMPILE_SECONDS = 60.0
 # The longest compiled trial, in seconds.
 PATIENCE = 600.0
+# Why a candidate has no timing.
+OVER = "not timed: the time for tuning was over"
 
 Batch = tuple[Tensor, Tensor]
 
 
-def warm_up_steps(session: Session, compiled: bool = False) -> int:
+class Allowance:
+    """The seconds that tuning may take for ``steps`` more steps; without a limit until a step's time is
+    known. ``say``: prints the limit before it counts."""
+
+    def __init__(self, steps: int, say: Callable[[str], None]) -> None:
+        self.steps, self.say = steps, say
+        self.started, self.seconds = clock(), math.inf
+
+    @property
+    def spent(self) -> float:
+        return clock() - self.started
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+    def limit(self, step_ms: float) -> None:
+        """Sets the limit by the time of a step; the first call counts."""
+        if self.seconds < math.inf:
+            return
+        self.seconds = allowance(step_ms, self.steps)
+        minutes = self.steps * step_ms / 60e3
+        self.say(
+            f"measuring how the steps run fastest, for at most {self.seconds:.0f} s of a run of about "
+            f"{minutes:.1f} min; the timings are kept for later runs"
+        )
+
+
+def warm_up_steps(session: Session, choice: Choice) -> int:
     """Steps before the timed ones: one, one more on a GPU (in the first, cuDNN times its algorithms for
-    seconds), one more when compiled (the second may compile again, as the optimizer has a state), and
-    those up to a capture."""
+    seconds), one more when compiled (the second may compile again, as the optimizer has a state). With
+    a capture: those before it, the capture, and the graph's first replay by itself."""
+    if choice.capture:
+        return WARM_UP_ALONE + 2
     on_gpu = session.learner.device.type == "cuda"
-    return 1 + on_gpu + compiled + (WARM_UP_STEPS + 1) * session.options.capture
+    return 1 + on_gpu + choice.compile
 
 
-def time_eager(
-    session: Session, choice: Choice, best_ms: float | None, *, default: bool = False
+def time_here(
+    session: Session,
+    choice: Choice,
+    best_ms: float | None,
+    allowed: Allowance | None = None,
+    *,
+    last_resort: bool = False,
 ) -> Timing:
     """Times a few steps of this session by ``choice``; the steps change its state.
 
-    ``default``: errors of the steps are raised, as no other choice is left.
+    ``allowed``: a candidate that takes longer isn't timed. ``last_resort``: errors of the steps are
+    raised, as no other choice is left.
 
     Raises:
         DeviceLostError: this process can't use the GPU any more.
     """
     try:
-        return _timed(session, choice, best_ms, default)
+        return _timed(session, choice, best_ms, allowed, last_resort)
     except Exception as error:
-        if default:
+        if last_resort:
             raise
         # Other errors may be transient (memory ran out), so they aren't cached.
-        final, note = isinstance(error, UserError), in_one_line(error)
-        _forget(error)
+        short = isinstance(error.__cause__, torch.OutOfMemoryError)
+        final, note = isinstance(error, UserError) and not short, in_one_line(error)
+        forget(error)
     if is_lost(session.learner.device):
         raise DeviceLostError(
             f"{choice} made {session.learner.device} unusable for this process ({note}): start again, a run "
@@ -79,29 +118,36 @@ def time_eager(
     return Timing(choice, note=note, failed=True, final=final)
 
 
-def _timed(session: Session, choice: Choice, best_ms: float | None, default: bool) -> Timing:
+def _timed(
+    session: Session,
+    choice: Choice,
+    best_ms: float | None,
+    allowed: Allowance | None,
+    last_resort: bool,
+) -> Timing:
     session.learner.adopt(choice, alone=True)
     batch = session.next_batch()
-    with saying_what_fits(session, *batch) if default else nullcontext():
-        first = min(time_steps(session, batch, warm_up_steps(session)))
-        if best_ms is not None and first > HOPELESS * best_ms:
-            return Timing(choice, first, note="one step: far slower")
-        return Timing(choice, statistics.median(time_steps(session, batch, TIMED_STEPS)))
+    with saying_what_fits(session, *batch) if last_resort else nullcontext():
+        warm_up = warm_up_steps(session, choice)
+        times = time_steps(session, batch, warm_up, allowed)
+        if len(times) < warm_up:
+            return Timing(choice, note=OVER, final=False)
+        if best_ms is not None and min(times) > HOPELESS * best_ms:
+            return Timing(choice, min(times), note="one step: far slower")
+        times = time_steps(session, batch, TIMED_STEPS, allowed)
+    if len(times) < TIMED_STEPS:
+        return Timing(choice, note=OVER, final=False)
+    return Timing(choice, statistics.median(times))
 
 
-def _forget(error: BaseException | None) -> None:
-    """Clears the frames of an error and its causes, which hold a step's activations."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def time_steps(session: Session, batch: Batch, count: int) -> list[float]:
-    """Milliseconds of each of ``count`` steps, all on one batch."""
+def time_steps(
+    session: Session, batch: Batch, count: int, allowed: Allowance | None = None
+) -> list[float]:
+    """Milliseconds of each of ``count`` steps, all on one batch; of fewer once the time is over."""
     session.learner.train()
     session.begin_epoch()
-    times = []
-    for _ in range(count):
+    times: list[float] = []
+    while len(times) < count and (allowed is None or allowed.left > 0):
         synchronize(session.learner.device)
         started = clock()
         session.begin_step(len(batch[1]))
@@ -123,16 +169,26 @@ def time_compiled(
     steps: int,
     best_ms: float | None,
     stopped: Callable[[], bool] = lambda: False,
+    left: float = PATIENCE,
 ) -> Timing:
-    """Times ``choice`` in its own process, killed after the time that it could save over ``best_ms``."""
+    """Times ``choice`` in its own process, killed after the time that it could save over ``best_ms`` or
+    after ``left`` seconds."""
     seconds = PATIENCE
     if best_ms is not None:
         seconds = min(PATIENCE, SAVABLE * steps * best_ms / 1e3)
     if seconds <= COMPILE_SECONDS:
         note = f"not tried: it could save {seconds:.0f} s, and compiling takes longer"
         return Timing(choice, note=note, final=False)
+    if left <= COMPILE_SECONDS:
+        note = f"not tried: tuning may take {max(left, 0):.0f} s more, and compiling takes longer"
+        return Timing(choice, note=note, final=False)
     told = job(session, choice)
-    return Timing(choice, **ask("fastokd.run.trial:trial_here", told, seconds, stopped))
+    timing = Timing(
+        choice, **ask("fastokd.run.trial:trial_here", told, min(seconds, left), stopped)
+    )
+    # A longer run allows it more time.
+    cut_off = timing.step_ms is None and not timing.failed and left < seconds
+    return replace(timing, final=False) if cut_off else timing
 
 
 def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) -> Answer:
@@ -156,9 +212,7 @@ def job(session: Session, choice: Choice) -> Answer:
         session.options,
         device=str(session.learner.device),
         precision=session.learner.precision,
-        engine=choice.engine,
-        compile=choice.compile,
-        memory_format=choice.memory_format,
+        **{name: getattr(choice, name) for name in TUNED},
         teacher=None if session.teacher is None else session.teacher.path,
         out=None,
         resume=False,
@@ -186,7 +240,7 @@ def trial_here(job: Answer) -> tuple[Answer, None]:
         data = _random_splits(recipe.batch_size, **job["data"])
         session = build(recipe, RunOptions(**job["options"]), data=data)
         batch = session.next_batch()
-        before = sum(time_steps(session, batch, warm_up_steps(session, compiled=True)))
+        before = sum(time_steps(session, batch, warm_up_steps(session, session.learner.choice)))
         step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
     except Exception as error:
         # Other programs may have used the memory: another run tries again.

@@ -1,37 +1,44 @@
 """``engine="auto"``: times candidates on the run's own batches and keeps the fastest.
 
 All candidates have the requested ``compile``, ``capture`` and ``memory_format``. A run too short to
-gain isn't measured. A candidate that fails is a row of the table.
+gain isn't measured, and tuning takes a small share of a run (:func:`fastokd.run.autotuner.allowance`). A
+candidate that fails, or has no time left, is a row of the table.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
 from fastokd.device import environment, is_lost
 from fastokd.errors import UserError
 from fastokd.host.caches import cache_root
+from fastokd.learner.learner import free_memory
 from fastokd.learner.state import snapshot
-from fastokd.run.autotuner import SAVABLE, Timing, eager_candidates, pick, table
+from fastokd.run.autotuner import SAVABLE, Timing, candidates, pick, table
 from fastokd.run.interruption import StopRequest
 from fastokd.run.options import KEPT
 from fastokd.run.session import Session
 from fastokd.run.timing_cache import TimingCache
-from fastokd.run.trial import TIMED_STEPS, time_compiled, time_eager, warm_up_steps
+from fastokd.run.trial import (
+    OVER,
+    TIMED_STEPS,
+    Allowance,
+    time_compiled,
+    time_here,
+    warm_up_steps,
+)
 
 # The two fastest engines are tried compiled.
 COMPILED = 2
-# Options that don't change a step's time, or that ``step_key`` has resolved.
+# Options that don't change a step's time, or that the key or a choice has resolved.
 ELSEWHERE = {
-    *("device", "precision", "engine", "loader", "overfit_batch", "sync_bn", "init", "eval_every")
+    *("device", "precision", "engine", "capture", "loader", "overfit_batch", "sync_bn", "init"),
+    "eval_every",
 }
 
 
@@ -57,7 +64,7 @@ def tune(
     def measured() -> tuple[Choice, bool]:
         asked = stop or StopRequest()
         with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
-            timings.extend(_measure(session, steps, cache, lambda: asked.received is not None))
+            timings.extend(_measure(session, steps, cache, lambda: asked.received is not None, say))
         settled = asked.received is None
         chosen = _chosen(session, timings, steps) if settled else session.learner.choice
         if any(timing.step_ms is not None for timing in timings):
@@ -98,7 +105,7 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
     asked = [t for t in timings if options.compile in (None, t.choice.compile)]
     if all(timing.failed for timing in asked):
         flags = " and ".join(
-            ["--capture"] * options.capture + ["--compile"] * bool(options.compile)
+            ["--capture"] * bool(options.capture) + ["--compile"] * bool(options.compile)
         )
         raise UserError(
             f"{flags} is asked for, but no engine can ({asked[0].choice}: {asked[0].note}): leave "
@@ -108,58 +115,92 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
 
 
 def _measure(
-    session: Session, steps: int, cache: TimingCache, stopped: Callable[[], bool]
+    session: Session,
+    steps: int,
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> list[Timing]:
     """A timing for each candidate, cached or measured; the default first."""
-    options = session.options
-    # A damaged file may name an unknown engine.
-    known = {choice: timing for choice, timing in cache.read().items() if choice.engine in ENGINES}
-    eager = eager_candidates(ENGINES, options.memory_format)
-    unknown = [choice for choice in eager if choice not in known]
-    trial_steps = warm_up_steps(session) + TIMED_STEPS
+    options, default = session.options, session.learner.choice
+    both = default.capture and options.capture is None
+    plain = candidates(ENGINES, options.memory_format, [default.capture, *([False] * both)])
+    # Timings of other options are cached as well, and a damaged file may name an unknown engine.
+    known = {
+        choice: timing
+        for choice, timing in cache.read().items()
+        if replace(choice, compile=False) in plain
+    }
+    unknown = [choice for choice in plain if choice not in known]
+    trial_steps = sum(warm_up_steps(session, choice) + TIMED_STEPS for choice in unknown)
     note = f"not timed: {steps} steps are too few to gain by it"
-    if unknown and SAVABLE * steps <= 2 * trial_steps * len(unknown):
+    if unknown and SAVABLE * steps <= 2 * trial_steps:
         timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
     else:
-        with untouched(session) as put_back:
-
-            def time(choice: Choice, before: list[Timing]) -> Timing:
-                best_ms = min((t.step_ms for t in before if t.step_ms is not None), default=None)
-                # The default is never excluded: if it fails, nothing can run.
-                default = choice == eager[0] and not options.capture
-                with nullcontext() if default else cache.on_trial(choice):
-                    timing = time_eager(session, choice, best_ms, default=default)
-                    put_back()
-                return timing
-
-            timings = _timings(eager, known, stopped, time)
+        allowed = Allowance(steps, say)
+        timings = _plain(session, plain, known, cache, stopped, allowed)
         if options.compile is not False:
-            timings += _compiled(session, timings, steps, known, cache, stopped)
-    if session.learner.choice not in [timing.choice for timing in timings]:
+            timings += _compiled(session, timings, steps, known, cache, stopped, allowed)
+    if default not in [timing.choice for timing in timings]:
         if stopped():
             note = "not timed: the run was stopped"
-        timings.append(Timing(session.learner.choice, note=note, final=False))
-    return sorted(timings, key=lambda timing: timing.choice != session.learner.choice)
+        timings.append(Timing(default, note=note, final=False))
+    return sorted(timings, key=lambda timing: timing.choice != default)
+
+
+def _plain(
+    session: Session,
+    choices: list[Choice],
+    known: dict[Choice, Timing],
+    cache: TimingCache,
+    stopped: Callable[[], bool],
+    allowed: Allowance,
+) -> list[Timing]:
+    """Times candidates in this process, each after the memory of the one before it was returned."""
+    with untouched(session) as put_back:
+        costs: list[float] = []
+
+        def time(choice: Choice, before: list[Timing]) -> Timing:
+            times = [timing.step_ms for timing in before if timing.step_ms is not None]
+            if times:
+                allowed.limit(times[0])
+            if allowed.left < min(costs, default=0.0):
+                return Timing(choice, note=OVER, final=False)
+            # If the plain loop fails and nothing else ran, nothing can: it is never excluded.
+            last_resort = not times and choice == replace(choices[0], capture=False)
+            started = allowed.spent
+            with nullcontext() if last_resort else cache.on_trial(choice):
+                best_ms = min(times, default=None)
+                timing = time_here(session, choice, best_ms, allowed, last_resort=last_resort)
+                put_back()
+            if timing.step_ms is not None:
+                costs.append(allowed.spent - started)
+            return timing
+
+        return _timings(choices, known, stopped, time)
 
 
 def _compiled(
     session: Session,
-    eager: list[Timing],
+    plain: list[Timing],
     steps: int,
     known: dict[Choice, Timing],
     cache: TimingCache,
     stopped: Callable[[], bool],
+    allowed: Allowance,
 ) -> list[Timing]:
-    """Times the fastest engines compiled; with ``--compile`` the default first."""
-    times = {t.choice: t.step_ms for t in eager if t.step_ms is not None}
+    """Times the fastest candidates compiled; with ``--compile`` the default first."""
+    times = {t.choice: t.step_ms for t in plain if t.step_ms is not None}
     ranked = sorted(times, key=lambda choice: times[choice])
     best_ms = times[ranked[0]] if ranked else None
     choices = [session.learner.choice] if session.learner.choice.compile else []
     choices += [replace(choice, compile=True) for choice in ranked]
 
     def time(choice: Choice, _: list[Timing]) -> Timing:
+        if best_ms is not None:
+            allowed.limit(best_ms)
         with cache.on_trial(choice):
-            return time_compiled(session, choice, steps, best_ms, stopped)
+            return time_compiled(session, choice, steps, best_ms, stopped, allowed.left)
 
     return _timings(list(dict.fromkeys(choices))[:COMPILED], known, stopped, time)
 
@@ -192,9 +233,7 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         learner.adopt(choice)  # brings the optimizers' states into the layout of the parameters
         restore()
         learner.train(training)
-        gc.collect()  # a step and its graphs refer to each other
-        if learner.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(learner.device)
 
     lost = False
     try:

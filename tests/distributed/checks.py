@@ -25,7 +25,7 @@ from fastokd.run.build import build
 from fastokd.run.interruption import StopRequest
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.run.trial import job, time_eager, trial_here
+from fastokd.run.trial import job, time_here, trial_here
 from fastokd.run.tuning import tune, untouched
 
 PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "impl": "torch"}
@@ -172,7 +172,7 @@ def settled(one: Recipe, cache: Path, options: dict[str, Any]) -> tuple[str, boo
     with (
         patch("torch.compile", side_effect=lambda body, **how: body) as compiled,
         patch("fastokd.run.tuning.cache_root", return_value=cache),
-        patch("fastokd.run.tuning.time_eager") as measured,
+        patch("fastokd.run.tuning.time_here") as measured,
     ):
         session = build(one, RunOptions(**{**PLAIN, "engine": "auto", **options}))
         opened = not session.settled
@@ -221,7 +221,7 @@ def timed_shares(one: Recipe) -> tuple[int, int]:
         # The worker is a process alone.
         patch("fastokd.distributed.ranks.world_size", return_value=1),
     ):
-        time_eager(session, Choice("loop"), None)
+        time_here(session, Choice("loop"), None)
         answer = trial_here(told)[0]
     assert answer.get("step_ms") == 1.0, answer
     eager, compiled = dict.fromkeys(sizes[:2]), dict.fromkeys(sizes[2:])
@@ -234,7 +234,7 @@ def timed_alone(one: Recipe) -> list[Any]:
     session = build(one, RunOptions(**PLAIN))
     if session.learner.ranks.rank == 0:
         with untouched(session):
-            assert time_eager(session, Choice("grouped"), None).step_ms
+            assert time_here(session, Choice("grouped"), None).step_ms
     session.learner.ranks.wait()
     session.begin_epoch()
     images, labels = session.stream.batch(0, 0)

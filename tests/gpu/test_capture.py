@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def session_of(device: torch.device, one: Recipe, captured: bool, **options: Any
     session = OurLoop(one, chosen).session
     if captured and not on_gpu:
         learner = session.learner
-        learner.capture = True
+        learner.choice = replace(learner.choice, capture=True)
         learner.captured = CapturedStep(partial(step, learner), device, Recorder())
     return session
 

@@ -43,6 +43,7 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
         "compile": False,
         "memory_format": "channels_last",
         "capture": False,
+        "streams": False,
         "impl": "auto",
         "optimizer": "sgd",
         "accumulate": 2,

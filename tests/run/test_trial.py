@@ -27,7 +27,7 @@ from fastokd.run import trial, tuning
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from fastokd.run.trial import ask, job, time_compiled, time_eager, trial_here
+from fastokd.run.trial import ask, job, time_compiled, time_here, trial_here
 from fastokd.run.tuning import tune, untouched
 from tests.learner.every_method import COMPILES
 from tests.run.tuned import (
@@ -63,7 +63,7 @@ def test_trials_leave_no_trace(steps: int, precision: str) -> None:
     before = begun(session, steps)
     with untouched(session) as put_back:
         for choice in (GROUPED, Choice("loop", False, "contiguous"), Choice("vmap")):
-            assert time_eager(session, choice, None).step_ms
+            assert time_here(session, choice, None).step_ms
         torch.rand(3)
         assert fingerprint(session) != before
         put_back()
@@ -145,7 +145,7 @@ def test_numbers_are_drawn_as_before_after_a_failed_capture(
     before = fingerprint(session)
     expected = torch.rand(5, generator=torch.Generator().set_state(torch.get_rng_state()))
     with untouched(session):
-        assert time_eager(session, GROUPED, None).failed
+        assert time_here(session, Choice("grouped", capture=True), None).failed
     assert fingerprint(session) == before
     assert torch.equal(torch.rand(5), expected)
 
@@ -168,7 +168,7 @@ def test_a_failed_candidate_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatc
     gc.disable()
     try:
         with untouched(session):
-            assert time_eager(session, GROUPED, None).failed
+            assert time_here(session, GROUPED, None).failed
             assert held[0]() is None
     finally:
         gc.enable()
@@ -250,6 +250,7 @@ def test_a_network_of_another_library_trains_by_default(
 ) -> None:
     """In bf16: vmap has no rule for such a norm with mixed dtypes."""
     monkeypatch.setattr(tuning, "SAVABLE", 1e6)  # measures in spite of so few steps
+    monkeypatch.setattr(trial, "allowance", lambda step_ms, steps: 600.0)
     options = {**AUTO, "precision": "bf16", "memory_format": "channels_last", "ema": None}
     run = fastokd.train(
         recipe(name, batch_size=4), out=tmp_path / "run", max_steps=2, eval_every=99, **options

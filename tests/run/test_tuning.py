@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastokd
 from fastokd.cohort import Choice
+from fastokd.cohort.choice import FORMATS
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import Interrupted, UserError
+from fastokd.learner import step as step_module
+from fastokd.learner.learner import free_memory
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
+from fastokd.run import build as build_module
 from fastokd.run import trial, tuning
-from fastokd.run.autotuner import Timing, pick, table
+from fastokd.run.autotuner import Timing, candidates, pick, table
 from fastokd.run.session import Session
+from fastokd.run.trial import OVER
 from fastokd.run.tuning import tune
 from tests.run.tuned import (
     AUTO,
+    ENGINES,
     LONG,
     WARM_UP,
+    failing,
+    raising,
     recorded,
     session_of,
     slowed,
@@ -96,6 +106,8 @@ def test_what_is_asked_for_runs(
     told = answering(monkeypatch)
     session = session_of(engine=engine, compile=compile, capture=capture)
     timings = tune(session, steps)
+    if capture:
+        runs = runs.replace("eager", "captured").replace("compiled", "compiled + captured")
     assert str(session.learner.choice) == f"{runs}, channels_last"
     assert bool(timings) == (engine == "auto")
     weighed = engine == "auto" and compile is not False and steps == LONG
@@ -105,7 +117,7 @@ def test_what_is_asked_for_runs(
     assert all(job["options"]["capture"] == capture for _, job in told)
     compiled.clear()
     take(session, WARM_UP + 2)
-    assert bool(compiled) == runs.endswith("compiled")
+    assert bool(compiled) == ("compiled" in runs)
     captured = session.learner.captured
     assert (captured is not None and None not in captured.graphs.values()) == capture
 
@@ -123,9 +135,13 @@ def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.Monke
     assert [timing.choice.engine for timing in timings] == ["loop", "grouped", "vmap"]
     assert session.learner.cohort.engine == ("grouped" if slow == "loop" else "loop")
     assert session.settled
-    assert "* " + session.learner.cohort.engine in said[0]
+    limit, rows = said
+    assert limit.startswith(
+        "measuring how the steps run fastest, for at most 20 s of a run of about"
+    )
+    assert "* " + session.learner.cohort.engine in rows
     # Cached timings aren't measured again, also in a short run.
-    monkeypatch.setattr(tuning, "time_eager", None)
+    monkeypatch.setattr(tuning, "time_here", None)
     again = session_of()
     tune(again, 2)
     assert again.learner.choice == session.learner.choice
@@ -140,11 +156,11 @@ def test_what_cannot_take_the_cohort_is_listed_with_the_reason() -> None:
     timings = tune(session, MEDIUM, said.append)
     assert session.learner.cohort.engine == "loop"
     assert [timing.failed for timing in timings] == [False, True, True]
-    assert said[0].count("not a mixed cohort: use loop") == 2
+    assert said[-1].count("not a mixed cohort: use loop") == 2
 
 
 def test_a_short_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "time_eager", None)
+    monkeypatch.setattr(tuning, "time_here", None)
     session = session_of(memory_format="auto", compile=None)
     timings = tune(session, SHORT)
     assert session.learner.choice == Choice()
@@ -233,7 +249,7 @@ def test_a_capture_that_fails_for_one_engine_leaves_the_others(
     timings = tune(session, LONG)
     assert [timing.failed for timing in timings] == [True, False, True]
     assert "not permitted when stream is capturing" in timings[0].note
-    assert session.learner.choice == Choice("grouped")
+    assert session.learner.choice == Choice("grouped", capture=True)
     take(session, WARM_UP + 2)
 
 
@@ -247,6 +263,128 @@ def test_a_capture_that_fails_for_all_is_refused(
     assert list(cache.rglob("*.json")) == []  # the error may be transient: it isn't cached
 
 
+def captured_unasked(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Session:
+    """A session that captures by default, as on a GPU."""
+    monkeypatch.setattr(build_module, "_captures", lambda options, learner: (True, ()))
+    return session_of(**options)
+
+
+def test_captured_candidates_come_first_and_eager_ones_after_them() -> None:
+    """vmap is a candidate only where it is captured, or where nothing is."""
+    rows = [str(choice) for choice in candidates(ENGINES, "contiguous", [True, False])]
+    assert rows == [
+        *(f"{engine}, captured, contiguous" for engine in ("loop", "grouped", "vmap")),
+        *(f"{engine}, eager, contiguous" for engine in ("loop", "grouped")),
+    ]
+    assert [c.memory_format for c in candidates(["loop"], "auto", [False])] == list(FORMATS)
+    assert [c.engine for c in candidates(ENGINES, "contiguous", [False])] == list(ENGINES)
+
+
+def test_eager_candidates_remain_where_no_capture_succeeds(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unasked it is no error, and the eager loop alone may raise."""
+    recorded(monkeypatch, dict.fromkeys(("loop", "grouped", "vmap"), REFUSED))
+    slowed(monkeypatch, GroupedStudents)
+    session = captured_unasked(monkeypatch)
+    timings = tune(session, LONG)
+    assert [timing.failed for timing in timings] == [True, True, True, False, False]
+    assert session.learner.choice == Choice("loop")
+    with monkeypatch.context() as patch:
+        other = captured_unasked(patch, memory_format="contiguous")
+        failing(patch, "loop", raising(RuntimeError("the loop is broken")))
+        failing(patch, "grouped", raising(RuntimeError("so is this")))
+        failing(patch, "vmap", raising(RuntimeError("and this")))
+        with pytest.raises(RuntimeError, match="the loop is broken"):
+            tune(other, LONG)
+
+
+def test_the_fastest_captured_candidate_is_taken(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(monkeypatch)
+    slowed(monkeypatch, LoopStudents, VmapStudents)
+    session = captured_unasked(monkeypatch)
+    timings = tune(session, LONG)
+    assert str(timings[0].choice) == "loop, captured, channels_last"
+    assert str(session.learner.choice) == "grouped, captured, channels_last"
+    take(session, WARM_UP + 2)
+    assert session.learner.captured is not None
+    # Timings are cached for runs with other options, too: eager vmap wasn't a candidate.
+    monkeypatch.undo()
+    measured: list[str] = []
+
+    def time(session: Session, choice: Choice, *more: Any, **how: Any) -> Timing:
+        measured.append(str(choice))
+        return Timing(choice, 1e3)
+
+    recorded(monkeypatch)
+    monkeypatch.setattr(tuning, "cache_root", lambda: cache)
+    monkeypatch.setattr(tuning, "time_here", time)
+    for capture in (False, True):
+        other = session_of(capture=capture)
+        tune(other, LONG)
+        assert other.learner.choice == Choice("grouped", capture=capture)
+    assert measured == ["vmap, eager, channels_last"]
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(1_500, 20.0), (20_000, 200.0)])
+def test_tuning_takes_its_share_of_a_run_at_most(
+    steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1% or 20 s, and the step that was begun. What has no time left is a row, and tried by the next
+    run; what is compiled, too. The limit is said before the second candidate is timed."""
+    clock = slowed(monkeypatch, *ENGINES.values())
+    uncompiled(monkeypatch)
+    said: list[tuple[float, str]] = []
+    session = session_of(memory_format="auto", compile=None)
+    monkeypatch.setattr(trial, "ask", lambda *told: clock.__setitem__(0, clock[0] + told[2]) or {})
+    timings = tune(session, steps, lambda text: said.append((clock[0], text)))
+    first, text = said[0]
+    assert first == 4.0
+    assert f"at most {seconds:.0f} s of a run of about {steps / 60:.1f} min" in text
+    assert clock[0] <= seconds + 1.0
+    late = [timing for timing in timings if timing.note == OVER]
+    assert len(late) == (1 if steps == 1_500 else 0)
+    assert not any(timing.final for timing in late)
+
+
+def test_a_candidate_is_cut_off_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third step of ``grouped`` ends after the limit; of four that it needs."""
+    clock = slowed(monkeypatch)
+    monkeypatch.setattr(trial, "allowance", lambda step_ms, steps: 1.0)
+    failing(monkeypatch, "grouped", lambda: clock.__setitem__(0, clock[0] + 0.15))
+    session = session_of()
+    timings = tune(session, LONG)
+    assert [timing.note for timing in timings] == ["", OVER, OVER]
+    assert clock[0] == pytest.approx(0.4 + 3 * 0.25)
+    assert session.learner.choice == Choice()
+
+
+def test_a_candidate_s_graphs_are_gone_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that says that it is a GPU: the cache is emptied after each candidate."""
+    recorded(monkeypatch)
+    session = captured_unasked(monkeypatch)
+    alive: list[weakref.ref[Any]] = []
+    emptied: list[int] = []
+    real = step_module.CapturedStep
+
+    def noted(*arguments: Any, **how: Any) -> Any:
+        assert [kept() for kept in alive] == [None] * len(alive)
+        assert len(emptied) == len(alive)
+        made = real(*arguments, **how)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(step_module, "CapturedStep", noted)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(tuning, "free_memory", lambda device: free_memory(gpu))
+    tune(session, LONG)
+    assert len(alive) == 3
+    assert len(emptied) == 5 + 1  # and at the end of all
+
+
 def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -255,13 +393,13 @@ def test_compiling_that_fails_is_refused_only_where_it_is_asked_for(
     failed = {"note": "InductorError: no compiler", "failed": True}
     answering(monkeypatch, loop=failed)
     session = session_of(compile=True)
-    tune(session, LONG)
+    tune(session, 10 * LONG)
     assert session.learner.choice == Choice("grouped", True)
     answering(monkeypatch, loop=failed, grouped=failed)
     other = small(batch_size=9)  # without cached timings
     with pytest.raises(UserError, match=r"--compile is asked for, .*no compiler\): leave it out"):
-        tune(session_of(other, compile=True), LONG)
+        tune(session_of(other, compile=True), 10 * LONG)
     unasked = session_of(other, compile=None)
-    timings = tune(unasked, LONG)
+    timings = tune(unasked, 10 * LONG)
     assert unasked.learner.choice == Choice("loop")
     assert [asdict(t.choice)["compile"] for t in timings if t.failed] == [True, True]

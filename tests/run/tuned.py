@@ -21,6 +21,7 @@ from fastokd.learner import step as step_module
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.learner import Learner
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.run import build as build_module
 from fastokd.run import trial, tuning
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
@@ -79,8 +80,8 @@ def fingerprint(session: Session) -> str:
     return digest.hexdigest() + repr((grads, where))
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, *slow: type) -> None:
-    """A clock that only the engines move: by 1 s in a call of a slow one, else by 0.1 s."""
+def slowed(monkeypatch: pytest.MonkeyPatch, *slow: type) -> list[float]:
+    """A clock that only the engines move: by 1 s in a call of a slow one, else by 0.1 s; its time."""
     now = [0.0]
     monkeypatch.setattr(trial, "clock", lambda: now[0])
     for engine in ENGINES.values():
@@ -94,6 +95,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, *slow: type) -> None:
             return call(self, x)
 
         monkeypatch.setattr(engine, "__call__", timed)
+    return now
 
 
 def failing(
@@ -138,13 +140,15 @@ def recorded(monkeypatch: pytest.MonkeyPatch, refused: dict[str, Exception] | No
 
         return kept, replay
 
-    def captured(body: Any, device: torch.device) -> CapturedStep:
+    def captured(body: Any, device: torch.device, warm_up: int) -> CapturedStep:
         (learner,) = body.args
-        return CapturedStep(body, device, partial(record, learner), WARM_UP)
+        return CapturedStep(body, device, partial(record, learner), warm_up)
 
     monkeypatch.setattr(step_module, "CapturedStep", captured)
-    monkeypatch.setattr(learner_module, "check_captures", lambda device: None)
-    monkeypatch.setattr(trial, "WARM_UP_STEPS", WARM_UP)
+    for module in (learner_module, build_module):
+        monkeypatch.setattr(module, "check_captures", lambda device: None)
+    for module in (learner_module, trial):
+        monkeypatch.setattr(module, "WARM_UP_ALONE", WARM_UP)
 
 
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
