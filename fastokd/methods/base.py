@@ -130,7 +130,8 @@ class Method(nn.Module):
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.
 
-        Their first dimension is the batch, so that gradient accumulation can split them.
+        Their first dimension is the batch, so that gradient accumulation can split them. A function of
+        ``batch`` and ``generator`` within an epoch: many steps are drawn ahead.
         """
         del batch, generator
         return {}

@@ -22,12 +22,12 @@ class Block:
 
     Its tensors stay the same, and so does the counter, so a CUDA graph can contain :meth:`read`.
 
-    ``steps``: the most steps that it holds.
+    ``steps``: the most steps that it holds; None for ``STEPS``.
     """
 
-    def __init__(self, device: torch.device, steps: int = STEPS) -> None:
+    def __init__(self, device: torch.device, steps: int | None = None) -> None:
         self.device = device
-        self.steps = steps
+        self.steps = STEPS if steps is None else steps
         self.tensors: Draws = {}
         self._at = torch.zeros(1, dtype=torch.long, device=device)
 

@@ -57,6 +57,7 @@ class Session:
         best: the best score so far.
         skipped: steps skipped under ``skip_nonfinite``.
         meter: the training metrics of this epoch.
+        blocks: the draws on the device, by the number of images, which a CUDA graph is captured for.
     """
 
     recipe: Recipe
@@ -76,8 +77,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
-        # By the number of images, which a CUDA graph is captured for.
-        self._blocks: dict[int, Block] = {}
+        self.blocks: dict[int, Block] = {}
         self._single: dict[int, Block] = {}
         # What the device's counter is at: images, epoch, batch, step; and the steps from there on that
         # the block has.
@@ -139,20 +139,21 @@ class Session:
         """Uploads the draws of this step and those after it, unless the device's counter is at them."""
         here = (images, self.epoch, self.batch, self.step)
         if here != self._next or self._left == 0:
-            block = self._blocks.setdefault(images, Block(self.learner.device))
+            block = self.blocks.setdefault(images, Block(self.learner.device))
             self._left = block.fill(self._ahead(images))
         self._left -= 1
         self._next = (images, self.epoch, self.batch + 1, self.step + 1)
 
     def _ahead(self, images: int) -> Iterator[Draws]:
         """The draws of this step and of the epoch's next ones of as many images."""
+        rows = self.stream if isinstance(self.stream, BatchStream) else None
         for ahead in range(min(len(self.stream) - self.batch, self.steps_left)):
+            batch = self.batch + ahead
+            if rows is not None and rows.size(batch) != images:
+                return
             draws = self._draws(images, self.step + ahead)
-            if isinstance(self.stream, BatchStream):
-                batch = self.batch + ahead
-                if self.stream.size(batch) != images:
-                    return
-                draws[BATCH] = self.stream.row(self.epoch, batch)
+            if rows is not None:
+                draws[BATCH] = rows.row(self.epoch, batch)
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -185,7 +186,7 @@ class Session:
 
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
-        draws = self._blocks[images].read()
+        draws = self.blocks[images].read()
         if isinstance(self.stream, BatchStream):
             batch = self.stream.read(draws.pop(BATCH))
         learner.progress.draws = draws

@@ -17,9 +17,11 @@ from fastokd.benchmark.loops import OurLoop
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep
 from fastokd.learner.step import step, training_step
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.run import block
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from tests.learner.every_method import Recorder, small
+from tests.run import test_one_replay as one_replay
 
 pytestmark = pytest.mark.gpu
 STEPS = 30
@@ -143,6 +145,33 @@ def test_a_nan_in_a_replay_changes_nothing(device: torch.device) -> None:
     for key, value in session.state()[0].items():
         if key in before:
             torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_captured_step_is_one_replay(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop in float64: the metrics and weights of the eager one, and no operator between two
+    replays but for the first step of a block of draws."""
+    monkeypatch.setattr(block, "STEPS", 4)
+    one = recipe("okddip_random-branch/resnet8/digits", epochs=9, batch_size=60, students=3)
+    eager, captured = (one_replay.loop_of(one, device, captured=how) for how in (False, True))
+    for session in (eager, captured):
+        double(session)
+    theirs = one_replay.go(eager, epochs=3)
+    ours = one_replay.go(captured, epochs=3)
+    # Nine steps an epoch, the last one smaller.
+    assert graphs(captured) == 2
+    for row, wanted in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-7)
+        assert row["student_top1"] == pytest.approx(wanted["student_top1"], abs=0.01)
+    ends = [
+        torch.cat([p.detach().flatten() for p in session.learner.parameters()])
+        for session in (eager, captured)
+    ]
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=1e-8)
+    with one_replay.Outside(captured) as outside:
+        one_replay.go(captured, outside, epochs=1)
+    assert [number for number, step in enumerate(outside.steps[:-1]) if step] == [0, 4, 8]
 
 
 def test_a_captured_run_resumes(device: torch.device, tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd.benchmark.loops import OurLoop
+from fastokd.data import Augment, BatchStream, Split, stream_of
 from fastokd.learner.optimizers import create_optimizer, step_unless
 from fastokd.learner.step import training_step
 from fastokd.methods.kdcl_targets import covariance_weights
+from fastokd.run import block
 from fastokd.run.options import RunOptions
+from fastokd.run.session import BATCH
 from tests.learner.every_method import METHODS, small
 from tests.learner.fake_cuda import CUDA, Dispatched, fake_step
 
@@ -62,14 +65,12 @@ def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str,
         device="cpu", precision="bf16", engine="loop", impl="torch", clip_norm=1.0, ema=0.9,
         accumulate=2,
     )  # fmt: skip
-    loop = OurLoop(one, how)
-    session = loop.session
+    session = OurLoop(one, how).session
     for _ in range(2):
-        session.begin_step(len(loop.labels_B))
+        (images,) = next(session.batches(lambda: None))
         with NoWaits() as watch:
-            logits_SBC, loss = training_step(session.learner, loop.images_BHWC, loop.labels_B)
-            losses = {"loss": loss.total, **loss.parts}
-            session.meter.update(logits_SBC, loop.labels_B, losses, session.learner.guard.fault)
+            training_step(session.learner, images, body=session.whole_step)
+        session.step += 1
         assert watch.ops > 100
 
 
@@ -125,20 +126,55 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def test_a_steps_draws_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = OurLoop(small("okddip_random", "branch"), RunOptions(device="cpu")).session
-    session.learner.device = CUDA
-    pinned: list[Tensor] = []
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was copied to pinned memory."""
+    found: list[Tensor] = []
 
     def pin_memory(host: Tensor) -> Tensor:
-        pinned.append(host.clone())
-        return pinned[-1]
+        found.append(host.clone())
+        return found[-1]
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    return found
+
+
+def test_a_steps_draws_are_copied_without_waiting(pinned: list[Tensor]) -> None:
+    session = OurLoop(small("okddip_random", "branch"), RunOptions(device="cpu")).session
+    session.learner.device = CUDA
     with FakeTensorMode(), Copies() as copies:
         for _ in range(2):
             session.begin_step(6)
     assert len(copies.sources) == 2
+    assert all(a is b for a, b in zip(copies.sources, pinned, strict=True))
+
+
+def test_an_epochs_draws_are_copied_in_blocks_without_waiting(
+    pinned: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps of 120 images in blocks of two: one copy for the batches' rows and one for the
+    method's draws, and no copy of images or labels, which are on the device."""
+    monkeypatch.setattr(block, "STEPS", 2)
+    session = OurLoop(small("okddip_random", "branch"), RunOptions(device="cpu")).session
+    session.learner.device = CUDA
+    with FakeTensorMode(), Copies() as copies:
+        split = Split(
+            torch.empty(600, 32, 32, 3, dtype=torch.uint8, device=CUDA),
+            torch.empty(600, dtype=torch.long, device=CUDA),
+        )
+        stream = stream_of(split, 120, augment=Augment(), shuffle=True)
+        assert isinstance(stream, BatchStream)
+        session.stream, session.batch = stream, 0
+        for (images,) in session.batches(lambda: None):
+            assert images == 120
+            stream.read(session.blocks[images].read()[BATCH])
+            session.finish_step()
+    shapes = [tuple(source.shape) for source in copies.sources]
+    assert shapes == [
+        *((2, 120, 2, 2), (2, 3, 120)),
+        *((2, 120, 2, 2), (2, 3, 120)),
+        *((1, 120, 2, 2), (1, 3, 120)),
+    ]
     assert all(a is b for a, b in zip(copies.sources, pinned, strict=True))
 
 
