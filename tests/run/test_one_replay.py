@@ -131,8 +131,8 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_same_bits(overfit_batch:
 def test_a_position_that_moves_back_takes_its_draws_along(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Step 7 isn't finite, which is read after step 8: 7 is skipped, 8 is repeated."""
-    monkeypatch.setattr("fastokd.run.interruption.READ_EVERY", 4)
+    """Step 6 isn't finite, which is read after step 7: 6 is skipped, 7 is repeated, within a block."""
+    monkeypatch.setattr("fastokd.run.interruption.READ_EVERY", 3)
     found = []
     for captured in (False, True):
         session = session_of(captured=captured, skip_nonfinite=1)
@@ -140,7 +140,7 @@ def test_a_position_that_moves_back_takes_its_draws_along(
         def bad(
             _module: Any, _args: Any, loss: MethodLoss, session: Session = session
         ) -> MethodLoss:
-            factor = float("nan") if session.step == 7 else 1.0
+            factor = float("nan") if session.step == 6 else 1.0
             return MethodLoss(loss.total * factor, loss.parts)
 
         session.learner.method.register_forward_hook(bad)
@@ -150,7 +150,7 @@ def test_a_position_that_moves_back_takes_its_draws_along(
 
         keeper = Keeper(lambda: None, StopRequest(), None, None, settle=check)
         found.append((session, go(session, keeper)))
-        assert capsys.readouterr().err.startswith("warning: step 7 (epoch 1, batch 2")
+        assert capsys.readouterr().err.startswith("warning: step 6 (epoch 1, batch 1")
         assert (session.step, session.skipped) == (10, 1)
     (eager, theirs), (graphs, ours) = found
     assert ours == theirs
@@ -240,5 +240,5 @@ def test_a_step_too_large_says_what_fits_without_a_batch_at_hand() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     session.learner.cohort.register_forward_pre_hook(refuse)
-    with pytest.raises(UserError, match="a step of 120 images .* 30 would fit"):
+    with pytest.raises(UserError, match=r"a step of 120 images .* 30 would fit"):
         go(session)
