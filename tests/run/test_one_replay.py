@@ -25,6 +25,7 @@ from fastokd.run.interruption import Keeper, StopRequest
 from fastokd.run.nonfinite import settle
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.seeds import keyed_generator
 from fastokd.train import train_epoch
 from tests.learner.every_method import Recorder
 
@@ -143,7 +144,14 @@ def test_a_position_that_moves_back_takes_its_draws_along(
             factor = float("nan") if session.step == 6 else 1.0
             return MethodLoss(loss.total * factor, loss.parts)
 
+        def drawn(_module: Any, args: tuple[Tensor], session: Session = session) -> None:
+            (images_BHWC,), generator = args, keyed_generator(0, "draws", session.step)
+            belief_BPP = session.learner.method.draw(len(images_BHWC), generator)["belief_BPP"]
+            assert torch.equal(session.learner.progress.draws["belief_BPP"], belief_BPP)
+            assert torch.equal(images_BHWC, session.next_batch()[0])
+
         session.learner.method.register_forward_hook(bad)
+        session.learner.cohort.register_forward_pre_hook(drawn)
 
         def check(session: Session = session) -> None:
             settle(session, lambda: None)
