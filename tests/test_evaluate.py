@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.data import BatchStream
@@ -21,8 +22,10 @@ from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from tests.learner import fake_cuda
 from tests.learner.every_method import METHODS, small
-from tests.learner.test_sync_free import NoWaits
+from tests.learner.fake_cuda import CUDA, Dispatched, fake_autocast
+from tests.learner.test_sync_free import WAITS, NoWaits
 
 QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "device": "cpu"}
 
@@ -133,3 +136,22 @@ def test_a_batch_reads_nothing_back(method: str, sharing: str) -> None:
             with NoWaits() as watch:
                 scorer.add(images_BHWC, labels_B)
             assert watch.ops > 50
+
+
+@pytest.mark.parametrize(("method", "sharing"), METHODS)
+def test_a_batch_on_a_gpu_copies_nothing_of_the_host(method: str, sharing: str) -> None:
+    """As a capture requires. What is made on the host stays there (``Progress.start``)."""
+    how = RunOptions(**{**QUICK, "precision": "bf16", "ema": 0.9})
+    session = OurLoop(small(method, sharing), how).session
+    learner = session.learner
+    with FakeTensorMode(), fake_autocast(), torch.no_grad():
+        fake_cuda._move(session)
+        scorer = Scorer(learner.cohort, learner.method, session.recipe.has_leader, fake_autocast)
+        learner.train(False)
+        images_BHWC = torch.empty(6, 32, 32, 3, dtype=torch.uint8, device=CUDA)
+        labels_B = torch.empty(6, dtype=torch.long, device=CUDA)
+        with Dispatched() as seen:
+            scorer.add(images_BHWC, labels_B)
+    assert seen.ops["convolution"] > 0
+    assert seen.ops.keys().isdisjoint(WAITS)
+    assert seen.on_the_host <= {"zeros", "full"}

@@ -66,7 +66,9 @@ class Writer:
 class HostCopies:
     """Copies of a state in host memory, which is allocated once and pinned for a GPU.
 
-    The copies keep the strides, so that each is one transfer without a temporary on the device.
+    Copies of a GPU's tensors keep the strides, so that each is one transfer without a temporary on the
+    device. Others are contiguous, as safetensors needs them: a permutation by the writer's thread would
+    start a second team of OpenMP threads beside the training's.
     """
 
     def __init__(self) -> None:
@@ -97,10 +99,7 @@ class HostCopies:
     def _place(self, name: str, value: Tensor) -> Tensor:
         """The memory for a copy: that of the last one, if it fits."""
         kept = self._kept.get(name)
-        if kept is not None and (kept.shape, kept.stride(), kept.dtype) == (
-            value.shape,
-            value.stride(),
-            value.dtype,
-        ):
+        if kept is not None and (kept.shape, kept.dtype) == (value.shape, value.dtype):
             return kept
-        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        layout = torch.preserve_format if value.is_cuda else torch.contiguous_format
+        return torch.empty_like(value, device="cpu", memory_format=layout, pin_memory=value.is_cuda)
