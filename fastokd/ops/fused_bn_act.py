@@ -62,8 +62,8 @@ def fused_bn_act(
         training: False normalises by the running statistics.
         impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The C++ is for training, with running
             statistics and a momentum. The Triton form is that too, and in eval mode for calls
-            without gradient; ``"auto"`` leaves compiled steps on a GPU to the compiler, which fuses
-            PyTorch's three operations. What these don't take is PyTorch's.
+            without gradient; under ``torch.compile`` it is PyTorch's, which the compiler fuses.
+            ``"auto"`` takes PyTorch's for what these don't take.
 
     Returns:
         y, in x's dtype and layout (PyTorch's promotion where the residual has another dtype).
@@ -76,16 +76,12 @@ def fused_bn_act(
     _check(x_BCHW, weight_C, bias_C, running_mean_C, running_var_C, residual_BCHW, training)
     vectors = (weight_C, bias_C, running_mean_C, running_var_C)
     refusals: dict[str, str | None] = {}
-    if impl != "torch":
-        fast = impl if impl != "auto" else "triton" if x_BCHW.is_cuda else "cpp"
-        if fast in DTYPES:
-            refusals[fast] = (
-                "torch.compile fuses PyTorch's operations on a GPU"
-                if impl == "auto" and fast == "triton" and torch.compiler.is_compiling()
-                else _refusal(
-                    fast, x_BCHW, vectors, num_batches_tracked, residual_BCHW, momentum, training
-                )
-            )
+    fast = impl if impl != "auto" else "triton" if x_BCHW.is_cuda else "cpp"
+    if fast == "triton" and torch.compiler.is_compiling():
+        impl = "torch"
+    elif fast in DTYPES:
+        others = (num_batches_tracked, residual_BCHW, momentum, training)
+        refusals[fast] = _refusal(fast, x_BCHW, vectors, *others)
     chosen = choose("fused_bn_act", impl, x_BCHW.device, refusals)
     if chosen == "cpp":
         state = (*vectors, num_batches_tracked)
