@@ -29,12 +29,13 @@ READ_TWICE = {
 NORMS = {name for name in READ_TWICE if "softmax" not in name}
 # Kernels of an operator on a GPU, where it is more than one. PyTorch's norm of channels-last maps has
 # the statistics, their update and the normalisation, then sums and gradient; each pass over the
-# batch also clears its counters (seen by a profiler on an H200). Our norm has partial statistics, the
-# final ones and the normalisation, and the same backward. Our losses: every sample, then the sum.
+# batch also clears its counters (seen by a profiler on an H200). Our norm has partial sums and the
+# normalisation, and as many backward. Our losses: every sample or map, then the sum.
 KERNELS = {
     **{"native_batch_norm": 4, "native_batch_norm_backward": 3},
-    **dict.fromkeys(("fused_bn_act", "fused_bn_act_backward"), 3),
+    **dict.fromkeys(("fused_bn_act", "fused_bn_act_backward"), 2),
     **dict.fromkeys(("mixture_distillation", "peer_attention_distillation"), 2),
+    **dict.fromkeys(("attention_pair", "feature_pair"), 2),
 }
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "argmin", "argmax", "topk"),
