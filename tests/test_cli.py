@@ -294,6 +294,7 @@ def test_every_option_of_train_is_the_runs(
         "compile": True,
         "memory_format": "contiguous",
         "capture": True,
+        "streams": True,
         "impl": "torch",
         "loader": "torchvision",
         "workers": 3,

@@ -48,10 +48,11 @@ def resnet32(result: Result) -> None:
 
 
 def small_programs(name: str, of: Recipe) -> list[Program]:
-    """Ours in four ways and the published loop in two."""
+    """Ours in five ways and the published loop in two."""
     by_hand = Program(f"{name} published bf16", of, "published", cudnn_benchmark=True)
     return [
         Program(f"{name} captured", of, capture=True),
+        Program(f"{name} captured, streams", of, capture=True, streams=True),
         Program(f"{name} grouped captured", of, engine="grouped", capture=True),
         Program(f"{name} eager", of),
         by_hand,

@@ -40,6 +40,7 @@ class Program:
     precision: str = "bf16"
     compile: bool = False
     capture: bool = False
+    streams: bool = False
     cudnn_benchmark: bool | None = None
     seconds: float = 4.0
 
@@ -51,6 +52,7 @@ class Program:
             engine=self.engine,
             compile=self.compile,
             capture=self.capture,
+            streams=self.streams,
             impl="torch" if result.dry else "auto",  # a dry run builds no C++
         )
         if self.loop == "published":

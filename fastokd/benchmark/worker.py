@@ -43,13 +43,14 @@ class Spec:
     compile: bool | None = None
     memory_format: str = "auto"
     capture: bool | None = None
+    streams: bool | None = None
     impl: str = "auto"
     threads: int | None = None
 
     def options(self) -> RunOptions:
         """The options of a run. On a CPU, where compiling takes minutes and hasn't paid, ``"auto"``
         doesn't compile."""
-        names = ("device", "precision", "engine", "memory_format", "capture", "impl")
+        names = ("device", "precision", "engine", "memory_format", "capture", "streams", "impl")
         compiled = self.compile
         if compiled is None and pick_device(self.device).type == "cpu":
             compiled = False

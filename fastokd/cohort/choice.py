@@ -24,13 +24,20 @@ class Choice:
     streams: bool = False
 
     @staticmethod
-    def of(engine: str, compile: bool | None, memory_format: str, capture: bool) -> Choice:
+    def of(
+        engine: str,
+        compile: bool | None,
+        memory_format: str,
+        capture: bool = False,
+        streams: bool | None = None,
+    ) -> Choice:
         """What the options ask for; defaults are the loop, not compiled, in channels-last."""
         return Choice(
             "loop" if engine == "auto" else engine,
             bool(compile),
             "channels_last" if memory_format == "auto" else memory_format,
             capture,
+            bool(streams),
         )
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler
 from fastokd.distributed.ranks import Ranks
+from fastokd.errors import UserError
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
 from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import Guard, Held, Shared, set_random_state
@@ -79,13 +80,18 @@ class Learner:
         ``alone``: the steps that follow are timed or tried on this rank only.
 
         Raises:
-            UserError: the engine can't take these students, or the device can't capture; the message
-                says why.
+            UserError: the engine can't take these students, or the step can't be captured or have
+                streams; the message says why.
         """
         if choice.capture:
             check_captures(self.device)
+        if choice.streams and (choice.compile or not choice.capture):
+            raise UserError(
+                "streams are asked for, but only a captured step that isn't compiled has them: leave "
+                "--streams out"
+            )
         with self.autocast():  # the engine checks the dtype that it will run in
-            self.cohort.set_engine(choice.engine)
+            self.cohort.set_engine(choice.engine, choice.streams)
         self.cohort.set_memory_format(choice.torch_memory_format)
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
@@ -136,7 +142,8 @@ class Learner:
         set_random_state(self.guard.withdraw(), self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.scaler._per_optimizer_states.clear()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
         self.adopt(replace(self.choice, capture=False, streams=False))
         free_memory(self.device)
 

@@ -54,16 +54,18 @@ def candidates(
     engines: Iterable[str], memory_format: str, captures: Sequence[bool]
 ) -> list[Choice]:
     """Every engine in every allowed layout, not compiled, with each of ``captures``; the default first.
+    Captured, the loop has streams, too.
 
     Where there are captured candidates, ``vmap`` is one of them only: uncaptured it has the most
     work for the host.
     """
     formats = list(FORMATS) if memory_format == "auto" else [memory_format]
     return [
-        Choice(engine, False, layout, capture)
+        Choice(engine, False, layout, capture, streams)
         for capture in captures
         for layout in formats
         for engine in engines
+        for streams in ((False, True) if capture and engine == "loop" else (False,))
         if capture or engine != "vmap" or not any(captures)
     ]
 

@@ -113,10 +113,10 @@ def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     """The environment that the run was begun with. ``init`` is that of ``options`` if its contents are
-    the same; ``capture`` is open again where more ranks resume what one rank captured."""
+    the same; ``capture`` and ``streams`` are open again where more ranks resume what one captured."""
     begun = RunFacts(folder).environment()
     if begun.get("capture") and not stays_captured(begun):
-        begun["capture"] = None
+        begun |= {"capture": None, "streams": None}
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))

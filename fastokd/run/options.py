@@ -15,17 +15,19 @@ from fastokd.known import LOADERS
 # Options that determine a run's numbers, or their last bits: a resumed run keeps them, and the
 # contents of `init` and of the teacher (identity.py).
 KEPT = (
-    *("device", "precision", "engine", "compile", "memory_format", "capture", "impl", "loader"),
+    *("device", "precision", "engine", "compile", "memory_format", "capture", "streams"),
+    *("impl", "loader"),
     *("optimizer", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
     *("init", "eval_every"),
 )
 # The values that leave the choice to the machine or to a measurement.
 LEFT_OPEN = {
     **{"device": "auto", "engine": "auto", "compile": None},
-    **{"memory_format": "auto", "capture": None, "impl": "auto", "loader": "auto"},
+    **{"memory_format": "auto", "capture": None, "streams": None},
+    **{"impl": "auto", "loader": "auto"},
 }
 # Options that tuning decides, each a field of Choice.
-TUNED = ("engine", "compile", "memory_format", "capture")
+TUNED = ("engine", "compile", "memory_format", "capture", "streams")
 LEAST = {
     **dict.fromkeys(("max_steps", "eval_every", "accumulate", "save_every_steps"), 1),
     **dict.fromkeys(("workers", "skip_nonfinite"), 0),
@@ -76,6 +78,11 @@ class RunOptions:
     capture: Annotated[
         bool | None,
         "The whole step as a CUDA graph; by default on one GPU, where the step can be captured.",
+    ] = None
+    streams: Annotated[
+        bool | None,
+        "In a captured step the loop's students side by side, on streams; by default --engine auto "
+        "decides.",
     ] = None
     accumulate: Annotated[
         int,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
+from fastokd.learner.learner import free_memory
 from fastokd.learner.step import gradients
 from fastokd.run.session import Session
 
@@ -70,8 +71,7 @@ def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -
         size = -(-size // 2)
         for parameter in learner.parameters():
             parameter.grad = None
-        if learner.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(learner.device)
         try:
             session.begin_step(size)
             gradients(learner, images[:size], labels[:size])

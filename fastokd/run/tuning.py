@@ -37,8 +37,8 @@ from fastokd.run.trial import (
 COMPILED = 2
 # Options that don't change a step's time, or that the key or a choice has resolved.
 ELSEWHERE = {
-    *("device", "precision", "engine", "capture", "loader", "overfit_batch", "sync_bn", "init"),
-    "eval_every",
+    *("device", "precision", "engine", "capture", "streams", "loader", "overfit_batch", "sync_bn"),
+    *("init", "eval_every"),
 }
 
 
@@ -124,7 +124,13 @@ def _measure(
     """A timing for each candidate, cached or measured; the default first."""
     options, default = session.options, session.learner.choice
     both = default.capture and options.capture is None
-    plain = candidates(ENGINES, options.memory_format, [default.capture, *([False] * both)])
+    plain = [
+        choice
+        for choice in candidates(
+            ENGINES, options.memory_format, [default.capture, *([False] * both)]
+        )
+        if options.streams in (None, choice.streams)
+    ]
     # Timings of other options are cached as well, and a damaged file may name an unknown engine.
     known = {
         choice: timing
@@ -194,7 +200,7 @@ def _compiled(
     ranked = sorted(times, key=lambda choice: times[choice])
     best_ms = times[ranked[0]] if ranked else None
     choices = [session.learner.choice] if session.learner.choice.compile else []
-    choices += [replace(choice, compile=True) for choice in ranked]
+    choices += [replace(choice, compile=True, streams=False) for choice in ranked]
 
     def time(choice: Choice, _: list[Timing]) -> Timing:
         if best_ms is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.run import block
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
-from tests.learner.every_method import Recorder, small
+from tests.learner.every_method import METHODS, Recorder, small
 from tests.run import test_one_replay as one_replay
 
 pytestmark = pytest.mark.gpu
@@ -103,12 +104,14 @@ def train_start(device: torch.device, one: Recipe) -> Tensor:
     [("okddip", "network"), ("okddip_random", "branch"), ("ffsd", "network"), ("kdcl", "network")],
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_captured_with_fused_losses(
-    device: torch.device, method: str, sharing: str, precision: str
+    device: torch.device, method: str, sharing: str, precision: str, accumulate: int
 ) -> None:
     """Low precision, clipping, an average, parts: the losses of the eager steps, but for rounding."""
     one = small(method, sharing, batch_size=16, lr=0.01)
     options: dict[str, Any] = {"precision": precision, "clip_norm": 5.0, "ema": 0.9}
+    options["accumulate"] = accumulate
     eager, captured = (session_of(device, one, how, **options) for how in (False, True))
     theirs, _ = train(eager, [16] * (WARM_UP_STEPS + 9))
     ours, _ = train(captured, [16] * (WARM_UP_STEPS + 9))
@@ -116,6 +119,22 @@ def test_captured_with_fused_losses(
     assert eager.learner.guard.read() is None
     assert captured.learner.guard.read() is None
     assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.parametrize(("method", "sharing"), METHODS)
+def test_every_method_is_captured_unasked(
+    device: torch.device, method: str, sharing: str
+) -> None:
+    """With all that a recipe may have: a step that can't be captured raises."""
+    options = RunOptions(
+        device=str(device), precision="fp16", accumulate=2, clip_norm=5.0, ema=0.9
+    )
+    session = OurLoop(small(method, sharing, batch_size=16), options).session
+    assert session.learner.choice.capture == (device.type == "cuda")
+    losses, _ = train(session, [16] * 6)
+    assert all(math.isfinite(loss) for loss in losses)
+    if device.type == "cuda":
+        assert graphs(session) == 1
 
 
 def test_a_ragged_batch_has_a_graph_of_its_own(device: torch.device) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastokd.cohort import Choice
+import fastokd
+from fastokd.cohort import ENGINES, Choice
 from fastokd.errors import UserError
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.guard import random_state
 from fastokd.learner.recording import recording
 from fastokd.learner.step import training_step
+from fastokd.run.autotuner import candidates
 from fastokd.run.session import Session
-from fastokd.run.tuning import tune
+from fastokd.run.trial import time_here
+from fastokd.run.tuning import tune, untouched
 from tests.run.tuned import (
     LONG,
     cache,  # noqa: F401
@@ -23,6 +28,7 @@ from tests.run.tuned import (
     raising,
     recorded,
     session_of,
+    small,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
@@ -107,11 +113,13 @@ def test_tuning_survives_a_candidate_that_cannot_be_captured_and_one_without_mem
     with monkeypatch.context() as patch:
         failing(patch, "vmap", raising(torch.OutOfMemoryError("CUDA out of memory")), after=2)
         timings = tune(session, LONG)
-    assert [timing.failed for timing in timings] == [False, True, True]
-    assert "capturing" in timings[1].note
-    assert timings[2].note == "OutOfMemoryError: CUDA out of memory"
-    assert session.learner.choice == Choice()
+    # The loop, the loop in streams, grouped, vmap.
+    assert [timing.failed for timing in timings] == [False, False, True, True]
+    assert "capturing" in timings[2].note
+    assert timings[3].note == "OutOfMemoryError: CUDA out of memory"
+    assert session.learner.choice in [timing.choice for timing in timings[:2]]
     session.settled = False
+    session.learner.adopt(Choice(capture=True))
     assert fingerprint(session) == before
     torch.testing.assert_close(random_state(session.learner.device), random)
     plain = bf16_session(device)
@@ -126,6 +134,45 @@ def test_tuning_survives_a_candidate_that_cannot_be_captured_and_one_without_mem
         assert loss.isfinite()
     first, second = ([p.detach() for p in one.learner.parameters()] for one in (session, plain))
     torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)
+
+
+def test_the_memory_of_each_candidate_is_returned(device: torch.device) -> None:
+    """Before the next one is timed: what is reserved grows by less than a candidate takes."""
+    if device.type == "cpu":
+        pytest.skip("only a GPU has graphs")
+    session = session_of(
+        small(batch_size=512), device=str(device), precision="bf16", impl="auto", engine="auto"
+    )
+    assert session.learner.choice.capture
+    reserved: list[int] = []
+    peaks: list[int] = []
+    with untouched(session) as put_back:
+        for choice in candidates(ENGINES, "channels_last", [True, False]):
+            torch.cuda.reset_peak_memory_stats(device)
+            assert time_here(session, choice, None).step_ms
+            peaks.append(torch.cuda.max_memory_reserved(device))
+            put_back()
+            reserved.append(torch.cuda.memory_reserved(device))
+    # The first one leaves momenta's blocks and the libraries' workspaces.
+    assert max(reserved) - reserved[0] < (peaks[0] - reserved[0]) / 4
+
+
+def test_a_run_whose_step_waits_for_the_device_goes_on_eagerly(
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("only a GPU has graphs")
+    failing(monkeypatch, "loop", waits_in_a_capture)
+    how = {"device": str(device), "engine": "loop", "quiet": True, "max_steps": 8}
+    run = fastokd.train(small(batch_size=64), out=tmp_path / "run", **how)
+    assert run.last["step"] == 8
+    assert run.last["train"]["loss"] > 0
+    assert capsys.readouterr().err.count("the run goes on eagerly") == 1
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["capture"] is False
 
 
 def test_a_capture_that_fails_for_every_engine_is_refused(
