@@ -12,6 +12,7 @@ from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.layers import use_ops
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
+from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.cohort.sharing import check_sharing
 from fastokd.cohort.streams import Streams
 from fastokd.cohort.vmapped import VmapStudents
@@ -159,6 +160,7 @@ class Cohort(nn.Module):
             run = VmapStudents(members, self.branch_from, example)
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
+        self._trunk_sites = [] if self.trunk is None else sites_of(self.trunk)
         self._run, self.engine = run, "loop" if engine == "auto" else engine
         self.streams = beside
 
@@ -217,7 +219,8 @@ class Cohort(nn.Module):
         trunk_maps: tuple[Tensor, ...] = ()
         shared_BCHW = x_BCHW
         if self.trunk is not None:
-            trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
+            with narrowed(self._trunk_sites):
+                trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
             shared_BCHW = _ScaleGradient.apply(trunk_BCHW, self.trunk_grad_scale)
         outputs = self._run(shared_BCHW)
         if self._exchange is not None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fastokd.cohort.alike import template_of
 from fastokd.cohort.dropout import DropoutMasks, give
 from fastokd.cohort.layers import OpConv2d, OpMaxPool2d, is_altered, is_exactly
+from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
 from fastokd.models.external import ExternalStudent
@@ -58,6 +59,7 @@ class GroupedStudents:
                 "loop or vmap"
             )
         self.dropout = DropoutMasks(students)
+        self.sites = sites_of(*students)
         made: dict[nn.Module, nn.Module] = {}  # a layer used twice has two names
         for name, module in list(self.template.named_modules(remove_duplicate=False)):
             if module not in made:
@@ -76,7 +78,8 @@ class GroupedStudents:
         give(
             self.template, {k: mask_SBD.transpose(0, 1).flatten(1) for k, mask_SBD in masks.items()}
         )
-        out = self.template.outputs(x_BCHW, self.start)
+        with narrowed(self.sites):
+            out = self.template.outputs(x_BCHW, self.start)
         logits_SBC = out.logits_BC.unflatten(1, (S, -1)).unbind(1)
         features_SBD = out.features_BD.unflatten(1, (S, -1)).unbind(1)
         maps = [map_BCHW.chunk(S, dim=1) for map_BCHW in out.maps]

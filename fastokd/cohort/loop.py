@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks, give
+from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.cohort.streams import Streams, side_by_side
 from fastokd.models import Student, StudentOutput
 
@@ -24,6 +25,7 @@ class LoopStudents:
         self.students = tuple(students)
         self.start = start
         self.streams = streams
+        self.sites = {student: sites_of(student) for student in students}
         # Masks are drawn together only for equal students; else each dropout layer draws its own.
         self.dropout = DropoutMasks(students) if are_alike(students) else None
 
@@ -43,4 +45,5 @@ class LoopStudents:
         self, student: Student, x_BCHW: Tensor, masks: Mapping[str, Tensor]
     ) -> StudentOutput:
         give(student, masks)
-        return student.outputs(x_BCHW, self.start)
+        with narrowed(self.sites[student]):
+            return student.outputs(x_BCHW, self.start)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastokd.cohort.alike import template_of
 from fastokd.cohort.dropout import DropoutMasks, give
 from fastokd.cohort.layers import OpConv2d, is_altered, is_exactly, replace, use_ops
+from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.errors import UserError, in_one_line
 from fastokd.models import Student, StudentOutput
 from fastokd.models.layers import Dropout, NormAct
@@ -52,6 +53,7 @@ class VmapStudents:
         """``x_BCHW``: an example of the shared input on the meta device."""
         self.students = tuple(students)
         self.dropout = DropoutMasks(students)
+        self.sites = sites_of(*students)
         self.template = _Outputs(template_of(students, "vmap"), start)
         use_ops(self.template.student, "torch")  # the ops have no batching rules
         for name, module in self.template.student.named_modules():
@@ -91,7 +93,8 @@ class VmapStudents:
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
-        parameters = _stacked([dict(student.named_parameters()) for student in self.students])
+        with narrowed(self.sites):
+            parameters = _stacked([dict(student.named_parameters()) for student in self.students])
         kind = x_BCHW.device.type
         last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
         self.float_norms = kind == "cpu" or not last

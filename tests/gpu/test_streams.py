@@ -3,69 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastokd.benchmark.loops import OurLoop
-from fastokd.learner.step import gradients
-from fastokd.run.options import RunOptions
-from tests.learner.every_method import small
+from tests.gpu.captured_gradients import Captured, edges, path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_kernel_selection")]
 REPLAYS = 20
-
-
-class Captured:
-    """Forward and backward of a recipe as a graph; on a CPU they are called."""
-
-    def __init__(
-        self, device: torch.device, method: str, sharing: str, precision: str, streams: bool
-    ) -> None:
-        options = RunOptions(
-            device=str(device), engine="loop", precision=precision, deterministic=True
-        )
-        loop = OurLoop(small(method, sharing, batch_size=32), options)
-        self.learner = loop.session.learner
-        self.learner.cohort.set_engine("loop", streams)
-        self.images_BHWC, self.labels_B = loop.images_BHWC.clone(), loop.labels_B.clone()
-        loop.session.begin_step(len(self.labels_B))
-        self.graph: Any = None
-        if device.type != "cuda":
-            return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.step()
-        torch.cuda.synchronize(device)
-        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.made = self.step()
-        self.graph.instantiate()
-
-    def step(self) -> list[Tensor]:
-        """Losses and gradients."""
-        for parameter in self.learner.parameters():
-            parameter.grad = None
-        _, loss = gradients(self.learner, self.images_BHWC, self.labels_B)
-        grads = [p.grad for p in self.learner.parameters() if p.grad is not None]
-        return [loss.total.detach(), *loss.parts.values(), *grads]
-
-    def __call__(self, seed: int) -> list[Tensor]:
-        """:meth:`step` on drawn images."""
-        generator = torch.Generator().manual_seed(seed)
-        images_BHWC = torch.randint(
-            256, self.images_BHWC.shape, dtype=torch.uint8, generator=generator
-        )
-        self.images_BHWC.copy_(images_BHWC)
-        if self.graph is None:
-            return self.step()
-        self.graph.replay()
-        return [x.clone() for x in self.made]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -77,7 +22,7 @@ def test_gradients_are_those_of_one_stream(
 ) -> None:
     """Bit for bit over many replays: a tensor that is overwritten too early shows."""
     one, several = (
-        Captured(device, method, sharing, precision, streams) for streams in (False, True)
+        Captured(device, method, sharing, precision, streams=how) for how in (False, True)
     )
     for seed in range(REPLAYS if device.type == "cuda" else 1):
         theirs, ours = one(seed), several(seed)
@@ -96,7 +41,9 @@ def test_students_are_parallel_in_the_graph(
     """``serial``: the most of the graph's nodes that may lie on one path, with three students."""
     if device.type != "cuda":
         pytest.skip("a CPU has no graphs")
-    one, several = (edges(Captured(device, method, sharing, "bf16", s)) for s in (False, True))
+    one, several = (
+        edges(Captured(device, method, sharing, "bf16", streams=how)) for how in (False, True)
+    )
     nodes, longest = path(*one)
     assert longest >= 0.95 * nodes
     nodes, longest = path(*several)
@@ -108,40 +55,6 @@ def test_students_are_parallel_in_the_graph(
     # The fork of the forward, and the join before the loss.
     assert max(out.values()) >= 3
     assert max(into.values()) >= 3
-
-
-def edges(captured: Captured) -> tuple[int, list[tuple[int, int]]]:
-    """The number of nodes of the graph, and its edges."""
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    graph = runtime.cudaGraph_t(captured.graph.raw_cuda_graph())
-
-    def read(get: Callable[..., Any]) -> Any:
-        error, *_, count = get(graph)
-        assert int(error) == 0
-        error, *lists, _ = get(graph, count)
-        assert int(error) == 0
-        return [[int(node) for node in nodes] for nodes in lists[:2]]
-
-    (nodes,) = read(runtime.cudaGraphGetNodes)
-    return len(nodes), list(zip(*read(runtime.cudaGraphGetEdges), strict=True))
-
-
-def path(nodes: int, edges: list[tuple[int, int]]) -> tuple[int, int]:
-    """The number of nodes, and how many of them are on the longest path."""
-    following, waits = defaultdict[int, list[int]](list), defaultdict[int, int](int)
-    for a, b in edges:
-        following[a].append(b)
-        waits[b] += 1
-    ready = [a for a in following if not waits[a]]
-    length = dict.fromkeys(ready, 1)
-    while ready:
-        a = ready.pop()
-        for b in following[a]:
-            length[b] = max(length.get(b, 0), length[a] + 1)
-            waits[b] -= 1
-            if not waits[b]:
-                ready.append(b)
-    return nodes, max(length.values())
 
 
 def test_the_longest_path_is_found() -> None:
