@@ -76,7 +76,9 @@ def part_of(op: Op) -> str:
 
 def whole_step(of: Recipe, norms: str) -> int:
     """Kernels of one step of a run, from the batch to the metrics."""
-    four = dataclasses.replace(of, batch_size=4, image_size=min(of.image_size, 64), resized_crop=False)
+    four = dataclasses.replace(
+        of, batch_size=4, image_size=min(of.image_size, 64), resized_crop=False
+    )
     data = drawn_splits(four, drawn_batch(dataclasses.replace(four, batch_size=12)))
     session = build(four, RunOptions(engine="loop", precision="bf16", quiet=True), data=data)
     use_torchs_layers(session.learner.cohort, session.learner.method, norms)

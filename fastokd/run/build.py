@@ -116,9 +116,7 @@ def build(
     ranks.seed_global(recipe.seed, 0)
     captures, why_not = _captures(options, learner) if training else (False, ())
     learner.adopt(
-        Choice.of(
-            options.engine, options.compile, options.memory_format, captures, options.streams
-        )
+        Choice.of(options.engine, options.compile, options.memory_format, captures, options.streams)
     )
     settled = (
         options.engine != "auto"

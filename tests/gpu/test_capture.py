@@ -122,13 +122,9 @@ def test_captured_with_fused_losses(
 
 
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
-def test_every_method_is_captured_unasked(
-    device: torch.device, method: str, sharing: str
-) -> None:
+def test_every_method_is_captured_unasked(device: torch.device, method: str, sharing: str) -> None:
     """With all that a recipe may have: a step that can't be captured raises."""
-    options = RunOptions(
-        device=str(device), precision="fp16", accumulate=2, clip_norm=5.0, ema=0.9
-    )
+    options = RunOptions(device=str(device), precision="fp16", accumulate=2, clip_norm=5.0, ema=0.9)
     session = OurLoop(small(method, sharing, batch_size=16), options).session
     assert session.learner.choice.capture == (device.type == "cuda")
     losses, _ = train(session, [16] * 6)
