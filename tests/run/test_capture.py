@@ -22,11 +22,14 @@ from fastokd.learner.captured import CapturedStep
 from fastokd.learner.learner import Learner
 from fastokd.learner.recording import CaptureError
 from fastokd.learner.state import state_of
+from fastokd.metrics import Meter
 from fastokd.recipe.names import recipe
+from fastokd.report import page
 from fastokd.run import build as build_module
 from fastokd.run import identity
+from fastokd.run.hooks import Hooks
 from fastokd.run.options import RunOptions
-from fastokd.train import resume
+from fastokd.train import resume, train_epoch
 from tests.run.tuned import recorded
 
 HOW: dict[str, Any] = {
@@ -111,12 +114,15 @@ class Recorder:
 
     def captured(self, body: Any, device: torch.device, warm_up: int) -> CapturedStep:
         (learner,) = body.args
-        return CapturedStep(body, device, lambda step: self.record(learner, step), warm_up)
+        meter = body.func.__self__.meter
+        return CapturedStep(body, device, lambda step: self.record(learner, meter, step), warm_up)
 
-    def record(self, learner: Learner, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(
+        self, learner: Learner, meter: Meter, body: Callable[[], Any]
+    ) -> tuple[Any, Callable[[], None]]:
         self.captures += 1
         if self.captures - 1 == self.fails:
-            with nothing_computed(learner):
+            with nothing_computed(learner, meter):
                 torch.rand(3)
                 with self.failing(learner):
                     body()
@@ -144,9 +150,10 @@ class Recorder:
 
 
 @contextmanager
-def nothing_computed(learner: Learner) -> Iterator[None]:
+def nothing_computed(learner: Learner, meter: Meter) -> Iterator[None]:
     """Restores every tensor's value at the end; what Python holds stays."""
     tensors = [x for name, x in state_of(learner)[0].items() if not name.startswith("rng.")]
+    tensors += meter.totals.values()
     guard, scaler = learner.guard, learner.scaler
     tensors += [guard.fault, guard._taken]
     if scaler.is_enabled():
@@ -163,7 +170,8 @@ def nothing_computed(learner: Learner) -> Iterator[None]:
 def trained(out: Path, name: str = "okddip-branch", **how: Any) -> dict[str, Tensor]:
     """Two epochs of 150, 150, 150 and 50 images; the tensors of the last checkpoint."""
     one = recipe(f"{name}/resnet8/digits", epochs=2, batch_size=150, students=3)
-    fastokd.train(one, out=out, **{**HOW, **how})
+    with mock.patch.object(page, "report"):  # it takes longer than the run
+        fastokd.train(one, out=out, **{**HOW, **how})
     return newest_checkpoint(out / "checkpoints")[1]
 
 
@@ -171,7 +179,6 @@ def trained(out: Path, name: str = "okddip-branch", **how: Any) -> dict[str, Ten
     ("place", "fails", "name", "how"),
     [
         ("forward", 0, "okddip-branch", {"ema": 0.9, "clip_norm": 1.0}),
-        ("update", 0, "okddip-branch", {"precision": "fp16", "clip_norm": 1.0}),
         ("end", 0, "ffsd", {"accumulate": 2, "ema": 0.9}),
         ("update", 1, "okddip-branch", {}),  # the smaller batch: in the second epoch's last step
     ],
@@ -208,6 +215,33 @@ def test_a_run_whose_capture_fails_goes_on_eagerly(
     assert [row["train"] for row in lines[0]] == [row["train"] for row in lines[1]]
     environment = json.loads((tmp_path / "captured" / "environment.json").read_text())
     assert environment["capture"] is False
+
+
+@pytest.mark.parametrize("place", ["update", "end"])
+def test_fp16_s_scale_is_as_if_no_capture_had_failed(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The capture fails between unscaling and the scale's update, or after it."""
+    one = recipe("okddip-branch/resnet8/digits", epochs=1, batch_size=8, students=2)
+    options = RunOptions(**{**HOW, "precision": "fp16", "clip_norm": 1.0, "max_steps": 5})
+    states = []
+    for captures in (False, True):
+        with monkeypatch.context() as patch:
+            recorded(patch)
+            patch.setattr(step_module, "CapturedStep", Recorder(place, 0).captured)
+            patch.setattr(build_module, "_captures", lambda *_, c=captures: (c, ()))
+            session = build_module.build(one, options)
+            if captures:
+                with pytest.raises(CaptureError):
+                    train_epoch(session, Hooks())
+                session.learner.give_up_capture()
+            train_epoch(session, Hooks())
+        assert session.step == 5
+        states.append(session.state())
+    (theirs, facts), (ours, our_facts) = states
+    assert our_facts["scaler"] == facts["scaler"]
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=0, msg=key)
 
 
 def test_a_capture_that_was_asked_for_and_fails_is_an_error(
