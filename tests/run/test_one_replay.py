@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,7 @@ def loop_of(one: Recipe, device: torch.device, *, captured: bool, **options: Any
     session = build(one, RunOptions(**how))
     if captured and not on_gpu:
         learner = session.learner
-        learner.capture = True
+        learner.choice = replace(learner.choice, capture=True)
         body = partial(session.whole_step, learner)
         learner.captured = CapturedStep(body, learner.device, Replays(), WARM_UP)
     return session
