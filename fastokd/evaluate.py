@@ -43,8 +43,8 @@ class Scorer:
     """Scores a cohort on every image of a stream, in eval mode.
 
     ``captured``: the CUDA graphs of the training steps, or None. With them a batch's forward and metrics
-    are a graph, too, captured for each size of a batch in its second evaluation. All graphs share one
-    memory pool: they never run at the same time, and a batch leaves nothing but the totals.
+    are a graph, too, captured when a size of a batch comes a second time. All graphs share one memory
+    pool: they never run at the same time, and a batch leaves nothing but the totals.
     """
 
     def __init__(
