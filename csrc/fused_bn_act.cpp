@@ -297,6 +297,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     ctx->save_for_backward({x, weight, stats, relu && residual ? y : Tensor()});
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["residual"] = residual.has_value();
+    ctx->set_materialize_grads(false);  // else a backward fills zeros for them
     ctx->mark_non_differentiable({stats, bits});
     return {y, stats, bits};
   }

@@ -72,6 +72,7 @@ struct Pool : torch::autograd::Function<Pool> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["height"] = x.size(2);
     ctx->saved_data["width"] = x.size(3);
+    ctx->set_materialize_grads(false);  // else a backward fills zeros for the taps
     ctx->mark_non_differentiable({taps});
     return {y, taps};
   }

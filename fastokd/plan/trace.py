@@ -149,7 +149,7 @@ class _Record(TorchDispatchMode):
 
 
 def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
-    """Our step (``learner/step.py``) over ``batch`` images; the students' norms run by ``norm_impl``:
+    """Our step (``learner/step.py``) over ``batch`` images; norms run by ``norm_impl``:
     ``"torch"``, or ``"auto"`` for the fused op.
 
     Raises:
@@ -195,12 +195,11 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
     """Makes convolutions and pools run as torch's operators, as on a GPU (the C++ ops of a CPU do the same
-    products but save less of a pool). The students' norms run by ``norm_impl``."""
+    products but save less of a pool). Norms run by ``norm_impl``."""
     for module in (*cohort.modules(), *method.modules()):
         if isinstance(module, (OpConv2d, OpMaxPool2d, DecoderBlock)):
             module.impl = "torch"
-    for module in cohort.modules():
-        if isinstance(module, NormAct):
+        elif isinstance(module, NormAct):
             module.impl = norm_impl
 
 
