@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
-from fastokd.cohort import Choice
+from fastokd.cohort import Choice, shadows
 from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
@@ -65,6 +65,14 @@ def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dic
         if k.startswith(kinds[: 3 - bool(session.learner.ranks.rank)])
     }
     return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
+
+
+def shadowed_steps(
+    one: Recipe, count: int, frozen: bool, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """:func:`steps` whose weights are cast together, to float64, as on a GPU to bf16."""
+    with patch.object(shadows, "target", lambda sites: torch.float64):
+        return steps(one, count, frozen, options)
 
 
 def metrics(one: Recipe, options: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from tests.distributed.pool import Pool
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def assert_same_steps(pool: Pool, one: Any, count: int, frozen: bool, **options: Any) -> None:
+def assert_same_steps(
+    pool: Pool, one: Any, count: int, frozen: bool, steps: Any = checks.steps, **options: Any
+) -> None:
     """Weights, running statistics, momenta and losses, on every rank."""
     alone = {k: v for k, v in options.items() if k not in ("sync_bn", "parallel")}
     expected = checks.steps(one, count, frozen, alone)
-    states = pool.run(checks.steps, one, count, frozen, options)
+    states = pool.run(steps, one, count, frozen, options)
     assert states[0].keys() == expected.keys()  # rank 0 saves all of it, whoever trained it
     for state in states:
         assert state.keys() <= expected.keys()
@@ -34,6 +36,19 @@ def test_gradients_are_those_of_one_process(two: Pool, name: str) -> None:
 
 def test_parts_of_a_batch_are_sent_once_and_clipped_as_a_whole(two: Pool) -> None:
     assert_same_steps(two, small("okddip-branch"), 2, frozen=True, accumulate=2, clip_norm=0.5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_that_are_cast_together(two: Pool, accumulate: int) -> None:
+    """DDP gets a student's gradients together; in parts it looks for unused parameters, too."""
+    assert_same_steps(
+        two,
+        small("okddip-branch"),
+        2,
+        frozen=True,
+        steps=checks.shadowed_steps,
+        accumulate=accumulate,
+    )
 
 
 @pytest.mark.parametrize("name", ["okddip-branch", "ffsd", "one"])
