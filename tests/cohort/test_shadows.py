@@ -19,6 +19,7 @@ from fastokd.cohort import Cohort, shadows
 from fastokd.models import Student
 from fastokd.run.options import RunOptions
 from tests.learner.every_method import small
+from tests.learner.fake_cuda import fake_step
 
 
 def by_autocast(sites: object) -> None:
@@ -103,6 +104,15 @@ def test_in_float64(engine: str, sharing: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shadows, "target", lambda sites: torch.float64)
     for key, value in step(engine, sharing, torch.float64).items():
         torch.testing.assert_close(value, plain[key], rtol=1e-9, atol=1e-9)
+
+
+def test_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward of three ResNet-8 on tensors without memory: 11 weights each."""
+    ours = fake_step("dml", "network", "loop", "auto").ops
+    monkeypatch.setattr(shadows, "target", by_autocast)
+    theirs = fake_step("dml", "network", "loop", "auto").ops
+    assert ours["_foreach_copy_"] - theirs["_foreach_copy_"] == 3
+    assert theirs["_to_copy"] - ours["_to_copy"] == 3 * 11
 
 
 def test_the_c_ops_get_float32_weights() -> None:
