@@ -49,25 +49,22 @@ Batch = tuple[Tensor, Tensor]
 
 class Allowance:
     """The seconds that tuning may take for ``steps`` more steps; without a limit until a step's time is
-    known. ``say``: prints the limit before it counts."""
+    known. ``say``: prints the limit when it begins to count."""
 
     def __init__(self, steps: int, say: Callable[[str], None]) -> None:
         self.steps, self.say = steps, say
         self.started, self.seconds = clock(), math.inf
 
     @property
-    def spent(self) -> float:
-        return clock() - self.started
-
-    @property
     def left(self) -> float:
-        return self.seconds - self.spent
+        return self.seconds - (clock() - self.started)
 
     def limit(self, step_ms: float) -> None:
-        """Sets the limit by the time of a step; the first call counts."""
+        """Sets the limit by the time of a step, from now on; the first call counts. What is compiled in
+        the first steps isn't tuning's: the run needs it."""
         if self.seconds < math.inf:
             return
-        self.seconds = allowance(step_ms, self.steps)
+        self.started, self.seconds = clock(), allowance(step_ms, self.steps)
         minutes = self.steps * step_ms / 60e3
         self.say(
             f"measuring how the steps run fastest, for at most {self.seconds:.0f} s of a run of about "

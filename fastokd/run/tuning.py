@@ -107,10 +107,8 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
         flags = " and ".join(
             ["--capture"] * bool(options.capture) + ["--compile"] * bool(options.compile)
         )
-        raise UserError(
-            f"{flags} is asked for, but no engine can ({asked[0].choice}: {asked[0].note}): leave "
-            "it out"
-        )
+        why = f"no engine can ({asked[0].choice}: {asked[0].note})"
+        raise UserError(f"{flags} is asked for, but {why}: leave it out" if flags else why)
     return pick(asked, steps)
 
 
@@ -174,13 +172,13 @@ def _plain(
                 return Timing(choice, note=OVER, final=False)
             # If the plain loop fails and nothing else ran, nothing can: it is never excluded.
             last_resort = not times and choice == replace(choices[0], capture=False)
-            started = allowed.spent
+            left = allowed.left
             with nullcontext() if last_resort else cache.on_trial(choice):
                 best_ms = min(times, default=None)
                 timing = time_here(session, choice, best_ms, allowed, last_resort=last_resort)
                 put_back()
-            if timing.step_ms is not None:
-                costs.append(allowed.spent - started)
+            if times and timing.step_ms is not None:
+                costs.append(left - allowed.left)
             return timing
 
         return _timings(choices, known, stopped, time)

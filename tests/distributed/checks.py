@@ -220,7 +220,9 @@ def timed_shares(one: Recipe) -> tuple[int, int]:
     told = json.loads(json.dumps(job(session, Choice("loop", True))))
     sizes: list[int] = []
 
-    def noting(steps_session: Session, batch: tuple[Tensor, Tensor], count: int) -> list[float]:
+    def noting(
+        steps_session: Session, batch: tuple[Tensor, Tensor], count: int, *_: object
+    ) -> list[float]:
         sizes.append(len(batch[1]))
         return [1.0] * count
 
