@@ -139,8 +139,9 @@ class Session:
         """Uploads the draws of this step and those after it, unless the device's counter is at them."""
         here = (images, self.epoch, self.batch, self.step)
         if here != self._next or self._left == 0:
-            block = self.blocks.setdefault(images, Block(self.learner.device))
-            self._left = block.fill(self._ahead(images))
+            if images not in self.blocks:
+                self.blocks[images] = Block(self.learner.device)
+            self._left = self.blocks[images].fill(self._ahead(images))
         self._left -= 1
         self._next = (images, self.epoch, self.batch + 1, self.step + 1)
 
@@ -157,8 +158,8 @@ class Session:
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
-        """The method's random numbers of step ``number``, a function of (seed, step): drawn for the whole batch,
-        then this rank's ``images`` of them."""
+        """The method's random numbers of step ``number``, a function of (seed, step): drawn for the
+        whole batch, then this rank's ``images`` of them."""
         line = self.learner.ranks.data
         generator = keyed_generator(self.recipe.seed, "draws", number)
         whole = self.learner.method.draw(images * line.size, generator)
@@ -175,7 +176,9 @@ class Session:
         ``images``: this rank's number of images. Batches of one size share tensors, since a captured
         step always reads the same memory.
         """
-        block = self._single.setdefault(images, Block(self.learner.device, steps=1))
+        if images not in self._single:
+            self._single[images] = Block(self.learner.device, steps=1)
+        block = self._single[images]
         block.fill(iter([self._draws(images, self.step)]))
         self.learner.progress.draws = {name: x[0] for name, x in block.tensors.items()}
 
