@@ -67,7 +67,7 @@ def part_of(op: Op) -> str:
         return "update"
     if op.kind == "loss":
         return "losses"
-    if op.name == "_to_copy":
+    if op.name in ("_to_copy", "_foreach_copy_"):
         return "casts"
     if op.kind == "norm" or op.name == "add_":  # the count of batches
         return "norms"

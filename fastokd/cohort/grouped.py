@@ -184,10 +184,10 @@ class _NormAct(nn.Module):
         )
         if first.training:
             with torch.no_grad():
-                torch._foreach_copy_(means, list(mean.chunk(S)))
-                torch._foreach_copy_(variances, list(variance.chunk(S)))
-                for norm in self.norms[1:]:
-                    _buffer(norm.num_batches_tracked).add_(1)
+                torch._foreach_copy_(means + variances, [*mean.chunk(S), *variance.chunk(S)])
+                if S > 1:
+                    counters = [_buffer(norm.num_batches_tracked) for norm in self.norms[1:]]
+                    torch._foreach_add_(counters, 1)
         return y_BCHW
 
 
