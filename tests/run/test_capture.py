@@ -106,7 +106,8 @@ def test_more_ranks_resume_a_captured_run_eagerly(
 
 class Recorder:
     """Stands for captures: the body runs in replays. Capture number ``fails`` computes nothing, and its
-    Python code ends at ``place``: in the ``forward``, in the ``update``, or at the ``end`` of the step.
+    Python code ends at ``place``: in the ``forward``, between unscaling and the next ``scale``, in the
+    ``update``, or at the ``end`` of the step.
     """
 
     def __init__(self, place: str, fails: int) -> None:
@@ -136,13 +137,16 @@ class Recorder:
     @contextmanager
     def failing(self, learner: Learner) -> Iterator[None]:
         error = RuntimeError("operation not permitted when stream is capturing")
-        owner: Any = {"forward": learner.method, "update": step_module}.get(self.place)
-        name = {"forward": "forward", "update": "step_unless"}.get(self.place, "")
+        places: dict[str, tuple[Any, str]] = {
+            "forward": (learner.method, "forward"),
+            "scale": (learner.scaler, "update"),
+            "update": (step_module, "step_unless"),
+        }
         try:
-            if owner is None:
+            if self.place == "end":
                 yield
             else:
-                with mock.patch.object(owner, name, side_effect=error):
+                with mock.patch.object(*places[self.place], side_effect=error):
                     yield
             raise error
         except RuntimeError as cause:
@@ -217,11 +221,11 @@ def test_a_run_whose_capture_fails_goes_on_eagerly(
     assert environment["capture"] is False
 
 
-@pytest.mark.parametrize("place", ["update", "end"])
+@pytest.mark.parametrize("place", ["scale", "end"])
 def test_fp16_s_scale_is_as_if_no_capture_had_failed(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The capture fails between unscaling and the scale's update, or after it."""
+    """Gradients were unscaled already, or the scale was updated."""
     one = recipe("okddip-branch/resnet8/digits", epochs=1, batch_size=8, students=2)
     options = RunOptions(**{**HOW, "precision": "fp16", "clip_norm": 1.0, "max_steps": 5})
     states = []
