@@ -178,7 +178,7 @@ def _tile(
     dy_ptr, x_ptr, bits_ptr, mean_C, scale_C, bias_C, tile, R, TILES,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """g and x - m of a tile, 0 outside of the map, and where it is."""
+    """g of a tile, 0 outside of the map, x - m, and where it is."""
     _, start, at_RC, inside_RC = _stretch(tile, R, TILES, C, BR, BC)
     g_RC = _load(dy_ptr, start, at_RC, inside_RC)
     x_RC = _load(x_ptr, start, at_RC, inside_RC)
@@ -192,7 +192,7 @@ def _tile(
         else:
             passes_RC = _passes(_affine(x_RC, mean_C, scale_C, bias_C), x_ptr)
             g_RC = tl.where(passes_RC, g_RC, 0.0)
-    return g_RC, tl.where(inside_RC, x_RC - mean_C[None, :], 0.0), start, at_RC, inside_RC
+    return g_RC, x_RC - mean_C[None, :], start, at_RC, inside_RC
 
 
 @triton.jit(do_not_specialize=["R", "S", "TILES"])
