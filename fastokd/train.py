@@ -12,7 +12,7 @@ from typing import Any
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import DiskError, UserError, in_one_line, warn
+from fastokd.errors import DiskError, UserError, forget, in_one_line, warn
 from fastokd.evaluate import Evaluator
 from fastokd.host import cpus
 from fastokd.host.names import on_a_line
@@ -167,6 +167,7 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
 
 def _go_on_eagerly(session: Session, folder: RunFolder, error: CaptureError) -> None:
     """The run goes on from the step whose capture failed, without capture."""
+    forget(error)  # its frames hold the graphs of other batch sizes
     session.learner.give_up_capture()
     why = in_one_line(error.__cause__ or error)
     warn(f"the step can't be captured as a CUDA graph ({why}): the run goes on eagerly")

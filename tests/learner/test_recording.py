@@ -16,7 +16,7 @@ import torch
 from fastokd.errors import UserError
 from fastokd.learner import captured
 from fastokd.learner.captured import CapturedStep
-from fastokd.learner.recording import recording
+from fastokd.learner.recording import CaptureError, recording
 
 POOL = (0, 7)
 
@@ -116,9 +116,15 @@ def test_a_capture_whose_end_alone_fails_says_so(monkeypatch: pytest.MonkeyPatch
         capture(Calls(monkeypatch, invalid=True, closes=True), None)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), UserError("no"), KeyboardInterrupt()]
-)
+def test_a_capture_without_memory_is_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eager step may need less."""
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(CaptureError, match="CUDA out of memory") as raised:
+        capture(Calls(monkeypatch, invalid=True, closes=False), error)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt()])
 def test_other_errors_are_raised_unchanged(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
