@@ -343,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastokd, Autograd, m) {
+TORCH_LIBRARY_IMPL(fastokd, AutogradCPU, m) {
   m.impl("fused_bn_act", forward_autograd);
   m.impl("fused_bn_act_backward", torch::autograd::autogradNotImplementedFallback());
 }

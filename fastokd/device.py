@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
@@ -112,6 +113,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """The loss scaler for fp16, whose gradients would underflow; disabled for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def release_memory(device: torch.device) -> None:
+    """Returns the memory of dropped steps; a step and its graphs refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_lost(device: torch.device) -> bool:

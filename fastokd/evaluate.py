@@ -16,7 +16,7 @@ from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset, stream_of
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Line, Ranks, speaks
-from fastokd.errors import UserError, in_one_line, warn
+from fastokd.errors import UserError, forget, in_one_line, warn
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
@@ -93,16 +93,19 @@ class Scorer:
         """Counts a batch, in the present mode; nothing is read from the device."""
         try:
             self._run(images_BHWC, labels_B)
+            return
         except (UserError, torch.OutOfMemoryError) as error:
             if self.captured is None or self._run == self._count:
                 raise
-            # A failed capture has counted nothing; its pool can't be captured into again.
-            if self.captured.pool is not None:
-                self.captured.pool = torch.cuda.graph_pool_handle()
-            if speaks():
-                warn(f"evaluations aren't captured as CUDA graphs: {in_one_line(error)}")
-            self._run = self._count
-            self._run(images_BHWC, labels_B)
+            forget(error)
+            why = in_one_line(error)
+        # A failed capture has counted nothing. Its pool can't be captured into again, and the random
+        # generator has left the state that the training graphs draw from.
+        self._run = self._count
+        self.captured.release()
+        if speaks():
+            warn(f"evaluations aren't captured as CUDA graphs: {why}")
+        self._run(images_BHWC, labels_B)
 
     def _count(self, images_BHWC: Tensor, labels_B: Tensor) -> None:
         with self.context():

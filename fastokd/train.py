@@ -97,7 +97,7 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
     tell = _silent if options.quiet else say
     for note in session.notes:
         tell(note)
-    with closing(folder), StopRequest(echo=ECHO if ranks.size > 1 else 0.0) as stop:
+    with StopRequest(echo=ECHO if ranks.size > 1 else 0.0) as stop, closing(folder):
         with Hooks() as hooks:
             with folder.beginning(session):
                 found = loggers(recipe, folder.path, session.step, **asked)
@@ -112,7 +112,10 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
                 if session.settled:  # else a signal came, and the resumed run chooses
                     folder.settled(session, timings)
             hooks.try_add(lambda: Display(session, options.quiet), Display.title)
-            run = _train_epochs(session, folder, hooks, stop)
+            try:
+                run = _train_epochs(session, folder, hooks, stop)
+            finally:
+                session.learner.captured = None  # its graphs refer to the learner
         with stop.telling(_give_up):
             ranks.first(lambda: _report(folder.path))
     return run
@@ -141,6 +144,7 @@ def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopR
             except CaptureError as error:
                 if learner.ranks.size > 1 or (options.capture and not options.resume):
                     raise
+                evaluator = Evaluator(session)  # without graphs
                 _go_on_eagerly(session, folder, error)
                 continue
             seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastokd.cohort.alike import template_of
 from fastokd.cohort.dropout import DropoutMasks, give
-from fastokd.cohort.layers import OpConv2d, OpMaxPool2d, is_altered, is_exactly
+from fastokd.cohort.layers import OpConv2d, OpMaxPool2d, is_exactly, is_ours
 from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
@@ -37,8 +37,6 @@ PASS_THROUGH = (
     GlobalAveragePool,
     Dropout,
 )
-# Methods whose code may join or split channels, which would be wrong for a stack.
-CODE = ("forward", "outputs", "stage", "_run")
 
 
 class GroupedStudents:
@@ -105,18 +103,10 @@ def _stack(name: str, module: nn.Module, layers: Sequence[Any]) -> nn.Module:
         return _Concat(layers)
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     leaf = not list(module.children())
-    if own or not (is_exactly(module, *PASS_THROUGH) if leaf else _is_ours(module)):
+    if own or not (is_exactly(module, *PASS_THROUGH) if leaf else is_ours(module)):
         what = f"{name} ({type(module).__name__})" if name else f"a {type(module).__name__}"
         raise UserError(f"engine='grouped' can't stack {what}: use loop or vmap")
     return module
-
-
-def _is_ours(module: nn.Module) -> bool:
-    """Whether the code of this container is this package's, or torch's own containers'."""
-    code = [getattr(type(module), name, None) for name in CODE]
-    homes = ("fastokd.models.", "torch.nn.modules.container", "torch.nn.modules.module")
-    ours = all(part is None or part.__module__.startswith(homes) for part in code)
-    return ours and not is_altered(module)
 
 
 def _spread(x_BCHW: Tensor, channels: int, students: int) -> Tensor:

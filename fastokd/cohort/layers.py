@@ -17,6 +17,8 @@ from fastokd.models.layers import NormAct, Tap
 from fastokd.ops import conv, max_pool
 
 M = TypeVar("M", bound=nn.Module)
+# Methods of a container whose code may join or split channels, or read a layer's weight.
+CODE = ("forward", "outputs", "stage", "_run")
 
 
 def is_exactly(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
@@ -34,6 +36,14 @@ def is_altered(module: nn.Module) -> bool:
     )
     own = any(not isinstance(hook, Tap) for kind in hooks for hook in kind.values())
     return own or "forward" in vars(module)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the code of this container is this package's, or torch's own containers'."""
+    code = [getattr(type(module), name, None) for name in CODE]
+    homes = ("fastokd.models.", "torch.nn.modules.container", "torch.nn.modules.module")
+    ours = all(part is None or part.__module__.startswith(homes) for part in code)
+    return ours and not is_altered(module)
 
 
 def replace(module: nn.Module, kind: type[nn.Module], **settings: Any) -> None:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.cohort.layers import OpConv2d, is_exactly
+from fastokd.cohort.layers import OpConv2d, is_exactly, is_ours
 from fastokd.models import Student
-from fastokd.models.external import ExternalStudent
 
 # A layer, and the name of one of its parameters.
 Site = tuple[nn.Module, str]
@@ -30,12 +29,13 @@ Site = tuple[nn.Module, str]
 def sites_of(*students: Student) -> list[Site]:
     """Where the students' convolutions and linear layers have their weights.
 
-    Another library's student is left to autocast: its code may read a weight for something else.
+    A student with code of another library or of the user is left to autocast: that code may read or
+    change a weight.
     """
     return [
         (layer, name)
         for student in students
-        if not isinstance(student, ExternalStudent)
+        if all(is_ours(module) for module in student.modules() if list(module.children()))
         for layer in student.modules()
         if is_exactly(layer, nn.Conv2d, OpConv2d, nn.Linear)
         for name, _ in layer.named_parameters(recurse=False)
@@ -51,9 +51,10 @@ def narrowed(sites: Sequence[Site]) -> AbstractContextManager[None]:
 def target(sites: Sequence[Site]) -> torch.dtype | None:
     """What the weights are cast to here, or None where that is left to autocast.
 
-    The compiler fuses casts, and a CPU's C++ reads float32 weights.
+    The compiler fuses casts, a CPU's C++ reads float32 weights, and ``Cast`` has no rules for
+    ``torch.func``.
     """
-    if not sites or torch.compiler.is_compiling():
+    if not sites or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     layer, name = sites[0]
     weight = layer._parameters[name]

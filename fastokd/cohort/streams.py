@@ -27,6 +27,7 @@ same on any stream.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -68,7 +69,8 @@ class Streams:
         if cuda is None:
             return [work(*call) for call in calls]
         if not self.streams:
-            self.streams = [cuda.Stream(device) for _ in range(self.count)]
+            make = _kept if cuda is torch.cuda else lambda device, _: cuda.Stream(device)
+            self.streams = [make(device, index) for index in range(self.count)]
         main = cuda.current_stream(device)
         for stream in self.streams:
             stream.wait_stream(main)
@@ -81,6 +83,12 @@ class Streams:
         # Without their history: it would keep the step's autograd nodes alive.
         self.held += [x.detach() for x in (*read, *_tensors(results))]
         return results
+
+
+@functools.cache
+def _kept(device: torch.device, index: int) -> torch.cuda.Stream:
+    """One stream for each student of the process: cuBLAS keeps a workspace for each that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def side_by_side(

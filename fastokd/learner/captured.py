@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.device import release_memory
 from fastokd.errors import UserError
 from fastokd.learner.recording import recording
 
@@ -58,6 +59,7 @@ class CapturedStep:
         warm_up: int = WARM_UP_STEPS,
     ) -> None:
         self.step = step
+        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.record = record or self._record_graph
@@ -65,7 +67,7 @@ class CapturedStep:
         self.graphs: dict[tuple[Any, ...], _Graph | None] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        kind = tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
+        kind = _kind(inputs)
         if self.left > 0 or kind not in self.graphs:
             self.left -= 1
             self.graphs[kind] = None
@@ -75,6 +77,19 @@ class CapturedStep:
             # A capture computes nothing: the first replay is this step.
             graph = self.graphs[kind] = _Graph(self.step, self.record, inputs)
         return graph(inputs)
+
+    def has_run(self, *inputs: Any) -> bool:
+        """Whether inputs of this shape have come before."""
+        return _kind(inputs) in self.graphs
+
+    def release(self) -> None:
+        """Returns the graphs' memory, which nothing else can use; each shape is captured again when it
+        comes again."""
+        if any(self.graphs.values()):
+            self.graphs = dict.fromkeys(self.graphs)
+            if self.device.type == "cuda":
+                self.pool = torch.cuda.graph_pool_handle()
+            release_memory(self.device)
 
     def _record_graph(self, body: Callable[[], Any]) -> tuple[Any, Replay]:
         """Captures ``body``: its result's tensors, and the replay that fills them.
@@ -99,6 +114,10 @@ class CapturedStep:
             result = body()
         current.wait_stream(self.stream)
         return result
+
+
+def _kind(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
 
 
 class _Graph:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Choice, Cohort
-from fastokd.device import autocast, gradient_scaler
+from fastokd.device import autocast, gradient_scaler, release_memory
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
@@ -106,6 +105,8 @@ class Learner:
             self.forward = torch.compile(self.eager, dynamic=False)
         self.replicas: Replicas | None = None
         if self.ranks.data.size > 1 and not alone:
+            # DDP's accumulators of gradients are on the step's own stream.
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(not choice.streams)
             self.forward = self.replicas = Replicas(
                 self.forward,
                 self.cohort,
@@ -145,7 +146,7 @@ class Learner:
         if self.scaler.is_enabled():
             self.scaler._per_optimizer_states.clear()
         self.adopt(replace(self.choice, capture=False, streams=False))
-        free_memory(self.device)
+        release_memory(self.device)
 
     def eager(
         self, images_BHWC: Tensor, labels_B: Tensor, progress: Progress
@@ -221,13 +222,6 @@ class Before:
         """Restores the copies where the 0-d ``untaken`` isn't 0."""
         self.statistics.put_back(untaken)
         self.rest.put_back(untaken)
-
-
-def free_memory(device: torch.device) -> None:
-    """Returns the memory of dropped steps; a step and its graphs refer to each other."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def running_statistics(*modules: nn.Module) -> list[Tensor]:

@@ -63,6 +63,8 @@ def training_step(
         learner.captured = CapturedStep(
             partial(body, learner), learner.device, warm_up=learner.warm_up
         )
+    if not learner.captured.has_run(*batch):
+        learner.captured.release()  # this eager step needs the memory of the graphs
     result: tuple[Tensor, MethodLoss] = learner.captured(*batch)
     return result
 

@@ -24,7 +24,7 @@ from fastokd.checkpoint import (
     writing,
 )
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, warn
+from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, in_one_line, warn
 from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
@@ -293,12 +293,12 @@ class RunFolder:
                 with writing(self.path):
                     copied()
                     self._write(last, best if better else None, copies, facts)
-            except DiskError as error:
+            except Exception as error:
                 if better and not best.is_dir():
                     session.best = before  # the best that is on disk
                 if not background:
                     raise
-                warn(f"{error}; training continues until the next save")
+                warn(f"{in_one_line(error)}; training continues until the next save")
             else:
                 self._behind = False
 

@@ -57,6 +57,8 @@ def find(session: Session) -> str:
     """The first non-finite values of the next step. Repeats the step without its update; the session
     doesn't change."""
     images_BHWC, labels_B = session.next_batch()
+    if session.learner.captured is not None:
+        session.learner.captured.release()  # an eager step needs the memory
     restore = snapshot(session.learner)
     try:
         # All findings are computed, since the ranks' collectives must match.

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastokd.device import release_memory
 from fastokd.errors import UserError
-from fastokd.learner.learner import free_memory
 from fastokd.learner.step import gradients
 from fastokd.run.session import Session
 
@@ -71,7 +71,7 @@ def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -
         size = -(-size // 2)
         for parameter in learner.parameters():
             parameter.grad = None
-        free_memory(learner.device)
+        release_memory(learner.device)
         try:
             session.begin_step(size)
             gradients(learner, images[:size], labels[:size])

@@ -241,7 +241,8 @@ def trial_here(job: Answer) -> tuple[Answer, None]:
         step_ms = statistics.median(time_steps(session, batch, TIMED_STEPS))
     except Exception as error:
         # Other programs may have used the memory: another run tries again.
-        final = not isinstance(error, torch.OutOfMemoryError)
+        short = (isinstance(one, torch.OutOfMemoryError) for one in (error, error.__cause__))
+        final = not any(short)
         return {"note": in_one_line(error), "failed": True, "final": final}, None
     return {"compile_seconds": before / 1e3, "step_ms": step_ms}, None
 

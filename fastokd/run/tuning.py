@@ -14,10 +14,9 @@ from typing import Any
 
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
-from fastokd.device import environment, is_lost
+from fastokd.device import environment, is_lost, release_memory
 from fastokd.errors import UserError
 from fastokd.host.caches import cache_root
-from fastokd.learner.learner import free_memory
 from fastokd.learner.state import snapshot
 from fastokd.run.autotuner import SAVABLE, Timing, candidates, pick, table
 from fastokd.run.interruption import StopRequest
@@ -143,7 +142,8 @@ def _measure(
     else:
         allowed = Allowance(steps, say)
         timings = _plain(session, plain, known, cache, stopped, allowed)
-        if options.compile is not False:
+        # A compiled forward has no streams.
+        if options.compile or (options.compile is None and not options.streams):
             timings += _compiled(session, timings, steps, known, cache, stopped, allowed)
     if default not in [timing.choice for timing in timings]:
         if stopped():
@@ -237,7 +237,7 @@ def untouched(session: Session) -> Iterator[Callable[[], None]]:
         learner.adopt(choice)  # brings the optimizers' states into the layout of the parameters
         restore()
         learner.train(training)
-        free_memory(learner.device)
+        release_memory(learner.device)
 
     lost = False
     try:

@@ -41,7 +41,7 @@ class Writer:
             except BaseException as error:
                 self._error = error
 
-        thread = threading.Thread(target=run, name="fastokd-writer")
+        thread = threading.Thread(target=run, name="fastokd-writer", daemon=False)
         try:
             thread.start()
         except RuntimeError:  # no more threads are allowed
@@ -51,8 +51,9 @@ class Writer:
 
     def join(self) -> None:
         """Waits for the write, if there is one."""
-        if self._thread is not None:
-            self._thread.join()
+        thread = self._thread  # a fork in another thread may join it as well
+        if thread is not None:
+            thread.join()
             self._thread = None
 
     def wait(self) -> None:
@@ -88,11 +89,12 @@ class HostCopies:
         for device in {value.device for value in tensors.values() if value.is_cuda}:
             event = torch.cuda.Event(blocking=True)  # waiting takes no CPU time
             event.record(torch.cuda.current_stream(device))
-            events.append(event)
+            events.append((device, event))
 
         def wait() -> None:
-            for event in events:
-                event.synchronize()
+            for device, event in events:
+                with torch.cuda.device(device):  # a new thread's is GPU 0
+                    event.synchronize()
 
         return copies, wait
 

@@ -60,7 +60,8 @@ def go(session: Session, steps: int = STEPS, read_each: bool = False) -> None:
         torch.manual_seed(0)
     object.__setattr__(session.options, "max_steps", steps)
 
-    def check() -> None:
+    def check(background: bool = False) -> None:
+        del background
         settle(session, lambda: None)
 
     hooks = Hooks()
@@ -348,7 +349,11 @@ def test_a_flag_is_read_every_so_often_and_before_a_save(monkeypatch: pytest.Mon
     monkeypatch.setattr(interruption, "READ_EVERY", 3)
     done: list[str] = []
     keeper = Keeper(
-        lambda: done.append("save"), StopRequest(), 4, None, settle=lambda: done.append("check")
+        lambda background: done.append("save"),
+        StopRequest(),
+        4,
+        None,
+        settle=lambda: done.append("check"),
     )
     for _ in range(7):
         keeper.on_step(1)

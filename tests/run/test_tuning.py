@@ -19,9 +19,9 @@ from fastokd.cohort.choice import FORMATS
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.vmapped import VmapStudents
+from fastokd.device import release_memory
 from fastokd.errors import Interrupted, UserError
 from fastokd.learner import step as step_module
-from fastokd.learner.learner import free_memory
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
 from fastokd.run import build as build_module
@@ -111,9 +111,12 @@ def test_what_is_asked_for_runs(
     assert str(session.learner.choice) == f"{runs}, channels_last"
     assert bool(timings) == (engine == "auto")
     weighed = engine == "auto" and compile is not False and steps == LONG
-    assert [name for name, _ in told] == (["loop", "grouped"] if compile else ["grouped", "loop"])[
-        : 2 * weighed
-    ]
+    # loop and vmap are slowed alike.
+    first = {"loop"} if compile else {"grouped"}
+    second = {"grouped"} if compile else {"loop", "vmap"}
+    names = [name for name, _ in told]
+    assert len(names) == 2 * weighed
+    assert all(name in able for name, able in zip(names, (first, second), strict=False))
     assert all(job["options"]["capture"] == capture for _, job in told)
     compiled.clear()
     take(session, WARM_UP + 2)
@@ -383,7 +386,7 @@ def test_a_candidate_s_graphs_are_gone_before_the_next_one(monkeypatch: pytest.M
     monkeypatch.setattr(step_module, "CapturedStep", noted)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     gpu = torch.device("cuda")
-    monkeypatch.setattr(tuning, "free_memory", lambda device: free_memory(gpu))
+    monkeypatch.setattr(tuning, "release_memory", lambda device: release_memory(gpu))
     tune(session, LONG)
     assert len(alive) == 4
     assert len(emptied) == 6 + 1  # and at the end of all
