@@ -207,3 +207,35 @@ def test_an_unused_weight_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> No
         student.fc.weight.float().sum().backward()
     assert student.fc.weight.grad is not None
     assert student.first.weight.grad is None
+
+
+class Renormed(nn.Module):
+    """A user's container, whose code changes a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+def test_weights_that_other_code_may_read_are_left_to_autocast() -> None:
+    student = two("loop", "network").students[0]
+    assert shadows.sites_of(student)
+    student.add_module("own", Renormed())
+    assert shadows.sites_of(student) == []
+
+
+def test_a_functional_gradient_of_a_cohort_runs_under_autocast() -> None:
+    cohort = two("loop", "network").eval()
+    images_BHWC = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = torch.func.functional_call(cohort, parameters, (images_BHWC,))
+        return out.logits_SBC.float().square().mean()
+
+    parameters = {key: x.detach() for key, x in cohort.named_parameters()}
+    grads = torch.func.grad(loss)(parameters)
+    assert all(x.dtype == torch.float32 for x in grads.values())

@@ -175,3 +175,23 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     folder.close()
     assert threading.active_count() == before
     assert os.listdir(folder.checkpoints) != []
+
+
+def test_another_error_in_the_background_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next save isn't lost by it: it writes."""
+    save = run_folder.save_checkpoint
+
+    def short(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", short)
+    folder, session = RunFolder(tmp_path), state_of(1)
+    folder.save(session, background=True)
+    folder.writer.join()
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
+    folder.save(session)
+    folder.close()
+    assert "no room; training continues until the next save" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(folder.checkpoints)] == ["last-000000001"]
