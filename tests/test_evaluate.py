@@ -105,6 +105,10 @@ def test_another_choice_drops_the_graphs() -> None:
     assert (sum(graphs.replays), sum(again.replays)) == (replays, replays)
 
 
+class Graph:
+    """Stands for a captured step."""
+
+
 def test_what_cannot_be_captured_is_evaluated_eagerly(capsys: pytest.CaptureFixture[str]) -> None:
     session = begun()
 
@@ -112,8 +116,12 @@ def test_what_cannot_be_captured_is_evaluated_eagerly(capsys: pytest.CaptureFixt
         raise UserError("the step can't be captured as a CUDA graph (why)")
 
     session.learner.captured = CapturedStep(step, session.learner.device, refuse)
+    # The training graphs: their random state and their memory are let go.
+    training = session.learner.captured.graphs
+    training["a shape"] = Graph()  # type: ignore[index, assignment]
     evaluator = Evaluator(session)
     found = [evaluator(), evaluator()]
+    assert session.learner.captured.graphs == {"a shape": None}
     session.learner.captured = None
     assert found == [Evaluator(session)()] * 2
     warned = capsys.readouterr().err.splitlines()

@@ -2,8 +2,9 @@
 
 A layer is replaced only if its type is exactly the given one and it isn't altered
 (:func:`is_exactly`); subclasses are called unchanged. A replacement (:func:`replace`) keeps the state,
-its keys, ties and taps. No values are passed through attributes of layers, except the masks of
-:class:`~fastokd.models.layers.Dropout` (``cohort/dropout.py``).
+its keys, ties and taps. Values are passed through layers twice only: the masks of
+:class:`~fastokd.models.layers.Dropout` (``cohort/dropout.py``), and within a forward the casts of weights
+(``cohort/shadows.py``).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from fastokd.cohort import Choice
 from fastokd.errors import DeviceLostError, UserError
 from fastokd.learner import state as state_module
 from fastokd.learner import step
+from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
 from fastokd.run import trial, tuning
@@ -236,6 +237,22 @@ def test_a_lost_gpu_ends_the_process_and_its_candidate_is_left_out(
     assert "its last trial ended the process" in timings[1].note
     assert [timing.failed for timing in timings] == [False, True, False]
     assert calls == []
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_capture_without_memory_is_tried_again(
+    short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another run, when other programs may have left more."""
+    told = job(session_of(), Choice("loop", True))
+
+    def refuse(*_: object) -> None:
+        why = torch.OutOfMemoryError("full") if short else RuntimeError("it waits")
+        raise CaptureError("the step can't be captured") from why
+
+    monkeypatch.setattr(trial, "time_steps", refuse)
+    answer, _ = trial.trial_here(told)
+    assert (answer["failed"], answer["final"]) == (True, not short)
 
 
 @pytest.mark.parametrize(
