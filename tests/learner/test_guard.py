@@ -17,7 +17,9 @@ from fastokd.checkpoint import load_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.learner import build as parts
+from fastokd.learner.captured import CapturedStep
 from fastokd.learner.guard import Held
+from fastokd.learner.step import step
 from fastokd.methods import MethodLoss
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
@@ -26,7 +28,7 @@ from fastokd.run.build import build
 from fastokd.run.folder import Run
 from fastokd.run.hooks import Hooks
 from fastokd.run.interruption import Keeper, StopRequest
-from fastokd.run.nonfinite import settle
+from fastokd.run.nonfinite import find, settle
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.train import train, train_epoch
@@ -420,3 +422,11 @@ def test_what_is_held_comes_back_to_the_bit() -> None:
             assert x.contiguous().numpy().tobytes() == want.contiguous().numpy().tobytes()
     with pytest.raises(ValueError, match="gaps"):
         Held([torch.zeros(4, 4)[:, :2]])
+
+
+def test_the_search_for_a_fault_has_the_memory_of_the_graphs() -> None:
+    session = session_of()
+    captured = session.learner.captured = CapturedStep(step, session.learner.device)
+    captured.graphs["a shape"] = object()  # type: ignore[index, assignment]
+    find(session)
+    assert captured.graphs == {"a shape": None}

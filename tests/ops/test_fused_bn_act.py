@@ -417,3 +417,12 @@ def test_torch_impl_is_batchnorm_add_relu() -> None:
     )
     assert torch.equal(ours, y)
     assert torch.equal(state_mean, layer.running_mean)  # type: ignore[arg-type]
+
+
+def test_the_gradient_in_cpp_is_for_a_cpu_alone() -> None:
+    """It saves y, where the Triton form saves the mask's bits."""
+    unavailable = cpp.load()
+    assert unavailable is None, unavailable
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has("fastokd::fused_bn_act", "AutogradCPU")
+    assert not has("fastokd::fused_bn_act", "AutogradCUDA")
