@@ -29,17 +29,17 @@ SMALL = dataclasses.replace(recipe("okddip-branch@2/resnet8/digits"), batch_size
 
 
 def held() -> tuple[int, int, int]:
-    """Resident bytes, open files, threads of this process."""
+    """Bytes of memory, open files, threads of this process. Pages of files aren't counted: the kernel
+    drops and reads them as it likes."""
     status = Path("/proc/self/status").read_text()
-    resident = int(status.split("VmRSS:")[1].split()[0]) << 10
-    return resident, len(os.listdir("/proc/self/fd")), threading.active_count()
+    memory = int(status.split("RssAnon:")[1].split()[0]) << 10
+    return memory, len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def main() -> None:
     """Trains, and prints what was held after each epoch.
 
-    Two evaluations, at steps 250 and 500, come before step 550. Their batches are larger than a
-    step's, and the allocator keeps their memory: what it holds is flat from the second one on.
+    Two evaluations, at steps 250 and 500, come before step 550: what they import and cache is there.
     """
     recipe_ = dataclasses.replace(SMALL, epochs=STEPS // 50)
     record = RunFolder.record
@@ -58,20 +58,24 @@ def main() -> None:
 
 @pytest.mark.proof
 def test_two_thousand_steps_hold_nothing_more(tmp_path: Path) -> None:
-    """In a process of its own, whose memory nobody else has touched."""
+    """In a process of its own, whose memory nobody else has touched. It gives freed memory back: what
+    it would keep depends on the order in which two threads free their blocks."""
     command = [sys.executable, "-m", "tests.faults.test_long_run", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    giving = os.environ | {"FASTOKD_KEEP_MEMORY": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=giving
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert rows[-1][0] == STEPS
     settled = [row for row in rows if row[0] >= FIRST]
     _, memory, files, threads = zip(*settled, strict=True)
     print(
-        f"resident {memory[0] / 2**20:.1f} to {memory[-1] / 2**20:.1f} MiB over {STEPS - FIRST} steps"
+        f"memory {memory[0] / 2**20:.1f} to {memory[-1] / 2**20:.1f} MiB over {STEPS - FIRST} steps"
     )
     # The mean of the last ten epochs against that of the first: single readings jitter.
     first, last = sum(memory[:10]) / 10, sum(memory[-10:]) / 10
-    assert abs(last - first) < 0.02 * first, (first, last)
+    assert abs(last - first) < 2**21, (first, last)  # 1.5 KiB a step
     assert len({*files}) == 1
     assert len({*threads}) == 1
 
