@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastokd.benchmark.loops import PublishedLoop
-from fastokd.benchmark.peak import MatmulPeak
+from fastokd.benchmark.peak import InstructionPeak, MatmulPeak
 from fastokd.device import CASTS, PRECISIONS, staged, use_device
 from fastokd.evaluate import evaluate_published
+from fastokd.ops import cpp
 from fastokd.recipe.names import recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
@@ -68,3 +69,32 @@ def test_every_precision_has_a_peak(precision: str) -> None:
     peak.measure()
     assert peak.best > 0
     assert peak.a.dtype == CASTS.get(precision, torch.float32)
+
+
+@pytest.mark.parametrize("name", [*cpp.CAPABILITIES, "avx512bf16"])
+def test_multiply_adds_are_counted(name: str, cpp_ops: None) -> None:
+    """By lanes and sums; pairs of bfloat16 only where the CPU multiplies them."""
+    before = cpp.capability()
+    if not cpp.set_capability(name):
+        pytest.skip(f"this CPU has no {name}")
+    lanes, sums = {"default": (4, 12), "avx2": (8, 12)}.get(name, (16, 16))
+    pairs = 4 * lanes * sums if name == "avx512bf16" else 0
+    try:
+        assert cpp.multiply_adds(7, bf16=False) == 7 * 2 * lanes * sums
+        assert cpp.multiply_adds(7, bf16=True) == 7 * pairs
+    finally:
+        cpp.set_capability(before)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "bf16"), ("cpu", "fp16")])
+def test_the_peak_of_unknown_instructions_is_none(device: str, precision: str) -> None:
+    peak = InstructionPeak(torch.device(device), precision)
+    peak.measure()
+    assert peak.best is None
+
+
+def test_the_peak_of_the_instructions(cpp_ops: None) -> None:
+    peak = InstructionPeak(torch.device("cpu"), "fp32")
+    peak.measure()
+    assert peak.best is not None
+    assert peak.best > 1e8  # a core of any machine does more

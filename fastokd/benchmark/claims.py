@@ -24,7 +24,7 @@ STUDENT_COUNTS = (1, 2, 4, 8)
 class Claim:
     """One row of the table: ``recipe`` against the published loop in ``theirs`` precision.
 
-    ``at_least`` and ``share``: the promised ratio and share of the matrix product's peak, on a CPU
+    ``at_least`` and ``share``: the promised ratio and share of the matrix product's speed, on a CPU
     with bf16 instructions.
     """
 
@@ -146,7 +146,7 @@ def growth(timings: Sequence[StepTiming]) -> dict[str, Any]:
 
 HEADER = (
     f"{'measured against the published loop':52} {'ms':>7} {'ratio (quartiles)':>20} {'least':>6} "
-    f"{'images/s':>8} {'GFLOP/s':>8} {'share':>6} {'MB':>6} {'of theirs':>9}"
+    f"{'images/s':>8} {'GFLOP/s':>8} {'of product':>10} {'MB':>6} {'of theirs':>9}"
 )
 
 
@@ -162,7 +162,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         lines.append(
             f"{outcome.claim.title:52} {ours['step_ms']:7.1f} {spread:>20} {least:>6} "
             f"{ours['images_per_second']:8.1f} {ours['gflops']:8.1f} "
-            f"{ours['peak_fraction']:6.2f} {memory / 1e6:6.0f} "
+            f"{ours['peak_fraction']:10.2f} {memory / 1e6:6.0f} "
             f"{memory / outcome.theirs.peak_memory_bytes:9.2f}"
         )
     return "\n".join(lines)

@@ -1,15 +1,18 @@
-"""The fastest of several 2048^3 matrix products, and the peak of a step's memory."""
+"""What a step is measured against: the fastest of several 2048^3 matrix products, the peak of the CPU's
+instructions, and the peak of a step's memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from fastokd.device import CASTS
+from fastokd.ops import cpp
 from fastokd.run.trial import synchronize
 
 SIDE = 2048
@@ -40,6 +43,36 @@ class MatmulPeak:
     def measure(self) -> None:
         """Times one more product."""
         self.best = max(self.best, self.flops / self._once())
+
+
+class InstructionPeak:
+    """FLOP/s of the CPU's multiply-adds in the dtype of ``precision``, on registers, all threads at once:
+    what no product can exceed. None where that isn't known: on a GPU, without the C++ ops, and where
+    matrix products have an instruction that this doesn't run (AMX)."""
+
+    ROUNDS = 500_000
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self.bf16 = precision == "bf16"
+        amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        self.known = device.type == "cpu" and not (amx and self.bf16) and precision != "fp16"
+        self.best: float | None = None
+
+    def measure(self) -> None:
+        """Times the instructions once more."""
+        if not self.known:
+            return
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self._run, [1] * threads))  # the threads are started
+            start = time.perf_counter()
+            flops = sum(pool.map(self._run, [self.ROUNDS] * threads))
+            seconds = time.perf_counter() - start
+        if flops:
+            self.best = max(self.best or 0.0, flops / seconds)
+
+    def _run(self, rounds: int) -> int:
+        return cpp.multiply_adds(rounds, bf16=self.bf16)
 
 
 class PeakMemory:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.benchmark.peak import MatmulPeak
+from fastokd.benchmark.peak import InstructionPeak, MatmulPeak
 from fastokd.benchmark.synthetic import num_classes
 from fastokd.benchmark.worker import Spec, Timed
 from fastokd.device import pick_device
@@ -31,11 +31,16 @@ PEAKS = 5
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One loop's steps: seconds of each, in the order in which they were taken."""
+    """One loop's steps: seconds of each, in the order in which they were taken.
+
+    ``product_flops``: FLOP/s of the fastest matrix product; ``instruction_flops``: of the instructions,
+    where known.
+    """
 
     spec: Spec
     seconds: tuple[float, ...]
-    peak_flops: float
+    product_flops: float
+    instruction_flops: float | None
     peak_memory_bytes: int
     facts: dict[str, Any]
 
@@ -50,11 +55,15 @@ class StepTiming:
         flops = step_flops(self.spec.recipe) / self.median
         facts = self.facts
         kind = "measured-gpu" if facts["device"] == "cuda" else "measured-cpu"
+        of_instructions = self.instruction_flops
+        peak = f", the instructions' peak {of_instructions / 1e9:.4g}" if of_instructions else ""
         return {
             "step_ms": 1e3 * self.median,
             "images_per_second": self.spec.recipe.batch_size / self.median,
             "gflops": flops / 1e9,
-            "peak_fraction": flops / self.peak_flops,
+            "product_gflops": self.product_flops / 1e9,
+            "peak_fraction": flops / self.product_flops,
+            "instruction_gflops": of_instructions and of_instructions / 1e9,
             "peak_memory_bytes": self.peak_memory_bytes,
             "engine": facts["engine"],
             "impls": facts["impls"],
@@ -64,8 +73,9 @@ class StepTiming:
             "how": (
                 f"{kind}: median of {len(self.seconds)} steps, quartiles {low:.4g} to {high:.4g} "
                 f"ms, {facts['way']}, {facts['precision']}, batch {self.spec.recipe.batch_size}, optimizer "
-                f"included; peak {self.peak_flops / 1e9:.4g} GFLOP/s is the best of {PEAKS} "
-                f"products in between; torch {torch.__version__}"
+                f"included; {flops / self.product_flops:.2f} of the {facts['precision']} product's "
+                f"{self.product_flops / 1e9:.4g} GFLOP/s (the best of {PEAKS} in between{peak}); torch "
+                f"{torch.__version__}"
             ),
         }
 
@@ -139,7 +149,9 @@ class InTurn:
             raise
         device = pick_device(specs[0].device)
         self.precisions = [worker.first["precision"] for worker in self.workers]
-        self.peaks = {name: MatmulPeak(device, name) for name in {*self.precisions}}
+        names = {*self.precisions}
+        self.products = {name: MatmulPeak(device, name) for name in names}
+        self.instructions = {name: InstructionPeak(device, name) for name in names}
         self.peaks_taken = 0
 
     def first(self) -> None:
@@ -161,8 +173,9 @@ class InTurn:
 
     def _peak(self) -> None:
         self.peaks_taken += 1
-        for peak in self.peaks.values():
-            peak.measure()
+        for name, product in self.products.items():
+            product.measure()
+            self.instructions[name].measure()
 
     def timings(self) -> list[StepTiming]:
         """The timing of each loop."""
@@ -171,7 +184,12 @@ class InTurn:
         rows = zip(self.specs, self.seconds, self.precisions, self.workers, strict=True)
         return [
             StepTiming(
-                spec, tuple(taken), self.peaks[name].best, worker.peak_memory(), worker.first
+                spec,
+                tuple(taken),
+                self.products[name].best,
+                self.instructions[name].best,
+                worker.peak_memory(),
+                worker.first,
             )
             for spec, taken, name, worker in rows
         ]

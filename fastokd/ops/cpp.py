@@ -149,6 +149,15 @@ def set_capability(name: str) -> bool:
     return bool(_library.fastokd_set_capability(name.encode()))
 
 
+def multiply_adds(rounds: int, *, bf16: bool) -> int:
+    """Runs independent multiply-adds on registers, ``rounds`` times; returns their FLOPs, 0 without the
+    library or the instruction. Other threads run meanwhile."""
+    if load() is not None:
+        return 0
+    assert _library is not None
+    return rounds * int(_library.fastokd_multiply_adds(rounds, bf16))
+
+
 def extra_flags() -> list[str]:
     """``$FASTOKD_CXXFLAGS``, for every unit and the link (the proofs build with sanitizers)."""
     return os.environ.get("FASTOKD_CXXFLAGS", "").split()
@@ -208,6 +217,8 @@ def _open(path: Path) -> None:
     library = ctypes.CDLL(str(path))
     library.fastokd_capability.restype = ctypes.c_char_p
     library.fastokd_set_capability.argtypes = [ctypes.c_char_p]
+    library.fastokd_multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.fastokd_multiply_adds.restype = ctypes.c_int64
     wanted = os.environ.get("FASTOKD_CPU_CAPABILITY")
     if wanted and not library.fastokd_set_capability(wanted.encode()):
         raise BuildError(

@@ -31,7 +31,7 @@ def timing(
     *seconds: float, loop: str = "fastokd", students: int = 4, memory: int = 10
 ) -> StepTiming:
     of = recipe(f"okddip-branch@{students}/resnet8/digits", batch_size=4)
-    return StepTiming(Spec(of, loop), seconds, 1e12, memory, FACTS)
+    return StepTiming(Spec(of, loop), seconds, 1e12, 2e12, memory, FACTS)
 
 
 def outcome(ours: StepTiming, theirs: StepTiming) -> Outcome:

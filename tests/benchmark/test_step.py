@@ -22,7 +22,9 @@ KEYS = {
     "step_ms",
     "images_per_second",
     "gflops",
+    "product_gflops",
     "peak_fraction",
+    "instruction_gflops",
     "peak_memory_bytes",
     "engine",
     "impls",
@@ -72,7 +74,8 @@ def test_the_command_prints_the_facts_and_nothing_else(capfd: pytest.CaptureFixt
     assert found["images_per_second"] == pytest.approx(4e3 / found["step_ms"])
     gflops = step_flops(recipe(TINY, batch_size=4)) / found["step_ms"] / 1e6
     assert found["gflops"] == pytest.approx(gflops)
-    assert 0 < found["peak_fraction"] < 1
+    assert found["peak_fraction"] == pytest.approx(found["gflops"] / found["product_gflops"])
+    assert f"of the fp32 product's {found['product_gflops']:.4g} GFLOP/s" in found["how"]
     # At least four students and their gradients; less than a second import of torch.
     assert 1e6 < found["peak_memory_bytes"] < 1e9
     assert found["impls"] == {"mixture_distillation": "torch", "fused_bn_act": "torch"}
@@ -107,7 +110,7 @@ def test_images_that_a_run_streams_from_disk_are_drawn() -> None:
 
 
 def test_quartiles() -> None:
-    timing = StepTiming(Spec(recipe(TINY)), (5.0, 1.0, 2.0, 3.0, 4.0), 1.0, 0, {})
+    timing = StepTiming(Spec(recipe(TINY)), (5.0, 1.0, 2.0, 3.0, 4.0), 1.0, None, 0, {})
     assert timing.median == 3.0
     assert quartiles(timing.seconds) == (2.0, 3.0, 4.0)
     assert quartiles((5.0,)) == (5.0, 5.0, 5.0)
