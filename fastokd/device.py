@@ -62,6 +62,12 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast.get("avx512_bf16") or fast.get("amx_bf16") else "fp32"
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; a CPU needs no wait."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def set_matmul_precision(precision: str) -> None:
     """Allows TF32 only for ``"tf32"``; torch allows it in convolutions by default."""
     allowed = precision == "tf32"

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fastokd.device import CASTS
+from fastokd.device import CASTS, synchronize
 from fastokd.ops import cpp
-from fastokd.run.trial import synchronize
 
 SIDE = 2048
 STATUS = Path("/proc/self/status")

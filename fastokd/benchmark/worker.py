@@ -17,12 +17,11 @@ import torch
 from fastokd.benchmark.loops import Loop, OurLoop, PublishedLoop
 from fastokd.benchmark.peak import PeakMemory
 from fastokd.cohort import ENGINES
-from fastokd.device import pick_device, pick_precision
+from fastokd.device import pick_device, pick_precision, synchronize
 from fastokd.errors import UserError
 from fastokd.ops.dispatch import choose
 from fastokd.recipe.names import Recipe
 from fastokd.run.options import RunOptions
-from fastokd.run.trial import synchronize
 from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
 LOOPS: dict[str, Callable[[Recipe, RunOptions], Loop]] = {

@@ -94,6 +94,8 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, phase: str, layer: str
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     twice = [args[i] for i in READ_TWICE.get(name, ()) if not _evaluates(name, args)]
     read, written = _bytes(tensors) + _bytes(twice), _bytes(results)
+    if name == "fused_bn_act_backward" and args[2] is not None:  # a GPU reads the mask's bits
+        read -= args[2].nbytes - args[2].numel() // 8
     if name.endswith("_") and not name.endswith("__") and not results:
         written = read
     products = _products(func, args, out)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastokd.cohort.choice import Choice
 from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import Preprocessing
-from fastokd.device import is_lost
+from fastokd.device import is_lost, synchronize
 from fastokd.errors import DeviceLostError, UserError, forget, in_one_line
 from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.learner.step import training_step
@@ -152,12 +152,6 @@ def time_steps(
         synchronize(session.learner.device)
         times.append(1e3 * (clock() - started))
     return times
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; a CPU needs no wait."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def time_compiled(
