@@ -56,13 +56,15 @@ def test_channels_first_and_low_precision(op: str, poisoned_device: torch.device
     assert_within_budget(op, x, y, "triton", incoming=-1.7)
 
 
+@pytest.mark.parametrize("BP", [4, 16])
 @pytest.mark.parametrize("op", OPS)
 def test_many_tiles(
-    op: str, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
+    op: str, BP: int, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
 ) -> None:
-    """Channels in three tiles, the last one ragged, as if they were too many for the registers."""
-    monkeypatch.setattr(kernel, "_blocks", lambda x: (16, 8))
-    x, y = draw(2, 20, 3, 4, dtype=torch.float32, layout="last", device=poisoned_device)
+    """Channels in three tiles, the last one ragged, as if they were too many for the registers;
+    pixels in one block, and in three, the last one ragged, of four."""
+    monkeypatch.setattr(kernel, "_blocks", lambda *_: (BP, 16 // BP, 8))
+    x, y = draw(2, 20, 3, 3, dtype=torch.float32, layout="last", device=poisoned_device)
     assert_within_budget(op, x, y, "triton")
 
 
