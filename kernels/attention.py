@@ -1,7 +1,8 @@
 """FFSD's map losses on a GPU: each map read once forward and once backward, channels last or first.
 
-Forward, one program a sample: it reads the map in tiles ``[pixels, channels]`` and keeps only
-A_p = mean_c x_pc^2, in registers; norm, threshold, target and squared difference follow there, and
+Forward, one program a sample: it reads the map in tiles ``[BP pixels, BC channels]`` and keeps only
+A_p = mean_c x_pc^2, in registers, as ``[BP, NB]``: column j holds the j-th block of pixels. So a tile has
+whole rows of channels, and a map whose pixels are no power of two idles few lanes (``_blocks``). Norm, threshold, target and squared difference follow there, and
 the loss's gradient by A, so that one number a pixel is saved. With
 u = A / n, n = max(||A||, eps), and g the loss's gradient by u,
 
@@ -41,61 +42,78 @@ def _put(out_ptr, stride_p, stride_c, p, c, HW: tl.constexpr, C: tl.constexpr, v
 
 
 @triton.jit
-def _energy(
-    x_ptr, stride_p, stride_c,
-    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """A of one sample, ``[BP]``, 0 past its last pixel."""
-    p = tl.arange(0, BP)
-    a_P = tl.zeros([BP], tl.float32)
-    for start in range(0, C, BC):
-        x_PC = _tile(x_ptr, stride_p, stride_c, p, start + tl.arange(0, BC), HW, C)
-        a_P += tl.sum(x_PC * x_PC, axis=1)
-    return a_P / C
+def _pixels(BP: tl.constexpr, NB: tl.constexpr):
+    """The numbers of all pixels, ``[BP, NB]``."""
+    return tl.arange(0, NB)[None, :] * BP + tl.arange(0, BP)[:, None]
 
 
 @triton.jit
-def _norm(a_P):
+def _energy(
+    x_ptr, stride_p, stride_c,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A of one sample, ``[BP, NB]``, 0 past its last pixel."""
+    a_PN = tl.zeros([BP, NB], tl.float32)
+    # Two stages: a block is loaded while the one before it is summed.
+    for j in tl.range(0, tl.cdiv(HW, BP), num_stages=2 if NB > 1 else 1):
+        p = j * BP + tl.arange(0, BP)
+        a_P = tl.zeros([BP], tl.float32)
+        for start in range(0, C, BC):
+            x_PC = _tile(x_ptr, stride_p, stride_c, p, start + tl.arange(0, BC), HW, C)
+            a_P += tl.sum(x_PC * x_PC, axis=1)
+        a_PN = tl.where(tl.arange(0, NB)[None, :] == j, a_P[:, None], a_PN)
+    return a_PN / C
+
+
+@triton.jit
+def _block(s_PN, j, NB: tl.constexpr):
+    """Column ``j``, ``[BP]``."""
+    return tl.sum(tl.where(tl.arange(0, NB)[None, :] == j, s_PN, 0.0), axis=1)
+
+
+@triton.jit
+def _norm(a_PN):
     """||A|| and the divisor max(||A||, eps); a NaN goes through both."""
-    r = tl.sqrt_rn(tl.sum(a_P * a_P, axis=0))
+    r = tl.sqrt_rn(tl.sum(a_PN * a_PN))
     return r, tl.where(r < _EPS, _EPS, r)
 
 
 @triton.jit
-def _target(u_P, r, HW: tl.constexpr, BP: tl.constexpr):
+def _target(u_PN, r, HW: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr):
     """(r/2 - u) sign(u - threshold) + r/2, the threshold the (HW // 3)-th smallest of u."""
     # Past the last pixel: above every value. If one u is NaN, all are.
-    pattern_P = tl.where(tl.arange(0, BP) < HW, u_P.to(tl.int32, bitcast=True), 0x7FFFFFFF)
-    if BP <= 64:  # the largest of those that fewer than HW // 3 are below
+    pattern_PN = tl.where(_pixels(BP, NB) < HW, u_PN.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    if BP * NB <= 64:  # the largest of those that fewer than HW // 3 are below
+        pattern_P = tl.reshape(pattern_PN, [BP * NB])
         below_P = tl.sum((pattern_P[None, :] < pattern_P[:, None]).to(tl.int32), axis=1)
         found = tl.max(tl.where(below_P < HW // 3, pattern_P, 0), axis=0)
     else:
         found = 0
         for step in range(30):  # u is at most 1 and a rounding: bits 30 and 31 are never set
             candidate = found | (1 << (29 - step))
-            below = tl.sum((pattern_P < candidate).to(tl.int32), axis=0)
+            below = tl.sum((pattern_PN < candidate).to(tl.int32))
             found = tl.where(below < HW // 3, candidate, found)
-    sign_P = (pattern_P > found).to(tl.float32) - (pattern_P < found).to(tl.float32)
-    return (r / 2 - u_P) * sign_P + r / 2
+    sign_PN = (pattern_PN > found).to(tl.float32) - (pattern_PN < found).to(tl.float32)
+    return (r / 2 - u_PN) * sign_PN + r / 2
 
 
 @triton.jit
-def _gradient(u_P, g_P, r, n, C: tl.constexpr):
+def _gradient(u_PN, g_PN, r, n, C: tl.constexpr):
     """2 / C dL/dA from g, the gradient by u."""
-    along = tl.where(r < _EPS, 0.0, tl.sum(u_P * g_P, axis=0))
-    return tl.div_rn(g_P - u_P * along, n) * (2.0 / C)
+    along = tl.where(r < _EPS, 0.0, tl.sum(u_PN * g_PN))
+    return tl.div_rn(g_PN - u_PN * along, n) * (2.0 / C)
 
 
 @triton.jit
 def map_kernel(
     x_ptr, u_ptr, r_ptr, x_stride_b, x_stride_p, x_stride_c,
-    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    a_P = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, C, BP, BC)
-    r, n = _norm(a_P)
-    p = tl.arange(0, BP)
-    tl.store(u_ptr + b * HW + p, tl.div_rn(a_P, n), mask=p < HW)
+    a_PN = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, C, BP, NB, BC)
+    r, n = _norm(a_PN)
+    p = _pixels(BP, NB)
+    tl.store(u_ptr + b * HW + p, tl.div_rn(a_PN, n), mask=p < HW)
     tl.store(r_ptr + b, r)
 
 
@@ -103,27 +121,31 @@ def map_kernel(
 def map_backward_kernel(
     x_ptr, u_ptr, r_ptr, g_ptr, out_ptr, x_stride_b, x_stride_p, x_stride_c,
     out_stride_b, out_stride_p, out_stride_c,
-    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     x_ptr += b * x_stride_b
     out_ptr += b * out_stride_b
-    p = tl.arange(0, BP)
-    u_P = tl.load(u_ptr + b * HW + p, mask=p < HW, other=0.0)
-    g_P = tl.load(g_ptr + b * HW + p, mask=p < HW, other=0.0)
+    at = b * HW + _pixels(BP, NB)
+    listed = _pixels(BP, NB) < HW
+    u_PN = tl.load(u_ptr + at, mask=listed, other=0.0)
+    g_PN = tl.load(g_ptr + at, mask=listed, other=0.0)
     r = tl.load(r_ptr + b)
-    s_P = _gradient(u_P, g_P, r, tl.where(r < _EPS, _EPS, r), C)
-    for start in range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        x_PC = _tile(x_ptr, x_stride_p, x_stride_c, p, c, HW, C)
-        _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, x_PC * s_P[:, None])
+    s_PN = _gradient(u_PN, g_PN, r, tl.where(r < _EPS, _EPS, r), C)
+    for j in range(tl.cdiv(HW, BP)):
+        p = j * BP + tl.arange(0, BP)
+        s_P = _block(s_PN, j, NB)
+        for start in range(0, C, BC):
+            c = start + tl.arange(0, BC)
+            x_PC = _tile(x_ptr, x_stride_p, x_stride_c, p, c, HW, C)
+            _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, x_PC * s_P[:, None])
 
 
 @triton.jit
 def pair_kernel(
     x_ptr, y_ptr, loss_ptr, sx_ptr, sy_ptr, scale,
     x_stride_b, x_stride_p, x_stride_c, y_stride_b, y_stride_p, y_stride_c,
-    HW: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, BP: tl.constexpr,
+    HW: tl.constexpr, CX: tl.constexpr, CY: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr,
     BCX: tl.constexpr, BCY: tl.constexpr,
     SHIFT: tl.constexpr, NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
 ):  # fmt: skip
@@ -132,21 +154,21 @@ def pair_kernel(
     SHIFT compares with the other map's target instead of its attention, which has no gradient.
     """
     b = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, BP)
-    a_P = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, CX, BP, BCX)
-    rx, nx = _norm(a_P)
-    u_P = tl.div_rn(a_P, nx)
-    a_P = _energy(y_ptr + b * y_stride_b, y_stride_p, y_stride_c, HW, CY, BP, BCY)
-    ry, ny = _norm(a_P)
-    v_P = tl.div_rn(a_P, ny)
-    other_P = tl.where(p < HW, _target(v_P, ry, HW, BP), 0.0) if SHIFT else v_P
-    d_P = u_P - other_P
-    tl.store(loss_ptr + b, tl.sum(d_P * d_P, axis=0) * scale)
-    g_P = d_P * (2.0 * scale)
+    p = _pixels(BP, NB)
+    a_PN = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, CX, BP, NB, BCX)
+    rx, nx = _norm(a_PN)
+    u_PN = tl.div_rn(a_PN, nx)
+    a_PN = _energy(y_ptr + b * y_stride_b, y_stride_p, y_stride_c, HW, CY, BP, NB, BCY)
+    ry, ny = _norm(a_PN)
+    v_PN = tl.div_rn(a_PN, ny)
+    other_PN = tl.where(p < HW, _target(v_PN, ry, HW, BP, NB), 0.0) if SHIFT else v_PN
+    d_PN = u_PN - other_PN
+    tl.store(loss_ptr + b, tl.sum(d_PN * d_PN) * scale)
+    g_PN = d_PN * (2.0 * scale)
     if NEED_X:
-        tl.store(sx_ptr + b * HW + p, _gradient(u_P, g_P, rx, nx, CX), mask=p < HW)
+        tl.store(sx_ptr + b * HW + p, _gradient(u_PN, g_PN, rx, nx, CX), mask=p < HW)
     if NEED_Y:
-        tl.store(sy_ptr + b * HW + p, _gradient(v_P, -g_P, ry, ny, CY), mask=p < HW)
+        tl.store(sy_ptr + b * HW + p, _gradient(v_PN, -g_PN, ry, ny, CY), mask=p < HW)
 
 
 @triton.jit
@@ -169,33 +191,41 @@ def pair_backward_kernel(
 def shift_kernel(
     y_ptr, out_ptr, y_stride_b, y_stride_p, y_stride_c,
     out_stride_b, out_stride_p, out_stride_c,
-    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A map and its shift; a map that is more than one tile is read again, from the cache."""
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * y_stride_b
     out_ptr += b * out_stride_b
-    p = tl.arange(0, BP)
-    if BC >= C:
-        y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, tl.arange(0, BC), HW, C)
-        a_P = tl.sum(y_PC * y_PC, axis=1) / C
+    if NB == 1 and BC >= C:
+        y_PC = _tile(y_ptr, y_stride_p, y_stride_c, tl.arange(0, BP), tl.arange(0, BC), HW, C)
+        a_PN = tl.sum(y_PC * y_PC, axis=1)[:, None] / C
     else:
-        a_P = _energy(y_ptr, y_stride_p, y_stride_c, HW, C, BP, BC)
-    r, n = _norm(a_P)
-    u_P = tl.div_rn(a_P, n)
-    shift_P = (_target(u_P, r, HW, BP) - u_P) * r / C
-    for start in range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        if BC < C:
-            y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, c, HW, C)
-        _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, y_PC + shift_P[:, None])
+        a_PN = _energy(y_ptr, y_stride_p, y_stride_c, HW, C, BP, NB, BC)
+    r, n = _norm(a_PN)
+    u_PN = tl.div_rn(a_PN, n)
+    shift_PN = (_target(u_PN, r, HW, BP, NB) - u_PN) * r / C
+    for j in range(tl.cdiv(HW, BP)):
+        p = j * BP + tl.arange(0, BP)
+        shift_P = _block(shift_PN, j, NB)
+        for start in range(0, C, BC):
+            c = start + tl.arange(0, BC)
+            if NB > 1 or BC < C:
+                y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, c, HW, C)
+            _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, y_PC + shift_P[:, None])
 
 
-def _blocks(x_BCHW: Tensor) -> tuple[int, int]:
-    """Pixels (all of them) and channels of a tile: at least a 32-byte sector of a pixel's row."""
-    pixels = triton.next_power_of_2(x_BCHW.shape[2] * x_BCHW.shape[3])
-    channels = max(_TILE // pixels, 32 // x_BCHW.element_size())
-    return pixels, min(triton.next_power_of_2(x_BCHW.shape[1]), channels)
+def _blocks(pixels: int, channels: int, tile: int = _TILE) -> tuple[int, int, int]:
+    """BP, NB and BC of a tile of ``tile`` elements: all channels, unless they leave fewer than 16
+    pixels. Where that idles more than a sixteenth of the lanes, half a tile may idle fewer; a
+    smaller one would have too few bytes in flight."""
+    BC = min(triton.next_power_of_2(channels), tile // 16)
+    BP = min(triton.next_power_of_2(pixels), tile // BC)
+    lanes = -(-pixels // BP) * BP
+    half = BP // 2
+    if tile == BP * BC and 16 * (lanes - pixels) > lanes and -(-pixels // half) * half < lanes:
+        BP = half
+    return BP, triton.next_power_of_2(-(-pixels // BP)), BC
 
 
 def _warps(elements: int) -> int:
@@ -209,10 +239,10 @@ def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     B, C, H, W = x_BCHW.shape
     u_BP = x_BCHW.new_empty((B, H * W), dtype=torch.float32)
     r_B = x_BCHW.new_empty(B, dtype=torch.float32)
-    BP, BC = _blocks(x_BCHW)
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         map_kernel[(B,)](
-            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, BC, num_warps=_warps(BP * BC)
+            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC)
         )  # fmt: skip
     return u_BP, r_B
 
@@ -222,11 +252,11 @@ def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: T
     """The gradient by x of :func:`attention_map`'s first result: one launch."""
     B, C, H, W = x_BCHW.shape
     out_BCHW = torch.empty_like(x_BCHW)
-    BP, BC = _blocks(x_BCHW)
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         map_backward_kernel[(B,)](
             x_BCHW, u_BP, r_B, grad_BP.contiguous(), out_BCHW,
-            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, BC, num_warps=_warps(BP * BC),
+            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC),
         )  # fmt: skip
     return out_BCHW
 
@@ -243,13 +273,13 @@ def attention_pair(
     loss_B = new(B, dtype=torch.float32)
     sx = new((B, H * W) if need_x else 0, dtype=torch.float32)
     sy = new((B, H * W) if need_y else 0, dtype=torch.float32)
-    BP, BCX = _blocks(x_BCHW)
-    _, BCY = _blocks(y_BCHW)
+    BP, NB, BC = _blocks(H * W, max(CX, CY))
+    BCX, BCY = (min(triton.next_power_of_2(C), BC) for C in (CX, CY))
     if B:
         pair_kernel[(B,)](
             x_BCHW, y_BCHW, loss_B, sx, sy, 1.0 / (B * H * W), *strides(x_BCHW), *strides(y_BCHW),
-            H * W, CX, CY, BP, BCX, BCY, shift, need_x, need_y,
-            num_warps=_warps(BP * max(BCX, BCY)),
+            H * W, CX, CY, BP, NB, BCX, BCY, shift, need_x, need_y,
+            num_warps=_warps(BP * BC),
         )  # fmt: skip
     return loss_B.sum(), sx, sy
 
@@ -259,8 +289,7 @@ def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> T
     """x * s * incoming, in x's layout and dtype: one launch."""
     B, C, H, W = x_BCHW.shape
     out_BCHW = torch.empty_like(x_BCHW)
-    pixels, BC = _blocks(x_BCHW)
-    BP = min(pixels, max(4096 // BC, 16))
+    BP, _, BC = _blocks(H * W, C, 4096)
     if B:
         grid = (B, triton.cdiv(H * W, BP), triton.cdiv(C, BC))
         pair_backward_kernel[grid](
@@ -275,10 +304,10 @@ def shifted_map(y_BCHW: Tensor) -> Tensor:
     """y + (target(y) - u) ||A|| / C, in y's layout and dtype: one launch."""
     B, C, H, W = y_BCHW.shape
     out_BCHW = torch.empty_like(y_BCHW)
-    BP, BC = _blocks(y_BCHW)
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         shift_kernel[(B,)](
-            y_BCHW, out_BCHW, *strides(y_BCHW), *strides(out_BCHW), H * W, C, BP, BC,
+            y_BCHW, out_BCHW, *strides(y_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC,
             num_warps=_warps(BP * BC),
         )  # fmt: skip
     return out_BCHW

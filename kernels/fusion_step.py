@@ -5,8 +5,8 @@
 
 Forward, two launches: ``conv_kernel`` writes z and, for its own stretch of pixels, each channel's
 mean and squared deviations; ``normalise_kernel`` merges those (Chan's formula: as exact where the
-mean is a thousand deviations from zero) and writes y. Its first programs also update the
-running statistics.
+mean is a thousand deviations from zero) and writes y of the same stretch. Its first programs also
+update the running statistics.
 
 Backward, with g = dy where y > 0 and xhat = (z - mean) rstd, two launches, the sum of the weight's
 partial gradients, and ``conv_kernel`` once more where a map asks:
@@ -17,11 +17,16 @@ partial gradients, and ``conv_kernel`` once more where a map asks:
     dx_p = sum_o weight_o dz_(p - o)                                 conv_kernel, flipped
 
 Every program writes its own partial sums and every reader adds them in the same order, so that
-results are reproducible bit by bit; there are no atomics. A stretch is a run of tiles [pixels of the whole batch, channels].
+results are reproducible bit by bit; there are no atomics.
+
+The grid is (stretches of the batch's pixels, blocks of 32 channels): about 256 programs, two on each of
+an H100's 132 SMs, so the wider the maps, the fewer stretches. At most sqrt(N) stretches keep the parts
+that a program reads at most twice the bytes of its own stretch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +36,11 @@ from fastokd.kernels._launch import compiler_options, on_device, warp_size
 from fastokd.kernels.layout import strides
 from torch import Tensor
 
-STRETCHES = 128  # at most, a power of two: they are merged as one tile
-_BN = 32
-_BC = 64
+PROGRAMS = 256
+_BN = 32  # pixels of a tile; stretches are whole tiles
+_ROWS = 128  # pixels of a tile where nothing but its channels' sums is kept
+_BC = 32
+_THREADS = 128
 
 
 @triton.jit
@@ -51,6 +58,14 @@ def _map_tile(x_ptr, stride_b, stride_p, n, inside, c, HW: tl.constexpr, C: tl.c
     return tl.load(
         x_ptr + row[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
     ).to(tl.float32)
+
+
+@triton.jit
+def _rows(start, N, LENGTH, BN: tl.constexpr):
+    """Pixels from ``start`` on of this program's stretch, and which of them are in it."""
+    first = tl.program_id(0) * LENGTH
+    n = first + start + tl.arange(0, BN)
+    return n, n < tl.minimum(first + LENGTH, N)
 
 
 @triton.jit(do_not_specialize=["N", "TILES"])
@@ -97,7 +112,7 @@ def conv_kernel(
         tl.store(m2_ptr + stretch * (C * M) + k, m2_C, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["N", "S", "LENGTH"])
+@triton.jit(do_not_specialize=["momentum", "eps", "N", "S", "LENGTH"])
 def normalise_kernel(
     z_ptr, mean_ptr, m2_ptr, gamma_ptr, beta_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
     y_ptr, saved_ptr, momentum, eps, N, S, LENGTH,
@@ -126,23 +141,26 @@ def normalise_kernel(
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     gamma_K = tl.load(gamma_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     beta_K = tl.load(beta_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = n.to(tl.int64)[:, None] * K + k[None, :]
-    valid = (n < N)[:, None] & (k < K)[None, :]
-    z_NK = tl.load(z_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    y_NK = (z_NK - mean_K[None, :]) * rstd_K[None, :] * gamma_K[None, :] + beta_K[None, :]
-    tl.store(y_ptr + at, tl.where(y_NK < 0.0, 0.0, y_NK), mask=valid)  # a NaN goes through
+    for start in range(0, LENGTH, BN):
+        n, inside = _rows(start, N, LENGTH, BN)
+        at = n.to(tl.int64)[:, None] * K + k[None, :]
+        valid = inside[:, None] & (k < K)[None, :]
+        z_NK = tl.load(z_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        y_NK = (z_NK - mean_K[None, :]) * rstd_K[None, :] * gamma_K[None, :] + beta_K[None, :]
+        tl.store(y_ptr + at, tl.where(y_NK < 0.0, 0.0, y_NK), mask=valid)  # a NaN goes through
 
 
 @triton.jit
-def _hidden(z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, N, k, listed_K, K: tl.constexpr):
+def _hidden(
+    z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, inside, k, listed_K, K: tl.constexpr
+):  # fmt: skip
     """g and xhat of pixels ``n`` by channels ``k``, and gamma rstd."""
     mean_K = tl.load(saved_ptr + k, mask=listed_K, other=0.0)
     rstd_K = tl.load(saved_ptr + K + k, mask=listed_K, other=0.0)
     gamma_K = tl.load(gamma_ptr + k, mask=listed_K, other=0.0).to(tl.float32)
     beta_K = tl.load(beta_ptr + k, mask=listed_K, other=0.0).to(tl.float32)
     at = n.to(tl.int64)[:, None] * K + k[None, :]
-    valid = (n < N)[:, None] & listed_K[None, :]
+    valid = inside[:, None] & listed_K[None, :]
     z_NK = tl.load(z_ptr + at, mask=valid, other=0.0).to(tl.float32)
     dy_NK = tl.load(dy_ptr + at, mask=valid, other=0.0).to(tl.float32)
     xhat_NK = (z_NK - mean_K[None, :]) * rstd_K[None, :]
@@ -150,18 +168,20 @@ def _hidden(z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, N, k, listed_K, K:
     return tl.where(y_NK <= 0.0, 0.0, dy_NK), xhat_NK, gamma_K * rstd_K
 
 
-@triton.jit(do_not_specialize=["N", "S", "TILES"])
+@triton.jit(do_not_specialize=["N", "S", "LENGTH"])
 def reduce_kernel(
-    z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, part_ptr, N, S, TILES,
+    z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, part_ptr, N, S, LENGTH,
     K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     stretch = tl.program_id(0)
     k = tl.program_id(1) * BC + tl.arange(0, BC)
     g_K = tl.zeros([BC], tl.float32)
     gx_K = tl.zeros([BC], tl.float32)
-    for tile in range(TILES):
-        n = (stretch * TILES + tile) * BN + tl.arange(0, BN)
-        g_NK, xhat_NK, _ = _hidden(z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, N, k, k < K, K)
+    for start in range(0, LENGTH, BN):
+        n, inside = _rows(start, N, LENGTH, BN)
+        g_NK, xhat_NK, _ = _hidden(
+            z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, inside, k, k < K, K
+        )
         g_K += tl.sum(g_NK, axis=0)
         gx_K += tl.sum(g_NK * xhat_NK, axis=0)
     tl.store(part_ptr + stretch * K + k, g_K, mask=k < K)
@@ -191,40 +211,41 @@ def gradient_kernel(
     if stretch == 0:
         tl.store(affine_ptr + k, gx_K, mask=c < C)
         tl.store(affine_ptr + K + k, g_K, mask=c < C)
-    # A row of the 3x3 at a time, to save registers; after the first, z and dy are in the cache.
-    for row in tl.static_range(0, 9, 3):
-        left_NK = tl.zeros([BN, BC], tl.float32)
-        middle_NK = tl.zeros([BN, BC], tl.float32)
-        right_NK = tl.zeros([BN, BC], tl.float32)
-        for tile in range(TILES):
-            n = (stretch * TILES + tile) * BN + tl.arange(0, BN)
-            g_NK, xhat_NK, scale_K = _hidden(
-                z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, N, k, c < C, K
-            )
-            dz_NK = (g_NK - (g_K / N)[None, :] - xhat_NK * (gx_K / N)[None, :]) * scale_K[None, :]
-            if NEED_DZ and row == 0:
-                valid = (n < N)[:, None] & (c < C)[None, :]
-                tl.store(dz_ptr + n.to(tl.int64)[:, None] * K + k[None, :], dz_NK, mask=valid)
-            at, inside = _at(n, row, H, W)
+    dw = ()
+    for _ in tl.static_range(9):
+        dw += (tl.zeros([BN, BC], tl.float32),)
+    for tile in range(TILES):
+        n = (stretch * TILES + tile) * BN + tl.arange(0, BN)
+        g_NK, xhat_NK, scale_K = _hidden(
+            z_ptr, dy_ptr, saved_ptr, gamma_ptr, beta_ptr, n, n < N, k, c < C, K
+        )
+        dz_NK = (g_NK - (g_K / N)[None, :] - xhat_NK * (gx_K / N)[None, :]) * scale_K[None, :]
+        if NEED_DZ:
+            valid = (n < N)[:, None] & (c < C)[None, :]
+            tl.store(dz_ptr + n.to(tl.int64)[:, None] * K + k[None, :], dz_NK, mask=valid)
+        next_dw = ()
+        for o in tl.static_range(9):
+            at, inside = _at(n, o, H, W)
             x_NK = _map_tile(x_ptr, stride_b, stride_p, at, inside & (n < N), c, H * W, C)
-            left_NK += dz_NK * x_NK
-            at, inside = _at(n, row + 1, H, W)
-            x_NK = _map_tile(x_ptr, stride_b, stride_p, at, inside & (n < N), c, H * W, C)
-            middle_NK += dz_NK * x_NK
-            at, inside = _at(n, row + 2, H, W)
-            x_NK = _map_tile(x_ptr, stride_b, stride_p, at, inside & (n < N), c, H * W, C)
-            right_NK += dz_NK * x_NK
-        to = dw_ptr + (stretch * K + k) * 9 + row
-        tl.store(to, tl.sum(left_NK, axis=0), mask=c < C)
-        tl.store(to + 1, tl.sum(middle_NK, axis=0), mask=c < C)
-        tl.store(to + 2, tl.sum(right_NK, axis=0), mask=c < C)
+            next_dw += (dw[o] + dz_NK * x_NK,)
+        dw = next_dw
+    for o in tl.static_range(9):
+        tl.store(dw_ptr + (stretch * K + k) * 9 + o, tl.sum(dw[o], axis=0), mask=c < C)
 
 
-def _splits(N: int) -> tuple[int, int]:
-    """Stretches of the batch's N pixels, and tiles of each."""
-    tiles = triton.cdiv(N, _BN)
-    length = triton.cdiv(tiles, STRETCHES)
-    return triton.cdiv(tiles, length), length
+def _splits(N: int, C: int, K: int) -> tuple[int, int, int, int]:
+    """Stretches of the batch's N pixels, tiles of each, channels of a tile of maps C channels wide, and
+    a power of two that no batch's number of stretches exceeds."""
+    BC = min(triton.next_power_of_2(C), _BC)
+    most = max(PROGRAMS // (K // C * -(-C // BC)), 1)
+    tiles = -(-N // _BN)
+    length = -(-tiles // min(most, math.isqrt(N)))
+    return -(-tiles // length), length, BC, triton.next_power_of_2(most)
+
+
+def _options() -> dict[str, int]:
+    warp = warp_size()
+    return compiler_options(_THREADS // warp, warp)
 
 
 def _conv(
@@ -232,12 +253,11 @@ def _conv(
 ) -> None:
     """Writes the depthwise 3x3 and, with room for them, its partial statistics."""
     B, C, H, W = maps[0].shape
-    S, TILES = _splits(B * H * W)
-    BC = min(triton.next_power_of_2(C), _BC)
+    S, TILES, BC, _ = _splits(B * H * W, C, len(maps) * C)
     mean_SK, m2_SK = (out_BKHW, out_BKHW) if parts_2SK is None else parts_2SK
     conv_kernel[(S, len(maps) * triton.cdiv(C, BC))](
         tuple(maps), weight_K133, out_BKHW, mean_SK, m2_SK, *strides(maps[0])[:2], B * H * W,
-        TILES, H, W, C, len(maps), _BN, BC, parts_2SK is not None, parts_2SK is None, num_warps=4,
+        TILES, H, W, C, len(maps), _BN, BC, parts_2SK is not None, parts_2SK is None, **_options(),
     )  # fmt: skip
 
 
@@ -254,17 +274,17 @@ def fusion_step(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and z ``[B, K, H, W]``, mean and 1 / deviation ``[2, K]``: two launches."""
-    B, _, H, W = maps[0].shape
+    B, C, H, W = maps[0].shape
     K, N = weight_K133.shape[0], B * H * W
     z_BKHW, y_BKHW = (_channels_last(maps[0], K) for _ in range(2))
     saved_2K = z_BKHW.new_empty((2, K), dtype=torch.float32)
-    S, TILES = _splits(N)
+    S, TILES, _, BS = _splits(N, C, K)
     parts_2SK = z_BKHW.new_empty((2, S, K), dtype=torch.float32)
     _conv(maps, weight_K133, z_BKHW, parts_2SK)
-    BC = min(triton.next_power_of_2(K), 32)
-    normalise_kernel[(triton.cdiv(N, 128), triton.cdiv(K, BC))](
+    BC = min(triton.next_power_of_2(K), _BC)
+    normalise_kernel[(S, triton.cdiv(K, BC))](
         z_BKHW, *parts_2SK, gamma_K, beta_K, running_mean_K, running_var_K, num_batches_tracked,
-        y_BKHW, saved_2K, momentum, eps, N, S, TILES * _BN, K, STRETCHES, 128, BC, num_warps=4,
+        y_BKHW, saved_2K, momentum, eps, N, S, TILES * _BN, K, BS, _ROWS, BC, **_options(),
     )  # fmt: skip
     return y_BKHW, z_BKHW, saved_2K
 
@@ -284,19 +304,19 @@ def fusion_step_backward(
     after another ``[B, K, H, W]`` (else ``[0]``): two launches and a sum, one more for the maps."""
     B, C, H, W = maps[0].shape
     K, N = weight_K133.shape[0], B * H * W
-    S, TILES = _splits(N)
+    S, TILES, BC, BS = _splits(N, C, K)
     new = z_BKHW.new_empty
     parts_2SK = new((2, S, K), dtype=torch.float32)
     affine_2K = new((2, K), dtype=torch.float32)
     dw_SK9 = new((S, K, 9), dtype=torch.float32)
     dz_BKHW = torch.empty_like(z_BKHW) if need_maps else new(0)
     dy_BKHW = dy_BKHW.contiguous(memory_format=torch.channels_last)
-    BC = min(triton.next_power_of_2(C), _BC)
     affine = (z_BKHW, dy_BKHW, saved_2K, gamma_K, beta_K, parts_2SK)
-    reduce_kernel[(S, triton.cdiv(K, BC))](*affine, N, S, TILES, K, _BN, BC, num_warps=4)
+    BK = min(triton.next_power_of_2(K), _BC)
+    reduce_kernel[(S, triton.cdiv(K, BK))](*affine, N, S, TILES * _BN, K, _ROWS, BK, **_options())
     gradient_kernel[(S, len(maps) * triton.cdiv(C, BC))](
         tuple(maps), *affine, affine_2K, dw_SK9, dz_BKHW, *strides(maps[0])[:2], N, S, TILES,
-        H, W, C, len(maps), STRETCHES, _BN, BC, need_maps, **compiler_options(4, warp_size()),
+        H, W, C, len(maps), BS, _BN, BC, need_maps, **_options(),
     )  # fmt: skip
     dmaps_BKHW = torch.empty_like(z_BKHW) if need_maps else new(0)
     if need_maps:

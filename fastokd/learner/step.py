@@ -131,7 +131,7 @@ def _part(
     with learner.sending(last):
         logits_SBC, extra_EBC, loss = learner.forward(images_BHWC, labels_B, progress)
         total = loss.total if share == 1 else loss.total * share
-        learner.scaler.scale(total).backward()
+        learner.scaler.scale(total).backward(learner.unit.to(total.dtype))
     learner.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
     return logits_SBC, loss
 

@@ -1,7 +1,7 @@
 """The operator under the two fused losses: its arguments, checks, schema and autograd formula.
 
 It returns the loss and the gradients that were asked for, for an incoming gradient of 1; the
-backward multiplies them. Every implementation keeps these conventions:
+backward multiplies them, except where it receives :func:`unit_gradient`. Every implementation keeps these conventions:
 
 - ``total`` is 0-d, ``ce_S`` and ``kd_S`` are batch means; all fp32. Sums over the batch are taken in
   an order that doesn't depend on the number of threads.
@@ -49,8 +49,6 @@ class Route(NamedTuple):
     leaves: tuple[int, ...] = ()
     """The places in ``Loss`` of those that ask."""
     dtypes: tuple[torch.dtype, ...] = ()
-    casts: bool = False
-    """Whether a gradient has another dtype than its leaf."""
 
 
 _routes: dict[tuple[Any, ...], Route] = {}
@@ -103,12 +101,12 @@ def fused_loss(
                 if len(_routes) >= 64:
                     _routes.clear()
                 _routes[signature] = route
-    function, asks, leaves, dtypes, casts = route
+    function, asks, leaves, dtypes = route
     if function is None:
         return reference(loss)
     total, ce_S, kd_S, gradients = function(*loss[:16], *asks)
     if leaves:
-        total = FusedLoss.apply((total, gradients, dtypes, casts), *[loss[i] for i in leaves])
+        total = FusedLoss.apply((total, gradients, dtypes), *[loss[i] for i in leaves])
     return MixtureLoss(total, ce_S, kd_S)
 
 
@@ -127,15 +125,14 @@ def _route(op: str, impl: str, loss: Loss) -> Route:
     if not torch.is_grad_enabled():
         return Route(function)
     to_targets = not loss.detach_targets or loss.has_mixture_ce
-    asks, leaves, dtypes, made = [], [], [], []
+    asks, leaves, dtypes = [], [], []
     for place, reached in ((0, True), (1, to_targets), (3, to_targets), (4, to_targets)):
         x = loss[place]
         asks.append(reached and x is not None and x.requires_grad)
         if asks[-1]:
             leaves.append(place)
             dtypes.append(x.dtype)
-            made.append(gradient_dtype(x) if place < 2 else torch.float32)
-    return Route(function, tuple(asks), tuple(leaves), tuple(dtypes), made != dtypes)
+    return Route(function, tuple(asks), tuple(leaves), tuple(dtypes))
 
 
 def _check(loss: Loss) -> None:
@@ -266,21 +263,32 @@ for _op in ("mixture_distillation", "peer_attention_distillation"):
     LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
 
 
+def unit_gradient(device: torch.device) -> Tensor:
+    """A gradient of 1 for ``total.backward``. Don't write to it.
+
+    A fused loss knows this tensor itself, so it needs neither a product nor a look at the value. Where
+    the total is scaled first, autograd makes another tensor, which is multiplied by.
+    """
+    unit = torch.ones((), device=device)
+    unit.is_unit_gradient = True  # type: ignore[attr-defined]
+    return unit
+
+
 class FusedLoss(torch.autograd.Function):
-    """``((total, gradients, dtypes of leaves, whether they differ), *leaves) -> total``."""
+    """``((total, gradients, dtypes of leaves), *leaves) -> total``."""
 
     @staticmethod
     def forward(ctx: Any, results: tuple[Any, ...], *leaves: Tensor) -> Tensor:
         total: Tensor
-        total, gradients, ctx.dtypes, ctx.casts = results
+        total, gradients, ctx.dtypes = results
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        """The saved gradients times the incoming one, each in one pass over it.
+        """The saved gradients times the incoming one, each in one pass over it, or in none.
 
-        They are overwritten, unless the graph is retained.
+        They are overwritten or given away, unless the graph is retained.
         """
         gradients = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
@@ -288,13 +296,16 @@ class FusedLoss(torch.autograd.Function):
         fake = compiling or type(grad_total) is not Tensor
         counted = fake or torch._C._len_torch_dispatch_stack()
         keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
+        unit = getattr(grad_total, "is_unit_gradient", False)
         # On the CPU reading the number is no synchronisation, and most often it is 1.
-        if keep or ctx.casts or counted or not grad_total.is_cpu or grad_total.item() != 1.0:
-            pairs = zip(gradients, ctx.dtypes, strict=True)
-            if compiling:
-                gradients = [(x.float() * grad_total).to(dtype) for x, dtype in pairs]
-            else:
-                gradients = [_scaled(x, grad_total, dtype, keep) for x, dtype in pairs]
+        unit = unit or (not counted and grad_total.is_cpu and grad_total.item() == 1.0)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        if compiling:
+            gradients = [(x.float() * grad_total).to(dtype) for x, dtype in pairs]
+        elif unit and not keep:
+            gradients = _cast(gradients, ctx.dtypes)
+        else:
+            gradients = [_scaled(x, grad_total, dtype, keep) for x, dtype in pairs]
         if torch.is_grad_enabled():  # create_graph=True
             gradients = [_differentiable_once(x) for x in gradients]
         return None, *gradients
@@ -304,6 +315,16 @@ def _scaled(x: Tensor, grad_total: Tensor, dtype: torch.dtype, keep: bool) -> Te
     out = torch.empty_like(x, dtype=dtype) if keep or dtype != x.dtype else x
     # One-dimensional, so that it takes part in type promotion: the product is rounded once.
     return torch.mul(x, grad_total.reshape(1), out=out)
+
+
+def _cast(gradients: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """The gradients in their leaves' dtypes: at most one launch."""
+    pairs = list(zip(gradients, dtypes, strict=True))
+    outs = [x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in pairs]
+    changed = [(out, x) for out, x in zip(outs, gradients, strict=True) if out is not x]
+    if changed:
+        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
+    return outs
 
 
 def _differentiable_once(gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 from fastokd.kernels import attention as kernel
+from fastokd.kernels import feature_transfer as transfer
 from torch import Tensor
 
 from fastokd.errors import UserError
@@ -55,14 +56,31 @@ def test_channels_first_and_low_precision(op: str, poisoned_device: torch.device
     assert_within_budget(op, x, y, "triton", incoming=-1.7)
 
 
+@pytest.mark.parametrize("BP", [4, 16])
 @pytest.mark.parametrize("op", OPS)
 def test_many_tiles(
-    op: str, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
+    op: str, BP: int, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
 ) -> None:
-    """Channels in three tiles, the last one ragged, as if they were too many for the registers."""
-    monkeypatch.setattr(kernel, "_blocks", lambda x: (16, 8))
-    x, y = draw(2, 20, 3, 4, dtype=torch.float32, layout="last", device=poisoned_device)
+    """Channels in three tiles, the last one ragged, as if they were too many for the registers;
+    pixels in one block, and in three, the last one ragged, of four."""
+    monkeypatch.setattr(kernel, "_blocks", lambda *_: (BP, 16 // BP, 8))
+    x, y = draw(2, 20, 3, 3, dtype=torch.float32, layout="last", device=poisoned_device)
     assert_within_budget(op, x, y, "triton")
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_samples_over_several_programs(
+    layout: str, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
+) -> None:
+    """50 tiles in 10 stretches, 5 samples in tiles of 2: nothing of it is even, and nothing is atomic."""
+    for name, value in (("_BLOCK", 16), ("_TERMS", 5), ("_SAMPLES", 2), ("_STRETCHES", 4)):
+        monkeypatch.setattr(transfer, name, value)
+    x, y = draw(5, 17, 7, 7, dtype=torch.float32, layout=layout, device=poisoned_device)
+    with monkeypatch.context() as few:
+        few.setattr(transfer, "PROGRAMS", 7)
+        assert_within_budget("feature", x, y, "triton", incoming=-1.7)
+    found, again = (run("feature", x, y, "triton") for _ in range(2))
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -46,12 +46,16 @@ def test_low_precision(dtype: torch.dtype, poisoned_device: torch.device) -> Non
     assert_within_budget(draw(2, 2, 8, 4, 4, dtype=dtype, device=poisoned_device), "triton")
 
 
+@pytest.mark.parametrize("rows", [8, 64])
 def test_stretches_of_several_tiles(
-    monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
+    rows: int, monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device
 ) -> None:
-    """75 pixels are 5 tiles of 16: 3 stretches of 2, the last one of them past the end."""
-    monkeypatch.setattr(kernel, "STRETCHES", 4)
+    """75 pixels are 5 tiles of 16: 3 stretches of 2, the last one of them past the end; where a tile
+    has 8 or 64 pixels, it ends with the stretch or goes beyond it."""
+    monkeypatch.setattr(kernel, "PROGRAMS", 8)
     monkeypatch.setattr(kernel, "_BN", 16)
+    monkeypatch.setattr(kernel, "_ROWS", rows)
+    assert kernel._splits(75, 8, 16)[:2] == (3, 2)
     assert_within_budget(draw(2, 3, 8, 5, 5, device=poisoned_device), "triton")
 
 

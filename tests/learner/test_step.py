@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.profiler import profile
 
 import fastokd
 from fastokd.cohort import Choice
@@ -115,6 +116,19 @@ def test_parts_are_what_the_norms_see_and_memory_holds() -> None:
     assert session.learner.parts_of(3) == 3
     gate = session_of(small("one/resnet8/digits"), accumulate=4)
     assert [gate.learner.parts_of(b) for b in (8, 5, 2)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["okddip-branch", "okddip-network"])
+def test_the_losss_gradients_are_not_multiplied_by_one(name: str, cpp_ops: None) -> None:
+    """Nor read, where the total is the loss itself."""
+    session = session_of(small(f"{name}/resnet8/digits", students=3), impl="cpp")
+    images, labels = session.stream.batch(0, 0)
+    session.begin_step(len(labels))
+    with profile() as seen:
+        step(session.learner, images, labels)
+    events = sorted(seen.events() or [], key=lambda event: event.time_range.start)
+    (node,) = (e for e in events if e.name == "FusedLossBackward")
+    assert not {"aten::mul", "aten::item"} & {event.name for event in node.cpu_children}
 
 
 def test_a_clipped_gradient_has_the_norm() -> None:

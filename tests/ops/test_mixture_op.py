@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd.errors import UserError
 from fastokd.ops import _library, cpp, fused_loss, mixture_distillation
@@ -198,6 +199,55 @@ def test_a_retained_graph_gives_the_same_gradient_again(impl: str) -> None:
         torch.testing.assert_close(2 * once, twice)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_steps_own_unit_gradient_is_not_multiplied_by(impl: str, dtype: torch.dtype) -> None:
+    """With the bits of the product; casts are one operator. The number itself isn't looked at."""
+    unit = fused_loss.unit_gradient(torch.device("cpu"))
+
+    def gradients(incoming: Tensor, weight: float = 1.0) -> tuple[list[Tensor], list[str]]:
+        z, extra, scores, labels_B = leaves(dtype)
+        loss = total(z, extra, scores, labels_B, impl=impl)
+        loss = loss if weight == 1.0 else loss * weight
+        with Names() as names:
+            found = torch.autograd.grad(loss, [z, extra, scores], incoming)
+        return [x.clone() for x in found], names.seen
+
+    (one, seen), (product, _) = gradients(unit), gradients(torch.ones(()))
+    for x, y in zip(one, product, strict=True):
+        assert torch.equal(x, y)
+    if impl != "torch":
+        assert set(seen) <= {"empty_like", "_foreach_copy_"}
+        assert seen.count("_foreach_copy_") == (dtype == torch.float16)  # two float32 gradients
+    for other in (gradients(unit, 3.0)[0], gradients(torch.tensor(3.0))[0]):
+        for x, y in zip(other, one, strict=True):
+            torch.testing.assert_close(x, 3 * y)
+    assert unit == 1.0
+
+
+class Names(TorchDispatchMode):
+    """Which operators run, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [] if func.is_view else [func._schema.name.split("::")[1]]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_unit_gradient_of_a_retained_graph_leaves_its_gradients_alone(impl: str) -> None:
+    z, extra, scores, labels_B = leaves()
+    unit = fused_loss.unit_gradient(torch.device("cpu"))
+    loss = total(z, extra, scores, labels_B, impl=impl)
+    first = torch.autograd.grad(loss, [z, scores], unit, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.mul_(7)
+    for once, again in zip(kept, torch.autograd.grad(loss, [z, scores], unit), strict=True):
+        assert torch.equal(once, again)
 
 
 def test_gradients_accumulate(impl: str) -> None:

@@ -67,7 +67,7 @@ CASES: dict[str, Callable[[], None]] = {
     "transfusion 512x7x7 bf16": lambda: fusion(1, 512, 7, BF16),
 }
 # What these store is a number a pixel, a sample or a channel.
-NO_MAP_STORED = ("map_kernel", "pair_kernel", "forward_kernel", "reduce_kernel", "gradient_kernel")
+NO_MAP_STORED = ("map_kernel", "pair_kernel", "sums_kernel", "reduce_kernel", "gradient_kernel")
 
 
 @pytest.mark.proof
@@ -82,6 +82,8 @@ def test_machine_code(name: str, target: str) -> None:
         assert kernel.atomics == 0, kernel
         assert kernel.products == 0, kernel
         assert kernel.registers <= 255, kernel
+        if kernel.kernel == "finish_kernel":  # it reads float64 sums of a map's stretches
+            continue
         # Nine weights a channel lie together: they are gathered, a channel's map is not.
         weights = kernel.kernel == "conv_kernel"
         assert (kernel.loads[0][0] if weights else kernel.width("loads")) == 16, kernel

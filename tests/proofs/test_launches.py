@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastokd.ops.fused_loss import FusedLoss
+from fastokd.ops.fused_loss import FusedLoss, unit_gradient
 from fastokd.reference.common import ReferenceOutputs
 from fastokd.reference.okddip import ReferenceTwoLevel
 from tests.proofs.offline import compiling_for
@@ -45,7 +46,8 @@ class Count(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func._schema.name.split("::")[1] not in FREE:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            given = {name: x for name, x in (kwargs or {}).items() if name != "out"}  # the result
+            tensors = [x for x in tree_leaves((args, given, result)) if isinstance(x, Tensor)]
             self.launches += 1
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return result
@@ -82,42 +84,55 @@ def eager() -> Head:
     return Head(count.launches, count.bytes)
 
 
-def fused() -> Head:
-    """The two kernels of the forward, their bytes by design, and what the backward dispatches."""
+def fused(unit: bool, dtype: torch.dtype = torch.float32) -> Head:
+    """The two kernels of the forward, their bytes by design, and what the backward dispatches.
+
+    ``unit``: the incoming gradient is a step's own, else any other.
+    """
     from fastokd.kernels.mixture_distillation import mixture_distillation
 
     logits, labels_B, query_BPd, key_BPd = inputs()
-    logits_SBC = torch.stack(logits).detach().requires_grad_()
-    leaves = (logits_SBC, query_BPd, key_BPd)
+    logits_SBC = torch.stack(logits)
+    leaves = tuple(x.detach().to(dtype).requires_grad_() for x in (logits_SBC, query_BPd, key_BPd))
     with compiling_for("sm_90") as kernels:
         z, query, key = (x.detach() for x in leaves)
         total, _, _, gradients = mixture_distillation(
             z, None, labels_B, query, key, None, None, None, None,
             1.0, 0.5, 0.0, 3.0, "logits", False, 0.0, True, False, True, True,
         )  # fmt: skip
-    rows = 2 * logits_SBC.numel() * 4  # logits in, gradients out
-    scores = 2 * 2 * query_BPd.numel() * 4 * 2  # queries and keys in (twice) and out
+    rows = 2 * leaves[0].nbytes  # logits in, gradients out
+    # Queries and keys in, twice; their gradients out, in float32.
+    scores = 2 * (2 * leaves[1].nbytes + 2 * query_BPd.nbytes)
     losses = 2 * 3 * S * B * 4  # out, and in again
+    one = unit_gradient(torch.device("cpu"))
     with Count() as count:
-        # An incoming gradient that isn't 1: on a GPU it is never looked at.
+        # Counted as on a GPU: a gradient that isn't the step's own is never looked at.
         dtypes = [x.dtype for x in leaves]
-        doubled = 2.0 * FusedLoss.apply((total, gradients, dtypes, False), *leaves)
-        torch.autograd.grad(doubled, leaves)
-    # Less the 2.0 and its backward.
-    backward, there = count.launches - 2, count.bytes - 6 * 4
-    return Head(len(kernels) + backward, rows + scores + losses + labels_B.numel() * 8 + there)
+        found = FusedLoss.apply((total, gradients, dtypes), *leaves)
+        torch.autograd.grad(found, leaves, one if unit else None)
+    there = labels_B.nbytes + count.bytes
+    return Head(len(kernels) + count.launches, rows + scores + losses + there)
+
+
+ROWS = {
+    "eager": eager,
+    "fused": partial(fused, True),
+    "fused, bf16": partial(fused, True, torch.bfloat16),
+    "fused, the total multiplied by a weight": partial(fused, False),
+}
 
 
 @pytest.mark.proof
 def test_launches() -> None:
-    before, after = eager(), fused()
-    # Loss and reduction; a multiply each for logits, queries and keys; the incoming gradient of 1.
-    assert after.launches == 6
-    assert before.launches > 25 * after.launches
-    assert before.bytes > 12 * after.bytes
+    before, *after = (head() for head in ROWS.values())
+    # Loss and reduction; in bf16 a cast of the gradients of queries and keys; else a multiply each for
+    # logits, queries and keys, and the incoming gradient of 1.
+    assert [head.launches for head in after] == [2, 3, 6]
+    assert all(before.launches > 25 * head.launches for head in after)
+    assert all(before.bytes > 12 * head.bytes for head in after)
 
 
 if __name__ == "__main__":
-    for name, head in (("eager", eager()), ("fused", fused())):
-        print(f"{name}: {head.launches} launches, {head.bytes / 1e6:.1f} MB")
+    for name, head in ROWS.items():
+        print(f"{name}: {head().launches} launches, {head().bytes / 1e6:.1f} MB")
     print(f"logits in, gradients out: {2 * S * B * C * 4 / 1e6:.1f} MB")

@@ -55,7 +55,8 @@ def loss_fused(name: str, stage: int) -> Head:
         if name == "feature_transfer":
             loss, saved = feature_transfer.feature_pair(x, y)
             feature_transfer.feature_pair_backward(x, y, saved, loss, True, False)
-            designed = 5 * x.nbytes + 2 * saved.nbytes
+            sums = 2 * 8 * saved.numel() * stretches(x)  # float64, out and in again
+            designed = 5 * x.nbytes + 2 * saved.nbytes + sums
         elif name == "shifted_map":
             attention.shifted_map(x)
             designed = 2 * x.nbytes
@@ -64,6 +65,12 @@ def loss_fused(name: str, stage: int) -> Head:
             attention.attention_pair_backward(x, s, loss)
             designed = 4 * x.nbytes + 2 * pixels
     return Head(len(kernels) + count.launches, designed + count.bytes)
+
+
+def stretches(x_BCHW: Tensor) -> int:
+    """Programs of a sample in ``feature_transfer``'s first launch."""
+    tiles = x_BCHW[0].numel() // 1024
+    return min(tiles, feature_transfer.PROGRAMS // B)
 
 
 def fusion_fused(m: int) -> Head:
