@@ -31,8 +31,8 @@ from fastokd.errors import in_one_line, warn
 
 # Batches that are decoded ahead.
 AHEAD = 2
-# Pixels that are decoded in one call, 200 MB in RGB. A larger image is decoded alone.
-PIXELS = 1 << 26
+# The most pixels that are decoded in one call, 100 MB in RGB. Pillow decodes larger images.
+PIXELS = 1 << 25
 # Pillow decodes images with sides of a larger ratio, since the device resizes a whole image for its
 # centre; and those that shrink more, since the filter must fit a GPU's shared memory.
 RATIO, SHRINKAGE = 4, 64
@@ -122,9 +122,11 @@ def _read(split: DiskSplit, image: _Drawn) -> Tensor:
 
 
 def _is_for_device(split: DiskSplit, image: _Drawn) -> bool:
-    height, width = image.box[2:] if image.box else split.sizes_N2[image.sample].tolist()
+    file_height, file_width = split.sizes_N2[image.sample].tolist()
+    height, width = image.box[2:] if image.box else (file_height, file_width)
     most = min(RATIO * min(height, width), SHRINKAGE * split.view.image_size)
-    return bool(split.plain_N[image.sample]) and max(height, width) <= most
+    plain = bool(split.plain_N[image.sample])
+    return plain and file_height * file_width <= PIXELS and max(height, width) <= most
 
 
 def _seen(split: DiskSplit, image: _Drawn) -> Tensor:
@@ -183,7 +185,7 @@ def _taken(split: DiskSplit, image: _Drawn, file: Future[Tensor]) -> Tensor:
 
 
 def _parts(split: DiskSplit, images: list[_Drawn], rows: list[int]) -> Iterator[list[int]]:
-    """``rows`` in parts of at most ``PIXELS`` pixels, or of one image."""
+    """``rows`` in parts of at most ``PIXELS`` pixels."""
     part: list[int] = []
     total = 0
     for row in rows:
