@@ -8,6 +8,7 @@ with libjpeg, which the tests use.
 from __future__ import annotations
 
 import io
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -41,11 +42,14 @@ START = (0xFF, 0xD8)
 
 
 class _Drawn(NamedTuple):
-    """One image of a batch: its index in the split, its crop (None for the centre), and whether it is mirrored."""
+    """One image of a batch: its index in the split, the file's height and width, its crop (None for the
+    centre), whether it is mirrored, and whether the device takes it if it is a JPEG."""
 
     sample: int
+    size: list[int]
     box: list[int] | None
     flip: bool
+    on_device: bool
 
 
 def why_not(device: torch.device) -> str | None:
@@ -75,7 +79,7 @@ def decode(
 
     def begin() -> None:
         while len(begun) <= AHEAD and (draws := next(drawn, None)) is not None:
-            images = _images(draws)
+            images = _images(split, draws)
             files = [readers.submit(_read, split, image) for image in images]
             begun.append((draws, maker.submit(_made, split, images, files, readers)))
 
@@ -98,10 +102,16 @@ def decode(
         maker.shutdown(cancel_futures=True)
 
 
-def _images(draws: DiskDraws) -> list[_Drawn]:
-    index, flips = draws.index_B.tolist(), draws.flip_B.tolist()
+def _images(split: DiskSplit, draws: DiskDraws) -> list[_Drawn]:
+    sizes_B2, plain_B = split.sizes_N2[draws.index_B], split.plain_N[draws.index_B]
+    shown_B2 = sizes_B2 if draws.box_B4 is None else draws.box_B4[:, 2:]
+    longest_B, shortest_B = shown_B2.amax(1), shown_B2.amin(1)
+    on_device_B = (longest_B <= RATIO * shortest_B) & (sizes_B2.prod(1) <= PIXELS)
+    on_device_B &= plain_B & (longest_B <= SHRINKAGE * split.view.image_size)
+    index, flips = draws.index_B.tolist(), draws.flip_B.bool().tolist()
     boxes = [None] * len(index) if draws.box_B4 is None else draws.box_B4.tolist()
-    return [_Drawn(i, box, bool(flip)) for i, box, flip in zip(index, boxes, flips, strict=True)]
+    rows = zip(index, sizes_B2.tolist(), boxes, flips, on_device_B.tolist(), strict=True)
+    return [_Drawn(*row) for row in rows]
 
 
 def _read(split: DiskSplit, image: _Drawn) -> Tensor:
@@ -111,7 +121,7 @@ def _read(split: DiskSplit, image: _Drawn) -> Tensor:
         OSError: the file has changed since it was prepared.
         UserError: it can't be read.
     """
-    if _is_for_device(split, image):
+    if image.on_device:
         path = split.path(image.sample)
         content = np.fromfile(path, np.uint8)
         if len(content) != int(split.bytes_N[image.sample]):
@@ -119,14 +129,6 @@ def _read(split: DiskSplit, image: _Drawn) -> Tensor:
         if tuple(content[:2]) == START:
             return torch.from_numpy(content)
     return _seen(split, image)
-
-
-def _is_for_device(split: DiskSplit, image: _Drawn) -> bool:
-    file_height, file_width = split.sizes_N2[image.sample].tolist()
-    height, width = image.box[2:] if image.box else (file_height, file_width)
-    most = min(RATIO * min(height, width), SHRINKAGE * split.view.image_size)
-    plain = bool(split.plain_N[image.sample])
-    return plain and file_height * file_width <= PIXELS and max(height, width) <= most
 
 
 def _seen(split: DiskSplit, image: _Drawn) -> Tensor:
@@ -144,12 +146,11 @@ def _made(
         read = [_taken(split, *one) for one in zip(images, files, strict=True)]
         by_device = [row for row, one in enumerate(read) if one.dim() == 1]
         refused: dict[int, Future[Tensor]] = {}
-        for rows in _parts(split, images, by_device):
+        for rows in _parts(images, by_device):
             kept, resized = [], []
             decoded = _tried([read[row] for row in rows], device)
             for row, one in zip(rows, decoded, strict=True):
-                size_of_file = split.sizes_N2[images[row].sample].tolist()
-                if isinstance(one, Tensor) and list(one.shape[1:]) == size_of_file:
+                if isinstance(one, Tensor) and list(one.shape[1:]) == images[row].size:
                     kept.append(row)
                     resized.append(_resized(split, one, images[row]))
                 else:
@@ -184,12 +185,12 @@ def _taken(split: DiskSplit, image: _Drawn, file: Future[Tensor]) -> Tensor:
         raise no_more or first_broken(split, [image.sample], error) from None
 
 
-def _parts(split: DiskSplit, images: list[_Drawn], rows: list[int]) -> Iterator[list[int]]:
+def _parts(images: list[_Drawn], rows: list[int]) -> Iterator[list[int]]:
     """``rows`` in parts of at most ``PIXELS`` pixels."""
     part: list[int] = []
     total = 0
     for row in rows:
-        pixels = int(split.sizes_N2[images[row].sample].prod())
+        pixels = math.prod(images[row].size)
         if part and total + pixels > PIXELS:
             yield part
             part, total = [], 0
