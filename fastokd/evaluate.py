@@ -162,6 +162,7 @@ def evaluate_published(
         download=options.download,
         loader=options.loader,
         workers=options.workers,
+        device=device,
     ).to(device)
     if len(data.class_names) != published.num_classes:
         raise UserError(

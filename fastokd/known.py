@@ -42,7 +42,7 @@ METHODS = {
 # fastokd.data.registry loads them.
 DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet")
 # Which library decodes images on disk.
-LOADERS = ("auto", "dali", "torchvision")
+LOADERS = ("auto", "dali", "nvjpeg", "torchvision")
 # Height and width of the largest image of a recipe, and of a student's file.
 MOST_PIXELS = 4096
 

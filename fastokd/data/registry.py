@@ -31,6 +31,7 @@ class _Request(NamedTuple):
     loader: str
     workers: int
     begun: bool
+    device: torch.device
 
 
 _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
@@ -53,7 +54,13 @@ _MEASURED = ("imagefolder",)
 
 def _prepared(name: str, ask: _Request) -> DatasetSplits:
     return load_prepared(
-        name, ask.root, ask.shown, loader=ask.loader, workers=ask.workers, begun=ask.begun
+        name,
+        ask.root,
+        ask.shown,
+        loader=ask.loader,
+        workers=ask.workers,
+        begun=ask.begun,
+        device=ask.device,
     )
 
 
@@ -69,6 +76,7 @@ def load_dataset(
     loader: str = "auto",
     workers: int = 0,
     begun: bool = False,
+    device: torch.device | str = "cpu",
 ) -> DatasetSplits:
     """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as files on disk.
 
@@ -86,10 +94,13 @@ def load_dataset(
         eval_resize: the shorter side before the centre crop of a held-out image; 0 for
             ``image_size``. In memory, the images to train on are the same crops.
         streamed: read an ``imagefolder`` from disk during training, as ``imagenet``.
-        loader: the decoder of images on disk: ``"auto"``, ``"dali"`` or ``"torchvision"``.
-        workers: threads of DALI or processes of torchvision; 0 for this process's cores.
+        loader: the decoder of images on disk: ``"auto"``, ``"dali"``, ``"nvjpeg"`` or
+            ``"torchvision"``.
+        workers: threads of DALI or nvJPEG, or processes of torchvision; 0 for this process's cores.
         begun: the run has begun already: a warning, not an error, if a prepared folder has changed
             since.
+        device: where the batches will be used, on which the loader ``"auto"`` depends. The data set
+            is on the CPU until :meth:`DatasetSplits.to`.
 
     Raises:
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
@@ -102,7 +113,9 @@ def load_dataset(
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     shown = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize)
-    splits = _LOADERS[name](_Request(root, download, shown, streamed, loader, workers, begun))
+    splits = _LOADERS[name](
+        _Request(root, download, shown, streamed, loader, workers, begun, torch.device(device))
+    )
     if val == 0:
         return splits
     if splits.val is not None:

@@ -59,7 +59,7 @@ class DatasetSplits:
         preprocessing: how its pictures are preprocessed.
         train, val, test: ``val`` is None if nothing is held out.
         note: a remark on the splits for readers of the results, or "".
-        loader: ``"memory"``, ``"dali"`` or ``"torchvision"``.
+        loader: ``"memory"``, ``"dali"``, ``"nvjpeg"`` or ``"torchvision"``.
         held_out: number of train's images held out for ``val``; 0 if ``val`` is the set's own.
         with_held_out: mean and deviation with the held-out images, if measured without them; earlier
             versions trained with these.

@@ -110,15 +110,21 @@ def mirrored(windows: Windows, flip_B: Tensor) -> Windows:
     )
 
 
+def resized_sizes(sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """The images' sizes after a resize of the shorter side to ``view.resize``, and the corners of the
+    centre crops within, int64 ``[B, 2]``; rounded as torchvision's ``Resize`` and ``CenterCrop``."""
+    short_B1 = sizes_B2.min(1, keepdims=True)
+    resized_B2 = np.where(sizes_B2 == short_B1, view.resize, view.resize * sizes_B2 // short_B1)
+    return resized_B2, np.round((resized_B2 - view.image_size) / 2).astype(np.int64)
+
+
 def centre_boxes(sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
     """The part of each image that becomes the output, as two corners ``[B, 2]`` (row, column).
 
-    This is the centre of ``image_size`` after a resize of the shorter side to ``view.resize``, rounded
-    as torchvision's ``Resize`` and ``CenterCrop``.
+    This is the centre of ``image_size`` after a resize of the shorter side
+    (:func:`resized_sizes`).
     """
-    short_B1 = sizes_B2.min(1, keepdims=True)
-    resized_B2 = np.where(sizes_B2 == short_B1, view.resize, view.resize * sizes_B2 // short_B1)
-    corner_B2 = np.round((resized_B2 - view.image_size) / 2)
+    resized_B2, corner_B2 = resized_sizes(sizes_B2, view)
     scale_B2 = sizes_B2 / resized_B2
     from_B2 = corner_B2 * scale_B2
     return from_B2, from_B2 + view.image_size * scale_B2

@@ -12,6 +12,7 @@ from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
 from fastokd.device import (
+    pick_device,
     pick_precision,
     set_kernel_selection,
     set_matmul_precision,
@@ -163,6 +164,7 @@ def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> 
         loader=options.loader,
         workers=options.workers,
         begun=begun,
+        device=pick_device(device_here(options.device)),
     )
 
 

@@ -97,7 +97,9 @@ class RunOptions:
         float | None, "Decay of a running average of the kept student, which is then kept."
     ] = None
     loader: Annotated[
-        str, "Images on disk: dali, torchvision, or auto (dali where it is installed)."
+        str,
+        "Images on disk: dali, nvjpeg, torchvision, or auto (dali where it is installed, else nvjpeg "
+        "on a GPU, else torchvision).",
     ] = "auto"
     workers: Annotated[int, "Threads or processes of the loader; 0: one a core."] = 0
     eval_every: Annotated[int, "Epochs between evaluations; the last epoch is always one."] = 1

@@ -97,7 +97,7 @@ def decode_all(split: DiskSplit) -> dict[str, int]:
     for index in range(len(split)):
         found["pillow"] += by_pillow(split, index)
         found["torchvision"] += by_torchvision(split, index)
-    if pick_loader("auto") == "dali":
+    if pick_loader("auto")[0] == "dali":
         for first in range(0, len(split), BATCH):
             found["dali"] += by_dali(split, first, min(BATCH, len(split) - first))
     return found
@@ -118,7 +118,7 @@ def main() -> None:
     assert read_manifest(root) == manifest
 
     def of(name: str) -> DiskSplit:
-        return DiskSplit.of(manifest.usable(name), root, View(16), pick_loader("auto"), 1)
+        return DiskSplit.of(manifest.usable(name), root, View(16), pick_loader("auto")[0], 1)
 
     found = {
         "quarantined": len(manifest.quarantined("train")),

@@ -1,4 +1,4 @@
-"""Sets on disk: both loaders give the same batches, in the same order, from any batch on."""
+"""Sets on disk: all loaders give the same batches, in the same order, from any batch on."""
 
 from __future__ import annotations
 

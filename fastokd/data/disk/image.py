@@ -1,4 +1,4 @@
-"""Decodes one image of a split on disk with Pillow, and finds the fault of a file, for both loaders."""
+"""Decodes one image of a split on disk with Pillow, and finds the fault of a file, for all loaders."""
 
 from __future__ import annotations
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fastokd.data.disk import dali
+import torch
+
+from fastokd.data.disk import dali, nvjpeg
 from fastokd.data.disk.layout import held_out_folders, shortened, what_is_left_out
 from fastokd.data.disk.manifest import Manifest, read_manifest
 from fastokd.data.disk.outgrown import refuse_outgrown
@@ -20,22 +22,33 @@ from fastokd.known import LOADERS
 OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
 
 
-def pick_loader(name: str) -> str:
-    """``"auto"`` is DALI where it is installed, else torchvision.
+CPU = torch.device("cpu")
+
+
+def pick_loader(name: str, device: torch.device = CPU) -> tuple[str, str]:
+    """The loader, and why it isn't a faster one ("" if nothing needs to be said).
+
+    ``"auto"`` is DALI where it is installed, else nvJPEG where ``device`` is a GPU on which it decodes
+    an image, else torchvision.
 
     Raises:
-        UserError: an unknown loader; DALI, if it isn't available (the message says why).
+        UserError: an unknown loader, or one that isn't available (the message says why).
     """
     if name not in LOADERS:
         raise UserError(f"loader is {name!r}: choose {', '.join(LOADERS)}")
     if name == "torchvision":
-        return name
-    reason = dali.why_not()
-    if reason is None:
-        return "dali"
-    if name == "dali":
-        raise UserError(f"loader is 'dali', which isn't available: {reason}")
-    return "torchvision"
+        return name, ""
+    why = nvjpeg.why_not(device) if name == "nvjpeg" else dali.why_not()
+    if why is None:
+        return "nvjpeg" if name == "nvjpeg" else "dali", ""
+    if name != "auto":
+        raise UserError(f"loader is {name!r}, which isn't available: {why}")
+    if device.type != "cuda":
+        return "torchvision", ""
+    why_not_either = nvjpeg.why_not(device)
+    if why_not_either is None:
+        return "nvjpeg", f"DALI isn't available ({why})"
+    return "torchvision", f"neither DALI ({why}) nor nvJPEG ({why_not_either}) is available"
 
 
 def load_prepared(
@@ -46,12 +59,14 @@ def load_prepared(
     loader: str = "auto",
     workers: int = 0,
     begun: bool = False,
+    device: torch.device = CPU,
 ) -> DatasetSplits:
     """A folder prepared by ``fastokd prepare``, streamed from disk.
 
     Args:
         shown: the preprocessing. Mean and deviation are replaced by measured ones, but for ImageNet.
         begun: for a resumed run: changes in the folder give a warning, not an error.
+        device: where the batches will be used; ``"auto"`` depends on it.
 
     Raises:
         UserError: the folder isn't prepared or has changed since; there are no images to train or
@@ -66,7 +81,7 @@ def load_prepared(
             raise
         warn(f"{error}; the run continues with the images that it began with")
     manifest = _with_headers(manifest)
-    picked = pick_loader(loader)
+    picked, why = pick_loader(loader, device)
     published = name == "imagenet"  # mean and deviation
     held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
@@ -88,7 +103,7 @@ def load_prepared(
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
-        note=_note(manifest, picked, ("train", *held_out.values())),
+        note=_note(manifest, picked, why, ("train", *held_out.values())),
         loader=picked,
     )
 
@@ -108,10 +123,11 @@ def _with_headers(manifest: Manifest) -> Manifest:
     return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))
 
 
-def _note(manifest: Manifest, loader: str, folders: tuple[str, ...]) -> str:
+def _note(manifest: Manifest, loader: str, why: str, folders: tuple[str, ...]) -> str:
     parts = [f"images are decoded by {loader}{f' {dali.version()}' if loader == 'dali' else ''}"]
+    parts[0] += f", as {why}" if why else ""
     odd = sum(e.split in folders and not e.fault and not e.plain for e in manifest.entries)
-    if odd and loader == "dali":
+    if odd and loader != "torchvision":
         parts.append(f"{odd:,} files that are turned, transparent or rare are decoded by Pillow")
     parts += [OLD] if OLD in manifest.notes else []
     if "test" not in folders:

@@ -39,8 +39,9 @@ class DiskSplit:
         bytes_N: file sizes, int64.
         plain_N: bool, whether all decoders agree on the file; others are decoded by Pillow.
         view: the size of the decoded images.
-        loader: ``"dali"`` or ``"torchvision"``.
-        workers: threads of DALI, processes of torchvision; 0 for this process's share of the CPUs.
+        loader: ``"dali"``, ``"nvjpeg"`` or ``"torchvision"``.
+        workers: threads of DALI or nvJPEG, processes of torchvision; 0 for this process's share of
+            the CPUs.
         device: the device of the batches.
         sums_N7: the sums of :class:`fastokd.data.disk.manifest.Entry`, int64; 0 where not sampled.
     """

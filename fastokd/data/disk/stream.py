@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data.augment import Augment
-from fastokd.data.disk import dali, workers
+from fastokd.data.disk import dali, nvjpeg, workers
 from fastokd.data.disk.split import DiskDraws, DiskSplit
 from fastokd.data.order import BatchOrder
 from fastokd.data.views import random_boxes
@@ -17,7 +17,7 @@ from fastokd.host.cpus import share_of_cpus
 
 # A GPU's decoder needs few threads; more only contend.
 MOST_WORKERS = 16
-DECODERS = {"dali": dali.decode, "torchvision": workers.decode}
+DECODERS = {"dali": dali.decode, "nvjpeg": nvjpeg.decode, "torchvision": workers.decode}
 
 
 class DiskStream:
