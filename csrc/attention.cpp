@@ -1,5 +1,5 @@
-// The dispatcher's side of FFSD's attention: one sample after another, shared among threads by
-// whole samples, so that no result depends on their number.
+// The dispatcher's side of FFSD's attention: threads take samples, of a small batch also bands of a sample's
+// pixels. Pixels are summed over channels alone, so no result depends on the number of threads.
 #include "attention_kernel.h"
 
 #include <ATen/ops/empty_like.h>
@@ -37,6 +37,13 @@ class Map {
     sample.data = static_cast<char*>(first_.data) + b * stride_b_ * element_;
     return sample;
   }
+  // Pixels [begin, end) of sample b.
+  MapSample band(int64_t b, int64_t begin, int64_t end) const {
+    MapSample part = (*this)[b];
+    part.data = static_cast<char*>(part.data) + begin * part.stride_p * element_;
+    part.pixels = end - begin;
+    return part;
+  }
   int64_t pixels() const { return first_.pixels; }
   int64_t channels() const { return first_.channels; }
   // Floats of a padded row of pixels.
@@ -50,10 +57,32 @@ class Map {
 // Calls body(b, scratch) for every sample; scratch: `rows` rows of pixels of the thread's own.
 template <class Body>
 void each_sample(int64_t batch, int64_t rows, int64_t row, Body body) {
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  parallel(batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(rows * row);
     for (int64_t b = begin; b < end; ++b) body(b, scratch.data());
   });
+}
+
+// Calls body(b, first pixel, last + 1) for bands of whole groups of kRowPad pixels of every sample.
+template <class Body>
+void each_band(int64_t batch, int64_t pixels, Body body) {
+  const int64_t groups = (pixels + kRowPad - 1) / kRowPad, bands = pieces(batch, groups);
+  parallel(batch * bands, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t band = n % bands;
+      body(n / bands, groups * band / bands * kRowPad,
+           std::min(pixels, groups * (band + 1) / bands * kRowPad));
+    }
+  });
+}
+
+// The energies of every sample's pixels, in padded rows.
+std::vector<float> energies(const Map& x, int64_t batch) {
+  std::vector<float> rows(batch * x.row());
+  each_band(batch, x.pixels(), [&](int64_t b, int64_t begin, int64_t end) {
+    FASTOKD_DISPATCH(attention_energy)(x.band(b, begin, end), rows.data() + b * x.row() + begin);
+  });
+  return rows;
 }
 
 Tensor rows_of(const Tensor& x, bool asked) {
@@ -71,8 +100,9 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x_BCHW) {
   Tensor r_B = new_float({B});
   float* const u = u_BP.mutable_data_ptr<float>();
   float* const r = r_B.mutable_data_ptr<float>();
-  each_sample(B, 1, x.row(), [&](int64_t b, float* a) {
-    FASTOKD_DISPATCH(attention_energy)(x[b], a);
+  std::vector<float> energy = energies(x, B);
+  each_sample(B, 0, x.row(), [&](int64_t b, float*) {
+    float* const a = energy.data() + b * x.row();
     r[b] = FASTOKD_DISPATCH(attention_normalise)(a, P);
     std::copy(a, a + P, u + b * P);
   });
@@ -89,12 +119,16 @@ Tensor attention_map_backward(const Tensor& x_BCHW, const Tensor& u_BP, const Te
   const float* const u = kept(u_BP, {B, P}, "u_BP");
   const float* const r = kept(r_B, {B}, "r_B");
   const float* const g = kept(grad, {B, P}, "grad_BP");
-  each_sample(B, 2, x.row(), [&](int64_t b, float* scratch) {
-    float *const row_u = scratch, *const row_g = scratch + x.row();
+  std::vector<float> scales(B * x.row());
+  each_sample(B, 1, x.row(), [&](int64_t b, float* row_u) {
+    float* const row_g = scales.data() + b * x.row();
     copy_row(u + b * P, P, x.row(), row_u);
     copy_row(g + b * P, P, x.row(), row_g);
     FASTOKD_DISPATCH(attention_gradient)(row_u, r[b], P, x.channels(), row_g);
-    FASTOKD_DISPATCH(attention_scale)(x[b], row_g, 1.0f, out[b]);
+  });
+  each_band(B, P, [&](int64_t b, int64_t begin, int64_t end) {
+    FASTOKD_DISPATCH(attention_scale)(x.band(b, begin, end), scales.data() + b * x.row() + begin,
+                                      1.0f, out.band(b, begin, end));
   });
   return out_BCHW;
 }
@@ -110,10 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_pair(const Tensor& x_BCHW, const Te
   float* const sx = sx_BP.mutable_data_ptr<float>();
   float* const sy = sy_BP.mutable_data_ptr<float>();
   std::vector<double> parts(B);
-  each_sample(B, 4, row, [&](int64_t b, float* scratch) {
-    float *const u = scratch, *const v = u + row, *const target = v + row, *const g = target + row;
-    FASTOKD_DISPATCH(attention_energy)(x[b], u);
-    FASTOKD_DISPATCH(attention_energy)(y[b], v);
+  std::vector<float> energy_x = energies(x, B), energy_y = energies(y, B);
+  each_sample(B, 2, row, [&](int64_t b, float* target) {
+    float *const u = energy_x.data() + b * row, *const v = energy_y.data() + b * row;
+    float* const g = target + row;
     const float rx = FASTOKD_DISPATCH(attention_normalise)(u, P);
     const float ry = FASTOKD_DISPATCH(attention_normalise)(v, P);
     if (shift) FASTOKD_DISPATCH(attention_target)(v, ry, P, target);
@@ -139,10 +173,9 @@ Tensor attention_pair_backward(const Tensor& x_BCHW, const Tensor& s_BP, const T
   const Map x(x_BCHW), out(out_BCHW);
   const float* const s = kept(s_BP, {x_BCHW.size(0), x.pixels()}, "s_BP");
   const float factor = *kept(incoming, {}, "incoming");
-  at::parallel_for(0, x_BCHW.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      FASTOKD_DISPATCH(attention_scale)(x[b], s + b * x.pixels(), factor, out[b]);
-    }
+  each_band(x_BCHW.size(0), x.pixels(), [&](int64_t b, int64_t begin, int64_t end) {
+    FASTOKD_DISPATCH(attention_scale)(x.band(b, begin, end), s + b * x.pixels() + begin, factor,
+                                      out.band(b, begin, end));
   });
   return out_BCHW;
 }
@@ -151,13 +184,19 @@ Tensor shifted_map(const Tensor& y_BCHW) {
   Tensor out_BCHW = at::empty_like(y_BCHW);
   const Map y(y_BCHW), out(out_BCHW);
   const int64_t P = y.pixels(), row = y.row();
-  each_sample(y_BCHW.size(0), 3, row, [&](int64_t b, float* scratch) {
-    float *const u = scratch, *const target = u + row, *const d = target + row;
-    FASTOKD_DISPATCH(attention_energy)(y[b], u);
+  const int64_t B = y_BCHW.size(0);
+  std::vector<float> energy = energies(y, B);
+  each_sample(B, 2, row, [&](int64_t b, float* target) {
+    float *const u = energy.data() + b * row, *const d = target + row;
     const float r = FASTOKD_DISPATCH(attention_normalise)(u, P);
     FASTOKD_DISPATCH(attention_target)(u, r, P, target);
     FASTOKD_DISPATCH(attention_difference)(target, u, P, r, d);
-    FASTOKD_DISPATCH(attention_shift)(y[b], d, 1.0f / static_cast<float>(y.channels()), out[b]);
+    std::copy(d, d + row, u);
+  });
+  each_band(B, P, [&](int64_t b, int64_t begin, int64_t end) {
+    FASTOKD_DISPATCH(attention_shift)(y.band(b, begin, end), energy.data() + b * row + begin,
+                                      1.0f / static_cast<float>(y.channels()),
+                                      out.band(b, begin, end));
   });
   return out_BCHW;
 }

@@ -1,5 +1,5 @@
-// The dispatcher's side of a convolution in bfloat16, and its gradients: threads take images each. What
-// the kernels don't take is computed by torch.
+// The dispatcher's side of a convolution in bfloat16, and its gradients: threads take rows of all images.
+// What the kernels don't take is computed by torch.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/conv_transpose2d.h>
@@ -58,10 +58,9 @@ optional<Tensor> by_kernel(const Tensor& x, const Tensor& weight, int64_t stride
   Tensor y = new_channels_last(sizes, at::kBFloat16);
   const uint16_t* const from = static_cast<const uint16_t*>(x.const_data_ptr());
   uint16_t* const to = static_cast<uint16_t*>(y.mutable_data_ptr());
-  at::parallel_for(0, B, (B + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    narrow_conv_avx512(s, from + begin * s.H * s.W * s.inputs, packed, end - begin,
-                       packed + words + at::get_thread_num() * each,
-                       to + begin * s.OH * s.OW * s.outputs);
+  parallel(B * s.OH, 1, [&](int64_t begin, int64_t end) {
+    narrow_conv_avx512(s, from, packed, begin, end, packed + words + at::get_thread_num() * each,
+                       to);
   });
   return y;
 #else

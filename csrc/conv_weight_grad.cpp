@@ -1,5 +1,5 @@
 // The dispatcher's side of a weight's gradient: threads take its blocks, and parts of the batch where
-// there are too few blocks; partial sums are added in a fixed order.
+// there are too few blocks, down to bands of an image's rows; partial sums are added in a fixed order.
 #include "conv_weight_grad_kernel.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -55,7 +55,9 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   TORCH_CHECK(capability() == Capability::kAvx512Bf16, "this CPU has no AVX-512 BF16");
   const int64_t B = x.size(0), threads = at::get_num_threads(), pairs = (B + 1) / 2;
   const Split outputs(s.O), inputs(s.C);
-  const int64_t parts = parts_of(outputs.count * inputs.count, pairs, threads);
+  const int64_t images = parts_of(outputs.count * inputs.count, pairs, threads);
+  const int64_t bands = pieces(outputs.count * inputs.count * images, s.OH);
+  const int64_t parts = images * bands;
   const int64_t size = s.O * kernel * kernel * s.C;
   // [O, K, K, C] in memory is a weight [O, C, K, K] in channels-last. The first part's sums go there.
   Tensor grad_w = new_channels_last({s.O, s.C, kernel, kernel}, at::kFloat);
@@ -66,22 +68,23 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t kernel, i
   const Tensor scratch = at::detail::empty_cpu({threads, each}, at::kInt);
   float* const w = grad_w.mutable_data_ptr<float>();
   float* const rest = others.mutable_data_ptr<float>();
-  at::parallel_for(0, outputs.count * inputs.count * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel(outputs.count * inputs.count * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts, block = item / parts;
-      const int64_t first = pairs * part / parts * 2;
-      const int64_t last = std::min(B, pairs * (part + 1) / parts * 2);
+      const int64_t image = part / bands, band = part % bands;
+      const int64_t first = pairs * image / images * 2;
+      const int64_t last = std::min(B, pairs * (image + 1) / images * 2);
       const int64_t o = block / inputs.count, c = block % inputs.count;
       conv_weight_grad_avx512(
           s, {outputs.begin(o), outputs.length(o), inputs.begin(c), inputs.length(c)},
           static_cast<const uint16_t*>(x.const_data_ptr()) + first * s.H * s.W * s.C,
           static_cast<const uint16_t*>(grad_y.const_data_ptr()) + first * s.OH * s.OW * s.O,
-          last - first,
+          last - first, s.OH * band / bands, s.OH * (band + 1) / bands,
           static_cast<uint32_t*>(scratch.mutable_data_ptr()) + at::get_thread_num() * each,
           part == 0 ? w : rest + (part - 1) * size);
     }
   });
-  at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+  parallel(size, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t part = 1; part < parts; ++part) {
       for (int64_t n = begin; n < end; ++n) w[n] += rest[(part - 1) * size + n];
     }

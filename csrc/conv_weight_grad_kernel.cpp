@@ -172,8 +172,8 @@ Strip strip_of(const ConvShape& s, int64_t images) {
 
 template <int M, int J, int V>
 FASTOKD_BF16 void block_sums(const ConvShape& s, const ConvBlock& block, const uint16_t* x,
-                             const uint16_t* grad_y, int64_t images, uint32_t* scratch,
-                             float* grad_w) {
+                             const uint16_t* grad_y, int64_t images, int64_t begin, int64_t end,
+                             uint32_t* scratch, float* grad_w) {
   const Strip whole = strip_of(s, images);
   const int64_t size = block.outputs * J * J * block.inputs;
   float* const sums = reinterpret_cast<float*>(scratch);
@@ -187,8 +187,8 @@ FASTOKD_BF16 void block_sums(const ConvShape& s, const ConvBlock& block, const u
     Strip strip = whole;
     const int64_t left = (images - b + 1) / 2;
     if (left < strip.pairs) strip.pairs = left;
-    for (int64_t top = 0; top < s.OH; top += whole.rows) {
-      strip.rows = whole.rows < s.OH - top ? whole.rows : s.OH - top;
+    for (int64_t top = begin; top < end; top += whole.rows) {
+      strip.rows = whole.rows < end - top ? whole.rows : end - top;
       strip.x_rows = (strip.rows - 1) * strip.advance + s.K;
       lay_out<V>(s, block, strip, top, x + b * s.H * s.W * s.C, grad_y + b * s.OH * s.OW * s.O,
                  images - b, at);
@@ -218,10 +218,11 @@ int64_t conv_weight_grad_scratch(const ConvShape& s, int64_t images) {
 
 FASTOKD_BF16 void conv_weight_grad_avx512(const ConvShape& s, const ConvBlock& block,
                                           const uint16_t* x, const uint16_t* grad_y,
-                                          int64_t images, uint32_t* scratch, float* grad_w) {
+                                          int64_t images, int64_t top, int64_t bottom,
+                                          uint32_t* scratch, float* grad_w) {
   const auto sums = s.K == 3 ? (block.inputs % 32 == 0 ? block_sums<4, 3, 2> : block_sums<8, 3, 1>)
                              : (block.inputs % 32 == 0 ? block_sums<8, 1, 2> : block_sums<16, 1, 1>);
-  sums(s, block, x, grad_y, images, scratch, grad_w);
+  sums(s, block, x, grad_y, images, top, bottom, scratch, grad_w);
 }
 
 }  // namespace fastokd

@@ -20,11 +20,11 @@ constexpr int64_t kConvBlock = 64;
 // Words of 4 bytes of scratch memory for one call.
 int64_t conv_weight_grad_scratch(const ConvShape& s, int64_t images);
 
-// The block's part of grad_w [O, K, K, C], over `images` images; there is one place of y at least. A
+// The block's part of grad_w [O, K, K, C], over rows [top, bottom) of `images` images' outputs. A
 // place outside x is a zero that is multiplied: where grad_y isn't finite the sum is NaN. Only where
 // the CPU has AVX-512 and its BF16.
 void conv_weight_grad_avx512(const ConvShape& s, const ConvBlock& block, const uint16_t* x,
-                             const uint16_t* grad_y, int64_t images, uint32_t* scratch,
-                             float* grad_w);
+                             const uint16_t* grad_y, int64_t images, int64_t top, int64_t bottom,
+                             uint32_t* scratch, float* grad_w);
 
 }  // namespace fastokd

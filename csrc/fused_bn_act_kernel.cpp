@@ -8,25 +8,22 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kTile = 64;  // lanes whose state stays in registers: of 32
-constexpr int kMerge = 8;  // rows that join the running mean and deviations at once
 #else
 constexpr int kTile = 2 * kLanes;  // of 16
-constexpr int kMerge = 4;
 #endif
-constexpr int64_t kStrip = 1 << 14;  // elements taken tile by tile where the state can't stay
+constexpr int kMerge = 8;  // rows that join the running mean and deviations at once
 
 // Calls body(first row, rows, first lane) so that each call is one tile wide: once where the rows
-// are a tile wide, else tile by tile over strips of rows that fit the nearest cache.
-template <int64_t kWidth, class Body>
+// are a tile wide, else tile by tile over strips of a few rows. Longer strips would load and store the
+// tiles' state less often, but memory is slow where it isn't read in its order.
+template <int64_t kWidth, int64_t kStrip, class Body>
 FASTOKD_INLINE void for_tiles(int64_t rows, int64_t width, Body body) {
   if (width == kWidth) {
     body(0, rows, 0);
     return;
   }
-  const int64_t fitting = kStrip / width / kMerge * kMerge;
-  const int64_t strip = fitting < kMerge ? kMerge : fitting;
-  for (int64_t row = 0; row < rows; row += strip) {
-    const int64_t count = rows - row < strip ? rows - row : strip;
+  for (int64_t row = 0; row < rows; row += kStrip) {
+    const int64_t count = rows - row < kStrip ? rows - row : kStrip;
     for (int64_t lane = 0; lane < width; lane += kWidth) body(row, count, lane);
   }
 }
@@ -91,7 +88,7 @@ FASTOKD_INLINE void merge_rows(const E* x, int64_t stride, int64_t seen, const T
 template <class V, int T, class E>
 void stats_rows(const E* x, int64_t rows, int64_t width, float* mean_out, float* m2_out) {
   for (int64_t i = 0; i < width; ++i) mean_out[i] = m2_out[i] = 0.0f;
-  for_tiles<T * V::kLanes>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
+  for_tiles<T * V::kLanes, kMerge>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
     const Tile<V, T> origin(x + lane);
     Tile<V, T> mean(mean_out + lane), m2(m2_out + lane);
     const E* p = x + row * width + lane;
@@ -108,7 +105,7 @@ void stats_rows(const E* x, int64_t rows, int64_t width, float* mean_out, float*
 template <class V, int T, bool kResidual, bool kRelu, class E>
 void normalise_rows(const E* x, const E* residual, E* y, int64_t rows, int64_t width,
                     Affine affine) {
-  for_tiles<T * V::kLanes>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
+  for_tiles<T * V::kLanes, 2>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
     const Tile<V, T> a(affine.scale + lane), b(affine.shift + lane);
     int64_t at = row * width + lane;
     for (int64_t i = 0; i < count; ++i, at += width) {
@@ -137,7 +134,7 @@ template <class V, int T, Mask kMask, bool kWrite, class E>
 void reduce_rows(const E* grad_y, const E* x, const E* y, E* masked, int64_t rows, int64_t width,
                  Affine affine, float* sum_g, float* sum_gx) {
   for (int64_t i = 0; i < width; ++i) sum_g[i] = sum_gx[i] = 0.0f;
-  for_tiles<T * V::kLanes>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
+  for_tiles<T * V::kLanes, kMerge>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
     const Tile<V, T> mean(affine.mean + lane), a(affine.scale + lane), b(affine.shift + lane);
     Tile<V, T> g_sum(sum_g + lane), gx_sum(sum_gx + lane);
     int64_t at = row * width + lane;
@@ -160,7 +157,7 @@ void reduce_rows(const E* grad_y, const E* x, const E* y, E* masked, int64_t row
 template <class V, int T, Mask kMask, class E>
 void grad_input_rows(const E* grad_y, const E* x, const E* y, E* grad_x, int64_t rows,
                      int64_t width, Affine affine, const float* slope, const float* offset) {
-  for_tiles<T * V::kLanes>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
+  for_tiles<T * V::kLanes, 2>(rows, width, [&](int64_t row, int64_t count, int64_t lane) {
     const Tile<V, T> a(affine.scale + lane), b(affine.shift + lane);
     const Tile<V, T> k(slope + lane), c(offset + lane);
     int64_t at = row * width + lane;

@@ -11,8 +11,6 @@
 namespace fastokd {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 8;
-
 Type type_of_map(const Tensor& x, const char* name) {
   TORCH_CHECK(is_channels_last(x) && x.size(1) % 16 == 0, "max_pool: ", name,
               " must be channels-last, of a multiple of 16 channels");
@@ -36,7 +34,7 @@ std::tuple<Tensor, Tensor> max_pool(const Tensor& x, int64_t stride) {
   const void* const from = x.const_data_ptr();
   void* const to = y.mutable_data_ptr();
   uint8_t* const bytes = taps.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, x.size(0) * s.OH, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+  parallel(x.size(0) * s.OH, 1, [&](int64_t begin, int64_t end) {
     FASTOKD_DISPATCH(max_pool)(type, s, from, to, bytes, begin, end);
   });
   return {y, taps};
@@ -54,7 +52,7 @@ Tensor max_pool_backward(const Tensor& grad_y, const Tensor& taps, int64_t strid
   const void* const from = grad_y.const_data_ptr();
   const uint8_t* const bytes = taps.const_data_ptr<uint8_t>();
   void* const to = grad_x.mutable_data_ptr();
-  at::parallel_for(0, B * s.H, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+  parallel(B * s.H, 1, [&](int64_t begin, int64_t end) {
     FASTOKD_DISPATCH(max_pool_gradient)(type, s, from, bytes, to, begin, end);
   });
   return grad_x;

@@ -221,11 +221,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> fused_loss(
   const int64_t floats = mixture_distillation_scratch(loss);
   const auto range = FASTOKD_DISPATCH(mixture_distillation_range);
   // A thread takes enough samples to be worth waking.
-  at::parallel_for(0, B, std::max<int64_t>(1, 8192 / (C * (S + E))),
-                   [&](int64_t begin, int64_t end) {
-                     static thread_local Scratch scratch;
-                     range(loss, begin, end, scratch.take(floats));
-                   });
+  parallel(B, std::max<int64_t>(1, 8192 / (C * (S + E))), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    range(loss, begin, end, scratch.take(floats));
+  });
   if (grad_scores && scores.dim() == 2) gradients.back() = sum_of_samples(gradients.back());
   auto [total, ce_S, kd_S] = means(loss);
   return {total, ce_S, kd_S, gradients};

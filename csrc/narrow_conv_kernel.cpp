@@ -107,11 +107,19 @@ struct Ring {
   }
 };
 
+// The first row that output row h reads, which may be the one above the map.
+template <Places places>
+inline int64_t first_read(int64_t h) {
+  return places == Places::kSame ? h - 1 : places == Places::kHalf ? 2 * h - 1 : h / 2;
+}
+
+// Rows [begin, end) of one image's output.
 template <Places places, int M, int N>
-FASTOKD_BF16 void image(const NarrowShape& s, Ring& ring, const uint32_t* packed, uint16_t* y) {
+FASTOKD_BF16 void image(const NarrowShape& s, Ring& ring, const uint32_t* packed, int64_t begin,
+                        int64_t end, uint16_t* y) {
   const int64_t block = s.inputs / 2 * 16;
   const Strides strides = {s.outputs / 16 * block, block};
-  for (int64_t h = 0; h < s.OH; ++h) {
+  for (int64_t h = begin; h < end; ++h) {
     Row rows[3];
     int count = 0;
     for (int64_t i = 0; i < 3; ++i) {
@@ -139,17 +147,21 @@ FASTOKD_BF16 void image(const NarrowShape& s, Ring& ring, const uint32_t* packed
 
 template <Places places>
 FASTOKD_BF16 void images_of(const NarrowShape& s, const uint16_t* x, const uint32_t* packed,
-                            int64_t images, uint16_t* rows, uint16_t* y) {
-  for (int64_t b = 0; b < images; ++b) {
-    Ring ring = {x + b * s.H * s.W * s.inputs, s.W, s.inputs, 0, rows};
+                            int64_t begin, int64_t end, uint16_t* rows, uint16_t* y) {
+  while (begin < end) {
+    const int64_t b = begin / s.OH, top = begin % s.OH;
+    const int64_t bottom = end - b * s.OH < s.OH ? end - b * s.OH : s.OH;
+    const int64_t first = first_read<places>(top);
+    Ring ring = {x + b * s.H * s.W * s.inputs, s.W, s.inputs, first < 0 ? 0 : first, rows};
     uint16_t* const to = y + b * s.OH * s.OW * s.outputs;
     if (s.outputs % 32 == 0) {
-      image<places, 2, 8>(s, ring, packed, to);
+      image<places, 2, 8>(s, ring, packed, top, bottom, to);
     } else if (s.OW % 16 == 0) {
-      image<places, 1, 16>(s, ring, packed, to);
+      image<places, 1, 16>(s, ring, packed, top, bottom, to);
     } else {
-      image<places, 1, 8>(s, ring, packed, to);
+      image<places, 1, 8>(s, ring, packed, top, bottom, to);
     }
+    begin += bottom - top;
   }
 }
 
@@ -185,15 +197,15 @@ FASTOKD_BF16 void narrow_conv_pack_avx512(const NarrowShape& s, bool gradient,
 }
 
 FASTOKD_BF16 void narrow_conv_avx512(const NarrowShape& s, const uint16_t* x,
-                                     const uint32_t* packed, int64_t images, uint32_t* scratch,
-                                     uint16_t* y) {
+                                     const uint32_t* packed, int64_t begin, int64_t end,
+                                     uint32_t* scratch, uint16_t* y) {
   // The places at the rows' ends stay 0.
   memset(scratch, 0, static_cast<size_t>(narrow_conv_scratch(s)) * sizeof(uint32_t));
   uint16_t* const rows = reinterpret_cast<uint16_t*>(scratch);
   switch (s.places) {
-    case Places::kSame: return images_of<Places::kSame>(s, x, packed, images, rows, y);
-    case Places::kHalf: return images_of<Places::kHalf>(s, x, packed, images, rows, y);
-    default: return images_of<Places::kTwice>(s, x, packed, images, rows, y);
+    case Places::kSame: return images_of<Places::kSame>(s, x, packed, begin, end, rows, y);
+    case Places::kHalf: return images_of<Places::kHalf>(s, x, packed, begin, end, rows, y);
+    default: return images_of<Places::kTwice>(s, x, packed, begin, end, rows, y);
   }
 }
 

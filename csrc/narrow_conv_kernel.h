@@ -1,5 +1,4 @@
-// A 3x3 convolution with padding 1 of narrow bfloat16 maps, and the gradient of its input, image by
-// image.
+// A 3x3 convolution with padding 1 of narrow bfloat16 maps, and the gradient of its input, row by row.
 #pragma once
 
 #include <stdint.h>
@@ -29,7 +28,8 @@ int64_t narrow_conv_scratch(const NarrowShape& s);
 void narrow_conv_pack_avx512(const NarrowShape& s, bool gradient, const uint16_t* weight,
                              uint32_t* packed);
 
+// Rows [begin, end) of all images' outputs.
 void narrow_conv_avx512(const NarrowShape& s, const uint16_t* x, const uint32_t* packed,
-                        int64_t images, uint32_t* scratch, uint16_t* y);
+                        int64_t begin, int64_t end, uint32_t* scratch, uint16_t* y);
 
 }  // namespace fastokd

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -12,6 +11,7 @@
 #include <tuple>
 
 #include "capability.h"
+#include "parallel.h"
 
 namespace fastokd {
 

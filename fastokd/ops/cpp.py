@@ -158,6 +158,12 @@ def multiply_adds(rounds: int, *, bf16: bool) -> int:
     return rounds * int(_library.fastokd_multiply_adds(rounds, bf16))
 
 
+def busy_threads() -> int:
+    """How many threads have run a part of a C++ loop since the last call, for the tests."""
+    assert _library is not None
+    return int(_library.fastokd_busy_threads())
+
+
 def extra_flags() -> list[str]:
     """``$FASTOKD_CXXFLAGS``, for every unit and the link (the proofs build with sanitizers)."""
     return os.environ.get("FASTOKD_CXXFLAGS", "").split()
