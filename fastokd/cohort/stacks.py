@@ -91,11 +91,15 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.strides = whole.stride()
         return whole.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # A leaf takes over its slice: no copy where the layout is its own.
+        # Autograd gives a leaf a gradient in its own layout as it is, and copies another.
+        layout = zip(grad.shape[1:], grad.stride()[1:], ctx.strides[1:], strict=True)
+        if any(n > 1 and step != own for n, step, own in layout):
+            grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
         return None, *grad.unbind()
 
 
