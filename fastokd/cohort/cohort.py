@@ -14,6 +14,7 @@ from fastokd.cohort.loop import LoopStudents
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.cohort.sharing import check_sharing
+from fastokd.cohort.stacks import Stack
 from fastokd.cohort.streams import Streams
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
@@ -149,20 +150,29 @@ class Cohort(nn.Module):
                 "engine='loop', or leave streams out"
             )
         beside = Streams(len(members)) if streams else None
+        stacks: list[Stack] = []
         if engine in ("auto", "loop"):
             run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
                 members, self.branch_from, beside
             )
         elif engine == "grouped":
-            run = GroupedStudents(members, self.branch_from)
+            run = grouped = GroupedStudents(members, self.branch_from)
+            stacks = grouped.stacks
         elif engine == "vmap":
             example = torch.empty(2, *self._read_shape, device="meta")
-            run = VmapStudents(members, self.branch_from, example)
+            run = vmapped = VmapStudents(members, self.branch_from, example)
+            stacks = vmapped.stacks
         else:
             raise UserError(f"engine is {engine!r}: choose auto, {', '.join(ENGINES)}")
         self._trunk_sites = [] if self.trunk is None else sites_of(self.trunk)
         self._run, self.engine = run, "loop" if engine == "auto" else engine
-        self.streams = beside
+        self.streams, self._stacks = beside, stacks
+        self.join()
+
+    def join(self) -> None:
+        """Moves what the engine stacks into one memory (``stacks.py``); the values don't change."""
+        for stack in self._stacks:
+            stack.join()
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Sets the memory format of weights and maps."""
@@ -205,7 +215,9 @@ class Cohort(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cohort:
         if self._teacher is not None:
             self._teacher[0]._apply(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.join()  # what was moved or cast
+        return self
 
     def forward(self, images: Tensor) -> CohortOutput:
         """Runs every student on one batch.

@@ -1,8 +1,8 @@
 """The grouped engine: S equal students as one network of S times the channels.
 
 A convolution has S times its groups, a norm S times its channels, a linear layer is one batched
-GEMM. Each stacked layer reads the students' own parameters and buffers, so state stays per student.
-Channels are ordered student by student.
+GEMM. Each stacked layer reads the students' own parameters and buffers, which lie in one memory
+(``stacks.py``), so state stays per student. Channels are ordered student by student.
 
 A tensor that all students read (the images, a trunk's output) isn't repeated before a layer needs it
 so: a convolution of it is one dense convolution with S times the outputs.
@@ -10,6 +10,7 @@ so: a convolution of it is one dense convolution with S times the outputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from fastokd.cohort.alike import template_of
 from fastokd.cohort.dropout import DropoutMasks, give
 from fastokd.cohort.layers import OpConv2d, OpMaxPool2d, is_exactly, is_ours
-from fastokd.cohort.shadows import narrowed, sites_of
+from fastokd.cohort.shadows import shadowed, sites_of
+from fastokd.cohort.stacks import Stack
 from fastokd.errors import UserError
 from fastokd.models import Student, StudentOutput
 from fastokd.models.external import ExternalStudent
@@ -67,6 +69,14 @@ class GroupedStudents:
             if stacked is not module:
                 parent, _, child = name.rpartition(".")
                 setattr(self.template.get_submodule(parent), child, stacked)
+        ours = [layer for layer in made.values() if isinstance(layer, _Stacked)]
+        cast = [layer for layer in ours if isinstance(layer, (_Conv, _Linear))]
+        self.stacks = [stack for layer in ours for stack in layer.stacks.values()]
+        self.cast = [stack for layer in cast for stack in layer.stacks.values()]
+        # The counts of batches, which no norm reads, and how often a forward runs the norm.
+        modules = (m for _, m in self.template.named_modules(remove_duplicate=False))
+        runs = Counter(m for m in modules if isinstance(m, _NormAct) and not m.is_cumulative)
+        self.counts = [(norm.stacks["num_batches_tracked"], n) for norm, n in runs.items()]
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
@@ -76,8 +86,11 @@ class GroupedStudents:
         give(
             self.template, {k: mask_SBD.transpose(0, 1).flatten(1) for k, mask_SBD in masks.items()}
         )
-        with narrowed(self.sites):
+        with shadowed(self.sites, self.cast):
             out = self.template.outputs(x_BCHW, self.start)
+        if self.counts and self.template.training:
+            counts = [(x, n) for stack, n in self.counts for x in stack.in_place()]
+            torch._foreach_add_([x for x, _ in counts], [n for _, n in counts])
         logits_SBC = out.logits_BC.unflatten(1, (S, -1)).unbind(1)
         features_SBD = out.features_BD.unflatten(1, (S, -1)).unbind(1)
         maps = [map_BCHW.chunk(S, dim=1) for map_BCHW in out.maps]
@@ -117,25 +130,35 @@ def _spread(x_BCHW: Tensor, channels: int, students: int) -> Tensor:
     return x_BCHW.repeat(1, students, 1, 1)
 
 
-class _Conv(nn.Module):
+class _Stacked(nn.Module):
+    """S layers as one.
+
+    Attributes:
+        first: the first of them, whose settings are those of all; in a tuple, so that its parameters
+            aren't registered a second time.
+        stacks: their parameters and buffers by name.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__()
+        self.first, self.students = (layers[0],), len(layers)
+        named = (*layers[0]._parameters.items(), *layers[0]._buffers.items())
+        self.stacks = {name: Stack(layers, name) for name, x in named if x is not None}
+
+
+class _Conv(_Stacked):
     """S convolutions as one; dense where their input is shared."""
 
-    def __init__(self, convs: Sequence[nn.Conv2d]) -> None:
-        super().__init__()
-        # In a tuple, so that the students' parameters aren't registered a second time.
-        self.convs = tuple(convs)
-
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        first, S = self.convs[0], len(self.convs)
-        weight = torch.cat([conv.weight for conv in self.convs])
-        biases = [conv.bias for conv in self.convs if conv.bias is not None]
+        (first,), S = self.first, self.students
+        bias = self.stacks.get("bias")
         dense = x_BCHW.shape[1] == first.in_channels and first.groups == 1
         if not dense:
             x_BCHW = _spread(x_BCHW, first.in_channels, S)
         return F.conv2d(
             x_BCHW,
-            weight,
-            torch.cat(biases) if biases else None,
+            self.stacks["weight"]().flatten(0, 1),
+            None if bias is None else bias().flatten(),
             first.stride,
             first.padding,
             first.dilation,
@@ -143,28 +166,31 @@ class _Conv(nn.Module):
         )
 
 
-class _NormAct(nn.Module):
+class _NormAct(_Stacked):
     """S norms over S times the channels; each student's running statistics are its own."""
 
-    def __init__(self, norms: Sequence[NormAct]) -> None:
-        super().__init__()
-        self.norms = tuple(norms)
+    @property
+    def is_cumulative(self) -> bool:
+        """Whether the running statistics are averages over all batches, and so read their count."""
+        return self.first[0].momentum is None
 
     def forward(self, x_BCHW: Tensor, residual_BCHW: Tensor | None = None) -> Tensor:
-        first, S = self.norms[0], len(self.norms)
+        (first,), S = self.first, self.students
         x_BCHW = _spread(x_BCHW, first.num_features, S)
         if residual_BCHW is not None:
             residual_BCHW = _spread(residual_BCHW, first.num_features, S)
-        means = [_buffer(norm.running_mean) for norm in self.norms]
-        variances = [_buffer(norm.running_var) for norm in self.norms]
-        mean, variance = torch.cat(means), torch.cat(variances)
+        statistics = [self.stacks["running_mean"], self.stacks["running_var"]]
+        mean_SC, variance_SC = (stack() for stack in statistics)
+        counts_S = None
+        if self.is_cumulative:
+            counts_S = self.stacks["num_batches_tracked"]()
         y_BCHW = fused_bn_act(
             x_BCHW,
-            torch.cat([norm.weight for norm in self.norms]),
-            torch.cat([norm.bias for norm in self.norms]),
-            mean,
-            variance,
-            _buffer(first.num_batches_tracked),
+            self.stacks["weight"]().flatten(),
+            self.stacks["bias"]().flatten(),
+            mean_SC.flatten(),
+            variance_SC.flatten(),
+            None if counts_S is None else counts_S[0],
             residual_BCHW=residual_BCHW,
             relu=first.relu,
             momentum=first.momentum,
@@ -173,33 +199,22 @@ class _NormAct(nn.Module):
             impl=first.impl,
         )
         if first.training:
-            with torch.no_grad():
-                torch._foreach_copy_(means + variances, [*mean.chunk(S), *variance.chunk(S)])
-                if S > 1:
-                    counters = [_buffer(norm.num_batches_tracked) for norm in self.norms[1:]]
-                    torch._foreach_add_(counters, 1)
+            for stack, now_SC in zip(statistics, (mean_SC, variance_SC), strict=True):
+                stack.write(now_SC)
+            if counts_S is not None:
+                counts_S[1:] += 1
+                self.stacks["num_batches_tracked"].write(counts_S)
         return y_BCHW
 
 
-def _buffer(buffer: Tensor | None) -> Tensor:
-    assert buffer is not None
-    return buffer
-
-
-class _Linear(nn.Module):
+class _Linear(_Stacked):
     """S linear layers as one batched product."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.linears = tuple(linears)
-
     def forward(self, x_BD: Tensor) -> Tensor:
-        S = len(self.linears)
-        weight_SOD = torch.stack([linear.weight for linear in self.linears])
-        x_SBD = x_BD.unflatten(1, (S, -1)).transpose(0, 1)
-        biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
-        if biases:
-            y_SBO = torch.baddbmm(torch.stack(biases)[:, None], x_SBD, weight_SOD.mT)
+        weight_SOD, bias = self.stacks["weight"](), self.stacks.get("bias")
+        x_SBD = x_BD.unflatten(1, (self.students, -1)).transpose(0, 1)
+        if bias is not None:
+            y_SBO = torch.baddbmm(bias()[:, None], x_SBD, weight_SOD.mT)
         else:
             y_SBO = torch.bmm(x_SBD, weight_SOD.mT)
         return y_SBO.transpose(0, 1).flatten(1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort.layers import OpConv2d, is_exactly, is_ours
+from fastokd.cohort.stacks import Stack
 from fastokd.models import Student
 
 # A layer, and the name of one of its parameters.
@@ -82,6 +83,21 @@ def _swapped(sites: Sequence[Site], dtype: torch.dtype) -> Iterator[None]:
     finally:
         for (layer, name), x in zip(sites, own, strict=True):
             layer._parameters[name] = x
+
+
+@contextmanager
+def shadowed(sites: Sequence[Site], stacks: Sequence[Stack]) -> Iterator[None]:
+    """Within it the stacks of the students' ``sites`` are in the dtype that autocast computes in."""
+    dtype = target(sites)
+    if dtype is not None:
+        shadows = Cast.apply(dtype, *(stack() for stack in stacks))
+        for stack, shadow in zip(stacks, shadows, strict=True):
+            stack.shadow = shadow
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.shadow = None
 
 
 class Cast(torch.autograd.Function):

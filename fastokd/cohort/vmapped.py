@@ -1,4 +1,4 @@
-"""The vmap engine: one student's forward over stacked parameters and buffers.
+"""The vmap engine: one student's forward over stacked parameters and buffers (``stacks.py``).
 
 It runs any students of equal architecture. With a shared input, vmap's batching rule turns a
 convolution over stacked weights into one dense convolution.
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from fastokd.cohort.alike import template_of
 from fastokd.cohort.dropout import DropoutMasks, give
 from fastokd.cohort.layers import OpConv2d, is_altered, is_exactly, replace, use_ops
-from fastokd.cohort.shadows import narrowed, sites_of
+from fastokd.cohort.shadows import shadowed, sites_of
+from fastokd.cohort.stacks import Stack
 from fastokd.errors import UserError, in_one_line
 from fastokd.models import Student, StudentOutput
 from fastokd.models.layers import Dropout, NormAct
@@ -89,26 +90,28 @@ class VmapStudents:
             for path, module in self.template.student.named_modules()
             if type(module) not in (*CAST, _Norm) and [*module.parameters(recurse=False)]
         ]
+        first = students[0]
+        self.parameters = {key: _stack(students, key) for key, _ in first.named_parameters()}
+        self.buffers = {key: _stack(students, key) for key, _ in first.named_buffers()}
+        self.stacks = [*self.parameters.values(), *self.buffers.values()]
         self._try(x_BCHW)
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
-        with narrowed(self.sites):
-            parameters = _stacked([dict(student.named_parameters()) for student in self.students])
+        cast = [stack for key, stack in self.parameters.items() if key in self.cast]
+        with shadowed(self.sites, cast):
+            parameters = {key: stack() for key, stack in self.parameters.items()}
         kind = x_BCHW.device.type
         last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
         self.float_norms = kind == "cpu" or not last
         if torch.is_autocast_enabled(kind):
             self._cast(parameters, kind)
-        own = [dict(student.named_buffers()) for student in self.students]
+        buffers = {key: stack() for key, stack in self.buffers.items()}
         training = self.students[0].training
-        (logits_SBC, features_SBD, maps), buffers = self._run(
-            parameters, _stacked(own), x_BCHW, training
-        )
+        (logits_SBC, features_SBD, maps), buffers = self._run(parameters, buffers, x_BCHW, training)
         if training:
-            with torch.no_grad():
-                for key, stacked in buffers.items():
-                    torch._foreach_copy_([buffer[key] for buffer in own], list(stacked.unbind()))
+            for key, stack in self.buffers.items():
+                stack.write(buffers[key])
         return [
             StudentOutput(logits_SBC[s], features_SBD[s], tuple(m[s] for m in maps))
             for s in range(len(self.students))
@@ -186,5 +189,6 @@ class _Norm(NormAct):
         return F.relu(y_BCHW) if self.relu else y_BCHW
 
 
-def _stacked(states: list[State]) -> State:
-    return {key: torch.stack([state[key] for state in states]) for key in states[0]}
+def _stack(students: Sequence[Student], key: str) -> Stack:
+    path, _, name = key.rpartition(".")
+    return Stack([student.get_submodule(path) for student in students], name)

@@ -6,7 +6,7 @@ Fake tensors have shapes and no values, so no data, no GPU and little memory are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,13 +74,14 @@ class Step:
 class _Record(TorchDispatchMode):
     """Records each operator, its layer, and the memory in use."""
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
+    def __init__(self, names: dict[nn.Module, str], there: Sequence[Tensor] = ()) -> None:
+        """``there``: tensors whose memory isn't the step's, so that views of them count nothing."""
         super().__init__()
         self.step = Step()
         self.names = names
         self.layers: list[str] = []
         self.layer_of_node: dict[int, str] = {}
-        self.alive: dict[int, Any] = {}
+        self.alive: dict[int, Any] = {x.untyped_storage()._cdata: None for x in there}
         self.live = 0
         self.peak = 0
 
@@ -169,6 +170,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
         for module in modules:
             _materialise(module, torch.contiguous_format if module is method else CHANNELS_LAST)
+        cohort.join()
         size = of.image_size
         images_BHWC = torch.empty(batch, size, size, 3, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
@@ -187,7 +189,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record = _Record(_names(cohort, method))
+        record = _Record(_names(cohort, method), [*cohort.parameters(), *cohort.buffers()])
         with record, record.named_layers():
             step(learner, images_BHWC, labels_B)
         return _finished(record, modules, optimizers)
@@ -244,9 +246,7 @@ def _finished(
     trained = [parameter for group in groups for parameter in group["params"]]
     step.parameters = sum(p.numel() for p in trained)
     step.parameter_bytes = sum(
-        x.untyped_storage().nbytes()
-        for module in modules
-        for x in [*module.parameters(), *module.buffers()]
+        x.nbytes for module in modules for x in [*module.parameters(), *module.buffers()]
     )
     step.gradient_bytes = sum(p.nbytes for p in trained)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]

@@ -51,6 +51,12 @@ def test_weights_that_are_cast_together(two: Pool, accumulate: int) -> None:
     )
 
 
+@pytest.mark.parametrize("engine", ["grouped", "vmap"])
+def test_students_that_are_slices_of_one_memory(two: Pool, engine: str) -> None:
+    """DDP hooks their parameters, which stay leaves."""
+    assert_same_steps(two, small("okddip-branch"), 2, frozen=True, engine=engine, clip_norm=0.5)
+
+
 @pytest.mark.parametrize("name", ["okddip-branch", "ffsd", "one"])
 def test_synchronised_norms_see_the_batch(two: Pool, name: str) -> None:
     """In training: without it each rank would normalise over its own half."""

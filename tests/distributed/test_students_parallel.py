@@ -26,6 +26,11 @@ def test_two_processes_train_what_one_does(two: Pool, name: str) -> None:
     assert_same_steps(two, small(name), 2, frozen=False, clip_norm=0.5, **SHARED)
 
 
+@pytest.mark.parametrize("engine", ["grouped", "vmap"])
+def test_each_process_stacks_its_own_students(two: Pool, engine: str) -> None:
+    assert_same_steps(two, small("dml"), 2, frozen=False, engine=engine, **SHARED)
+
+
 def test_what_students_share_counts_once_in_the_norm(two: Pool) -> None:
     """Projections with most of the gradient: counted on each rank, the norm would be sqrt(2) of it."""
     one = small("okddip-network")

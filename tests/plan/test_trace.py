@@ -144,3 +144,10 @@ def test_pools_are_counted_as_a_gpu_has_them(cpp_ops: None) -> None:
     pools = {op.name for op in step.ops if "pool" in op.name}
     assert {"max_pool2d_with_indices", "max_pool2d_with_indices_backward"} <= pools
     assert not pools & {"max_pool", "max_pool_backward"}
+
+
+def test_students_in_one_memory_are_counted_once() -> None:
+    of = recipe("dml/resnet8/cifar100", batch_size=4)
+    loop, grouped = (trace_ours(of, 4, engine, "bf16", "torch") for engine in ("loop", "grouped"))
+    assert grouped.parameter_bytes == loop.parameter_bytes
+    assert abs(grouped.activation_bytes - loop.activation_bytes) < 0.01 * loop.activation_bytes
