@@ -77,8 +77,8 @@ class OpMaxPool2d(nn.MaxPool2d):
 def use_ops(student: Student, impl: str) -> None:
     """Makes ``ops/`` compute the norms, convolutions and poolings of ``student``.
 
-    ``impl``: that of the norms, which raise if it isn't available. Convolutions and poolings have no
-    Triton form: they choose between C++ and torch layer by layer, unless it is ``"torch"``.
+    ``impl``: that of the norms, which raise if it isn't available. Convolutions and poolings take the
+    device's own layer by layer, or PyTorch's, unless it is ``"torch"``.
     """
     of_others = "torch" if impl == "torch" else "auto"
     for module in student.modules():

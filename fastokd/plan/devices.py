@@ -20,9 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # How far GPU kernels stay behind the roofline, by kind of operator: microseconds beside a kernel's
 # arithmetic and traffic, and the share of the roofline that those reach. Fitted to the profiles of two
 # captured steps on an H200 (network ResNet-32 and ResNet-34, docs/gpu); docs/plan.md has the error
-# for steps that weren't fitted. The norms measured are PyTorch's; other kinds have OTHERS. A float32
-# product, which has no tensor cores, reaches its rate.
-BEHIND = {"product": (10.2, 0.7), "norm": (3.0, 0.42), "fused": (3.0, 0.42), "pool": (1.6, 0.16)}
+# for steps that weren't fitted. The norms and poolings measured are PyTorch's; our pooling, by name, is
+# assumed to be as the norms. Other kinds have OTHERS. A float32 product, which has no tensor cores,
+# reaches its rate.
+BEHIND = {
+    **dict.fromkeys(("norm", "fused", "max_pool", "max_pool_backward"), (3.0, 0.42)),
+    **{"product": (10.2, 0.7), "pool": (1.6, 0.16)},
+}
 OTHERS = (1.6, 1.0)
 
 
@@ -51,7 +55,7 @@ class Gpu:
 
     def seconds(self, op: Op, beside: int = 1) -> float:
         """The expected time. ``beside``: kernels that run at a time; they hide each other's latency."""
-        latency, share = BEHIND.get(op.kind, OTHERS)
+        latency, share = BEHIND.get(op.name) or BEHIND.get(op.kind, OTHERS)
         if op.products and op.dtype == torch.float32:
             share = 1.0
         return 1e-6 * latency * op.launches / beside + self._roofline(op) / share

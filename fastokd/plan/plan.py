@@ -34,8 +34,8 @@ TRAIN_IMAGES = {
 def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -> dict[str, Any]:
     """The facts that the command prints, under ``counted`` and ``modelled``.
 
-    ``gpus`` GPUs share the recipe's batch. ``norm_impl``: ``"torch"`` for PyTorch's BatchNorm in place
-    of the fused one.
+    ``gpus`` GPUs share the recipe's batch. ``norm_impl``: ``"torch"`` for PyTorch's BatchNorm and max
+    pooling in place of ours.
 
     Raises:
         UserError: students that can't take the images, or that the method refuses; an unknown
@@ -53,7 +53,7 @@ def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -
         raise UserError(f"gpus is {gpus}, but the device is cpu: name a GPU, or leave --gpus out")
     for name in dict.fromkeys(of.models):  # a student that can't take the images is refused here
         least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
-    cpp.ensure_built()  # without it the norm and the loss are traced as PyTorch's operators
+    cpp.ensure_built()  # without it our ops are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
     steps = _steps(of, batch, device, norm_impl)
     if isinstance(steps["loop"], str):

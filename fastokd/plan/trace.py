@@ -150,8 +150,8 @@ class _Record(TorchDispatchMode):
 
 
 def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
-    """Our step (``learner/step.py``) over ``batch`` images; norms run by ``norm_impl``:
-    ``"torch"``, or ``"auto"`` for the fused op.
+    """Our step (``learner/step.py``) over ``batch`` images; norms and max pooling run by ``norm_impl``:
+    ``"torch"``, or ``"auto"`` for the ops.
 
     Raises:
         UserError: an engine that can't take the recipe's students.
@@ -196,12 +196,12 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
 
 
 def use_torchs_layers(cohort: Cohort, method: Method, norm_impl: str) -> None:
-    """Makes convolutions and pools run as torch's operators, as on a GPU (the C++ ops of a CPU do the same
-    products but save less of a pool). Norms run by ``norm_impl``."""
+    """Makes convolutions run as torch's operators, as on a GPU. Norms and max pooling run by
+    ``norm_impl``; the operators of the C++ are the Triton forms' too."""
     for module in (*cohort.modules(), *method.modules()):
-        if isinstance(module, (OpConv2d, OpMaxPool2d, DecoderBlock)):
+        if isinstance(module, (OpConv2d, DecoderBlock)):
             module.impl = "torch"
-        elif isinstance(module, NormAct):
+        elif isinstance(module, (NormAct, OpMaxPool2d)):
             module.impl = norm_impl
 
 

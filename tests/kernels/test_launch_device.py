@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastokd import kernels
+from fastokd.ops import max_pool  # noqa: F401  # defines its operators
 from fastokd.ops._library import LAUNCHERS
 from tests.proofs.offline import _Driver
 
@@ -57,6 +58,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "fusion_step_backward": (
             z, [x, x.clone()], weight, channel, channel, z.clone(), torch.zeros(2, 8), True
         ),
+        "max_pool": (x, 2),
+        "max_pool_backward": (x, x.to(torch.uint8), 2, 6, 5),
         "mixture_distillation": (
             logits, None, labels, scores, None, *weights, True, False, True, False
         ),

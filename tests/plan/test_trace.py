@@ -140,10 +140,20 @@ def test_transposed_products() -> None:
 
 
 def test_pools_are_counted_as_a_gpu_has_them(cpp_ops: None) -> None:
-    step = trace_ours(recipe("baseline/resnet18/imagenet"), 1, "loop", "bf16", "auto")
-    pools = {op.name for op in step.ops if "pool" in op.name}
-    assert {"max_pool2d_with_indices", "max_pool2d_with_indices_backward"} <= pools
-    assert not pools & {"max_pool", "max_pool_backward"}
+    """Ours is a launch each way and saves a byte a value; PyTorch's saves its input and eight."""
+    of = recipe("baseline/resnet18/imagenet")
+    found = {}
+    for impl in ("auto", "torch"):
+        step = trace_ours(of, 1, "loop", "bf16", impl)
+        pools = [op for op in step.ops if "max_pool" in op.name]
+        assert {op.kind for op in pools} == {"pool"}
+        found[impl] = [(op.name, op.launches, op.bytes) for op in pools]
+    x, y = 64 * 112 * 112, 64 * 56 * 56
+    ours = 2 * x + 2 * y + y
+    assert found["auto"] == [("max_pool", 1, ours), ("max_pool_backward", 1, ours)]
+    name = "max_pool2d_with_indices"
+    forward = (name, 1, 2 * x + 2 * y + 8 * y)
+    assert found["torch"] == [forward, (f"{name}_backward", 2, forward[2] + 2 * x)]
 
 
 def test_students_in_one_memory_are_counted_once() -> None:
