@@ -3,7 +3,9 @@
     python -m bench.bench_max_pool [--rounds N] [--threads N] [--cpu-time] [--json FILE]
 
 Rows are forward and backward at 112x112 with 64 channels, 16 images, of stride 2; both run in turn,
-after a check that they agree.
+after a check that they agree. The Triton form is timed on a GPU with the other ops:
+
+    python bench/gpu_first.py --only op_times --out DIR
 """
 
 from __future__ import annotations

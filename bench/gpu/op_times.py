@@ -17,11 +17,14 @@ from bench.gpu.child import Result
 from bench.gpu.machine import call_ms, the_device
 from fastokd import ops
 from fastokd.models.layers import NormAct
+from fastokd.ops.max_pool import max_pool
 
 ROTATED_BYTES, MOST_SETS = 160 << 20, 64
 S = 4
 # B, C, pixels a side, residual: ResNet-32's first and last stages, ResNet-18's first.
 NORMS = ((128, 16, 32, False), (128, 16, 32, True), (128, 64, 8, True), (256, 64, 56, True))
+# B, C, pixels a side, stride: after the stem of a ResNet at 224 pixels, in GoogLeNet's first module.
+POOLS = ((256, 64, 112, 2), (128, 192, 32, 1))
 Call = Callable[[str, list[Tensor]], Tensor]
 
 
@@ -72,6 +75,8 @@ def cases(device: torch.device, shrink: int = 1) -> list[Case]:
     found.append(_fusion(device, max(2, 128 // shrink), 64, 8))
     for batch, C, side, residual in NORMS:
         found.append(_norm(device, max(2, batch // shrink), C, side, residual))
+    for batch, C, side, stride in POOLS:
+        found.append(_pool(device, max(2, batch // shrink), C, side, stride))
     return found
 
 
@@ -140,6 +145,14 @@ def _norm(device: torch.device, B: int, C: int, side: int, residual: bool) -> Ca
 
     name = f"fused_bn_act B {B} {C}x{side}x{side}{' + residual' if residual else ''}"
     return Case(name, inputs, call)
+
+
+def _pool(device: torch.device, B: int, C: int, side: int, stride: int) -> Case:
+    return Case(
+        f"max_pool B {B} {C}x{side}x{side}, stride {stride}",
+        lambda: [_draw(device, B, C, side, side).contiguous(memory_format=torch.channels_last)],
+        lambda impl, x: max_pool(x[0], stride, impl=impl),
+    )
 
 
 def _timed(case: Case, impl: str, device: torch.device) -> tuple[float, int]:
