@@ -1,9 +1,9 @@
-"""Damaged images through everything that decodes one: ``prepare``, and both loaders.
+"""Damaged images through everything that decodes one: ``prepare``, and all loaders.
 
     python -m tests.data.fuzz_images FOLDER COUNT SEED
 
 Of COUNT damaged images ``prepare`` quarantines some. The others, and whole ones that are damaged
-afterwards without a change of size, go to torchvision's and DALI's loaders: they decode them, or
+afterwards without a change of size, go to the loaders (nvJPEG's with libjpeg): they decode them, or
 raise a DataFileError with the file's name. Prints what it counted.
 """
 
@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def by_pillow(split: DiskSplit, index: int) -> bool:
     return False
 
 
-def by_dali(split: DiskSplit, first: int, count: int) -> int:
+def by_stream(split: DiskSplit, first: int, count: int) -> int:
     """How many of these are decoded; those of a batch that stops are tried in halves."""
     part = split.select(torch.arange(first, first + count))
     try:
@@ -88,18 +89,19 @@ def by_dali(split: DiskSplit, first: int, count: int) -> int:
     if count == 1:
         return 0
     half = count // 2
-    return by_dali(split, first, half) + by_dali(split, first + half, count - half)
+    return by_stream(split, first, half) + by_stream(split, first + half, count - half)
 
 
 def decode_all(split: DiskSplit) -> dict[str, int]:
     """How many of a split each decoder takes."""
-    found = {"pillow": 0, "torchvision": 0, "dali": 0}
+    found = {"pillow": 0, "torchvision": 0, "nvjpeg": 0, "dali": 0}
     for index in range(len(split)):
         found["pillow"] += by_pillow(split, index)
         found["torchvision"] += by_torchvision(split, index)
-    if pick_loader("auto")[0] == "dali":
+    for loader in {"nvjpeg", pick_loader("auto")[0]} - {"torchvision"}:
         for first in range(0, len(split), BATCH):
-            found["dali"] += by_dali(split, first, min(BATCH, len(split) - first))
+            part = replace(split, loader=loader)
+            found[loader] += by_stream(part, first, min(BATCH, len(split) - first))
     return found
 
 
