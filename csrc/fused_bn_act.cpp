@@ -141,6 +141,21 @@ void statistics(const Blocks& blocks, const Tensor& x, double* mean, double* m2)
   }
 }
 
+Tensor normalise(const Blocks& blocks, const Tensor& x, const optional<Tensor>& residual,
+                 const float* scale, const float* shift, bool relu) {
+  Tensor y = at::empty_like(x);
+  std::vector<float> lanes(2 * blocks.all.width);
+  const Affine affine = {nullptr, repeated(lanes.data(), scale, blocks.all),
+                         repeated(lanes.data() + blocks.all.width, shift, blocks.all)};
+  const void* const add = residual ? residual->const_data_ptr() : nullptr;
+  void* const to = y.mutable_data_ptr();
+  blocks.each(true, [&](int64_t block, Rows rows) {
+    blocks.kernels->normalise(rows, blocks.at(x.const_data_ptr(), block), blocks.at(add, block),
+                              blocks.at(to, block), affine, relu);
+  });
+  return y;
+}
+
 // y, the stats, and no bits of the ReLU's mask, which only the Triton form keeps.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
                                            const Tensor& bias, Tensor running_mean,
@@ -186,17 +201,32 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   }
   if (num_batches_tracked) *num_batches_tracked->mutable_data_ptr<int64_t>() += 1;
 
-  Tensor y = at::empty_like(x);
-  std::vector<float> lanes(2 * blocks.all.width);
-  const Affine affine = {nullptr, repeated(lanes.data(), out + kScale * C, blocks.all),
-                         repeated(lanes.data() + blocks.all.width, out + kShift * C, blocks.all)};
-  const void* const add = residual ? residual->const_data_ptr() : nullptr;
-  void* const y_data = y.mutable_data_ptr();
-  blocks.each(true, [&](int64_t block, Rows rows) {
-    blocks.kernels->normalise(rows, blocks.at(x.const_data_ptr(), block), blocks.at(add, block),
-                              blocks.at(y_data, block), affine, relu);
-  });
+  const Tensor y = normalise(blocks, x, residual, out + kScale * C, out + kShift * C, relu);
   return {y, stats, Tensor(at::detail::empty_cpu({0}, at::kByte))};
+}
+
+// y by the running statistics, without a gradient.
+Tensor eval(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
+            const Tensor& running_var, const optional<Tensor>& residual, bool relu, double eps) {
+  check_map(x, "x");
+  const int64_t C = x.size(1);
+  TORCH_CHECK(x.numel() > 0, "fused_bn_act: x is empty");
+  check_channels(weight, C, "weight");
+  check_channels(bias, C, "bias");
+  check_channels(running_mean, C, "running_mean");
+  check_channels(running_var, C, "running_var");
+  if (residual) check_like(*residual, x, "residual");
+  const float* const w = weight.const_data_ptr<float>();
+  const float* const b = bias.const_data_ptr<float>();
+  const float* const mean = running_mean.const_data_ptr<float>();
+  const float* const var = running_var.const_data_ptr<float>();
+  std::vector<float> scale(C), shift(C);
+  for (int64_t c = 0; c < C; ++c) {
+    scale[c] = static_cast<float>(w[c] / std::sqrt(var[c] + eps));
+    // From the rounded scale, so that the mean cancels exactly.
+    shift[c] = static_cast<float>(b[c] - static_cast<double>(mean[c]) * scale[c]);
+  }
+  return normalise(Blocks(x), x, residual, scale.data(), shift.data(), relu);
 }
 
 // The gradients of x, weight, bias and residual, empty where not wanted; the ReLU's mask is taken from
@@ -348,11 +378,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tenso
 TORCH_LIBRARY_IMPL(fastokd, AutogradCPU, m) {
   m.impl("fused_bn_act", forward_autograd);
   m.impl("fused_bn_act_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_bn_act_eval", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(fastokd, CPU, m) {
   m.impl("fused_bn_act", forward);
   m.impl("fused_bn_act_backward", backward);
+  m.impl("fused_bn_act_eval", eval);
 }
 
 }  // namespace fastokd

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fastokd.cohort.layers import is_exactly
 from fastokd.models.layers import NormAct
 from fastokd.ops.conv import conv_transpose2d
+from fastokd.ops.fused_bn_act import fused_bn_act
 from fastokd.ops.fusion_step import fusion_step
 
 
@@ -37,17 +38,8 @@ class DecoderBlock(nn.Module):
             y_BCHW: Tensor = self.norm(z_BCHW)
             return y_BCHW
         norm = self.norm
-        return F.relu(
-            F.batch_norm(
-                z_BCHW,
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                training=False,
-                eps=norm.eps,
-            )
-        )
+        state = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return fused_bn_act(z_BCHW, *state, None, eps=norm.eps, training=False, impl=self.impl)
 
 
 class Decoder(nn.Module):

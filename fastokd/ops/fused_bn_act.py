@@ -60,9 +60,10 @@ def fused_bn_act(
         relu: whether there is a ReLU. As in PyTorch NaN propagates, and the gradient at zero is 0.
         momentum: what the running statistics take of the batch's; None averages over all batches.
         training: False normalises by the running statistics.
-        impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The C++ is for training, with running
-            statistics and a momentum. The Triton form is that too, and in eval mode for calls
-            without gradient; under ``torch.compile`` it is PyTorch's, which the compiler fuses.
+        impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The C++ and Triton forms need running
+            statistics, in training a momentum, in eval mode a call without gradient. Under
+            ``torch.compile`` the Triton form, and the C++ in eval mode, are PyTorch's, which the
+            compiler fuses.
             ``"auto"`` takes PyTorch's for what these don't take.
 
     Returns:
@@ -77,13 +78,13 @@ def fused_bn_act(
     vectors = (weight_C, bias_C, running_mean_C, running_var_C)
     refusals: dict[str, str | None] = {}
     fast = impl if impl != "auto" else "triton" if x_BCHW.is_cuda else "cpp"
-    if fast == "triton" and torch.compiler.is_compiling():
+    if (fast == "triton" or not training) and torch.compiler.is_compiling():
         impl = "torch"
     elif fast in DTYPES:
         others = (num_batches_tracked, residual_BCHW, momentum, training)
         refusals[fast] = _refusal(fast, x_BCHW, vectors, *others)
     chosen = choose("fused_bn_act", impl, x_BCHW.device, refusals)
-    if chosen == "cpp":
+    if chosen == "cpp" and training:
         state = (*vectors, num_batches_tracked)
         options = (residual_BCHW, relu, momentum, eps)
         fused_BCHW: Tensor = torch.ops.fastokd.fused_bn_act(x_BCHW, *state, *options)[0]
@@ -92,7 +93,7 @@ def fused_bn_act(
         return FusedBnAct.apply(
             chosen, relu, momentum, eps, x_BCHW, *vectors, num_batches_tracked, residual_BCHW
         )
-    if chosen == "triton":
+    if chosen != "torch":
         call = operator("fused_bn_act_eval", chosen, x_BCHW)
         normalised_BCHW: Tensor = call(x_BCHW, *vectors, residual_BCHW, relu, eps)
         return normalised_BCHW
@@ -192,8 +193,6 @@ def _refusal(
     if torch._C._are_functorch_transforms_active():
         return "it has no batching rule for torch.func.vmap"
     if not training:
-        if fast == "cpp":
-            return "it is for training, and this is eval mode"
         asking = (x_BCHW, *vectors, residual_BCHW)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asking):
             return "in eval mode it has no gradient, and this call asks for one"

@@ -24,6 +24,7 @@ from fastokd.kernels.layout import even_pixels
 from fastokd.ops._library import define, operator
 from fastokd.ops._maps import fp32, like
 from fastokd.ops.dispatch import choose
+from fastokd.ops.fused_bn_act import fused_bn_act
 
 ON_A_CPU = "on a CPU it is left to PyTorch, so there is no kernel of ours"
 
@@ -65,7 +66,8 @@ def fusion_step(
             *maps_BCHW,
         )
         return y_BKHW
-    return _torch_impl(maps_BCHW, weight_K133, bn)
+    norm = "auto" if impl == "auto" and not maps_BCHW[0].is_cuda else "torch"
+    return _torch_impl(maps_BCHW, weight_K133, bn, norm)
 
 
 def _check(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d) -> None:
@@ -122,13 +124,20 @@ def _refusal(maps_BCHW: Sequence[Tensor], bn: nn.BatchNorm2d) -> str | None:
     return None
 
 
-def _torch_impl(maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d) -> Tensor:
-    """The readable reference, in the maps' dtype."""
+def _torch_impl(
+    maps_BCHW: Sequence[Tensor], weight_K133: Tensor, bn: nn.BatchNorm2d, norm: str = "torch"
+) -> Tensor:
+    """The readable reference, in the maps' dtype; ``norm``: the implementation of BatchNorm and ReLU."""
     x_BKHW = maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(tuple(maps_BCHW), dim=1)
     weight_K133 = weight_K133.to(x_BKHW.dtype)
     # Through a view, so that the gradient has a dense weight's strides, which DDP's buckets expect.
     weight_K133 = weight_K133.reshape(-1, 9).view(-1, 1, 3, 3)
     z_BKHW = F.conv2d(x_BKHW, weight_K133, padding=1, groups=weight_K133.shape[0])
+    if norm != "torch":
+        state = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked)
+        return fused_bn_act(
+            z_BKHW, *state, momentum=bn.momentum, eps=bn.eps, training=bn.training, impl=norm
+        )
     # The class's own forward: a subclass may add an activation of its own.
     return F.relu(nn.BatchNorm2d.forward(bn, z_BKHW))
 

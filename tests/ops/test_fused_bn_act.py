@@ -238,10 +238,31 @@ class TestTheHook:
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("residual", "relu"), [(False, True), (True, True), (False, False)])
+    def test_eval_mode(self, residual: bool, relu: bool, dtype: torch.dtype) -> None:
+        """As near to float64 as PyTorch, and no state is changed."""
+        plain, fused = (layer.eval() for layer in self.layers(relu=relu))
+        with torch.no_grad():
+            for layer in (plain, fused):
+                layer.running_mean.copy_(torch.linspace(-2, 2, 16))
+                layer.running_var.copy_(torch.linspace(0.1, 3, 16))
+        before = {name: value.clone() for name, value in fused.state_dict().items()}
+        case = draw((3, 16, 9, 7), dtype, residual)
+        with torch.no_grad():
+            ours, theirs = (layer(case.x, case.residual) for layer in (fused, plain))
+            wide = case.to(torch.float64)
+            want = plain.double()(wide.x, wide.residual)
+        torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
+        assert ours.dtype == dtype
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        error, budget = (ours.double() - want).abs(), (theirs.double() - want).abs()
+        assert (error <= budget.max() + 2 * torch.finfo(dtype).eps * want.abs() + 1e-6).all()
+
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"training": False}, "eval mode"),
+            ({"training": False}, "in eval mode it has no gradient"),
             ({"momentum": None}, "momentum"),
             ({"running_mean": None, "running_var": None}, "running statistics"),
             ({"weight": None, "bias": None}, "a weight"),
