@@ -73,10 +73,10 @@ class GroupedStudents:
         cast = [layer for layer in ours if isinstance(layer, (_Conv, _Linear))]
         self.stacks = [stack for layer in ours for stack in layer.stacks.values()]
         self.cast = [stack for layer in cast for stack in layer.stacks.values()]
-        # The counts of batches, which no norm reads, and how often a forward runs the norm.
+        # How often a forward runs each norm. Their batches are counted together, unless a norm reads
+        # the count.
         modules = (m for _, m in self.template.named_modules(remove_duplicate=False))
-        runs = Counter(m for m in modules if isinstance(m, _NormAct) and not m.is_cumulative)
-        self.counts = [(norm.stacks["num_batches_tracked"], n) for norm, n in runs.items()]
+        self.norms = Counter(m for m in modules if isinstance(m, _NormAct) and not m.is_cumulative)
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
@@ -88,9 +88,14 @@ class GroupedStudents:
         )
         with shadowed(self.sites, self.cast):
             out = self.template.outputs(x_BCHW, self.start)
-        if self.counts and self.template.training:
-            counts = [(x, n) for stack, n in self.counts for x in stack.in_place()]
-            torch._foreach_add_([x for x, _ in counts], [n for _, n in counts])
+        counts = [
+            (count, runs)
+            for norm, runs in self.norms.items()
+            if norm.first[0].training
+            for count in norm.stacks["num_batches_tracked"].in_place()
+        ]
+        if counts:
+            torch._foreach_add_([count for count, _ in counts], [runs for _, runs in counts])
         logits_SBC = out.logits_BC.unflatten(1, (S, -1)).unbind(1)
         features_SBD = out.features_BD.unflatten(1, (S, -1)).unbind(1)
         maps = [map_BCHW.chunk(S, dim=1) for map_BCHW in out.maps]

@@ -259,6 +259,7 @@ def test_tied_and_frozen_weights() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_norm_used_twice_counts_twice(momentum: float | None) -> None:
+    """And one in eval mode doesn't."""
     states = []
     for engine in ("loop", "grouped"):
         cohort = Cohort(("resnet8", 2), 10, sharing="network").double().train()
@@ -268,11 +269,13 @@ def test_a_norm_used_twice_counts_twice(momentum: float | None) -> None:
                     norm.momentum = momentum
             last = student.get_submodule("layer3.0")
             last.bn2 = last.bn1
+            student.get_submodule("bn1").eval()
         cohort.set_engine(engine)
         for _ in range(2):
             cohort(IMAGES_BHWC)
         states.append(cohort.state_dict())
     assert states[0]["students.1.layer3.0.bn1.num_batches_tracked"] == 4
+    assert states[0]["students.1.bn1.num_batches_tracked"] == 0
     torch.testing.assert_close(*states, rtol=1e-9, atol=1e-9)
 
 
