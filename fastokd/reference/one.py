@@ -32,10 +32,11 @@ class ReferenceONE(ReferenceCohort):
         num_classes: int,
         students: int = 4,
         sharing: str = "branch",
-        trunk_channels: int = 32,
     ) -> None:
         super().__init__(model, num_classes, students, sharing)
-        self.control = nn.Linear(trunk_channels, students)
+        # A branch begins with a convolution, or a norm and a convolution, of the trunk's channels.
+        first = next(m for m in self.students.modules() if isinstance(m, nn.Conv2d))
+        self.control = nn.Linear(first.in_channels, students)
         self.norm = nn.BatchNorm1d(students)
 
     def ensemble(self, out: ReferenceOutputs) -> Tensor:

@@ -70,6 +70,12 @@ def test_every_kind_of_student_is_traced(name: str) -> None:
     assert step.peak_bytes > step.activation_bytes > 0
 
 
+@pytest.mark.parametrize("model", ["resnet34", "densenet_40_12"])
+def test_the_published_gate_reads_any_trunk(model: str) -> None:
+    dataset = "imagenet" if model == "resnet34" else "cifar10"
+    assert trace_reference(recipe(f"one/{model}/{dataset}"), 2).ops
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", TINY, "--device", "a100", "--gpus", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
