@@ -323,7 +323,7 @@ def _cast(gradients: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> lis
     outs = [x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in pairs]
     changed = [(out, x) for out, x in zip(outs, gradients, strict=True) if out is not x]
     if changed:
-        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
+        torch._foreach_copy_([out for out, _ in changed], [x for _, x in changed])
     return outs
 
 
