@@ -20,11 +20,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastokd.kernels._launch import on_device
+from fastokd.kernels._launch import compiler_options, on_device, warp_size
 from fastokd.kernels.layout import strides
 from torch import Tensor
 
-_TILE = 16384  # elements in flight
+_TILE = 16384  # elements in flight of a map that is one tile
+_BLOCK = 8192  # of one that is several
 _BACKWARD_TILE = 4096
 _EPS = tl.constexpr(1e-12)
 
@@ -245,24 +246,23 @@ def _shift(a_PN, HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.con
     return (_target(u_PN, r, HW, BP, NB) - u_PN) * r / C
 
 
-def _blocks(pixels: int, channels: int, size: int, tile: int = _TILE) -> tuple[int, int, int]:
-    """BP, NB and BC of a tile of ``tile`` elements of ``size`` bytes: all channels, unless they leave
-    fewer than 16 pixels. Where that idles more than a sixteenth of the lanes, half a tile may idle
-    fewer; a smaller one would have too few bytes in flight. Several blocks in fp32 have half a tile too,
-    or the registers would not do."""
-    BC = min(triton.next_power_of_2(channels), tile // 16)
-    BP = min(triton.next_power_of_2(pixels), tile // BC)
-    lanes = -(-pixels // BP) * BP
-    half = BP // 2
-    idle = 16 * (lanes - pixels) > lanes and -(-pixels // half) * half < lanes
-    if BP * BC == tile and (idle or (size == 4 and lanes > BP)):
-        BP = half
+def _blocks(pixels: int, channels: int, most: int = _TILE) -> tuple[int, int, int]:
+    """BP, NB and BC: one tile of at most ``most`` elements, else several of _BLOCK or ``most``.
+
+    Larger ones would spill registers, smaller ones have too few bytes in flight.
+    """
+    tile = min(most, _BLOCK)
+    BC = min(triton.next_power_of_2(channels), tile // 8)
+    BP = triton.next_power_of_2(pixels)
+    if most < BP * BC:
+        BP = tile // BC
     return BP, triton.next_power_of_2(-(-pixels // BP)), BC
 
 
-def _warps(elements: int) -> int:
-    """At most 32 elements a thread, or 16 warps."""
-    return min(max(elements // 1024, 1), 16)
+def _options(BP: int, NB: int, BC: int) -> dict[str, int]:
+    """At most 32 elements a thread, or 16 warps; with several blocks all registers."""
+    warps = min(max(BP * BC // 1024, 1), 16)
+    return compiler_options(warps, warp_size()) if NB > 1 else {"num_warps": warps}
 
 
 @on_device
@@ -271,10 +271,10 @@ def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     B, C, H, W = x_BCHW.shape
     u_BP = x_BCHW.new_empty((B, H * W), dtype=torch.float32)
     r_B = x_BCHW.new_empty(B, dtype=torch.float32)
-    BP, NB, BC = _blocks(H * W, C, x_BCHW.element_size())
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         map_kernel[(B,)](
-            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC)
+            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, NB, BC, **_options(BP, NB, BC)
         )  # fmt: skip
     return u_BP, r_B
 
@@ -284,11 +284,11 @@ def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: T
     """The gradient by x of :func:`attention_map`'s first result: one launch."""
     B, C, H, W = x_BCHW.shape
     out_BCHW = torch.empty_like(x_BCHW)
-    BP, NB, BC = _blocks(H * W, C, x_BCHW.element_size())
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         map_backward_kernel[(B,)](
             x_BCHW, u_BP, r_B, grad_BP.contiguous(), out_BCHW,
-            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC),
+            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC, **_options(BP, NB, BC),
         )  # fmt: skip
     return out_BCHW
 
@@ -305,13 +305,13 @@ def attention_pair(
     loss_B = new(B, dtype=torch.float32)
     sx = new((B, H * W) if need_x else 0, dtype=torch.float32)
     sy = new((B, H * W) if need_y else 0, dtype=torch.float32)
-    BP, NB, BC = _blocks(H * W, max(CX, CY), max(x_BCHW.element_size(), y_BCHW.element_size()))
+    BP, NB, BC = _blocks(H * W, max(CX, CY))
     BCX, BCY = (min(triton.next_power_of_2(C), BC) for C in (CX, CY))
     if B:
         pair_kernel[(B,)](
             x_BCHW, y_BCHW, loss_B, sx, sy, 1.0 / (B * H * W), *strides(x_BCHW), *strides(y_BCHW),
             H * W, CX, CY, BP, NB, BCX, BCY, shift, need_x, need_y,
-            num_warps=_warps(BP * BC),
+            **_options(BP, NB, BC),
         )  # fmt: skip
     return loss_B.sum(), sx, sy
 
@@ -321,7 +321,7 @@ def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> T
     """x * s * incoming, in x's layout and dtype: one launch."""
     B, C, H, W = x_BCHW.shape
     out_BCHW = torch.empty_like(x_BCHW)
-    BP, _, BC = _blocks(H * W, C, x_BCHW.element_size(), _BACKWARD_TILE)
+    BP, _, BC = _blocks(H * W, C, _BACKWARD_TILE)
     if B:
         grid = (B, triton.cdiv(H * W, BP), triton.cdiv(C, BC))
         pair_backward_kernel[grid](
@@ -336,10 +336,10 @@ def shifted_map(y_BCHW: Tensor) -> Tensor:
     """y + (target(y) - u) ||A|| / C, in y's layout and dtype: one launch."""
     B, C, H, W = y_BCHW.shape
     out_BCHW = torch.empty_like(y_BCHW)
-    BP, NB, BC = _blocks(H * W, C, y_BCHW.element_size())
+    BP, NB, BC = _blocks(H * W, C)
     if B:
         shift_kernel[(B,)](
             y_BCHW, out_BCHW, *strides(y_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC,
-            num_warps=_warps(BP * BC),
+            **_options(BP, NB, BC),
         )  # fmt: skip
     return out_BCHW

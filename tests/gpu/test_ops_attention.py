@@ -71,7 +71,7 @@ def test_many_tiles(
 @pytest.mark.parametrize("op", OPS)
 def test_blocks_of_pixels(op: str, poisoned_device: torch.device) -> None:
     """784 pixels in seven blocks of 128, the last one ragged, of eight."""
-    assert kernel._blocks(784, 64, 4) == (128, 8, 64)
+    assert kernel._blocks(784, 64) == (128, 8, 64)
     x, y = (m.to(poisoned_device) for m in without_ties((2, 64, 28, 28), torch.float32))
     assert_within_budget(op, x, y, "triton")
 

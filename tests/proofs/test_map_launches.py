@@ -119,8 +119,8 @@ def rows() -> dict[str, tuple[Head, Head, int]]:
 
 
 def idle(side: int, C: int, tile: int) -> tuple[str, float]:
-    """An attention's blocks of a bf16 map in tiles of ``tile`` elements, and the idle share of the lanes."""
-    BP, _, BC = attention._blocks(side * side, C, 2, tile)
+    """An attention's blocks of a map in tiles of ``tile`` elements, and the idle share of the lanes."""
+    BP, _, BC = attention._blocks(side * side, C, tile)
     blocks, passes = -(-side * side // BP), -(-C // BC)
     lanes = blocks * BP * passes * BC
     return f"{blocks} of {BP} x {BC}", 1 - side * side * C / lanes
