@@ -20,11 +20,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastokd.kernels._launch import on_device
+from fastokd.kernels._launch import compiler_options, on_device, warp_size
 from fastokd.kernels.layout import strides
 from torch import Tensor
 
-_TILE = 16384  # elements in flight
+_TILE = 16384  # elements in flight of a map that is one tile
+_BLOCK = 8192  # of one that is several
+_BACKWARD_TILE = 4096
 _EPS = tl.constexpr(1e-12)
 
 
@@ -43,8 +45,22 @@ def _put(out_ptr, stride_p, stride_c, p, c, HW: tl.constexpr, C: tl.constexpr, v
 
 @triton.jit
 def _pixels(BP: tl.constexpr, NB: tl.constexpr):
-    """The numbers of all pixels, ``[BP, NB]``."""
-    return tl.arange(0, NB)[None, :] * BP + tl.arange(0, BP)[:, None]
+    """The numbers of all pixels: ``[BP, NB]``, as all that end in _PN; ``[BP]`` where NB is 1."""
+    p = tl.arange(0, BP)
+    return p if NB == 1 else tl.arange(0, NB)[None, :] * BP + p[:, None]
+
+
+@triton.jit
+def _squares(
+    x_ptr, stride_p, stride_c, p, HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """The sum over the channels of pixels ``p``."""
+    a_P = tl.zeros([BP], tl.float32)
+    for start in range(0, C, BC):
+        x_PC = _tile(x_ptr, stride_p, stride_c, p, start + tl.arange(0, BC), HW, C)
+        a_P += tl.sum(x_PC * x_PC, axis=1)
+    return a_P
 
 
 @triton.jit
@@ -52,29 +68,36 @@ def _energy(
     x_ptr, stride_p, stride_c,
     HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A of one sample, ``[BP, NB]``, 0 past its last pixel."""
-    a_PN = tl.zeros([BP, NB], tl.float32)
-    # Two stages: a block is loaded while the one before it is summed.
-    for j in tl.range(0, tl.cdiv(HW, BP), num_stages=2 if NB > 1 else 1):
-        p = j * BP + tl.arange(0, BP)
-        a_P = tl.zeros([BP], tl.float32)
-        for start in range(0, C, BC):
-            x_PC = _tile(x_ptr, stride_p, stride_c, p, start + tl.arange(0, BC), HW, C)
-            a_P += tl.sum(x_PC * x_PC, axis=1)
-        a_PN = tl.where(tl.arange(0, NB)[None, :] == j, a_P[:, None], a_PN)
+    """A of one sample, 0 past its last pixel."""
+    p = tl.arange(0, BP)
+    if NB == 1:
+        a_PN = _squares(x_ptr, stride_p, stride_c, p, HW, C, BP, BC)
+    else:
+        a_PN = tl.zeros([BP, NB], tl.float32)
+        # Two stages: a block is loaded while the one before it is summed.
+        for j in tl.range(0, tl.cdiv(HW, BP), num_stages=2):
+            a_P = _squares(x_ptr, stride_p, stride_c, j * BP + p, HW, C, BP, BC)
+            a_PN = tl.where(tl.arange(0, NB)[None, :] == j, a_P[:, None], a_PN)
     return a_PN / C
 
 
 @triton.jit
 def _block(s_PN, j, NB: tl.constexpr):
-    """Column ``j``, ``[BP]``."""
-    return tl.sum(tl.where(tl.arange(0, NB)[None, :] == j, s_PN, 0.0), axis=1)
+    """Those of block ``j``, ``[BP]``."""
+    is_j_1N = tl.arange(0, NB)[None, :] == j
+    return s_PN if NB == 1 else tl.sum(tl.where(is_j_1N, s_PN, 0.0), axis=1)
 
 
 @triton.jit
-def _norm(a_PN):
+def _sum(x_PN, NB: tl.constexpr):
+    x_N = tl.sum(x_PN, axis=0)
+    return x_N if NB == 1 else tl.sum(x_N, axis=0)
+
+
+@triton.jit
+def _norm(a_PN, NB: tl.constexpr):
     """||A|| and the divisor max(||A||, eps); a NaN goes through both."""
-    r = tl.sqrt_rn(tl.sum(a_PN * a_PN))
+    r = tl.sqrt_rn(_sum(a_PN * a_PN, NB))
     return r, tl.where(r < _EPS, _EPS, r)
 
 
@@ -91,16 +114,16 @@ def _target(u_PN, r, HW: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr):
         found = 0
         for step in range(30):  # u is at most 1 and a rounding: bits 30 and 31 are never set
             candidate = found | (1 << (29 - step))
-            below = tl.sum((pattern_PN < candidate).to(tl.int32))
+            below = _sum((pattern_PN < candidate).to(tl.int32), NB)
             found = tl.where(below < HW // 3, candidate, found)
     sign_PN = (pattern_PN > found).to(tl.float32) - (pattern_PN < found).to(tl.float32)
     return (r / 2 - u_PN) * sign_PN + r / 2
 
 
 @triton.jit
-def _gradient(u_PN, g_PN, r, n, C: tl.constexpr):
+def _gradient(u_PN, g_PN, r, n, C: tl.constexpr, NB: tl.constexpr):
     """2 / C dL/dA from g, the gradient by u."""
-    along = tl.where(r < _EPS, 0.0, tl.sum(u_PN * g_PN))
+    along = tl.where(r < _EPS, 0.0, _sum(u_PN * g_PN, NB))
     return tl.div_rn(g_PN - u_PN * along, n) * (2.0 / C)
 
 
@@ -111,7 +134,7 @@ def map_kernel(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     a_PN = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, C, BP, NB, BC)
-    r, n = _norm(a_PN)
+    r, n = _norm(a_PN, NB)
     p = _pixels(BP, NB)
     tl.store(u_ptr + b * HW + p, tl.div_rn(a_PN, n), mask=p < HW)
     tl.store(r_ptr + b, r)
@@ -131,7 +154,7 @@ def map_backward_kernel(
     u_PN = tl.load(u_ptr + at, mask=listed, other=0.0)
     g_PN = tl.load(g_ptr + at, mask=listed, other=0.0)
     r = tl.load(r_ptr + b)
-    s_PN = _gradient(u_PN, g_PN, r, tl.where(r < _EPS, _EPS, r), C)
+    s_PN = _gradient(u_PN, g_PN, r, tl.where(r < _EPS, _EPS, r), C, NB)
     for j in range(tl.cdiv(HW, BP)):
         p = j * BP + tl.arange(0, BP)
         s_P = _block(s_PN, j, NB)
@@ -156,19 +179,19 @@ def pair_kernel(
     b = tl.program_id(0).to(tl.int64)
     p = _pixels(BP, NB)
     a_PN = _energy(x_ptr + b * x_stride_b, x_stride_p, x_stride_c, HW, CX, BP, NB, BCX)
-    rx, nx = _norm(a_PN)
+    rx, nx = _norm(a_PN, NB)
     u_PN = tl.div_rn(a_PN, nx)
     a_PN = _energy(y_ptr + b * y_stride_b, y_stride_p, y_stride_c, HW, CY, BP, NB, BCY)
-    ry, ny = _norm(a_PN)
+    ry, ny = _norm(a_PN, NB)
     v_PN = tl.div_rn(a_PN, ny)
     other_PN = tl.where(p < HW, _target(v_PN, ry, HW, BP, NB), 0.0) if SHIFT else v_PN
     d_PN = u_PN - other_PN
-    tl.store(loss_ptr + b, tl.sum(d_PN * d_PN) * scale)
+    tl.store(loss_ptr + b, _sum(d_PN * d_PN, NB) * scale)
     g_PN = d_PN * (2.0 * scale)
     if NEED_X:
-        tl.store(sx_ptr + b * HW + p, _gradient(u_PN, g_PN, rx, nx, CX), mask=p < HW)
+        tl.store(sx_ptr + b * HW + p, _gradient(u_PN, g_PN, rx, nx, CX, NB), mask=p < HW)
     if NEED_Y:
-        tl.store(sy_ptr + b * HW + p, _gradient(v_PN, -g_PN, ry, ny, CY), mask=p < HW)
+        tl.store(sy_ptr + b * HW + p, _gradient(v_PN, -g_PN, ry, ny, CY, NB), mask=p < HW)
 
 
 @triton.jit
@@ -197,40 +220,49 @@ def shift_kernel(
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * y_stride_b
     out_ptr += b * out_stride_b
+    p = tl.arange(0, BP)
     if NB == 1 and BC >= C:
-        y_PC = _tile(y_ptr, y_stride_p, y_stride_c, tl.arange(0, BP), tl.arange(0, BC), HW, C)
-        a_PN = tl.sum(y_PC * y_PC, axis=1)[:, None] / C
+        y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, tl.arange(0, BC), HW, C)
+        shift_P = _shift(tl.sum(y_PC * y_PC, axis=1) / C, HW, C, BP, NB)
+        c = tl.arange(0, BC)
+        _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, y_PC + shift_P[:, None])
     else:
         a_PN = _energy(y_ptr, y_stride_p, y_stride_c, HW, C, BP, NB, BC)
-    r, n = _norm(a_PN)
+        shift_PN = _shift(a_PN, HW, C, BP, NB)
+        for j in range(tl.cdiv(HW, BP)):
+            at = j * BP + p
+            shift_P = _block(shift_PN, j, NB)
+            for start in range(0, C, BC):
+                c = start + tl.arange(0, BC)
+                y_PC = _tile(y_ptr, y_stride_p, y_stride_c, at, c, HW, C)
+                _put(out_ptr, out_stride_p, out_stride_c, at, c, HW, C, y_PC + shift_P[:, None])
+
+
+@triton.jit
+def _shift(a_PN, HW: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, NB: tl.constexpr):
+    """What is added to every channel."""
+    r, n = _norm(a_PN, NB)
     u_PN = tl.div_rn(a_PN, n)
-    shift_PN = (_target(u_PN, r, HW, BP, NB) - u_PN) * r / C
-    for j in range(tl.cdiv(HW, BP)):
-        p = j * BP + tl.arange(0, BP)
-        shift_P = _block(shift_PN, j, NB)
-        for start in range(0, C, BC):
-            c = start + tl.arange(0, BC)
-            if NB > 1 or BC < C:
-                y_PC = _tile(y_ptr, y_stride_p, y_stride_c, p, c, HW, C)
-            _put(out_ptr, out_stride_p, out_stride_c, p, c, HW, C, y_PC + shift_P[:, None])
+    return (_target(u_PN, r, HW, BP, NB) - u_PN) * r / C
 
 
-def _blocks(pixels: int, channels: int, tile: int = _TILE) -> tuple[int, int, int]:
-    """BP, NB and BC of a tile of ``tile`` elements: all channels, unless they leave fewer than 16
-    pixels. Where that idles more than a sixteenth of the lanes, half a tile may idle fewer; a
-    smaller one would have too few bytes in flight."""
-    BC = min(triton.next_power_of_2(channels), tile // 16)
-    BP = min(triton.next_power_of_2(pixels), tile // BC)
-    lanes = -(-pixels // BP) * BP
-    half = BP // 2
-    if tile == BP * BC and 16 * (lanes - pixels) > lanes and -(-pixels // half) * half < lanes:
-        BP = half
+def _blocks(pixels: int, channels: int, most: int = _TILE) -> tuple[int, int, int]:
+    """BP, NB and BC: one tile of at most ``most`` elements, else several of _BLOCK or ``most``.
+
+    Larger ones would spill registers, smaller ones have too few bytes in flight.
+    """
+    tile = min(most, _BLOCK)
+    BC = min(triton.next_power_of_2(channels), tile // 8)
+    BP = triton.next_power_of_2(pixels)
+    if most < BP * BC:
+        BP = tile // BC
     return BP, triton.next_power_of_2(-(-pixels // BP)), BC
 
 
-def _warps(elements: int) -> int:
-    """At most 32 elements a thread, or 16 warps."""
-    return min(max(elements // 1024, 1), 16)
+def _options(BP: int, NB: int, BC: int) -> dict[str, int]:
+    """At most 32 elements a thread, or 16 warps; with several blocks all registers."""
+    warps = min(max(BP * BC // 1024, 1), 16)
+    return compiler_options(warps, warp_size()) if NB > 1 else {"num_warps": warps}
 
 
 @on_device
@@ -242,7 +274,7 @@ def attention_map(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     BP, NB, BC = _blocks(H * W, C)
     if B:
         map_kernel[(B,)](
-            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC)
+            x_BCHW, u_BP, r_B, *strides(x_BCHW), H * W, C, BP, NB, BC, **_options(BP, NB, BC)
         )  # fmt: skip
     return u_BP, r_B
 
@@ -256,7 +288,7 @@ def attention_map_backward(x_BCHW: Tensor, u_BP: Tensor, r_B: Tensor, grad_BP: T
     if B:
         map_backward_kernel[(B,)](
             x_BCHW, u_BP, r_B, grad_BP.contiguous(), out_BCHW,
-            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC, num_warps=_warps(BP * BC),
+            *strides(x_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC, **_options(BP, NB, BC),
         )  # fmt: skip
     return out_BCHW
 
@@ -279,7 +311,7 @@ def attention_pair(
         pair_kernel[(B,)](
             x_BCHW, y_BCHW, loss_B, sx, sy, 1.0 / (B * H * W), *strides(x_BCHW), *strides(y_BCHW),
             H * W, CX, CY, BP, NB, BCX, BCY, shift, need_x, need_y,
-            num_warps=_warps(BP * BC),
+            **_options(BP, NB, BC),
         )  # fmt: skip
     return loss_B.sum(), sx, sy
 
@@ -289,7 +321,7 @@ def attention_pair_backward(x_BCHW: Tensor, s_BP: Tensor, incoming: Tensor) -> T
     """x * s * incoming, in x's layout and dtype: one launch."""
     B, C, H, W = x_BCHW.shape
     out_BCHW = torch.empty_like(x_BCHW)
-    BP, _, BC = _blocks(H * W, C, 4096)
+    BP, _, BC = _blocks(H * W, C, _BACKWARD_TILE)
     if B:
         grid = (B, triton.cdiv(H * W, BP), triton.cdiv(C, BC))
         pair_backward_kernel[grid](
@@ -308,6 +340,6 @@ def shifted_map(y_BCHW: Tensor) -> Tensor:
     if B:
         shift_kernel[(B,)](
             y_BCHW, out_BCHW, *strides(y_BCHW), *strides(out_BCHW), H * W, C, BP, NB, BC,
-            num_warps=_warps(BP * BC),
+            **_options(BP, NB, BC),
         )  # fmt: skip
     return out_BCHW

@@ -43,7 +43,7 @@ def test_training_shapes(
     assert_within_budget(op, x, y, "triton", incoming=65536.0 if dtype == torch.float16 else 1.0)
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=7)
 def without_ties(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two maps in which rounding moves no pixel across the target's threshold."""
     drawn = (draw(*shape, dtype=dtype, layout="last", seed=seed) for seed in range(20))
@@ -65,6 +65,14 @@ def test_many_tiles(
     pixels in one block, and in three, the last one ragged, of four."""
     monkeypatch.setattr(kernel, "_blocks", lambda *_: (BP, 16 // BP, 8))
     x, y = draw(2, 20, 3, 3, dtype=torch.float32, layout="last", device=poisoned_device)
+    assert_within_budget(op, x, y, "triton")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_blocks_of_pixels(op: str, poisoned_device: torch.device) -> None:
+    """784 pixels in seven blocks of 128, the last one ragged, of eight."""
+    assert kernel._blocks(784, 64) == (128, 8, 64)
+    x, y = (m.to(poisoned_device) for m in without_ties((2, 64, 28, 28), torch.float32))
     assert_within_budget(op, x, y, "triton")
 
 

@@ -118,6 +118,21 @@ def rows() -> dict[str, tuple[Head, Head, int]]:
     return found
 
 
+def idle(side: int, C: int, tile: int) -> tuple[str, float]:
+    """An attention's blocks of a map in tiles of ``tile`` elements, and the idle share of the lanes."""
+    BP, _, BC = attention._blocks(side * side, C, tile)
+    blocks, passes = -(-side * side // BP), -(-C // BC)
+    lanes = blocks * BP * passes * BC
+    return f"{blocks} of {BP} x {BC}", 1 - side * side * C / lanes
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("C", "side"), [(16, 32), (32, 16), (64, 8), (64, 56), (128, 28)])
+def test_few_lanes_idle(C: int, side: int) -> None:
+    assert idle(side, C, attention._TILE)[1] < 1 / 16
+    assert idle(side, C, attention._BACKWARD_TILE)[1] < 1 / 16
+
+
 @pytest.mark.proof
 def test_launches() -> None:
     found = rows()
@@ -140,3 +155,10 @@ if __name__ == "__main__":
             f"| {name} | {before.launches} | {before.bytes / 1e6:.1f} "
             f"| {after.launches} | {after.bytes / 1e6:.1f} | {minimum / 1e6:.1f} |"
         )
+    print("| map | blocks: pixels x channels | idle | backward | idle |\n|---|---|---|---|---|")
+    for C, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        cells = [f"{C}x{side}x{side}"]
+        for tile in (attention._TILE, attention._BACKWARD_TILE):
+            blocks, share = idle(side, C, tile)
+            cells += [blocks, f"{share:.0%}"]
+        print(f"| {' | '.join(cells)} |")
