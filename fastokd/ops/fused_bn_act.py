@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
+from fastokd.ops import cpp
 from fastokd.ops._library import define, operator
 from fastokd.ops._maps import like
 from fastokd.ops.dispatch import choose
@@ -84,6 +85,8 @@ def fused_bn_act(
         others = (num_batches_tracked, residual_BCHW, momentum, training)
         refusals[fast] = _refusal(fast, x_BCHW, vectors, *others)
     chosen = choose("fused_bn_act", impl, x_BCHW.device, refusals)
+    if impl == "auto" and chosen == "cpp" and _slower(x_BCHW, relu or residual_BCHW is not None):
+        chosen = "torch"
     if chosen == "cpp" and training:
         state = (*vectors, num_batches_tracked)
         options = (residual_BCHW, relu, momentum, eps)
@@ -116,6 +119,16 @@ def fused_bn_act(
     if residual_BCHW is not None:
         y_BCHW = y_BCHW + residual_BCHW
     return F.relu(y_BCHW) if relu else y_BCHW
+
+
+def _slower(x_BCHW: Tensor, fuses: bool) -> bool:
+    """Whether PyTorch is faster: without AVX-512, on large fp32 maps of many channels.
+
+    Measured with FASTOKD_CPU_CAPABILITY=avx2 (docs/benchmarks.md). ``fuses``: there is more than a norm.
+    """
+    if x_BCHW.dtype != torch.float32 or x_BCHW.numel() < 1 << 20 or torch.compiler.is_compiling():
+        return False
+    return x_BCHW.shape[1] >= (256 if fuses else 64) and cpp.capability() in ("default", "avx2")
 
 
 def norm_act(

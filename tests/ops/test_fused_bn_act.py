@@ -214,6 +214,33 @@ def test_state_over_batches_is_batchnorms() -> None:
     assert ours["num_batches_tracked"] == theirs["num_batches_tracked"] == 6
 
 
+@pytest.mark.parametrize(
+    ("level", "shape", "relu", "fused"),
+    [
+        ("avx2", (16, 256, 16, 16), True, False),
+        ("avx2", (16, 128, 32, 16), True, True),
+        ("avx2", (16, 64, 32, 32), False, False),
+        ("avx2", (16, 512, 7, 7), True, True),  # small
+        ("avx512", (16, 256, 16, 16), True, True),
+    ],
+)
+def test_without_avx512_large_fp32_maps_are_left_to_torch(
+    level: str,
+    shape: tuple[int, int, int, int],
+    relu: bool,
+    fused: bool,
+    capabilities: list[str],
+) -> None:
+    if level not in capabilities:
+        pytest.skip(f"this CPU has no {level}")
+    cpp.set_capability(level)
+    case = draw(shape, residual=False, relu=relu)
+    ours = run(case, "auto")["y"]
+    for impl in ("torch", "cpp"):
+        same = torch.equal(ours, run(case, impl)["y"])
+        assert same == ((impl == "cpp") == fused)
+
+
 class TestTheHook:
     def layers(self, **options: object) -> tuple[NormAct, NormAct]:
         torch.manual_seed(1)

@@ -48,9 +48,10 @@ NEEDS_BF16 = {"convolution", "convolution of stride 2", "transposed convolution"
 
 @pytest.fixture(autouse=True)
 def threads(cpp_ops: None) -> Iterator[None]:
-    before = torch.get_num_threads()
+    threads, capability = torch.get_num_threads(), cpp.capability()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    cpp.set_capability(capability)
 
 
 def run(op: Op, B: int, threads: int) -> tuple[list[Tensor], list[int]]:
