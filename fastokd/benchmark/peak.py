@@ -49,7 +49,7 @@ class InstructionPeak:
     what no product can exceed. None where that isn't known: on a GPU, without the C++ ops, and where
     matrix products have an instruction that this doesn't run (AMX)."""
 
-    ROUNDS = 500_000
+    ROUNDS = 4_000_000
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self.bf16 = precision == "bf16"
