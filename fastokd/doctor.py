@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastokd.data.disk import nvjpeg
 from fastokd.device import pick_device, pick_precision
 from fastokd.host import cpus
 from fastokd.host.caches import cache_root
@@ -51,6 +52,9 @@ def diagnose() -> dict[str, Any]:
         "optional": {
             **{name: _version(name) or f"not installed: {how}" for name, how in OPTIONAL.items()},
             "apex": apex_missing() or "works",
+            "nvjpeg": (
+                nvjpeg.why_not(device) or "works" if device.type == "cuda" else "it needs a GPU"
+            ),
         },
     }
 

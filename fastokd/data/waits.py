@@ -40,6 +40,13 @@ def exhausted(error: BaseException, doing: str) -> LoaderError | None:
     return LoaderError(f"{said} while {doing}: {advice}")
 
 
+def no_more_threads(error: RuntimeError, workers: int) -> LoaderError:
+    """The error to raise for Python's "can't start new thread"."""
+    return LoaderError(
+        f"{error}: raise the limit on processes and threads, or choose fewer --workers (now {workers})"
+    )
+
+
 class Patience:
     """Warns about one wait, at growing intervals."""
 
@@ -80,11 +87,8 @@ def by_threads(
     try:
         try:
             made: list[Future[R]] = [pool.submit(work, item) for item in items]
-        except RuntimeError as error:  # "can't start new thread"
-            raise LoaderError(
-                f"{error}: raise the limit on processes and threads, or choose fewer --workers "
-                f"(now {workers})"
-            ) from error
+        except RuntimeError as error:
+            raise no_more_threads(error, workers) from error
         for item, future in zip(items, made, strict=True):
             patience = Patience()
             while not wait([future], patience.left + 0.1).done:

@@ -70,6 +70,9 @@ def build(
     if data is None:
         with ranks.one_a_machine_first():
             data = load_splits(recipe, options, begun=options.resume or not training)
+    loaders = sorted({*ranks.gather(data.loader)})
+    if len(loaders) > 1:
+        raise UserError(f"ranks decode with {' and '.join(loaders)}: choose one --loader for all")
     data = data.to(device)
     min_batch = _min_batch(recipe, data, ranks, options.sync_bn) if training else 1
     stream = _training_stream(recipe, options, data, ranks, min_batch)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,11 @@ from fastokd.data.disk.prepare import prepare
 from fastokd.data.disk.prepared import pick_loader
 from fastokd.data.disk.split import DiskDraws
 from fastokd.data.photographs import photographs
-from fastokd.errors import DataFileError, UserError
+from fastokd.distributed.ranks import Ranks
+from fastokd.errors import DataFileError, LoaderError, UserError
+from fastokd.recipe.names import recipe
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from tests.data.loaders import NVJPEG
 
 GPU = torch.device("cuda")
@@ -106,18 +112,95 @@ def test_files_are_decoded_in_parts_of_limited_size(
 
 
 def test_pillow_decodes_what_the_decoder_refuses(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nvjpeg._told.cache_clear()
+    """Such a file is given to the decoder in the first epoch only."""
+    nvjpeg._refused.cache_clear()
+    calls = []
+    decoded = nvjpeg._decoded
+    monkeypatch.setattr(nvjpeg, "_decoded", lambda *a: calls.append(len(a[0])) or decoded(*a))
     split, theirs = split_of(root, "nvjpeg"), split_of(root, "torchvision")
     assert split.plain_N.all()
     row = next(i for i in range(24) if split.path(i).name == "endless.jpg")
+    counts = []
     for _ in range(2):
         assert torch.equal(images(split)[row], images(theirs)[row])
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[0] > counts[1] == 3
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert "nvJPEG doesn't decode" in told[0]
     assert "endless.jpg" in told[0]
+
+
+@pytest.mark.parametrize("place", ["_decoded", "_resized"])
+def test_a_gpu_without_memory_refuses_no_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    nvjpeg._refused.cache_clear()
+
+    def short(*_: object) -> None:
+        raise RuntimeError("Error while decoding JPEG images: CUDA out of memory")
+
+    split = split_of(root, "nvjpeg")
+    monkeypatch.setattr(nvjpeg, place, short)
+    with pytest.raises(LoaderError, match="the GPU ran out of memory while images were decoded"):
+        images(split)
+    assert not nvjpeg._refused(split.root)
+
+
+def test_two_streams_decode_one_after_the_other(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a CUDA stream and its memory."""
+    inside, most = 0, 0
+    resized = nvjpeg._resized
+
+    def watched(*args: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        found = resized(*args)
+        inside -= 1
+        return found
+
+    monkeypatch.setattr(nvjpeg, "_resized", watched)
+    split = split_of(root, "nvjpeg")
+    both = [stream_of(split, 4, **TRAIN).batches(0) for _ in range(2)]  # type: ignore[arg-type]
+    assert len(list(zip(*both, strict=True))) == 6
+    assert most == 1
+
+
+def test_threads_that_cannot_start_are_an_error_with_advice(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    split = split_of(root, "nvjpeg")
+    monkeypatch.setattr(nvjpeg.ThreadPoolExecutor, "submit", none_left)
+    with pytest.raises(LoaderError, match="can't start new thread: raise the limit"):
+        images(split)
+
+
+def test_a_folder_of_other_files_has_worker_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / split / name / "x.png")
+    prepare(tmp_path, quiet=True)
+    monkeypatch.setattr(dali, "why_not", lambda: "no module nvidia")
+    monkeypatch.setattr(nvjpeg, "why_not", lambda device: None)
+    ask: dict[str, Any] = {"streamed": True, "image_size": 32}
+    found = load_dataset("imagefolder", tmp_path, device="cuda", **ask)
+    assert found.loader == "torchvision"
+    assert "nor nvJPEG (most files aren't JPEGs)" in found.note
+    found = load_dataset("imagefolder", tmp_path, loader="nvjpeg", **ask)
+    assert found.note.startswith("images are decoded by libjpeg, since the device")
+    assert "4 files that are no plain JPEGs are decoded by Pillow" in found.note
 
 
 @pytest.mark.parametrize(("name", "of_device"), [("long", False), ("grey", True), ("7", True)])
@@ -192,6 +275,12 @@ def test_the_decoder_of_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pick_loader("nvjpeg", GPU)
     monkeypatch.setattr(dali, "why_not", lambda: None)
     assert pick_loader("auto", GPU) == ("dali", "")
+
+
+def test_ranks_have_one_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: ["nvjpeg", "torchvision", "nvjpeg"])
+    with pytest.raises(UserError, match="ranks decode with nvjpeg and torchvision: choose one"):
+        build(recipe("ind/resnet8/digits"), RunOptions(quiet=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -27,8 +28,9 @@ from torch.nn import functional as F
 from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
 from fastokd.data.views import resized_sizes
-from fastokd.data.waits import Patience, exhausted
-from fastokd.errors import in_one_line, warn
+from fastokd.data.waits import Patience, exhausted, no_more_threads
+from fastokd.device import is_lost
+from fastokd.errors import LoaderError, in_one_line, warn
 
 # Batches that are decoded ahead.
 AHEAD = 2
@@ -39,6 +41,9 @@ PIXELS = 1 << 25
 RATIO, SHRINKAGE = 4, 64
 # The first bytes of a JPEG.
 START = (0xFF, 0xD8)
+# Two iterators decode one after the other: they share a stream, on which memory that one frees is given
+# to the other, and nvJPEG's own stream doesn't wait for the kernels that still read it.
+DECODING = threading.Lock()
 
 
 class _Drawn(NamedTuple):
@@ -78,10 +83,13 @@ def decode(
     begun: deque[tuple[DiskDraws, Future[Tensor]]] = deque()
 
     def begin() -> None:
-        while len(begun) <= AHEAD and (draws := next(drawn, None)) is not None:
+        while len(begun) < AHEAD and (draws := next(drawn, None)) is not None:
             images = _images(split, draws)
-            files = [readers.submit(_read, split, image) for image in images]
-            begun.append((draws, maker.submit(_made, split, images, files, readers)))
+            try:
+                files = [readers.submit(_read, split, image) for image in images]
+                begun.append((draws, maker.submit(_made, split, images, files, readers)))
+            except RuntimeError as error:
+                raise no_more_threads(error, workers) from error
 
     try:
         begin()
@@ -89,9 +97,9 @@ def decode(
             draws, made = begun.popleft()
             patience = Patience()
             while not wait([made], patience.left + 0.1).done:
-                first = split.path(int(draws.index_B[0]))
-                patience.tell(f"the files of a batch, of which the first is {first}")
-            images_BHWC = made.result()
+                paths = [split.path(i) for i in draws.index_B[:1].tolist()]  # a batch may be empty
+                patience.tell(f"the files of a batch, of which the first is {paths}")
+            images_BHWC = _result(made)
             begin()
             if split.device.type == "cuda":
                 # Its memory belongs to the maker's stream.
@@ -100,6 +108,23 @@ def decode(
     finally:
         readers.shutdown(wait=False, cancel_futures=True)
         maker.shutdown(cancel_futures=True)
+
+
+def _result(made: Future[Tensor]) -> Tensor:
+    try:
+        return made.result()
+    except RuntimeError as error:
+        if not _is_short(error):
+            raise
+        raise LoaderError(
+            "the GPU ran out of memory while images were decoded on it: end other programs that use it, or "
+            "begin a run with --loader torchvision"
+        ) from error
+
+
+def _is_short(error: RuntimeError) -> bool:
+    """Whether memory ran out; torchvision wraps every error of nvJPEG in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _images(split: DiskSplit, draws: DiskDraws) -> list[_Drawn]:
@@ -121,8 +146,8 @@ def _read(split: DiskSplit, image: _Drawn) -> Tensor:
         OSError: the file has changed since it was prepared.
         UserError: it can't be read.
     """
-    if image.on_device:
-        path = split.path(image.sample)
+    path = split.path(image.sample)
+    if image.on_device and path not in _refused(split.root):
         content = np.fromfile(path, np.uint8)
         if len(content) != int(split.bytes_N[image.sample]):
             raise OSError(f"{path} has changed")
@@ -140,10 +165,10 @@ def _made(
 ) -> Tensor:
     """One batch, uint8 ``[B, S, S, 3]``, complete on the split's device. Runs in the maker's thread."""
     device, size = split.device, split.view.image_size
+    read = [_taken(split, *one) for one in zip(images, files, strict=True)]
     stream = _stream(device) if device.type == "cuda" else None
-    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+    with DECODING, torch.cuda.stream(stream) if stream is not None else nullcontext():
         images_BHWC = torch.empty(len(images), size, size, 3, dtype=torch.uint8, device=device)
-        read = [_taken(split, *one) for one in zip(images, files, strict=True)]
         by_device = [row for row, one in enumerate(read) if one.dim() == 1]
         refused: dict[int, Future[Tensor]] = {}
         for rows in _parts(images, by_device):
@@ -155,7 +180,7 @@ def _made(
                     resized.append(_resized(split, one, images[row]))
                 else:
                     why = "another size" if isinstance(one, Tensor) else one
-                    _tell_once(split.root, split.path(images[row].sample), why)
+                    _refuse(split.root, split.path(images[row].sample), why)
                     refused[row] = readers.submit(_seen, split, images[row])
             if kept:
                 flip_R = torch.tensor([images[row].flip for row in kept]).to(device)
@@ -205,6 +230,8 @@ def _tried(files: list[Tensor], device: torch.device) -> list[Tensor | str]:
     try:
         return list(_decoded(files, device))
     except RuntimeError as error:
+        if _is_short(error) or is_lost(device):
+            raise
         if len(files) == 1:
             return [in_one_line(error)]
     # A call gives all images or none.
@@ -253,13 +280,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @cache
-def _told(root: Path) -> list[Path]:
-    return []
+def _refused(root: Path) -> set[Path]:
+    """The files of a set that nvJPEG has refused: each is tried once in a process."""
+    return set()
 
 
-def _tell_once(root: Path, path: Path, why: str) -> None:
-    """Warns about the first file of a set that isn't decoded."""
-    told = _told(root)
-    if not told:
-        told.append(path)
+def _refuse(root: Path, path: Path, why: str) -> None:
+    """Leaves a file to Pillow; warns about the first one of a set."""
+    refused = _refused(root)
+    if not refused:
         warn(f"nvJPEG doesn't decode {path} ({why}): Pillow decodes it and any other such file")
+    refused.add(path)

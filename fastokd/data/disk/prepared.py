@@ -9,7 +9,7 @@ import torch
 
 from fastokd.data.disk import dali, nvjpeg
 from fastokd.data.disk.layout import held_out_folders, shortened, what_is_left_out
-from fastokd.data.disk.manifest import Manifest, read_manifest
+from fastokd.data.disk.manifest import Entry, Manifest, read_manifest
 from fastokd.data.disk.outgrown import refuse_outgrown
 from fastokd.data.disk.scan import scan
 from fastokd.data.disk.split import DiskSplit
@@ -20,16 +20,21 @@ from fastokd.errors import UserError, warn
 from fastokd.known import LOADERS
 
 OLD = "the manifest is of an earlier fastokd, so headers are read: run `fastokd prepare` again"
-
-
 CPU = torch.device("cpu")
+# How to do without a loader that isn't available.
+INSTEAD = {
+    "dali": "",
+    "nvjpeg": ": install torchvision's wheel for CUDA, or begin a run with --loader torchvision",
+}
 
 
-def pick_loader(name: str, device: torch.device = CPU) -> tuple[str, str]:
+def pick_loader(
+    name: str, device: torch.device = CPU, *, has_jpegs: bool = True
+) -> tuple[str, str]:
     """The loader, and why it isn't a faster one ("" if nothing needs to be said).
 
-    ``"auto"`` is DALI where it is installed, else nvJPEG where ``device`` is a GPU on which it decodes
-    an image, else torchvision.
+    ``"auto"`` is DALI where it is installed, else nvJPEG where most files are JPEGs (``has_jpegs``) and
+    ``device`` is a GPU on which it decodes an image, else torchvision.
 
     Raises:
         UserError: an unknown loader, or one that isn't available (the message says why).
@@ -42,10 +47,10 @@ def pick_loader(name: str, device: torch.device = CPU) -> tuple[str, str]:
     if why is None:
         return "nvjpeg" if name == "nvjpeg" else "dali", ""
     if name != "auto":
-        raise UserError(f"loader is {name!r}, which isn't available: {why}")
+        raise UserError(f"loader is {name!r}, which isn't available: {why}{INSTEAD[name]}")
     if device.type != "cuda":
         return "torchvision", ""
-    why_not_either = nvjpeg.why_not(device)
+    why_not_either = nvjpeg.why_not(device) if has_jpegs else "most files aren't JPEGs"
     if why_not_either is None:
         return "nvjpeg", f"DALI isn't available ({why})"
     return "torchvision", f"neither DALI ({why}) nor nvJPEG ({why_not_either}) is available"
@@ -81,7 +86,9 @@ def load_prepared(
             raise
         warn(f"{error}; the run continues with the images that it began with")
     manifest = _with_headers(manifest)
-    picked, why = pick_loader(loader, device)
+    usable = [entry for entry in manifest.entries if not entry.fault]
+    jpegs = sum(map(_is_jpeg, usable))
+    picked, why = pick_loader(loader, device, has_jpegs=2 * jpegs >= len(usable))
     published = name == "imagenet"  # mean and deviation
     held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
     splits = {}
@@ -103,7 +110,7 @@ def load_prepared(
         train=splits["train"],
         val=splits.get("val"),
         test=splits["test"],
-        note=_note(manifest, picked, why, ("train", *held_out.values())),
+        note=_note(manifest, picked, why, device, ("train", *held_out.values())),
         loader=picked,
     )
 
@@ -123,12 +130,22 @@ def _with_headers(manifest: Manifest) -> Manifest:
     return replace(manifest, entries=tuple(entries), notes=(*manifest.notes, OLD))
 
 
-def _note(manifest: Manifest, loader: str, why: str, folders: tuple[str, ...]) -> str:
-    parts = [f"images are decoded by {loader}{f' {dali.version()}' if loader == 'dali' else ''}"]
-    parts[0] += f", as {why}" if why else ""
-    odd = sum(e.split in folders and not e.fault and not e.plain for e in manifest.entries)
+def _is_jpeg(entry: Entry) -> bool:
+    return bool(entry.plain) and entry.path.lower().endswith((".jpg", ".jpeg"))
+
+
+def _note(
+    manifest: Manifest, loader: str, why: str, device: torch.device, folders: tuple[str, ...]
+) -> str:
+    decoder = f"dali {dali.version()}" if loader == "dali" else loader
+    if loader == "nvjpeg" and device.type == "cpu":
+        decoder = "libjpeg, since the device of the nvjpeg loader is a CPU"
+    parts = [f"images are decoded by {decoder}{f', as {why}' if why else ''}"]
+    used = [e for e in manifest.entries if e.split in folders and not e.fault]
+    odd = sum(not (_is_jpeg(e) if loader == "nvjpeg" else e.plain) for e in used)
     if odd and loader != "torchvision":
-        parts.append(f"{odd:,} files that are turned, transparent or rare are decoded by Pillow")
+        others = "turned, transparent or rare" if loader == "dali" else "no plain JPEGs"
+        parts.append(f"{odd:,} files that are {others} are decoded by Pillow")
     parts += [OLD] if OLD in manifest.notes else []
     if "test" not in folders:
         parts.append("test is val/")
