@@ -30,13 +30,14 @@ struct Blocks {
     const bool bf16 = x_BCHW.scalar_type() == at::kBFloat16;
     kernels = FASTOKD_DISPATCH(bn_act_kernels)(bf16 ? Type::kBFloat16 : Type::kFloat,
                                                capability() == Capability::kAvx512Bf16);
-    constexpr int64_t kFew = 1 << 12, kMany = 1 << 15, kRows = 128, kMost = 256;
+    constexpr int64_t kFew = 1 << 12, kMany = 1 << 15, kMost = 256;
     const int64_t channels = x_BCHW.size(1);
     const int64_t rows = x_BCHW.numel() / channels;
     all = {rows, channels, std::lcm(channels, kernels->tile)};
     // Of a small map too there are several.
     const int64_t elements = std::clamp(x_BCHW.numel() / 32, kFew, kMany);
-    step = std::max({elements / channels, kRows, (rows + kMost - 1) / kMost});
+    const int64_t least = std::clamp<int64_t>(rows / 32, 8, 128);
+    step = std::max({elements / channels, least, (rows + kMost - 1) / kMost});
     const int64_t group = all.width / channels;
     step = (step + group - 1) / group * group;
     count = (rows + step - 1) / step;

@@ -135,8 +135,8 @@ def backward_kernel(
     N: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
     NEED_X: tl.constexpr, NEED_Y: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ix = tl.load(saved_ptr + b)
     iy = tl.load(saved_ptr + B + b)
     x = _load(x_ptr + b * x_stride_b, i, x_pitch, N, ROW)
@@ -200,7 +200,8 @@ def feature_pair_backward(
     BLOCK = min(triton.next_power_of_2(N), _BLOCK)
     if B:
         row, distances = _layout(x_BCHW, y_BCHW)
-        backward_kernel[(B, triton.cdiv(N, BLOCK))](
+        # The grid's first dimension is the only one that takes more than 65,535 programs.
+        backward_kernel[(triton.cdiv(N, BLOCK), B)](
             x_BCHW, y_BCHW, saved_4B, incoming, gx, gy, 1.0 / (B * N), *distances, B,
             N, row, BLOCK, need_x, need_y, **_options(BLOCK),
         )  # fmt: skip

@@ -27,39 +27,53 @@ class Stack:
     """One parameter or buffer of S equal layers, ``[S, ...]``.
 
     Attributes:
+        owns_gradient: no other tensor's gradient is the same memory. In a network of others' it may be:
+            of ``bias + other_bias`` both have one gradient.
         shadow: within a forward, what is to be computed with instead: a cast (``shadows.py``).
     """
 
-    def __init__(self, layers: Sequence[nn.Module], name: str) -> None:
-        self.layers, self.name = tuple(layers), name
+    def __init__(
+        self, layers: Sequence[nn.Module], name: str, *, owns_gradient: bool = True
+    ) -> None:
+        self.layers, self.name, self.owns_gradient = tuple(layers), name, owns_gradient
         self.shadow: Tensor | None = None
         self._whole: Tensor | None = None
-        self._places: list[int] = []
 
-    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own, which are joined when its engine is set."""
+        return self.__dict__ | {"_whole": None, "shadow": None}
+
     def join(self) -> None:
-        """Moves the layers' tensors into one memory, unless they are there or differ in layout."""
+        """Moves the layers' tensors into one memory, unless they are there, differ in layout or are one
+        tensor."""
         parts = self.parts()
+        if self._joined(parts):
+            return
+        self._whole = None
         first = parts[0]
         layouts = {(x.shape, x.stride(), x.dtype, x.device) for x in parts}
-        if self._joined(parts) or len(layouts) > 1 or first.is_meta or not _is_dense(first):
+        shared = len({id(x) for x in parts}) < len(parts)
+        if shared or len(layouts) > 1 or first.is_meta or not _is_dense(first):
             return
-        size = first.numel()
-        whole = first.new_empty_strided((len(parts), *first.shape), (size, *first.stride()))
-        for part, place in zip(parts, whole, strict=True):
-            place.copy_(part)
-            part.data = _alone(place)
-        self._whole, self._places = whole, [_place(part) for part in parts]
+        # DLPack takes tensors of the current GPU only.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(first):
+            size = first.numel()
+            whole = first.new_empty_strided((len(parts), *first.shape), (size, *first.stride()))
+            for part, place in zip(parts, whole, strict=True):
+                place.copy_(part)
+                part.data = _alone(place)
+        self._whole = whole
 
     def __call__(self) -> Tensor:
         """The stacked tensor; its gradient goes to the layers' parameters."""
         if self.shadow is not None:
             return self.shadow
         parts = self.parts()
-        if self._whole is not None and self._joined(parts):
+        if self._joined(parts):
+            assert self._whole is not None
             trained = any(part.requires_grad for part in parts)
-            whole: Tensor = _Whole.apply(self._whole, *parts) if trained else self._whole
-            return whole
+            whole = self._whole
+            return _Whole.apply(whole, self.owns_gradient, *parts) if trained else whole
         if parts[0].dim():
             return torch.cat(parts).unflatten(0, (len(parts), -1))  # cat keeps channels-last
         return torch.stack(parts)
@@ -77,30 +91,39 @@ class Stack:
     def write(self, values: Tensor) -> None:
         """Sets the layers' tensors to ``values``, which may be what :meth:`__call__` returned."""
         parts = self.parts()
-        if self._whole is None or not self._joined(parts) or _place(values) != _place(self._whole):
+        whole = self._whole
+        if whole is None or not self._joined(parts) or _place(values) != _place(whole):
             torch._foreach_copy_(parts, list(values.unbind()))
 
     def _joined(self, parts: list[Tensor]) -> bool:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
-        return [_place(part) for part in parts] == self._places
+        if self._whole is None:
+            return False
+        first, step = _place(self._whole), self._whole[0].nbytes
+        return [_place(part) for part in parts] == [first + s * step for s in range(len(parts))]
 
 
 class _Whole(torch.autograd.Function):
-    """``(whole, *parts) -> whole``; each of the parts, its slices, gets its slice of the gradient."""
+    """``(whole, owns_gradient, *parts) -> whole``; each of the parts, its slices, gets its slice of the
+    gradient."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
-        ctx.strides = whole.stride()
+    def forward(ctx: Any, whole: Tensor, owns_gradient: bool, *parts: Tensor) -> Tensor:
+        ctx.owns_gradient, ctx.strides = owns_gradient, whole.stride()
+        # Autograd then refuses a backward after a write to one of them, as it does for the loop's
+        # tensors; it doesn't see that they are whole's memory.
+        ctx.save_for_backward(*parts)
         return whole.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         # Autograd gives a leaf a gradient in its own layout as it is, and copies another.
-        layout = zip(grad.shape[1:], grad.stride()[1:], ctx.strides[1:], strict=True)
-        if any(n > 1 and step != own for n, step, own in layout):
+        layout = zip(grad.shape, grad.stride(), ctx.strides, strict=True)
+        if not ctx.owns_gradient or any(n > 1 and step != own for n, step, own in layout):
             grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
-        return None, *grad.unbind()
+        return None, None, *grad.unbind()
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -91,10 +91,16 @@ class VmapStudents:
             if type(module) not in (*CAST, _Norm) and [*module.parameters(recurse=False)]
         ]
         first = students[0]
-        self.parameters = {key: _stack(students, key) for key, _ in first.named_parameters()}
-        self.buffers = {key: _stack(students, key) for key, _ in first.named_buffers()}
+        self.parameters = {key: self._stack(key) for key, _ in first.named_parameters()}
+        self.buffers = {key: self._stack(key) for key, _ in first.named_buffers()}
         self.stacks = [*self.parameters.values(), *self.buffers.values()]
         self._try(x_BCHW)
+
+    def _stack(self, key: str) -> Stack:
+        path, _, name = key.rpartition(".")
+        known = type(self.template.student.get_submodule(path)) in (*CAST, _Norm)
+        layers = [student.get_submodule(path) for student in self.students]
+        return Stack(layers, name, owns_gradient=known)
 
     def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
         """The outputs of each student over the shared ``x_BCHW``."""
@@ -187,8 +193,3 @@ class _Norm(NormAct):
         if residual_BCHW is not None:
             y_BCHW = y_BCHW + residual_BCHW
         return F.relu(y_BCHW) if self.relu else y_BCHW
-
-
-def _stack(students: Sequence[Student], key: str) -> Stack:
-    path, _, name = key.rpartition(".")
-    return Stack([student.get_submodule(path) for student in students], name)

@@ -21,7 +21,6 @@ from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.methods import Method, MethodLoss, Progress
-from fastokd.ops.fused_loss import unit_gradient
 
 # Eager steps before a capture without DDP: the first makes states and tries cuDNN's algorithms, the
 # second may compile again.
@@ -37,7 +36,6 @@ class Learner:
         progress: what changes from step to step, as device tensors that the owner fills.
         scaler: the loss scale of fp16; disabled in other precisions.
         guard: the flag on the device that skips a step which isn't finite.
-        unit: the gradient of the total.
         average: the running average of the kept student's weights, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
@@ -72,7 +70,6 @@ class Learner:
         self.progress = Progress.start(device, dtype=torch.float32)
         self.scaler = gradient_scaler(device, precision)
         self.guard = Guard(device)
-        self.unit = unit_gradient(device)
         self.choice = Choice()
         self._before: Before | None = None
 

@@ -21,6 +21,7 @@ from fastokd.learner.guard import Held
 from fastokd.learner.learner import Learner
 from fastokd.learner.optimizers import step_unless
 from fastokd.methods import MethodLoss, Progress
+from fastokd.ops.fused_loss import unit_gradient
 
 # The smallest normal number of fp16: with a lower loss scale an overflow isn't the scale's.
 SMALLEST_SCALE = 2.0**-14
@@ -131,7 +132,8 @@ def _part(
     with learner.sending(last):
         logits_SBC, extra_EBC, loss = learner.forward(images_BHWC, labels_B, progress)
         total = loss.total if share == 1 else loss.total * share
-        learner.scaler.scale(total).backward(learner.unit.to(total.dtype))
+        scaled = learner.scaler.scale(total)
+        scaled.backward(unit_gradient(scaled))
     learner.guard.check([logits_SBC, extra_EBC, loss.total, *loss.parts.values()])
     return logits_SBC, loss
 

@@ -205,6 +205,8 @@ def _refusal(
     """Why the implementation ``fast`` can't take these arguments, or None."""
     if torch._C._are_functorch_transforms_active():
         return "it has no batching rule for torch.func.vmap"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
     if not training:
         asking = (x_BCHW, *vectors, residual_BCHW)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asking):

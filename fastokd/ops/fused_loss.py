@@ -263,13 +263,14 @@ for _op in ("mixture_distillation", "peer_attention_distillation"):
     LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")  # see FusedLoss
 
 
-def unit_gradient(device: torch.device) -> Tensor:
-    """A gradient of 1 for ``total.backward``. Don't write to it.
+def unit_gradient(total: Tensor) -> Tensor:
+    """A gradient of 1 for ``total.backward``.
 
     A fused loss knows this tensor itself, so it needs neither a product nor a look at the value. Where
-    the total is scaled first, autograd makes another tensor, which is multiplied by.
+    the total is scaled first, autograd makes another tensor, which is multiplied by. Each backward has
+    its own: a parameter's gradient may keep it, and a hook may write to it.
     """
-    unit = torch.ones((), device=device)
+    unit = torch.ones_like(total)
     unit.is_unit_gradient = True  # type: ignore[attr-defined]
     return unit
 
@@ -296,7 +297,7 @@ class FusedLoss(torch.autograd.Function):
         fake = compiling or type(grad_total) is not Tensor
         counted = fake or torch._C._len_torch_dispatch_stack()
         keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
-        unit = getattr(grad_total, "is_unit_gradient", False)
+        unit = getattr(grad_total, "is_unit_gradient", False) and grad_total._version == 0
         # On the CPU reading the number is no synchronisation, and most often it is 1.
         unit = unit or (not counted and grad_total.is_cpu and grad_total.item() == 1.0)
         pairs = zip(gradients, ctx.dtypes, strict=True)

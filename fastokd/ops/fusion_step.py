@@ -111,8 +111,10 @@ def _refusal(maps_BCHW: Sequence[Tensor], bn: nn.BatchNorm2d) -> str | None:
     C = first.shape[1]
     if not bn.training:
         return "it is for training, and the norm is in eval mode"
-    if bn.momentum is None or bn.running_mean is None or bn.weight is None:
+    tracked = bn.track_running_stats and bn.running_mean is not None
+    if bn.momentum is None or not tracked or bn.weight is None:
         return "it needs a norm with weights, running statistics and a momentum"
+    assert bn.running_mean is not None
     if first.dtype == torch.float64:
         return "float64 is for impl='torch'"
     if bn.weight.dtype != torch.float32 or bn.running_mean.dtype != torch.float32:
@@ -133,7 +135,7 @@ def _torch_impl(
     # Through a view, so that the gradient has a dense weight's strides, which DDP's buckets expect.
     weight_K133 = weight_K133.reshape(-1, 9).view(-1, 1, 3, 3)
     z_BKHW = F.conv2d(x_BKHW, weight_K133, padding=1, groups=weight_K133.shape[0])
-    if norm != "torch":
+    if norm != "torch" and (bn.track_running_stats or not bn.training):
         state = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked)
         return fused_bn_act(
             z_BKHW, *state, momentum=bn.momentum, eps=bn.eps, training=bn.training, impl=norm

@@ -320,3 +320,71 @@ def test_layouts_that_differ_are_not_joined() -> None:
     stack.join()
     assert not stack._joined(stack.parts())
     assert torch.equal(stack(), torch.stack([layer.weight for layer in layers]))
+
+
+@ENGINES
+def test_a_write_between_forward_and_backward_is_refused(engine: str) -> None:
+    """As with the loop: the gradients would be those of other weights."""
+    cohort = cohort_of(engine)
+    loss = cohort(IMAGES_BHWC).logits_SBC.square().sum()
+    with torch.no_grad():
+        next(iter(cohort.students[1].parameters())).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@ENGINES
+def test_one_tensor_of_several_students_stays_one(engine: str) -> None:
+    cohort = cohort_of("loop", S=2)
+    cohort.students[1].fc.bias = cohort.students[0].fc.bias  # type: ignore[union-attr]
+    loop, stacked = copy.deepcopy(cohort), cohort
+    stacked.set_engine(engine)
+    found = trained(stacked, steps=2)
+    for key, value in trained(loop, steps=2).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+
+
+@ENGINES
+def test_a_copy_whose_original_is_gone_is_joined_again(engine: str) -> None:
+    """Addresses of the original may be used again."""
+    cohort = cohort_of(engine, S=1)
+    copied = copy.deepcopy(cohort)
+    assert all(stack._whole is None for stack in copied._stacks)
+    del cohort
+    copied.set_memory_format(torch.channels_last)
+    assert joined_of(copied) == {True}
+    with torch.no_grad():
+        before = copied(IMAGES_BHWC).logits_SBC
+        copied.students[0].fc.weight.zero_()  # type: ignore[union-attr]
+        assert not torch.equal(copied(IMAGES_BHWC).logits_SBC, before)
+
+
+@ENGINES
+def test_students_joined_in_inference_mode_train(engine: str) -> None:
+    cohort = cohort_of("loop")
+    with torch.inference_mode():
+        cohort.set_engine(engine)
+    trained(cohort, steps=1)
+
+
+class TwoBiases(nn.Module):
+    """A layer of somebody else: both parameters have one gradient."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.zeros(features)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.one + self.two)
+
+
+def test_gradients_of_two_parameters_are_two_tensors() -> None:
+    """Under vmap the sum's backward gives both the same one, which clipping would scale twice."""
+    cohort = cohort_of("loop")
+    for student in cohort.students:
+        student.fc = nn.Sequential(student.fc, TwoBiases(10))
+    cohort.set_engine("vmap")
+    cohort(IMAGES_BHWC).logits_SBC.square().sum().backward()
+    last: Any = cohort.students[0].fc[1]  # type: ignore[index]
+    assert torch.equal(last.one.grad, last.two.grad)
+    assert last.one.grad.data_ptr() != last.two.grad.data_ptr()

@@ -474,3 +474,18 @@ def test_the_gradient_in_cpp_is_for_a_cpu_alone() -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has("fastokd::fused_bn_act", "AutogradCPU")
     assert not has("fastokd::fused_bn_act", "AutogradCUDA")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:FutureWarning"
+)  # torch's own, in make_dual
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_is_torchs(cpp_ops: None, training: bool) -> None:
+    x, tangent = (channels_last(torch.randn(2, 16, 4, 4)) for _ in range(2))
+    state = (torch.ones(16), torch.zeros(16), torch.zeros(16), torch.ones(16), torch.tensor(0))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        y = fused_bn_act(dual, *state, training=training)
+        found = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert found is not None
+    assert found.abs().sum() > 0

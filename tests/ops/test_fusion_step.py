@@ -99,3 +99,13 @@ def test_bad_input_is_named(change: dict[str, object], says: str) -> None:
     maps, weight, bn = draw()
     with pytest.raises(UserError, match=says):
         fusion_step(**{"maps_BCHW": maps, "weight_K133": weight, "bn": bn, **change})  # type: ignore[arg-type]
+
+
+def test_a_norm_that_stopped_tracking_keeps_its_statistics(cpp_ops: None) -> None:
+    maps, weight, bn = draw(dtype=torch.float32)
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    bn.track_running_stats = False
+    theirs = copy.deepcopy(bn)
+    torch.testing.assert_close(fusion_step(maps, weight, bn), modules(maps, weight, theirs))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(bn.state_dict()[key], value)

@@ -204,7 +204,7 @@ def test_a_retained_graph_gives_the_same_gradient_again(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_steps_own_unit_gradient_is_not_multiplied_by(impl: str, dtype: torch.dtype) -> None:
     """With the bits of the product; casts are one operator. The number itself isn't looked at."""
-    unit = fused_loss.unit_gradient(torch.device("cpu"))
+    unit = fused_loss.unit_gradient(torch.zeros(()))
 
     def gradients(incoming: Tensor, weight: float = 1.0) -> tuple[list[Tensor], list[str]]:
         z, extra, scores, labels_B = leaves(dtype)
@@ -240,7 +240,7 @@ class Names(TorchDispatchMode):
 
 def test_the_unit_gradient_of_a_retained_graph_leaves_its_gradients_alone(impl: str) -> None:
     z, extra, scores, labels_B = leaves()
-    unit = fused_loss.unit_gradient(torch.device("cpu"))
+    unit = fused_loss.unit_gradient(torch.zeros(()))
     loss = total(z, extra, scores, labels_B, impl=impl)
     first = torch.autograd.grad(loss, [z, scores], unit, retain_graph=True)
     kept = [x.clone() for x in first]

@@ -88,6 +88,17 @@ def test_every_thread_works(name: str, B: int) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("B", "C", "H"), [(1, 2048, 7), (4, 512, 4), (2, 512, 14)])
+def test_wide_norms_of_few_pixels(B: int, C: int, H: int) -> None:
+    torch.set_num_threads(THREADS)
+    x = torch.randn(B, C, H, H).contiguous(memory_format=LAST).requires_grad_()
+    cpp.busy_threads()
+    y = norm(x, x)
+    assert cpp.busy_threads() == THREADS
+    y.backward(torch.ones_like(y))
+    assert cpp.busy_threads() == THREADS
+
+
 def test_a_weight_gradient_alone() -> None:
     """Of one image: by bands of its rows; of fewer rows than threads: by as many as there are."""
     if not cpp.set_capability("avx512bf16"):

@@ -104,12 +104,11 @@ def fused(unit: bool, dtype: torch.dtype = torch.float32) -> Head:
     # Queries and keys in, twice; their gradients out, in float32.
     scores = 2 * (2 * leaves[1].nbytes + 2 * query_BPd.nbytes)
     losses = 2 * 3 * S * B * 4  # out, and in again
-    one = unit_gradient(torch.device("cpu"))
     with Count() as count:
         # Counted as on a GPU: a gradient that isn't the step's own is never looked at.
         dtypes = [x.dtype for x in leaves]
         found = FusedLoss.apply((total, gradients, dtypes), *leaves)
-        torch.autograd.grad(found, leaves, one if unit else None)
+        torch.autograd.grad(found, leaves, unit_gradient(found) if unit else None)
     there = labels_B.nbytes + count.bytes
     return Head(len(kernels) + count.launches, rows + scores + losses + there)
 
