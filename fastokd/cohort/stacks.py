@@ -100,7 +100,7 @@ class Stack:
             return False
         if self._whole is None:
             return False
-        first, step = _place(self._whole), self._whole[0].nbytes
+        first, step = _place(self._whole), self._whole.nbytes // len(parts)
         return [_place(part) for part in parts] == [first + s * step for s in range(len(parts))]
 
 
