@@ -199,7 +199,7 @@ def test_a_folder_of_other_files_has_worker_processes(
     assert found.loader == "torchvision"
     assert "nor nvJPEG (most files aren't JPEGs)" in found.note
     found = load_dataset("imagefolder", tmp_path, loader="nvjpeg", **ask)
-    assert found.note.startswith("images are decoded by libjpeg, since the device")
+    assert found.note.startswith("images are decoded by nvjpeg (by libjpeg, since")
     assert "4 files that are no plain JPEGs are decoded by Pillow" in found.note
 
 

@@ -139,7 +139,7 @@ def _note(
 ) -> str:
     decoder = f"dali {dali.version()}" if loader == "dali" else loader
     if loader == "nvjpeg" and device.type == "cpu":
-        decoder = "libjpeg, since the device of the nvjpeg loader is a CPU"
+        decoder = "nvjpeg (by libjpeg, since the device is a CPU)"
     parts = [f"images are decoded by {decoder}{f', as {why}' if why else ''}"]
     used = [e for e in manifest.entries if e.split in folders and not e.fault]
     odd = sum(not (_is_jpeg(e) if loader == "nvjpeg" else e.plain) for e in used)
