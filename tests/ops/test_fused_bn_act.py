@@ -476,9 +476,7 @@ def test_the_gradient_in_cpp_is_for_a_cpu_alone() -> None:
     assert not has("fastokd::fused_bn_act", "AutogradCUDA")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script.*:FutureWarning"
-)  # torch's own, in make_dual
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in make_dual
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_mode_is_torchs(cpp_ops: None, training: bool) -> None:
     x, tangent = (channels_last(torch.randn(2, 16, 4, 4)) for _ in range(2))
