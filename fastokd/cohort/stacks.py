@@ -44,16 +44,14 @@ class Stack:
         return self.__dict__ | {"_whole": None, "shadow": None}
 
     def join(self) -> None:
-        """Moves the layers' tensors into one memory, unless they are there, differ in layout or are one
-        tensor."""
+        """Moves the layers' tensors into one memory, unless they are there or differ in layout."""
         parts = self.parts()
         if self._joined(parts):
             return
         self._whole = None
         first = parts[0]
         layouts = {(x.shape, x.stride(), x.dtype, x.device) for x in parts}
-        shared = len({id(x) for x in parts}) < len(parts)
-        if shared or len(layouts) > 1 or first.is_meta or not _is_dense(first):
+        if len(layouts) > 1 or first.is_meta or not _is_dense(first):
             return
         # DLPack takes tensors of the current GPU only.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(first):

@@ -226,6 +226,21 @@ def test_the_steps_own_unit_gradient_is_not_multiplied_by(impl: str, dtype: torc
     assert unit == 1.0
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_unit_gradient_that_a_hook_changes_is_multiplied_by(
+    impl: str, shape: tuple[int, ...]
+) -> None:
+    """It has the shape of the total, which may be [1]."""
+    z, extra, scores, labels_B = leaves()
+    found = []
+    for factor in (1, 3):
+        loss = total(z, extra, scores, labels_B, impl=impl)
+        loss.register_hook(lambda grad, factor=factor: grad.mul_(factor) if factor > 1 else grad)
+        loss = loss.reshape(shape) if shape else loss
+        found.append(torch.autograd.grad(loss, z, fused_loss.unit_gradient(loss))[0].clone())
+    torch.testing.assert_close(found[1], 3 * found[0])
+
+
 class Names(TorchDispatchMode):
     """Which operators run, in order."""
 
