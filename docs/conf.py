@@ -11,7 +11,7 @@ project = "fastokd"
 author = "the fastokd authors"
 release = version = fastokd.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 # Code blocks without a language (output of commands, equations, folder layouts) are plain text.
@@ -25,3 +25,9 @@ html_theme = "furo"
 html_title = f"fastokd {release}"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Copies the commands of a session without its prompts and output.
+copybutton_prompt_text = r"\$ |>>> |\.\.\. "
+copybutton_prompt_is_regexp = True

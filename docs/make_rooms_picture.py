@@ -136,8 +136,9 @@ def draw() -> str:
         'font-family="system-ui, sans-serif" font-size="14" role="img">'
         "<title>The rooms of fastokd, from the imports of its code</title>",
         "<style>text{fill:#222}.s{font-size:11.5px;fill:#555}.b{fill:#fff;stroke:#889}"
-        ".l{fill:none;stroke:#4c78a8;stroke-opacity:.45}@media(prefers-color-scheme:dark)"
-        "{text{fill:#eee}.s{fill:#bbb}.b{fill:#1b1d22;stroke:#778}}</style>",
+        ".l{fill:none;stroke:#4c78a8;stroke-opacity:.45}</style>",
+        # The site's dark theme inverts pictures, so all are drawn on white.
+        '<rect width="100%" height="100%" fill="#fff"/>',
     ]
     for above, below in sorted(_reduced(arrows)):
         (x1, y1), (x2, y2) = boxes[above], boxes[below]
