@@ -23,7 +23,7 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"fastokd {release}"
-html_copy_source = False
+html_copy_source = html_use_index = html_domain_indices = False
 html_show_sphinx = False
 html_show_copyright = False
 html_static_path = ["_static"]

@@ -78,11 +78,8 @@ HARNESS = """<!doctype html><iframe id="frame" style="border:0;width:400px;heigh
   for (const page of PAGES) {
     await new Promise(loaded => { frame.onload = loaded; frame.src = page; });
     const inside = frame.contentDocument;
-    const hidden = inside.documentElement.scrollWidth;
-    if (hidden > 400) wide[page] = hidden;
-    for (const block of inside.querySelectorAll("article pre, article .table-wrapper"))
-      if (block.scrollWidth > block.clientWidth
-          && inside.defaultView.getComputedStyle(block).overflowX !== "auto") wide[page] = block.textContent;
+    for (const whole of [inside.documentElement, inside.querySelector(".content")])
+      if (whole.scrollWidth > whole.clientWidth) wide[page] = whole.scrollWidth;
   }
   document.querySelector("pre").textContent = JSON.stringify(wide);
 })();
