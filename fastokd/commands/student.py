@@ -70,27 +70,39 @@ def export(
     _print_lines([*done.lines, f"the export is in {done.folder}"])
 
 
+@run_options("device")
 def predict(
     student: Annotated[Path, typer.Argument(help="A run, an export or a student.safetensors.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures, folders of pictures, or patterns in quotes.")
+    ],
+    options: RunOptions,
     top: Annotated[int, typer.Option(help="Number of classes to print.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Pictures a forward pass.")] = 64,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write a table, a picture a row, to this .csv file.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Classify your own images with a student."""
-    from fastokd.student.predict import predict as look
+    """Classify your own pictures.
 
-    found = look(student, images, top=top)
+    A folder stands for all pictures in it and in its subfolders. A picture that can't be read is
+    reported and left out, and the exit code is 2.
+    """
+    from fastokd.commands.predictions import check_csv, classify, write_csv
+
+    if csv is not None:
+        check_csv(csv)
+    printed = not json_ and csv is None
+    device = options.device
+    done = classify(student, images, printed=printed, top=top, batch_size=batch_size, device=device)
+    if csv is not None:
+        write_csv(csv, done.found)
     if json_:
-        rows = [
-            {"image": str(p.image), "classes": p.classes, "probabilities": p.probabilities}
-            for p in found
-        ]
-        print(json.dumps(rows))
-        return
-    for prediction in found:
-        print(on_a_line(prediction.image))
-        for name, share in zip(prediction.classes, prediction.probabilities, strict=True):
-            print(f"  {100 * share:5.1f} %  {on_a_line(name)}")
+        print(json.dumps(done.to_json()))
+    elif csv is not None:
+        print(on_a_line(f"{len(done.found)} pictures are in {csv}"))
+    done.complain()
 
 
 @run_options("data_root", "device", "precision", "loader", "workers")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from fastokd.errors import UserError
-from fastokd.student.file import read_weights
+from fastokd.device import set_matmul_precision, use_device
+from fastokd.errors import LoaderError, UserError, warn
+from fastokd.host.cpus import share_of_cpus
+from fastokd.student.file import path_of, read_weights
+from fastokd.student.pictures import find_pictures
 from fastokd.student.weights import Weights
+
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -22,39 +31,114 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-@torch.no_grad()
-def predict(student: str | Path, images: Sequence[str | Path], *, top: int = 5) -> list[Prediction]:
+@dataclass(frozen=True)
+class Unread:
+    """A picture that can't be read, and why."""
+
+    image: Path
+    error: UserError
+
+
+def predict(
+    student: Any,
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    top: int = 5,
+    batch_size: int = BATCH,
+    device: str = "auto",
+    skip_damaged: bool = False,
+) -> list[Prediction]:
     """The ``top`` most probable classes of each picture, preprocessed as in evaluation.
 
+    The order is that of ``images``, of a folder's pictures by path. The batch size changes the
+    probabilities by no more than rounding.
+
     Args:
-        student: a run folder, a checkpoint, a ``student.safetensors``, or an export of
-            ``fastokd export`` to safetensors, timm or hub.
-        images: files that Pillow reads.
+        student: a :class:`fastokd.Run`, or the path of a run folder, a checkpoint, a
+            ``student.safetensors``, or an export of ``fastokd export`` to safetensors, timm or hub.
+        images: files, folders (with their subfolders) and patterns such as ``"pictures/*.jpg"``.
         top: number of classes; limited to the student's.
+        batch_size: pictures a forward pass.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
+        skip_damaged: leaves out a picture that can't be read, with a warning, instead of raising.
 
     Raises:
         UserError: there is no student, or a picture is missing or can't be read.
     """
+    given = [images] if isinstance(images, str | os.PathLike) else images
+    found = []
+    for row in predictions(
+        student, find_pictures(given), top=top, batch_size=batch_size, device=device
+    ):
+        if isinstance(row, Prediction):
+            found.append(row)
+        elif skip_damaged:
+            warn(str(row.error))
+        else:
+            raise row.error
+    return found
+
+
+def predictions(
+    student: Any,
+    files: Sequence[Path],
+    *,
+    top: int = 5,
+    batch_size: int = BATCH,
+    device: str = "auto",
+) -> Iterator[Prediction | Unread]:
+    """:func:`predict` for files, one at a time and in order. A file that can't be read doesn't end it.
+
+    Raises:
+        UserError: a wrong option, or there is no student; before the first file is read.
+    """
     if top < 1:
         raise UserError(f"top is {top}: it must be at least 1")
-    weights = _weights(Path(student))
-    network = weights.build()
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+    weights = _weights(path_of(student))
+    where = use_device(device)
+    set_matmul_precision("fp32")
+    network = weights.build().to(where)
+    return _predictions(weights, network, where, files, top, batch_size)
+
+
+@torch.no_grad()
+def _predictions(
+    weights: Weights,
+    network: torch.nn.Module,
+    device: torch.device,
+    files: Sequence[Path],
+    top: int,
+    batch_size: int,
+) -> Iterator[Prediction | Unread]:
     names, shown = weights.fact("class_names"), weights.preprocessing
-    predictions = []
-    for path in map(Path, images):
-        if not path.is_file():
-            raise UserError(f"there is no picture {path}: name a file that Pillow reads")
-        pixels_BHWC = torch.tensor(shown.read(path))[None]
-        logits_BC = network(shown.normalized(pixels_BHWC))
-        best = logits_BC.softmax(1)[0].topk(min(top, len(names)))
-        predictions.append(
-            Prediction(
-                path,
-                tuple(names[index] for index in best.indices.tolist()),
-                tuple(best.values.tolist()),
-            )
-        )
-    return predictions
+
+    def read(path: Path) -> np.ndarray | UserError:
+        try:
+            return shown.read(path)
+        except LoaderError:
+            raise
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(share_of_cpus()) as pool:
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            read_B = list(pool.map(read, batch))
+            pixels_B = [pixels for pixels in read_B if not isinstance(pixels, UserError)]
+            probabilities: Iterator[torch.Tensor] = iter(())
+            if pixels_B:
+                images_BHWC = torch.from_numpy(np.stack(pixels_B)).to(device)
+                logits_BC = network(shown.normalized(images_BHWC))
+                probabilities = iter(logits_BC.softmax(1).cpu())
+            for path, pixels in zip(batch, read_B, strict=True):
+                if isinstance(pixels, UserError):
+                    yield Unread(path, pixels)
+                    continue
+                best = next(probabilities).topk(min(top, len(names)))
+                classes = tuple(names[index] for index in best.indices.tolist())
+                yield Prediction(path, classes, tuple(best.values.tolist()))
 
 
 def _weights(path: Path) -> Weights:
