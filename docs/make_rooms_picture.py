@@ -21,6 +21,7 @@ LEVELS = (
     ("commands",),
     ("demo", "authors"),
     ("train", "plan"),
+    ("result",),
     ("benchmark", "report", "evaluate", "export", "doctor"),
     ("run",),
     ("student",),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastokd.cohort import CohortOutput as CohortOutput
     from fastokd.errors import UserError as UserError
     from fastokd.evaluate import evaluate as evaluate
+    from fastokd.export import export as export
     from fastokd.known import list_datasets as list_datasets
     from fastokd.known import list_methods as list_methods
     from fastokd.known import list_models as list_models
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from fastokd.recipe.names import Recipe as Recipe
     from fastokd.recipe.names import list_recipes as list_recipes
     from fastokd.recipe.names import recipe as recipe
-    from fastokd.run.folder import Run as Run
+    from fastokd.result import Run as Run
     from fastokd.run.options import RunOptions as RunOptions
+    from fastokd.student.predict import predict as predict
+    from fastokd.train import resume as resume
     from fastokd.train import train as train
 
 __version__ = "0.1.0"
@@ -36,15 +39,18 @@ _HOMES = {
     "Method": "methods",
     "MethodLoss": "methods",
     "Recipe": "recipe.names",
-    "Run": "run.folder",
+    "Run": "result",
     "RunOptions": "run.options",
     "UserError": "errors",
     "evaluate": "evaluate",
+    "export": "export",
     "list_datasets": "known",
     "list_methods": "known",
     "list_models": "known",
     "list_recipes": "recipe.names",
+    "predict": "student.predict",
     "recipe": "recipe.names",
+    "resume": "train",
     "train": "train",
 }
 __all__ = [*_HOMES]
@@ -64,8 +70,8 @@ class _Package(ModuleType):
         return import_module(f"fastokd.{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python binds a submodule to its package when it is imported. ``train``, ``evaluate`` and
-        # ``recipe`` are submodules too, but the package's attributes are the functions.
+        # Python binds a submodule to its package when it is imported. ``train``, ``evaluate``,
+        # ``export`` and ``recipe`` are submodules too, but the package's attributes are the functions.
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fastokd.errors import DiskError, UserError, warn
+from fastokd.errors import DiskError, UserError, as_path, warn
 
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -65,7 +65,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
     """Writes the folder ``path``; an existing one is replaced.
 
     Raises:
@@ -79,7 +81,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in payload.items()}
     payload[MANIFEST] = json.dumps(digests, indent=1).encode()
-    with _beside(path) as beside:
+    with _beside(as_path("path", path)) as beside:
         for name, data in payload.items():
             _write_flushed(beside / name, data)
 
@@ -138,12 +140,13 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a checkpoint and checks its digests.
 
     Raises:
         UserError: it is missing, incomplete or altered; the message names the file.
     """
+    path = as_path("path", path)
     if not path.is_dir():
         raise UserError(f"there is no checkpoint at {path}")
     try:
@@ -171,12 +174,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: str | Path) -> dict[str, Any]:
     """A checkpoint's facts; its tensors aren't read.
 
     Raises:
         UserError: they are missing or altered.
     """
+    path = as_path("path", path)
     try:
         manifest, facts = (json.loads((path / name).read_bytes()) for name in (MANIFEST, FACTS))
         digest = hashlib.sha256((path / FACTS).read_bytes()).hexdigest()
@@ -201,9 +205,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def list_checkpoints(folder: Path, kind: str = "last") -> list[Path]:
+def list_checkpoints(folder: str | Path, kind: str = "last") -> list[Path]:
     """The checkpoints ``kind-STEP`` in a run's ``checkpoints/``, newest first."""
-    return sorted(folder.glob(f"{kind}-[0-9]*"), key=lambda path: path.name, reverse=True)
+    found = as_path("folder", folder).glob(f"{kind}-[0-9]*")
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -212,7 +217,9 @@ def checkpoint_step(path: Path) -> int:
     return int(step) if step.isdecimal() else -1
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
+def newest_checkpoint(
+    folder: str | Path,
+) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
     """The newest complete checkpoint, and the faults of newer ones, each with a warning.
 
     Raises:
@@ -235,12 +242,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
     )
 
 
-def run_checkpoint(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def run_checkpoint(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """The checkpoint at ``path``, or the :func:`newest_checkpoint` of the run there.
 
     Raises:
         UserError: there is neither, or it can't be read.
     """
+    path = as_path("path", path)
     if (path / "checkpoints").is_dir():
         return newest_checkpoint(path / "checkpoints")[:3]
     if not path.exists():

@@ -14,6 +14,7 @@ from rich.table import Table
 from fastokd.data import DatasetSplits, Split, load_dataset
 from fastokd.errors import UserError
 from fastokd.host.console import console
+from fastokd.host.names import counted
 from fastokd.host.streams import open_missing, say
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
@@ -67,7 +68,9 @@ def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
 
 def _table(runs: dict[str, list[Run]], neighbours: float) -> Table:
     count = len(runs["okddip"])
-    table = Table(title=f"digits: 500 to train, last epoch, 1,000 test images, {count} seed(s)")
+    table = Table(
+        title=f"digits: 500 to train, last epoch, 1,000 test images, {counted(count, 'seed')}"
+    )
     table.add_column("")
     table.add_column("test top-1 (%)", justify="right")
     tests = [run.last["test"] for run in runs["okddip"]]

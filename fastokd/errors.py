@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import signal
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 from fastokd.host.streams import warn as warn
 
@@ -71,6 +73,13 @@ def forget(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def as_path(name: str, value: object) -> Path:
+    """``value`` as a path; a value that is neither a string nor a path raises UserError."""
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    raise UserError(f"{name} is {value!r}: it must be a path")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

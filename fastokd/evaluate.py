@@ -16,13 +16,15 @@ from fastokd.cohort import Cohort
 from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset, stream_of
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Line, Ranks, speaks
-from fastokd.errors import UserError, forget, in_one_line, warn
+from fastokd.errors import UserError, as_path, forget, in_one_line, warn
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import build
+from fastokd.run.facts import RunFacts
+from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.student import authors
@@ -115,16 +117,22 @@ class Scorer:
 
 
 def evaluate(
-    run_or_checkpoint: str | Path,
+    run_or_checkpoint: str | Path | Run,
     *,
     dataset: str | None = None,
     model: str | None = None,
     options: RunOptions | None = None,
+    **changes: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Scores a run folder's newest checkpoint, or one checkpoint, on its data set.
+    """Scores a run's newest checkpoint, or one checkpoint, on its data set.
 
     A file is read as a checkpoint of the papers' authors (:mod:`fastokd.student.authors`): it needs a
     ``dataset``, and a ``model`` if its keys don't determine it.
+
+    Args:
+        run_or_checkpoint: a :class:`fastokd.Run`, its folder, one of its checkpoints, or a file.
+        options: where and how; single fields may be given as keywords (``device=``). A run knows
+            where its data are, unless ``data_root`` says otherwise.
 
     Returns:
         ``{"val": {...}, "test": {...}}`` with the metrics of ``metrics.jsonl``; ``val`` only if
@@ -133,15 +141,17 @@ def evaluate(
     Raises:
         UserError: there is no such run or checkpoint, or its data can't be found.
     """
-    path = Path(run_or_checkpoint)
+    path = as_path("run_or_checkpoint", run_or_checkpoint)
+    options = (options or RunOptions()).changed(changes)
     if path.is_file():
-        return evaluate_published(path, dataset, model=model, options=options or RunOptions())
+        return evaluate_published(path, dataset, model=model, options=options)
     for name, value in (("dataset", dataset), ("model", model)):
         if value is not None:
             raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
     path, tensors, facts = run_checkpoint(path)
     recipe = Recipe.from_json(facts.get("recipe"))
-    session = build(recipe, options or RunOptions(), training=False)
+    options = RunFacts(path.parent.parent).with_data(options)
+    session = build(recipe, options, training=False)
     session.load_state(tensors, facts)
     return Evaluator(session)()
 

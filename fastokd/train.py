@@ -10,27 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.distributed.agreement import Agreement
-from fastokd.distributed.launch import joined
+from fastokd.distributed.launch import joined, of_the_first_rank
 from fastokd.distributed.ranks import speaks
-from fastokd.errors import DiskError, UserError, forget, in_one_line, warn
+from fastokd.errors import DiskError, UserError, as_path, forget, in_one_line, warn
 from fastokd.evaluate import Evaluator
 from fastokd.host import cpus
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
 from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
+from fastokd.recipe.names import recipe as named
 from fastokd.recipe.recipe import Recipe
 from fastokd.report import page
+from fastokd.result import Run
+from fastokd.run import folder as run_folder
 from fastokd.run.build import build
 from fastokd.run.display import Display, show_batch
 from fastokd.run.facts import RunFacts, run_path
-from fastokd.run.folder import Run, RunFolder
+from fastokd.run.folder import RunFolder
 from fastokd.run.hooks import Hooks, spared
 from fastokd.run.identity import stays_captured
 from fastokd.run.interruption import ECHO, Keeper, StopRequest
 from fastokd.run.loggers import check_installed, loggers
 from fastokd.run.nonfinite import settle
-from fastokd.run.options import RunOptions
+from fastokd.run.options import RunOptions, nearest_option
 from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
 from fastokd.run.tuning import tune
@@ -51,28 +54,44 @@ def train_epoch(session: Session, hooks: Hooks) -> dict[str, Any]:
     return session.meter.result(learner.ranks)
 
 
-def train(recipe: Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
+def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: Any) -> Run:
     """Trains a recipe and leaves a run folder.
 
     Args:
-        recipe: what to train (:func:`fastokd.recipe` makes one by name).
-        options: where and how; single fields may be given as keywords (``out=``, ``data_root=``).
+        recipe: what to train: a name, as ``"okddip-branch/resnet32/cifar100"``, or what
+            :func:`fastokd.recipe` made of one.
+        options: where and how.
+        changes: single options (``out=``, ``data_root=``); with a name also settings of the recipe
+            (``epochs=``, ``temperature=``).
 
     Raises:
         UserError: data that can't be found, a folder that exists already or can't be written, a
             checkpoint of another recipe, a step that isn't finite (it isn't taken, and the state
-            before it is saved); a keyword that is no option, as a setting of the recipe.
+            before it is saved); a keyword that is neither an option nor a setting.
         Interrupted: SIGTERM, SIGHUP or ^C came; the step was finished and the state saved.
     """
-    for name, value in changes.items():
-        if name not in RunOptions.__dataclass_fields__:
-            raise UserError(
-                f"{name}={value!r} is no option of a run: a setting of the recipe is given to "
-                "fastokd.recipe(name, ...)"
-            )
-    options = replace(options or RunOptions(), **changes)
+    if isinstance(recipe, str):
+        of_recipe = {k: v for k, v in changes.items() if k not in RunOptions.__dataclass_fields__}
+        changes = {name: value for name, value in changes.items() if name not in of_recipe}
+        recipe = _named(recipe, of_recipe)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"the recipe is {recipe!r}: give a name, or what fastokd.recipe returns")
+    if not isinstance(options, (RunOptions, type(None))):
+        raise UserError(f"options is {options!r}: give a fastokd.RunOptions, or single keywords")
+    options = (options or RunOptions()).changed(changes)
     with joined(options.device, bool(options.capture) or _begun_captured(recipe, options)):
         return _train(recipe, options)
+
+
+def _named(name: str, settings: dict[str, Any]) -> Recipe:
+    """The recipe called ``name``; the error about a setting may offer an option of the run."""
+    try:
+        return named(name, **settings)
+    except UserError as error:
+        for key in settings.keys() - Recipe.__dataclass_fields__.keys():
+            if f"unknown setting {key!r}" in str(error) and (near := nearest_option(key)):
+                raise UserError(f"unknown setting {key!r}: did you mean {near}?") from error
+        raise
 
 
 def _begun_captured(recipe: Recipe, options: RunOptions) -> bool:
@@ -107,21 +126,26 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
             if options.show_augmentation:
                 picture = on_a_line(show_batch(session, folder.path))
                 tell(f"a batch as the students see it: {picture}")
-            if not session.settled:
+            if session.is_over:
+                tell(_why_over(session))
+            elif not session.settled:
                 timings = tune(session, session.steps_left, tell, stop)
                 if session.settled:  # else a signal came, and the resumed run chooses
                     folder.settled(session, timings)
-            hooks.try_add(lambda: Display(session, options.quiet), Display.title)
+            quiet = options.quiet or session.is_over
+            hooks.try_add(lambda: Display(session, quiet), Display.title)
             try:
                 run = _train_epochs(session, folder, hooks, stop)
             finally:
                 session.learner.captured = None  # its graphs refer to the learner
         with stop.telling(_give_up):
             ranks.first(lambda: _report(folder.path))
-    return run
+    return Run(run.folder, run.recipe, run.metrics)
 
 
-def _train_epochs(session: Session, folder: RunFolder, hooks: Hooks, stop: StopRequest) -> Run:
+def _train_epochs(
+    session: Session, folder: RunFolder, hooks: Hooks, stop: StopRequest
+) -> run_folder.Run:
     """Every epoch that is left. The run's last files are written before any hook is told of the end."""
     recipe, options, learner = session.recipe, session.options, session.learner
     keeper = Keeper(
@@ -195,6 +219,57 @@ def _silent(text: str) -> None:
     del text
 
 
-def resume(folder: Path, **changes: Any) -> Run:
-    """Continues the run in ``folder`` under its own recipe."""
-    return train(RunFolder(folder).recipe(), out=folder, resume=True, **changes)
+def _why_over(session: Session) -> str:
+    """Why a resumed run has no step left."""
+    done, epochs = session.epoch, session.recipe.epochs
+    if done >= epochs:
+        return (
+            f"the run is finished: {done} of {epochs} epochs; a larger --epochs trains it further"
+        )
+    return f"the run has taken {session.step} steps, and --max-steps is {session.options.max_steps}"
+
+
+def resume(
+    folder: str | Path | Run,
+    options: RunOptions | None = None,
+    *,
+    epochs: int | None = None,
+    **changes: Any,
+) -> Run:
+    """Continues the run in ``folder`` by its own recipe.
+
+    Args:
+        options, changes: as for :func:`train`. Only options that don't change the run's numbers may
+            differ from those it was begun with: ``max_steps``, ``data_root``, ``workers`` and such.
+        epochs: more epochs than it was begun with. The schedule isn't scaled: the new epochs have
+            the learning rate of the last one, unless a milestone lies between.
+
+    Raises:
+        UserError: there is no run; fewer epochs than it was begun with; as :func:`train`.
+    """
+    folder = as_path("the run folder", folder)
+    options = replace((options or RunOptions()).changed(changes), out=folder, resume=True)
+    begun, longer = recipe_to_resume(folder), recipe_to_resume(folder, epochs)
+    if longer != begun and not options.quiet and of_the_first_rank():
+        say(
+            f"{counted(longer.epochs, 'epoch')} in place of {begun.epochs}: the schedule stays as it was begun, and the "
+            f"rate of the last epoch is {longer.learning_rate(longer.epochs - 1):g}"
+        )
+    return train(longer, options)
+
+
+def recipe_to_resume(folder: Path, epochs: int | None = None) -> Recipe:
+    """The recipe of the run in ``folder``; with more ``epochs``, whose schedule isn't scaled, so that
+    the epochs before stay as they were.
+
+    Raises:
+        UserError: there is no run, or it was begun with more than ``epochs``.
+    """
+    begun = RunFolder(folder).recipe()
+    longer = begun if epochs is None else replace(begun, epochs=epochs)
+    if longer.epochs < begun.epochs:
+        raise UserError(
+            f"epochs is {epochs}, but the run in {folder} was begun with {begun.epochs}: give more, or "
+            "stop it sooner with --max-steps"
+        )
+    return longer

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastokd.commands.options import replacing, run_options
 from fastokd.errors import UserError
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
 from fastokd.recipe import names
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
@@ -36,9 +39,15 @@ FLAGS = {
 @replacing("flags", FLAGS, dict)
 @run_options()
 def train(
-    recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
     flags: dict[str, Any],
     options: RunOptions,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="METHOD/MODEL/DATASET (`fastokd list recipes`); with --resume the folder of a run.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Several runs: 0,1,2.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -55,12 +64,32 @@ def train(
     """Train a cohort by a recipe and leave a run folder.
 
     Several --seeds, or several values of a --set, give a folder for each run and an index. The same
-    command again trains the runs that are missing.
+    command again trains the runs that are missing. `fastokd train --resume DIR` continues the run in
+    DIR, with a larger --epochs beyond its end.
     """
     from fastokd.distributed.launch import launched, of_the_first_rank
+    from fastokd.run.summary import summarise
     from fastokd.run.sweep import run_all, sweep_folder
+    from fastokd.train import recipe_to_resume, resume
     from fastokd.train import train as run
 
+    if not of_the_first_rank():
+        options = dataclasses.replace(options, quiet=True)
+    begun = _run_to_resume(recipe, options)
+    if begun is not None:
+        its_recipe = recipe_to_resume(begun, flags["epochs"])
+        given = {**flags, "set": set_, "seeds": seeds, "scale_lr": scale_lr or None}
+        _refuse_settings(given, its_recipe.method)
+        if print_recipe:
+            print(json.dumps(its_recipe.to_json(), indent=1))
+        else:
+            _close(resume(begun, options, epochs=flags["epochs"]), options)
+        return
+    if recipe is None:
+        raise UserError(
+            "train needs a recipe, such as okddip-branch/resnet8/digits, or --resume and the folder of "
+            "a run; `fastokd train --help` has an example"
+        )
     several = None if seeds is None else parse_seeds(seeds)
     settings = parse_settings(set_ or [])
     wanted = wanted_runs(recipe, flags, settings, seeds=several, scale_lr=scale_lr)
@@ -68,15 +97,11 @@ def train(
         for entry in wanted:
             print(json.dumps(entry.recipe.to_json(), indent=1))
         return
-    if not of_the_first_rank():
-        options = dataclasses.replace(options, quiet=True)
     if not options.quiet:
         for line in _what_was_scaled(recipe, wanted, scale_lr):
             say(line)
     if len(wanted) == 1 and seeds is None:
-        done = run(wanted[0].recipe, options)
-        if not options.quiet:
-            say(f"the run is in {on_a_line(done.folder)}")
+        _close(run(wanted[0].recipe, options), options)
         return
     if launched() > 1:
         raise UserError(
@@ -84,9 +109,54 @@ def train(
             "values out, or start them one after another"
         )
     folder = options.out or sweep_folder(recipe)
-    run_all(folder, wanted, options, run)
+    done = run_all(folder, wanted, options, run)
     if not options.quiet:
-        say(f"the {len(wanted)} runs are in {on_a_line(folder)}, listed in its index.json")
+        for entry, one in zip(wanted, done, strict=True):
+            say(f"{on_a_line(entry.folder)}: {summarise(one)}")
+        which = "the run is" if len(wanted) == 1 else f"the {len(wanted)} runs are"
+        say(f"{which} in {on_a_line(folder)}, listed in its index.json; next:")
+        say(f"  fastokd report {on_a_line(shlex.quote(str(folder)))}")
+
+
+def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:
+    """The folder of ``--resume`` without a recipe, or None."""
+    if not options.resume or (recipe is not None and options.out is not None):
+        return None
+    folder = options.out if recipe is None else Path(recipe)
+    if folder is None:
+        raise UserError("--resume needs a run: name its folder, as in `fastokd train --resume DIR`")
+    if (folder / "index.json").is_file():
+        raise UserError(
+            f"{folder} holds several runs: repeat the command that began them, or name one of them"
+        )
+    # A recipe's name looks like a path, too.
+    named = recipe is not None and recipe.count("/") == 2 and not folder.parent.is_dir()
+    if not named and not (folder / "recipe.json").is_file():
+        raise UserError(f"there is no run to resume in {folder}: name the folder of a run")
+    return None if named else folder
+
+
+def _refuse_settings(given: Mapping[str, Any], method: str) -> None:
+    """Raises UserError for a setting that a resumed run can't change. ``--method`` only loads the code
+    of the run's own ``method``."""
+    for name, value in given.items():
+        if value is not None and name != "epochs" and (name, value) != ("method", method):
+            raise UserError(
+                f"--{name.replace('_', '-')} is given, but a resumed run keeps its recipe: leave it out"
+            )
+
+
+def _close(run: Any, options: RunOptions) -> None:
+    """Says how the run ended, and what to do next."""
+    from fastokd.run.summary import summarise
+
+    if options.quiet:
+        return
+    folder = on_a_line(shlex.quote(str(run.folder)))
+    say(str(summarise(run)))
+    say(f"the run is in {on_a_line(run.folder)}; next:")
+    say(f"  fastokd report {folder}")
+    say(f"  fastokd export {folder} --to onnx")
 
 
 def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list[str]:
@@ -97,7 +167,7 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
             lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
         if resolved.epochs != names.recipe(name).epochs:
             lines.append(
-                f"schedule for {resolved.epochs} epochs: rate / {1 / resolved.lr_decay:g} before "
+                f"schedule for {counted(resolved.epochs, 'epoch')}: rate / {1 / resolved.lr_decay:g} before "
                 f"epochs {list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
             )
     return list(dict.fromkeys(lines))

@@ -55,6 +55,11 @@ def in_plot(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: ``1 epoch``, ``2 epochs``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def first_names(names: Sequence[str], most: int) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -20,9 +20,11 @@ from fastokd.run.hooks import Hook
 from fastokd.run.session import Session
 
 COLUMNS = (
-    *("epoch", "images/s", "left", "lr", "loss"),
+    *("epoch", "images/s", "left", "lr", "train loss"),
     *("student", "leader", "peers", "ensemble", "diversity"),
 )
+# The columns that are top-1 on the split that the display shows (:func:`choosing_split`).
+TOP1 = COLUMNS[5:9]
 SHOWN = 10  # epochs; a table higher than the terminal can't be updated in place
 
 
@@ -46,6 +48,7 @@ class Display(Hook):
             console=self.console,
         )
         self.rows: list[list[str]] = []
+        self.split = "test"
         shown = self.console.is_terminal and not quiet
         self.live = (
             Live(get_renderable=self.view, console=self.console, refresh_per_second=4)
@@ -85,7 +88,7 @@ class Display(Hook):
         kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in self.rows)]
         table = Table(box=None, padding=(0, 1))
         for index in kept:
-            table.add_column(COLUMNS[index], justify="right")
+            table.add_column(heads(self.split)[index], justify="right", vertical="bottom")
         for row in self.rows:
             table.add_row(*(row[index].removeprefix("epoch ") for index in kept))
         return Group(*([table] if kept else []), self.bar)
@@ -104,16 +107,24 @@ class Display(Hook):
         left = elapsed / (epoch - self.first_epoch) * (self.epochs - epoch)
         values = [*cells(row, self.epochs)]
         values.insert(2, f"{left:.0f} s")
+        if "test" in row:
+            self.split = choosing_split([row])
         if self.live is not None:
             self.rows = [*self.rows, values][-SHOWN:]
             self._check_lost()
             return
-        line = "  ".join(
-            value if name == "epoch" else f"{name} {value}"
-            for name, value in zip(COLUMNS, values, strict=True)
-            if value
-        )
-        self._line(line)
+        told = [(name, value) for name, value in zip(COLUMNS, values, strict=True) if value]
+        first = next((name for name, _ in told if name in TOP1), None)
+        words = {first: f"{self.split} top-1: {first}", "diversity": f"{self.split} diversity"}
+        parts = [f"{words.get(name, name)} {value}" for name, value in told if name != "epoch"]
+        self._line("  ".join([values[0], *parts]))
+
+
+def heads(split: str) -> list[str]:
+    """The heads of the table's columns; figures of the students name their split."""
+    of_split = {name: f"{split}\ntop-1\n{name}" for name in TOP1}
+    named = {"train loss": "train\nloss", "diversity": f"{split}\ndiversity", **of_split}
+    return [named.get(name, name) for name in COLUMNS]
 
 
 def cells(row: dict[str, Any], epochs: int) -> list[str]:

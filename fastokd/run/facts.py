@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,28 @@ class RunFacts:
         if not isinstance(found, dict):
             raise UserError(f"{path} is no environment of a run: put it back or remove it")
         return found
+
+    def with_data(self, options: RunOptions) -> RunOptions:
+        """``options`` with the data root that the run was trained on, unless they name one.
+
+        Raises:
+            UserError: that folder is gone.
+        """
+        known = self.environment().get("data_root")
+        if options.data_root is not None or not isinstance(known, str):
+            return options
+        if not options.download and not Path(known).exists():
+            raise UserError(
+                f"the data of the run in {self.folder} lay in {known}, which is gone: give the folder "
+                "that holds them now with --data-root"
+            )
+        return replace(options, data_root=Path(known))
+
+    def move_data(self, data_root: str | None) -> None:
+        """Writes where the data of a resumed run are now."""
+        known = self.environment()
+        if known and data_root not in (None, known.get("data_root")):
+            _write(self.environment_file, {**known, "data_root": data_root})
 
     def write_environment(
         self, device: torch.device, precision: str, how: dict[str, Any], *, resumed: bool

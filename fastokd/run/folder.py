@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +25,15 @@ from fastokd.checkpoint import (
     writing,
 )
 from fastokd.distributed.ranks import first, speaks
-from fastokd.errors import DataFileError, DiskError, LoaderError, UserError, in_one_line, warn
+from fastokd.errors import (
+    DataFileError,
+    DiskError,
+    LoaderError,
+    UserError,
+    as_path,
+    in_one_line,
+    warn,
+)
 from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
@@ -34,6 +43,7 @@ from fastokd.run.identity import (
     Standing,
     begun_with,
     check_recipe,
+    continues,
     other_teacher,
     standing,
 )
@@ -45,6 +55,8 @@ from fastokd.student.file import run_rows, student_of
 from fastokd.student.teacher import KEPT
 from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
+
+R = TypeVar("R", bound="Run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +82,26 @@ class Run:
         """Whether it has all epochs of its recipe."""
         return self.standing.epochs >= self.recipe.epochs
 
-    @staticmethod
-    def load(folder: Path) -> Run:
-        """Reads a run folder back."""
+    @classmethod
+    def load(cls: type[R], folder: str | Path) -> R:
+        """Reads a run folder back.
+
+        Raises:
+            UserError: it is no run folder, or its recipe or metrics are damaged.
+        """
         where = RunFolder(folder)
-        return Run(folder, where.recipe(), where.metrics())
+        return cls(where.path, where.recipe(), where.metrics())
+
+    def __fspath__(self) -> str:
+        """The folder: a run may be given wherever a path to one may."""
+        return str(self.folder)
 
 
 class RunFolder:
     """Reads and writes one run folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = as_path("the run folder", path)
         self.checkpoints = path / "checkpoints"
         self.lines = MetricLines(path / "metrics.jsonl")
         self.lock = FolderLock(path)
@@ -126,7 +146,7 @@ class RunFolder:
                 f"the run in {self.path} was begun otherwise: it differs in {difference}; leave "
                 "--teacher out to resume it as it was, or choose another --out"
             )
-        return begun
+        return self.facts.with_data(begun)
 
     @contextmanager
     def beginning(self, session: Session) -> Iterator[None]:
@@ -156,6 +176,7 @@ class RunFolder:
         if found is None:
             return
         session.load_state(*found)
+        session.learner.ranks.first(lambda: self._note_changes(session))
         # An unfinished epoch's row will be written again, unless no step is left.
         rows = [
             row
@@ -185,9 +206,13 @@ class RunFolder:
             remove_leftovers(self.checkpoints)
         if session.options.resume and list_checkpoints(self.checkpoints):
             _, tensors, facts, _ = newest_checkpoint(self.checkpoints)
+            if continues(session.recipe, facts):
+                facts["recipe"] = session.recipe.to_json()
             return tensors, facts
         if session.options.resume and self.facts.recipe_file.is_file():
-            check_recipe(session.recipe, self.recipe().to_json())
+            begun = self.recipe().to_json()
+            if not continues(session.recipe, {"recipe": begun}):
+                check_recipe(session.recipe, begun)
             self._start_again()
         with writing(self.path):
             self.facts.write_recipe(session.recipe)
@@ -200,6 +225,13 @@ class RunFolder:
                 kept = Weights(self.path / KEPT, session.teacher.state, facts)
                 write_durably(kept.path, kept.to_bytes())
         return None
+
+    def _note_changes(self, session: Session) -> None:
+        """Writes what a resumed run may change: the number of epochs, and where its data are."""
+        with writing(self.path):
+            if self.facts.recipe_file.is_file() and self.recipe() != session.recipe:
+                self.facts.write_recipe(session.recipe)
+            self.facts.move_data(_data_root(session))
 
     def _start_again(self) -> None:
         """Removes the metric lines of a run without checkpoints."""
@@ -238,9 +270,12 @@ class RunFolder:
             self._write_environment(session)
 
     def _write_environment(self, session: Session) -> None:
-        learner, resumed = session.learner, session.options.resume
+        learner = session.learner
         self.facts.write_environment(
-            learner.device, learner.precision, session.how(), resumed=resumed
+            learner.device,
+            learner.precision,
+            {**session.how(), "data_root": _data_root(session)},
+            resumed=session.options.resume,
         )
 
     def recipe(self) -> Recipe:
@@ -366,6 +401,12 @@ class RunFolder:
         plain = {member.published_key(key): value for key, value in student.state.items()}
         with writing(self.path):
             write_durably(self.path / STUDENT, Weights(self.path, plain, student.facts).to_bytes())
+
+
+def _data_root(session: Session) -> str | None:
+    """The absolute path of the run's data. The digits have none: scikit-learn has them."""
+    root = session.options.data_root
+    return None if root is None or session.recipe.dataset == "digits" else os.path.abspath(root)
 
 
 def _score(row: dict[str, Any], recipe: Recipe) -> float | None:

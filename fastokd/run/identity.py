@@ -15,7 +15,7 @@ from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
 from fastokd.device import pick_device, pick_precision
 from fastokd.distributed.launch import launched
 from fastokd.errors import UserError
-from fastokd.methods import method_class
+from fastokd.methods import method_class, ramp_weight
 from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
 from fastokd.run.facts import RunFacts
@@ -28,6 +28,9 @@ from fastokd.student.weights import STUDENT
 
 # The options that change a run's numbers by more than their last bits. The papers set none of them.
 DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
+
+# The settings of a recipe that more epochs may change.
+SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,31 @@ def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
     if differing:
         raise UserError(
             f"the checkpoint has another recipe: it differs in {', '.join(differing)}; "
-            "resume with the run's own recipe, or choose another --out"
+            "resume with the run's own recipe (`fastokd train --resume DIR`, where --epochs may be "
+            "larger), or choose another --out"
         )
+
+
+def continues(recipe: Recipe, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether ``recipe`` is that of a checkpoint with more epochs, and the epochs that were begun would
+    have been the same under it. ``checkpoint``: its facts."""
+    try:
+        begun = Recipe.from_json(checkpoint["recipe"])
+        count = int(checkpoint.get("epoch", 0)) + (int(checkpoint.get("batch", 0)) > 0)
+    except (UserError, KeyError, TypeError, ValueError):
+        return False  # raised again where the checkpoint is loaded
+    longer = replace(begun, **{name: getattr(recipe, name) for name in SCHEDULE})
+    return (
+        recipe.epochs > begun.epochs
+        and recipe == longer
+        and all(_schedule(recipe, epoch) == _schedule(begun, epoch) for epoch in range(count))
+    )
+
+
+def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
+    """All that an epoch's steps take from its place in the schedule."""
+    rates = (recipe.learning_rate(epoch, warm_up=warm_up) for warm_up in (True, False))
+    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs))
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:

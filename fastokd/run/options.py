@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Mapping
+import numbers
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from fastokd.errors import UserError
+from fastokd.errors import UserError, as_path
 from fastokd.known import LOADERS
 
 # Options that determine a run's numbers, or their last bits: a resumed run keeps them, and the
@@ -40,13 +43,19 @@ class RunOptions:
     """Where and how a recipe runs. The command line has an option for each field.
 
     Raises:
-        UserError: a number out of its range, or an unknown word.
+        UserError: a value of another type, a number out of its range, or an unknown word.
     """
 
     out: Annotated[Path | None, "The run folder; by default runs/RECIPE-seedN."] = None
-    data_root: Annotated[Path | None, "The folder that holds the data sets."] = None
+    data_root: Annotated[
+        Path | None, "The folder that holds the data sets; a resumed run knows its own."
+    ] = None
     download: Annotated[bool, "Fetch the data set where it is missing."] = False
-    resume: Annotated[bool, "Continue the run in --out, with the options it began with."] = False
+    resume: Annotated[
+        bool,
+        "Continue the run in --out, or in the folder that is named in place of the recipe, with the "
+        "options it began with.",
+    ] = False
     device: Annotated[str, "auto (the GPU where there is one), cpu, cuda or cuda:1."] = "auto"
     precision: Annotated[
         str,
@@ -132,10 +141,8 @@ class RunOptions:
     quiet: Annotated[bool, "Print nothing but errors."] = False
 
     def __post_init__(self) -> None:
-        for name in ("out", "data_root", "teacher"):
-            if getattr(self, name) is not None:  # a string may be given for a path
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        object.__setattr__(self, "init", tuple(self.init))
+        for name, kind in _KINDS.items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -157,6 +164,23 @@ class RunOptions:
             raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
+
+    def changed(self, changes: Mapping[str, Any]) -> RunOptions:
+        """The options with single fields replaced.
+
+        Raises:
+            UserError: a name that isn't a field; as :class:`RunOptions`.
+        """
+        for name, value in changes.items():
+            if name not in _KINDS:
+                near = nearest_option(name)
+                fix = (
+                    f"did you mean {near}?"
+                    if near
+                    else "a setting of the recipe is given to fastokd.recipe(name, ...)"
+                )
+                raise UserError(f"{name}={value!r} is no option of a run: {fix}")
+        return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; ``RunOptions(**values)`` is the inverse."""
@@ -199,11 +223,54 @@ class RunOptions:
             )
         try:
             return replace(self, **known)
-        except TypeError as error:
+        except (TypeError, UserError) as error:
             raise UserError(
                 f"the run in {where} doesn't say how it was begun ({error}): its environment.json is "
                 "damaged, remove it to resume with the options given"
             ) from error
+
+
+# The type of each field without None, and whether None may be given.
+_KINDS = {
+    name: (
+        next(kind for kind in get_args(hint) or (hint,) if kind not in (type(None), ...))
+        if get_origin(hint) is not tuple
+        else tuple,
+        type(None) in get_args(hint),
+    )
+    for name, hint in get_type_hints(RunOptions).items()
+}
+_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}
+
+
+def nearest_option(name: str) -> str | None:
+    """The option whose name is nearest to ``name``, if one is near."""
+    return next(iter(difflib.get_close_matches(name, _KINDS, n=1, cutoff=0.7)), None)
+
+
+def _checked(name: str, value: Any, kind: tuple[Any, bool]) -> Any:
+    """``value`` in the type of the option ``name``.
+
+    Raises:
+        UserError: it has another type.
+    """
+    wanted, optional = kind
+    if value is None and optional:
+        return None
+    if wanted is tuple:  # of paths
+        if isinstance(value, (str, os.PathLike)):
+            value = (value,)
+        if not isinstance(value, Sequence):
+            raise UserError(f"{name} is {value!r}: it must be a path or a list of paths")
+        return tuple(str(as_path(name, entry)) for entry in value)
+    if wanted is Path:
+        return as_path(name, value)
+    abstract = {int: numbers.Integral, float: numbers.Real}.get(wanted, wanted)
+    if not isinstance(value, abstract) or (isinstance(value, bool) and wanted is not bool):
+        like = f", like {getattr(RunOptions, name)!r}" if wanted is str else ""
+        raise UserError(f"{name} is {value!r}: it must be {_SAID[wanted]}{like}")
+    # NumPy's numbers can't be written as JSON.
+    return wanted(value) if wanted is int else value
 
 
 # docs/api.md shows the docstring.

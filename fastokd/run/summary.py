@@ -9,6 +9,16 @@ from fastokd.metrics import choosing_split
 from fastokd.recipe.names import Recipe
 from fastokd.run.folder import Run
 
+# In words, whose accuracy a recipe judges (Recipe.judged).
+_WHOSE = {
+    "leader": "the leader",
+    "mean": "the students' mean",
+    "kept": "the kept student",
+    "student": "",
+    "ensemble_logits": "the peers' mean logits",
+    "average": "the kept student's running average",
+}
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -24,6 +34,13 @@ class Summary:
     best_epoch: int
     best_on: str
     reported: str
+
+    def __str__(self) -> str:
+        whose = _WHOSE[self.reported]
+        return (
+            f"test top-1{whose and f' of {whose}'}: {self.last:.4f} last (epoch {self.last_epoch}), "
+            f"{self.best:.4f} best (epoch {self.best_epoch}, chosen on {self.best_on})"
+        )
 
 
 def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:

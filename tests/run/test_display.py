@@ -12,7 +12,7 @@ from rich.console import Console
 from fastokd.metrics import choosing_split
 from fastokd.recipe.names import recipe
 from fastokd.run import display
-from fastokd.run.display import COLUMNS, Display, cells
+from fastokd.run.display import COLUMNS, Display, cells, heads
 
 
 def row(epoch: int, leader: float | None) -> dict[str, Any]:
@@ -27,9 +27,16 @@ def row(epoch: int, leader: float | None) -> dict[str, Any]:
     return {"epoch": epoch, "images_per_second": 1234.5, "lr": 0.1, "train": train, "test": test}
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | None) -> str:
+def shown(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    terminal: bool,
+    leader: float | None,
+    val: bool = False,
+    width: int = 120,
+) -> str:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
     monkeypatch.setattr(display, "console", lambda: console)
     session = SimpleNamespace(
         recipe=recipe("dml/resnet8/digits", epochs=12),
@@ -42,19 +49,39 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, leader: float | No
     live.on_begin()
     for epoch in range(12):
         live.on_step(64)
-        live.on_epoch(row(epoch, leader))
+        one = row(epoch, leader)
+        live.on_epoch(one | {"val": one["test"]} if val else one)
     live.on_end()
     return out.getvalue()
 
 
 def test_a_terminal_has_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, terminal=True, leader=0.9)
-    last = text[text.rindex("images/s  left") - 10 :]
-    assert all(column in last for column in COLUMNS if column != "student")
+    last = text[text.rindex("images/s  left") - 200 :]
+    for column in COLUMNS:
+        assert column == "student" or column.removeprefix("train ") in last
     for value in ("12/12", "1,234", "0 s", "0.1", "1.250", "0.9000", "0.6000", "0.8000", "0.0321"):
         assert value in last
     assert " 3/12" in last
     assert " 2/12" not in last  # the table is no higher than a terminal
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_every_figure_names_its_split(monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    """A terminal of 80 columns, a pipe, and the command ``evaluate``."""
+    how: dict[str, Any] = {"leader": 0.9, "val": split == "val"}
+    table = shown(monkeypatch, terminal=True, width=80, **how)
+    other = {"val": "test", "test": "val"}[split]
+    assert other not in table
+    lines = table.splitlines()
+    last = max(number for number, line in enumerate(lines) if "images/s  left" in line)
+    words = " ".join(lines[last - 2 : last + 1]).split()
+    assert (words.count(split), words.count("top-1"), words.count("train")) == (4, 3, 1)
+    assert all(" ".join(head.split()).startswith(split) for head in heads(split)[5:])
+    text = shown(monkeypatch, terminal=False, **how)
+    assert f"  {split} top-1: leader 0.9000  peers 0.6000" in text
+    assert f"  {split} diversity 0.0321\n" in text
+    assert f"{other} " not in text
 
 
 def test_a_file_has_a_plain_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +90,8 @@ def test_a_file_has_a_plain_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> No
     assert note == "read from here"
     assert first.startswith("epoch 1/12  images/s 1,234  left ")
     assert first.endswith(
-        "lr 0.1  loss 1.250  leader 0.9000  peers 0.6000  ensemble 0.8000  diversity 0.0321"
+        "lr 0.1  train loss 1.250  test top-1: leader 0.9000  peers 0.6000  ensemble 0.8000  "
+        "test diversity 0.0321"
     )
     assert len(rest) == 11
     assert "\x1b" not in text
