@@ -60,7 +60,9 @@ def test_own_data_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(arguments, "--batch-size", "4", *SHORT)
 
 
-def test_an_own_method_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_own_method_in_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_methods", raising=False)
@@ -74,6 +76,11 @@ def test_an_own_method_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert kept["method_options"] == {"temperature": 2}
     run(report)
     run(["evaluate", "runs/best", "--method=my_methods:BestTeacher"])
+    monkeypatch.setattr("fastokd.methods._OWN", {})
+    run(report)  # needs no code
+    for command in ("evaluate", "export --to safetensors"):
+        assert run_command([*command.split(), "runs/best"]) == 2
+        assert "add --method my_methods:BestTeacher" in capsys.readouterr().err, command
     assert "my_methods:BestTeacher" not in list_methods()
 
 

@@ -70,7 +70,6 @@ def _runs(place: Path) -> None:
         ("extrarecipe", "recipe.json", {**known, "x": 1}),
         ("typerecipe", "recipe.json", {**known, "epochs": "ten"}),
         ("pathrecipe", "recipe.json", {**known, "model": "../../resnet8"}),
-        ("coderecipe", "recipe.json", {**known, "method": "os:system"}),
         ("badenv", "environment.json", b"{"),
         ("listenv", "environment.json", [1]),
         ("typeenv", "environment.json", {**how, "accumulate": "two"}),

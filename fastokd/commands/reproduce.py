@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fastokd.commands.options import Json, run_options
+from fastokd.host.names import on_a_line
 from fastokd.recipe.settings import parse_seeds
 from fastokd.run.options import RunOptions
 
@@ -37,18 +38,25 @@ def reproduce(
 ) -> None:
     """Train a table of the papers and compare it with the published numbers.
 
-    The same command again trains the runs that are missing.
+    Rerun the same command to finish missing runs. The table is also written to --out as Markdown,
+    LaTeX and CSV.
     """
     from fastokd.host.console import console
     from fastokd.report.reproduce import Request, as_table
     from fastokd.report.reproduce import reproduce as run
+    from fastokd.report.tables import as_rich, files_of, save_table
     from fastokd.train import train
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
     options = dataclasses.replace(options, quiet=quiet or json_)
-    done = run(request, out or Path("runs") / table, options, train)
+    out = out or Path("runs") / table
+    out = out or Path("runs") / table
+    done = run(request, out, options, train)
+    made = as_table(done)
+    save_table(made, out / table)
     if json_:
         print(json.dumps(done.to_json()))
-    else:
-        # 80 columns, the default where the output is no terminal, would fold the numbers.
-        console(width=None if sys.stdout.isatty() else 120).print(as_table(done))
+        return
+    # 80 columns, the default where the output is no terminal, would fold the numbers.
+    console(width=None if sys.stdout.isatty() else 120).print(as_rich(made))
+    print(on_a_line(f"the table is in {files_of(out / table)}, beside its runs"))

@@ -20,15 +20,23 @@ Best = Annotated[bool, typer.Option(help="The best epoch in place of the last.")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders with runs at any depth.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")
     ] = None,
 ) -> None:
-    """Write a page about one run or several, with its plots beside it."""
-    from fastokd.report.page import report as write
+    """Write a page about one run or several.
 
-    print(f"the page is {on_a_line(write(runs, out))}")
+    Its plots (PNG, SVG) and its tables (Markdown, LaTeX, CSV) are written beside it.
+    """
+    from fastokd.report.page import report as write
+    from fastokd.report.tables import files_of
+
+    page = write(runs, out)
+    print(on_a_line(f"the page is {page}"))
+    print(on_a_line(f"its table is in {files_of(page.with_name(f'{page.stem}-results'))}"))
 
 
 def diff(

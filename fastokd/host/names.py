@@ -18,6 +18,22 @@ from pathlib import Path
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 _LONGEST_IN_PLOT = 60
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$])")
+# Braces around "*" and "[": after the end of a row they would be its options.
+_LATEX = str.maketrans(
+    {
+        **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+        **{letter: f"{{{letter}}}" for letter in "*[]"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\char34{}",
+        "`": r"\textasciigrave{}",
+        "±": r"$\pm$",
+    }
+)
 
 
 def on_a_line(name: object) -> str:
@@ -41,6 +57,11 @@ def in_html(name: object) -> str:
 def in_markdown(name: object) -> str:
     """For Markdown text."""
     return _MARKDOWN.sub(r"\\\1", on_a_line(name))
+
+
+def in_latex(name: object) -> str:
+    """For LaTeX text."""
+    return on_a_line(name).translate(_LATEX).replace("--", "-{}-")
 
 
 def in_plot(name: object) -> str:

@@ -38,6 +38,17 @@ def register_method(name: str) -> type[Method]:
     return found
 
 
+def is_loaded(name: str) -> bool:
+    """False for a user's method, ``package.module:Class``, that isn't registered. The recipe and the
+    metrics of its runs can be read, but they can't be trained on or evaluated."""
+    return ":" not in name or name in _OWN
+
+
+def known_needs(name: str) -> Needs:
+    """What a method needs; of one that isn't loaded (:func:`is_loaded`), what every recipe fulfils."""
+    return method_class(name).needs if is_loaded(name) else Needs(min_students=1, leader=True)
+
+
 def method_class(name: str) -> type[Method]:
     """The class of one method; an unknown name raises and offers the nearest ones."""
     if name in _OWN:
@@ -64,11 +75,13 @@ def option_defaults(name: str) -> dict[str, Any]:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Checks the names and the values of a method's options.
+    """Checks the names and the values of the options of a method that is loaded.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range.
     """
+    if not is_loaded(name):
+        return
     defaults = option_defaults(name)
     for option, value in options.items():
         if not defaults:
@@ -111,6 +124,8 @@ __all__ = [
     "Progress",
     "check_options",
     "create_method",
+    "is_loaded",
+    "known_needs",
     "list_methods",
     "method_class",
     "option_defaults",

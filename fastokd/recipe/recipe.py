@@ -107,7 +107,7 @@ class Recipe:
         """Checks all fields; raises :class:`UserError`."""
         for known in dataclasses.fields(self):
             checked(known, getattr(self, known.name))
-        needs = methods.method_class(self.method).needs
+        needs = methods.known_needs(self.method)
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         needs.check(self.method, self.sharing, self.students)
@@ -183,7 +183,7 @@ class Recipe:
     def kept_student(self) -> int:
         """The number of the student that is kept: the leader. Without a leader, the first; or one
         drawn by the seed if ``reported`` is ``"kept"``."""
-        if self.has_leader:
+        if self.students > 1 and self.has_leader:
             return self.students - 1
         if self.reported != "kept":
             return 0

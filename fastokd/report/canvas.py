@@ -62,7 +62,13 @@ def plainly() -> Iterator[None]:
         "text.usetex": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "fastokd",
-        "legend.framealpha": 0,
+        "legend.frameon": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": INK,
+        "grid.alpha": 0.12,
         **dict.fromkeys(INKED, INK),
     }
     with _import_matplotlib().rc_context(settings), warnings.catch_warnings():

@@ -18,7 +18,11 @@ from fastokd.report.pools import EpochMetrics, Pool
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# In a page they are the variables --c0 to --c7, which have other values in the dark.
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
+LINES = ("-", "--", ":", "-.")
+# Inches: at a phone's width, letters are shown at about their size in points.
+WIDTH, HEIGHT = 5.0, 3.2
 
 
 def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
@@ -31,17 +35,18 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
     together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
     with plainly():
         drawn = {
-            "loss": _curves(
-                pools,
-                lambda _, row: row["train"]["loss"],
-                title=f"training loss{together}",
-                yscale="log",
+            "loss": _logarithmic(
+                _curves(
+                    pools,
+                    lambda _, row: row["train"]["loss"],
+                    f"loss on train{together}",
+                )
             ),
             "accuracy": _students(pools[0]) if len(pools) == 1 else _accuracy(pools),
             "diversity": _curves(
                 pools,
                 lambda _, row: row["test"]["diversity"] if "test" in row else None,
-                title="diversity of the peers, test",
+                "diversity of the peers on test",
             ),
             "group_size": _group_size(pools),
             "attention": _attention(pools),
@@ -50,19 +55,25 @@ def draw_all(pools: Sequence[Pool]) -> dict[str, Figure]:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element with text and axes in the page's text colour."""
-    buffer = io.StringIO()
-    with plainly():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    """The figure as an ``<svg>`` element for a page with its text colour and variables ``--c0``..."""
+    svg = _svg(figure).replace(INK, "currentColor")
+    for index, colour in enumerate(CYCLE):
+        svg = svg.replace(colour, f"var(--c{index}, {colour})")
+    return svg
 
 
 def on_white(figure: Figure) -> str:
     """The figure as a standalone ``<svg>`` element, black on white."""
-    svg = as_svg(figure).replace("currentColor", "black")
-    head, rest = svg.split(">", 1)
+    head, rest = _svg(figure).replace(INK, "black").split(">", 1)
     return f'{head}><rect width="100%" height="100%" fill="white"/>{rest}'
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with plainly():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -89,28 +100,69 @@ def _plot(
     return True
 
 
-def _colour(index: int) -> str:
-    return CYCLE[index % len(CYCLE)]
+def _style(index: int) -> dict[str, str]:
+    """Colour and line of a curve; each pair is used once in the first 32."""
+    return {
+        "color": CYCLE[index % len(CYCLE)],
+        "linestyle": LINES[index // len(CYCLE) % len(LINES)],
+    }
+
+
+def _axes(labels: Sequence[str]) -> tuple[Figure, Any]:
+    """Axes with whole numbers in x, and room below for a legend of ``labels``."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = len(labels) if max(map(len, labels), default=0) > 30 else (len(labels) + 2) // 3
+    figure = canvas(WIDTH, HEIGHT + 0.2 * rows)
+    axes = figure.subplots()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=True)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    """Below the axes, so that it covers no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > 30 else 3
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize="small")
 
 
 def _curves(
     pools: Sequence[Pool],
     value: Callable[[Pool, EpochMetrics], float | None],
+    title: str,
     label: Callable[[Pool], str] = lambda pool: pool.label,
-    **axes_settings: Any,
 ) -> Figure | None:
     """One curve for each pool; None if there is nothing to draw."""
-    figure = canvas(6, 4)
-    axes = figure.subplots()
+    labels = [in_plot(label(pool)) for pool in pools]
+    figure, axes = _axes(labels if len(pools) > 1 else [])
     drawn = [
-        _plot(axes, pool, partial(value, pool), color=_colour(index), label=in_plot(label(pool)))
+        _plot(axes, pool, partial(value, pool), label=labels[index], **_style(index))
         for index, pool in enumerate(pools)
     ]
     if not any(drawn):
         return None
-    axes.set(xlabel="epoch", **axes_settings)
+    axes.set(xlabel="epoch", title=title)
     if len(pools) > 1:
-        axes.legend(fontsize="small")
+        _legend(figure, axes)
+    return figure
+
+
+def _logarithmic(figure: Figure | None) -> Figure | None:
+    """The figure with a logarithmic y axis if its values, all above 0, span a factor of 10."""
+    if figure is None:
+        return None
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    (axes,) = figure.axes
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    if 0 < 10 * values.min() <= values.max():
+        axes.set_yscale("log")
+        axes.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            minor_locator=NullLocator(),
+            major_formatter="{x:g}",
+        )
     return figure
 
 
@@ -118,26 +170,27 @@ def _accuracy(pools: Sequence[Pool]) -> Figure | None:
     return _curves(
         pools,
         lambda pool, row: 100 * pool.recipe.score(row["test"]) if "test" in row else None,
+        "top-1 on test, as reported (%)",
         lambda pool: f"{pool.label}, {pool.reported}",
-        title="test top-1, as reported (%)",
     )
 
 
 def _students(pool: Pool) -> Figure:
-    recipe, figure = pool.recipe, canvas(6, 4)
-    axes = figure.subplots()
-
-    for student in range(recipe.students):
-        name = f"student {student}" if recipe.students > 1 else "student"
-        style = {"label": name, "color": _colour(student), "linewidth": 1}
-        if _who(pool, student) == "leader":
-            style = {"label": "leader", "color": INK, "linewidth": 2}
-        _plot(axes, pool, partial(_top1, "student_top1", student), **style)
-    if recipe.students > 1:
+    recipe = pool.recipe
+    names = [_who(pool, s) for s in range(recipe.students)]
+    alone = recipe.students == 1
+    labels = ["student"] if alone else [n if n == "leader" else f"student {n}" for n in names]
+    figure, axes = _axes([*labels, "ensemble"])
+    for student, label in enumerate(labels):
+        style: dict[str, Any] = {"linewidth": 1, **_style(student)}
+        if label == "leader":
+            style = {"color": INK, "linewidth": 2}
+        _plot(axes, pool, partial(_top1, "student_top1", student), label=label, **style)
+    if not alone:
         dashed = {"label": "ensemble", "color": "gray", "linestyle": "--"}
         _plot(axes, pool, partial(_top1, "ensemble_top1", None), **dashed)
-    axes.set(title=in_plot(f"test top-1, {recipe.dataset} (%)"), xlabel="epoch")
-    axes.legend(fontsize="small")
+    axes.set(title=in_plot(f"top-1 on test, {recipe.dataset} (%)"), xlabel="epoch")
+    _legend(figure, axes)
     return figure
 
 
@@ -157,12 +210,16 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
         key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
         other = pool.label.removeprefix(recipe.name).replace(f" students={recipe.students}", "")
         by_method.setdefault(key + other, []).append(pool)
-    figure = canvas(6, 4)
-    axes = figure.subplots()
+    by_method = {
+        label: members
+        for label, members in by_method.items()
+        if len({pool.recipe.students for pool in members}) > 1
+    }
+    if not by_method:
+        return None
+    figure, axes = _axes([in_plot(label) for label in by_method])
     for index, (label, members) in enumerate(by_method.items()):
         by_size = {pool.recipe.students: pool for pool in members}
-        if len(by_size) < 2:
-            continue
         sizes = sorted(by_size)
         samples = [by_size[size].last() for size in sizes]
         axes.errorbar(
@@ -171,13 +228,11 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
             yerr=[sample.std or 0.0 for sample in samples],
             marker="o",
             capsize=3,
-            color=_colour(index),
             label=in_plot(label),
+            **_style(index),
         )
-    if not axes.has_data():
-        return None
-    axes.set(title="test error, last epoch (%)", xlabel="networks, leader included")
-    axes.legend(fontsize="small")
+    axes.set(title="top-1 error on test, last epoch (%)", xlabel="networks, leader included")
+    _legend(figure, axes)
     return figure
 
 
@@ -195,7 +250,7 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
     if not shown:
         return None
     lines = max(weights_ESN[0].size for _, _, weights_ESN in shown)
-    figure = canvas(6, len(shown) * (1.2 + 0.22 * lines))
+    figure = canvas(WIDTH, len(shown) * (1.3 + 0.22 * lines))
     panels = figure.subplots(len(shown), squeeze=False)[:, 0]
     for axes, (pool, epochs, weights_ESN) in zip(panels, shown, strict=True):
         heard_SN = weights_ESN.any(0)  # peers have no weight for the leader
@@ -205,12 +260,13 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
         step = max(1, len(epochs) // 8)
         axes.set_xticks(range(0, len(epochs), step), [str(e) for e in epochs[::step]])
         names = [f"{_who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set(title=in_plot(f"who listens to whom: {pool.label}"), xlabel="epoch")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(f"mixing weights on test\n{in_plot(pool.label)}", fontsize=9)
+        axes.set_xlabel("epoch")
         figure.colorbar(picture, ax=axes)
     return figure
 
 
 def _who(pool: Pool, student: int) -> str:
-    leader = pool.recipe.has_leader and student == pool.recipe.students - 1
+    leader = pool.has_leader and student == pool.recipe.students - 1
     return "leader" if leader else str(student)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastokd.errors import UserError
@@ -52,6 +54,28 @@ class Pool:
         """Whose accuracy is reported."""
         return summarise(self.runs[0]).reported
 
+    @property
+    def epochs(self) -> int:
+        """Whole epochs that every run has."""
+        return min(run.standing.epochs for run in self.runs)
+
+    @property
+    def best_on(self) -> str:
+        """The split that the best epochs were chosen on."""
+        return " and ".join(dict.fromkeys(summarise(run).best_on for run in self.runs))
+
+    @property
+    def has_leader(self) -> bool:
+        """Whether the last student is a leader. It is read from the metrics, which need no code of the
+        user's method."""
+        rows = (row["test"] for row in self.runs[0].metrics if "test" in row)
+        return any(row.get("leader_top1") is not None for row in rows)
+
+    @property
+    def folders(self) -> str:
+        """The runs' folders, as a shell takes them: ``runs/sweep/dml-seed{0,1}``."""
+        return _in_braces([str(run.folder) for run in self.runs])
+
     def last(self) -> Sample:
         """The reported test accuracy after the last epoch, in %."""
         return Sample.of([100 * summarise(run).last for run in self.runs])
@@ -69,10 +93,10 @@ class Pool:
 
 def pool_runs(runs: Sequence[Run]) -> list[Pool]:
     """Pools runs with the same recipe and options except the seed, in the given order. Incomplete
-    runs are pooled separately.
+    runs are pooled separately, and so are the runs of each parent folder if they repeat a seed.
 
     Raises:
-        UserError: a run has no measured epoch yet.
+        UserError: a run has no measured epoch yet; two runs of one parent folder are the same.
     """
     together: list[tuple[_What, list[Run]]] = []
     for run in runs:
@@ -81,15 +105,47 @@ def pool_runs(runs: Sequence[Run]) -> list[Pool]:
         group = next((group for known, group in together if known == what), None)
         if group is None:
             together.append((what, [run]))
-            continue
-        if run.recipe.seed in (member.recipe.seed for member in group):
+        else:
+            group.append(run)
+    kinds = [what for what, _ in together]
+    return [
+        Pool(_label(what, kinds, members) + where, members[0].recipe, tuple(members))
+        for what, group in together
+        for where, members in _without_repeats(group)
+    ]
+
+
+def _without_repeats(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of one recipe, split by their parent folders if a seed occurs twice; and what to add to the
+    label of each."""
+    if len({run.recipe.seed for run in runs}) == len(runs):
+        return [("", [*runs])]
+    by_parent: dict[Path, dict[int, Run]] = {}
+    for run in runs:
+        seeds = by_parent.setdefault(run.folder.parent, {})
+        other = seeds.setdefault(run.recipe.seed, run)
+        if other is not run:
             raise UserError(
-                f"{run.folder} and {group[0].folder} are the same recipe with the same "
+                f"{run.folder} and {other.folder} are the same recipe with the same "
                 "seed: name one of them, or compare them by `fastokd diff`"
             )
-        group.append(run)
-    kinds = [what for what, _ in together]
-    return [Pool(_label(what, kinds, runs), runs[0].recipe, tuple(runs)) for what, runs in together]
+    return [(f" in {parent}", [*seeds.values()]) for parent, seeds in by_parent.items()]
+
+
+def _in_braces(names: Sequence[str]) -> str:
+    """Names that differ in one part, with that part in braces."""
+    if len(names) == 1:
+        return names[0]
+    head = _common_start(names)
+    rest = [name[len(head) :] for name in names]
+    tail = _common_start([name[::-1] for name in rest])[::-1]
+    middles = [name[: len(name) - len(tail)] for name in rest]
+    return f"{head}{{{','.join(middles)}}}{tail}"
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Letter by letter; a number isn't cut."""
+    return os.path.commonprefix(names).rstrip("0123456789.")  # noqa: RUF071
 
 
 @dataclass(frozen=True)

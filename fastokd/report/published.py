@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastokd.errors import UserError
-from fastokd.methods import option_defaults
+from fastokd.methods import is_loaded, option_defaults
 from fastokd.recipe.cells import Cell
-from fastokd.recipe.names import Recipe, recipe
+from fastokd.recipe.names import TEMPERATURE, Recipe, recipe
 from fastokd.run.folder import Run
 from fastokd.run.identity import deciding
 from fastokd.student.file import read_weights
@@ -17,6 +17,8 @@ from fastokd.student.teacher import KEPT
 
 # Runs that differ in these fields have another task and aren't compared.
 TASK = ("method", "model", "dataset", "sharing")
+# Fields that depend on the method.
+OF_A_METHOD = ("method", "reported", "teacher")
 # Fields that scale with the epochs.
 SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
 Changes = dict[str, tuple[Any, Any]]
@@ -52,16 +54,23 @@ def differences(ours: Recipe, theirs: Recipe) -> Changes:
             changes |= _changed(a, b)
         elif a != b and not (name in SCHEDULE and a == getattr(scaled, name)):
             changes[name] = (a, b)
+    if ours.method != theirs.method:
+        return changes
     options = [{**option_defaults(r.method), **r.method_options} for r in (ours, theirs)]
-    return changes | (_changed(*options) if ours.method == theirs.method else {})
+    return changes | _changed(*options)
 
 
 def from_its_name(of: Recipe) -> Changes:
     """The differences of a recipe from the one that its name stands for."""
     try:
-        return differences(of, recipe(of.name))
+        if is_loaded(of.method):
+            return differences(of, recipe(of.name))
+        # The code of a user's method isn't loaded: the settings of another one, with a ramp as well.
+        changes = differences(of, recipe(f"okddip-{of.sharing}/{of.model}/{of.dataset}"))
+        options = _changed(of.method_options, {"temperature": TEMPERATURE})
     except UserError:  # an unknown method or data set
         return {}
+    return {name: changes[name] for name in changes if name not in OF_A_METHOD} | options
 
 
 def options_of(run: Run) -> Changes:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from fastokd.errors import UserError
 from fastokd.methods import method_class
@@ -17,6 +15,7 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.recipe.settings import WantedRun
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
+from fastokd.report.tables import Column, Table
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
@@ -30,25 +29,31 @@ ANOTHER_TASK = "another task"
 class Result:
     """Our result for one cell.
 
-    ``last`` and ``best`` are in the cell's unit, in %. ``difference``: the best epoch, as in the
+    ``row`` and ``column`` name what was run, in the place of the cell's where that differs. ``last``
+    and ``best`` are on test, in the cell's unit, in %. ``difference``: the best epoch, as in the
     papers' protocol, minus the published number; None for another task. ``caveat``: the differences
-    of the runs from the cell; with a caveat there is no ``verdict``.
+    of the runs from the cell; with a caveat there is no ``verdict``. ``from_baseline``: the last epoch
+    minus that of the row's baseline.
     """
 
     cell: Cell
     recipe: Recipe
+    row: str
+    column: str
     last: Sample
     best: Sample
     best_on: str
     difference: Difference | None
     verdict: str
     caveat: str
+    from_baseline: Difference | None = None
 
 
 @dataclass(frozen=True)
 class Reproduction:
     """The results of a table; ``title`` names epochs and data."""
 
+    table: str
     title: str
     notes: tuple[str, ...]
     results: tuple[Result, ...]
@@ -124,15 +129,20 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
         (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=folder), train)
         found[entry.folder] = run
 
-    results = []
+    by_place: dict[tuple[str, str], Result] = {}
     for cell in cells:
         judged = [request.recipe(cell, seed) for seed in request.seeds]
         runs = [found[_training(r, options.max_steps).folder] for r in judged]
-        results.append(_result(cell, judged[0], runs))
+        result = _result(cell, judged[0], runs)
+        # Cells that are the same runs by `model` or `dataset` are one; the paper's own task counts.
+        before = by_place.get((result.row, result.column))
+        if before is None or before.caveat == ANOTHER_TASK != result.caveat:
+            by_place[result.row, result.column] = result
+    results = [_beside_baseline(result, by_place) for result in by_place.values()]
     title = _title(request, results)
     if options.max_steps is not None:
-        title += f", stopped after {options.max_steps} steps"
-    return Reproduction(title, _notes(results), tuple(results))
+        title += f", stopped after {_count(options.max_steps, 'step')}"
+    return Reproduction(request.table, title, _notes(results), tuple(results))
 
 
 def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
@@ -165,6 +175,8 @@ def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:
     return Result(
         cell,
         judged,
+        row=_as_run(cell.row, cell, judged),
+        column=_as_run(cell.column, cell, judged),
         last=in_unit([s.last for s in sums]),
         best=best,
         best_on=sums[0].best_on,
@@ -172,6 +184,19 @@ def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:
         verdict=_verdict(cell, difference) if not caveat else "",
         caveat=caveat,
     )
+
+
+def _as_run(name: str, cell: Cell, judged: Recipe) -> str:
+    """The name of a row or column; the model or data set of the run in place of the paper's."""
+    _, model, dataset = cell.recipe.split("/")
+    return {model: judged.model, dataset: judged.dataset}.get(name, name)
+
+
+def _beside_baseline(result: Result, by_place: Mapping[tuple[str, str], Result]) -> Result:
+    alone = by_place.get((result.row, "baseline"))
+    if alone is None or alone is result or alone.recipe.model != result.recipe.model:
+        return result
+    return dataclasses.replace(result, from_baseline=welch(result.last, alone.last))
 
 
 def _verdict(cell: Cell, difference: Difference | None) -> str:
@@ -189,8 +214,7 @@ def _verdict(cell: Cell, difference: Difference | None) -> str:
 def _title(request: Request, results: Sequence[Result]) -> str:
     recipes = [result.recipe for result in results]
     published = [recipe(result.cell.recipe) for result in results]
-    seeds = f"{len(request.seeds)} seed{'s' if len(request.seeds) > 1 else ''}"
-    what = f"{_data(recipes)}, {seeds}"
+    what = f"{_data(recipes)}, {_count(len(request.seeds), 'seed')}"
     if request.model is not None:
         what = f"{request.model} on {what}"
     if any(result.caveat for result in results):
@@ -202,42 +226,70 @@ def _data(recipes: Sequence[Recipe]) -> str:
     """Data and epochs, for the title."""
     names = " and ".join(dict.fromkeys(r.dataset for r in recipes))
     held_out = max(r.val for r in recipes)
-    apart = f" less {held_out} held out" if held_out else ""
+    apart = f" without {held_out} held out" if held_out else ""
     low, high = min(r.epochs for r in recipes), max(r.epochs for r in recipes)
-    epochs = str(low) if low == high else f"{low} to {high}"
-    return f"{names}{apart}, {epochs} epochs"
+    epochs = _count(high, "epoch") if low == high else f"{low} to {high} epochs"
+    return f"{names}{apart}, {epochs}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _notes(results: Sequence[Result]) -> tuple[str, ...]:
-    chosen = "The best epoch is chosen on held-out images, then scored on the test set."
+    chosen = "The best epoch is chosen on held-out images (val), then scored on test."
     if results[0].best_on == "test":
-        chosen = "The best epoch is chosen on the test set, as the papers did it: best on test."
+        chosen = "The best epoch is chosen on test, as the papers did it: biased upwards."
     notes = [
-        f"Top-1 {results[0].cell.unit} in %, mean ± deviation over seeds; last epoch, and best epoch.",
+        f"Top-1 {results[0].cell.unit} on the test split in %, mean ± standard deviation over seeds.",
         chosen,
-        "Difference: best less published, with Welch's 95% interval where both have one.",
     ]
+    if any(result.difference for result in results):
+        notes.append(
+            "Difference: best epoch minus published, with Welch's 95% interval where both have one."
+        )
+    elif any(result.from_baseline for result in results):
+        notes.append(
+            "Difference from baseline: last epoch, in points, with Welch's 95% interval (two seeds or "
+            "more)."
+        )
     if any(method_class(r.recipe.method).needs.teacher for r in results):
         notes.append("One teacher, of seed 0, taught the students of all seeds.")
     return tuple(notes)
 
 
 def as_table(reproduction: Reproduction) -> Table:
-    """The table that the command prints."""
-    table = Table(title=reproduction.title, caption="\n".join(reproduction.notes))
-    table.add_column("row")
-    table.add_column("column")
-    for name in ("last", f"best on {reproduction.results[0].best_on}", "published", "difference"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    previous = reproduction.results[0].cell.row
-    for result in reproduction.results:
-        cell = result.cell
-        if previous != cell.row:
-            table.add_section()
-        previous = cell.row
-        published = None if cell.mean is None else Sample(cell.mean, cell.std, cell.runs)
-        figures = (result.last, result.best, published, result.difference)
-        texts = ["" if figure is None else str(figure) for figure in figures]
-        table.add_row(cell.row, cell.column, *texts, result.caveat or result.verdict)
-    return table
+    """The table that the command prints and writes.
+
+    Of another task than the paper's it has no published numbers, but the differences from baseline.
+    """
+    results = reproduction.results
+    columns = (
+        Column("row", text=True),
+        Column("column", text=True),
+        Column("last epoch"),
+        Column("best epoch"),
+        Column("chosen on", text=True),
+        Column("published"),
+        Column("difference"),
+        Column("difference from baseline"),
+        Column("verdict", text=True),
+    )
+    compared = any(result.difference for result in results)
+    rows = []
+    for result in results:
+        cell, judged = result.cell, result.caveat != ANOTHER_TASK
+        published = None
+        if judged and cell.mean is not None:
+            published = Sample(cell.mean, cell.std, cell.runs)
+        rows.append(
+            (
+                *(result.row, result.column, result.last, result.best, result.best_on),
+                *(published, result.difference),
+                None if compared else result.from_baseline,
+                result.caveat or result.verdict,
+            )
+        )
+    title, notes = reproduction.title, reproduction.notes
+    table = Table(reproduction.table, title, columns, tuple(rows), notes, grouped=True)
+    return table.without_empty_columns()

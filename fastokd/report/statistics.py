@@ -41,10 +41,14 @@ class Difference:
     interval: tuple[float, float] | None
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, digits: int = 2) -> str:
+        """The difference, and the interval in brackets."""
         if self.interval is None:
-            return f"{self.value:+.2f}"
+            return f"{self.value:+.{digits}f}"
         low, high = self.interval
-        return f"{self.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+        return f"{self.value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def welch(ours: Sample, theirs: Sample) -> Difference:

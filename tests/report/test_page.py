@@ -18,10 +18,12 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
-from fastokd.report.page import _published, report
+from fastokd.report.page import _page, report
 from fastokd.report.pictures import pictures
 from fastokd.report.plots import draw_all
 from fastokd.report.pools import pool_runs
+from fastokd.report.results import published_table, results_table
+from fastokd.report.tables import as_html
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
@@ -39,6 +41,12 @@ def make(folder: Path, name: str, *seeds: int, **changes: Any) -> list[Path]:
         fake(resolved, RunOptions(out=out))
         made.append(out)
     return made
+
+
+def published(runs: list[Path]) -> str:
+    """The table beside the papers' numbers; "" if there is none."""
+    table = published_table(pool_runs([Run.load(run) for run in runs]))
+    return "" if table is None else as_html(table)
 
 
 class Elements(HTMLParser):
@@ -121,21 +129,21 @@ def test_all_in_which_a_run_differs_from_a_cell_stands_beside_it(
     (run,) = make(tmp_path, name, 0, **changes)
     (run / "environment.json").write_text(json.dumps(options))
     (pool,) = pool_runs([Run.load(run)])
-    page = _published([pool])
+    page = published([run])
     row = page[page.index("table2, resnet32, okddip_branch") :].split("</tr>")[0]
     assert "no reproduction: " in row
     assert "epochs=3 (300)" in row
     assert says in row.replace("epochs=3 (300)", "")
     if not says:
-        assert row.count("=") == 1, "nothing else differs"
+        assert row.replace("class=text", "").count("=") == 1, "nothing else differs"
     assert says.split(" (")[0].replace("w.pth", "trained weights") in pool.label
 
 
 def test_another_task_is_never_beside_a_cell(tmp_path: Path) -> None:
     (run,) = make(tmp_path, "okddip-branch/resnet32/cifar100", 0, model="resnet8")
-    assert _published(pool_runs([Run.load(run)])) == ""
+    assert published([run]) == ""
     (run,) = make(tmp_path / "other", "okddip-branch/resnet32/cifar100", 0, sharing="network")
-    assert _published(pool_runs([Run.load(run)])) == ""
+    assert published([run]) == ""
 
 
 def test_a_run_that_was_cut_is_marked_and_not_pooled(tmp_path: Path) -> None:
@@ -144,7 +152,7 @@ def test_a_run_that_was_cut_is_marked_and_not_pooled(tmp_path: Path) -> None:
     shutil.rmtree(cut / "checkpoints")
     save_checkpoint(cut / "checkpoints/last-000000002", {}, {"epoch": 2, "step": 2})
     pools = pool_runs([Run.load(whole), Run.load(cut)])
-    assert "2 of 3 epochs trained, 2 steps" in _published(pools)
+    assert "2 of 3 epochs trained, 2 steps" in published([whole, cut])
     assert [pool.label for pool in pools] == [
         f"{name} epochs=3",
         f"{name} epochs=3 (2 of 3 epochs)",
@@ -162,10 +170,11 @@ def test_runs_of_other_options_are_not_pooled(tmp_path: Path) -> None:
 def test_a_lone_student_has_no_mean(tmp_path: Path) -> None:
     (run,) = make(tmp_path, "baseline/resnet8/digits", 0)
     page = report([run]).read_text()
-    assert "<td>student</td>" in page
+    assert "<td class=text>student</td>" in page
     assert "all students</text>" not in page
     assert "student 0" not in page
-    assert "<td>mean</td>" not in page
+    assert "mean</td>" not in page
+    assert "ensemble" not in page
 
 
 def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
@@ -196,9 +205,7 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     pool = dataclasses.replace(
         pool_runs([Run.load(run)])[0], label="<script>alert(1)</script>", recipe=hostile
     )
-    from fastokd.report.page import _page  # makes the page of pools
-
-    assert "<script" not in _page([pool], {})
+    assert "<script" not in _page([pool], {"results": results_table([pool])}, {})
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from fastokd.errors import UserError
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe
 from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
+from fastokd.report.statistics import welch
+from fastokd.report.tables import as_rich
 from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.train import train
 from tests.report.fake import FakeTrain
+from tests.report.test_tables import check_latex
 
 
 def rising(recipe: Recipe, epoch: int) -> float:
@@ -64,13 +67,14 @@ def test_runs_at_full_length_on_the_papers_data_are_judged(fake: FakeTrain, tmp_
     assert by_column["okddip"].verdict == "differs"
     text = printed(made)
     assert "26.35 ± 0.10" in text
-    assert "best on test" in text
+    assert "chosen on" in text
+    assert "The best epoch is chosen on test" in text
     assert "agrees" in text
 
 
 def printed(made: Reproduction) -> str:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(as_table(made))
+    console.print(as_rich(as_table(made)))
     return console.export_text()
 
 
@@ -104,13 +108,47 @@ def test_other_data_are_never_compared(fake: FakeTrain, tmp_path: Path) -> None:
     }
 
 
+def test_rows_name_what_was_run(fake: FakeTrain, tmp_path: Path) -> None:
+    """Each once, whatever rows the paper has; on other data with the difference from baseline."""
+    request = Request("table2", (0, 1), dataset="digits", model="resnet8", epochs=3)
+    made = reproduce(request, tmp_path / "t", RunOptions(), fake)
+    assert {result.row for result in made.results} == {"resnet8"}
+    columns = [result.column for result in made.results]
+    assert columns == list(dict.fromkeys(cell.column for cell in cells_of("table2")))
+    text = printed(made)
+    assert "resnet32" not in text
+    assert "published" not in text
+    assert "difference from baseline" in " ".join(text.split())
+    base, dml = (next(r for r in made.results if r.column == name) for name in ("baseline", "dml"))
+    assert base.from_baseline is None
+    assert dml.from_baseline == welch(dml.last, base.last)
+    assert dml.from_baseline is not None
+    assert dml.from_baseline.interval is not None
+    made = reproduce(
+        Request("ffsd", (0,), dataset="digits", epochs=3, only="resnet20"),
+        tmp_path / "f",
+        RunOptions(),
+        fake,
+    )
+    assert [(result.row, result.column) for result in made.results] == [("resnet20", "digits")]
+
+
+def test_a_model_that_the_paper_has_is_compared_in_its_own_row(
+    fake: FakeTrain, tmp_path: Path
+) -> None:
+    request = Request("table2", (0, 1), model="resnet110", only="dml")
+    (result,) = reproduce(request, tmp_path / "t", RunOptions(), fake).results
+    assert (result.cell.row, result.row, result.caveat) == ("resnet110", "resnet110", "")
+    assert result.difference is not None
+
+
 def test_held_out_images_make_it_no_reproduction(fake: FakeTrain, tmp_path: Path) -> None:
     fake.val = True
     made = reproduce(Request("table5", (0, 1), val=5000), tmp_path / "t", RunOptions(), fake)
-    assert "cifar100 less 5000 held out" in made.title
+    assert "cifar100 without 5000 held out" in made.title
     assert "no reproduction" in made.title
     assert {result.best_on for result in made.results} == {"val"}
-    assert "best on val" in printed(made)
+    assert "The best epoch is chosen on held-out images (val)" in printed(made)
     assert {result.caveat for result in made.results} == {"val=5000 (0)"}
 
 
@@ -236,12 +274,17 @@ def test_the_command_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFix
     command += ["--out", str(tmp_path / "t"), "--device", "cpu", "--engine", "loop"]
     assert run_command([*command, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["title"].endswith("stopped after 1 steps")
+    assert made["title"].endswith("stopped after 1 step")
     (cell,) = made["cells"]
     assert cell["recipe"] == "okddip_mean-branch/resnet8/digits"
     assert 0 < cell["best"]["mean"] <= 100
     checkpoints = sorted((tmp_path / "t").glob("*/checkpoints/*"))
     changed = [path.stat().st_mtime_ns for path in checkpoints]
     assert run_command(command) == 0
-    assert "no reproduction" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no reproduction" in printed
+    assert f"the table is in {tmp_path}/t/table5.md, .tex and .csv" in printed
+    check_latex((tmp_path / "t/table5.tex").read_text())
+    assert "resnet8,mean," in (tmp_path / "t/table5.csv").read_text()
+    assert "| resnet8 | mean |" in (tmp_path / "t/table5.md").read_text()
     assert [path.stat().st_mtime_ns for path in checkpoints] == changed

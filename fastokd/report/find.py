@@ -1,0 +1,61 @@
+"""Finds runs in folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastokd.errors import UserError, warn
+from fastokd.run.folder import Run
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs named by ``paths``: run folders, or folders with runs at any depth.
+
+    Runs of a folder are sorted by path. A run below it without a measured epoch is left out with a
+    warning.
+
+    Raises:
+        UserError: no path; no run, or no run with a measured epoch, in one of them.
+    """
+    if not paths:
+        raise UserError("no run was named: give at least one run folder")
+    return [run for path in paths for run in _runs_in(Path(path))]
+
+
+def _runs_in(path: Path) -> list[Run]:
+    if _is_run(path):
+        return [Run.load(path)]
+    folders = _run_folders(path)
+    if not folders:
+        raise UserError(f"there is no run in {path}: name a folder that `fastokd train` left")
+    measured = []
+    for run in map(Run.load, folders):
+        if any("test" in row for row in run.metrics):
+            measured.append(run)
+        else:
+            warn(f"{run.folder} has no measured epoch yet and is left out")
+    if not measured:
+        raise UserError(f"no run in {path} has a measured epoch yet: train one on with --resume")
+    return measured
+
+
+def _run_folders(top: Path) -> list[Path]:
+    """Run folders below ``top``, each once and without what lies in them. Links are followed."""
+    found, seen = [], set()
+    for path, below, _ in os.walk(top, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        if _is_run(Path(path)):
+            found.append(Path(path))
+            below.clear()
+        below.sort()
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "recipe.json").is_file()

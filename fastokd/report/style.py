@@ -1,0 +1,44 @@
+"""The stylesheet of a report."""
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: #fff; --shade: #0005;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7;
+  --c4: #e69f00; --c5: #56b4e9; --c6: #7f7f7f; --c7: #8c564b; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181b; --shade: #fff6;
+  --c0: #4aa3ea; --c1: #f58345; --c2: #2fc492; --c3: #e29ac6;
+  --c4: #f2bb3f; --c5: #a4dcf7; --c6: #a8a8a8; --c7: #c79a8b; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 78rem;
+  background: var(--page); overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+figure { margin: 1rem 0; min-width: 0; break-inside: avoid; }
+figure svg { display: block; width: 100%; height: auto; }
+figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
+.note p { margin: .25rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
+  gap: 1rem 2rem; align-items: start; }
+/* A shadow at each edge beyond which the table goes on. */
+.scroll { overflow-x: auto; margin: .5rem 0; background:
+  linear-gradient(to right, var(--page) 1.5rem, #0000) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 1.5rem, #0000) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), #0000) left / .9rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), #0000) right / .9rem 100% no-repeat scroll; }
+.scroll::-webkit-scrollbar { height: .6rem; background: var(--soft); }
+.scroll::-webkit-scrollbar-thumb { background: #888c; border-radius: .3rem; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; overflow-wrap: normal; }
+th { vertical-align: bottom; font-weight: 600; line-height: 1.25; }
+td { white-space: nowrap; }
+th.text, td.text { text-align: left; }
+th.group { text-align: center; border-bottom: 2px solid; }
+tr:not(:last-child) > th:not(.group) { border: 0; }
+td.text:first-child, td.text:last-child { white-space: normal; overflow-wrap: anywhere; }
+td.text:last-child { min-width: 10rem; }
+td:first-child { min-width: 12rem; }
+td small { display: block; font-size: .75rem; opacity: .75; }
+thead { background: var(--soft); }
+details { margin-top: 1rem; } summary { cursor: pointer; }
+pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .85rem; }
+@media print { body { max-width: none; } .scroll { overflow: visible; } table { font-size: .65rem; }
+  details > * { display: block; } }
+"""
