@@ -50,7 +50,6 @@ def reproduce(
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
     options = dataclasses.replace(options, quiet=quiet or json_)
     out = out or Path("runs") / table
-    out = out or Path("runs") / table
     done = run(request, out, options, train)
     made = as_table(done)
     save_table(made, out / table)

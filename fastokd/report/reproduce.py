@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.errors import UserError
+from fastokd.host.names import counted
 from fastokd.methods import method_class
 from fastokd.recipe.cells import Cell, cells_of
 from fastokd.recipe.names import Recipe, recipe
@@ -141,7 +142,7 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
     results = [_beside_baseline(result, by_place) for result in by_place.values()]
     title = _title(request, results)
     if options.max_steps is not None:
-        title += f", stopped after {_count(options.max_steps, 'step')}"
+        title += f", stopped after {counted(options.max_steps, 'step')}"
     return Reproduction(request.table, title, _notes(results), tuple(results))
 
 
@@ -214,7 +215,7 @@ def _verdict(cell: Cell, difference: Difference | None) -> str:
 def _title(request: Request, results: Sequence[Result]) -> str:
     recipes = [result.recipe for result in results]
     published = [recipe(result.cell.recipe) for result in results]
-    what = f"{_data(recipes)}, {_count(len(request.seeds), 'seed')}"
+    what = f"{_data(recipes)}, {counted(len(request.seeds), 'seed')}"
     if request.model is not None:
         what = f"{request.model} on {what}"
     if any(result.caveat for result in results):
@@ -228,12 +229,8 @@ def _data(recipes: Sequence[Recipe]) -> str:
     held_out = max(r.val for r in recipes)
     apart = f" without {held_out} held out" if held_out else ""
     low, high = min(r.epochs for r in recipes), max(r.epochs for r in recipes)
-    epochs = _count(high, "epoch") if low == high else f"{low} to {high} epochs"
+    epochs = counted(high, "epoch") if low == high else f"{low} to {high} epochs"
     return f"{names}{apart}, {epochs}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _notes(results: Sequence[Result]) -> tuple[str, ...]:
