@@ -108,9 +108,8 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
                 picture = on_a_line(show_batch(session, folder.path))
                 tell(f"a batch as the students see it: {picture}")
             if not session.settled:
-                timings = tune(session, session.steps_left, tell, stop)
-                if session.settled:  # else a signal came, and the resumed run chooses
-                    folder.settled(session, timings)
+                # A signal ends the run here: nothing was trained since the last checkpoint.
+                folder.settled(session, tune(session, session.steps_left, tell, stop))
             hooks.try_add(lambda: Display(session, options.quiet), Display.title)
             try:
                 run = _train_epochs(session, folder, hooks, stop)

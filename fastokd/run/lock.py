@@ -11,6 +11,13 @@ from pathlib import Path
 
 from fastokd.errors import UserError, warn
 
+# What a run may have written before its first checkpoint, and what it has written at least.
+UNTRAINED = {
+    *("recipe.json", "environment.json", "checkpoints", "tuning.json", "teacher.safetensors"),
+    *("augmentation.png", "tensorboard", "wandb"),
+}
+BEGUN = {"recipe.json", "environment.json", "checkpoints"}
+
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -54,7 +61,7 @@ class FolderLock:
         """Checks that a run can begin or resume here; writes nothing.
 
         Raises:
-            UserError: a new run's folder exists, there is no run to resume, there is a link in the
+            UserError: a new run's folder holds something, there is no run to resume, there is a link in the
                 folder, or it can't be created.
         """
         if resume:
@@ -118,10 +125,22 @@ class FolderLock:
                 )
 
     def _is_free(self) -> bool:
-        """Whether the folder is empty, or holds only an empty ``checkpoints/``."""
+        """Whether nothing was trained in the folder: it is empty but for an empty ``checkpoints/``, or a
+        run ended before its first checkpoint.
+
+        Raises:
+            UserError: that run isn't over.
+        """
         if not self.path.is_dir():
             return False
-        return all(
-            entry.name == "checkpoints" and not any(entry.iterdir())
-            for entry in self.path.iterdir()
-        )
+        found = {entry.name for entry in self.path.iterdir()}
+        if (self.path / "checkpoints").is_dir() and any((self.path / "checkpoints").iterdir()):
+            return False
+        if found <= {"checkpoints"}:
+            return True
+        if not BEGUN <= found <= UNTRAINED:
+            return False
+        if self._held is None:
+            self.take()
+            self.release()
+        return True
