@@ -61,8 +61,8 @@ class FolderLock:
         """Checks that a run can begin or resume here; writes nothing.
 
         Raises:
-            UserError: a new run's folder holds something, there is no run to resume, there is a link in the
-                folder, or it can't be created.
+            UserError: a new run's folder holds something, there is no run to resume, there is a link in
+                the folder, or it can't be created.
         """
         if resume:
             self._refuse_links()
@@ -83,8 +83,9 @@ class FolderLock:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"the run folder {self.path} can't be made: {parent} can't be written")
 
-    def take(self) -> None:
-        """Locks the folder until :meth:`release` or the end of the process.
+    def take(self) -> bool:
+        """Locks the folder until :meth:`release` or the end of the process; False if the file system has
+        no locks.
 
         Raises:
             UserError: another process holds the lock.
@@ -99,6 +100,8 @@ class FolderLock:
             ) from error
         except OSError as error:  # a file system without locks
             warn(f"{self.path} can't be locked: {error}")
+            return False
+        return True
 
     def release(self) -> None:
         """Releases the lock."""
@@ -140,7 +143,8 @@ class FolderLock:
             return True
         if not BEGUN <= found <= UNTRAINED:
             return False
-        if self._held is None:
-            self.take()
-            self.release()
-        return True
+        if self._held is not None:
+            return True
+        locked = self.take()
+        self.release()
+        return locked  # without locks another process may use the folder

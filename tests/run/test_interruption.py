@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -218,6 +219,10 @@ def test_the_folder_is_free_again_after_a_failure(
     train(SMALL, OPTIONS, out=tmp_path / "run", resume=True, max_steps=1)
 
 
+def without_locks(*arguments: object) -> None:
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +242,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     with pytest.raises(UserError, match=f"another run uses {out}"):
         train(SMALL, OPTIONS, out=out)
     lock.release()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastokd.run.lock.fcntl.flock", without_locks)
+        with pytest.raises(UserError, match="exists already and is never overwritten"):
+            train(SMALL, OPTIONS, out=out)
     for other in (
         "notes.txt",
         "metrics.jsonl",
