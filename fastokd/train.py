@@ -129,9 +129,8 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
             if session.is_over:
                 tell(_why_over(session))
             elif not session.settled:
-                timings = tune(session, session.steps_left, tell, stop)
-                if session.settled:  # else a signal came, and the resumed run chooses
-                    folder.settled(session, timings)
+                # A signal ends the run here: nothing was trained since the last checkpoint.
+                folder.settled(session, tune(session, session.steps_left, tell, stop))
             quiet = options.quiet or session.is_over
             hooks.try_add(lambda: Display(session, quiet), Display.title)
             try:

@@ -70,7 +70,7 @@ def candidates(
     ]
 
 
-def allowance(step_ms: float, steps: int) -> float:
+def allowance(step_ms: float, steps: float) -> float:
     """Seconds that tuning may take for ``steps`` more steps: a share of the run, and no more than a
     choice could save."""
     run = steps * step_ms / 1e3

@@ -21,6 +21,7 @@ from fastokd.device import (
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Ranks, first, speaks
 from fastokd.errors import UserError, warn
+from fastokd.host.streams import say
 from fastokd.learner.allocator import keep_freed_memory
 from fastokd.learner.build import build_cohort, build_optimizers
 from fastokd.learner.captured import check_captures
@@ -77,7 +78,7 @@ def build(
     min_batch = _min_batch(recipe, data, ranks, options.sync_bn) if training else 1
     stream = _training_stream(recipe, options, data, ranks, min_batch)
 
-    _check_impl(options.impl, device)
+    _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
     teacher = _find_teacher(recipe, options, data, ranks) if training else None
     cohort, method = _cohort_and_method(recipe, options, data, teacher)
@@ -184,9 +185,11 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
         )
 
 
-def _check_impl(impl: str, device: torch.device) -> None:
+def _check_impl(impl: str, device: torch.device, *, quiet: bool) -> None:
     """Builds the C++ ops before the first step, and raises if ``impl`` isn't available here."""
     if device.type == "cpu" and impl in ("auto", "cpp"):
+        if not quiet and speaks() and cpp.load() is not None and cpp.find_compiler() is not None:
+            say("building the C++ ops, once on this machine: it takes a few minutes")
         cpp.ensure_built()
     # Each op checks again with its arguments; this check comes before a run folder is made.
     choose("the loss", impl, device, {"cpp": None, "triton": None})

@@ -201,6 +201,7 @@ class RunFolder:
         if not session.options.resume:
             # Another run may have used the folder since the first check.
             self.lock.check(resume=False)
+            (self.path / "tuning.json").unlink(missing_ok=True)  # of a run that ended before a step
         with writing(self.path):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)

@@ -11,6 +11,13 @@ from pathlib import Path
 
 from fastokd.errors import UserError, warn
 
+# What a run may have written before its first checkpoint, and what it has written at least.
+UNTRAINED = {
+    *("recipe.json", "environment.json", "checkpoints", "tuning.json", "teacher.safetensors"),
+    *("augmentation.png", "tensorboard", "wandb"),
+}
+BEGUN = {"recipe.json", "environment.json", "checkpoints"}
+
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -54,8 +61,8 @@ class FolderLock:
         """Checks that a run can begin or resume here; writes nothing.
 
         Raises:
-            UserError: a new run's folder exists, there is no run to resume, there is a link in the
-                folder, or it can't be created.
+            UserError: a new run's folder holds something, there is no run to resume, there is a link in
+                the folder, or it can't be created.
         """
         if resume:
             self._refuse_links()
@@ -76,8 +83,9 @@ class FolderLock:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"the run folder {self.path} can't be made: {parent} can't be written")
 
-    def take(self) -> None:
-        """Locks the folder until :meth:`release` or the end of the process.
+    def take(self) -> bool:
+        """Locks the folder until :meth:`release` or the end of the process; False if the file system has
+        no locks.
 
         Raises:
             UserError: another process holds the lock.
@@ -92,6 +100,8 @@ class FolderLock:
             ) from error
         except OSError as error:  # a file system without locks
             warn(f"{self.path} can't be locked: {error}")
+            return False
+        return True
 
     def release(self) -> None:
         """Releases the lock."""
@@ -118,10 +128,23 @@ class FolderLock:
                 )
 
     def _is_free(self) -> bool:
-        """Whether the folder is empty, or holds only an empty ``checkpoints/``."""
+        """Whether nothing was trained in the folder: it is empty but for an empty ``checkpoints/``, or a
+        run ended before its first checkpoint.
+
+        Raises:
+            UserError: that run isn't over.
+        """
         if not self.path.is_dir():
             return False
-        return all(
-            entry.name == "checkpoints" and not any(entry.iterdir())
-            for entry in self.path.iterdir()
-        )
+        found = {entry.name for entry in self.path.iterdir()}
+        if (self.path / "checkpoints").is_dir() and any((self.path / "checkpoints").iterdir()):
+            return False
+        if found <= {"checkpoints"}:
+            return True
+        if not BEGUN <= found <= UNTRAINED:
+            return False
+        if self._held is not None:
+            return True
+        locked = self.take()
+        self.release()
+        return locked  # without locks another process may use the folder

@@ -6,9 +6,9 @@ the candidate could save. The others, eager or captured, run in this process.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from time import perf_counter as clock
@@ -26,7 +26,8 @@ from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.learner.step import training_step
 from fastokd.methods import register_method
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.autotuner import SAVABLE, Timing, allowance
+from fastokd.run.allowance import OVER, STOPPED, Allowance, TrialEndedError
+from fastokd.run.autotuner import SAVABLE, Timing
 from fastokd.run.build import build
 from fastokd.run.options import TUNED, RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
@@ -37,39 +38,16 @@ from fastokd.run.worker import Answer, Worker, WorkerEndedError
 TIMED_STEPS = 3
 # A candidate is dropped when its first step is this many times slower than the best.
 HOPELESS = 3.0
+# The same for long steps, whose first one takes hardly longer than others.
+LONG_HOPELESS = 1.5
 # Compiling a cohort takes at least this long.
 COMPILE_SECONDS = 60.0
 # The longest compiled trial, in seconds.
 PATIENCE = 600.0
-# Why a candidate has no timing.
-OVER = "not timed: the time for tuning was over"
+# A step that takes more milliseconds is timed once, and a trial may be ended within it.
+LONG_MS = 1e3
 
 Batch = tuple[Tensor, Tensor]
-
-
-class Allowance:
-    """The seconds that tuning may take for ``steps`` more steps; without a limit until a step's time is
-    known. ``say``: prints the limit when it begins to count."""
-
-    def __init__(self, steps: int, say: Callable[[str], None]) -> None:
-        self.steps, self.say = steps, say
-        self.started, self.seconds = clock(), math.inf
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (clock() - self.started)
-
-    def limit(self, step_ms: float) -> None:
-        """Sets the limit by the time of a step, from now on; the first call counts. What is compiled in
-        the first steps isn't tuning's: the run needs it."""
-        if self.seconds < math.inf:
-            return
-        self.started, self.seconds = clock(), allowance(step_ms, self.steps)
-        minutes = self.steps * step_ms / 60e3
-        self.say(
-            f"measuring how the steps run fastest, for at most {self.seconds:.0f} s of a run of about "
-            f"{minutes:.1f} min; the timings are kept for later runs"
-        )
 
 
 def warm_up_steps(session: Session, choice: Choice) -> int:
@@ -99,7 +77,10 @@ def time_here(
         DeviceLostError: this process can't use the GPU any more.
     """
     try:
-        return _timed(session, choice, best_ms, allowed, last_resort)
+        with warnings.catch_warnings():
+            # Of operators that vmap runs once a student: the timing shows what that costs.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return _timed(session, choice, best_ms, allowed or Allowance(), last_resort)
     except Exception as error:
         if last_resort:
             raise
@@ -119,7 +100,7 @@ def _timed(
     session: Session,
     choice: Choice,
     best_ms: float | None,
-    allowed: Allowance | None,
+    allowed: Allowance,
     last_resort: bool,
 ) -> Timing:
     session.learner.adopt(choice, alone=True)
@@ -128,28 +109,59 @@ def _timed(
         warm_up = warm_up_steps(session, choice)
         times = time_steps(session, batch, warm_up, allowed)
         if len(times) < warm_up:
-            return Timing(choice, note=OVER, final=False)
-        if best_ms is not None and min(times) > HOPELESS * best_ms:
+            return Timing(choice, note=allowed.over, final=False)
+        is_long = times[-1] > LONG_MS
+        slower = LONG_HOPELESS if is_long else HOPELESS
+        if best_ms is not None and min(times) > slower * best_ms:
             return Timing(choice, min(times), note="one step: far slower")
-        times = time_steps(session, batch, TIMED_STEPS, allowed)
-    if len(times) < TIMED_STEPS:
-        return Timing(choice, note=OVER, final=False)
-    return Timing(choice, statistics.median(times))
+        count, first = timed_steps(times[-1]), times
+        if is_long:
+            allowed.limit(times[-1])
+            # The first candidate is timed only if another one can be.
+            left = count if best_ms is not None else warm_up + 2 * count
+            if allowed.left < left * times[-1] / 1e3:
+                return Timing(choice, note=OVER, final=False)
+        times = time_steps(session, batch, count, allowed, before=first)
+    if len(times) < count:
+        return Timing(choice, note=allowed.over, final=False)
+    # One time says little on a shared machine, where others only add to it.
+    return Timing(choice, min(first[-1], *times) if is_long else statistics.median(times))
+
+
+def timed_steps(step_ms: float) -> int:
+    """How many steps are timed of those that take ``step_ms``."""
+    return 1 if step_ms > LONG_MS else TIMED_STEPS
 
 
 def time_steps(
-    session: Session, batch: Batch, count: int, allowed: Allowance | None = None
+    session: Session,
+    batch: Batch,
+    count: int,
+    allowed: Allowance | None = None,
+    *,
+    before: Sequence[float] = (),
 ) -> list[float]:
-    """Milliseconds of each of ``count`` steps, all on one batch; of fewer once the time is over."""
+    """Milliseconds of each of ``count`` steps, all on one batch; of fewer once the time is over.
+
+    A trial's first step, and each that is long by the one ``before`` it, may end between two operators.
+    """
     session.learner.train()
     session.begin_epoch()
     times: list[float] = []
-    while len(times) < count and (allowed is None or allowed.left > 0):
+    while len(times) < count and (allowed is None or not allowed.over):
+        known = [*before, *times]
+        may_be_long = not known or (known[-1] > LONG_MS and not session.learner.choice.capture)
+        cut = allowed.cut() if allowed is not None and may_be_long else nullcontext()
         synchronize(session.learner.device)
         started = clock()
-        session.begin_step(len(batch[1]))
-        training_step(session.learner, *batch)
-        synchronize(session.learner.device)
+        try:
+            with cut:
+                session.begin_step(len(batch[1]))
+                training_step(session.learner, *batch)
+                synchronize(session.learner.device)
+        except TrialEndedError as ended:
+            forget(ended)  # its frames hold the step's activations
+            break
         times.append(1e3 * (clock() - started))
     return times
 
@@ -157,14 +169,14 @@ def time_steps(
 def time_compiled(
     session: Session,
     choice: Choice,
-    steps: int,
+    steps: float,
     best_ms: float | None,
-    stopped: Callable[[], bool] = lambda: False,
-    left: float = PATIENCE,
+    allowed: Allowance | None = None,
 ) -> Timing:
     """Times ``choice`` in its own process, killed after the time that it could save over ``best_ms`` or
-    after ``left`` seconds."""
-    seconds = PATIENCE
+    once the time that is allowed is over."""
+    allowed = allowed or Allowance()
+    seconds, left = PATIENCE, allowed.left
     if best_ms is not None:
         seconds = min(PATIENCE, SAVABLE * steps * best_ms / 1e3)
     if seconds <= COMPILE_SECONDS:
@@ -173,10 +185,10 @@ def time_compiled(
     if left <= COMPILE_SECONDS:
         note = f"not tried: tuning may take {max(left, 0):.0f} s more, and compiling takes longer"
         return Timing(choice, note=note, final=False)
+    allowed.say(f"compiling and timing {choice}, for at most {min(seconds, left):.0f} s")
     told = job(session, choice)
-    timing = Timing(
-        choice, **ask("fastokd.run.trial:trial_here", told, min(seconds, left), stopped)
-    )
+    answer = ask("fastokd.run.trial:trial_here", told, min(seconds, left), allowed.stopped)
+    timing = Timing(choice, **answer)
     # A longer run allows it more time.
     cut_off = timing.step_ms is None and not timing.failed and left < seconds
     return replace(timing, final=False) if cut_off else timing
@@ -193,7 +205,7 @@ def ask(make: str, told: Answer, seconds: float, stopped: Callable[[], bool]) ->
     except WorkerEndedError as ended:
         note = str(ended)
         if stopped():
-            return {"note": note, "final": False}
+            return {"note": STOPPED, "final": False}
         return {"note": note} if note.startswith("killed") else {"note": note, "failed": True}
 
 

@@ -15,20 +15,20 @@ from typing import Any
 from fastokd.cohort.choice import Choice
 from fastokd.cohort.cohort import ENGINES
 from fastokd.device import environment, is_lost, release_memory
-from fastokd.errors import UserError
+from fastokd.errors import Interrupted, UserError
 from fastokd.host.caches import cache_root
 from fastokd.learner.state import snapshot
+from fastokd.run.allowance import OVER, Allowance
 from fastokd.run.autotuner import SAVABLE, Timing, candidates, pick, table
 from fastokd.run.interruption import StopRequest
 from fastokd.run.options import KEPT
 from fastokd.run.session import Session
 from fastokd.run.timing_cache import TimingCache
 from fastokd.run.trial import (
-    OVER,
     TIMED_STEPS,
-    Allowance,
     time_compiled,
     time_here,
+    timed_steps,
     warm_up_steps,
 )
 
@@ -49,10 +49,10 @@ def tune(
 ) -> list[Timing]:
     """Chooses the engine of an unsettled session for ``steps`` more steps; returns the timings.
 
-    All ranks take the choice of the first. If ``stop`` receives a signal, the session stays unsettled
-    and keeps its default.
+    All ranks take the choice of the first.
 
     Raises:
+        Interrupted: ``stop`` received a signal; the session is as before, and unsettled.
         UserError: no candidate can run with the options; on every rank.
         DeviceLostError: a candidate made the GPU unusable for this process; later runs exclude it.
     """
@@ -60,19 +60,24 @@ def tune(
         return []
     timings: list[Timing] = []
 
-    def measured() -> tuple[Choice, bool]:
+    def measured() -> tuple[Choice, int | None]:
         asked = stop or StopRequest()
+        allowed = Allowance(steps, say, lambda: asked.received is not None)
         with TimingCache(cache_root(), step_key(session)) as cache, asked.telling(cache.clear):
-            timings.extend(_measure(session, steps, cache, lambda: asked.received is not None, say))
-        settled = asked.received is None
-        chosen = _chosen(session, timings, steps) if settled else session.learner.choice
+            timings.extend(_measure(session, cache, allowed))
         if any(timing.step_ms is not None for timing in timings):
             cache.write(timings)
-            if settled:
-                say(table(timings, chosen))
-        return chosen, settled
+        if asked.received is not None:
+            return session.learner.choice, asked.received
+        chosen = _chosen(session, timings, steps)
+        if any(timing.step_ms is not None or timing.note == OVER for timing in timings):
+            say(table(timings, chosen))
+        return chosen, None
 
-    chosen, session.settled = session.learner.ranks.first(measured)
+    chosen, signum = session.learner.ranks.first(measured)
+    if signum is not None:
+        raise Interrupted(signum)
+    session.settled = True
     session.learner.adopt(chosen)
     return timings
 
@@ -111,13 +116,7 @@ def _chosen(session: Session, timings: list[Timing], steps: int) -> Choice:
     return pick(asked, steps)
 
 
-def _measure(
-    session: Session,
-    steps: int,
-    cache: TimingCache,
-    stopped: Callable[[], bool],
-    say: Callable[[str], None],
-) -> list[Timing]:
+def _measure(session: Session, cache: TimingCache, allowed: Allowance) -> list[Timing]:
     """A timing for each candidate, cached or measured; the default first."""
     options, default = session.options, session.learner.choice
     both = default.capture and options.capture is None
@@ -136,18 +135,16 @@ def _measure(
     }
     unknown = [choice for choice in plain if choice not in known]
     trial_steps = sum(warm_up_steps(session, choice) + TIMED_STEPS for choice in unknown)
-    note = f"not timed: {steps} steps are too few to gain by it"
-    if unknown and SAVABLE * steps <= 2 * trial_steps:
+    note = f"not timed: {allowed.steps} steps are too few to gain by it"
+    if unknown and SAVABLE * allowed.steps <= 2 * trial_steps:
         timings = [*known.values(), *(Timing(choice, note=note, final=False) for choice in unknown)]
     else:
-        allowed = Allowance(steps, say)
-        timings = _plain(session, plain, known, cache, stopped, allowed)
+        timings = _plain(session, plain, known, cache, allowed)
         # A compiled forward has no streams.
         if options.compile or (options.compile is None and not options.streams):
-            timings += _compiled(session, timings, steps, known, cache, stopped, allowed)
+            timings += _compiled(session, timings, known, cache, allowed)
     if default not in [timing.choice for timing in timings]:
-        if stopped():
-            note = "not timed: the run was stopped"
+        note = allowed.over if allowed.stopped() else note
         timings.append(Timing(default, note=note, final=False))
     return sorted(timings, key=lambda timing: timing.choice != default)
 
@@ -157,10 +154,10 @@ def _plain(
     choices: list[Choice],
     known: dict[Choice, Timing],
     cache: TimingCache,
-    stopped: Callable[[], bool],
     allowed: Allowance,
 ) -> list[Timing]:
     """Times candidates in this process, each after the memory of the one before it was returned."""
+    unknown = [choice for choice in choices if choice not in known]
     with untouched(session) as put_back:
         costs: list[float] = []
 
@@ -168,29 +165,32 @@ def _plain(
             times = [timing.step_ms for timing in before if timing.step_ms is not None]
             if times:
                 allowed.limit(times[0])
-            if allowed.left < min(costs, default=0.0):
+            step_ms = allowed.step_ms
+            count = warm_up_steps(session, choice) + timed_steps(step_ms)
+            untimed = not times and step_ms > 0
+            if untimed or allowed.left < min(costs, default=count * step_ms / 1e3):
                 return Timing(choice, note=OVER, final=False)
             # If the plain loop fails and nothing else ran, nothing can: it is never excluded.
             last_resort = not times and choice == replace(choices[0], capture=False)
+            allowed.say(f"timing {unknown.index(choice) + 1} of {len(unknown)}: {choice}")
             left = allowed.left
             with nullcontext() if last_resort else cache.on_trial(choice):
                 best_ms = min(times, default=None)
                 timing = time_here(session, choice, best_ms, allowed, last_resort=last_resort)
-                put_back()
+                if not allowed.stopped():  # else it is done once, at the end
+                    put_back()
             if times and timing.step_ms is not None:
                 costs.append(left - allowed.left)
             return timing
 
-        return _timings(choices, known, stopped, time)
+        return _timings(choices, known, allowed, time)
 
 
 def _compiled(
     session: Session,
     plain: list[Timing],
-    steps: int,
     known: dict[Choice, Timing],
     cache: TimingCache,
-    stopped: Callable[[], bool],
     allowed: Allowance,
 ) -> list[Timing]:
     """Times the fastest candidates compiled; with ``--compile`` the default first."""
@@ -204,21 +204,21 @@ def _compiled(
         if best_ms is not None:
             allowed.limit(best_ms)
         with cache.on_trial(choice):
-            return time_compiled(session, choice, steps, best_ms, stopped, allowed.left)
+            return time_compiled(session, choice, allowed.steps, best_ms, allowed)
 
-    return _timings(list(dict.fromkeys(choices))[:COMPILED], known, stopped, time)
+    return _timings(list(dict.fromkeys(choices))[:COMPILED], known, allowed, time)
 
 
 def _timings(
     choices: list[Choice],
     known: dict[Choice, Timing],
-    stopped: Callable[[], bool],
+    allowed: Allowance,
     time: Callable[[Choice, list[Timing]], Timing],
 ) -> list[Timing]:
     """The timing of each choice, from ``known`` or by ``time(choice, timings so far)``."""
     timings: list[Timing] = []
     for choice in choices:
-        if stopped():
+        if allowed.stopped():
             break
         timings.append(known[choice] if choice in known else time(choice, timings))
     return timings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from fastokd.evaluate import Scorer
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run, RunFolder
 from fastokd.run.interruption import Keeper, StopRequest
+from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.train import train
 
@@ -215,6 +217,52 @@ def test_the_folder_is_free_again_after_a_failure(
         with pytest.raises(RuntimeError, match="broken"):
             train(SMALL, OPTIONS, out=tmp_path / "run")
     train(SMALL, OPTIONS, out=tmp_path / "run", resume=True, max_steps=1)
+
+
+def without_locks(*arguments: object) -> None:
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, or resumed; not while it still runs, nor where anything else lies."""
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_step(1, fail, patch)
+        with pytest.raises(RuntimeError, match="broken"):
+            train(SMALL, OPTIONS, out=out)
+    (out / "tuning.json").write_text("{}")
+    lock = FolderLock(out)
+    lock.take()
+    with pytest.raises(UserError, match=f"another run uses {out}"):
+        train(SMALL, OPTIONS, out=out)
+    lock.release()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastokd.run.lock.fcntl.flock", without_locks)
+        with pytest.raises(UserError, match="exists already and is never overwritten"):
+            train(SMALL, OPTIONS, out=out)
+    for other in (
+        "notes.txt",
+        "metrics.jsonl",
+        "student.safetensors",
+        "checkpoints/last-000000001",
+    ):
+        (out / other).touch()
+        with pytest.raises(UserError, match="exists already and is never overwritten"):
+            train(SMALL, OPTIONS, out=out)
+        (out / other).unlink()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.json").write_text("a cake")
+    with pytest.raises(UserError, match="exists already and is never overwritten"):
+        train(SMALL, OPTIONS, out=tmp_path / "mine")
+    train(SMALL, OPTIONS, out=out)
+    assert ends(out)[1] == ends(whole)[1]
+    assert not (out / "tuning.json").exists()
 
 
 def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:

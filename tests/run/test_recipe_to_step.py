@@ -12,7 +12,10 @@ from torch import Tensor
 from fastokd.learner.build import build_optimizers
 from fastokd.methods import OptimGroup, create_method
 from fastokd.methods.okddip import OKDDip
+from fastokd.ops import cpp
 from fastokd.recipe.names import recipe
+from fastokd.run.build import build
+from fastokd.run.options import RunOptions
 from tests.learner.test_step import doubled, session_of, small
 
 
@@ -97,3 +100,21 @@ def test_a_groups_zeros_are_its_own() -> None:
         assert own["weight_decay"] == decay
         assert float(own["lr"]) == pytest.approx(rate)
         assert own["initial_lr"] == pytest.approx(rate)
+
+
+def test_a_run_says_that_it_builds_the_ops_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes minutes; nothing is said where the library is there, or nobody asked."""
+    ready = cpp.load()
+    for missing in (ready, "the C++ ops are not built"):
+        monkeypatch.setattr(cpp, "load", lambda missing=missing: missing)
+        monkeypatch.setattr(cpp, "ensure_built", lambda: None)
+        monkeypatch.setattr(cpp, "find_compiler", lambda: "/usr/bin/c++")
+        for quiet in (False, True):
+            one = recipe("dml/resnet8/digits", batch_size=8)
+            build(one, RunOptions(device="cpu", impl="auto", quiet=quiet))
+            said = capsys.readouterr().out
+            assert ("building the C++ ops, once on this machine" in said) == (
+                missing is not None and not quiet
+            )

@@ -24,7 +24,7 @@ from fastokd.learner import step
 from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import recipe
-from fastokd.run import trial, tuning
+from fastokd.run import allowance, trial, tuning
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
@@ -267,7 +267,7 @@ def test_a_network_of_another_library_trains_by_default(
 ) -> None:
     """In bf16: vmap has no rule for such a norm with mixed dtypes."""
     monkeypatch.setattr(tuning, "SAVABLE", 1e6)  # measures in spite of so few steps
-    monkeypatch.setattr(trial, "allowance", lambda step_ms, steps: 600.0)
+    monkeypatch.setattr(allowance, "allowance", lambda step_ms, steps: 600.0)
     options = {**AUTO, "precision": "bf16", "memory_format": "channels_last", "ema": None}
     run = fastokd.train(
         recipe(name, batch_size=4), out=tmp_path / "run", max_steps=2, eval_every=99, **options

@@ -28,7 +28,6 @@ from fastokd.run import build as build_module
 from fastokd.run import trial, tuning
 from fastokd.run.autotuner import Timing, candidates, pick, table
 from fastokd.run.session import Session
-from fastokd.run.trial import OVER
 from fastokd.run.tuning import tune
 from tests.run.tuned import (
     AUTO,
@@ -138,10 +137,15 @@ def test_the_choice_follows_the_measurement(slow: str, monkeypatch: pytest.Monke
     assert [timing.choice.engine for timing in timings] == ["loop", "grouped", "vmap"]
     assert session.learner.cohort.engine == ("grouped" if slow == "loop" else "loop")
     assert session.settled
-    limit, rows = said
+    first, limit, *others, rows = said
+    assert first == "timing 1 of 3: loop, eager, channels_last"
     assert limit.startswith(
         "measuring how the steps run fastest, for at most 20 s of a run of about"
     )
+    assert [text.partition(",")[0] for text in others] == [
+        "timing 2 of 3: grouped",
+        "timing 3 of 3: vmap",
+    ]
     assert "* " + session.learner.cohort.engine in rows
     # Cached timings aren't measured again, also in a short run.
     monkeypatch.setattr(tuning, "time_here", None)
@@ -201,10 +205,11 @@ def _noting(engines: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def test_a_run_stopped_while_it_is_tuned_chooses_when_it_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_stopped_while_it_is_tuned_chooses_when_it_begins_again(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step runs by the default, and is saved."""
+    """No step is taken; it is resumed, or begun by the same command."""
 
     def stopped(*arguments: object) -> list[Timing]:
         signal.raise_signal(signal.SIGTERM)
@@ -215,9 +220,13 @@ def test_a_run_stopped_while_it_is_tuned_chooses_when_it_is_resumed(
     with pytest.raises(Interrupted):
         fastokd.train(one, out=tmp_path / "run", **AUTO)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["engine"] == "auto"
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     monkeypatch.setattr(tuning, "_measure", fixed(*FASTER))
-    fastokd.train(one, out=tmp_path / "run", resume=True, max_steps=2, **AUTO)
+    run = fastokd.train(one, out=tmp_path / "run", resume=resume, max_steps=2, **AUTO)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["engine"] == "grouped"
+    whole = fastokd.train(one, out=tmp_path / "whole", max_steps=2, **AUTO)
+    for name in ("train", "test"):
+        assert run.last[name] == whole.last[name]
 
 
 def test_the_default_stays_unless_another_is_clearly_faster_or_it_cannot_run() -> None:
@@ -332,40 +341,6 @@ def test_the_fastest_captured_candidate_is_taken(
         tune(other, LONG)
         assert other.learner.choice == Choice("grouped", capture=capture)
     assert measured == ["vmap, eager, channels_last"]
-
-
-@pytest.mark.parametrize(("steps", "seconds"), [(1_500, 20.0), (20_000, 200.0)])
-def test_tuning_takes_its_share_of_a_run_at_most(
-    steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1% or 20 s after the default. What has no time left is a row, and tried by the next
-    run; what is compiled, too. The limit is said before the second candidate is timed."""
-    clock = slowed(monkeypatch, *ENGINES.values())
-    monkeypatch.setattr(trial, "TIMED_STEPS", 4)  # five seconds a candidate, and there are six
-    uncompiled(monkeypatch)
-    said: list[tuple[float, str]] = []
-    session = session_of(memory_format="auto", compile=None)
-    monkeypatch.setattr(trial, "ask", lambda *told: clock.__setitem__(0, clock[0] + told[2]) or {})
-    timings = tune(session, steps, lambda text: said.append((clock[0], text)))
-    first, text = said[0]
-    assert first == 5.0
-    assert f"at most {seconds:.0f} s of a run of about {steps / 60:.1f} min" in text
-    assert clock[0] <= first + seconds
-    late = [timing for timing in timings if timing.note == OVER]
-    assert len(late) == (1 if steps == 1_500 else 0)
-    assert not any(timing.final for timing in late)
-
-
-def test_a_candidate_is_cut_off_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third step of ``grouped`` ends after the limit, of four that it needs."""
-    clock = slowed(monkeypatch)
-    monkeypatch.setattr(trial, "allowance", lambda step_ms, steps: 0.7)
-    failing(monkeypatch, "grouped", lambda: clock.__setitem__(0, clock[0] + 0.15))
-    session = session_of()
-    timings = tune(session, LONG)
-    assert [timing.note for timing in timings] == ["", OVER, OVER]
-    assert clock[0] == pytest.approx(0.4 + 3 * 0.25)
-    assert session.learner.choice == Choice()
 
 
 def test_a_candidate_s_graphs_are_gone_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from fastokd.learner import step as step_module
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.learner import Learner
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.run import allowance, trial, tuning
 from fastokd.run import build as build_module
-from fastokd.run import trial, tuning
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
@@ -83,7 +83,8 @@ def fingerprint(session: Session) -> str:
 def slowed(monkeypatch: pytest.MonkeyPatch, *slow: type) -> list[float]:
     """A clock that only the engines move: by 1 s in a call of a slow one, else by 0.1 s; its time."""
     now = [0.0]
-    monkeypatch.setattr(trial, "clock", lambda: now[0])
+    for module in (allowance, trial):
+        monkeypatch.setattr(module, "clock", lambda: now[0])
     for engine in ENGINES.values():
         call: Callable[..., Any] = engine.__call__  # type: ignore[operator]
         seconds = 1.0 if engine in slow else 0.1
