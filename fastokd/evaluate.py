@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def evaluate(
             raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
     path, tensors, facts = run_checkpoint(path)
     recipe = Recipe.from_json(facts.get("recipe"))
-    session = build(recipe, options or RunOptions(), training=False)
+    # The run's folder says which files are held out.
+    options = replace(options or RunOptions(), out=path.parent.parent)
+    session = build(recipe, options, training=False)
     session.load_state(tensors, facts)
     return Evaluator(session)()
 

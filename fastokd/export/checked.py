@@ -141,8 +141,9 @@ def _images(
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(BATCH, 3, size, size, generator=generator)
         return noise, f"{BATCH} images of seeded noise", ()
-    recipe = RunFolder(run).recipe()
-    data = load_splits(recipe, options)
+    where = RunFolder(run)
+    recipe = where.recipe()
+    data = load_splits(recipe, options, begun=True, kept=where.facts.data())
     name = "test" if data.val is None else "validation"
     images_BHWC = first_images(data)
     images_BCHW = weights.preprocessing.normalized(images_BHWC)
