@@ -19,6 +19,7 @@ from fastokd.data.disk.prepare import prepare
 from fastokd.data.held_out import draw
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
+from fastokd.run.identity import other_recipe
 from tests.data.make import write_cifar, write_folder
 
 
@@ -175,6 +176,16 @@ def test_what_lies_beside_the_images_is_left_out(root: Path) -> None:
     assert {"dog/deep/1.PNG", "dog/deep/2.png", "dog/2.png"} <= {*everything}
 
 
+def test_a_folder_one_too_deep_is_named(root: Path, tmp_path: Path) -> None:
+    root.rename(tmp_path / "inner")
+    (root / "labels").mkdir(parents=True)
+    (tmp_path / "inner").rename(root / "photos")
+    with pytest.raises(
+        UserError, match=r"has 1 folder .*; is .*/photos the folder that you mean\?"
+    ):
+        load_dataset("imagefolder", root)
+
+
 @pytest.mark.parametrize("form", ["memory", "streamed"])
 def test_a_run_keeps_its_split(
     form: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -224,6 +235,9 @@ def test_a_recipe_takes_numbers_and_fractions() -> None:
     assert type(made).from_json(made.to_json()) == made
     earlier = {key: value for key, value in made.to_json().items() if key != "test"}
     assert type(made).from_json(earlier).test == 0
+    before = {k: v for k, v in recipe(name).to_json().items() if k != "test"}
+    assert other_recipe(recipe(name), before) == []
+    assert other_recipe(made, before) == ["val (0 there, 0.1 here)", "test (0 there, 0.25 here)"]
     for wrong in (1.5, float("nan"), float("inf")):
         with pytest.raises(UserError, match="must be a whole number of images"):
             recipe(name, val=wrong)

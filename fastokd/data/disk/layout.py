@@ -203,8 +203,8 @@ def _add_train(layout: Layout, root: Path, base: str) -> None:
             f"{first} has images but no folders of classes: sort them into {first / 'CLASS'}"
         )
     if len(layout.classes) < 2:
-        nested = names and (folder / names[0]).is_dir() and len(names) == 1
-        hint = f"; is {folder / names[0]} the folder that you mean?" if nested else ""
+        near = layout.classes or names
+        hint = f"; is {folder / near[0]} the folder that you mean?" if len(near) == 1 else ""
         count = len(layout.classes)
         raise UserError(
             f"{folder} has {count} folder{'' if count == 1 else 's'} with images: it needs at least 2, "
