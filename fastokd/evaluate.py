@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def evaluate(
             raise UserError(f"{name} is {value!r}, but a run has its own: leave it out")
     path, tensors, facts = run_checkpoint(path)
     recipe = Recipe.from_json(facts.get("recipe"))
-    options = RunFacts(path.parent.parent).with_data(options)
+    run = path.parent.parent
+    # The run's folder says where the data are, and which files are held out.
+    options = replace(RunFacts(run).with_data(options), out=run)
     session = build(recipe, options, training=False)
     session.load_state(tensors, facts)
     return Evaluator(session)()

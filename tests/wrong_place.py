@@ -52,9 +52,15 @@ def _images(place: Path) -> None:
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(place / name, "PNG")
     write_folder(place / "pictures")
     write_folder(place / "lone", classes=("cat",))
-    write_folder(place / "trainonly", splits=("train",))
-    write_folder(place / "damaged")
-    (place / "damaged/train/cat/0.png").write_bytes(b"no image")
+    write_folder(place / "trainonly", splits=("train",), count=2)
+    write_folder(place / "damaged", count=20, size=(8, 8))
+    for name in range(11):
+        (place / f"damaged/train/cat/{name}.png").write_bytes(b"no image")
+    write_folder(place / "lost", size=(8, 8))
+    for name in range(4):
+        (place / f"lost/val/dog/{name}.png").write_bytes(b"no image")
+    write_folder(place / "flat", splits=(".",), classes=("train", "val"), size=(8, 8))
+    write_folder(place / "beside", splits=("train", "."), size=(8, 8))
     write_cifar(place / "cifar", "cifar10")
     test = write_cifar(place / "badcifar", "cifar10") / "test_batch"
     test.write_bytes(b"")

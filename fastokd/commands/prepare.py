@@ -14,7 +14,10 @@ from fastokd.host.names import on_a_line
 
 def prepare(
     folder: Annotated[
-        str, typer.Argument(help="The folder that holds train/; or imagenet, in --data-root.")
+        str,
+        typer.Argument(
+            help="The folder that holds train/ or the classes; or imagenet, in --data-root."
+        ),
     ],
     data_root: Annotated[Path | None, typer.Option(help="ImageNet's folder.")] = None,
     val_labels: Annotated[

@@ -31,7 +31,16 @@ FLAGS = {
         Annotated[str | None, "Your own method in place of the recipe's: package.module:Class."],
         None,
     ),
-    "val": (Annotated[int | None, "Images held out of the training set."], None),
+    "val": (
+        Annotated[
+            float | None, "Held out of train to validate: images, or a fraction such as 0.1."
+        ],
+        None,
+    ),
+    "test": (
+        Annotated[float | None, "The same to test, for an image folder without test/."],
+        None,
+    ),
     "image_size": (Annotated[int | None, "Height and width of an imagefolder's images."], None),
 }
 

@@ -19,6 +19,9 @@ TOO_MANY = f"more than {MAX_PIXELS // 10**6} million pixels"
 # Rows of a transparent picture that are composited at a time.
 BAND = 256
 ORIENTATION = 0x0112
+# Of a PNG that libpng, which DALI decodes with, reads without a warning on stderr. It warns of many colour
+# profiles, and of what is doubled or out of place among the others; no decoder here uses them.
+PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tEXt", b"IEND"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -70,11 +73,11 @@ def fault_of(image: Image.Image) -> str:
 
 def is_plain(image: Image.Image) -> bool:
     """Whether all decoders agree on a picture that is opened but not loaded: an upright JPEG or PNG of
-    8-bit grey or RGB, without transparency. Loads a PNG."""
+    8-bit grey or RGB, without transparency; a PNG without chunks that libpng warns of. Loads a PNG."""
     if image.mode not in ("L", "RGB") or image.format not in ("JPEG", "MPO", "PNG"):
         return False
     if image.format == "PNG":
-        if not _ends(image):
+        if not _chunks(image) <= PLAIN_CHUNKS or not _ends(image):
             return False
         raw = [tile[3] for tile in getattr(image, "tile", ())]
         image.load()  # chunks after the pixels may change their meaning
@@ -85,6 +88,21 @@ def is_plain(image: Image.Image) -> bool:
         ycbcr = image.info.get("adobe_transform", 1) == 1
         alike = components in ([1], [1, 2, 3]) and ycbcr
     return alike and not _transparent(image) and orientation(image) == 1
+
+
+def _chunks(png: Image.Image) -> set[bytes]:
+    """The kinds of a PNG's chunks, up to one that isn't plain."""
+    file = getattr(png, "fp", None)
+    if file is None:
+        return {b""}
+    place = file.tell()
+    file.seek(8)  # behind the signature
+    kinds: set[bytes] = set()
+    while kinds <= PLAIN_CHUNKS and len(head := file.read(8)) == 8:
+        kinds.add(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    file.seek(place)
+    return kinds
 
 
 def _ends(png: Image.Image) -> bool:

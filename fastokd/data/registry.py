@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.disk.scan import statistics_of
+from fastokd.data.held_out import Share, hold_out
 from fastokd.data.preprocessing import Preprocessing, preprocessing_of
 from fastokd.data.sets.cifar import load_cifar
 from fastokd.data.sets.digits import load_digits_splits
 from fastokd.data.sets.fashion_mnist import load_fashion_mnist
 from fastokd.data.sets.folder import channel_statistics, load_folder
-from fastokd.data.splits import DatasetSplits, Split, stratified_split
+from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS
 
@@ -32,6 +33,7 @@ class _Request(NamedTuple):
     workers: int
     begun: bool
     device: torch.device
+    own_test: bool
 
 
 _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
@@ -40,12 +42,12 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
     "imagefolder": lambda ask: (
-        _prepared("imagefolder", ask) if ask.streamed else load_folder(ask.root, ask.shown)
+        _prepared("imagefolder", ask)
+        if ask.streamed
+        else load_folder(ask.root, ask.shown, begun=ask.begun, own_test=ask.own_test)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
 }
-# Seed of the choice of held-out images; it doesn't depend on the recipe's seed.
-HELD_OUT_SEED = 0
 # Data sets whose image size can be chosen.
 _CHOOSABLE = ("imagefolder", "imagenet")
 # Data sets whose mean and deviation are measured on train; those of the others are published.
@@ -61,6 +63,7 @@ def _prepared(name: str, ask: _Request) -> DatasetSplits:
         workers=ask.workers,
         begun=ask.begun,
         device=ask.device,
+        own_test=ask.own_test,
     )
 
 
@@ -68,7 +71,8 @@ def load_dataset(
     name: str,
     root: Path | None = None,
     *,
-    val: int = 0,
+    val: Share = 0,
+    test: Share = 0,
     download: bool = False,
     image_size: int | None = None,
     eval_resize: int | None = None,
@@ -77,6 +81,7 @@ def load_dataset(
     workers: int = 0,
     begun: bool = False,
     device: torch.device | str = "cpu",
+    kept: Mapping[str, Any] | None = None,
 ) -> DatasetSplits:
     """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as files on disk.
 
@@ -84,10 +89,13 @@ def load_dataset(
         name: as in :func:`fastokd.list_datasets`.
         root: the folder that holds its files (docs/data.md); ``digits`` needs none, and
             ``fashion_mnist`` none if Debian's package is installed.
-        val: images held out of train, stratified by class; 0 for none. ``digits``, and image
-            folders with ``val/`` and ``test/``, have a validation split already. The choice of
-            images depends only on the labels and on ``val``: it is the same for all seeds, and for
-            a teacher with the same ``val``.
+        val: images held out of train, stratified by class: a number, or a fraction of each class;
+            0 for none. ``digits``, and image folders with ``val/`` and ``test/``, have a validation
+            split already. The choice of images depends only on the labels, ``val`` and ``test``: it
+            is the same for all seeds, and for a teacher with the same ``val`` and ``test``.
+        test: the same, for an image folder without ``test/``. A folder with neither ``val/`` nor
+            ``test/``, or with the classes' folders directly below it, is always split; ``val`` and
+            ``test`` are then 0.1 each unless given.
         download: download missing files into ``root`` (CIFAR, Fashion-MNIST).
         image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
             ``imagenet`` (224); other sets have 32.
@@ -101,10 +109,12 @@ def load_dataset(
             since.
         device: where the batches will be used, on which the loader ``"auto"`` depends. The data set
             is on the CPU until :meth:`DatasetSplits.to`.
+        kept: what the run keeps of its data, if it has begun: its files of each split, which replace
+            the draw.
 
     Raises:
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
-            a ``val`` that can't be held out; a loader that isn't available.
+            a ``val`` or ``test`` that can't be held out; a loader that isn't available.
     """
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
@@ -114,20 +124,20 @@ def load_dataset(
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     shown = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize)
     splits = _LOADERS[name](
-        _Request(root, download, shown, streamed, loader, workers, begun, torch.device(device))
-    )
-    if val == 0:
-        return splits
-    if splits.val is not None:
-        if val == len(splits.val):
-            return splits
-        raise UserError(
-            f"val is {val}, but {name} comes with {len(splits.val)} images to validate: leave it 0"
+        _Request(
+            root,
+            download,
+            shown,
+            streamed,
+            loader,
+            workers,
+            begun,
+            torch.device(device),
+            own_test=test == 0,
         )
-    kept, held = stratified_split(splits.train.labels_N, val, HELD_OUT_SEED)
-    train, held_out = splits.train.select(kept), splits.train.select(held)
-    splits = replace(splits, train=train, val=held_out, held_out=val)
-    return _measured_again(splits) if name in _MEASURED else splits
+    )
+    splits = hold_out(splits, {"test": test, "val": val}, kept)
+    return _measured_again(splits) if splits.held_out and name in _MEASURED else splits
 
 
 def _measured_again(splits: DatasetSplits) -> DatasetSplits:

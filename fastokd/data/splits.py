@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +22,12 @@ class Split:
     Attributes:
         images_NHWC: uint8, three channels.
         labels_N: int64 class ids.
+        paths_N: of images from files, their paths from the set's folder, as bytes; else None.
     """
 
     images_NHWC: Tensor
     labels_N: Tensor
+    paths_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.images_NHWC.dtype == torch.uint8
@@ -42,11 +46,12 @@ class Split:
 
     def to(self, device: torch.device | str) -> Split:
         """The same split on ``device``."""
-        return Split(self.images_NHWC.to(device), self.labels_N.to(device))
+        return Split(self.images_NHWC.to(device), self.labels_N.to(device), self.paths_N)
 
     def select(self, indices_M: Tensor) -> Split:
         """The samples at ``indices_M``, in that order."""
-        return Split(self.images_NHWC[indices_M], self.labels_N[indices_M])
+        paths_M = None if self.paths_N is None else self.paths_N[indices_M.numpy()]
+        return Split(self.images_NHWC[indices_M], self.labels_N[indices_M], paths_M)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +63,11 @@ class DatasetSplits:
         class_names: the name of each class id.
         preprocessing: how its pictures are preprocessed.
         train, val, test: ``val`` is None if nothing is held out.
-        note: a remark on the splits for readers of the results, or "".
+        note: remarks on the splits for readers of the results, one a line, or "".
         loader: ``"memory"``, ``"dali"``, ``"nvjpeg"`` or ``"torchvision"``.
-        held_out: number of train's images held out for ``val``; 0 if ``val`` is the set's own.
+        held_out: what was asked for of each split, ``"val"`` or ``"test"``, that is drawn from train
+            (:func:`fastokd.data.held_out.hold_out`): a number of images or a fraction.
+        left_out: path and fault of each file that can't be used.
         with_held_out: mean and deviation with the held-out images, if measured without them; earlier
             versions trained with these.
     """
@@ -74,7 +81,8 @@ class DatasetSplits:
     note: str = ""
     loader: str = "memory"
     with_held_out: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    held_out: int = 0
+    held_out: Mapping[str, int | float] = field(default_factory=dict)
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -106,17 +114,27 @@ def stratified_split(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, T
     Shares are rounded by largest remainder, so that every class is within one sample of its exact
     share. The result depends only on the labels, ``count`` and ``seed``.
     """
+    quota_C = largest_remainder(labels_N, count, "val")
+    held_N = draw_members(labels_N, quota_C, keyed_generator(seed, "hold out"))
+    return (~held_N).nonzero()[:, 0], held_N.nonzero()[:, 0]
+
+
+def largest_remainder(labels_N: Tensor, count: int, name: str) -> Tensor:
+    """Each class's part of ``count`` images, in proportion to its size; ``name`` is the setting's."""
     N = len(labels_N)
     if not 0 < count < N:
-        raise UserError(f"val is {count}: it must be between 1 and {N - 1}, train having {N}")
-    generator = keyed_generator(seed, "hold out")
-    sizes_C = torch.bincount(labels_N)
-    exact_C = sizes_C.double() * count / N
+        raise UserError(f"{name} is {count}: it must be between 1 and {N - 1}, train having {N}")
+    exact_C = torch.bincount(labels_N).double() * count / N
     quota_C = exact_C.floor().long()
     short = count - int(quota_C.sum())
     quota_C[(exact_C - quota_C).argsort(descending=True, stable=True)[:short]] += 1
-    held = torch.zeros(N, dtype=torch.bool)
+    return quota_C
+
+
+def draw_members(labels_N: Tensor, quota_C: Tensor, generator: torch.Generator) -> Tensor:
+    """Marks ``quota_C`` random samples of each class: bool ``[N]``."""
+    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label, quota in enumerate(quota_C.tolist()):
         members = (labels_N == label).nonzero()[:, 0]
-        held[members[torch.randperm(len(members), generator=generator)[:quota]]] = True
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+        held_N[members[torch.randperm(len(members), generator=generator)[:quota]]] = True
+    return held_N

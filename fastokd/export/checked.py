@@ -24,7 +24,6 @@ from fastokd.learner.build import build_cohort
 from fastokd.learner.state import below
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import load_splits
-from fastokd.run.facts import RunFacts
 from fastokd.run.folder import RunFolder
 from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights, student_of
@@ -142,8 +141,9 @@ def _images(
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(BATCH, 3, size, size, generator=generator)
         return noise, f"{BATCH} images of seeded noise", ()
-    recipe = RunFolder(run).recipe()
-    data = load_splits(recipe, RunFacts(run).with_data(options))
+    where = RunFolder(run)
+    recipe, options = where.recipe(), where.facts.with_data(options)
+    data = load_splits(recipe, options, begun=True, kept=where.facts.data())
     name = "test" if data.val is None else "validation"
     images_BHWC = first_images(data)
     images_BCHW = weights.preprocessing.normalized(images_BHWC)

@@ -217,5 +217,7 @@ def _hours(of: Recipe, seconds: float) -> float | None:
     """Hours of all epochs, without evaluation and data; None if the number of images is unknown."""
     if of.dataset not in TRAIN_IMAGES:
         return None
-    steps = math.ceil((TRAIN_IMAGES[of.dataset] - of.val) / of.batch_size)
+    images = TRAIN_IMAGES[of.dataset]
+    held_out = round(of.val * images) if isinstance(of.val, float) else of.val
+    steps = math.ceil((images - held_out) / of.batch_size)
     return of.epochs * steps * seconds / 3600

@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
+    "int | float": ((int, float), "a number of images or a fraction below 1"),
     "dict[str, Any]": (dict, "an object of names and values"),
     "tuple[int, ...]": (tuple, "a list of whole numbers"),
 }
@@ -41,6 +42,8 @@ def checked(known: dataclasses.Field[Any], value: Any, like: Any = None) -> Any:
     if not fits:
         example = "" if like is None else f", like {like!r}"
         raise UserError(f"{known.name} is {value!r}: it must be {what}{example}")
+    if known.type == "int | float" and value == value // 1:
+        return int(value)
     return float(value) if known.type == "float" else value
 
 
@@ -66,8 +69,9 @@ class Recipe:
         image_size: height and width, for data sets of images of any size. ``eval_resize``: the
             shorter side before the centre crop of a held-out image, and in memory of every image;
             0 for none.
-        val: images held out of the training set, stratified by class; 0 for none. They are the same
-            for every ``seed``.
+        val: images held out of the training set, stratified by class: a number, or a fraction of each
+            class, such as 0.1; 0 for none. They are the same for every ``seed``. ``test``: the same,
+            for an image folder without ``test/``. An unsplit one has 0.1 of each unless given.
         reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
             ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.
         teacher: the recipe that trains the teacher, where the method has one.
@@ -98,7 +102,8 @@ class Recipe:
     flip: bool = True
     image_size: int = 32
     eval_resize: int = 0
-    val: int = 0
+    val: int | float = 0
+    test: int | float = 0
     reported: Reported = "mean"
     teacher: str = ""
     seed: int = 0
@@ -122,6 +127,7 @@ class Recipe:
             ("epochs", 1),
             ("batch_size", 1),
             ("val", 0),
+            ("test", 0),
             ("crop_padding", 0),
             ("image_size", 1),
             ("eval_resize", 0),
@@ -129,6 +135,21 @@ class Recipe:
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("val", "test"):
+            share = getattr(self, name)
+            if isinstance(share, float) and not share < 1:
+                raise UserError(
+                    f"{name} is {share}: it must be a whole number of images, such as 500, or a "
+                    "fraction below 1, such as 0.1"
+                )
+        if (
+            isinstance(self.val, float)
+            and isinstance(self.test, float)
+            and self.val + self.test >= 1
+        ):
+            raise UserError(
+                f"val is {self.val} and test is {self.test}: they must leave some images to train on"
+            )
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at most {most}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.facts import run_path
+from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
 from fastokd.student.init import begin_from, read_files
 from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import build_teacher, check_held_out, find_teacher
+from fastokd.student.teacher import build_teacher, check_held_out, find_teacher, said_held_out
 from fastokd.student.weights import Weights
 
 
@@ -69,8 +69,10 @@ def build(
     ranks = Ranks.here(options.parallel, recipe.students, device)
 
     if data is None:
+        begun = options.resume or not training
+        kept = first(lambda: RunFacts(run_path(recipe, options)).data()) if begun else {}
         with ranks.one_a_machine_first():
-            data = load_splits(recipe, options, begun=options.resume or not training)
+            data = load_splits(recipe, options, begun=begun, kept=kept)
     loaders = sorted({*ranks.gather(data.loader)})
     if len(loaders) > 1:
         raise UserError(f"ranks decode with {' and '.join(loaders)}: choose one --loader for all")
@@ -155,12 +157,19 @@ def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, .
     return False, (f"the steps run eagerly, not as a CUDA graph: {why}",)
 
 
-def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> DatasetSplits:
-    """The recipe's data; ``begun`` as for :func:`fastokd.data.load_dataset`."""
+def load_splits(
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    begun: bool = False,
+    kept: Mapping[str, Any] | None = None,
+) -> DatasetSplits:
+    """The recipe's data; ``begun`` and ``kept`` as for :func:`fastokd.data.load_dataset`."""
     return load_dataset(
         recipe.dataset,
         options.data_root,
         val=recipe.val,
+        test=recipe.test,
         download=options.download,
         image_size=recipe.image_size,
         eval_resize=recipe.eval_resize,
@@ -169,6 +178,7 @@ def load_splits(recipe: Recipe, options: RunOptions, *, begun: bool = False) -> 
         workers=options.workers,
         begun=begun,
         device=pick_device(device_here(options.device)),
+        kept=kept,
     )
 
 
@@ -266,7 +276,7 @@ def _find_teacher(
     if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
         warn(
             f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
-            f"have seen the images of --val {data.held_out}"
+            f"have seen the images of {said_held_out(data)}"
         )
     return teacher
 

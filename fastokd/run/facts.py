@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from fastokd.checkpoint import write_durably
+from fastokd.data import DatasetSplits
+from fastokd.data.held_out import DATA, listed
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.recipe.recipe import Recipe
@@ -23,7 +25,7 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
 
 
 class RunFacts:
-    """``recipe.json``, ``environment.json`` and ``tuning.json`` of one run.
+    """``recipe.json``, ``environment.json``, ``data.json`` and ``tuning.json`` of one run.
 
     Writing may raise OSError; the file is then unchanged.
     """
@@ -59,16 +61,18 @@ class RunFacts:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.environment_file
-        try:
-            found = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{path} is no environment of a run: put it back or remove it")
-        return found
+        return _read(self.environment_file, "environment")
+
+    def data(self) -> dict[str, Any]:
+        """The files of the splits that fastokd drew, and those left out
+        (:func:`fastokd.data.held_out.listed`); empty if there is no such file. Raises as
+        :meth:`environment`."""
+        return _read(self.folder / DATA, "list of the files")
+
+    def write_data(self, data: DatasetSplits) -> None:
+        """Writes what :meth:`data` returns, if there is something."""
+        if facts := listed(data):
+            _write(self.folder / DATA, facts)
 
     def with_data(self, options: RunOptions) -> RunOptions:
         """``options`` with the data root that the run was trained on, unless they name one.
@@ -105,6 +109,18 @@ class RunFacts:
     def write_tuning(self, timings: list[Timing]) -> None:
         """Writes the timings that the engine was chosen by."""
         _write(self.folder / "tuning.json", {"timings": [asdict(timing) for timing in timings]})
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what} of a run: put it back or remove it")
+    return found
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -217,6 +217,7 @@ class RunFolder:
             self._start_again()
         with writing(self.path):
             self.facts.write_recipe(session.recipe)
+            self.facts.write_data(session.data)
             self._write_environment(session)
             if session.teacher is not None:
                 facts = {

@@ -97,8 +97,9 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
-    """Each setting in which ``theirs`` differs from ``recipe``, with both values."""
-    ours = recipe.to_json()
+    """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
+    version lacks ``test``."""
+    ours, theirs = recipe.to_json(), {"test": 0, **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.data import DatasetSplits
+from fastokd.data.held_out import DEFAULT
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.recipe.names import Recipe, recipe
@@ -21,7 +22,7 @@ def teacher_recipe(student: Recipe, **changes: Any) -> Recipe:
 
     ``changes`` are passed to :func:`fastokd.recipe`.
     """
-    return recipe(student.teacher, seed=0, val=student.val, **changes)
+    return recipe(student.teacher, seed=0, val=student.val, test=student.test, **changes)
 
 
 def default_path(recipe: Recipe) -> Path:
@@ -52,15 +53,22 @@ def find_teacher(recipe: Recipe, given: Path | None, kept: Path | None) -> Weigh
 
 
 def _command(student: Recipe) -> str:
-    val = f" --val {student.val}" if student.val else ""
-    return f"fastokd train {student.teacher}{val}"
+    held = "".join(f" --{n} {v}" for n, v in (("val", student.val), ("test", student.test)) if v)
+    return f"fastokd train {student.teacher}{held}"
+
+
+def said_held_out(data: DatasetSplits) -> str:
+    """The options that hold out what ``data`` holds out of train."""
+    return " ".join(
+        f"--{name} {share}" for name, share in sorted(data.held_out.items(), reverse=True)
+    )
 
 
 def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Recipe) -> bool:
     """Whether ``weights`` are known not to be trained on the images that ``data`` holds out.
 
-    A data set and ``val`` determine the held-out images; the seed doesn't. ``what`` describes the
-    weights in the message.
+    A data set, ``val`` and ``test`` determine the held-out images; the seed doesn't. ``what``
+    describes the weights in the message.
 
     Raises:
         UserError: they were trained on them.
@@ -69,11 +77,15 @@ def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Rec
         return True
     if "val" not in weights.facts or "dataset" not in weights.facts:
         return False
-    if weights.fact("dataset") == data.name and weights.fact("val") != data.held_out:
+    theirs = {name: weights.fact(name) if name in weights.facts else 0 for name in data.held_out}
+    if len(theirs) > 1:  # of a folder that is always split
+        theirs = {name: share or DEFAULT for name, share in theirs.items()}
+    if weights.fact("dataset") == data.name and theirs != data.held_out:
         also = f"train one with `{_command(recipe)}`, " if recipe.teacher else ""
         raise UserError(
-            f"{what} {weights.path} was trained on images that --val {data.held_out} holds out, since "
-            f"its training held out {weights.fact('val') or 'none'}: {also}or leave --val out"
+            f"{what} {weights.path} was trained on images that {said_held_out(data)} holds out, since "
+            f"its training held out {' and '.join(str(v or 'none') for v in theirs.values())}: {also}or "
+            f"leave {' and '.join(f'--{name}' for name in theirs)} out"
         )
     return True
 

@@ -28,6 +28,11 @@ def _fraction(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _share(value: Any) -> bool:
+    """A number of images, or a fraction."""
+    return (type(value) is int and value >= 0) or (type(value) is float and 0 < value < 1)
+
+
 def _score(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
@@ -48,7 +53,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "ema": lambda value: value is None or _fraction(value),
     "score": _score,
     "recipe": lambda value: isinstance(value, dict),
-    "val": lambda value: type(value) is int and value >= 0,
+    "val": lambda value: _share(value),
+    "test": lambda value: _share(value),
 }
 
 
@@ -62,7 +68,8 @@ class Weights:
     - ``student``, its index, and ``role``, why this student was kept;
     - from a run: ``step``; ``ema``, the decay of the running average, or null; ``score`` of exactly
       these weights (``split``, ``top1`` from 0 to 1, ``epoch`` from 1), or null; ``recipe``;
-      ``dataset``; and ``val``, the number of images held out of its training split.
+      ``dataset``; ``val`` and ``test``, what was held out of its training split: a number of images
+      or a fraction of each class.
     """
 
     path: Path
@@ -169,6 +176,7 @@ def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int
         "role": json.dumps(_role(recipe, student)),
         "dataset": json.dumps(recipe.dataset),
         "val": json.dumps(recipe.val),
+        "test": json.dumps(recipe.test),
     }
 
 

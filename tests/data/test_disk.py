@@ -229,7 +229,7 @@ def test_a_streamed_folder_has_its_own_colours(root: Path) -> None:
     splits = load_dataset("imagefolder", root, streamed=True, image_size=32)
     assert isinstance(splits.train, DiskSplit)
     assert splits.mean != (0.485, 0.456, 0.406)
-    assert "test is val/" in splits.note
+    assert "No test/ folder: val/ is used as the test set." in splits.note
     with pytest.raises(UserError, match="set resized_crop to true"):
         stream_of(splits.train, 4, augment=Augment(4), shuffle=True)
 

@@ -210,7 +210,6 @@ def test_a_ground_truth_that_doesn_t_fit_is_named(root: Path) -> None:
     ("spoil", "says"),
     [
         (lambda root: shutil.rmtree(root / "train"), "there is no folder .*train"),
-        (lambda root: shutil.rmtree(root / "val"), "no images in val/ or test/"),
         (lambda root: shutil.rmtree(root), "there is no folder .*set"),
         (lambda root: shutil.rmtree(root / "train" / "n00000001"), "needs at least 2"),
         (
@@ -225,6 +224,12 @@ def test_a_folder_that_can_t_be_trained_on_is_refused(
     spoil(root)
     with pytest.raises(UserError, match=says):
         prepare(root, quiet=True)
+
+
+def test_imagenet_needs_val(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    with pytest.raises(UserError, match="no images in val/: ImageNet is tested on them"):
+        prepare(root, imagenet=True, quiet=True)
 
 
 def test_a_folder_one_too_deep_is_found_out(root: Path) -> None:

@@ -140,7 +140,7 @@ def test_the_held_out_images_are_the_same_for_every_seed(cifar: Path) -> None:
         assert alone.val is not None
         assert torch.equal(read_all(data.val)[0], read_all(alone.val)[0])
         assert torch.equal(read_all(data.train)[0], read_all(alone.train)[0])
-        assert data.held_out == 20
+        assert data.held_out == {"val": 20}
 
 
 @pytest.mark.parametrize("way", ["teacher", "init"])

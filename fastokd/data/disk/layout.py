@@ -1,11 +1,13 @@
 """Lists the images of a folder, their classes, and misplaced files.
 
 A folder has ``train/CLASS/**`` and ``val/CLASS/**`` or ``test/CLASS/**``, in the order of torchvision's
-``ImageFolder``; or ILSVRC's flat ``val/``, whose classes are in a ground-truth file.
+``ImageFolder``; or ILSVRC's flat ``val/``, whose classes are in a ground-truth file; or it is unsplit, with
+``CLASS/**`` directly below it or in ``train/`` alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,10 @@ from fastokd.errors import UserError
 
 # The most notes shown at the start of a run.
 SHOWN = 3
+SPLITS = ("train", "val", "test")
+NO_TEST = "No test/ folder: val/ is used as the test set."
+# Names that folders of a split may have, besides ours.
+OTHER_NAMES = ("valid", "validation")
 
 
 @dataclass
@@ -24,7 +30,8 @@ class Layout:
 
     Attributes:
         classes: names of train's folders that hold an image, sorted by code point.
-        files: (split, path from the root, class id) of each image; the class id is -1 if unknown.
+        files: (split, path from the root, class id) of each image; the class id is -1 if unknown. The
+            images of an unsplit folder are train's.
         faults: why a file can't be used, by path.
         notes: folders that are misplaced, empty or left out.
         folders: modification time (ns) of every listed folder, by path.
@@ -45,23 +52,29 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
     """Every image under ``root``.
 
     Args:
-        root: the folder that holds ``train/``.
+        root: the folder that holds ``train/``, or the folders of the classes.
         ground_truth: the classes of a flat ``val/``; None looks in the usual places.
         labelled: False lists a flat ``val/`` without its classes.
 
     Raises:
-        UserError: ``train/`` has fewer than two classes, ``val/`` or ``test/`` has a class that train
-            lacks, a class has no usable file, there are no test images, a flat ``val/`` has no
-            classes, or a folder can't be listed.
+        UserError: there are fewer than two classes, ``val/`` or ``test/`` has a class that train
+            lacks, a class has no usable file, ``val/`` stands without ``train/`` or under another
+            name, a flat ``val/`` has no classes, or a folder can't be listed.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give the one that holds train/ and val/")
+        raise UserError(
+            f"there is no folder {root}: give the one that holds a folder for each class, or train/ "
+            "and val/"
+        )
+    layout = Layout()
+    if is_unsplit(root):
+        _add_train(layout, root, "")
+        return layout
     if not (root / "train").is_dir():
         raise UserError(f"there is no folder {root / 'train'}: give the folder that holds train/")
-    layout = Layout()
-    _add_train(layout, root)
+    _add_train(layout, root, "train")
     flat_val = False
-    for split in ("val", "test"):
+    for split in SPLITS[1:]:
         folder = root / split
         if not folder.is_dir():
             continue
@@ -79,11 +92,37 @@ def find_layout(root: Path, ground_truth: Path | None = None, *, labelled: bool 
             "leave the ground truth out"
         )
     if not any(split != "train" for split, _, _ in layout.files):
-        near = next((root / n for n in ("valid", "validation") if (root / n).is_dir()), None)
-        fix = f"rename {near} to val" if near is not None else "add some"
-        raise UserError(f"{root} has no images in val/ or test/ beside train/: {fix}")
+        _refuse_neighbours(root)
     _add_strays(layout, root, "", "outside train/ and val/")
     return layout
+
+
+def is_unsplit(root: Path) -> bool:
+    """Whether the folders of ``root`` are classes: none of ``train/``, ``val/`` and ``test/`` holds a
+    folder."""
+    return not any(
+        entry.kind == "folder" and not entry.hidden
+        for split in SPLITS
+        if (root / split).is_dir()
+        for entry in list_folder(root / split)
+    )
+
+
+def _refuse_neighbours(root: Path) -> None:
+    """Raises UserError for folders beside a lone ``train/`` that may be meant to be read, too."""
+    for entry in list_folder(root):
+        if entry.kind != "folder" or entry.hidden or entry.name in SPLITS:
+            continue
+        near = root / entry.name
+        if entry.name in OTHER_NAMES:
+            raise UserError(
+                f"{root} has no images in val/ or test/ beside train/: rename {near} to val"
+            )
+        if images_in(near, root):
+            raise UserError(
+                f"{root} has train/ with folders of classes, and images in {near} beside it: move "
+                f"{near} into train/ if it is a class, or elsewhere"
+            )
 
 
 def shortened(notes: Sequence[str]) -> list[str]:
@@ -92,24 +131,25 @@ def shortened(notes: Sequence[str]) -> list[str]:
     return [*notes[:SHOWN], *([f"and {more:,} more such notes"] if more > 0 else [])]
 
 
-def held_out_folders(name: str, splits: Iterable[str]) -> dict[str, str]:
+def held_out_folders(name: str, splits: Iterable[str], *, own_test: bool = True) -> dict[str, str]:
     """The folder of each split but train; ``splits`` are the folders that hold files.
 
     ``test/`` is the test split and ``val/`` the validation split. For ImageNet, and without
-    ``test/``, ``val/`` is the test split.
+    ``test/``, ``val/`` is the test split, unless one is drawn from train (not ``own_test``). An unsplit
+    folder has neither.
     """
-    splits = set(splits)
-    if name == "imagenet" or "test" not in splits:
+    there = [split for split in ("test", "val") if split in splits]
+    if name == "imagenet" or (there == ["val"] and own_test):
         return {"test": "val"}
-    return {"test": "test", "val": "val"} if "val" in splits else {"test": "test"}
+    return {split: split for split in there}
 
 
 def refuse_unusable_classes(
-    root: Path, classes: Iterable[str], files: Iterable[tuple[int, str]]
+    folder: Path, classes: Iterable[str], files: Iterable[tuple[int, str]]
 ) -> None:
-    """Raises UserError for a class without usable images.
+    """Raises UserError for a class of ``folder`` whose images are all unusable.
 
-    ``files``: (class id, fault or "") of train's files.
+    ``files``: (class id, fault or "") of the folder's files.
     """
     faults: dict[int, str] = {}
     good: set[int] = set()
@@ -119,49 +159,62 @@ def refuse_unusable_classes(
         else:
             good.add(label)
     for label, name in enumerate(classes):
-        if label not in good:
+        if label not in good and label in faults:
             raise UserError(
-                f"none of the images in {root / 'train' / name} can be used (the first: "
+                f"none of the images in {folder / name} can be used (the first: "
                 f"{faults[label]}): replace them or remove the class"
             )
 
 
-def what_is_left_out(files: list[tuple[str, str]], total: int, how: str) -> str:
-    """A clause on ``files`` with faults, (path, fault) each, of ``total``."""
-    path, fault = files[0]
-    are = "is" if len(files) == 1 and total == 1 else "are"
-    return f"{len(files)} of {total:,} files {are} {how} (the first: {path}, {fault})"
-
-
-def _folders(layout: Layout, root: Path, split: str) -> list[str]:
-    """The names of a split's visible folders, sorted."""
-    found = list_folder(root / split, layout.folders, root)
+def _folders(layout: Layout, root: Path, base: str) -> list[str]:
+    """The names of the visible folders in ``root / base``, sorted."""
+    found = list_folder(root / base, layout.folders, root)
+    names = []
     for entry in found:
+        path = os.path.join(base, entry.name)
         if entry.hidden and entry.kind == "folder":
-            layout.notes.append(f"{split}/{entry.name} is hidden: it is left out")
+            layout.notes.append(f"{path} is hidden: it is left out")
         elif entry.kind == "broken" and not is_image(entry.name):
-            layout.notes.append(f"{split}/{entry.name} is a link that leads nowhere")
-    return [entry.name for entry in found if entry.kind == "folder" and not entry.hidden]
+            layout.notes.append(f"{path} is a link that leads nowhere")
+        elif entry.kind == "folder" and not base and _holds_runs(root / path):
+            layout.notes.append(f"{path} holds runs of fastokd: it is left out")
+        elif entry.kind == "folder" and not entry.hidden:
+            names.append(entry.name)
+    return names
 
 
-def _add_train(layout: Layout, root: Path) -> None:
-    train = root / "train"
-    names = _folders(layout, root, "train")
-    below = walk_classes(root, "train", names, layout.folders, layout.notes)
+def _holds_runs(folder: Path) -> bool:
+    """Whether a folder beside the classes is a run, or holds some: their plots are no data."""
+    return any(next(folder.glob(f"{below}recipe.json"), None) for below in ("", "*/", "*/*/"))
+
+
+def _add_train(layout: Layout, root: Path, base: str) -> None:
+    """Adds the classes in ``root / base``: ``base`` is "train", or "" for an unsplit folder."""
+    folder = root / base
+    names = _folders(layout, root, base)
+    below = walk_classes(root, base, names, layout.folders, layout.notes)
     layout.classes = [name for name in names if below[name]]
-    layout.notes += [f"train/{n} holds no image: it is no class" for n in names if not below[n]]
-    if len(layout.classes) < 2:
-        nested = names and (train / names[0]).is_dir() and len(names) == 1
-        hint = f"; is {train / names[0]} the folder that you mean?" if nested else ""
+    layout.notes += [
+        f"{os.path.join(base, n)} holds no image: it is no class" for n in names if not below[n]
+    ]
+    if not base and layout.classes and {*layout.classes} <= {*SPLITS, *OTHER_NAMES}:
+        first = folder / layout.classes[0]
         raise UserError(
-            f"{train} has {len(layout.classes)} folders with images: it needs at least 2, one a "
-            f"class{hint}"
+            f"{first} has images but no folders of classes: sort them into {first / 'CLASS'}"
+        )
+    if len(layout.classes) < 2:
+        near = layout.classes or names
+        hint = f"; is {folder / near[0]} the folder that you mean?" if len(near) == 1 else ""
+        count = len(layout.classes)
+        raise UserError(
+            f"{folder} has {count} folder{'' if count == 1 else 's'} with images: it needs at least 2, "
+            f"one a class{hint}"
         )
     for label, name in enumerate(layout.classes):
-        _add_class(layout, "train", name, label, below[name])
+        _add_class(layout, "train", name, label, below[name], base)
     labelled = [(label, layout.faults.get(path, "")) for _, path, label in layout.files]
-    refuse_unusable_classes(root, layout.classes, labelled)
-    _add_strays(layout, root, "train", "in no class's folder")
+    refuse_unusable_classes(folder, layout.classes, labelled)
+    _add_strays(layout, root, base, "in no class's folder", split="train")
 
 
 def _add_held_out(layout: Layout, root: Path, split: str, names: list[str]) -> None:
@@ -169,7 +222,7 @@ def _add_held_out(layout: Layout, root: Path, split: str, names: list[str]) -> N
     below = walk_classes(root, split, names, layout.folders, layout.notes)
     for name in names:
         if name in labels:
-            _add_class(layout, split, name, labels[name], below[name])
+            _add_class(layout, split, name, labels[name], below[name], split)
         elif below[name]:
             raise UserError(
                 f"{root / split} has a class {name!r} that train/ lacks: add its images to "
@@ -192,26 +245,31 @@ def _note_missing(layout: Layout, split: str) -> None:
         )
 
 
-def _add_class(layout: Layout, split: str, name: str, label: int, images: list[Found]) -> None:
-    """Adds one class of one split; the folder of another class inside it is a fault."""
+def _add_class(
+    layout: Layout, split: str, name: str, label: int, images: list[Found], base: str
+) -> None:
+    """Adds one class of one split, which is in the folder ``base``; the folder of another class inside
+    it is a fault."""
     classes = set(layout.classes)
     seen: set[str] = set()
     for image in images:
-        inner = image.path.split("/")[2:-1]
+        inner = image.path.split("/")[2 if base else 1 : -1]
         misplaced = next((part for part in inner if part in classes and part != name), None)
         layout.files.append((split, image.path, label))
         if misplaced is not None:
             layout.faults[image.path] = f"in the folder of class {misplaced} inside that of {name}"
             if misplaced not in seen:
                 seen.add(misplaced)
-                layout.notes.append(f"{split}/{name}: holds a folder of class {misplaced}")
+                where = os.path.join(base, name)
+                layout.notes.append(f"{where}: holds a folder of class {misplaced}")
         elif image.fault:
             layout.faults[image.path] = image.fault
 
 
-def _add_strays(layout: Layout, root: Path, split: str, fault: str) -> None:
-    for image in images_in(root / split, root):
-        layout.files.append((split or "none", image.path, -1))
+def _add_strays(layout: Layout, root: Path, base: str, fault: str, split: str = "") -> None:
+    """Adds the images directly in ``root / base``, which have no class."""
+    for image in images_in(root / base, root):
+        layout.files.append((split or base or "none", image.path, -1))
         layout.faults[image.path] = fault
 
 

@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastokd.data.disk.layout import Layout, find_layout, refuse_unusable_classes
+from fastokd.data.disk.layout import (
+    SPLITS,
+    Layout,
+    find_layout,
+    refuse_unusable_classes,
+)
+from fastokd.data.disk.left_out import too_many
 from fastokd.data.disk.manifest import Entry, Manifest, write_manifest
+from fastokd.data.disk.prepared import folder_of, seen_in
 from fastokd.data.disk.scan import SAMPLED, scan, statistics_of
 from fastokd.errors import UserError
 from fastokd.host.console import console
@@ -51,9 +58,15 @@ class Prepared:
             f"mean {_rounded(self.manifest.mean)}, deviation {_rounded(self.manifest.std)}",
             *facts["notes"],
         ]
+        for split in SPLITS:
+            refusal = too_many(folder_of(self.manifest, split), seen_in(self.manifest, split))
+            lines += [refusal] if refusal else []
+        if not any(entry.split in SPLITS[1:] for entry in self.manifest.entries):
+            lines.append("no val/ or test/ folder: a run splits the images (--val 0.1 --test 0.1)")
         quarantined = facts["quarantined"]
         if quarantined:
-            lines.append(f"quarantined, {len(quarantined):,} files that no run will read:")
+            files = "file" if len(quarantined) == 1 else "files"
+            lines.append(f"quarantined, {len(quarantined):,} {files} that no run will read:")
             lines += [f"  {file['path']}: {file['fault']}" for file in quarantined[:SHOWN]]
             if len(quarantined) > SHOWN:
                 lines.append(f"  and {len(quarantined) - SHOWN:,} more; the manifest lists them")
@@ -72,7 +85,7 @@ def prepare(
     """Scans ``root`` in parallel and writes ``manifest.jsonl``.
 
     Args:
-        root: the folder that holds ``train/`` and ``val/`` or ``test/``.
+        root: the folder that holds ``train/`` and ``val/`` or ``test/``, or a folder for each class.
         ground_truth: the classes of ILSVRC's flat ``val/``. Default: searched for.
         out: the folder of the manifest, if ``root`` can't be written. Default: ``root``.
         imagenet: adds a note if there aren't 1,000 classes.
@@ -80,7 +93,8 @@ def prepare(
         quiet: no progress bar.
 
     Raises:
-        UserError: as :func:`find_layout`, or all images of a class are damaged.
+        UserError: as :func:`find_layout`, all images of a class are damaged, or ``imagenet`` has no
+            ``val/``. A set with many damaged files is only noted: a run refuses it.
     """
     if workers < 0:
         raise UserError(f"workers is {workers}: it must be at least 0")
@@ -88,11 +102,13 @@ def prepare(
         if place.exists() and not place.is_dir():
             raise UserError(f"{place} is a file: give a folder for the manifest with --out")
     layout = find_layout(root, ground_truth)
+    if imagenet and not any(split == "val" for split, _, _ in layout.files):
+        raise UserError(f"{root} has no images in val/: ImageNet is tested on them, add them")
     if imagenet and len(layout.classes) != IMAGENET_CLASSES:
         layout.notes.append(f"ImageNet has 1,000 classes, this folder {len(layout.classes):,}")
     manifest = _scanned(root, layout, workers, quiet)
     train = [(entry.label, entry.fault) for entry in manifest.entries if entry.split == "train"]
-    refuse_unusable_classes(root, manifest.classes, train)
+    refuse_unusable_classes(folder_of(manifest, "train"), manifest.classes, train)
     return Prepared(write_manifest(manifest, out or root), manifest)
 
 

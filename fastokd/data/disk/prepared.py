@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fastokd.data.disk import dali, nvjpeg
-from fastokd.data.disk.layout import held_out_folders, shortened, what_is_left_out
+from fastokd.data.disk.layout import NO_TEST, held_out_folders, is_unsplit, shortened
+from fastokd.data.disk.left_out import Seen, refuse_damage, what_is_left_out
 from fastokd.data.disk.manifest import Entry, Manifest, read_manifest
 from fastokd.data.disk.outgrown import refuse_outgrown
 from fastokd.data.disk.scan import scan
@@ -65,6 +66,7 @@ def load_prepared(
     workers: int = 0,
     begun: bool = False,
     device: torch.device = CPU,
+    own_test: bool = True,
 ) -> DatasetSplits:
     """A folder prepared by ``fastokd prepare``, streamed from disk.
 
@@ -72,10 +74,11 @@ def load_prepared(
         shown: the preprocessing. Mean and deviation are replaced by measured ones, but for ImageNet.
         begun: for a resumed run: changes in the folder give a warning, not an error.
         device: where the batches will be used; ``"auto"`` depends on it.
+        own_test: False if a test split will be drawn from train, so that ``val/`` is no test split.
 
     Raises:
         UserError: the folder isn't prepared or has changed since; there are no images to train or
-            to test on; the loader isn't available.
+            to test on; too many files are damaged (:func:`refuse_damage`); the loader isn't available.
     """
     root = files.need_root(name, root)
     manifest = read_manifest(root)
@@ -90,9 +93,14 @@ def load_prepared(
     jpegs = sum(map(_is_jpeg, usable))
     picked, why = pick_loader(loader, device, has_jpegs=2 * jpegs >= len(usable))
     published = name == "imagenet"  # mean and deviation
-    held_out = held_out_folders(name, {entry.split for entry in manifest.entries})
-    splits = {}
-    for split, folder in {"train": "train", **held_out}.items():
+    there = {entry.split for entry in manifest.entries}
+    folders = {"train": "train", **held_out_folders(name, there, own_test=own_test)}
+    splits, seen = {}, []
+    for split, folder in folders.items():
+        here = seen_in(manifest, folder)
+        seen += here
+        if not begun:
+            refuse_damage(folder_of(manifest, folder), manifest.classes, here)
         entries = manifest.usable(folder)
         if entries:
             counted = split == "train" and not published
@@ -100,7 +108,10 @@ def load_prepared(
                 entries, manifest.root, shown.view, picked, workers, counted=counted
             )
         elif split != "val":
-            raise UserError(f"no image in {manifest.root / folder} can be used: prepare it again")
+            raise UserError(
+                f"no image in {folder_of(manifest, folder)} can be used: prepare it again"
+            )
+    nothing = splits["train"].select(torch.empty(0, dtype=torch.int64))
     return DatasetSplits(
         name=name,
         class_names=manifest.classes,
@@ -109,10 +120,27 @@ def load_prepared(
         ),
         train=splits["train"],
         val=splits.get("val"),
-        test=splits["test"],
-        note=_note(manifest, picked, why, device, ("train", *held_out.values())),
+        test=splits.get("test", nothing),
+        note=_note(manifest, picked, why, device, folders, seen),
         loader=picked,
+        left_out=tuple((file.path, file.fault) for file in seen if file.fault),
     )
+
+
+def folder_of(manifest: Manifest, split: str) -> Path:
+    """The folder that holds a split's classes; the classes of an unsplit folder are train's."""
+    unsplit = all(entry.split == "train" for entry in manifest.entries)
+    return manifest.root if unsplit and is_unsplit(manifest.root) else manifest.root / split
+
+
+def seen_in(manifest: Manifest, folder: str) -> list[Seen]:
+    """Every file of one split's folder. ``fastokd prepare`` looks at files that aren't misplaced, and
+    then knows their time."""
+    return [
+        Seen(entry.path, entry.label, entry.fault, entry.mtime > 0)
+        for entry in manifest.entries
+        if entry.split == folder
+    ]
 
 
 def _with_headers(manifest: Manifest) -> Manifest:
@@ -135,24 +163,24 @@ def _is_jpeg(entry: Entry) -> bool:
 
 
 def _note(
-    manifest: Manifest, loader: str, why: str, device: torch.device, folders: tuple[str, ...]
+    manifest: Manifest,
+    loader: str,
+    why: str,
+    device: torch.device,
+    folders: dict[str, str],
+    seen: list[Seen],
 ) -> str:
     decoder = f"dali {dali.version()}" if loader == "dali" else loader
     if loader == "nvjpeg" and device.type == "cpu":
         decoder = "nvjpeg (by libjpeg, since the device is a CPU)"
     parts = [f"images are decoded by {decoder}{f', as {why}' if why else ''}"]
-    used = [e for e in manifest.entries if e.split in folders and not e.fault]
+    used = [e for e in manifest.entries if e.split in folders.values() and not e.fault]
     odd = sum(not (_is_jpeg(e) if loader == "nvjpeg" else e.plain) for e in used)
     if odd and loader != "torchvision":
         others = "turned, transparent or rare" if loader == "dali" else "no plain JPEGs"
         parts.append(f"{odd:,} files that are {others} are decoded by Pillow")
     parts += [OLD] if OLD in manifest.notes else []
-    if "test" not in folders:
-        parts.append("test is val/")
-    quarantined = manifest.quarantined(*folders)
-    parts += shortened(manifest.notes)
-    if quarantined:
-        total = sum(entry.split in folders for entry in manifest.entries)
-        faults = [(entry.path, entry.fault) for entry in quarantined]
-        parts.append(what_is_left_out(faults, total, "quarantined and not read"))
-    return "; ".join(parts)
+    if folders.get("test") == "val":
+        parts.append(NO_TEST)
+    parts += [*shortened(manifest.notes), *filter(None, [what_is_left_out(seen)])]
+    return "\n".join(parts)

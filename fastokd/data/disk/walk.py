@@ -115,6 +115,7 @@ def walk_classes(
     to one that contains the split, gives a note. A class's own folder takes precedence over links to it.
 
     Args:
+        split: the folder of the classes, "" for ``root``.
         names: the class folders.
         folders, notes: those of :class:`fastokd.data.disk.layout.Layout`, which are extended.
     """
@@ -136,8 +137,9 @@ def walk_classes(
             if walk.follows(path):
                 walk.below(name, path, linked=True)
     if walk.others:
+        are = "file is" if len(walk.others) == 1 else "files are"
         notes.append(
-            f"{split}/: {len(walk.others):,} files are left out, since they have none of the extensions "
+            f"{split or root}/: {len(walk.others):,} {are} left out, since they have none of the extensions "
             f"{', '.join(EXTENSIONS)} (the first: {min(walk.others)})"
         )
     return {name: [found for _, found in sorted(walk.found.get(name, []))] for name in names}

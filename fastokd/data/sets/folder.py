@@ -1,10 +1,12 @@
 """Folders of images, one folder a class, decoded once into memory.
 
 For sets that fit there at the size they are trained at; others are streamed (``prepared.py``).
+Both leave damaged files out by the rule of ``left_out.py``.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,48 +15,55 @@ import numpy as np
 import torch
 
 from fastokd.data.disk.layout import (
+    NO_TEST,
     Layout,
     find_layout,
     held_out_folders,
+    is_unsplit,
     shortened,
-    what_is_left_out,
 )
-from fastokd.data.disk.scan import statistics_of, sums_of
+from fastokd.data.disk.left_out import Seen, refuse_damage, what_is_left_out
+from fastokd.data.disk.scan import look_at, statistics_of, sums_of
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.sets import files
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.data.waits import by_threads
-from fastokd.errors import UserError
+from fastokd.errors import LoaderError, UserError
 from fastokd.host.cpus import usable_cpus
 
 MAX_BYTES = 8 << 30
 
 
 class Listing(NamedTuple):
-    """Images of one split and their class ids, in torchvision's order."""
+    """Images of one split, from the root, and their class ids, in torchvision's order."""
 
-    paths: list[Path]
+    paths: list[str]
     labels: list[int]
 
 
-def load_folder(root: Path | None, shown: Preprocessing) -> DatasetSplits:
-    """``root/train/CLASS/*.png|jpg|...``, with ``val/`` or ``test/`` or both beside it.
+def load_folder(
+    root: Path | None, shown: Preprocessing, *, begun: bool = False, own_test: bool = True
+) -> DatasetSplits:
+    """``root/train/CLASS/*.png|jpg|...`` with ``val/`` or ``test/`` or both beside it, or
+    ``root/CLASS/*``, whose test split has no images.
 
     Class ids follow the sorted names of train's folders, as torchvision's ``ImageFolder``. Images are
     preprocessed as ``shown``, with train's mean and deviation. Without ``test/``, ``val/`` is the test
-    split, and ``note`` says so.
+    split, and ``note`` says so. Damaged files are left out.
+
+    Args:
+        begun: a run that has begun isn't refused for the number of its damaged files.
+        own_test: False if a test split will be drawn from train, so that ``val/`` is no test split.
 
     Raises:
-        UserError: as :func:`find_layout`, an image can't be read, or the images exceed 8 GiB.
+        UserError: as :func:`find_layout` and :func:`refuse_damage`, or the images exceed 8 GiB.
     """
     root = files.need_root("imagefolder", root)
     size = shown.input_size
     layout = find_layout(root)
-    folders = held_out_folders("imagefolder", {split for split, _, _ in layout.files})
-    listings = {
-        split: _listing(layout, root, folder)
-        for split, folder in {"train": "train", **folders}.items()
-    }
+    there = {split for split, _, _ in layout.files}
+    folders = {"train": "train", **held_out_folders("imagefolder", there, own_test=own_test)}
+    listings = {split: _listing(layout, folder) for split, folder in folders.items()}
     total = sum(len(listing.paths) for listing in listings.values()) * size**2 * 3
     if total > MAX_BYTES:
         raise UserError(
@@ -62,51 +71,78 @@ def load_folder(root: Path | None, shown: Preprocessing) -> DatasetSplits:
             f"{MAX_BYTES / 2**30:.0f}: choose a smaller image_size, or stream it from disk with "
             "--set resized_crop=true --set crop_padding=0"
         )
-    splits = {name: decode(listing, shown) for name, listing in listings.items()}
+    splits, seen = {}, []
+    for split, folder in folders.items():
+        splits[split], damaged = decode(root, listings[split], shown)
+        files_here = _seen(layout, folder, damaged)
+        where = root if folder == "train" and is_unsplit(root) else root / folder
+        if not begun:
+            refuse_damage(where, layout.classes, files_here)
+        if len(splits[split]) == 0:
+            fault = next(file.fault for file in files_here)
+            raise UserError(f"no image in {where} can be used (the first: {fault}): add some")
+        seen += files_here
     mean, std = channel_statistics(splits["train"])
+    notes = [NO_TEST] if folders.get("test") == "val" else []
+    notes += [*shortened(layout.notes), *filter(None, [what_is_left_out(seen)])]
     return DatasetSplits(
         name="imagefolder",
         class_names=tuple(layout.classes),
         preprocessing=replace(shown, mean=mean, std=std),
         train=splits["train"],
         val=splits.get("val"),
-        test=splits["test"],
-        note=_note(layout, ("train", *folders.values())),
+        test=splits.get("test", splits["train"].select(torch.empty(0, dtype=torch.int64))),
+        note="\n".join(notes),
+        left_out=tuple((file.path, file.fault) for file in seen if file.fault),
     )
 
 
-def _listing(layout: Layout, root: Path, folder: str) -> Listing:
-    """The images of one folder of classes; at least one."""
+def _listing(layout: Layout, folder: str) -> Listing:
+    """The images of one folder of classes that may be decoded."""
     usable = layout.usable(folder)
-    if not usable:
-        fault = next(layout.faults[path] for split, path, _ in layout.files if split == folder)
-        raise UserError(f"no image in {root / folder} can be used (the first: {fault}): add some")
-    return Listing([root / path for path, _ in usable], [label for _, label in usable])
+    return Listing([path for path, _ in usable], [label for _, label in usable])
 
 
-def _note(layout: Layout, folders: tuple[str, ...]) -> str:
-    parts = [] if "test" in folders else ["there is no test/: test is val/"]
-    parts += shortened(layout.notes)
-    files = [path for split, path, _ in layout.files if split in folders]
-    faults = [(path, layout.faults[path]) for path in files if path in layout.faults]
-    if faults:
-        parts.append(what_is_left_out(faults, len(files), "left out"))
-    return "; ".join(parts)
+def _seen(layout: Layout, folder: str, damaged: dict[str, str]) -> list[Seen]:
+    """Every file of one folder; ``damaged`` are the faults that decoding found, by path."""
+    return [
+        Seen(path, label, layout.faults.get(path) or damaged.get(path, ""), path in damaged)
+        for split, path, label in layout.files
+        if split == folder
+    ]
 
 
-def decode(listing: Listing, shown: Preprocessing) -> Split:
-    """Every image of ``listing`` in memory, decoded by a pool of threads."""
+def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, dict[str, str]]:
+    """The images of ``listing`` in memory, decoded by a pool of threads, and the fault of each file that
+    can't be.
+
+    Raises:
+        LoaderError: memory or file descriptors ran out.
+    """
     size = shown.input_size
     images_NHWC = np.empty((len(listing.paths), size, size, 3), np.uint8)
 
-    def fill(index: int) -> None:
-        images_NHWC[index] = shown.read(listing.paths[index])
+    def fill(index: int) -> str:
+        path = root / listing.paths[index]
+        try:
+            images_NHWC[index] = shown.read(path)
+        except LoaderError:
+            raise
+        except UserError as error:
+            return look_at(path).fault or str(error)
+        return ""
 
     indices = range(len(listing.paths))
     threads = min(8, usable_cpus())
-    for _ in by_threads(fill, indices, threads, lambda index: str(listing.paths[index])):
-        pass
-    return Split(torch.from_numpy(images_NHWC), torch.tensor(listing.labels))
+    faults = list(by_threads(fill, indices, threads, lambda index: listing.paths[index]))
+    paths_N = np.array([os.fsencode(path) for path in listing.paths], dtype=bytes)
+    split = Split(
+        torch.from_numpy(images_NHWC), torch.tensor(listing.labels, dtype=torch.int64), paths_N
+    )
+    damaged = {path: fault for path, fault in zip(listing.paths, faults, strict=True) if fault}
+    if damaged:
+        split = split.select(torch.tensor([not fault for fault in faults]).nonzero()[:, 0])
+    return split, damaged
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
