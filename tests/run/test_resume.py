@@ -125,7 +125,7 @@ def test_only_the_same_past_is_continued() -> None:
 
 def test_a_longer_run_by_its_name_is_told_how(whole: Path) -> None:
     with pytest.raises(UserError, match=r"another recipe.*`fastokd train --resume DIR`"):
-        fastokd.train(recipe(NAME, epochs=20, batch_size=250), out=whole, resume=True, **QUICK)
+        fastokd.train(recipe(NAME, epochs=20, lr=0.2), out=whole, resume=True, **QUICK)
 
 
 @pytest.mark.parametrize(
