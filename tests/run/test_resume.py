@@ -82,7 +82,9 @@ def test_a_run_that_has_its_steps_says_so(
 ) -> None:
     fastokd.train(ONE, out=tmp_path / "cut", max_steps=1, **QUICK)
     assert run_command(["train", "--resume", str(tmp_path / "cut"), "--max-steps", "1"]) == 0
-    assert "the run has taken 1 step, and --max-steps is 1\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the run has taken 1 step, and --max-steps is 1\n" in printed
+    assert f"; next:\n  fastokd train --resume {tmp_path / 'cut'}\n  fastokd report " in printed
 
 
 def test_more_epochs_continue_the_schedule_that_was_begun(

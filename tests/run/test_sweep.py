@@ -128,7 +128,9 @@ def test_the_command_trains_goes_on_and_refuses(
     assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # no new request
     assert [seed for _, seed, _ in fake.calls] == [0, 1, 2]
     printed = capsys.readouterr().out
-    scored = "test top-1 of the leader: 0.6000 last (epoch 2), 0.6000 best (epoch 1, chosen on test)"
+    scored = (
+        "test top-1 of the leader: 0.6000 last (epoch 2), 0.6000 best (epoch 1, chosen on test)"
+    )
     for seed in (0, 1, 2):
         assert f"okddip-branch-resnet8-digits-seed{seed}: {scored}\n" in printed
     assert printed.endswith(
