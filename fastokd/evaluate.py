@@ -26,7 +26,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import build
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
-from fastokd.run.options import RunOptions
+from fastokd.run.options import RunOptions, chosen
 from fastokd.run.session import Session
 from fastokd.student import authors
 
@@ -143,7 +143,7 @@ def evaluate(
         UserError: there is no such run or checkpoint, or its data can't be found.
     """
     path = as_path("run_or_checkpoint", run_or_checkpoint)
-    options = (options or RunOptions()).changed(changes)
+    options = chosen(options, changes)
     if path.is_file():
         return evaluate_published(path, dataset, model=model, options=options)
     for name, value in (("dataset", dataset), ("model", model)):

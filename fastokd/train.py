@@ -33,7 +33,7 @@ from fastokd.run.identity import stays_captured
 from fastokd.run.interruption import ECHO, Keeper, StopRequest
 from fastokd.run.loggers import check_installed, loggers
 from fastokd.run.nonfinite import settle
-from fastokd.run.options import RunOptions, nearest_option
+from fastokd.run.options import RunOptions, chosen, nearest_option
 from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
 from fastokd.run.tuning import tune
@@ -76,9 +76,7 @@ def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: An
         recipe = _named(recipe, of_recipe)
     if not isinstance(recipe, Recipe):
         raise UserError(f"the recipe is {recipe!r}: give a name, or what fastokd.recipe returns")
-    if not isinstance(options, (RunOptions, type(None))):
-        raise UserError(f"options is {options!r}: give a fastokd.RunOptions, or single keywords")
-    options = (options or RunOptions()).changed(changes)
+    options = chosen(options, changes)
     with joined(options.device, bool(options.capture) or _begun_captured(recipe, options)):
         return _train(recipe, options)
 
@@ -222,10 +220,10 @@ def _why_over(session: Session) -> str:
     """Why a resumed run has no step left."""
     done, epochs = session.epoch, session.recipe.epochs
     if done >= epochs:
-        return (
-            f"the run is finished: {done} of {epochs} epochs; a larger --epochs trains it further"
-        )
-    return f"the run has taken {session.step} steps, and --max-steps is {session.options.max_steps}"
+        whole = f"{done} of {counted(epochs, 'epoch')}"
+        return f"the run is finished: {whole}; a larger --epochs trains it further"
+    taken = counted(session.step, "step")
+    return f"the run has taken {taken}, and --max-steps is {session.options.max_steps}"
 
 
 def resume(
@@ -247,12 +245,12 @@ def resume(
         UserError: there is no run; fewer epochs than it was begun with; as :func:`train`.
     """
     folder = as_path("the run folder", folder)
-    options = replace((options or RunOptions()).changed(changes), out=folder, resume=True)
+    options = replace(chosen(options, changes), out=folder, resume=True)
     begun, longer = recipe_to_resume(folder), recipe_to_resume(folder, epochs)
     if longer != begun and not options.quiet and of_the_first_rank():
         say(
-            f"{counted(longer.epochs, 'epoch')} in place of {begun.epochs}: the schedule stays as it was begun, and the "
-            f"rate of the last epoch is {longer.learning_rate(longer.epochs - 1):g}"
+            f"{counted(longer.epochs, 'epoch')} in place of {begun.epochs}: the schedule stays as it was "
+            f"begun, and the rate of the last epoch is {longer.learning_rate(longer.epochs - 1):g}"
         )
     return train(longer, options)
 

@@ -98,8 +98,7 @@ def small(words: tuple[str, ...]) -> list[str]:
         taken += [
             "--max-steps",
             "2" if "--resume" in taken else "1",
-            "--batch-size",
-            "4",
+            *([] if taken[1] == "--resume" else ["--batch-size", "4"]),  # a resumed run has its own
             "--engine",
             "loop",
             "--device",

@@ -93,6 +93,19 @@ def test_its_page_and_its_figures(run: fastokd.Run, tmp_path: Path) -> None:
         run.plot("accuracies")
 
 
+def test_what_the_first_hour_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/start.md's Python, with a run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs/start.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    small = "epochs=1, batch_size=250, quiet=True, engine='loop', precision='fp32', device='cpu'"
+    assert code.count("epochs=10") == 1
+    names = {"images_BHWC": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}
+    exec(code.replace("epochs=10", small), names)
+    assert names["logits_BC"].shape == (2, 10)
+    assert (tmp_path / "runs/python/export/onnx/resnet8.onnx").is_file()
+
+
 def test_a_string_is_as_good_as_a_path(run: fastokd.Run) -> None:
     checkpoints = str(run.folder / "checkpoints")
     assert newest_checkpoint(checkpoints)[0] == run_checkpoint(str(run.folder))[0]

@@ -164,6 +164,8 @@ def _close(run: Any, options: RunOptions) -> None:
     folder = on_a_line(shlex.quote(str(run.folder)))
     say(str(summarise(run)))
     say(f"the run is in {on_a_line(run.folder)}; next:")
+    if not run.is_whole:
+        say(f"  fastokd train --resume {folder}")
     say(f"  fastokd report {folder}")
     say(f"  fastokd export {folder} --to onnx")
 

@@ -48,7 +48,7 @@ class RunOptions:
 
     out: Annotated[Path | None, "The run folder; by default runs/RECIPE-seedN."] = None
     data_root: Annotated[
-        Path | None, "The folder that holds the data sets; a resumed run knows its own."
+        Path | None, "The folder that holds the data sets; a run that was begun knows its own."
     ] = None
     download: Annotated[bool, "Fetch the data set where it is missing."] = False
     resume: Annotated[
@@ -165,23 +165,6 @@ class RunOptions:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
 
-    def changed(self, changes: Mapping[str, Any]) -> RunOptions:
-        """The options with single fields replaced.
-
-        Raises:
-            UserError: a name that isn't a field; as :class:`RunOptions`.
-        """
-        for name, value in changes.items():
-            if name not in _KINDS:
-                near = nearest_option(name)
-                fix = (
-                    f"did you mean {near}?"
-                    if near
-                    else "a setting of the recipe is given to fastokd.recipe(name, ...)"
-                )
-                raise UserError(f"{name}={value!r} is no option of a run: {fix}")
-        return replace(self, **changes)
-
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; ``RunOptions(**values)`` is the inverse."""
         return {
@@ -241,6 +224,23 @@ _KINDS = {
     for name, hint in get_type_hints(RunOptions).items()
 }
 _SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}
+
+
+def chosen(options: RunOptions | None, changes: Mapping[str, Any]) -> RunOptions:
+    """``options``, by default the usual ones, with single fields replaced by ``changes``.
+
+    Raises:
+        UserError: a name that isn't a field; as :class:`RunOptions`.
+    """
+    if not isinstance(options, (RunOptions, type(None))):
+        raise UserError(f"options is {options!r}: give a fastokd.RunOptions, or single keywords")
+    for name, value in changes.items():
+        if name not in _KINDS:
+            near = nearest_option(name)
+            setting = "a setting of the recipe is given to fastokd.recipe(name, ...)"
+            fix = f"did you mean {near}?" if near else setting
+            raise UserError(f"{name}={value!r} is no option of a run: {fix}")
+    return replace(options or RunOptions(), **changes)
 
 
 def nearest_option(name: str) -> str | None:

@@ -82,7 +82,9 @@ def test_a_run_that_has_its_steps_says_so(
 ) -> None:
     fastokd.train(ONE, out=tmp_path / "cut", max_steps=1, **QUICK)
     assert run_command(["train", "--resume", str(tmp_path / "cut"), "--max-steps", "1"]) == 0
-    assert "the run has taken 1 step, and --max-steps is 1\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the run has taken 1 step, and --max-steps is 1\n" in printed
+    assert f"; next:\n  fastokd train --resume {tmp_path / 'cut'}\n  fastokd report " in printed
 
 
 def test_more_epochs_continue_the_schedule_that_was_begun(
@@ -125,7 +127,7 @@ def test_only_the_same_past_is_continued() -> None:
 
 def test_a_longer_run_by_its_name_is_told_how(whole: Path) -> None:
     with pytest.raises(UserError, match=r"another recipe.*`fastokd train --resume DIR`"):
-        fastokd.train(recipe(NAME, epochs=20, batch_size=250), out=whole, resume=True, **QUICK)
+        fastokd.train(recipe(NAME, epochs=20, lr=0.2), out=whole, resume=True, **QUICK)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,17 @@ def test_the_command_trains_goes_on_and_refuses(
     assert run_command(command) == 0
     assert run_command([*command, "--seeds", "0,1,2", "--resume"]) == 0  # no new request
     assert [seed for _, seed, _ in fake.calls] == [0, 1, 2]
-    assert "index.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    scored = (
+        "test top-1 of the leader: 0.6000 last (epoch 2), 0.6000 best (epoch 1, chosen on test)"
+    )
+    for seed in (0, 1, 2):
+        assert f"okddip-branch-resnet8-digits-seed{seed}: {scored}\n" in printed
+    assert printed.endswith(
+        f"the 3 runs are in {out}, listed in its index.json; next:\n  fastokd report {out}\n"
+    )
+    assert run_command([*command, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
