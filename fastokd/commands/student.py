@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd.commands.options import DataRoot, Json, run_options
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 from fastokd.run.options import RunOptions
 
 Student = Annotated[
@@ -111,7 +111,7 @@ def predict(
     if json_:
         print(json.dumps(done.to_json()))
     elif csv is not None:
-        print(on_a_line(f"{len(done.found)} pictures are in {csv}"))
+        print(on_a_line(f"{counted(len(done.found), 'prediction')} written to {csv}"))
     done.complain()
 
 
