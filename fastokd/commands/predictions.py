@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
 from fastokd.host.console import console
-from fastokd.host.names import first_names, on_a_line
+from fastokd.host.names import counted, first_names, on_a_line
 from fastokd.student.pictures import find_pictures
 from fastokd.student.predict import Prediction, Unread, predictions
 
@@ -43,11 +43,11 @@ class Classified(NamedTuple):
             raise self.unread[0].error
         for picture in self.unread:
             print(on_a_line(picture.error), file=sys.stderr)
-        count = len(self.unread) + len(self.found)
+        count = counted(len(self.unread) + len(self.found), "picture")
         names = first_names([str(picture.image) for picture in self.unread], 3)
         raise UserError(
-            f"{len(self.unread)} of {count} pictures can't be read and are left out ({names}): "
-            "replace or remove them"
+            f"{len(self.unread)} of {count} can't be read ({names}): they are left out; replace or "
+            "remove them"
         )
 
 

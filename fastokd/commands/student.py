@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd.commands.options import DataRoot, Json, run_options
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 from fastokd.run.options import RunOptions
 
 Student = Annotated[
@@ -67,14 +67,16 @@ def export(
     ] = None,
     student: Student = None,
     best: Best = False,
+    uint8: Annotated[
+        bool, typer.Option("--uint8", help="Take uint8 NHWC images; of onnx and torch-export.")
+    ] = False,
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Turn a run's student into a file of another library, and check it there."""
     from fastokd.export import export as turn
 
-    done = turn(
-        source, to, out, student=student, best=best, options=RunOptions(data_root=data_root)
-    )
+    options = RunOptions(data_root=data_root)
+    done = turn(source, to, out, student=student, best=best, uint8=uint8, options=options)
     _print_lines([*done.lines, f"the export is in {done.folder}"])
 
 
@@ -109,7 +111,7 @@ def predict(
     if json_:
         print(json.dumps(done.to_json()))
     elif csv is not None:
-        print(on_a_line(f"{len(done.found)} pictures are in {csv}"))
+        print(on_a_line(f"{counted(len(done.found), 'prediction')} written to {csv}"))
     done.complain()
 
 

@@ -13,11 +13,13 @@ from torch import nn
 from fastokd.checkpoint import write_durably
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import UserError
+from fastokd.export.classify import BESIDE, program
+from fastokd.export.contract import input_sentence
 from fastokd.export.formats import (
+    About,
     Classifier,
     Format,
     arguments,
-    call,
     foreign_name,
     read_safetensors,
     statements,
@@ -29,8 +31,6 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import OPTIONAL, Weights
 
 FILE = "model.safetensors"
-# Stands for the folder of a card.
-HERE = "PATH_OF_THIS_FOLDER"
 
 
 def _in_timm(weights: Weights) -> bool:
@@ -41,9 +41,8 @@ def _in_timm(weights: Weights) -> bool:
     return True
 
 
-def _write(weights: Weights, student: Student, path: Path) -> None:
-    write_safetensors(weights, student, path)
-    about = weights.about()
+def _write(weights: Weights, student: Student, path: Path, about: About) -> None:
+    write_safetensors(weights, student, path, about)
     classes = len(about["class_names"])
     library = "timm" if _in_timm(weights) else "fastokd"
     options = arguments(weights, library)
@@ -86,17 +85,17 @@ def _read(weights: Weights, path: Path) -> Classifier:
     return net.eval()
 
 
-def _statements(weights: Weights, name: str) -> list[str]:
+def _statements(weights: Weights) -> list[str]:
     if _in_timm(weights):
-        made = call("timm.create_model", f"local-dir:{Path(name).parent}", {"pretrained": True})
-        return ["import timm", f"model = {made}.eval()"]
-    return statements(weights, name)
+        made = 'timm.create_model(f"local-dir:{file.parent}", pretrained=True)'
+        return ["import timm", "import torch", f"model = {made}.eval()", BESIDE]
+    return statements(weights)
 
 
 def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
     """The model card: the student, its training data, how to load it; all from its facts."""
     classes = len(about["class_names"])
-    use = "\n".join(_statements(weights, f"{HERE}/{FILE}"))
+    code = program(weights.preprocessing, FILE, _statements(weights), about=about)
     lines = [
         "---",
         f"library_name: {library}",
@@ -115,13 +114,18 @@ def _card(weights: Weights, about: dict[str, Any], library: str) -> str:
         "",
         weights.preprocessing.sentence(),
         "",
-        f"RGB, {about['input_size']} x {about['input_size']}, from 0 to 1, less "
-        f"{_numbers(about['mean'])}, divided by {_numbers(about['std'])} (red, green, blue). "
-        "The classes, in order, are in `student.json`.",
+        f"The network's input is {input_sentence(about)}. The classes, in order, are in "
+        "`student.json`.",
         "",
         "## Use",
         "",
-        f"```python\n{use}\n```",
+        f"With {library}, in this folder:",
+        "",
+        "```sh\npython classify.py picture.jpg\n```",
+        "",
+        "The program shows how the network is loaded and how a picture is preprocessed:",
+        "",
+        f"```python\n{code}```",
         "",
     ]
     return "\n".join(lines)
@@ -133,10 +137,6 @@ def _origin(weights: Weights) -> str:
     if weights.fact("role") == "the only student":
         return "Trained with fastokd."
     return "Trained with fastokd in a group of students that teach each other."
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _trained(weights: Weights) -> list[str]:

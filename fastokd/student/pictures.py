@@ -31,7 +31,7 @@ def _named(name: str) -> list[Path]:
         found = sorted(_below(path, set()))
         if not found:
             raise UserError(
-                f"{path} has no pictures, in subfolders neither: name a folder with files of the "
+                f"{path} and its subfolders have no pictures: name a folder with files of the "
                 f"extensions {', '.join(EXTENSIONS)}"
             )
         return found

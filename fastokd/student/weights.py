@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,12 @@ class Weights:
         return from_facts(self.facts, self.fact)
 
     def about(self) -> dict[str, Any]:
-        """The metadata as a JSON object."""
+        """The metadata as a JSON object, without the preprocessing and the recipe."""
         known = ["student", "role", *(name for name in OPTIONAL if name in self.facts)]
         return {
             "model": self.model,
             "model_options": self.options,
             "class_names": self.fact("class_names"),
-            **asdict(self.preprocessing),
             **{name: self.fact(name) for name in known},
         }
 

@@ -17,17 +17,17 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fastokd
 from fastokd.cli import run_command
 from fastokd.data import load_dataset
-from fastokd.data.preprocessing import preprocessing_of
+from fastokd.data.preprocessing import Preprocessing, preprocessing_of
 from fastokd.errors import UserError
-from fastokd.export import FORMATS, checked, export
+from fastokd.export import FORMATS, Export, checked, export
 from fastokd.export.formats import call
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
-from fastokd.student.convert import convert
 from fastokd.student.file import read_weights
 from fastokd.student.predict import Prediction, predict
 from fastokd.train import train
@@ -55,16 +55,24 @@ def fixture_images() -> torch.Tensor:
     return normal.permute(0, 3, 1, 2).contiguous()
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(
+    request: pytest.FixtureRequest, resnet18: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Export]:
+    """A format, and resnet18 in it. A Run is taken as its folder is."""
+    to = request.param
+    return to, export(resnet18, to, tmp_path_factory.mktemp("exported") / to)
+
+
 def test_each_format_gives_the_students_logits(
-    to: str, resnet18: Run, images_BCHW: torch.Tensor, tmp_path: Path
+    exported: tuple[str, Export], resnet18: Run, images_BCHW: torch.Tensor
 ) -> None:
     """Loaded without our code; on five images, where the export was traced with two."""
-    done = export(resnet18.folder, to, tmp_path / to)
+    to, done = exported
     about = json.loads((done.folder / "student.json").read_text())
     file = done.folder / about["file"]
     assert about["class_names"] == [str(digit) for digit in range(10)]
-    assert about["input_size"] == 32
+    assert about["preprocessing"]["input"]["shape"] == ["batch", 3, 32, 32]
     with torch.no_grad():
         wanted = read_weights(resnet18.folder).build()(images_BCHW)
         if to == "onnx":
@@ -128,8 +136,9 @@ def test_an_export_with_other_logits_is_not_kept(
     ("arguments", "message"),
     [
         (["--to", "coreml"], "unknown format 'coreml'"),
-        (["--to", "torchvision"], "no network of torchvision"),
-        (["--to", "timm"], "no network of timm"),
+        (["--to", "torchvision"], "resnet8 exists only in fastokd, and not in torchvision"),
+        (["--to", "timm"], "resnet8 exists only in fastokd, and not in timm"),
+        (["--to", "safetensors", "--uint8"], "choose onnx or torch-export"),
         (["--to", "hub", "--student", "3"], "student is 3"),
         (["--to", "hub", "--out", "."], "exists already"),
     ],
@@ -195,7 +204,9 @@ def test_a_student_of_another_library_keeps_that_librarys_keys(tmp_path: Path) -
     net.load_state_dict(load_file(done.folder / "student.safetensors"))
 
 
-def student_file(path: Path, model: str, size: int, **options: Any) -> Path:
+def student_file(
+    path: Path, model: str, size: int, shown: Preprocessing | None = None, **options: Any
+) -> Path:
     """A student with random weights, in the form of a run's."""
     network = create_model(model, 10, **options)
     state = {network.published_key(key): value for key, value in network.state_dict().items()}
@@ -205,79 +216,44 @@ def student_file(path: Path, model: str, size: int, **options: Any) -> Path:
         "class_names": json.dumps([str(c) for c in range(10)]),
         "student": "0",
         "role": json.dumps("the only student"),
-        **preprocessing_of("imagefolder", image_size=size).to_facts(),
+        **(shown or preprocessing_of("imagefolder", image_size=size)).to_facts(),
     }
     save_file(state, path, facts)
     return path
 
 
-@torch.no_grad()
-def assert_printed_lines_run(file: Path, to: str, out: Path, size: int) -> None:
-    """The line that `export` prints and the card's code give the student's logits."""
-    done = export(file, to, out)
-    images_BCHW = torch.randn(2, 3, size, size)
-    wanted_BC = read_weights(file).build()(images_BCHW)
-    printed = [done.lines[-1].removeprefix("read it by ")]
-    if to == "hub":
-        card = (done.folder / "README.md").read_text()
-        code = card.partition("```python\n")[2].partition("```")[0]
-        printed.append(code.replace("PATH_OF_THIS_FOLDER", "."))
-    for code in printed:
-        scope: dict[str, Any] = {}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(done.folder)
-            exec(code, scope)
-        model = scope["model"]
-        if to == "onnx":
-            got_BC = torch.from_numpy(model.run(["logits"], {"images": images_BCHW.numpy()})[0])
-        else:
-            got_BC = model(images_BCHW)
-        close = 1e-4 * wanted_BC.abs().max().item()
-        torch.testing.assert_close(got_BC, wanted_BC, rtol=0, atol=close)
-
-
-VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "class_token": False,
-       "global_pool": "avg", "input_size": 32}  # fmt: skip
-OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
-    "vgg16": (32, {"dropout": 0.25}),
-    "timm:vit_tiny_patch16_224": (32, VIT),
-    "torchvision:googlenet": (32, {"transform_input": True}),
-}
-
-
-@pytest.mark.parametrize(
-    ("model", "to"),
-    [
-        ("vgg16", "hub"),
-        *(("timm:vit_tiny_patch16_224", to) for to in ("safetensors", "timm", "hub")),
-        *(("torchvision:googlenet", to) for to in ("safetensors", "torchvision", "hub")),
-    ],
-)
-def test_printed_lines_run(model: str, to: str, tmp_path: Path) -> None:
-    """With the model's options, and a path with quotes in it."""
-    size, options = OPTIONS[model]
-    file = student_file(tmp_path / "student.safetensors", model, size, **options)
-    assert_printed_lines_run(file, to, tmp_path / 'it\'s "here"; now', size)
-
-
-# The ONNX exporter is slow, and uses only the size of `convert`'s facts.
-SLOW = {"onnx": pytest.mark.proof}
-
-
-@pytest.mark.parametrize("to", [pytest.param(to, marks=SLOW.get(to, ())) for to in FORMATS])
-def test_what_convert_writes_goes_anywhere(to: str, tmp_path: Path) -> None:
-    model = "resnet18" if to in ("torchvision", "timm") else "resnet20"
-    torch.save({"state_dict": create_model(model, 100).state_dict()}, tmp_path / "best.pth")
-    convert(tmp_path / "best.pth", tmp_path / "ours.safetensors", dataset="cifar100")
-    assert_printed_lines_run(tmp_path / "ours.safetensors", to, tmp_path / to, 32)
-    if to == "hub":
-        card = (tmp_path / to / "README.md").read_text()
-        assert "Converted by fastokd from a checkpoint of OKDDip." in card
-        Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-        seen = [
-            predict(tmp_path / at, [tmp_path / "red.png"]) for at in ("hub", "ours.safetensors")
-        ]
-        assert seen[0] == seen[1]
+def test_the_contract_is_in_the_file_and_beside_it(
+    exported: tuple[str, Export], resnet18: Run
+) -> None:
+    """What a deployment needs is said: classes, each step from a picture to the input, the score."""
+    to, folder = exported[0], exported[1].folder
+    about = json.loads((folder / "student.json").read_text())
+    shown = about["preprocessing"]
+    digits = preprocessing_of("digits")
+    assert about["format"] == to
+    assert about["fastokd"] == fastokd.__version__
+    assert about["recipe"] == "baseline/resnet18/digits"
+    assert about["score"]["split"] == "test"
+    assert about["score"]["top1"] == resnet18.last["test"]["student_top1"][0]
+    assert shown["description"] == digits.sentence()
+    assert (shown["resize"], shown["crop_size"], shown["interpolation"]) == (8, [8, 8], "bilinear")
+    assert (shown["antialias"], shown["color_order"], shown["grayscale"]) == (True, "RGB", True)
+    assert shown["native"] == {"size": 8, "levels": 17, "enlarged_by": "bicubic"}
+    assert shown["normalize"] == {"scale": 1 / 255, "mean": [0.3101] * 3, "std": [0.3542] * 3}
+    file = folder / about.pop("file")
+    if to == "onnx":
+        said = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+        texts = ("format", "fastokd", "recipe", "model", "role")
+        held = {name: v if name in texts else json.loads(v) for name, v in said.items()}
+        assert held == about
+    elif to == "torch-export":
+        extra = {"student.json": ""}
+        torch.export.load(file, extra_files=extra)
+        assert json.loads(extra["student.json"]) == {**about, "file": file.name}
+    elif file.suffix == ".safetensors":
+        held = read_weights(file)
+        assert held.preprocessing == digits
+        assert held.fact("class_names") == about["class_names"]
 
 
 def test_options_are_printed_as_they_are() -> None:

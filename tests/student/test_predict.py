@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastokd.cli import run_command
@@ -109,7 +110,7 @@ def test_damaged_pictures_are_left_out_and_said(
     first, second, last = printed.err.splitlines()
     assert first.startswith("pictures/b/broken.jpg can't be read as an image")
     assert second.startswith("pictures/z.jpg can't be read as an image")
-    assert last.startswith("fastokd: 2 of 6 pictures can't be read and are left out")
+    assert last.startswith("fastokd: 2 of 6 pictures can't be read")
     with pytest.raises(UserError, match=r"broken\.jpg can't be read"):
         predict(student, pictures)
     assert [str(row.image) for row in predict(student, pictures, skip_damaged=True)] == wanted
@@ -121,7 +122,7 @@ def test_a_table(student: Path, pictures: Path, capsys: pytest.CaptureFixture[st
     command = ["predict", str(student), "pictures", "--top", "2", "--csv", "found.csv"]
     for _ in range(2):  # the second replaces the first
         assert run_command(command) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "4 pictures are in found.csv"
+    assert capsys.readouterr().out.splitlines()[0] == "4 predictions written to found.csv"
     with open("found.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     wanted = predict(student, pictures, top=2)
@@ -165,3 +166,13 @@ def test_a_folder_that_cannot_be_listed_is_said(student: Path, pictures: Path) -
             predict(student, pictures)
     finally:
         (pictures / "b").chmod(0o755)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same(student: Path, pictures: Path) -> None:
+    """In float32, without TF32."""
+    ours, theirs = (predict(student, pictures, top=10, device=name) for name in ("cpu", "cuda"))
+    for a, b in zip(ours, theirs, strict=True):
+        found = dict(zip(b.classes, b.probabilities, strict=True))
+        assert dict(zip(a.classes, a.probabilities, strict=True)) == pytest.approx(found, abs=1e-4)
