@@ -105,7 +105,7 @@ def as_html(table: Table) -> str:
     rows = []
     for whole, row in zip(table.rows, shown.rows, strict=True):
         below = "".join(
-            f"<small>{in_html(table.columns[i].show(whole[i]))}</small>" for i in asides
+            f"<small>{_breakable(table.columns[i].show(whole[i]))}</small>" for i in asides
         )
         cells = [(column.show(cell), column.text) for column, cell in zip(shown.columns, row, strict=True)]  # fmt: skip
         rows.append(_html_row("td", cells, below))
@@ -120,10 +120,15 @@ def as_html(table: Table) -> str:
 def _html_row(tag: str, cells: Sequence[tuple[str, bool]], below_first: str = "") -> str:
     """``cells``: their texts, and whether they are words."""
     parts = [
-        f"<{tag}{' class=text' if text else ''}>{in_html(cell)}{'' if i else below_first}</{tag}>"
+        f"<{tag}{' class=text' if text else ''}>{_breakable(cell)}{'' if i else below_first}</{tag}>"
         for i, (cell, text) in enumerate(cells)
     ]
     return f"<tr>{''.join(parts)}</tr>"
+
+
+def _breakable(text: str) -> str:
+    """Names of recipes and paths may break behind a slash."""
+    return in_html(text).replace("/", "/<wbr>")
 
 
 def as_markdown(table: Table) -> str:
