@@ -228,7 +228,7 @@ def test_a_difference_names_recipe_and_results(
     first, second = make(tmp_path, "dml/resnet8/digits", 0, 3)
     found = diff_runs(first, second)
     assert found["recipe"] == {"seed": [0, 3]}
-    assert found["results"]["last top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
+    assert found["results"]["last test top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
     assert found["results"]["whole epochs"] == [3, 3]  # equal results are listed as well
     assert run_command(["diff", str(first), str(second)]) == 0
     assert "seed: 0 | 3" in capsys.readouterr().out
@@ -236,20 +236,27 @@ def test_a_difference_names_recipe_and_results(
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
-    make(tmp_path, "okddip-branch/resnet8/digits", 0, 1)
-    make(tmp_path, "okddip-branch@3/resnet8/digits", 0)
-    page = report([tmp_path], tmp_path / "all.html")
-    # The browser measures the elements at a phone's width: those without height aren't shown.
+    named = tmp_path / "runs/a folder with a long name that says all of what was tried"
+    make(named, "okddip-branch/resnet8/digits", 0, 1)
+    make(named, "baseline/resnet8/digits", 0, 1, lr=0.025)
+    make(named, "okddip-branch@3/resnet8/digits", 0)
+    page = report([tmp_path / "runs"], tmp_path / "all.html")
+    # The browser measures the elements: figures without height aren't shown. The table fits at 1300
+    # pixels; at 400 it scrolls, and the page doesn't.
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify("
         "[...document.querySelectorAll('figure svg')].map(s => "
         "[s.parentNode.id, Math.round(s.getBoundingClientRect().height)])) + "
-        "' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script></body>"
+        "' wide ' + (document.documentElement.scrollWidth > innerWidth) + "
+        "' hidden ' + hidden() + ' ' + (document.body.style.width = '368px') + "
+        "' narrow ' + document.body.scrollWidth + ' hidden ' + hidden() });"
+        "const hidden = () => { const e = document.querySelector('.scroll');"
+        "return e.scrollWidth - e.clientWidth };</script></body>"
     )
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", probe))
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probed.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
@@ -258,4 +265,5 @@ def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
     shown = dict(re.findall(r'\["(\w+)",(\d+)\]', title.group(1)))
     assert set(shown) == {"loss", "accuracy", "diversity", "group_size", "attention"}
     assert all(int(height) > 100 for height in shown.values()), shown
-    assert "wide false" in title.group(1)
+    assert "wide false hidden 0 368px narrow 400 hidden " in title.group(1)
+    assert int(title.group(1).split()[-1]) > 100
