@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import rich.table
+from rich.box import SIMPLE_HEAD
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
@@ -240,9 +243,13 @@ def _number(value: float | None) -> object:
 def as_rich(table: Table) -> rich.table.Table:
     """The table for a terminal."""
     table = table.without_asides()
-    shown = rich.table.Table(title=table.title, caption="\n".join(table.notes))
+    shown = rich.table.Table(
+        title=table.title, caption="\n".join(table.notes), box=SIMPLE_HEAD, padding=(0, 1)
+    )
     for column in table.columns:
-        shown.add_column(column.name, justify="left" if column.text else "right")
+        head = textwrap.fill(column.name, 14)
+        justify: Literal["left", "right"] = "left" if column.text else "right"
+        shown.add_column(head, justify=justify, overflow="fold")
     for index, texts in enumerate(_texts(table)):
         if table.new_section(index):
             shown.add_section()
