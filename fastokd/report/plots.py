@@ -115,7 +115,7 @@ def _axes(labels: Sequence[str]) -> tuple[Figure, Any]:
     rows = len(labels) if max(map(len, labels), default=0) > 30 else (len(labels) + 2) // 3
     figure = canvas(WIDTH, HEIGHT + 0.2 * rows)
     axes = figure.subplots()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=True)
     return figure, axes
 
@@ -272,7 +272,7 @@ def _round_epochs(epochs: Sequence[int]) -> Sequence[int]:
     """At most some eight of the epochs, round ones where they are among them."""
     from matplotlib.ticker import MaxNLocator
 
-    steps = MaxNLocator(8, integer=True).tick_values(epochs[0], epochs[-1])
+    steps = MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(epochs[0], epochs[-1])
     found = [epoch for epoch in epochs if epoch in steps]
     return found if len(found) > 1 else epochs[:: max(1, len(epochs) // 8)]
 

@@ -20,7 +20,7 @@ from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
 from fastokd.report.page import _page, report
 from fastokd.report.pictures import pictures
-from fastokd.report.plots import draw_all
+from fastokd.report.plots import as_svg, draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.tables import as_html
@@ -186,6 +186,23 @@ def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
         "dml/resnet8/digits epochs=3 lr=0.05",
     ]
     assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40])
+def test_ticks_are_whole_epochs_and_plain_numbers(epochs: int, tmp_path: Path) -> None:
+    """The loss of 40 epochs spans a factor above 10: its axis is logarithmic."""
+    fake = FakeTrain(lambda _, epoch: 0.5)
+    resolved = recipe("okddip-branch/resnet8/digits", epochs=epochs)
+    figures = draw_all(pool_runs([fake(resolved, RunOptions(out=tmp_path / "run"))]))
+    for name, figure in figures.items():
+        svg = as_svg(figure)  # draws, which places the ticks
+        axes = figure.axes[0]
+        shown = [label.get_text() for label in axes.get_xticklabels()]
+        assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+", text) for text in shown), (name, shown)
+        assert "$" not in svg
+        assert "var(--c0, #0072b2)" in svg or name == "attention"
+        assert "test" in axes.get_title(loc="left") or name == "loss"
+    assert (figures["loss"].axes[0].get_yscale() == "log") == (epochs == 40)
 
 
 def test_a_notebook_shows_each_figure_black_on_white(tmp_path: Path) -> None:
