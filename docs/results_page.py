@@ -81,7 +81,7 @@ def page(rows: Sequence[Result]) -> str:
         "Every method is trained on the whole set (60,000 training images, 10,000 test images) with ResNet-8.\n"
         "Every group has four networks, including the leader. The recipes are the named ones, shortened with\n"
         "`--epochs`. These runs are short: they show that the methods train, and don't reproduce the papers' results.\n\n"
-        "The tables give top-1 in %, mean ± deviation over seeds, of the last epoch and of the best. The best\n"
+        "The tables give top-1 on the test images in %, mean ± deviation over seeds, of the last epoch and of the best. The best\n"
         "epoch is chosen on the test set, as in the papers, so its accuracy is biased upwards. Diversity is the\n"
         "mean distance between peers' predictions. Every figure is measured-cpu.",
     ]
@@ -106,7 +106,7 @@ def page(rows: Sequence[Result]) -> str:
 def _section(rows: Sequence[Result], epochs: int) -> list[str]:
     base = next((row.pool.last() for row in rows if row.name == "baseline"), None)
     table = [
-        "| method | networks | seeds | reported | last epoch | difference from the baseline, 95% interval | best "
+        "| method | networks | seeds | reported | last epoch | difference from baseline, 95% interval | best "
         "epoch | ensemble | diversity | CPU seconds (wall) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

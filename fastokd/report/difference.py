@@ -36,11 +36,12 @@ def _results(run: Run) -> dict[str, Any]:
         "last epoch": found.last_epoch,
         "whole epochs": run.standing.epochs,
         "steps": run.standing.step,
-        "last top-1": found.last,
+        "last test top-1": found.last,
         "best epoch": found.best_epoch,
-        "best top-1": found.best,
-        "ensemble top-1": last["ensemble_top1"] if run.recipe.students > 1 else None,
-        "diversity": last["diversity"],
+        "best test top-1": found.best,
+        "best epoch chosen on": found.best_on,
+        "ensemble test top-1": last["ensemble_top1"] if run.recipe.students > 1 else None,
+        "test diversity": last["diversity"],
         "seconds": round(sum(row["seconds"] for row in run.metrics), 1),
     }
 

@@ -115,7 +115,7 @@ def _axes(labels: Sequence[str]) -> tuple[Figure, Any]:
     rows = len(labels) if max(map(len, labels), default=0) > 30 else (len(labels) + 2) // 3
     figure = canvas(WIDTH, HEIGHT + 0.2 * rows)
     axes = figure.subplots()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=True)
     return figure, axes
 
@@ -249,22 +249,32 @@ def _attention(pools: Sequence[Pool]) -> Figure | None:
             shown.append((pool, epochs, np.stack([np.mean(found[e], axis=0) for e in epochs])))
     if not shown:
         return None
-    lines = max(weights_ESN[0].size for _, _, weights_ESN in shown)
-    figure = canvas(WIDTH, len(shown) * (1.3 + 0.22 * lines))
-    panels = figure.subplots(len(shown), squeeze=False)[:, 0]
+    # Inches; peers have no weight for the leader.
+    heights = [0.8 + 0.19 * weights_ESN.any(0).sum() for _, _, weights_ESN in shown]
+    figure = canvas(WIDTH, sum(heights) + 0.3 * len(shown))
+    panels = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (pool, epochs, weights_ESN) in zip(panels, shown, strict=True):
-        heard_SN = weights_ESN.any(0)  # peers have no weight for the leader
+        heard_SN = weights_ESN.any(0)
         picture = axes.imshow(
             weights_ESN[:, heard_SN].T, aspect="auto", vmin=0, vmax=1, interpolation="nearest"
         )
-        step = max(1, len(epochs) // 8)
-        axes.set_xticks(range(0, len(epochs), step), [str(e) for e in epochs[::step]])
+        ticks = _round_epochs(epochs)
+        axes.set_xticks([epochs.index(epoch) for epoch in ticks], map(str, ticks))
         names = [f"{_who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_title(f"mixing weights on test\n{in_plot(pool.label)}", fontsize=9)
         axes.set_xlabel("epoch")
         figure.colorbar(picture, ax=axes)
     return figure
+
+
+def _round_epochs(epochs: Sequence[int]) -> Sequence[int]:
+    """At most some eight of the epochs, round ones where they are among them."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps = MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(epochs[0], epochs[-1])
+    found = [epoch for epoch in epochs if epoch in steps]
+    return found if len(found) > 1 else epochs[:: max(1, len(epochs) // 8)]
 
 
 def _who(pool: Pool, student: int) -> str:

@@ -234,13 +234,18 @@ def _data(recipes: Sequence[Recipe]) -> str:
 
 
 def _notes(results: Sequence[Result]) -> tuple[str, ...]:
-    chosen = "The best epoch is chosen on held-out images (val), then scored on test."
-    if results[0].best_on == "test":
-        chosen = "The best epoch is chosen on test, as the papers did it: biased upwards."
+    chosen = {
+        "val": "The best epoch is chosen on held-out images (val), then scored on test.",
+        "test": "The best epoch is chosen on test, as the papers did it: biased upwards.",
+    }
+    splits = {result.best_on for result in results}
+    on_row = "The best epoch is chosen on the split named in its row, then scored on test."
     notes = [
         f"Top-1 {results[0].cell.unit} on the test split in %, mean ± standard deviation over seeds.",
-        chosen,
+        chosen[splits.pop()] if len(splits) == 1 else on_row,
     ]
+    if all(result.caveat == ANOTHER_TASK for result in results):
+        notes.append("No published numbers: the student or the data aren't the paper's.")
     if any(result.difference for result in results):
         notes.append(
             "Difference: best epoch minus published, with Welch's 95% interval where both have one."
@@ -259,6 +264,7 @@ def as_table(reproduction: Reproduction) -> Table:
     """The table that the command prints and writes.
 
     Of another task than the paper's it has no published numbers, but the differences from baseline.
+    What is the same in all rows and said in a note has no column.
     """
     results = reproduction.results
     columns = (
@@ -273,6 +279,8 @@ def as_table(reproduction: Reproduction) -> Table:
         Column("verdict", text=True),
     )
     compared = any(result.difference for result in results)
+    several_splits = len({result.best_on for result in results}) > 1
+    no_other = all(result.caveat == ANOTHER_TASK for result in results)
     rows = []
     for result in results:
         cell, judged = result.cell, result.caveat != ANOTHER_TASK
@@ -281,10 +289,11 @@ def as_table(reproduction: Reproduction) -> Table:
             published = Sample(cell.mean, cell.std, cell.runs)
         rows.append(
             (
-                *(result.row, result.column, result.last, result.best, result.best_on),
+                *(result.row, result.column, result.last, result.best),
+                result.best_on if several_splits else None,
                 *(published, result.difference),
                 None if compared else result.from_baseline,
-                result.caveat or result.verdict,
+                None if no_other else result.caveat or result.verdict,
             )
         )
     title, notes = reproduction.title, reproduction.notes

@@ -30,7 +30,7 @@ RESULTS = (
 )
 PUBLISHED = (
     Column("cell", text=True),
-    Column("in %", text=True),
+    Column("test top-1 (%)", text=True),
     Column("epochs"),
     Column("ours, best epoch"),
     Column("published"),
@@ -43,7 +43,7 @@ OF_THE_METHOD = {
     *("ramp_epochs", "ramp_first", "reported", "teacher", "seed"),
 }
 # What a baseline must have in common with the cohort that it is compared with.
-OF_THE_DATA = ("dataset", "val", "image_size")
+OF_THE_DATA = ("dataset", "val", "test", "image_size")
 
 
 def results_table(pools: Sequence[Pool]) -> Table:
@@ -74,9 +74,11 @@ def _row(pool: Pool, baseline: Pool | None) -> tuple[Cell, ...]:
 
 
 def _notes(pools: Sequence[Pool], rows: Sequence[Sequence[Cell]]) -> tuple[str, ...]:
+    several = any(len(pool.runs) > 1 for pool in pools)
+    spread = ": mean ± standard deviation over runs" if several else ""
     notes = [
-        "Every accuracy is top-1 on the test split: mean ± standard deviation over runs. The best "
-        "epoch is chosen on the split named in its row, and then scored on test."
+        f"Every accuracy is top-1 on the test split{spread}. The best epoch is chosen on the split "
+        "named in its row, and then scored on test."
     ]
     if any("test" in pool.best_on for pool in pools):
         notes.append("A best epoch chosen on test, as in the papers, is biased upwards.")
@@ -145,7 +147,7 @@ def published_table(pools: Sequence[Pool]) -> Table | None:
             rows.append(
                 (
                     f"{cell.table}, {cell.row}, {cell.column}",
-                    f"test {cell.unit}",
+                    cell.unit,
                     f"{pool.epochs} of {recipe(cell.recipe).epochs}",
                     best,
                     theirs,

@@ -32,7 +32,7 @@ td { white-space: nowrap; }
 th.text, td.text { text-align: left; }
 th.group { text-align: center; border-bottom: 2px solid; }
 tr:not(:last-child) > th:not(.group) { border: 0; }
-td.text:first-child, td.text:last-child { white-space: normal; overflow-wrap: anywhere; }
+td.text:first-child, td.text:last-child { white-space: normal; overflow-wrap: break-word; }
 td.text:last-child { min-width: 10rem; }
 td:first-child { min-width: 12rem; }
 td small { display: block; font-size: .75rem; opacity: .75; }

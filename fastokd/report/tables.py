@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import rich.table
+from rich.box import SIMPLE_HEAD
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
@@ -105,7 +108,7 @@ def as_html(table: Table) -> str:
     rows = []
     for whole, row in zip(table.rows, shown.rows, strict=True):
         below = "".join(
-            f"<small>{in_html(table.columns[i].show(whole[i]))}</small>" for i in asides
+            f"<small>{_breakable(table.columns[i].show(whole[i]))}</small>" for i in asides
         )
         cells = [(column.show(cell), column.text) for column, cell in zip(shown.columns, row, strict=True)]  # fmt: skip
         rows.append(_html_row("td", cells, below))
@@ -120,10 +123,15 @@ def as_html(table: Table) -> str:
 def _html_row(tag: str, cells: Sequence[tuple[str, bool]], below_first: str = "") -> str:
     """``cells``: their texts, and whether they are words."""
     parts = [
-        f"<{tag}{' class=text' if text else ''}>{in_html(cell)}{'' if i else below_first}</{tag}>"
+        f"<{tag}{' class=text' if text else ''}>{_breakable(cell)}{'' if i else below_first}</{tag}>"
         for i, (cell, text) in enumerate(cells)
     ]
     return f"<tr>{''.join(parts)}</tr>"
+
+
+def _breakable(text: str) -> str:
+    """Names of recipes and paths may break behind a slash."""
+    return in_html(text).replace("/", "/<wbr>")
 
 
 def as_markdown(table: Table) -> str:
@@ -235,9 +243,13 @@ def _number(value: float | None) -> object:
 def as_rich(table: Table) -> rich.table.Table:
     """The table for a terminal."""
     table = table.without_asides()
-    shown = rich.table.Table(title=table.title, caption="\n".join(table.notes))
+    shown = rich.table.Table(
+        title=table.title, caption="\n".join(table.notes), box=SIMPLE_HEAD, padding=(0, 1)
+    )
     for column in table.columns:
-        shown.add_column(column.name, justify="left" if column.text else "right")
+        head = textwrap.fill(column.name, 14)
+        justify: Literal["left", "right"] = "left" if column.text else "right"
+        shown.add_column(head, justify=justify, overflow="fold")
     for index, texts in enumerate(_texts(table)):
         if table.new_section(index):
             shown.add_section()

@@ -20,7 +20,7 @@ from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
 from fastokd.report.page import _page, report
 from fastokd.report.pictures import pictures
-from fastokd.report.plots import draw_all
+from fastokd.report.plots import as_svg, draw_all
 from fastokd.report.pools import pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.tables import as_html
@@ -188,6 +188,23 @@ def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
     assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40])
+def test_ticks_are_whole_epochs_and_plain_numbers(epochs: int, tmp_path: Path) -> None:
+    """The loss of 40 epochs spans a factor above 10: its axis is logarithmic."""
+    fake = FakeTrain(lambda _, epoch: 0.5)
+    resolved = recipe("okddip-branch/resnet8/digits", epochs=epochs)
+    figures = draw_all(pool_runs([fake(resolved, RunOptions(out=tmp_path / "run"))]))
+    for name, figure in figures.items():
+        svg = as_svg(figure)  # draws, which places the ticks
+        axes = figure.axes[0]
+        shown = [label.get_text() for label in axes.get_xticklabels()]
+        assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+", text) for text in shown), (name, shown)
+        assert "$" not in svg
+        assert "var(--c0, #0072b2)" in svg or name == "attention"
+        assert "test" in axes.get_title(loc="left") or name == "loss"
+    assert (figures["loss"].axes[0].get_yscale() == "log") == (epochs == 40)
+
+
 def test_a_notebook_shows_each_figure_black_on_white(tmp_path: Path) -> None:
     (run,) = make(tmp_path, "okddip-branch/resnet8/digits", 0)
     shown = pictures(Run.load(run))
@@ -228,7 +245,7 @@ def test_a_difference_names_recipe_and_results(
     first, second = make(tmp_path, "dml/resnet8/digits", 0, 3)
     found = diff_runs(first, second)
     assert found["recipe"] == {"seed": [0, 3]}
-    assert found["results"]["last top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
+    assert found["results"]["last test top-1"] == [pytest.approx(0.7), pytest.approx(0.703)]
     assert found["results"]["whole epochs"] == [3, 3]  # equal results are listed as well
     assert run_command(["diff", str(first), str(second)]) == 0
     assert "seed: 0 | 3" in capsys.readouterr().out
@@ -236,20 +253,27 @@ def test_a_difference_names_recipe_and_results(
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
-    make(tmp_path, "okddip-branch/resnet8/digits", 0, 1)
-    make(tmp_path, "okddip-branch@3/resnet8/digits", 0)
-    page = report([tmp_path], tmp_path / "all.html")
-    # The browser measures the elements at a phone's width: those without height aren't shown.
+    named = tmp_path / "runs/a folder with a long name that says all of what was tried"
+    make(named, "okddip-branch/resnet8/digits", 0, 1)
+    make(named, "baseline/resnet8/digits", 0, 1, lr=0.025)
+    make(named, "okddip-branch@3/resnet8/digits", 0)
+    page = report([tmp_path / "runs"], tmp_path / "all.html")
+    # The browser measures the elements: figures without height aren't shown. The table fits at 1300
+    # pixels; at 400 it scrolls, and the page doesn't.
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify("
         "[...document.querySelectorAll('figure svg')].map(s => "
         "[s.parentNode.id, Math.round(s.getBoundingClientRect().height)])) + "
-        "' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script></body>"
+        "' wide ' + (document.documentElement.scrollWidth > innerWidth) + "
+        "' hidden ' + hidden() + ' ' + (document.body.style.width = '368px') + "
+        "' narrow ' + document.body.scrollWidth + ' hidden ' + hidden() });"
+        "const hidden = () => { const e = document.querySelector('.scroll');"
+        "return e.scrollWidth - e.clientWidth };</script></body>"
     )
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", probe))
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probed.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
@@ -258,4 +282,5 @@ def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
     shown = dict(re.findall(r'\["(\w+)",(\d+)\]', title.group(1)))
     assert set(shown) == {"loss", "accuracy", "diversity", "group_size", "attention"}
     assert all(int(height) > 100 for height in shown.values()), shown
-    assert "wide false" in title.group(1)
+    assert "wide false hidden 0 368px narrow 400 hidden " in title.group(1)
+    assert int(title.group(1).split()[-1]) > 100
