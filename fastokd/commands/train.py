@@ -65,7 +65,7 @@ def train(
 
     Several --seeds, or several values of a --set, train one run for each, with an index. Rerun the same
     command to finish missing runs. `fastokd train --resume DIR` continues the run in
-    DIR, with a larger --epochs beyond its end.
+    DIR; a larger --epochs extends it.
     """
     from fastokd.distributed.launch import launched, of_the_first_rank
     from fastokd.run.summary import summarise
