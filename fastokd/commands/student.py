@@ -67,9 +67,7 @@ def export(
     ] = None,
     student: Student = None,
     best: Best = False,
-    data_root: Annotated[
-        Path | None, typer.Option(help="The folder that holds the run's data set.")
-    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
     """Export a student to another library and check it."""
     from fastokd.export import export as turn
