@@ -219,7 +219,7 @@ class RunOptions:
         differing = self.differing(begun, {name: getattr(RunOptions(), name) for name in KEPT})
         if differing:
             raise UserError(
-                f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
+                f"the run in {where} was started differently: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
         try:
