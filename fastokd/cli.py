@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Train a cohort of students that teach each other, and keep the leader.",
+    help="Train students that learn from each other, and keep one of them.",
 )
 
 # In the order of --help. bench has subcommands, so typer lists it last.
@@ -69,7 +69,8 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     method: Annotated[
-        str | None, typer.Option(help="A method of your own that a run was trained by.")
+        str | None,
+        typer.Option(help="Your own method that a run was trained with: package.module:Class."),
     ] = None,
 ) -> None:
     """Options of every command."""

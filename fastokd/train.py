@@ -195,7 +195,7 @@ def _go_on_eagerly(session: Session, folder: RunFolder, error: CaptureError) -> 
     forget(error)  # its frames hold the graphs of other batch sizes
     session.learner.give_up_capture()
     why = in_one_line(error.__cause__ or error)
-    warn(f"the step can't be captured as a CUDA graph ({why}): the run goes on eagerly")
+    warn(f"the step can't be captured as a CUDA graph ({why}): the run continues eagerly")
     again = "a resumed run will try to capture the step again"
     spared(lambda: folder.changed(session), again, of=DiskError)
 

@@ -52,6 +52,24 @@ FIRST = {
 MANY_RUNS = ("reproduce", "--seeds")
 
 
+# The papers' schedules on real data, unless one of these shortens them.
+LONG = re.compile(r"/(cifar10|cifar100|imagenet|fashion_mnist|imagefolder)$")
+SHORTER = {"--epochs", "--max-steps", "--overfit-batch", "--print-recipe"}
+# It reports a run that was stopped.
+REPORTED = "docs/benchmarks.md"
+
+
+def is_long(command: Command) -> bool:
+    verb, name = (*command.words, "", "")[1:3]
+    long = verb == "reproduce" or (verb == "train" and LONG.search(name) is not None)
+    return long and not SHORTER & set(command.words)
+
+
+@pytest.mark.parametrize("page", sorted({c.page for c in ALL if is_long(c)} - {REPORTED}))
+def test_pages_say_that_a_run_takes_hours(page: str) -> None:
+    assert re.search(r"\b(hour|day)s?\b", (ROOT / page).read_text())
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small ones of every data set and file that the pages name."""

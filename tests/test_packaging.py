@@ -100,7 +100,6 @@ def test_the_wheel_trains_in_a_clean_environment(release: Release, tmp_path: Pat
     venv.create(environment, with_pip=True)
     python, program = (str(environment / "bin" / name) for name in ("python", "fastokd"))
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    clean |= {"HOME": str(tmp_path), "FASTOKD_CACHE": str(tmp_path / "cache")}
 
     def call(*command: str) -> str:
         done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)

@@ -47,15 +47,12 @@ def test_every_page_is_in_one_group_of_the_sidebar() -> None:
 
 def test_links_of_index_tables_are_titles() -> None:
     """The sidebar takes its links from the titles; none is given by hand."""
-    linked = set()
     for page in ("index.md", "methods.md"):
         for pages in groups(page).values():
             assert not [name for name in pages if "<" in name]
         for line in (DOCS / page).read_text().splitlines():
             for text, target in LINK.findall(line if line.startswith("|") else ""):
                 assert text == title(target), f"{page}: {target}"
-                linked.add(target)
-    assert linked >= {page for page in PAGES if "/" not in page} - {"index.md"}
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))

@@ -15,7 +15,7 @@ from fastokd.commands.options import Json
 from fastokd.errors import UserError
 
 Students = Annotated[int | None, typer.Option(help="Number of networks, leader included.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
 
 bench = typer.Typer(
     rich_markup_mode=None,
@@ -26,7 +26,7 @@ bench = typer.Typer(
 @bench.callback(invoke_without_command=True)
 def claims(
     context: typer.Context,
-    only: Annotated[str, typer.Option(help="Claims whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Only claims whose name contains this.")] = "",
     steps: Annotated[int | None, typer.Option(help="Rounds of each claim.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     gpu_report: Annotated[
@@ -35,7 +35,9 @@ def claims(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Time training steps against the published loops, in turn; without a command: every claim.
+    """Time training steps against the published loops.
+
+    Without a command, all claims are measured.
 
     Each pair is checked for equal results first. Use an idle machine.
     """
@@ -86,21 +88,23 @@ def _gpu_report(path: Path) -> int:
 def step(
     recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
     batch_size: BatchSize = None,
-    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of timed steps.")] = 20,
     students: Students = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32 or fp32.")] = "auto",
-    engine: Annotated[str, typer.Option(help="How the students run; auto measures.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="How the students run; auto measures and chooses.")
+    ] = "auto",
     compile_: Annotated[
         bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Through torch.compile; auto tries it on GPUs."
-        ),
+        typer.Option("--compile/--no-compile", help="Use torch.compile; auto tries it on GPUs."),
     ] = None,
     capture: Annotated[
-        bool | None, typer.Option(help="The step as a CUDA graph; by default as a run would.")
+        bool | None, typer.Option(help="Run the step as a CUDA graph; by default as in a run.")
     ] = None,
-    impl: Annotated[str, typer.Option(help="The ops: auto, torch, cpp or triton.")] = "auto",
+    impl: Annotated[
+        str, typer.Option(help="Implementation of the ops: auto, torch, cpp or triton.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default all cores.")] = None,
     reference: Annotated[
         bool,
@@ -108,7 +112,7 @@ def step(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Time a recipe's training step on drawn images; nothing is downloaded or written."""
+    """Time a recipe's training step on random images."""
     from fastokd.benchmark.step import time_steps
     from fastokd.benchmark.worker import Spec
 
@@ -135,9 +139,9 @@ def plan(
     students: Students = None,
     json_: Json = False,
 ) -> None:
-    """Estimate memory, kernel launches and hours of a recipe on a machine, without that machine.
+    """Estimate memory and time on another machine.
 
-    Counted on meta tensors, then modelled; no data, no GPU. docs/plan.md lists the assumptions.
+    One step is traced without data or a GPU; its time is modelled. docs/plan.md lists the assumptions.
     """
     from fastokd.plan.plan import plan as planned
     from fastokd.plan.table import lines

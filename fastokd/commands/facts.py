@@ -35,7 +35,7 @@ def model_info(
     num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 100,
     json_: Json = False,
 ) -> None:
-    """Count a student's parameters and multiply-accumulates, its feature width and its maps."""
+    """Print a student's parameters, MACs, feature width, maps."""
     from fastokd.models import model_info as count
 
     info = dataclasses.asdict(count(name, num_classes))
@@ -43,7 +43,7 @@ def model_info(
 
 
 def doctor(json_: Json = False) -> None:
-    """Check which implementations, devices and optional packages work here, and why not."""
+    """Check what works on this machine, and why the rest doesn't."""
     from fastokd.doctor import diagnose
 
     print_facts(diagnose(), json_)

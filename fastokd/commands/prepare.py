@@ -21,16 +21,18 @@ def prepare(
     ],
     data_root: Annotated[Path | None, typer.Option(help="ImageNet's folder.")] = None,
     val_labels: Annotated[
-        Path | None, typer.Option(help="The ground truth of a flat val/; found where it's usual.")
+        Path | None, typer.Option(help="Labels of a flat val/; by default searched for.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the manifest goes; the folder.")] = None,
-    workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the manifest; by default the image folder.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Number of threads; 0: one per core.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at every image of a folder once, and write down what a run will read.
+    """Check every image of a folder before training.
 
     Files that can't be decoded are quarantined and listed. Mean and deviation are measured.
-    imagenet is the data set, unless --data-root is left out and a folder of that name holds train/.
+    imagenet means the data set, unless --data-root is missing and a folder imagenet contains train/.
     """
     from fastokd.data.disk.prepare import prepare as run
 

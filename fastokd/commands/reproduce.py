@@ -20,23 +20,25 @@ from fastokd.run.options import RunOptions
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1 to table6, figure3 or ffsd.")],
     options: RunOptions,
-    dataset: Annotated[str | None, typer.Option(help="A data set in place of the paper's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A data set instead of the paper's.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model in place of the paper's students.")
+        str | None, typer.Option(help="A model instead of the paper's students.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs; the schedule is scaled.")] = None,
-    seeds: Annotated[str, typer.Option(help="One run for each seed.")] = "0,1,2",
+    epochs: Annotated[
+        int | None, typer.Option(help="Number of epochs. The schedule is scaled to it.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds; one run for each.")] = "0,1,2",
     val: Annotated[
         int | None, typer.Option(help="Images held out to choose the best epoch.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Cells whose recipe's name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Only cells whose recipe name contains this.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; by default runs/TABLE.")
     ] = None,
     json_: Json = False,
-    quiet: Annotated[bool, typer.Option(help="Print the table alone.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print only the table.")] = False,
 ) -> None:
-    """Train a table of the papers and compare it with the published numbers.
+    """Train a table of the papers; compare its numbers.
 
     Rerun the same command to finish missing runs. The table is also written to --out as Markdown,
     LaTeX and CSV.

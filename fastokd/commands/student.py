@@ -16,7 +16,7 @@ from fastokd.run.options import RunOptions
 Student = Annotated[
     int | None, typer.Option(help="Number of the student, from 0; by default the kept one.")
 ]
-Best = Annotated[bool, typer.Option(help="The best epoch in place of the last.")]
+Best = Annotated[bool, typer.Option(help="Use the best epoch instead of the last.")]
 
 
 def report(
@@ -27,9 +27,9 @@ def report(
         Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")
     ] = None,
 ) -> None:
-    """Write a page about one run or several.
+    """Write a page about runs, with their plots.
 
-    Its plots (PNG, SVG) and its tables (Markdown, LaTeX, CSV) are written beside it.
+    The plots (PNG, SVG) and tables (Markdown, LaTeX, CSV) are written beside the page.
     """
     from fastokd.report.page import report as write
     from fastokd.report.tables import files_of
@@ -44,7 +44,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another run folder.")],
     json_: Json = False,
 ) -> None:
-    """List the differences of two runs: recipe, versions, results."""
+    """List the differences between two runs."""
     from fastokd.report.difference import diff_runs
 
     found = diff_runs(first, second)
@@ -72,7 +72,7 @@ def export(
     ] = False,
     data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
 ) -> None:
-    """Turn a run's student into a file of another library, and check it there."""
+    """Export a student to another library and check it."""
     from fastokd.export import export as turn
 
     options = RunOptions(data_root=data_root)
@@ -88,9 +88,9 @@ def predict(
     ],
     options: RunOptions,
     top: Annotated[int, typer.Option(help="Number of classes to print.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Pictures a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
     csv: Annotated[
-        Path | None, typer.Option(help="Write a table, a picture a row, to this .csv file.")
+        Path | None, typer.Option(help="Write one row per picture to this .csv file.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -125,7 +125,7 @@ def evaluate(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Score the students, the leader and the ensemble of a run, or of an author's checkpoint."""
+    """Evaluate a run or an author's checkpoint."""
     from fastokd.evaluate import evaluate as score
 
     results = score(run, dataset=dataset, model=model, options=options)
@@ -164,7 +164,7 @@ def convert(
     ] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Convert a checkpoint of the papers' authors to a fastokd student, or a student to theirs."""
+    """Convert the authors' checkpoints to students, or back."""
     from fastokd.student.convert import convert as turn
 
     done = turn(

@@ -21,14 +21,14 @@ from fastokd.run.options import RunOptions
 
 # Settings of a recipe that have their own option; ``--set`` sets the others.
 FLAGS = {
-    "epochs": (Annotated[int | None, "Epochs; the schedule is scaled."], None),
+    "epochs": (Annotated[int | None, "Number of epochs. The schedule is scaled to it."], None),
     "seed": (Annotated[int | None, "Seed of weights, order and augmentation."], None),
     "students": (Annotated[int | None, "Number of networks, leader included."], None),
-    "batch_size": (Annotated[int | None, "Images a step."], None),
+    "batch_size": (Annotated[int | None, "Images per step."], None),
     "lr": (Annotated[float | None, "Learning rate of the first epoch."], None),
     "temperature": (Annotated[float | None, "Temperature of the distillation."], None),
     "method": (
-        Annotated[str | None, "Your own method in place of the recipe's: package.module:Class."],
+        Annotated[str | None, "Your own method instead of the recipe's: package.module:Class."],
         None,
     ),
     "val": (
@@ -57,24 +57,24 @@ def train(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several runs: 0,1,2.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of several runs: 0,1,2.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of recipe or method, KEY=VALUE[,VALUE]; repeatable."),
+        typer.Option(
+            "--set", help="A setting of the recipe or method, KEY=VALUE[,VALUE]; repeatable."
+        ),
     ] = None,
     scale_lr: Annotated[
         bool,
-        typer.Option(
-            help="Scale the learning rate by the batch size over the recipe's batch size."
-        ),
+        typer.Option(help="Scale the learning rate in proportion to the batch size."),
     ] = False,
     print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
 ) -> None:
-    """Train a cohort by a recipe and leave a run folder.
+    """Train a recipe and write a run folder.
 
-    Several --seeds, or several values of a --set, give a folder for each run and an index. The same
-    command again trains the runs that are missing. `fastokd train --resume DIR` continues the run in
-    DIR, with a larger --epochs beyond its end.
+    Several --seeds, or several values of a --set, train one run for each, with an index. Rerun the same
+    command to finish missing runs. `fastokd train --resume DIR` continues the run in
+    DIR; a larger --epochs extends it.
     """
     from fastokd.distributed.launch import launched, of_the_first_rank
     from fastokd.run.summary import summarise

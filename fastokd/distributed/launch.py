@@ -125,7 +125,7 @@ def joined(device: str, capture: bool = False) -> Iterator[None]:
         if not watch.is_first(rank):
             raise EndedByAnother from error
         if isinstance(error, UserError):
-            raise UserError(f"{error} (said by rank {rank} of {size})") from error
+            raise UserError(f"{error} (reported by rank {rank} of {size})") from error
         raise
     except SystemExit:  # they agreed to stop
         dist.destroy_process_group()

@@ -99,7 +99,7 @@ def tell_lost(out: Outlet) -> None:
     global _lost_is_told
     if out.lost is not None and not _lost_is_told:
         _lost_is_told = True
-        warn(f"standard output can't be written ({reason(out.lost)}): the run goes on without it")
+        warn(f"standard output can't be written ({reason(out.lost)}): the run continues without it")
 
 
 def reason(error: BaseException) -> str:

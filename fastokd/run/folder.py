@@ -143,7 +143,7 @@ class RunFolder:
         begun = options.as_begun(begun_with(self.path, options), self.path)
         for difference in other_teacher(self.path, options.teacher):
             raise UserError(
-                f"the run in {self.path} was begun otherwise: it differs in {difference}; leave "
+                f"the run in {self.path} was started differently: it differs in {difference}; leave "
                 "--teacher out to resume it as it was, or choose another --out"
             )
         return self.facts.with_data(begun)

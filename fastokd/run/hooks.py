@@ -70,7 +70,7 @@ class Hooks:
 
     def try_add(self, make: Callable[[], Hook], title: str) -> None:
         """Adds a hook; warns if it can't be made or begun."""
-        spared(lambda: self.add(make()), f"the run goes on without {title}")
+        spared(lambda: self.add(make()), f"the run continues without {title}")
 
     def on_step(self, images: int) -> None:
         self.images += images
@@ -92,5 +92,5 @@ class Hooks:
     def _call(self, hook: Hook, event: Callable[..., None], *values: Any) -> None:
         if not hook.optional:
             event(*values)
-        elif not spared(lambda: event(*values), f"the run goes on without {hook.title}"):
+        elif not spared(lambda: event(*values), f"the run continues without {hook.title}"):
             self._hooks = [other for other in self._hooks if other is not hook]

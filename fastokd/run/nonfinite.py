@@ -42,7 +42,7 @@ def settle(session: Session, save: Callable[[], None]) -> None:
         except DiskError as error:
             kept = f"the state before it couldn't be saved ({error})"
         raise UserError(
-            f"{what}; it wasn't taken{_and_skipped(session)}, and {kept}: lower --lr (it is {session.recipe.lr:g}), or go on with --resume --skip-nonfinite "
+            f"{what}; it wasn't taken{_and_skipped(session)}, and {kept}: lower --lr (it is {session.recipe.lr:g}), or continue with --resume --skip-nonfinite "
             f"{session.skipped + 1}"
         )
     session.skipped += 1

@@ -50,16 +50,16 @@ class RunOptions:
     data_root: Annotated[
         Path | None, "The folder that holds the data sets; a run that was begun knows its own."
     ] = None
-    download: Annotated[bool, "Fetch the data set where it is missing."] = False
+    download: Annotated[bool, "Download the data set if it is missing."] = False
     resume: Annotated[
         bool,
-        "Continue the run in --out, or in the folder that is named in place of the recipe, with the "
+        "Continue the run in --out, or in the folder that is named instead of the recipe, with the "
         "options it began with.",
     ] = False
-    device: Annotated[str, "auto (the GPU where there is one), cpu, cuda or cuda:1."] = "auto"
+    device: Annotated[str, "auto (the GPU, if there is one), cpu, cuda or cuda:1."] = "auto"
     precision: Annotated[
         str,
-        "auto (bf16 where the device has instructions for it, else fp32), bf16, fp16 (with an "
+        "auto (bf16 if the device has bf16 instructions, otherwise fp32), bf16, fp16 (with an "
         "adaptive loss scale), tf32 (GPUs) or fp32.",
     ] = "auto"
     teacher: Annotated[
@@ -69,76 +69,77 @@ class RunOptions:
     ] = None
     init: Annotated[
         tuple[str, ...],
-        "Trained weights to begin from: a run, a checkpoint, a student.safetensors or a state dict "
-        "(.pth); one for all, or one a student.",
+        "Trained weights to start from: a run, a checkpoint, a student.safetensors or a state dict "
+        "(.pth); one file for all students, or one per student.",
     ] = ()
     engine: Annotated[
         str,
-        "How the students run: loop, grouped, vmap, or auto, which measures them in long runs.",
+        "How the students run: loop, grouped, vmap, or auto, which measures them if the run is long.",
     ] = "auto"
-    impl: Annotated[str, "The ops: auto, torch, cpp or triton."] = "auto"
-    optimizer: Annotated[str, "sgd (fused), or apex-sgd where NVIDIA apex is installed."] = "sgd"
+    impl: Annotated[str, "Implementation of the ops: auto, torch, cpp or triton."] = "auto"
+    optimizer: Annotated[str, "sgd (fused), or apex-sgd (needs NVIDIA apex)."] = "sgd"
     compile: Annotated[
-        bool | None, "Forward and loss through torch.compile; by default --engine auto decides."
+        bool | None, "Use torch.compile for forward and loss; by default --engine auto decides."
     ] = None
-    memory_format: Annotated[str, "Of weights and maps: auto, channels_last or contiguous."] = (
-        "auto"
-    )
+    memory_format: Annotated[
+        str, "Layout of weights and maps: auto, channels_last or contiguous."
+    ] = "auto"
     capture: Annotated[
         bool | None,
-        "The whole step as a CUDA graph; by default on one GPU, where the step can be captured.",
+        "Run the whole step as a CUDA graph; by default on one GPU, if the step can be captured.",
     ] = None
     streams: Annotated[
         bool | None,
-        "In a captured step the loop's students side by side, on streams; by default --engine auto "
+        "Run the loop's students of a captured step on parallel streams; by default --engine auto "
         "decides.",
     ] = None
     accumulate: Annotated[
         int,
-        "Take a batch in so many parts, whose gradients add up to the batch's; only BatchNorm sees "
-        "the parts.",
+        "Split each batch into N parts and sum their gradients; only BatchNorm sees the parts.",
     ] = 1
-    clip_norm: Annotated[float | None, "Largest norm of the gradient."] = None
+    clip_norm: Annotated[float | None, "Clip the gradient's norm to this value."] = None
     skip_nonfinite: Annotated[
-        int, "Steps in all that may be left out because a value isn't finite."
+        int, "Steps with a non-finite value to skip before the run stops."
     ] = 0
     ema: Annotated[
-        float | None, "Decay of a running average of the kept student, which is then kept."
+        float | None, "Decay of a moving average of the kept student; the average is kept instead."
     ] = None
     loader: Annotated[
         str,
-        "Images on disk: dali, nvjpeg, torchvision, or auto (dali where it is installed, else nvjpeg "
-        "on a GPU, else torchvision).",
+        "Loader of images on disk: dali, nvjpeg, torchvision, or auto (dali if installed, otherwise "
+        "nvjpeg on a GPU, otherwise torchvision).",
     ] = "auto"
-    workers: Annotated[int, "Threads or processes of the loader; 0: one a core."] = 0
-    eval_every: Annotated[int, "Epochs between evaluations; the last epoch is always one."] = 1
+    workers: Annotated[int, "Threads or processes of the loader; 0: one per core."] = 0
+    eval_every: Annotated[
+        int, "Epochs between evaluations; the last epoch is always evaluated."
+    ] = 1
     save_every_steps: Annotated[
-        int | None, "Steps between checkpoints; after each epoch in any case."
+        int | None, "Steps between checkpoints, in addition to one per epoch."
     ] = None
     save_every_minutes: Annotated[
-        float | None, "Minutes between checkpoints; after each epoch in any case."
+        float | None, "Minutes between checkpoints, in addition to one per epoch."
     ] = 15.0
-    max_steps: Annotated[int | None, "Stop a run after so many steps in all."] = None
-    overfit_batch: Annotated[bool, "Train on one batch only: a check that a set-up can learn."] = (
+    max_steps: Annotated[int | None, "Stop a run after this many steps in total."] = None
+    overfit_batch: Annotated[bool, "Train on one batch only, to check that a set-up can learn."] = (
         False
     )
     parallel: Annotated[
         str,
-        "What ranks share under torchrun: data (each batch), or students (what ranks remain share "
-        "the batch).",
+        "What torchrun's ranks divide: data (each batch), or students (further ranks divide the "
+        "batch).",
     ] = "data"
-    sync_bn: Annotated[bool, "BatchNorm over the batch of all ranks."] = False
+    sync_bn: Annotated[bool, "Compute BatchNorm's statistics over the batch of all ranks."] = False
     deterministic: Annotated[
         bool,
-        "The same bits from the same command on the same machine, on a GPU too; slower there, and "
-        "no engine is chosen by timing.",
+        "Bitwise the same results on the same machine, on a GPU too; slower there, and no engine is "
+        "chosen by timing.",
     ] = False
     show_augmentation: Annotated[
-        bool, "Leave the first batch as the students see it, augmentation.png."
+        bool, "Write the first batch as the students see it to augmentation.png."
     ] = False
     tensorboard: Annotated[bool, "Log every epoch to TensorBoard, in the run folder."] = False
     wandb: Annotated[bool, "Log every epoch to Weights & Biases."] = False
-    quiet: Annotated[bool, "Print nothing but errors."] = False
+    quiet: Annotated[bool, "Print only errors."] = False
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -201,7 +202,7 @@ class RunOptions:
         differing = self.differing(begun, {name: getattr(RunOptions(), name) for name in KEPT})
         if differing:
             raise UserError(
-                f"the run in {where} was begun otherwise: it differs in {', '.join(differing)}; "
+                f"the run in {where} was started differently: it differs in {', '.join(differing)}; "
                 "leave that out to resume it as it was, or choose another --out"
             )
         try:

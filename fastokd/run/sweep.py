@@ -139,7 +139,7 @@ def run_or_resume(wanted: Recipe, options: RunOptions, train: Train) -> Run:
             return Run.load(folder.path)
         if not folder.checkpoints.is_dir():
             raise UserError(
-                f"{folder.path} holds a run that isn't done and has no checkpoints/ to go on from: "
+                f"{folder.path} holds a run that isn't done and has no checkpoints/ to continue from: "
                 "put them back, or choose another --out"
             )
     return train(wanted, dataclasses.replace(options, resume=begun))

@@ -74,7 +74,7 @@ def test_one_ranks_error_ends_all_with_its_message(tmp_path: Path) -> None:
     process = torchrun(tmp_path / "run", "--method", "tests.distributed.failing:Failing")
     out, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count("the disk of this machine is on fire (said by rank 1 of 2)") == 1
+    assert errors.count("the disk of this machine is on fire (reported by rank 1 of 2)") == 1
     assert "2 ranks: 2 x 50 images, batch 100" in out
     assert "Traceback" not in errors.split("torch/distributed")[0]
 

@@ -80,7 +80,7 @@ def test_a_run_goes_on_without_standard_output(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert told[0].startswith(f"warning: standard output can't be written ({why}")
-    assert told[0].endswith("the run goes on without it")
+    assert told[0].endswith("the run continues without it")
     assert (tmp_path / "run/student.safetensors").is_file()
 
 
@@ -191,8 +191,8 @@ def test_a_run_without_its_display_goes_on(
     monkeypatch.setattr(Display, "__init__", raising(LookupError("TERM")))
     train(RECIPE, OPTIONS, out=tmp_path / "never begun", max_steps=1)
     assert capsys.readouterr().err == (
-        "warning: the run goes on without its display: RuntimeError: no colours\n"
-        "warning: the run goes on without its display: LookupError: TERM\n"
+        "warning: the run continues without its display: RuntimeError: no colours\n"
+        "warning: the run continues without its display: LookupError: TERM\n"
     )
     for name in ("begun", "never begun"):
         assert (tmp_path / name / "student.safetensors").is_file()

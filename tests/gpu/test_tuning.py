@@ -170,7 +170,7 @@ def test_a_run_whose_step_waits_for_the_device_goes_on_eagerly(
     run = fastokd.train(small(batch_size=64), out=tmp_path / "run", **how)
     assert run.last["step"] == 8
     assert run.last["train"]["loss"] > 0
-    assert capsys.readouterr().err.count("the run goes on eagerly") == 1
+    assert capsys.readouterr().err.count("the run continues eagerly") == 1
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["capture"] is False
 

@@ -275,7 +275,7 @@ def test_a_captured_run_is_resumed_captured(
     monkeypatch.setattr(step_module, "CapturedStep", recorder.captured)
     resume(tmp_path / "run", quiet=True)
     assert recorder.captures == 1
-    assert "the run goes on eagerly" in capsys.readouterr().err
+    assert "the run continues eagerly" in capsys.readouterr().err
 
 
 def test_warm_up_is_short_without_ddp() -> None:

@@ -56,7 +56,7 @@ def test_who_began_last_is_closed_first(capsys: pytest.CaptureFixture[str]) -> N
     with Hooks() as hooks:
         hooks.add(*map(Closing, "abc"))
     assert closed == ["c", "b", "a"]
-    assert capsys.readouterr().err == "warning: the run goes on without b: OSError: full\n"
+    assert capsys.readouterr().err == "warning: the run continues without b: OSError: full\n"
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_written(

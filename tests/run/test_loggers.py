@@ -97,7 +97,7 @@ def test_a_logger_that_fails_later(
     monkeypatch.setattr(loggers, "END", 0.3)
     run = train(RECIPE, OPTIONS, out=tmp_path / "run", max_steps=1)
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("warning: the run goes on without Weights & Biases: ")
+    assert told.startswith("warning: the run continues without Weights & Biases: ")
     assert said in told
     assert "metrics.jsonl has every row" in told
     assert (run.folder / "student.safetensors").is_file()
