@@ -187,7 +187,7 @@ def test_train_evaluate_resume(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     flags = ["--out", out, "--students", "2", "--batch-size", "250", "--epochs", "2"]
     code, printed, _ = run(capsys, "train", RECIPE, *flags, "--max-steps", "1")
     assert code == 0
-    assert "rate / 10 before epochs [1, 2]" in printed
+    assert "rate / 10 after epoch 1 (1 of 2 milestones" in printed
     assert "images/s" in printed
     code, _, err = run(capsys, "train", RECIPE, *flags)
     assert code == 2

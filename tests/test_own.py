@@ -83,8 +83,8 @@ def test_an_own_method_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("no_such_module:Method", "can't be loaded"),
         ("json:JSONDecoder", "no subclass"),
         ("json:nothing", "can't be loaded"),
-        ("okddip", "can't be loaded"),
-        ("", "can't be loaded"),
+        ("okddip", "name it as package.module:Class"),
+        ("", "name it as package.module:Class"),
     ],
 )
 def test_what_is_no_method_is_said(name: str, message: str) -> None:

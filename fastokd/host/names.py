@@ -55,6 +55,13 @@ def in_plot(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``, ``1,000 classes``."""
+    if count != 1:
+        noun += "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}"
+
+
 def first_names(names: Sequence[str], most: int) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
