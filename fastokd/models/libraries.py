@@ -82,7 +82,7 @@ def _options(name: str) -> Mapping[str, Any]:
     prefix, _, arch = name.partition(":")
     builder = _builder(prefix, arch)
     owner = inspect.signature(builder).return_annotation
-    if not inspect.isclass(owner):  # a few of timm's don't say their class
+    if owner is inspect.Signature.empty:  # some of timm's don't say their class
         with torch.device("meta"):
             owner = type(builder())
     found: dict[str, Any] = {}
