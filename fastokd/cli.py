@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +18,11 @@ import fastokd
 from fastokd.commands import facts, student
 from fastokd.commands.bench import bench, plan
 from fastokd.commands.help import keep_docstrings
+from fastokd.commands.options import Command
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
-from fastokd.errors import DISK, Interrupted, UserError
+from fastokd.errors import DISK, Interrupted, UserError, wrong_type
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import guarded, open_missing, reason
 from fastokd.run.loggers import still_busy
@@ -52,7 +55,7 @@ for _command, _example in (
     (facts.model_info, "model-info resnet32 --num-classes 100"),
     (facts.doctor, "doctor --json"),
 ):
-    app.command(_example.split()[0], epilog=f"Example: fastokd {_example}")(_command)
+    app.command(_example.split()[0], cls=Command, epilog=f"Example: fastokd {_example}")(_command)
 app.add_typer(bench, name="bench")
 
 
@@ -93,10 +96,18 @@ def _own_methods(arguments: list[str]) -> list[str]:
         from fastokd.methods import register_method
 
         name = value if equals else next(words, "")
+        _make_importable(Path.cwd())
         register_method(name)
         if "train" in arguments:
             left += ["--method", name]
     return left
+
+
+def _make_importable(folder: Path) -> None:
+    """Puts ``folder`` first on Python's path, as `python -m fastokd` has it; the console script has
+    its own folder there. Worker processes get the same path."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _usage_error(error: Any, arguments: Sequence[str]) -> str:
@@ -109,7 +120,21 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> str:
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         if kind and option in getattr(parameter, "opts", ()):
-            return f"{option} is {value if equals else following!r}: it must be {kind}"
+            return str(wrong_type(option, value if equals else following, kind))
+    names = getattr(error, "possibilities", None)
+    unknown = error.option_name if hasattr(error, "possibilities") else None
+    if command == "fastokd train" and unknown is not None:
+        from fastokd.recipe.changes import is_setting
+
+        key = unknown.strip("-").replace("-", "_")
+        if is_setting(key):
+            return f"{unknown} is no option of train but a setting: write --set {key}=VALUE"
+    if unknown is not None:
+        known = [name.strip("-") for name in names or ()]
+        close = difflib.get_close_matches(unknown.strip("-"), known, cutoff=0.7)
+        near = " or ".join(f"--{name}" for name in close)
+        hint = f": did you mean {near}?" if near else f"; `{command} --help` has an example"
+        return f"No such option {unknown}{hint}"
     said = " ".join(error.format_message().split()).rstrip(".")
     return f"{said}; `{command} --help` has an example"
 

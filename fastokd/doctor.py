@@ -22,12 +22,17 @@ OPS = (
     *("shifted_map", "fusion_step", "fused_bn_act"),
 )
 
+# The optional packages, by their names on PyPI, and how each is installed.
 OPTIONAL = {
     "nvidia-dali-cuda120": "pip install fastokd[dali-cuda12]",
     "nvidia-dali-cuda130": "pip install fastokd[dali-cuda13]",
     "tensorboard": "pip install fastokd[tensorboard]",
+    "wandb": "pip install wandb",
+    "timm": "pip install fastokd[timm]",
+    "onnx": "pip install fastokd[onnx]",
     "onnxruntime": "pip install fastokd[onnx]",
-    "timm": "pip install timm",
+    "onnxscript": "pip install fastokd[onnx]",
+    "huggingface_hub": "pip install huggingface_hub",
 }
 
 

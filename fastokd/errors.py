@@ -79,13 +79,18 @@ def as_path(name: str, value: object) -> Path:
     """``value`` as a path; a value that is neither a string nor a path raises UserError."""
     if isinstance(value, (str, os.PathLike)):
         return Path(value)
-    raise UserError(f"{name} is {value!r}: it must be a path")
+    raise wrong_type(name, value, "a path")
+
+
+def wrong_type(name: str, value: object, what: str) -> UserError:
+    """The error for a value of the wrong type; ``what`` describes a right one."""
+    return UserError(f"{name} must be {what} (got {value!r})")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for an unknown name; its message offers the nearest names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there is {_some(names)}"
     return UserError(f"unknown {kind} {name!r}: {hint}")
 

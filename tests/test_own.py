@@ -18,6 +18,7 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.methods import list_methods, register_method
 from fastokd.recipe.names import recipe
+from fastokd.run.worker import Worker
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHORT = ["--max-steps", "2", "--quiet", "--engine", "loop", "--device", "cpu"]
@@ -59,28 +60,64 @@ def test_own_data_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(arguments, "--batch-size", "4", *SHORT)
 
 
-def test_an_own_method_in_a_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page's method in the working directory, which isn't on Python's path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
     monkeypatch.delitem(sys.modules, "my_methods", raising=False)
     (code,) = blocks("your-method.md", "python")
     (tmp_path / "my_methods.py").write_text(code)
+    return "my_methods:BestTeacher"
+
+
+def test_an_own_method_in_a_page(
+    own_method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     train, report = commands("your-method.md")
     run(train, *SHORT, "--set", "temperature=2")
     kept = json.loads((tmp_path / "runs/best/recipe.json").read_text())
-    assert kept["method"] == "my_methods:BestTeacher"
-    assert kept["name"] == "my_methods:BestTeacher-network/resnet8/digits"
+    assert kept["method"] == own_method
+    assert kept["name"] == f"{own_method}-network/resnet8/digits"
     assert kept["method_options"] == {"temperature": 2}
+    run(train, *SHORT[:1], "3", *SHORT[2:], "--set", "temperature=2", "--resume")
     run(report)
-    run(["evaluate", "runs/best", "--method=my_methods:BestTeacher"])
+    run(["evaluate", "runs/best", f"--method={own_method}"])
     monkeypatch.setattr("fastokd.methods._OWN", {})
     run(report)  # needs no code
     for command in ("evaluate", "export --to safetensors"):
         assert run_command([*command.split(), "runs/best"]) == 2
-        assert "add --method my_methods:BestTeacher" in capsys.readouterr().err, command
-    assert "my_methods:BestTeacher" not in list_methods()
+        assert f"add --method {own_method}" in capsys.readouterr().err, command
+    assert own_method not in list_methods()
+
+
+def test_an_own_method_reaches_the_processes_of_trials(own_method: str, tmp_path: Path) -> None:
+    code = "from my_methods import BestTeacher\ndef make(job): return [BestTeacher.__name__, job], None"
+    (tmp_path / "beside_it.py").write_text(code)
+    run(["list", "models", "--method", own_method])
+    with Worker("beside_it:make", 3, threads=1, seconds=120, quiet=True) as worker:
+        assert worker.first == ["BestTeacher", 3]
+
+
+def test_the_error_for_an_own_method_says_what_is_wrong(own_method: str, tmp_path: Path) -> None:
+    del own_method
+    (tmp_path / "broken.py").write_text("import torch\n\nclass Mine(torch.Nothing):\n    pass\n")
+    (tmp_path / "unfinished.py").write_text("class Mine(")
+    (tmp_path / "needing.py").write_text("import not_installed_here")
+    for name, says in (
+        ("nowhere:Mine", rf"there is no nowhere.py .* in the working directory {tmp_path}"),
+        ("my_methods.inner:Mine", "my_methods has no module inner"),
+        ("my_methods:Best", r"has no Best \(its methods are BestTeacher\)"),
+        ("broken:Mine", r"importing broken raised AttributeError.*\(line 3\); --debug"),
+        ("unfinished:Mine", "importing unfinished raised SyntaxError"),
+        ("needing:Mine", "importing needing raised .*No module named 'not_installed_here'"),
+    ):
+        sys.path.insert(0, str(tmp_path))
+        with pytest.raises(UserError, match=says):
+            register_method(name)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +126,8 @@ def test_an_own_method_in_a_page(
         ("no_such_module:Method", "can't be loaded"),
         ("json:JSONDecoder", "no subclass"),
         ("json:nothing", "can't be loaded"),
-        ("okddip", "can't be loaded"),
-        ("", "can't be loaded"),
+        ("okddip", "name it as package.module:Class"),
+        ("", "name it as package.module:Class"),
     ],
 )
 def test_what_is_no_method_is_said(name: str, message: str) -> None:

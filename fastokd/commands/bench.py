@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd.commands.facts import print_facts
-from fastokd.commands.options import Json
+from fastokd.commands.options import Command, Json
 from fastokd.errors import UserError
 
 Students = Annotated[int | None, typer.Option(help="Number of networks, leader included.")]
@@ -84,7 +84,10 @@ def _gpu_report(path: Path) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-@bench.command(epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json")
+@bench.command(
+    cls=Command,
+    epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json",
+)
 def step(
     recipe: Annotated[str, typer.Argument(help="METHOD/MODEL/DATASET; `fastokd list recipes`.")],
     batch_size: BatchSize = None,

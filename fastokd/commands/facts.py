@@ -14,7 +14,10 @@ from fastokd.errors import unknown_name
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="models, methods, datasets or recipes.")],
+    what: Annotated[
+        str | None,
+        typer.Argument(help="models, methods, datasets or recipes; by default how many of each."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """List the names that recipes take."""
@@ -24,6 +27,11 @@ def list_(
         "datasets": fastokd.list_datasets,
         "recipes": fastokd.list_recipes,
     }
+    if what is None:
+        every = {name: names() for name, names in lists.items()}
+        short = (f"{len(names):4} {name}: fastokd list {name}" for name, names in every.items())
+        print(json.dumps(every) if json_ else "\n".join(short))
+        return
     if what not in lists:
         raise unknown_name("list", what, lists)
     names = lists[what]()

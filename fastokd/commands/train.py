@@ -16,6 +16,7 @@ from fastokd.errors import UserError
 from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
 from fastokd.recipe import names
+from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
@@ -61,7 +62,7 @@ def train(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A setting of the recipe or method, KEY=VALUE[,VALUE]; repeatable."
+            "--set", help="A setting of the recipe, method or model, KEY=VALUE[,VALUE]; repeatable."
         ),
     ] = None,
     scale_lr: Annotated[
@@ -114,8 +115,8 @@ def train(
         return
     if launched() > 1:
         raise UserError(
-            f"{len(wanted)} runs are asked for, and torchrun starts one: leave --seeds and lists of "
-            "values out, or start them one after another"
+            "--seeds or lists of values ask for several runs, and torchrun starts one: leave them out, "
+            "or start the runs one after another"
         )
     folder = options.out or sweep_folder(recipe)
     done = run_all(folder, wanted, options, run)
@@ -177,8 +178,17 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
         if scale_lr:
             lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
         if resolved.epochs != names.recipe(name).epochs:
-            lines.append(
-                f"schedule for {counted(resolved.epochs, 'epoch')}: rate / {1 / resolved.lr_decay:g} before "
-                f"epochs {list(resolved.milestones)}, ramp over {resolved.ramp_epochs:g}"
-            )
+            lines.append(_schedule(resolved))
     return list(dict.fromkeys(lines))
+
+
+def _schedule(of: Recipe) -> str:
+    """How the learning rate falls and the distillation ramps up."""
+    falls = ", ".join(str(milestone) for milestone in of.milestones if milestone < of.epochs)
+    rate = (
+        f"rate / {1 / of.lr_decay:g} after epoch {falls}" if falls else f"rate {of.lr:g} throughout"
+    )
+    all_of_them = len(names.recipe(of.name).milestones)
+    if len(of.milestones) < all_of_them:
+        rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
+    return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:g}"

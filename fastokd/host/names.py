@@ -77,8 +77,10 @@ def in_plot(name: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun: ``1 epoch``, ``2 epochs``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """``1 epoch``, ``2 epochs``, ``1,000 classes``."""
+    if count != 1:
+        noun += "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}"
 
 
 def first_names(names: Sequence[str], most: int) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
+import os
+import traceback
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from fastokd.cohort import CohortShape
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError, in_one_line, unknown_name, wrong_type
 from fastokd.known import METHODS, list_methods, load
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
 
@@ -23,19 +27,48 @@ def register_method(name: str) -> type[Method]:
     files run no code.
 
     Raises:
-        UserError: there is no such module or class, or the class is no :class:`Method`.
+        UserError: there is no such module or class, its code can't be imported, or the class is no
+            :class:`Method`.
     """
+    module, _, wanted = name.partition(":")
+    if not module or not wanted:
+        raise UserError(f"--method is {name!r}: name it as package.module:Class")
     try:
-        found = load(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--method {name} can't be loaded: {error}; name it as package.module:Class, and run "
-            "where Python finds the package"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
+        home = import_module(module)
+    except Exception as error:  # raised by the user's own code
+        raise UserError(f"--method {name} can't be loaded: {_why_not(module, error)}") from error
+    found = getattr(home, wanted, None)
+    if found is None:
+        classes = [
+            key for key, value in vars(home).items() if _is_method(value) and value is not Method
+        ]
+        where = getattr(home, "__file__", None) or module
+        own = f"its methods are {', '.join(classes)}" if classes else "it has no methods"
+        raise UserError(f"--method {name} can't be loaded: {where} has no {wanted} ({own})")
+    if not _is_method(found):
         raise UserError(f"--method {name} is no subclass of fastokd.methods.Method: make it one")
-    _OWN[name] = found
-    return found
+    own_class: type[Method] = found
+    _OWN[name] = own_class
+    return own_class
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Method)
+
+
+def _why_not(module: str, error: Exception) -> str:
+    """Why the user's ``module`` can't be imported, and where it was looked for."""
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+        missing = str(error.name)
+        if "." in missing:
+            return f"{missing.rpartition('.')[0]} has no module {missing.rpartition('.')[2]}"
+        return (
+            f"there is no {missing}.py or package {missing} in the working directory {os.getcwd()}, "
+            "nor in PYTHONPATH or among the installed packages; change to the folder that holds it"
+        )
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
+    line = f" (line {lines[-1]})" if lines else ""
+    return f"importing {module} raised {in_one_line(error)}{line}; --debug shows where"
 
 
 def is_loaded(name: str) -> bool:
@@ -55,7 +88,8 @@ def method_class(name: str) -> type[Method]:
         return _OWN[name]
     if ":" in name:
         raise UserError(
-            f"the method {name} is custom code, which a recipe alone doesn't load: add --method {name}"
+            f"the method {name} is custom code, which a recipe alone doesn't load: add --method {name}, "
+            f"or call fastokd.methods.register_method({name!r}) in Python"
         )
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
@@ -96,12 +130,13 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         elif isinstance(default, str):
             fits, what = isinstance(value, str), f"a word, such as {default}"
         elif isinstance(default, float):
-            fits = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            fits = isinstance(value, numbers.Real) and 0 <= float(value) < math.inf
             what = "a finite number, at least 0"
         else:
-            fits, what = isinstance(value, int) and value >= 1, "a whole number, at least 1"
+            fits = isinstance(value, numbers.Integral) and int(value) >= 1
+            what = "a whole number, at least 1"
         if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise UserError(f"{option} is {value!r}: it must be {what}")
+            raise wrong_type(option, value, what)
 
 
 def create_method(name: str, shape: CohortShape, *, impl: str = "auto", **options: Any) -> Method:

@@ -2,7 +2,14 @@
 
 from fastokd.known import list_models
 from fastokd.models.info import ModelInfo, map_shapes, model_info, trunk_shape
-from fastokd.models.registry import create_model, input_size, model_spec, register_model
+from fastokd.models.registry import (
+    check_options,
+    create_model,
+    input_size,
+    model_spec,
+    option_defaults,
+    register_model,
+)
 from fastokd.models.sizes import least_batch
 from fastokd.models.spec import ModelSpec
 from fastokd.models.student import Student, StudentOutput
@@ -12,6 +19,7 @@ __all__ = [
     "ModelSpec",
     "Student",
     "StudentOutput",
+    "check_options",
     "create_model",
     "input_size",
     "least_batch",
@@ -19,6 +27,7 @@ __all__ = [
     "map_shapes",
     "model_info",
     "model_spec",
+    "option_defaults",
     "register_model",
     "trunk_shape",
 ]

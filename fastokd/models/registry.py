@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError, in_one_line, wrong_type
 from fastokd.known import MODELS
 from fastokd.models import libraries
 from fastokd.models.spec import ModelSpec, stated_size
@@ -43,8 +44,37 @@ def model_spec(name: str) -> ModelSpec:
         return libraries.resolve(name)
     spec = _registered(name)
     if spec is None:
-        raise unknown_name("model", name, MODELS)
+        raise libraries.unknown_model(name)
     return spec
+
+
+def option_defaults(name: str) -> dict[str, Any]:
+    """The options of the student ``name`` that have a default, as :func:`create_model` takes them.
+
+    Those that the name itself decides (the blocks of a ResNet) are left out.
+    """
+    spec = model_spec(name)
+    settled = getattr(spec.build, "keywords", {})
+    parameters = inspect.signature(spec.build).parameters.values()
+    own = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**{k: v for k, v in own.items() if k not in settled}, **spec.library_options()}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Checks the types of those options that have a default that tells it.
+
+    Raises:
+        UserError: a value of the wrong type.
+    """
+    if not options:
+        return
+    defaults = option_defaults(name)
+    for option, value in options.items():
+        default, is_bool = defaults.get(option), isinstance(value, bool)
+        if isinstance(default, bool) and not is_bool:
+            raise wrong_type(option, value, "true or false")
+        if isinstance(default, float) and (is_bool or not isinstance(value, numbers.Real)):
+            raise wrong_type(option, value, "a number")
 
 
 def input_size(name: str, options: Mapping[str, Any]) -> int:
@@ -58,7 +88,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> Student:
     Its weights are drawn from torch's global generator.
 
     Raises:
-        UserError: an unknown name, too few classes, an option that the model doesn't have.
+        UserError: an unknown name, too few classes, an option that the model doesn't have, a value
+            that its constructor rejects.
     """
     spec = model_spec(name)
     if num_classes < 2:
@@ -67,4 +98,11 @@ def create_model(name: str, num_classes: int, **options: Any) -> Student:
         inspect.signature(spec.build).bind(num_classes, **options)
     except TypeError as error:
         raise UserError(f"model {name} doesn't take these options: {error}") from error
-    return spec.build(num_classes, **options)
+    try:
+        return spec.build(num_classes, **options)
+    except (TypeError, ValueError) as error:
+        if not options or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{name} can't be made with {dict(options)}: {in_one_line(error)}"
+        ) from error

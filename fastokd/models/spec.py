@@ -15,7 +15,8 @@ class ModelSpec:
 
     ``build(num_classes, **options)`` makes it with its published initialisation, drawn from
     torch's global generator; ``input_size`` is the height and width that it was published for.
-    ``branch_options`` are the options that differ in the published branch form (VGG's dropout).
+    ``branch_options`` are the options that differ in the published branch form (VGG's dropout);
+    ``library_options()`` gives the named options of another library's constructor, with defaults.
     """
 
     name: str
@@ -23,6 +24,7 @@ class ModelSpec:
     input_size: int
     about: str
     branch_options: Mapping[str, Any] = field(default_factory=dict)
+    library_options: Callable[[], Mapping[str, Any]] = dict
 
 
 def stated_size(options: Mapping[str, Any]) -> int | None:

@@ -16,12 +16,12 @@ Methods, models and data sets compose freely; ``list_recipes`` names those that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError, unknown_name, wrong_type
 from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
+from fastokd.recipe.changes import changed_fields
 from fastokd.recipe.recipe import MOST, Recipe, checked, methods, models
 
 # The published form of methods that have two.
@@ -42,18 +42,21 @@ class _Name(NamedTuple):
     dataset: str
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
+def recipe(name: str, /, **changes: Any) -> Recipe:
     """The recipe called ``name``, with fields of :class:`Recipe` replaced.
 
-    ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it;
-    an option of the method is given by its name, or within ``method_options``; ``method`` replaces
-    the named method and keeps its form, as for one of :func:`fastokd.methods.register_method`.
+    ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it; an
+    option of the method or of the students is given by its name, or within ``method_options`` or
+    ``model_options``; ``method`` replaces the named method and keeps its form, as for one of
+    :func:`fastokd.methods.register_method`.
 
     Raises:
         UserError: an unknown method, model, data set or form (the nearest names are offered); a
-            setting that neither the recipe nor its method has; a value of the wrong type; two
-            values for one setting.
+            setting that the recipe, its method and its students don't have; a value of the wrong
+            type; two values for one setting.
     """
+    if not isinstance(name, str):
+        raise wrong_type("the recipe", name, "a name, METHOD/MODEL/DATASET")
     parsed = _parse(name)
     if parsed.students not in (None, changes.get("students", parsed.students)):
         raise UserError(
@@ -62,41 +65,16 @@ def recipe(name: str, **changes: Any) -> Recipe:
         )
     method = changes.pop("method", None)
     if method is not None:
-        parsed = parsed._replace(method=method)
+        parsed = parsed._replace(method=checked("method", method))
         name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
     base = _published(name, parsed)
-    changes = _of_recipe(base, changes)
+    changes = changed_fields(base, changes)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
         if not 1 <= epochs <= MOST["epochs"]:
             raise UserError(f"epochs is {epochs}: it must be between 1 and {MOST['epochs']}")
         base = base.with_epochs(epochs)
     return dataclasses.replace(base, **changes)
-
-
-def _of_recipe(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changed fields of ``base``; options of the method are merged into ``method_options``."""
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    found = {
-        key: checked(fields[key], value, getattr(base, key))
-        for key, value in changes.items()
-        if key in fields
-    }
-    options = dict(found.pop("method_options", {}))
-    known = methods.option_defaults(base.method)
-    for key, value in changes.items():
-        if key in fields:
-            continue
-        if key not in known:
-            if any(key in methods.option_defaults(method) for method in METHODS):
-                methods.check_options(base.method, {key: value})  # raises: another method has it
-            raise unknown_name("setting", key, [*list(fields)[1:], *known])
-        if key in options and options[key] != value:
-            raise UserError(f"{key} is both {options[key]} and {value}: leave one of them out")
-        options[key] = value
-    if options:
-        found["method_options"] = {**base.method_options, **options}
-    return found
 
 
 def _parse(name: str) -> _Name:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError, unknown_name, wrong_type
 from fastokd.known import DATASETS, MOST_PIXELS, Later
 
 # Imported when a recipe is made, not for its name: they import torch.
@@ -18,33 +20,57 @@ seeds = Later("fastokd.seeds")
 torch = Later("torch")
 # Upper limits that catch typing errors before memory or time runs out.
 MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "bool": (bool, "true or false"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "int | float": ((int, float), "a number of images or a fraction below 1"),
-    "dict[str, Any]": (dict, "an object of names and values"),
-    "tuple[int, ...]": (tuple, "a list of whole numbers"),
+# What a value of each kind of field is, for the error.
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a word"),
+    dict: (dict, "an object of names and values"),
+    tuple: (tuple, "a list of whole numbers"),
+    int | float: (numbers.Real, "a number of images or a fraction below 1"),
 }
 
 
-def checked(known: dataclasses.Field[Any], value: Any, like: Any = None) -> Any:
-    """``value`` converted to the type of a recipe's field; ``like``: an example of that type.
+@dataclass(frozen=True)
+class Setting:
+    """A field of :class:`Recipe`: its type and its meaning."""
+
+    type: Any
+    meaning: str
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every field of :class:`Recipe`, in order."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    return {name: Setting(*get_args(hint)) for name, hint in hints.items()}
+
+
+def checked(name: str, value: Any) -> Any:
+    """``value`` converted to the type of the recipe's field ``name``.
 
     Raises:
         UserError: the value has another type.
     """
-    kind, what = _KINDS.get(str(known.type), (str, "a word"))
-    value = tuple(value) if kind is tuple and isinstance(value, list) else value
-    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    kind = settings()[name].type
+    if kind not in KINDS:  # a tuple or a dictionary of something, or words
+        kind = get_origin(kind)
+    if kind is Literal:
+        kind = str
+    fits_in, what = KINDS[kind]
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    fits = isinstance(value, fits_in) and (kind is bool or not isinstance(value, bool))
     if kind is tuple:
         fits = fits and all(type(entry) is int for entry in value)
+    if kind is dict:
+        fits = fits and all(isinstance(key, str) for key in value)
     if not fits:
-        example = "" if like is None else f", like {like!r}"
-        raise UserError(f"{known.name} is {value!r}: it must be {what}{example}")
-    if known.type == "int | float" and value == value // 1:
-        return int(value)
-    return float(value) if known.type == "float" else value
+        raise wrong_type(name, value, what)
+    if kind in (int, float):
+        return kind(value)
+    return int(value) if kind == int | float and value == value // 1 else value
 
 
 # Whose accuracy a run reports and selects its best epoch by.
@@ -55,63 +81,80 @@ Reported = Literal["leader", "mean", "kept", "ensemble_logits"]
 class Recipe:
     """Everything that determines a run's numbers, except the machine.
 
-    Attributes:
-        model: a student's name; or several joined by ``+``, one for each student of a mixed
-            cohort, the leader's last.
-        students: networks trained, leader included.
-        milestones: epochs (from 0) before which the learning rate is multiplied by ``lr_decay``.
-        warmup_epochs: epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for
-            none.
-        ramp_epochs: R of the distillation ramp; 0 for none. ``ramp_first``: the count of the first
-            epoch (0 in OKDDip, 1 in FFSD).
-        crop_padding, crop_mode, flip: augmentation of in-memory images. ``resized_crop``: an area
-            of the image is cropped and resized instead (RandomResizedCrop).
-        image_size: height and width, for data sets of images of any size. ``eval_resize``: the
-            shorter side before the centre crop of a held-out image, and in memory of every image;
-            0 for none.
-        val: images held out of the training set, stratified by class: a number, or a fraction of each
-            class, such as 0.1; 0 for none. They are the same for every ``seed``. ``test``: the same,
-            for an image folder without ``test/``. An unsplit one has 0.1 of each unless given.
-        reported: whose accuracy is the run's: the ``"leader"``'s, the ``"mean"`` over students, the
-            ``"kept"`` student's, or that of the peers' mean logits, ``"ensemble_logits"``.
-        teacher: the recipe that trains the teacher, where the method has one.
+    Raises:
+        UserError: a value of the wrong type or out of its range; settings that contradict each other.
     """
 
-    name: str
-    method: str
-    model: str
-    dataset: str
-    sharing: str
-    students: int
-    method_options: dict[str, Any] = field(default_factory=dict)
-    model_options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 300
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    milestones: tuple[int, ...] = (150, 225)
-    lr_decay: float = 0.1
-    warmup_epochs: float = 0.0
-    ramp_epochs: float = 80.0
-    ramp_first: int = 0
-    crop_padding: int = 4
-    crop_mode: Literal["zeros", "reflect"] = "zeros"
-    resized_crop: bool = False
-    flip: bool = True
-    image_size: int = 32
-    eval_resize: int = 0
-    val: int | float = 0
-    test: int | float = 0
-    reported: Reported = "mean"
-    teacher: str = ""
-    seed: int = 0
+    name: Annotated[str, "The recipe's name, METHOD[-FORM][-ensemble][@S]/MODEL/DATASET."]
+    method: Annotated[str, "The method; the recipe's name says it."]
+    model: Annotated[
+        str,
+        "The student, or several joined by `+`, one for each student of a mixed cohort, the leader's "
+        "last; the recipe's name says it.",
+    ]
+    dataset: Annotated[str, "The data set; the recipe's name says it."]
+    sharing: Annotated[str, "`branch` (a shared trunk) or `network`; the recipe's name says it."]
+    students: Annotated[int, "Networks trained, leader included."]
+    method_options: Annotated[
+        dict[str, Any], "Options of the method; each can also be set by its own name."
+    ] = field(default_factory=dict)
+    model_options: Annotated[
+        dict[str, Any], "Options of every student; each can also be set by its own name."
+    ] = field(default_factory=dict)
+    epochs: Annotated[int, "Epochs; a change scales milestones, ramp and warm-up."] = 300
+    batch_size: Annotated[int, "Images a step, over all ranks."] = 128
+    lr: Annotated[float, "Learning rate of SGD before any milestone."] = 0.1
+    momentum: Annotated[float, "Momentum of SGD, at least 0 and below 1."] = 0.9
+    nesterov: Annotated[bool, "Nesterov's momentum."] = True
+    weight_decay: Annotated[float, "L2 penalty on all parameters."] = 5e-4
+    milestones: Annotated[
+        tuple[int, ...],
+        "Epochs (from 0) before which the learning rate is multiplied by `lr_decay`.",
+    ] = (150, 225)
+    lr_decay: Annotated[float, "Factor of the learning rate at each milestone."] = 0.1
+    warmup_epochs: Annotated[
+        float, "Epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for none."
+    ] = 0.0
+    ramp_epochs: Annotated[float, "R of the distillation ramp, in epochs; 0 for none."] = 80.0
+    ramp_first: Annotated[int, "The ramp's count of the first epoch (0 in OKDDip, 1 in FFSD)."] = 0
+    crop_padding: Annotated[int, "Pixels of padding before the random crop; images in memory."] = 4
+    crop_mode: Annotated[Literal["zeros", "reflect"], "The padding: `zeros` or `reflect`."] = (
+        "zeros"
+    )
+    resized_crop: Annotated[
+        bool, "Crop an area of the image and resize it instead (RandomResizedCrop)."
+    ] = False
+    flip: Annotated[bool, "Mirror half of the training images."] = True
+    image_size: Annotated[
+        int, "Height and width in pixels, for data sets of images of any size."
+    ] = 32
+    eval_resize: Annotated[
+        int,
+        "Shorter side in pixels before the centre crop of a held-out image, and in memory of every "
+        "image; 0 for none.",
+    ] = 0
+    val: Annotated[
+        int | float,
+        "Images held out of the training set, stratified by class and the same for every seed: a number, "
+        "or a fraction of each class; 0 for none.",
+    ] = 0
+    test: Annotated[
+        int | float,
+        "The same for the test split of an image folder that has none; a folder with neither has 0.1 of "
+        "each unless given.",
+    ] = 0
+    reported: Annotated[
+        Reported,
+        "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
+        "or that of the peers' mean logits, `ensemble_logits`.",
+    ] = "mean"
+    teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
+    seed: Annotated[int, "Seed of weights, order and augmentation."] = 0
 
     def __post_init__(self) -> None:
         """Checks all fields; raises :class:`UserError`."""
-        for known in dataclasses.fields(self):
-            checked(known, getattr(self, known.name))
+        for name in settings():
+            checked(name, getattr(self, name))
         needs = methods.known_needs(self.method)
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
@@ -179,6 +222,8 @@ class Recipe:
                 "recipe and the data say"
             )
         methods.check_options(self.method, self.method_options)
+        for name in dict.fromkeys(self.models):
+            models.check_options(name, self.model_options)
         temperature = self.method_options.get("temperature", 1.0)
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}: it must be a finite number above 0")
@@ -240,12 +285,17 @@ class Recipe:
         return rate
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp and warm-up are scaled."""
+        """The same schedule over ``epochs``: milestones, ramp and warm-up are scaled.
+
+        Milestones are rounded to whole epochs, and to 1 at least. Those that then coincide count once,
+        and those after the last epoch are left out, so that a short run may have fewer of them.
+        """
         scale = epochs / self.epochs
+        milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
         return dataclasses.replace(
             self,
             epochs=epochs,
-            milestones=tuple(max(1, round(milestone * scale)) for milestone in self.milestones),
+            milestones=tuple(dict.fromkeys(m for m in milestones if m < epochs)),
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
         )
@@ -265,3 +315,8 @@ class Recipe:
             return Recipe(**{**values, "milestones": tuple(values["milestones"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is no recipe: {error}") from error
+
+
+Recipe.__doc__ = f"{Recipe.__doc__}\n    Attributes:\n" + "\n".join(
+    f"        {name}: {setting.meaning}" for name, setting in settings().items()
+)

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastokd.errors import UserError, unknown_name
+from fastokd.errors import UserError
+from fastokd.recipe.changes import NAMED, option
 from fastokd.recipe.names import Recipe, recipe
-
-# Fields that the recipe's name sets.
-NAMED = ("method", "model", "dataset", "sharing")
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,17 @@ def parse_settings(texts: Iterable[str]) -> dict[str, list[Any]]:
         key, equals, values = text.partition("=")
         if not equals or not key or not values:
             raise UserError(f"--set is {text!r}: write KEY=VALUE or KEY=VALUE,VALUE")
-        if key in settings:
-            raise UserError(f"--set names {key} twice: write {key}=VALUE,VALUE")
         if key in NAMED:
             raise UserError(f"--set can't change {key}: a recipe's name says it, name another")
-        if key == "name":
-            raise unknown_name("setting", key, Recipe.__dataclass_fields__.keys() - {"name"})
         try:
-            settings[key] = json.loads(f"[{values}]")
+            parsed = json.loads(f"[{values}]")
         except ValueError:
-            settings[key] = values.split(",")
+            parsed = values.split(",")
+        if settings.setdefault(key, parsed) != parsed:
+            raise UserError(
+                f"--set gives {key} twice, {_list(settings[key])} and {values}: leave one of them out, "
+                f"or write {key}=VALUE,VALUE for several runs"
+            )
     return settings
 
 
@@ -89,10 +88,10 @@ def wanted_runs(
         )
         for others in both:
             if list(others) != list(values):
-                flag = "seeds" if others is seeds else key.replace("_", "-")
+                flag = option("seeds" if others is seeds else key)
                 raise UserError(
-                    f"{key} is {_list(others)} by --{flag} and {_list(values)} by --set: leave one "
-                    "of them out"
+                    f"{key} is {_list(others)} by {flag} and {_list(values)} by --set: leave one of "
+                    "them out"
                 )
     every_seed = settings.get("seed") or seeds or [said.get("seed", 0)]
     swept = {key: values for key, values in settings.items() if key != "seed"}

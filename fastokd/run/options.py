@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from fastokd.errors import UserError, as_path
+from fastokd.errors import UserError, as_path, wrong_type
 from fastokd.known import LOADERS
 
 # Options that determine a run's numbers, or their last bits: a resumed run keeps them, and the
@@ -224,7 +224,7 @@ _KINDS = {
     )
     for name, hint in get_type_hints(RunOptions).items()
 }
-_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}
+_SAID = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
 def chosen(options: RunOptions | None, changes: Mapping[str, Any]) -> RunOptions:
@@ -262,14 +262,13 @@ def _checked(name: str, value: Any, kind: tuple[Any, bool]) -> Any:
         if isinstance(value, (str, os.PathLike)):
             value = (value,)
         if not isinstance(value, Sequence):
-            raise UserError(f"{name} is {value!r}: it must be a path or a list of paths")
+            raise wrong_type(name, value, "a path or a list of paths")
         return tuple(str(as_path(name, entry)) for entry in value)
     if wanted is Path:
         return as_path(name, value)
     abstract = {int: numbers.Integral, float: numbers.Real}.get(wanted, wanted)
     if not isinstance(value, abstract) or (isinstance(value, bool) and wanted is not bool):
-        like = f", like {getattr(RunOptions, name)!r}" if wanted is str else ""
-        raise UserError(f"{name} is {value!r}: it must be {_SAID[wanted]}{like}")
+        raise wrong_type(name, value, _SAID[wanted])
     # NumPy's numbers can't be written as JSON.
     return wanted(value) if wanted is int else value
 

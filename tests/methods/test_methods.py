@@ -206,7 +206,7 @@ def test_mixed_peers_get_projections_of_their_width() -> None:
     }
     method = create_method("okddip", mixed.shape, attention_dim=5)
     assert method.query["64"].weight.shape == (5, 64)
-    with pytest.raises(UserError, match="attention_dim is 0"):
+    with pytest.raises(UserError, match="attention_dim must be a whole number, at least 1"):
         create_method("okddip", mixed.shape, attention_dim=0)
 
 
