@@ -201,8 +201,8 @@ def _compiled(
     choices += [replace(choice, compile=True, streams=False) for choice in ranked]
 
     def time(choice: Choice, _: list[Timing]) -> Timing:
-        if best_ms is not None:
-            allowed.limit(best_ms)
+        if times:
+            allowed.limit(next(iter(times.values())))  # unless it is set: all timings were cached
         with cache.on_trial(choice):
             return time_compiled(session, choice, allowed.steps, best_ms, allowed)
 
