@@ -36,8 +36,9 @@ from fastokd.run.worker import Answer, Worker, WorkerEndedError
 
 # Timed steps of each candidate, after its warm-up.
 TIMED_STEPS = 3
-# A candidate is dropped when its first step is this many times slower than the best.
-HOPELESS = 3.0
+# A candidate is dropped when its first step is this many times slower than the best: a short first step
+# takes up to three times as long as others (what is made once, and the checks between operators).
+HOPELESS = 4.0
 # The same for long steps, whose first one takes hardly longer than others.
 LONG_HOPELESS = 1.5
 # Compiling a cohort takes at least this long.
