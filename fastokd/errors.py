@@ -73,17 +73,17 @@ def forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def wrong_type(name: str, value: object, what: str) -> UserError:
+    """The error for a value of the wrong type; ``what`` describes a right one."""
+    return UserError(f"{name} must be {what} (got {value!r})")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for an unknown name; its message offers the nearest names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there is {_some(names)}"
     return UserError(f"unknown {kind} {name!r}: {hint}")
-
-
-def wrong_type(name: str, value: object, what: str) -> UserError:
-    """The error for a value of the wrong type; ``what`` describes a right one."""
-    return UserError(f"{name} must be {what} (got {value!r})")
 
 
 def _some(names: list[str], most: int = 60) -> str:

@@ -89,7 +89,8 @@ def train(
     folder = options.out or sweep_folder(recipe)
     run_all(folder, wanted, options, run)
     if not options.quiet:
-        say(f"the {len(wanted)} runs are in {on_a_line(folder)}, listed in its index.json")
+        what = f"the {len(wanted)} runs are" if len(wanted) > 1 else "the run is"
+        say(f"{what} in {on_a_line(folder)}, listed in its index.json")
 
 
 def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list[str]:

@@ -18,22 +18,6 @@ from pathlib import Path
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 _LONGEST_IN_PLOT = 60
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$])")
-# Braces around "*" and "[": after the end of a row they would be its options.
-_LATEX = str.maketrans(
-    {
-        **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-        **{letter: f"{{{letter}}}" for letter in "*[]"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        '"': r"\char34{}",
-        "`": r"\textasciigrave{}",
-        "±": r"$\pm$",
-    }
-)
 
 
 def on_a_line(name: object) -> str:
@@ -59,11 +43,6 @@ def in_markdown(name: object) -> str:
     return _MARKDOWN.sub(r"\\\1", on_a_line(name))
 
 
-def in_latex(name: object) -> str:
-    """For LaTeX text."""
-    return on_a_line(name).translate(_LATEX).replace("--", "-{}-")
-
-
 def in_plot(name: object) -> str:
     """For a figure. matplotlib omits labels with a leading underscore from a legend, so they get a
     space; long names are shortened to leave room for the axes."""
@@ -77,8 +56,10 @@ def in_plot(name: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun: ``1 epoch``, ``2 epochs``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """``1 epoch``, ``2 epochs``, ``1,000 classes``."""
+    if count != 1:
+        noun += "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}"
 
 
 def first_names(names: Sequence[str], most: int) -> str:
