@@ -94,6 +94,15 @@ def test_an_own_method_in_a_page(
     assert own_method not in list_methods()
 
 
+def test_the_schedule_of_an_own_method_is_said(
+    own_method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud = [word for word in SHORT if word != "--quiet"]
+    run(["train", "dml/resnet8/digits", "--method", own_method, "--epochs", "3", *loud])
+    said = capsys.readouterr().out
+    assert "schedule for 3 epochs: rate / 10 after epoch 2 (1 of 2 milestones" in said
+
+
 def test_an_own_method_reaches_the_processes_of_trials(own_method: str, tmp_path: Path) -> None:
     code = "from my_methods import BestTeacher\ndef make(job): return [BestTeacher.__name__, job], None"
     (tmp_path / "beside_it.py").write_text(code)

@@ -178,17 +178,17 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
         if scale_lr:
             lines.append(f"lr {resolved.lr:g}, scaled for batches of {resolved.batch_size}")
         if resolved.epochs != names.recipe(name).epochs:
-            lines.append(_schedule(resolved))
+            lines.append(_schedule(name, resolved))
     return list(dict.fromkeys(lines))
 
 
-def _schedule(of: Recipe) -> str:
-    """How the learning rate falls and the distillation ramps up."""
+def _schedule(name: str, of: Recipe) -> str:
+    """How the learning rate falls and the distillation ramps up; ``name``: the recipe that was named."""
     falls = ", ".join(str(milestone) for milestone in of.milestones if milestone < of.epochs)
     rate = (
         f"rate / {1 / of.lr_decay:g} after epoch {falls}" if falls else f"rate {of.lr:g} throughout"
     )
-    all_of_them = len(names.recipe(of.name).milestones)
+    all_of_them = len(names.recipe(name).milestones)
     if len(of.milestones) < all_of_them:
         rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
     return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:g}"

@@ -21,7 +21,9 @@ from fastokd.ops.mixture_distillation import mixture_distillation
 class OKDDipKD(OKDDip):
     """Eq. 8 + T^2 KL(teacher || student) of every student, the leader included.
 
-    ``teacher_weight`` multiplies the teacher's terms.
+    Args:
+        teacher_weight: multiplies the teacher's terms.
+        options: those of :class:`OKDDip`.
     """
 
     needs = replace(OKDDip.needs, teacher=True)

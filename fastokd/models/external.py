@@ -28,7 +28,7 @@ class ExternalStudent(Student):
         net: ``[B, 3, H, W] -> [B, C]``. Its modules' in-place flags are cleared.
         name: for messages.
         num_classes: C.
-        input_size: height and width of the images of that forward.
+        input_size: height and width of the images of that forward, which finds the maps.
         split_at: the module that ends the trunk of a branch cohort, in the network's own dotted
             names; None: network sharing only.
         found: the :class:`Probe` of an earlier student of the same form, if there was one.

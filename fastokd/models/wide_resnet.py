@@ -49,6 +49,11 @@ class WideResNet(Student):
     """Three stages of ``(depth - 4) / 6`` blocks, 16, 32 and 64 times ``widen`` wide.
 
     The last map is after the final norm, whose momentum is 0.9 in FFSD's form.
+
+    Args:
+        num_classes: C.
+        depth: convolutions in all; ``widen``: the width over ResNet's.
+        canonical: Zagoruyko and Komodakis's form in place of FFSD's.
     """
 
     def __init__(self, num_classes: int, depth: int, widen: int, canonical: bool = False) -> None:

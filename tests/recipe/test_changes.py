@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_milestones_are_distinct_and_within_the_run(epochs: int) -> None:
         assert list(made.milestones) == sorted({m for m in scaled if m < epochs}), name
         rates = [made.learning_rate(epoch, warm_up=False) for epoch in range(epochs)]
         assert rates[0] == made.lr
-        falls = [after / before for before, after in zip(rates, rates[1:], strict=False)]
+        falls = [after / before for before, after in itertools.pairwise(rates)]
         assert all(fall == pytest.approx(1) or fall == pytest.approx(0.1) for fall in falls)
         if epochs >= 6:
             assert list(made.milestones) == scaled, name
