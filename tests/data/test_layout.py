@@ -167,7 +167,7 @@ def test_what_can_t_be_an_image_is_named(tmp_path: Path) -> None:
     _, labels, note = both_forms(root)
     assert labels["train"] == [0] * 4 + [1] * 4
     assert (
-        "2 of 18 files are quarantined and left out (the first: train/cat/gone.png, a link" in note
+        "2 of 18 files are quarantined and not read (the first: train/cat/gone.png, a link" in note
     )
     assert "val/dog/lost is a link that leads nowhere" in note
     for image in (root / "train/cat").glob("[0-9].png"):

@@ -56,7 +56,7 @@ def what_is_left_out(files: Sequence[Seen]) -> str:
         return ""
     are = "is" if len(faults) == len(files) == 1 else "are"
     more = "" if len(faults) <= NAMED else "; the run's data.json lists all"
-    return f"{len(faults):,} of {len(files):,} files {are} quarantined and left out ({_named(faults)}{more})"
+    return f"{len(faults):,} of {len(files):,} files {are} quarantined and not read ({_named(faults)}{more})"
 
 
 def _named(faults: Sequence[Seen]) -> str:
