@@ -44,7 +44,7 @@ for _command, _example in (
     (student.report, "report runs/* -o report.html"),
     (student.diff, "diff runs/a runs/b"),
     (student.export, "export runs/RUN --to onnx"),
-    (student.predict, "predict runs/RUN picture.jpg"),
+    (student.predict, "predict runs/RUN pictures/ --csv found.csv"),
     (student.evaluate, "evaluate runs/okddip-branch-resnet8-digits-seed0"),
     (student.convert, "convert modelleader_best.pth --out resnet32.safetensors"),
     (plan, "plan okddip-branch/resnet32/cifar100 --device h100"),
