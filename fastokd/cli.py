@@ -174,7 +174,7 @@ def _run(arguments: Sequence[str]) -> int:
         from fastokd.distributed.launch import of_the_first_rank
 
         if of_the_first_rank():
-            _complain(f"stopped by {stop.signal}; the run is saved, --resume continues it")
+            _complain(f"stopped by {stop.signal}; `fastokd train --resume DIR` continues the run")
         return stop.code
     except OSError as error:
         if debug or error.errno not in DISK:

@@ -10,7 +10,6 @@ import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastokd.checkpoint import load_checkpoint, sync_folder, write_durably
 from fastokd.data import DatasetSplits
-from fastokd.errors import DiskError, UserError, unknown_name, warn
+from fastokd.errors import DiskError, UserError, as_path, unknown_name, warn
 from fastokd.export.classify import NAME, program
 from fastokd.export.contract import about_export, input_sentence
 from fastokd.export.formats import PLAIN, Format
@@ -31,7 +30,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import load_splits
 from fastokd.run.folder import RunFolder
 from fastokd.run.options import RunOptions
-from fastokd.student.file import path_of, read_weights, student_of
+from fastokd.student.file import read_weights, student_of
 from fastokd.student.weights import Weights
 from fastokd.student.within_cohort import BATCH, alike, first_images, furthest_apart, within_cohort
 
@@ -50,7 +49,7 @@ class Export:
 
 
 def export(
-    source: Any,
+    source: str | os.PathLike[str],
     to: str,
     out: str | Path | None = None,
     *,
@@ -97,7 +96,7 @@ def export(
         raise UserError(
             f"an export to {to} needs {' and '.join(missing)}: pip install 'fastokd[{extra}]'"
         )
-    source = path_of(source)
+    source = as_path("source", source)
     weights = read_weights(source, student=student, best=best)
     base = source if source.is_dir() else source.parent
     folder = Path(out) if out is not None else base / "export" / (f"{to}-uint8" if uint8 else to)

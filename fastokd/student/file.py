@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,6 @@ from fastokd.errors import UserError, warn
 from fastokd.metrics import MetricLines, Row
 from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import STUDENT, Weights, from_file, student_facts
-
-
-def path_of(source: Any) -> Path:
-    """The path of a run or a file: a string, a path, or an object with a ``folder``, as
-    :class:`fastokd.Run`.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    place = getattr(source, "folder", source)
-    if not isinstance(place, str | os.PathLike):
-        raise UserError(
-            f"{str(source)[:80]!r} is of type {type(source).__name__}: give a run, or the path of a "
-            "run or a file"
-        )
-    return Path(place)
 
 
 def student_of(

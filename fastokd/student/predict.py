@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fastokd.device import set_matmul_precision, use_device
-from fastokd.errors import LoaderError, UserError, warn
+from fastokd.errors import LoaderError, UserError, as_path, warn
 from fastokd.host.cpus import share_of_cpus
-from fastokd.student.file import path_of, read_weights
+from fastokd.student.file import read_weights
 from fastokd.student.pictures import find_pictures
 from fastokd.student.weights import Weights
 
@@ -40,7 +39,7 @@ class Unread:
 
 
 def predict(
-    student: Any,
+    student: str | os.PathLike[str],
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     top: int = 5,
@@ -80,7 +79,7 @@ def predict(
 
 
 def predictions(
-    student: Any,
+    student: str | os.PathLike[str],
     files: Sequence[Path],
     *,
     top: int = 5,
@@ -96,7 +95,7 @@ def predictions(
         raise UserError(f"top is {top}: it must be at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
-    weights = _weights(path_of(student))
+    weights = _weights(as_path("student", student))
     where = use_device(device)
     set_matmul_precision("fp32")
     network = weights.build().to(where)

@@ -146,7 +146,10 @@ def test_the_command_says_how_to_go_on(
     arguments = ["train", SMALL.name, "--out", str(tmp_path / "run"), "--quiet"]
     arguments += ["--engine", "loop", "--device", "cpu", "--epochs", "2"]
     assert run_command(arguments) == 143
-    assert "stopped by SIGTERM; the run is saved, --resume continues it" in capsys.readouterr().err
+    assert (
+        "stopped by SIGTERM; `fastokd train --resume DIR` continues the run"
+        in capsys.readouterr().err
+    )
 
 
 def test_state_is_saved_every_so_many_steps(

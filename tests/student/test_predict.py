@@ -6,7 +6,6 @@ import csv
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from PIL import Image
 from fastokd.cli import run_command
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError
+from fastokd.recipe.names import recipe
+from fastokd.result import Run
 from fastokd.student.predict import predict
 from tests.student.test_export import student_file
 
@@ -86,14 +87,14 @@ def test_the_batch_changes_nothing(student: Path, pictures: Path) -> None:
 
 
 def test_a_run_is_taken_as_its_folder_is(student: Path, pictures: Path, tmp_path: Path) -> None:
-    """Strings, paths and objects with a folder, as a Run."""
+    """Strings, paths and a Run."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "student.safetensors").write_bytes(student.read_bytes())
     wanted = predict(folder, pictures)
     assert predict(str(folder), str(pictures)) == wanted
-    assert predict(SimpleNamespace(folder=folder), [str(pictures)]) == wanted
-    with pytest.raises(UserError, match="'7' is of type int: give a run"):
+    assert predict(Run(folder, recipe("baseline/resnet8/digits"), []), [str(pictures)]) == wanted
+    with pytest.raises(UserError, match=r"student must be a path \(got 7\)"):
         predict(7, pictures)
 
 
