@@ -43,7 +43,8 @@ def recipe_rows() -> Iterable[str]:
         if get_origin(kind) is Literal:
             said = " or ".join(get_args(kind))
         else:
-            said = {dict: "object", tuple: "list of int"}.get(get_origin(kind)) or kind.__name__
+            said = {dict: "object", tuple: "list of int"}.get(get_origin(kind))
+            said = said or (kind.__name__ if isinstance(kind, type) else str(kind).replace("|", "or"))
         if field.default is not dataclasses.MISSING:
             default = shown(field.default)
         else:

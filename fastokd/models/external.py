@@ -86,7 +86,7 @@ class ExternalStudent(Student):
         """
         if len(self.stages) == 1:
             near = [path for path in self._candidates() if self._can_cut(path)]
-            hint = f" ({' or '.join(near)}, for example)" if near else ""
+            hint = f" ({' or '.join(near)}, as in --set split_at={near[0]})" if near else ""
             raise UserError(
                 f"{self.name} has no stated split into trunk and branch: give the option split_at "
                 f"with the name of one of its modules{hint}, or use sharing='network'"
