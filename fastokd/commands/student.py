@@ -68,9 +68,14 @@ def export(
     student: Student = None,
     best: Best = False,
     uint8: Annotated[
-        bool, typer.Option("--uint8", help="Take uint8 NHWC images; of onnx and torch-export.")
+        bool,
+        typer.Option(
+            "--uint8", help="Export a model that takes uint8 NHWC images (onnx, torch-export)."
+        ),
     ] = False,
-    data_root: Annotated[Path | None, typer.Option(help="Where the run's data set lies.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="The folder that holds the run's data set.")
+    ] = None,
 ) -> None:
     """Export a student to another library and check it."""
     from fastokd.export import export as turn
