@@ -87,10 +87,10 @@ def wrong_type(name: str, value: object, what: str) -> UserError:
     return UserError(f"{name} must be {what} (got {value!r})")
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for an unknown name; its message offers the nearest names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3)
+    near = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there is {_some(names)}"
     return UserError(f"unknown {kind} {name!r}: {hint}")
 

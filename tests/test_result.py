@@ -120,14 +120,14 @@ def test_a_string_is_as_good_as_a_path(run: fastokd.Run) -> None:
         ({"max_step": 3}, r"unknown setting 'max_step': did you mean max_steps\?"),
         ({"data_rot": "x"}, r"unknown setting 'data_rot': did you mean data_root\?"),
         ({"epoch": 3}, r"unknown setting 'epoch': did you mean epochs"),
-        ({"epochs": "3"}, r"epochs is '3': it must be a whole number"),
-        ({"max_steps": "3"}, r"max_steps is '3': it must be a whole number"),
-        ({"out": 3}, r"out is 3: it must be a path"),
-        ({"data_root": ["x"]}, r"data_root is \['x'\]: it must be a path"),
-        ({"init": 3}, r"init is 3: it must be a path or a list of paths"),
-        ({"quiet": "no"}, r"quiet is 'no': it must be True or False"),
-        ({"ema": "0.9"}, r"ema is '0.9': it must be a number"),
-        ({"engine": None}, r"engine is None: it must be a word, like 'auto'"),
+        ({"epochs": "3"}, r"epochs must be a whole number \(got '3'\)"),
+        ({"max_steps": "3"}, r"max_steps must be a whole number \(got '3'\)"),
+        ({"out": 3}, r"out must be a path \(got 3\)"),
+        ({"data_root": ["x"]}, r"data_root must be a path \(got \['x'\]\)"),
+        ({"init": 3}, r"init must be a path or a list of paths \(got 3\)"),
+        ({"quiet": "no"}, r"quiet must be true or false \(got 'no'\)"),
+        ({"ema": "0.9"}, r"ema must be a number \(got '0.9'\)"),
+        ({"engine": None}, r"engine must be a word \(got None\)"),
         ({"options": {"out": "x"}}, r"options is \{'out': 'x'\}: give a fastokd.RunOptions"),
     ],
 )
@@ -144,10 +144,28 @@ def test_wrong_types_are_named() -> None:
         fastokd.train(recipe, max_step=3)
     with pytest.raises(UserError, match=r"the recipe is 5: give a name"):
         fastokd.train(5)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"5: it must be a path"):
+    with pytest.raises(UserError, match=r"must be a path \(got 5\)"):
         fastokd.evaluate(5)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"device=1 .*|device is 1: it must be a word"):
+    with pytest.raises(UserError, match=r"device must be a word \(got 1\)"):
         fastokd.evaluate("nowhere", device=1)
     for read in (fastokd.Run.load, fastokd.resume, load_checkpoint, run_checkpoint):
-        with pytest.raises(UserError, match=r"None: it must be a path"):
+        with pytest.raises(UserError, match=r"must be a path \(got None\)"):
             read(None)  # type: ignore[operator]
+
+
+def test_wrong_types_of_arguments_are_named(run: fastokd.Run) -> None:
+    for call, says in (
+        (lambda: fastokd.authors.load(5), r"the checkpoint must be a path \(got 5\)"),
+        (lambda: run.student("a"), r"student must be a whole number \(got 'a'\)"),
+        (lambda: fastokd.export(run, 5), "unknown format 5: there is"),
+        (lambda: fastokd.export(5, "onnx"), r"source must be a path \(got 5\)"),
+        (lambda: fastokd.predict(run, 5), "images must be a path, a pattern or a list of them"),
+        (lambda: fastokd.predict(run, [5]), r"image must be a path \(got 5\)"),
+        (
+            lambda: fastokd.predict(5, run.folder / "recipe.json"),
+            r"student must be a path \(got 5\)",
+        ),
+        (lambda: run.plot(5), "unknown figure 5: there is"),
+    ):
+        with pytest.raises(UserError, match=says):
+            call()

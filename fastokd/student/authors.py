@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastokd.checkpoint import write_durably
 from fastokd.cohort import Cohort
 from fastokd.cohort.keys import state_of_student, student_key
-from fastokd.errors import UserError
+from fastokd.errors import UserError, as_path
 from fastokd.methods.ffsd_modules import Squeeze
 from fastokd.models import Student, create_model
 from fastokd.student.published_keys import (
@@ -128,7 +128,7 @@ def read(
     path: str | Path, *, model: str | None = None, num_classes: int | None = None
 ) -> Published:
     """As :func:`load`, but returns the file's content."""
-    path = Path(path)
+    path = as_path("the checkpoint", path)
     found = _found(path)
     weights, facts = found.weights, found.beside
     paper = {"weight": "FFSD", "state_dict": "OKDDip"}.get(found.place, "another trainer")

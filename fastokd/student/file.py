@@ -17,7 +17,7 @@ from fastokd.checkpoint import (
 )
 from fastokd.cohort.keys import state_of_student
 from fastokd.data.preprocessing import preprocessing_of
-from fastokd.errors import UserError, warn
+from fastokd.errors import UserError, warn, wrong_type
 from fastokd.metrics import MetricLines, Row
 from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import STUDENT, Weights, from_file, student_facts
@@ -43,6 +43,8 @@ def student_of(
     recipe = Recipe.from_json(facts.get("recipe"))
     if student is None:
         student = recipe.kept_student
+    if isinstance(student, bool) or not isinstance(student, int):
+        raise wrong_type("student", student, "a whole number")
     if not 0 <= student < recipe.students:
         raise UserError(
             f"student is {student}: {path} has {recipe.students}, counted from 0, the leader last"

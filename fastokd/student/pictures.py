@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastokd.data.disk.walk import EXTENSIONS, is_image, list_folder
-from fastokd.errors import UserError
+from fastokd.errors import UserError, as_path
 
 
 def find_pictures(given: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -22,7 +22,7 @@ def find_pictures(given: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises:
         UserError: there is no such file, no match, or no picture in a folder.
     """
-    return [path for name in given for path in _named(os.fspath(name))]
+    return [path for name in given for path in _named(str(as_path("image", name)))]
 
 
 def _named(name: str) -> list[Path]:

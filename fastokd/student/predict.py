@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastokd.device import set_matmul_precision, use_device
-from fastokd.errors import LoaderError, UserError, as_path, warn
+from fastokd.errors import LoaderError, UserError, as_path, warn, wrong_type
 from fastokd.host.cpus import share_of_cpus
 from fastokd.student.file import read_weights
 from fastokd.student.pictures import find_pictures
@@ -65,6 +65,8 @@ def predict(
         UserError: there is no student, or a picture is missing or can't be read.
     """
     given = [images] if isinstance(images, str | os.PathLike) else images
+    if not isinstance(given, Sequence):
+        raise wrong_type("images", images, "a path, a pattern or a list of them")
     found = []
     for row in predictions(
         student, find_pictures(given), top=top, batch_size=batch_size, device=device
