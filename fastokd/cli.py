@@ -18,7 +18,6 @@ import fastokd
 from fastokd.commands import facts, student
 from fastokd.commands.bench import bench, plan
 from fastokd.commands.help import keep_docstrings
-from fastokd.commands.options import Command
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
 from fastokd.commands.train import train
@@ -55,7 +54,7 @@ for _command, _example in (
     (facts.model_info, "model-info resnet32 --num-classes 100"),
     (facts.doctor, "doctor --json"),
 ):
-    app.command(_example.split()[0], cls=Command, epilog=f"Example: fastokd {_example}")(_command)
+    app.command(_example.split()[0], epilog=f"Example: fastokd {_example}")(_command)
 app.add_typer(bench, name="bench")
 
 
@@ -84,30 +83,38 @@ keep_docstrings(app)
 
 
 def _own_methods(arguments: list[str]) -> list[str]:
-    """Loads every ``--method package.module:Class``. Returns the arguments without them; ``train``
-    keeps its own."""
+    """Loads every ``--method package.module:Class``, wherever it is. Returns the arguments without
+    them, but those of ``train``."""
     left: list[str] = []
+    names: list[str] = []
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
         if option != "--method":
             left.append(word)
             continue
+        name = value if equals else next(words, "")
+        if not name or name.startswith("-"):
+            raise UserError("--method needs a value: name your method as package.module:Class")
+        names.append(name)
+    if names:
         from fastokd.methods import register_method
 
-        name = value if equals else next(words, "")
-        _make_importable(Path.cwd())
-        register_method(name)
-        if "train" in arguments:
-            left += ["--method", name]
+        # Last on the path, so that no file there hides a module of Python or torch. Worker processes
+        # get the same path.
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        for name in names:
+            register_method(name)
+    if _called(left) == "train":
+        at = left.index("train") + 1
+        left[at:at] = [word for name in names for word in ("--method", name)]
     return left
 
 
-def _make_importable(folder: Path) -> None:
-    """Puts ``folder`` first on Python's path, as `python -m fastokd` has it; the console script has
-    its own folder there. Worker processes get the same path."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+def _called(arguments: Sequence[str]) -> str | None:
+    """The first word that is no option; those before it have no values once --method is read."""
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _usage_error(error: Any, arguments: Sequence[str]) -> str:
@@ -193,7 +200,7 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     if code == INTERRUPTED:
         resumes = "; --resume continues a run that has saved a checkpoint"
-        _complain(f"interrupted{resumes if 'train' in arguments else ''}")
+        _complain(f"interrupted{resumes if _called(arguments) == 'train' else ''}")
     return code if isinstance(code, int) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,3 +150,32 @@ def test_a_recipe_loads_no_code_by_itself() -> None:
     with pytest.raises(UserError, match="which a recipe alone doesn't load"):
         recipe("dml/resnet8/digits", method="antigravity:Method")
     assert "antigravity" not in sys.modules
+
+
+def test_an_own_method_is_named_anywhere_on_the_command_line(
+    own_method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the command, too, and where a run's folder is called as a command."""
+    named = ["dml/resnet8/digits", "--print-recipe"]
+    for arguments in (
+        ["--method", own_method, "train", *named],
+        ["train", *named, f"--method={own_method}"],
+    ):
+        assert run_command(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["method"] == own_method
+    run(["train", "dml/resnet8/digits", "--method", own_method, *SHORT, "--out", "train"])
+    assert run_command(["report", "train", "--method", own_method]) == 0
+    assert run_command(["train", *named, "--method", "--quiet"]) == 2
+    assert "--method needs a value: name your method" in capsys.readouterr().err
+
+
+def test_files_beside_an_own_method_hide_no_module(own_method: str, tmp_path: Path) -> None:
+    """In a process of its own, where neither torch nor what it imports is loaded yet."""
+    for name in ("profile", "secrets", "random"):
+        (tmp_path / f"{name}.py").write_text("x = 1")
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p]; from fastokd.cli import run_command; "
+    )
+    code += f"sys.exit(run_command(['train', 'dml/resnet8/digits', '--method', '{own_method}', '--print-recipe']))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

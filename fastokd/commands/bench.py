@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fastokd.commands.facts import print_facts
-from fastokd.commands.options import Command, Json
+from fastokd.commands.options import Json
 from fastokd.errors import UserError
 
 Students = Annotated[int | None, typer.Option(help="Number of networks, leader included.")]
@@ -85,7 +85,6 @@ def _gpu_report(path: Path) -> int:
 
 
 @bench.command(
-    cls=Command,
     epilog="Example: fastokd bench step ffsd/resnet32/cifar100 --batch-size 128 --json",
 )
 def step(

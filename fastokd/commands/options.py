@@ -5,60 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
-from fastokd.errors import UserError
 from fastokd.run.options import RunOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataRoot = Annotated[Path | None, typer.Option(help="The folder that holds the data sets.")]
-Function = Callable[..., Any]
-
-
-class Command(TyperCommand):
-    """A command whose options may be given twice only with the same value."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _check_repeats(self.get_params(ctx), args)
-        return super().parse_args(ctx, args)
-
-
-def _check_repeats(parameters: Iterable[Any], arguments: Sequence[str]) -> None:
-    """Raises for an option that takes one value and has two in ``arguments``."""
-    options = {name: p for p in parameters for name in (*p.opts, *p.secondary_opts)}
-    seen: dict[str, tuple[str, str]] = {}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if word == "--":
-            return
-        name, equals, value = word.partition("=")
-        option = options.get(name) if name.startswith("-") else None
-        if option is None or option.multiple:
-            continue
-        if option.is_flag:
-            said, value = name, str(name in option.opts)
-        else:
-            value = value if equals else following
-            said = f"{name} {value}"
-        before, earlier = seen.setdefault(option.name, (said, value))
-        if not _equal(earlier, value):
-            raise UserError(f"{before} and {said} contradict each other: leave one of them out")
-
-
-def _equal(first: str, second: str) -> bool:
-    try:
-        return first == second or float(first) == float(second)
-    except ValueError:
-        return False
+Command = Callable[..., Any]
 
 
 def replacing(
     name: str, options: Mapping[str, tuple[Any, Any]], pack: Callable[..., Any]
-) -> Callable[[Function], Function]:
+) -> Callable[[Command], Command]:
     """A decorator. The command line has ``options`` in place of a command's parameter ``name``; the
     command is called with ``pack`` of their values.
 
@@ -74,7 +36,7 @@ def replacing(
         keyword = inspect.Parameter.KEYWORD_ONLY
         declared.append(inspect.Parameter(option, keyword, default=default, annotation=shown))
 
-    def decorate(command: Function) -> Function:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def call(**given: Any) -> Any:
             given[name] = pack(**{option: given.pop(option) for option in options})
@@ -90,7 +52,7 @@ def replacing(
     return decorate
 
 
-def run_options(*names: str) -> Callable[[Function], Function]:
+def run_options(*names: str) -> Callable[[Command], Command]:
     """:func:`replacing` a command's parameter ``options`` by these fields of :class:`RunOptions`,
     by default all."""
     hints = get_type_hints(RunOptions, include_extras=True)

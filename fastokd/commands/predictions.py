@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError, UserError
 from fastokd.host.console import console
-from fastokd.host.names import counted, first_names, on_a_line
+from fastokd.host.names import as_csv, counted, first_names, on_a_line
 from fastokd.student.pictures import find_pictures
 from fastokd.student.predict import Prediction, Unread, predictions
 
@@ -46,8 +44,8 @@ class Classified(NamedTuple):
         count = counted(len(self.unread) + len(self.found), "picture")
         names = first_names([str(picture.image) for picture in self.unread], 3)
         raise UserError(
-            f"{len(self.unread)} of {count} can't be read ({names}): they are left out; replace or "
-            "remove them"
+            f"{len(self.unread)} of {count} can't be read and {'is' if len(self.unread) == 1 else 'are'} "
+            f"left out: replace or remove {names}"
         )
 
 
@@ -99,13 +97,11 @@ def write_csv(path: Path, found: list[Prediction]) -> None:
     ranks = max((len(prediction.classes) for prediction in found), default=1)
     header = ["image", "class", "probability"]
     header += [f"{name}_{rank}" for rank in range(2, ranks + 1) for name in header[1:3]]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    for p in found:
-        pairs = zip(p.classes, p.probabilities, strict=True)
-        table.writerow([p.image, *(cell for pair in pairs for cell in pair)])
+    rows = [
+        [p.image, *(cell for pair in zip(p.classes, p.probabilities, strict=True) for cell in pair)]
+        for p in found
+    ]
     try:
-        write_durably(path, text.getvalue().encode(errors="backslashreplace"))
+        write_durably(path, as_csv([header, *rows]).encode(errors="backslashreplace"))
     except OSError as error:
         raise DiskError(f"{path} can't be written: {error}") from error

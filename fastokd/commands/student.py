@@ -111,11 +111,11 @@ def predict(
     printed = not json_ and csv is None
     device = options.device
     done = classify(student, images, printed=printed, top=top, batch_size=batch_size, device=device)
-    if csv is not None:
+    if csv is not None and done.found:
         write_csv(csv, done.found)
     if json_:
         print(json.dumps(done.to_json()))
-    elif csv is not None:
+    elif csv is not None and done.found:
         print(on_a_line(f"{counted(len(done.found), 'prediction')} written to {csv}"))
     done.complain()
 

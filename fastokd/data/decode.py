@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Pillow's warnings add nothing to a fault that is reported. Filters are global to the process, so
+    they are set around the threads that decode, and not in them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:

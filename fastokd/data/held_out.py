@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +129,24 @@ def listed(splits: DatasetSplits) -> dict[str, Any]:
     return facts
 
 
+def read_lists(folder: Path) -> dict[str, Any]:
+    """What the run in ``folder`` keeps of its data (:func:`listed`); empty if it keeps nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / DATA
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no list of the files of a run: put it back or remove it")
+    return found
+
+
 def _places(
     splits: DatasetSplits, lists: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Tensor], str]:
@@ -144,5 +164,5 @@ def _places(
     new = index.keys() - set(wanted)
     if not new:
         return places, ""
-    are = "file was" if len(new) == 1 else "files were"
-    return places, f"{len(new):,} {are} added since the run began: it doesn't use them"
+    were, are = ("file was", "isn't") if len(new) == 1 else ("files were", "aren't")
+    return places, f"{len(new):,} {were} added since the run began and {are} used"

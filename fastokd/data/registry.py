@@ -34,6 +34,7 @@ class _Request(NamedTuple):
     begun: bool
     device: torch.device
     own_test: bool
+    kept: Mapping[str, Any] | None
 
 
 _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
@@ -44,7 +45,7 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "imagefolder": lambda ask: (
         _prepared("imagefolder", ask)
         if ask.streamed
-        else load_folder(ask.root, ask.shown, begun=ask.begun, own_test=ask.own_test)
+        else load_folder(ask.root, ask.shown, begun=ask.begun, kept=ask.kept, own_test=ask.own_test)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
 }
@@ -134,6 +135,7 @@ def load_dataset(
             begun,
             torch.device(device),
             own_test=test == 0,
+            kept=kept,
         )
     )
     splits = hold_out(splits, {"test": test, "val": val}, kept)

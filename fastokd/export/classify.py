@@ -27,7 +27,10 @@ names, shown = about["class_names"], about["preprocessing"]
 
 def preprocess(path):
     """A picture as the network's input, {input}."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = Image.open(path)
+    if image.mode.startswith(("I", "F")) or image.mode == "LAB":
+        raise ValueError(f"it has mode {{image.mode}}, and not 8 bits a channel")
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*shown["background"], 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
@@ -46,13 +49,25 @@ def centre(image, resize, crop):
     return image.resize((crop, crop), Image.Resampling.BILINEAR, box=box)
 
 
-for path in sys.argv[1:]:
+paths = sys.argv[1:]
+if not paths or paths[0] in ("-h", "--help"):
+    sys.exit(f"usage: python {{sys.argv[0]}} picture.jpg ...")
+unread = 0
+for path in paths:
+    try:
+        picture = preprocess(path)
+    except Exception as error:
+        print(f"{{path}} can't be read: {{error}}", file=sys.stderr)
+        unread += 1
+        continue
 {run}
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     print(path)
     for c in shares.argsort()[::-1][:5]:
         print(f"  {{100 * shares[c]:5.1f}} %  {{names[c]}}")
+if unread:
+    sys.exit(2)
 '''
 _CENTRE = '    image = centre(image, shown["resize"], shown["crop_size"][0])'
 _GREY = '    image = image.convert("L").convert("RGB")'
@@ -89,7 +104,7 @@ _VALUES = """\
     return x_HWC.transpose(2, 0, 1)[None].astype(np.float32)"""
 OF_TORCH = """\
     with torch.no_grad():
-        logits = model(torch.tensor(preprocess(path)))[0].numpy()"""
+        logits = model(torch.tensor(picture))[0].numpy()"""
 BESIDE = 'about = json.loads(file.with_name("student.json").read_text())'
 
 

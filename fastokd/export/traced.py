@@ -140,7 +140,7 @@ def _how_onnx(_: Weights) -> list[str]:
     ]
 
 
-_RUN_ONNX = '    logits = model.run(["logits"], {"images": preprocess(path)})[0][0]'
+_RUN_ONNX = '    logits = model.run(["logits"], {"images": picture})[0][0]'
 
 
 def _formats(pixels: bool) -> dict[str, Format]:

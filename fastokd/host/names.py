@@ -6,11 +6,13 @@ that aren't UTF-8, which Python keeps as lone surrogates (``os.fsdecode``).
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +76,13 @@ def in_plot(name: object) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
     return f" {text}" if text.startswith("_") else text
+
+
+def as_csv(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as the text of a CSV file, with the format's own line ends, so that a cell may hold any."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def counted(count: int, noun: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import METHODS, RUN_OPTIONS
-from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
+from fastokd.recipe.recipe import Recipe, as_float, checked, methods, models, settings
 
 # Fields that the recipe's name sets.
 NAMED = ("name", "method", "model", "dataset", "sharing")
@@ -47,7 +47,8 @@ def changed_fields(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
         if key in options and options[key] != value:
             raise UserError(f"{key} is both {options[key]} and {value}: leave one of them out")
         default = of_method[key] if key in of_method else of_models[base.models[0]][key]
-        options[key] = float(value) if type(value) is int and type(default) is float else value
+        to_float = type(value) is int and type(default) is float
+        options[key] = as_float(key, value) if to_float else value
     for part, options in given.items():
         if options:
             found[part] = {**getattr(base, part), **options}

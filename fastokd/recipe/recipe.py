@@ -19,7 +19,7 @@ cohort = Later("fastokd.cohort.sharing")
 seeds = Later("fastokd.seeds")
 torch = Later("torch")
 # Upper limits that catch typing errors before memory or time runs out.
-MOST = {"students": 64, "epochs": 1_000_000, "image_size": MOST_PIXELS}
+MOST = {"students": 64, "batch_size": 1 << 24, "epochs": 1_000_000, "image_size": MOST_PIXELS}
 # What a value of each kind of field is, for the error.
 KINDS: dict[Any, tuple[Any, str]] = {
     bool: (bool, "true or false"),
@@ -68,9 +68,19 @@ def checked(name: str, value: Any) -> Any:
         fits = fits and all(isinstance(key, str) for key in value)
     if not fits:
         raise wrong_type(name, value, what)
-    if kind in (int, float):
-        return kind(value)
+    if kind is float:
+        return as_float(name, value)
+    if kind is int:
+        return int(value)
     return int(value) if kind == int | float and value == value // 1 else value
+
+
+def as_float(name: str, value: Any) -> float:
+    """A number as a float; UserError if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise wrong_type(name, value, "a finite number") from None
 
 
 # Whose accuracy a run reports and selects its best epoch by.

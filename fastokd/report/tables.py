@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
+from fastokd.host.names import as_csv as csv_text
 from fastokd.host.names import in_html, in_latex, in_markdown, on_a_line
 from fastokd.report.statistics import Difference, Sample
 
@@ -198,15 +197,16 @@ def as_csv(table: Table) -> str:
     columns = [
         _split(column, [row[i] for row in table.rows]) for i, column in enumerate(table.columns)
     ]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([name for names, _ in columns for name in names])
-    for row in table.rows:
-        parts = zip(columns, row, strict=True)
-        writer.writerow(
-            [value for (names, values), cell in parts for value in values(cell)[: len(names)]]
-        )
-    return text.getvalue()
+    head = [name for names, _ in columns for name in names]
+    rows = (
+        [
+            value
+            for (names, values), cell in zip(columns, row, strict=True)
+            for value in values(cell)[: len(names)]
+        ]
+        for row in table.rows
+    )
+    return csv_text([head, *rows])
 
 
 def _split(

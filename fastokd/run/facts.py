@@ -11,7 +11,7 @@ import torch
 
 from fastokd.checkpoint import write_durably
 from fastokd.data import DatasetSplits
-from fastokd.data.held_out import DATA, listed
+from fastokd.data.held_out import DATA, listed, read_lists
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.recipe.recipe import Recipe
@@ -67,7 +67,7 @@ class RunFacts:
         """The files of the splits that fastokd drew, and those left out
         (:func:`fastokd.data.held_out.listed`); empty if there is no such file. Raises as
         :meth:`environment`."""
-        return _read(self.folder / DATA, "list of the files")
+        return read_lists(self.folder)
 
     def write_data(self, data: DatasetSplits) -> None:
         """Writes what :meth:`data` returns, if there is something."""

@@ -24,6 +24,7 @@ from fastokd.checkpoint import (
     write_durably,
     writing,
 )
+from fastokd.data.held_out import DATA
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import (
     DataFileError,
@@ -201,7 +202,8 @@ class RunFolder:
         if not session.options.resume:
             # Another run may have used the folder since the first check.
             self.lock.check(resume=False)
-            (self.path / "tuning.json").unlink(missing_ok=True)  # of a run that ended before a step
+            for name in ("tuning.json", DATA):  # of a run that ended before a step
+                (self.path / name).unlink(missing_ok=True)
         with writing(self.path):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)

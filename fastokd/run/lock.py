@@ -13,10 +13,10 @@ from fastokd.errors import UserError, warn
 
 # What a run may have written before its first checkpoint, and what it has written at least.
 UNTRAINED = {
-    *("recipe.json", "environment.json", "checkpoints", "tuning.json", "teacher.safetensors"),
-    *("augmentation.png", "tensorboard", "wandb"),
+    *("recipe.json", "environment.json", "data.json", "checkpoints", "tuning.json"),
+    *("teacher.safetensors", "augmentation.png", "tensorboard", "wandb"),
 }
-BEGUN = {"recipe.json", "environment.json", "checkpoints"}
+BEGUN = {"recipe.json", "checkpoints"}
 
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
@@ -136,8 +136,8 @@ class FolderLock:
         """
         if not self.path.is_dir():
             return False
-        found = {entry.name for entry in self.path.iterdir()}
-        if (self.path / "checkpoints").is_dir() and any((self.path / "checkpoints").iterdir()):
+        found = _whole(self.path)
+        if (self.path / "checkpoints").is_dir() and _whole(self.path / "checkpoints"):
             return False
         if found <= {"checkpoints"}:
             return True
@@ -148,3 +148,9 @@ class FolderLock:
         locked = self.take()
         self.release()
         return locked  # without locks another process may use the folder
+
+
+def _whole(folder: Path) -> set[str]:
+    """The names in ``folder`` without temporary files of killed writers."""
+    names = {entry.name for entry in folder.iterdir()}
+    return {name for name in names if not (name.startswith(".") and ".tmp" in name)}

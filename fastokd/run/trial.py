@@ -117,11 +117,14 @@ def _timed(
             return Timing(choice, min(times), note="one step: far slower")
         count, first = timed_steps(times[-1]), times
         if is_long:
-            allowed.limit(times[-1])
+            if best_ms is None:
+                allowed.limit(times[-1])
             # The first candidate is timed only if another one can be.
             left = count if best_ms is not None else warm_up + 2 * count
             if allowed.left < left * times[-1] / 1e3:
-                return Timing(choice, note=OVER, final=False)
+                if best_ms is None:
+                    return Timing(choice, note=OVER, final=False)
+                return Timing(choice, min(times), note="one step", final=False)
         times = time_steps(session, batch, count, allowed, before=first)
     if len(times) < count:
         return Timing(choice, note=allowed.over, final=False)

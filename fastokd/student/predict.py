@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastokd.data.decode import without_warnings
 from fastokd.device import set_matmul_precision, use_device
 from fastokd.errors import LoaderError, UserError, as_path, warn, wrong_type
 from fastokd.host.cpus import share_of_cpus
@@ -126,7 +127,8 @@ def _predictions(
     with ThreadPoolExecutor(share_of_cpus()) as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            read_B = list(pool.map(read, batch))
+            with without_warnings():
+                read_B = list(pool.map(read, batch))
             pixels_B = [pixels for pixels in read_B if not isinstance(pixels, UserError)]
             probabilities: Iterator[torch.Tensor] = iter(())
             if pixels_B:

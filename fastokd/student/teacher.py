@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from fastokd.data import DatasetSplits
-from fastokd.data.held_out import DEFAULT
+from fastokd.data.held_out import DEFAULT, read_lists
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.recipe.names import Recipe, recipe
@@ -86,6 +87,26 @@ def check_held_out(weights: Weights, data: DatasetSplits, what: str, recipe: Rec
             f"{what} {weights.path} was trained on images that {said_held_out(data)} holds out, since "
             f"its training held out {' and '.join(str(v or 'none') for v in theirs.values())}: {also}or "
             f"leave {' and '.join(f'--{name}' for name in theirs)} out"
+        )
+    return data.train.paths_N is None or _saw_other_files(weights, data, what)
+
+
+def _saw_other_files(weights: Weights, data: DatasetSplits, what: str) -> bool:
+    """Whether the lists of files of the run that trained ``weights`` are known and have no held-out file:
+    files that were added since change the draw.
+
+    Raises:
+        UserError: it was trained on some.
+    """
+    lists = next(filter(None, map(read_lists, weights.path.parents[:2])), {})
+    if "train" not in lists:
+        return False
+    drawn = {path for name in data.held_out for path in getattr(data, name).paths_N}
+    seen = len(drawn & {os.fsencode(path) for path in lists["train"]})
+    if seen:
+        raise UserError(
+            f"{what} {weights.path} was trained on {seen} of the {len(drawn)} images that are held out "
+            "here, since the folder has changed: train it again"
         )
     return True
 

@@ -4,6 +4,7 @@ a folder of classes may hold besides."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -39,6 +40,14 @@ def files(splits: DatasetSplits) -> dict[str, list[str]]:
         name: [] if split is None or split.paths_N is None else [p.decode() for p in split.paths_N]
         for name, split in found.items()
     }
+
+
+def train_on(root: Path) -> list[str]:
+    """A command that trains on ``root``."""
+    command = (
+        f"train baseline/resnet8/imagefolder --data-root {root} --image-size 32 --batch-size 8"
+    )
+    return [*command.split(), "--epochs", "2", "--engine", "loop", "--device", "cpu"]
 
 
 def in_each_class(paths: list[str]) -> dict[str, int]:
@@ -191,10 +200,7 @@ def test_a_run_keeps_its_split(
     form: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files that are added change nothing for it; one that is gone is named."""
-    command = (
-        f"train baseline/resnet8/imagefolder --data-root {root} --image-size 32 --batch-size 8 "
-    )
-    command += f"--epochs 2 --engine loop --device cpu --out {tmp_path / 'run'}"
+    command = " ".join([*train_on(root), "--out", str(tmp_path / "run")])
     if form == "streamed":
         prepare(root, quiet=True)
         command += " --set resized_crop=true --set crop_padding=0 --loader torchvision"
@@ -216,7 +222,7 @@ def test_a_run_keeps_its_split(
     assert json.loads(capsys.readouterr().out) == before
     assert cli.run_command([*command.split(), "--resume"]) == 0
     said = capsys.readouterr().out
-    assert "9 files were added since the run began: it doesn't use them" in said
+    assert "9 files were added since the run began and aren't used" in said
     assert "25 to train, 4 to validate" in said
     assert json.loads((tmp_path / "run/data.json").read_text()) == kept
     (root / kept["val"][0]).unlink()
@@ -224,6 +230,41 @@ def test_a_run_keeps_its_split(
         prepare(root, quiet=True)
     assert cli.run_command(evaluate) == 2
     assert f"(the first: {kept['val'][0]}): put them back" in capsys.readouterr().err
+
+
+def test_a_file_that_is_damaged_after_the_run_is_no_smaller_test_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a split folder a run keeps no lists; what was left out at the beginning stays so."""
+    root, run = tmp_path / "set", str(tmp_path / "run")
+    write_folder(root, splits=("train", "test"), count=12)
+    (root / "test/cat/0.png").write_bytes(b"no image")
+    assert cli.run_command([*train_on(root), "--max-steps", "1", "--out", run]) == 0
+    assert cli.run_command(["evaluate", run]) == 0
+    (root / "test/cat/1.png").write_bytes(b"no image")
+    for command in (["evaluate", run], ["train", "--resume", run]):
+        capsys.readouterr()
+        assert cli.run_command(command) == 2
+        said = capsys.readouterr().err
+        assert "the run didn't leave them out when it began (the first: test/cat/1.png" in said
+
+
+def test_weights_that_saw_held_out_files_are_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shares are equal, but files were added to the folder in between."""
+    first = str(tmp_path / "first")
+    assert cli.run_command([*train_on(root), "--max-steps", "1", "--out", first]) == 0
+    begin = [*train_on(root), "--max-steps", "1", "--init", first, "--out"]
+    assert cli.run_command([*begin, str(tmp_path / "second")]) == 0
+    for name in ("cat", "dog"):
+        for index in range(3):
+            shutil.copy(root / name / "0.png", root / name / f"0{index}.png")
+    capsys.readouterr()
+    assert cli.run_command([*begin, str(tmp_path / "third")]) == 2
+    assert re.search(
+        r"was trained on \d of the \d+ images that are held out", capsys.readouterr().err
+    )
 
 
 def test_a_recipe_takes_numbers_and_fractions() -> None:

@@ -239,7 +239,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
         after_step(1, fail, patch)
         with pytest.raises(RuntimeError, match="broken"):
             train(SMALL, OPTIONS, out=out)
-    (out / "tuning.json").write_text("{}")
+    for left in ("tuning.json", "data.json", ".recipe.json.tmp1", "checkpoints/.last-1.tmp1"):
+        (out / left).write_text("{}")
     lock = FolderLock(out)
     lock.take()
     with pytest.raises(UserError, match=f"another run uses {out}"):

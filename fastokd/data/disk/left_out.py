@@ -7,9 +7,9 @@ is a class whose images can all not be used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastokd.data.disk.layout import refuse_unusable_classes
 from fastokd.errors import UserError
@@ -36,6 +36,18 @@ def refuse_damage(folder: Path, classes: Iterable[str], files: Sequence[Seen]) -
     refusal = too_many(folder, files)
     if refusal:
         raise UserError(refusal)
+
+
+def refuse_new_damage(folder: Path, files: Sequence[Seen], kept: Mapping[str, Any]) -> None:
+    """Raises UserError if one of ``files`` is damaged that a begun run didn't leave out: its metrics would
+    be over fewer images. ``kept``: the run's data.json."""
+    known = {file["path"] for file in kept.get("left_out", ())}
+    new = [file for file in files if file.fault and file.damaged and file.path not in known]
+    if new:
+        raise UserError(
+            f"{len(new):,} of {len(files):,} files in {folder} can't be used, and the run didn't leave "
+            f"them out when it began ({_named(new)}): replace or remove them"
+        )
 
 
 def too_many(folder: Path, files: Sequence[Seen]) -> str:

@@ -135,9 +135,10 @@ def folder_of(manifest: Manifest, split: str) -> Path:
 
 def seen_in(manifest: Manifest, folder: str) -> list[Seen]:
     """Every file of one split's folder. ``fastokd prepare`` looks at files that aren't misplaced, and
-    then knows their time."""
+    then knows their time; a manifest of an earlier version has no times."""
+    timed = any(entry.mtime > 0 for entry in manifest.entries)
     return [
-        Seen(entry.path, entry.label, entry.fault, entry.mtime > 0)
+        Seen(entry.path, entry.label, entry.fault, entry.mtime > 0 if timed else entry.label >= 0)
         for entry in manifest.entries
         if entry.split == folder
     ]
@@ -182,5 +183,6 @@ def _note(
     parts += [OLD] if OLD in manifest.notes else []
     if folders.get("test") == "val":
         parts.append(NO_TEST)
-    parts += [*shortened(manifest.notes), *filter(None, [what_is_left_out(seen)])]
+    notes = [note for note in manifest.notes if note != OLD]
+    parts += [*shortened(notes), *filter(None, [what_is_left_out(seen)])]
     return "\n".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastokd.data.decode import TOO_MANY, fault_of, is_plain, orientation, upright_rgb
+from fastokd.data.decode import (
+    TOO_MANY,
+    fault_of,
+    is_plain,
+    orientation,
+    upright_rgb,
+    without_warnings,
+)
 from fastokd.data.waits import by_threads, exhausted
 from fastokd.host.cpus import usable_cpus
 
@@ -113,10 +119,7 @@ def scan(
             looks.append(look_at(root / paths[i], count=i in counted, pixels=pixels))
         return looks
 
-    # Pillow's warnings add nothing to the recorded fault. Filters are global to the process, so they
-    # are set here and not in the threads.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         chunks = range(0, len(paths), CHUNK)
         for looks in by_threads(
             look_at_all,

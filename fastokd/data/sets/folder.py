@@ -7,13 +7,15 @@ Both leave damaged files out by the rule of ``left_out.py``.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastokd.data.decode import without_warnings
 from fastokd.data.disk.layout import (
     NO_TEST,
     Layout,
@@ -22,7 +24,7 @@ from fastokd.data.disk.layout import (
     is_unsplit,
     shortened,
 )
-from fastokd.data.disk.left_out import Seen, refuse_damage, what_is_left_out
+from fastokd.data.disk.left_out import Seen, refuse_damage, refuse_new_damage, what_is_left_out
 from fastokd.data.disk.scan import look_at, statistics_of, sums_of
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.data.sets import files
@@ -42,7 +44,12 @@ class Listing(NamedTuple):
 
 
 def load_folder(
-    root: Path | None, shown: Preprocessing, *, begun: bool = False, own_test: bool = True
+    root: Path | None,
+    shown: Preprocessing,
+    *,
+    begun: bool = False,
+    kept: Mapping[str, Any] | None = None,
+    own_test: bool = True,
 ) -> DatasetSplits:
     """``root/train/CLASS/*.png|jpg|...`` with ``val/`` or ``test/`` or both beside it, or
     ``root/CLASS/*``, whose test split has no images.
@@ -53,6 +60,8 @@ def load_folder(
 
     Args:
         begun: a run that has begun isn't refused for the number of its damaged files.
+        kept: what it keeps of its data. It is refused for a file that was damaged since, unless the file
+            is in its lists, which are checked where they are read.
         own_test: False if a test split will be drawn from train, so that ``val/`` is no test split.
 
     Raises:
@@ -78,6 +87,8 @@ def load_folder(
         where = root if folder == "train" and is_unsplit(root) else root / folder
         if not begun:
             refuse_damage(where, layout.classes, files_here)
+        elif kept is not None and split not in kept:
+            refuse_new_damage(where, files_here, kept)
         if len(splits[split]) == 0:
             fault = next(file.fault for file in files_here)
             raise UserError(f"no image in {where} can be used (the first: {fault}): add some")
@@ -134,7 +145,8 @@ def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, d
 
     indices = range(len(listing.paths))
     threads = min(8, usable_cpus())
-    faults = list(by_threads(fill, indices, threads, lambda index: listing.paths[index]))
+    with without_warnings():
+        faults = list(by_threads(fill, indices, threads, lambda index: listing.paths[index]))
     paths_N = np.array([os.fsencode(path) for path in listing.paths], dtype=bytes)
     split = Split(
         torch.from_numpy(images_NHWC), torch.tensor(listing.labels, dtype=torch.int64), paths_N
