@@ -29,7 +29,10 @@ def reproduce(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds; one run for each.")] = "0,1,2",
     val: Annotated[
-        int | None, typer.Option(help="Images held out to choose the best epoch.")
+        float | None,
+        typer.Option(
+            help="Images held out to choose the best epoch: a number, or a fraction such as 0.1."
+        ),
     ] = None,
     only: Annotated[str, typer.Option(help="Only cells whose recipe name contains this.")] = "",
     out: Annotated[

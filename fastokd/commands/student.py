@@ -139,6 +139,8 @@ def evaluate(
         return
     for split, metrics in results.items():
         for name, value in metrics.items():
+            if value is None:  # of a leader, without one
+                continue
             print(f"{split} {name}: {_rounded(value)}")
 
 

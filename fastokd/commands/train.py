@@ -164,6 +164,11 @@ def _close(run: Any, options: RunOptions) -> None:
         return
     folder = on_a_line(shlex.quote(str(run.folder)))
     say(str(summarise(run)))
+    if not run.is_whole:
+        at = run.standing
+        say(
+            f"ended at step {at.step}, with {at.epochs} of {counted(run.recipe.epochs, 'epoch')} complete"
+        )
     say(f"the run is in {on_a_line(run.folder)}; next:")
     if not run.is_whole:
         say(f"  fastokd train --resume {folder}")
@@ -191,4 +196,6 @@ def _schedule(name: str, of: Recipe) -> str:
     all_of_them = len(names.recipe(name).milestones)
     if len(of.milestones) < all_of_them:
         rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
-    return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:g}"
+    return (
+        f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:.3g} epochs"
+    )

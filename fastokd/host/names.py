@@ -19,7 +19,7 @@ from pathlib import Path
 # Line ends and other control characters, lone surrogates.
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 _LONGEST_IN_PLOT = 60
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#+!|~&$])")
 # Braces around "*" and "[": after the end of a row they would be its options.
 _LATEX = str.maketrans(
     {

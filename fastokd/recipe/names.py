@@ -99,8 +99,8 @@ def _parse(name: str) -> _Name:
     forms = [word for word in words if word != "ensemble"]
     if len(forms) > 1 or not {*forms} <= {"branch", "network"}:
         raise UserError(
-            f"{text!r} names no form of {method}: write {method}-branch or {method}-network, and "
-            "-ensemble behind it to report the ensemble"
+            f"{method} has no form {'-'.join(forms)!r}: write {method}-branch or {method}-network; add "
+            "-ensemble to report the ensemble's accuracy"
         )
     sharing = forms[0] if forms else _only_form(method)
     return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset)

@@ -27,7 +27,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
     float: (numbers.Real, "a number"),
     str: (str, "a word"),
     dict: (dict, "an object of names and values"),
-    tuple: (tuple, "a list of whole numbers"),
+    tuple: (tuple, "a list of whole numbers such as [10,15]"),
     int | float: (numbers.Real, "a number of images or a fraction below 1"),
 }
 
@@ -146,7 +146,7 @@ class Recipe:
     val: Annotated[
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
-        "or a fraction of each class; 0 for none.",
+        "or a fraction of each class; 0 for none beyond the data set's own.",
     ] = 0
     test: Annotated[
         int | float,

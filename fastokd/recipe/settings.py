@@ -13,6 +13,10 @@ from fastokd.recipe.changes import NAMED, option
 from fastokd.recipe.names import Recipe, recipe
 
 
+# Python's words, which JSON writes otherwise.
+PYTHON = {"True": True, "False": False}
+
+
 @dataclass(frozen=True)
 class WantedRun:
     """A run that was asked for: its folder's name, its recipe, and the settings that name it."""
@@ -40,7 +44,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, list[Any]]:
         try:
             parsed = json.loads(f"[{values}]")
         except ValueError:
-            parsed = values.split(",")
+            parsed = [PYTHON.get(word, word) for word in values.split(",")]
         if settings.setdefault(key, parsed) != parsed:
             raise UserError(
                 f"--set gives {key} twice, {_list(settings[key])} and {values}: leave one of them out, "

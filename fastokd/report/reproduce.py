@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.errors import UserError
-from fastokd.host.names import counted
+from fastokd.host.names import counted, on_a_line
+from fastokd.host.streams import say
 from fastokd.methods import method_class
 from fastokd.recipe.cells import Cell, cells_of
 from fastokd.recipe.names import Recipe, recipe
@@ -78,14 +79,15 @@ class Request:
     dataset: str | None = None
     model: str | None = None
     epochs: int | None = None
-    val: int | None = None
+    val: float | None = None
     only: str = ""
 
     def cells(self) -> list[Cell]:
         """The selected cells; only those of ``dataset`` if the table has any."""
         cells = [cell for cell in cells_of(self.table) if self.only in cell.recipe]
         if not cells:
-            names = ", ".join(dict.fromkeys(cell.recipe for cell in cells_of(self.table)))
+            every = (self.recipe(cell, 0).name for cell in cells_of(self.table))
+            names = ", ".join(dict.fromkeys(every))
             raise UserError(f"--only {self.only!r} leaves no cell of {self.table}: it has {names}")
         of_it = [cell for cell in cells if cell.recipe.endswith(f"/{self.dataset}")]
         return of_it or cells
@@ -124,7 +126,9 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
     # Teachers before their students.
     order = {entry.folder: entry for entry in (*teachers.values(), *wanted.values())}
     found: dict[str, Run] = {}
-    for entry in order.values():
+    for number, entry in enumerate(order.values(), 1):
+        if not options.quiet:
+            say(f"run {number} of {len(order)}: {on_a_line(entry.folder)}")
         taught_by = teachers.get(entry.recipe.teacher)
         folder = None if taught_by is None else out / taught_by.folder
         (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=folder), train)
@@ -267,11 +271,12 @@ def as_table(reproduction: Reproduction) -> Table:
     What is the same in all rows and said in a note has no column.
     """
     results = reproduction.results
+    unit = f"{results[0].cell.unit} (%)"
     columns = (
         Column("row", text=True),
         Column("column", text=True),
-        Column("last epoch"),
-        Column("best epoch"),
+        Column(f"last epoch, {unit}"),
+        Column(f"best epoch, {unit}"),
         Column("chosen on", text=True),
         Column("published"),
         Column("difference"),

@@ -11,6 +11,8 @@ from typing import Any
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import UserError
+from fastokd.host.names import on_a_line
+from fastokd.host.streams import say
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.settings import WantedRun
 from fastokd.run.folder import Run, RunFolder
@@ -40,7 +42,9 @@ def run_all(out: Path, wanted: Sequence[WantedRun], options: RunOptions, train: 
     for entry in wanted:
         index.want(entry, anew=False)
     runs = []
-    for entry in wanted:
+    for number, entry in enumerate(wanted, 1):
+        if len(wanted) > 1 and not options.quiet:
+            say(f"run {number} of {len(wanted)}: {on_a_line(entry.folder)}")
 
         def begin(recipe: Recipe, options: RunOptions, entry: WantedRun = entry) -> Run:
             index.want(entry, anew=True)

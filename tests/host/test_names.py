@@ -33,7 +33,7 @@ def test_a_name_is_one_line_of_text() -> None:
 def test_a_page_and_a_card_show_it_as_it_is() -> None:
     assert html.unescape(in_html(NAME)) == LINE
     assert "<" not in in_html(NAME)
-    assert in_markdown("a_b [x](y) <i>") == "a\\_b \\[x\\]\\(y\\) \\<i\\>"
+    assert in_markdown("a_b [x](y) <i>") == "a\\_b \\[x\\](y) \\<i\\>"
 
 
 def test_a_console_knows_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,9 +196,9 @@ def test_what_is_reported_is_scored() -> None:
     [
         ("okddip-branch", {}, "name one as METHOD/MODEL/DATASET"),
         ("okddip/resnet32/cifar100", {}, "two forms: name one"),
-        ("okddip-brunch/resnet32/cifar100", {}, "no form of okddip"),
+        ("okddip-brunch/resnet32/cifar100", {}, "okddip has no form"),
         ("okdip-branch/resnet32/cifar100", {}, "did you mean okddip"),
-        ("okddip-branch-network/resnet32/cifar100", {}, "no form of okddip"),
+        ("okddip-branch-network/resnet32/cifar100", {}, "okddip has no form"),
         ("okddip-branch@x/resnet32/cifar100", {}, "write a number after the @"),
         ("okddip-branch@1/resnet32/cifar100", {}, "at least 2"),
         ("one-network/resnet32/cifar100", {}, "no network form: choose branch"),
