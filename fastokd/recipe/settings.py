@@ -12,7 +12,6 @@ from fastokd.errors import UserError
 from fastokd.recipe.changes import NAMED, option
 from fastokd.recipe.names import Recipe, recipe
 
-
 # Python's words, which JSON writes otherwise.
 PYTHON = {"True": True, "False": False}
 
