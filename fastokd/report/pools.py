@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.errors import UserError
+from fastokd.host.names import counted
 from fastokd.recipe.names import Recipe
 from fastokd.report.published import Changes, from_its_name, options_of, shown
 from fastokd.report.statistics import Sample
@@ -182,5 +183,5 @@ def _label(what: _What, kinds: Sequence[_What], runs: Sequence[Run]) -> str:
             words += shown({name: value})
     if not what.whole:
         epochs = min(run.standing.epochs for run in runs)
-        words.append(f"({epochs} of {what.recipe.epochs} epochs)")
+        words.append(f"({epochs} of {counted(what.recipe.epochs, 'epoch')})")
     return " ".join(words)
