@@ -208,7 +208,10 @@ def test_a_run_whose_capture_fails_goes_on_eagerly(
     assert recorder.captures == fails + 1
     said = capsys.readouterr().err
     assert said.count("warning") == 1
-    assert "(RuntimeError: operation not permitted when stream is capturing): the run continues" in said
+    assert (
+        "(RuntimeError: operation not permitted when stream is capturing): the run continues"
+        in said
+    )
     assert found.keys() == plain.keys()
     for key, value in plain.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=key)
