@@ -56,6 +56,23 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object of a run's folder; empty if there is no such file. ``what`` describes it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what} of a run: put it back or remove it")
+    return found
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes the names in ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

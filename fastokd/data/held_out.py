@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,24 +125,6 @@ def listed(splits: DatasetSplits) -> dict[str, Any]:
     if splits.left_out:
         facts["left_out"] = [{"path": path, "fault": fault} for path, fault in splits.left_out]
     return facts
-
-
-def read_lists(folder: Path) -> dict[str, Any]:
-    """What the run in ``folder`` keeps of its data (:func:`listed`); empty if it keeps nothing.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = folder / DATA
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no list of the files of a run: put it back or remove it")
-    return found
 
 
 def _places(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastokd.checkpoint import write_durably
+from fastokd.checkpoint import read_object, write_durably
 from fastokd.data import DatasetSplits
-from fastokd.data.held_out import DATA, listed, read_lists
+from fastokd.data.held_out import DATA, listed
 from fastokd.device import environment
 from fastokd.errors import UserError
 from fastokd.recipe.recipe import Recipe
@@ -61,13 +61,13 @@ class RunFacts:
         Raises:
             UserError: the file is damaged.
         """
-        return _read(self.environment_file, "environment")
+        return read_object(self.environment_file, "environment")
 
     def data(self) -> dict[str, Any]:
         """The files of the splits that fastokd drew, and those left out
         (:func:`fastokd.data.held_out.listed`); empty if there is no such file. Raises as
         :meth:`environment`."""
-        return read_lists(self.folder)
+        return read_object(self.folder / DATA, "list of the files")
 
     def write_data(self, data: DatasetSplits) -> None:
         """Writes what :meth:`data` returns, if there is something."""
@@ -109,18 +109,6 @@ class RunFacts:
     def write_tuning(self, timings: list[Timing]) -> None:
         """Writes the timings that the engine was chosen by."""
         _write(self.folder / "tuning.json", {"timings": [asdict(timing) for timing in timings]})
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): put it back or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no {what} of a run: put it back or remove it")
-    return found
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastokd.checkpoint import read_object
 from fastokd.data import DatasetSplits
-from fastokd.data.held_out import DEFAULT, read_lists
+from fastokd.data.held_out import DATA, DEFAULT
 from fastokd.errors import UserError
 from fastokd.models import Student
 from fastokd.recipe.names import Recipe, recipe
@@ -98,7 +99,8 @@ def _saw_other_files(weights: Weights, data: DatasetSplits, what: str) -> bool:
     Raises:
         UserError: it was trained on some.
     """
-    lists = next(filter(None, map(read_lists, weights.path.parents[:2])), {})
+    runs = [folder for folder in weights.path.parents[:2] if (folder / "recipe.json").is_file()]
+    lists = read_object(runs[0] / DATA, "list of the files") if runs else {}
     if "train" not in lists:
         return False
     drawn = {path for name in data.held_out for path in getattr(data, name).paths_N}
