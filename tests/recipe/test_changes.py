@@ -12,6 +12,7 @@ from fastokd.known import MODELS, RUN_OPTIONS
 from fastokd.models import create_model, option_defaults, register_model
 from fastokd.models.vgg import VGG
 from fastokd.recipe.names import list_recipes, recipe
+from fastokd.recipe.settings import parse_settings
 from fastokd.run.options import RunOptions
 
 
@@ -114,3 +115,13 @@ def test_milestones_are_distinct_and_within_the_run(epochs: int) -> None:
         assert all(fall == pytest.approx(1) or fall == pytest.approx(0.1) for fall in falls)
         if epochs >= 6:
             assert list(made.milestones) == scaled, name
+
+
+@pytest.mark.parametrize("name", ["lr", "temperature"])
+def test_a_number_too_large_for_a_float_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} must be a finite number"):
+        recipe("okddip-branch/resnet8/digits", **{name: 10**400})
+
+
+def test_python_s_words_are_taken_for_json_s() -> None:
+    assert parse_settings(["nesterov=True,False"]) == {"nesterov": [True, False]}

@@ -161,6 +161,19 @@ def test_the_printed_command_runs_without_fastokd(tmp_path: Path) -> None:
     assert [share for _, share in printed_shares(done.stdout)] == pytest.approx(
         [share for _, share in wanted], abs=0.11
     )
+    damaged, deep = tmp_path / "damaged.jpg", tmp_path / "deep.png"
+    damaged.write_bytes(b"no picture")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep)
+    command = [sys.executable, "classify.py", str(damaged), str(deep), str(picture)]
+    some = subprocess.run(command, cwd=tmp_path / "moved", capture_output=True, text=True)
+    assert (some.returncode, some.stdout) == (2, done.stdout)
+    assert [line.split(" can't be read: ")[0] for line in some.stderr.splitlines()] == [
+        str(damaged),
+        str(deep),
+    ]
+    bare = subprocess.run(command[:2], cwd=tmp_path / "moved", capture_output=True, text=True)
+    assert (bare.returncode, bare.stdout) == (1, "")
+    assert bare.stderr.startswith("usage: python classify.py picture.jpg")
 
 
 @pytest.mark.parametrize("to", OF_PIXELS)

@@ -119,7 +119,7 @@ def test_damaged_pictures_are_left_out_and_said(
 
 
 def test_a_table(student: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (pictures / "f.jpg").rename(pictures / 'f, "é".jpg')
+    (pictures / "f.jpg").rename(pictures / 'f, "é"\r.jpg')
     command = ["predict", str(student), "pictures", "--top", "2", "--csv", "found.csv"]
     for _ in range(2):  # the second replaces the first
         assert run_command(command) == 0
