@@ -117,6 +117,18 @@ def test_long_steps_are_timed_once_and_only_where_there_is_time_for_two_candidat
     assert session.learner.choice == Choice()
 
 
+def test_a_faster_candidate_does_not_lower_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's step takes 10 s, and the limit is 30 s; of the grouped one's 2 s it would be 6 s."""
+    clock = slowed(monkeypatch)
+    for engine, seconds in (("loop", 9.9), ("grouped", 1.9), ("vmap", 9.9)):
+        failing(monkeypatch, engine, lambda s=seconds: clock.__setitem__(0, clock[0] + s))
+    monkeypatch.setattr(autotuner, "SECONDS", 0.0)
+    monkeypatch.setattr(autotuner, "SHARE", 0.0025)
+    timings = tune(session_of(), 1_200)
+    assert [timing.step_ms for timing in timings][:2] == pytest.approx([1e4, 2e3])
+    assert [timing.note for timing in timings][:2] == ["", ""]
+
+
 @pytest.mark.parametrize("engine", ["loop", "grouped"])
 def test_a_signal_within_a_trial_s_first_step_ends_it(
     engine: str, cache: Path, monkeypatch: pytest.MonkeyPatch
