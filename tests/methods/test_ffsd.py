@@ -187,7 +187,7 @@ def test_what_it_cannot_train_is_refused_with_the_reason() -> None:
     odd = ((16, 15, 15), (32, 8, 8))
     with pytest.raises(UserError, match="15 x 15, 8 x 8"):
         FFSD(shape(*[odd] * 3))
-    with pytest.raises(UserError, match="lambda_fusion is nan"):
+    with pytest.raises(UserError, match="lambda_fusion must be a finite number"):
         create_method("ffsd", shape(*[MAPS] * 3), lambda_fusion=float("nan"))
     cohort, method = cohort_and_method()
     tiny = cohort(torch.randn(4, 3, 4, 4))
