@@ -20,6 +20,7 @@ from fastokd.recipe.fields import (
     between,
 )
 from fastokd.recipe.resolution import check_sizes
+from fastokd.recipe.label_loss import check_label_loss
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -156,6 +157,29 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    label_smoothing: Annotated[
+        float,
+        "Share of the labels that is spread over all classes, in every term with labels.",
+        BELOW_ONE,
+    ] = 0.0
+    ce_weight: Annotated[
+        float, "Factor of every term with labels; distillation keeps its weight.", NOT_NEGATIVE
+    ] = 1.0
+    criterion: Annotated[
+        Literal["ce", "bce"],
+        "The loss on labels: `ce` (cross-entropy) or `bce` (binary cross-entropy, the mean over classes).",
+    ] = "ce"
+    target_threshold: Annotated[
+        float,
+        "With `bce`: a class is a target, wholly, where its smoothed or mixed label is above it; 0 for "
+        "none.",
+        BELOW_ONE,
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
+        "frequency, 1 on average.",
+    ] = "none"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -178,6 +202,7 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
+        check_label_loss(self, needs)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"

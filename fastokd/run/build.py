@@ -31,6 +31,7 @@ from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
+from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
@@ -301,6 +302,9 @@ def _cohort_and_method(
         std=data.std,
         impl=options.impl,
         teacher=frozen,
+        class_weight_C=None
+        if recipe.class_weights == "none"
+        else balanced_weights(data.train.labels_N, data.num_classes),
     )
 
 
