@@ -79,7 +79,11 @@ def is_loaded(name: str) -> bool:
 
 def known_needs(name: str) -> Needs:
     """What a method needs; of one that isn't loaded (:func:`is_loaded`), what every recipe fulfils."""
-    return method_class(name).needs if is_loaded(name) else Needs(min_students=1, leader=True)
+    return (
+        method_class(name).needs
+        if is_loaded(name)
+        else Needs(min_students=1, leader=True, mixed_labels=True)
+    )
 
 
 def method_class(name: str) -> type[Method]:
