@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def stream_of(
     balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    size: Callable[[int], int] | None = None,
 ) -> BatchStream | DiskStream:
     """The batches of ``split`` on its device; the arguments are :class:`BatchOrder`'s.
 
@@ -52,7 +55,7 @@ def stream_of(
     )
     if isinstance(split, Split):
         return BatchStream(split, order, augment)
-    return DiskStream(split, order, augment)
+    return DiskStream(split, order, augment, size)
 
 
 def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:

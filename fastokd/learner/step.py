@@ -8,7 +8,7 @@ finite is skipped by a flag on the device (``guard.py``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,14 +103,13 @@ def gradients(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[
 def parts(
     learner: Learner, images_BHWC: Tensor, labels_B: Tensor
 ) -> list[tuple[Tensor, Tensor, Progress]]:
-    """The batch in nearly equal parts, each with its part of the method's draws and mixed labels."""
+    """The batch in nearly equal parts, each with its part of the method's draws and of mixed labels."""
     count = learner.parts_of(labels_B.shape[0])
-    mixed_with = learner.progress.mixed_with
-    mixed: Iterable[tuple[Tensor, Tensor] | None] = [None] * count
-    if mixed_with is not None:
-        labels2, share2 = (value.tensor_split(count) for value in mixed_with)
-        mixed = zip(labels2, share2, strict=True)
     draws = {name: value.tensor_split(count) for name, value in learner.progress.draws.items()}
+    mixed: list[tuple[Tensor, Tensor] | None] = [None] * count
+    if learner.progress.mixed_with is not None:
+        labels2_B, share2_B = learner.progress.mixed_with
+        mixed = [*zip(labels2_B.tensor_split(count), share2_B.tensor_split(count), strict=True)]
     return [
         (
             images,
@@ -118,11 +117,11 @@ def parts(
             dataclasses.replace(
                 learner.progress,
                 draws={name: values[i] for name, values in draws.items()},
-                mixed_with=mixed_with,
+                mixed_with=mixed[i],
             ),
         )
-        for i, (images, labels, mixed_with) in enumerate(
-            zip(images_BHWC.tensor_split(count), labels_B.tensor_split(count), mixed, strict=True)
+        for i, (images, labels) in enumerate(
+            zip(images_BHWC.tensor_split(count), labels_B.tensor_split(count), strict=True)
         )
     ]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.recipe.recipe import Recipe
 
 # Settings that say how images are mixed, and what they are where nothing is.
 HOW = {"mix_prob": 1.0, "mix_switch_prob": 0.5, "mix_epochs": 0, "mix_each": False}
 
 
-def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:
+def check_mixing(recipe: Recipe, *, takes_mixed: bool) -> None:
     """Raises UserError where the settings of mixing and sampling contradict each other.
 
     ``takes_mixed``: the recipe's method takes mixed labels.

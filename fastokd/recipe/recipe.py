@@ -20,6 +20,7 @@ from fastokd.recipe.fields import (
     between,
 )
 from fastokd.recipe.mixing import check_mixing
+from fastokd.recipe.resolution import check_sizes
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -120,6 +121,23 @@ class Recipe:
         "image; 0 for none.",
         at_least(0),
     ] = 0
+    train_size: Annotated[
+        int,
+        "The same for the training images alone, where they are streamed; 0 for `image_size`.",
+        at_least(0),
+        at_most(MOST_PIXELS),
+    ] = 0
+    first_size: Annotated[
+        int,
+        "Size of the first training images, which grow in multiples of 32 within `size_epochs`; 0 for one "
+        "size.",
+        at_least(0),
+    ] = 0
+    size_epochs: Annotated[
+        tuple[int, ...],
+        "The last epoch of `first_size` and the first one of the full size; a change of `epochs` scales "
+        "them.",
+    ] = ()
     val: Annotated[
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
@@ -196,6 +214,7 @@ class Recipe:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
+        check_sizes(self)
         if self.nesterov and self.momentum == 0:
             raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
@@ -282,6 +301,7 @@ class Recipe:
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
             mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
+            size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
@@ -219,9 +221,11 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
     """
     size = ranks.data.size
     least = {recipe.method: method_class(recipe.method).needs.min_batch}
+    image_size = data.train.image_size
+    if recipe.resized_crop:
+        image_size = (training_size(recipe, 0),) * 2  # the smallest
     for name in dict.fromkeys(recipe.models):
-        shown = (len(data.class_names), recipe.model_options, data.train.image_size)
-        least[name] = least_batch(name, *shown)
+        least[name] = least_batch(name, len(data.class_names), recipe.model_options, image_size)
     if sync_bn:  # the norms have the batch of all ranks
         least = {name: -(-count // size) for name, count in least.items()}
     who = max(least, key=lambda name: least[name])
@@ -250,6 +254,7 @@ def _training_stream(
         balanced=recipe.balanced,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
+        size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
 
@@ -314,7 +319,7 @@ def _cohort_and_method(
     return build_cohort(
         recipe,
         len(data.class_names),
-        image_size=data.train.image_size[0],
+        image_size=recipe.train_size or data.train.image_size[0],
         mean=data.mean,
         std=data.std,
         impl=options.impl,

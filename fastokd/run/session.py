@@ -22,6 +22,7 @@ from fastokd.learner.step import step
 from fastokd.methods import MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
@@ -179,8 +180,11 @@ class Session:
         line = self.learner.ranks.data
         mine = slice(line.rank * images, (line.rank + 1) * images)
         # A batch that is repeated is the epoch's first one as the students see it.
-        at = (0, 0) if self.options.overfit_batch else (self.epoch, batch)
-        return self.mixing.draw(*at, images * line.size, mine, self.data.train.image_size)
+        epoch, index = (0, 0) if self.options.overfit_batch else (self.epoch, batch)
+        size = self.data.train.image_size
+        if self.recipe.resized_crop:
+            size = (training_size(self.recipe, epoch),) * 2
+        return self.mixing.draw(epoch, index, images * line.size, mine, size)
 
     def mixed(
         self, images: Tensor, labels_B: Tensor, draws: Tensor | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,12 +26,19 @@ class DiskStream:
 
     Args:
         augment: random resized crops and flips, or None for the centre.
+        size: height and width of the images in an epoch; None for those of the split's view.
 
     Raises:
         UserError: ``augment`` has padded crops, which are for splits in memory.
     """
 
-    def __init__(self, split: DiskSplit, order: BatchOrder, augment: Augment | None) -> None:
+    def __init__(
+        self,
+        split: DiskSplit,
+        order: BatchOrder,
+        augment: Augment | None,
+        size: Callable[[int], int] | None = None,
+    ) -> None:
         if augment is not None and (not augment.resized_crop or augment.crop_padding):
             raise UserError(
                 "images on disk are cropped by area: set resized_crop to true and crop_padding to 0"
@@ -38,6 +46,7 @@ class DiskStream:
         self.split = split
         self.order = order
         self.augment = augment
+        self.size = size
         self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
 
     def __len__(self) -> int:
@@ -66,14 +75,19 @@ class DiskStream:
             DataFileError: a file vanished or changed since ``fastokd prepare``. All batches before it
                 were yielded.
         """
-        return self._decoded(self.draws(epoch, index) for index in range(start_batch, len(self)))
+        drawn = (self.draws(epoch, index) for index in range(start_batch, len(self)))
+        return self._decoded(epoch, drawn)
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch ``index`` of ``epoch``, without decoding ahead."""
         assert 0 <= index < len(self)
-        (only,) = self._decoded(iter([self.draws(epoch, index)]))
+        (only,) = self._decoded(epoch, iter([self.draws(epoch, index)]))
         return only
 
-    def _decoded(self, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
-        decode = DECODERS[self.split.loader]
-        return decode(self.split, drawn, self.order.largest_share, self.workers)
+    def _decoded(self, epoch: int, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
+        split = self.split
+        if self.size is not None:
+            split = replace(
+                split, view=replace(split.view, image_size=self.size(epoch), eval_resize=0)
+            )
+        return DECODERS[split.loader](split, drawn, self.order.largest_share, self.workers)
