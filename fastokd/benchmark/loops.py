@@ -75,7 +75,8 @@ class OurLoop:
     def __init__(self, of: Recipe, options: RunOptions) -> None:
         batch = synthetic.drawn_batch(of)
         data = synthetic.drawn_splits(of, batch)
-        of = dataclasses.replace(of, resized_crop=False)  # the loader crops, not the step
+        # The loader crops and repeats, not the step.
+        of = dataclasses.replace(of, resized_crop=False, repeats=1)
         with tempfile.TemporaryDirectory() as folder:
             teacher = synthetic.drawn_teacher(of, data, Path(folder))
             options = dataclasses.replace(options, teacher=teacher, quiet=True)

@@ -26,6 +26,8 @@ def stream_of(
     augment: Augment | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
+    repeats: int = 1,
+    balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
     size: Callable[[int], int] | None = None,
@@ -35,6 +37,7 @@ def stream_of(
     Args:
         augment: crops and flips, which don't depend on the number of ranks; None for the images as
             in evaluation.
+        balanced: draws each class equally often.
 
     Raises:
         UserError: as :class:`BatchOrder`, or ``augment`` doesn't fit a split in memory or on disk.
@@ -45,6 +48,8 @@ def stream_of(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
+        repeats=repeats,
+        labels_N=split.labels_N if balanced else None,
         rank=rank,
         world_size=world_size,
     )

@@ -19,8 +19,9 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
-from fastokd.recipe.resolution import check_sizes
 from fastokd.recipe.label_loss import check_label_loss
+from fastokd.recipe.mixing import check_mixing
+from fastokd.recipe.resolution import check_sizes
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -72,7 +73,7 @@ class Recipe:
     ] = field(default_factory=dict)
     epochs: Annotated[
         int,
-        "Epochs; a change scales milestones, ramp and warm-up.",
+        "Epochs; a change scales milestones, ramp, warm-up and `mix_epochs`.",
         at_least(1),
         at_most(1_000_000),
     ] = 300
@@ -180,6 +181,37 @@ class Recipe:
         "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
         "frequency, 1 on average.",
     ] = "none"
+    mixup: Annotated[
+        float,
+        "Alpha of Mixup, whose lambda is of Beta(alpha, alpha); 0 for none.",
+        between(0, 1000),
+    ] = 0.0
+    cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
+    mix_switch_prob: Annotated[
+        float,
+        "With both, the probability that a batch that is mixed is so by CutMix.",
+        between(0, 1),
+    ] = 0.5
+    mix_epochs: Annotated[
+        int,
+        "Epochs with mixing, from the first; a change of `epochs` scales them; 0: all.",
+        at_least(0),
+    ] = 0
+    mix_each: Annotated[
+        bool, "Lambda, box and choice are drawn for each image; else once for each batch."
+    ] = False
+    repeats: Annotated[
+        int,
+        "Repeated augmentation: copies of an image in a batch. An epoch then has as many images as "
+        "without, rounded down to a multiple of 256.",
+        at_least(1),
+        at_most(64),
+    ] = 1
+    balanced: Annotated[
+        bool,
+        "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    ] = False
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -215,6 +247,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_mixing(self, takes_mixed=needs.mixed_labels)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)
@@ -279,9 +312,9 @@ class Recipe:
         return rate
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp and warm-up are scaled.
+        """The same schedule over ``epochs``: milestones, ramp, warm-up and ``mix_epochs`` are scaled.
 
-        Milestones are rounded to whole epochs, and to 1 at least. Those that then coincide count once,
+        Milestones and ``mix_epochs`` are rounded to whole epochs, and to 1 at least. Milestones that then coincide count once,
         and those after the last epoch are left out, so that a short run may have fewer of them.
         """
         scale = epochs / self.epochs
@@ -292,6 +325,7 @@ class Recipe:
             milestones=tuple(dict.fromkeys(m for m in milestones if m < epochs)),
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
+            mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
             size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
         )
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
+from fastokd.data.mixing import Mixing
+from fastokd.data.order import epoch_length
 from fastokd.device import (
     pick_device,
     pick_precision,
@@ -135,7 +137,11 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
+    return Session(
+        *(recipe, options, data, stream, learner, settled, teacher, contents),
+        mixing=_mixing(recipe),
+        notes=notes,
+    )
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -237,7 +243,7 @@ def _training_stream(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
 ) -> Stream:
     """This rank's training batches, without a last batch that is too small for the norms."""
-    rest = len(data.train) % recipe.batch_size
+    rest = epoch_length(len(data.train), recipe.repeats) % recipe.batch_size
     stream = stream_of(
         data.train,
         recipe.batch_size,
@@ -245,11 +251,28 @@ def _training_stream(
         augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
+        repeats=recipe.repeats,
+        balanced=recipe.balanced,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
         size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _mixing(recipe: Recipe) -> Mixing | None:
+    """How the recipe's batches are mixed."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixing(
+        recipe.mixup,
+        recipe.cutmix,
+        prob=recipe.mix_prob,
+        switch_prob=recipe.mix_switch_prob,
+        epochs=recipe.mix_epochs,
+        each=recipe.mix_each,
+        seed=recipe.seed,
+    )
 
 
 class RepeatedBatch:

@@ -7,7 +7,7 @@ the contents of ``init`` and of the teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from fastokd.student.weights import STUDENT
 DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
 
 # The settings of a recipe that more epochs may change.
-SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs")
+SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
     """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
-    version lacks ``test``."""
-    ours, theirs = recipe.to_json(), {"test": 0, **theirs}
+    version lacks settings, and was trained as their defaults say."""
+    usual = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    ours, theirs = recipe.to_json(), {**usual, **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]
@@ -135,7 +136,8 @@ def continues(recipe: Recipe, checkpoint: Mapping[str, Any]) -> bool:
 def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
     """All that an epoch's steps take from its place in the schedule."""
     rates = (recipe.learning_rate(epoch, warm_up=warm_up) for warm_up in (True, False))
-    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs))
+    mixes = recipe.mix_epochs == 0 or epoch < recipe.mix_epochs
+    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs), mixes)
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:

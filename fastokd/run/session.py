@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastokd.data import BatchStream, DatasetSplits, read_all
+from fastokd.data.mixing import Mixing, dominant
+from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.learner import Learner
@@ -20,6 +22,7 @@ from fastokd.learner.step import step
 from fastokd.methods import MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
@@ -30,8 +33,9 @@ from fastokd.student.weights import Weights
 CHANGED = 0.05
 # The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
-# The row of a batch among the draws of its step; a method's draws have names.
+# The row of a batch and the mixing among the draws of its step; a method's draws have other names.
 BATCH = ""
+MIXING = "(mixing)"
 
 
 class Stream(Protocol):
@@ -50,6 +54,7 @@ class Session:
         stream: the training batches of this rank.
         teacher: the weights of the run's teacher, or None.
         contents: SHA-256 of the teacher's and the initial weights.
+        mixing: how the batches are mixed, or None.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
         epoch, batch, step: the next step: its epoch, its batch in the epoch, and its number in the
@@ -68,6 +73,7 @@ class Session:
     settled: bool
     teacher: Weights | None = None
     contents: dict[str, Any] = field(default_factory=dict)
+    mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     epoch: int = 0
     batch: int = 0
@@ -155,6 +161,8 @@ class Session:
             draws = self._draws(images, self.step + ahead)
             if rows is not None:
                 draws[BATCH] = rows.row(self.epoch, batch)
+            if self.mixing is not None:
+                draws[MIXING] = self._mixed_as(images, batch)
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -166,12 +174,41 @@ class Session:
         mine = slice(line.rank * images, (line.rank + 1) * images)
         return {name: value[mine] for name, value in whole.items()}
 
+    def _mixed_as(self, images: int, batch: int) -> Tensor:
+        """The mixing of this rank's ``images`` in batch ``batch`` of this epoch (:meth:`Mixing.draw`)."""
+        assert self.mixing is not None
+        line = self.learner.ranks.data
+        mine = slice(line.rank * images, (line.rank + 1) * images)
+        # A batch that is repeated is the epoch's first one as the students see it.
+        epoch, index = (0, 0) if self.options.overfit_batch else (self.epoch, batch)
+        size = self.data.train.image_size
+        if self.recipe.resized_crop:
+            size = (training_size(self.recipe, epoch),) * 2
+        return self.mixing.draw(epoch, index, images * line.size, mine, size)
+
+    def mixed(
+        self, images: Tensor, labels_B: Tensor, draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images as the students see them, and the label of the larger share of each. The loss
+        finds both labels in ``progress.mixed_with``.
+
+        ``draws``: this step's, on the device; None: drawn here, for a step outside of the loop.
+        """
+        if self.mixing is None:
+            return images, labels_B
+        if draws is None:
+            draws = moved(self._mixed_as(len(labels_B), self.batch), labels_B.device)
+        images, mixed_with = self.mixing(draws, images, labels_B)
+        self.learner.progress.mixed_with = mixed_with
+        return images, dominant(labels_B, mixed_with)
+
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the next step; doesn't change the position."""
         return next(iter(self.stream.batches(self.epoch, self.batch)))
 
     def begin_step(self, images: int) -> None:
-        """Draws the method's random numbers of this step alone, for a step outside of the loop.
+        """Draws the method's random numbers of this step alone, for a step outside of the loop; its
+        images aren't mixed but by :meth:`mixed`.
 
         ``images``: this rank's number of images. Batches of one size share tensors, since a captured
         step always reads the same memory.
@@ -180,7 +217,9 @@ class Session:
             self._single[images] = Block(self.learner.device, steps=1)
         block = self._single[images]
         block.fill(iter([self._draws(images, self.step)]))
-        self.learner.progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        progress = self.learner.progress
+        progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        progress.mixed_with = None
 
     def whole_step(
         self, learner: Learner, images: int, *batch: Tensor
@@ -192,11 +231,13 @@ class Session:
         draws = self.blocks[images].read()
         if isinstance(self.stream, BatchStream):
             batch = self.stream.read(draws.pop(BATCH))
+        mixing = draws.pop(MIXING, None)
         learner.progress.draws = draws
         images_BHWC, labels_B = batch
+        images_BHWC, counted_B = self.mixed(images_BHWC, labels_B, mixing)
         logits_SBC, loss = step(learner, images_BHWC, labels_B)
         losses = {"loss": loss.total, **loss.parts}
-        self.meter.update(logits_SBC, labels_B, losses, learner.guard.fault)
+        self.meter.update(logits_SBC, counted_B, losses, learner.guard.fault)
         return logits_SBC, loss
 
     def finish_step(self) -> None:

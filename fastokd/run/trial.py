@@ -227,9 +227,10 @@ def job(session: Session, choice: Choice) -> Answer:
         parallel="data",
         quiet=True,
     )
-    # This rank's share of the batch. The loader crops images on disk, not the step.
+    # This rank's share of the batch, once. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
-    recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
+    once = {"repeats": 1, "balanced": False}
+    recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False, **once)
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),

@@ -73,7 +73,9 @@ def test_every_method_is_its_loop(case: Case, name: str) -> None:
     cohort.load_state_dict({k: state[k] for k in cohort.state_dict()})
     method.load_state_dict({k: state[k] for k in method.state_dict() if k != "weights_S"}, False)
 
-    progress = Progress(torch.zeros(()), torch.tensor(RAMP, dtype=torch.float64), mixed_with=mixed_with)
+    progress = Progress(
+        torch.zeros(()), torch.tensor(RAMP, dtype=torch.float64), mixed_with=mixed_with
+    )
     draws = method.draw(BATCH, torch.Generator().manual_seed(0))
     progress.draws = {key: value.double() for key, value in draws.items()}
     for key, value in progress.draws.items():
