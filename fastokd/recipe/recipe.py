@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
 from fastokd.recipe.fields import (
     BELOW_ONE,
     IMAGES,
@@ -211,6 +212,48 @@ class Recipe:
     balanced: Annotated[
         bool,
         "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    crop_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of a resized crop, as fractions of the image's.",
+        SHARES,
+    ] = (0.08, 1.0)
+    crop_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest width / height of a resized crop.", RATIOS
+    ] = (3 / 4, 4 / 3)
+    vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
+    auto_augment: Annotated[
+        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
+        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
+        "data set of that name.",
+    ] = "none"
+    randaugment_ops: Annotated[
+        int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
+    ] = 2
+    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    color_jitter: Annotated[
+        tuple[float, ...],
+        "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
+        "moves by at most so many turns.",
+        JITTER,
+    ] = (0.0, 0.0, 0.0, 0.0)
+    random_erasing: Annotated[
+        float, "Probability that a box of an image is filled with the mean colour.", between(0, 1)
+    ] = 0.0
+    erasing_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of the box, as fractions of the image's.",
+        SHARES,
+    ] = (0.02, 0.33)
+    erasing_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest height / width of the box.", RATIOS
+    ] = (0.3, 3.3)
+    cutout: Annotated[
+        int,
+        "Side in pixels of a square of the mean colour around a random pixel; 0 for none.",
+        at_least(0),
+    ] = 0
+    test_flip: Annotated[
+        bool, "Evaluate on the mean of the logits of each image and of its mirror image."
     ] = False
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
@@ -240,6 +283,7 @@ class Recipe:
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
         check_sizes(self)
+        check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
         if self.nesterov and self.momentum == 0:
             raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):

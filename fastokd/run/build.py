@@ -37,6 +37,7 @@ from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
+from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
@@ -248,7 +249,7 @@ def _training_stream(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
-        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        augment=augment_of(recipe, data.mean),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
         repeats=recipe.repeats,
@@ -273,6 +274,13 @@ def _mixing(recipe: Recipe) -> Mixing | None:
         each=recipe.mix_each,
         seed=recipe.seed,
     )
+
+
+def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
+    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+    operations = {name: getattr(recipe, name) for name in OPERATIONS}
+    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
 
 
 class RepeatedBatch:
