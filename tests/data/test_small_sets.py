@@ -237,17 +237,32 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def served(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Downloads from ``folder`` with torchvision's downloader, MD5 included."""
-    monkeypatch.setattr(svhn, "SITE", f"{folder.as_uri()}/")
-    monkeypatch.setattr(stl10, "URL", f"{folder.as_uri()}/{stl10.ARCHIVE}")
-    monkeypatch.setattr(tiny_imagenet, "URL", f"{folder.as_uri()}/{tiny_imagenet.ARCHIVE}")
+def served(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """torchvision's downloader, MD5 included, with ``folder`` as every site; returns the addresses."""
+    asked: list[str] = []
+
+    def fetch(url: str, filename: str) -> None:
+        asked.append(url)
+        shutil.copy(folder / url.rsplit("/", 1)[1], filename)
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    monkeypatch.setattr(
+        "torchvision.datasets.utils._get_redirect_url", lambda url, **options: str(url)
+    )
+    return asked
+
+
+def test_the_files_are_those_that_torchvision_fetches() -> None:
+    assert {svhn.SITE + file: md5 for file, md5 in svhn.MD5.items()} == {
+        SVHN.split_list[name][0]: SVHN.split_list[name][2] for name in ("train", "test")
+    }
+    assert (stl10.URL, stl10.MD5) == (STL10.url, STL10.tgz_md5)
 
 
 def test_downloads_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    served(monkeypatch, site)
+    asked = served(monkeypatch, site)
     write_svhn(site)
     pack(write_stl10(tmp_path / "a"), site / stl10.ARCHIVE)
     tiny = write_tiny_imagenet(tmp_path / "b")
@@ -265,8 +280,11 @@ def test_downloads_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(fetched.train.images_NHWC, expected.train.images_NHWC), name
         for archive in (stl10.ARCHIVE, tiny_imagenet.ARCHIVE):
             (root / archive).unlink(missing_ok=True)
-        again = load_dataset(name, root, download=name != "svhn")
+        before = len(asked)
+        again = load_dataset(name, root, download=True)
         assert torch.equal(again.test.labels_N, expected.test.labels_N), name
+        assert len(asked) == before, "what is there isn't fetched again"
+    assert asked == [*(svhn.SITE + file for file in svhn.MD5), stl10.URL, tiny_imagenet.URL]
 
 
 @pytest.mark.parametrize("name", WRITERS)
