@@ -256,7 +256,7 @@ def test_the_files_are_those_that_torchvision_fetches() -> None:
     assert {svhn.SITE + file: md5 for file, md5 in svhn.MD5.items()} == {
         SVHN.split_list[name][0]: SVHN.split_list[name][2] for name in ("train", "test")
     }
-    assert (stl10.URL, stl10.MD5) == (STL10.url, STL10.tgz_md5)
+    assert (STL10.url, STL10.tgz_md5) == (stl10.URL, stl10.MD5)
 
 
 def test_downloads_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
