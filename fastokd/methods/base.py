@@ -26,7 +26,8 @@ class Needs:
     ``min_batch``: the smallest batch that its own norms can train on; a smaller last batch of an epoch
     is left out. ``own_rows``: with students spread over ranks, its loss covers this rank's students
     (``out.own``) and the ranks' losses are summed; else each rank computes the loss of all students.
-    ``running_statistics``: it reads its norms' running statistics in training.
+    ``running_statistics``: it reads its norms' running statistics in training. ``label_loss``: it uses
+    :attr:`Method.label_loss`. ``mixed_labels``: it passes ``progress.mixed_with`` to its losses.
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -40,6 +41,8 @@ class Needs:
     min_batch: int = 1
     own_rows: bool = False
     running_statistics: bool = False
+    label_loss: bool = False
+    mixed_labels: bool = False
 
     def check(self, method: str, sharing: str, students: int) -> None:
         """Raises UserError if ``method`` lacks this sharing or needs more students."""
@@ -65,12 +68,14 @@ class Progress:
 
     A CUDA graph would keep a Python number as a constant. ``epoch`` counts from 0; ``ramp`` is the
     recipe's weight of the distillation terms, in [0, 1]; ``draws`` is the result of
-    :meth:`Method.draw` for this step.
+    :meth:`Method.draw` for this step; ``mixed_with`` is ``(labels2_B, share2_B)`` where the batch's images
+    are mixed (Mixup, CutMix): the second class ids, int64, and their shares of the labels, in [0, 1].
     """
 
     epoch: Tensor
     ramp: Tensor
     draws: dict[str, Tensor] = field(default_factory=dict)
+    mixed_with: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def start(

@@ -16,13 +16,16 @@ Methods, models and data sets compose freely; ``list_recipes`` names those that 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastokd.errors import UserError, unknown_name, wrong_type
 from fastokd.known import DATASETS, METHODS
+from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
-from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
+from fastokd.recipe.recipe import Recipe, checked, methods, models
+from fastokd.recipe.recipe import settings as fields
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -43,7 +46,7 @@ class _Name(NamedTuple):
 
 
 def recipe(name: str, /, **changes: Any) -> Recipe:
-    """The recipe called ``name``, with fields of :class:`Recipe` replaced.
+    """The recipe called ``name`` or in the file ``name``, ``FILE.toml``, with settings replaced.
 
     ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it; an
     option of the method or of the students is given by its name, or within ``method_options`` or
@@ -57,6 +60,9 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     """
     if not isinstance(name, str):
         raise wrong_type("the recipe", name, "a name, METHOD/MODEL/DATASET")
+    if file.is_file(name):
+        base_name, settings_of_file = file.read_recipe(name)
+        return _changed(recipe(base_name, **settings_of_file), changes)
     parsed = _parse(name)
     if parsed.students not in (None, changes.get("students", parsed.students)):
         raise UserError(
@@ -67,11 +73,15 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     if method is not None:
         parsed = parsed._replace(method=checked("method", method))
         name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
-    base = _published(name, parsed)
-    changes = changed_fields(base, changes)
+    return _changed(_published(name, parsed), changes)
+
+
+def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """``base`` with settings replaced; new epochs scale the schedule."""
+    changes = changed_fields(base, settings)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
-        settings()["epochs"].check("epochs", epochs)
+        fields()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
     return dataclasses.replace(base, **changes)
 
