@@ -54,7 +54,7 @@ class Session:
 
     Attributes:
         stream: the training batches of this rank.
-        teacher: the weights of the run's teacher, or None.
+        teachers: the weights of the run's teachers.
         contents: SHA-256 of the teacher's and the initial weights.
         mixing: how the batches are mixed, or None.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
@@ -73,7 +73,7 @@ class Session:
     stream: Stream
     learner: Learner
     settled: bool
-    teacher: Weights | None = None
+    teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
