@@ -22,6 +22,7 @@ from fastokd.errors import UserError, unknown_name, wrong_type
 from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
+from fastokd.recipe.optimization import refuse_unused
 from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
 
 # The published form of methods that have two.
@@ -73,7 +74,9 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     if epochs is not None:
         settings()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
-    return dataclasses.replace(base, **changes)
+    changed = dataclasses.replace(base, **changes)
+    refuse_unused(changed, {*changes})
+    return changed
 
 
 def _parse(name: str) -> _Name:
