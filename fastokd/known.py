@@ -47,7 +47,7 @@ DATASETS = (
 # The fields of RunOptions: where and how a recipe runs. A recipe has none of them.
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
-    *("impl", "optimizer", "compile", "memory_format", "capture", "streams", "accumulate"),
+    *("impl", "apex", "compile", "memory_format", "capture", "streams", "accumulate"),
     *("clip_norm", "skip_nonfinite", "ema", "loader", "workers", "eval_every", "save_every_steps"),
     *("save_every_minutes", "max_steps", "overfit_batch", "parallel", "sync_bn", "deterministic"),
     *("show_augmentation", "tensorboard", "wandb", "quiet"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -94,11 +94,12 @@ class Progress:
 class OptimGroup:
     """Parameters that share an optimizer's settings; None stands for the recipe's value.
 
+    ``optimizer``: ``"adam"`` is torch's Adam at its defaults, whatever the recipe's optimizer.
     ``warm_up``: the recipe's warm-up applies to them; its milestones apply to all ``scheduled`` ones.
     """
 
     parameters: list[nn.Parameter]
-    optimizer: str = "sgd"
+    optimizer: Literal["adam"] | None = None
     lr: float | None = None
     weight_decay: float | None = None
     scheduled: bool = True

@@ -24,6 +24,7 @@ from fastokd.known import DATASETS, METHODS
 from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
+from fastokd.recipe.optimization import refuse_unused
 from fastokd.recipe.recipe import Recipe, checked, methods, models
 from fastokd.recipe.recipe import settings as fields
 
@@ -83,7 +84,9 @@ def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
     if epochs is not None:
         fields()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
-    return dataclasses.replace(base, **changes)
+    changed = dataclasses.replace(base, **changes)
+    refuse_unused(changed, {*changes})
+    return changed
 
 
 def _parse(name: str) -> _Name:

@@ -22,7 +22,9 @@ from fastokd.recipe.fields import (
 )
 from fastokd.recipe.label_loss import check_label_loss
 from fastokd.recipe.mixing import check_mixing
+from fastokd.recipe.optimization import check_optimizer
 from fastokd.recipe.resolution import check_sizes
+from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -81,10 +83,14 @@ class Recipe:
     batch_size: Annotated[int, "Images a step, over all ranks.", at_least(1), at_most(1 << 24)] = (
         128
     )
-    lr: Annotated[float, "Learning rate of SGD before any milestone.", POSITIVE] = 0.1
+    lr: Annotated[float, "Learning rate at its highest, before any milestone.", POSITIVE] = 0.1
     momentum: Annotated[float, "Momentum of SGD, at least 0 and below 1.", BELOW_ONE] = 0.9
     nesterov: Annotated[bool, "Nesterov's momentum."] = True
-    weight_decay: Annotated[float, "L2 penalty on all parameters.", NOT_NEGATIVE] = 5e-4
+    weight_decay: Annotated[
+        float,
+        "L2 penalty on all parameters; in adamw and lamb a decay apart from the gradient.",
+        NOT_NEGATIVE,
+    ] = 5e-4
     milestones: Annotated[
         tuple[int, ...],
         "Epochs (from 0) before which the learning rate is multiplied by `lr_decay`.",
@@ -92,7 +98,7 @@ class Recipe:
     lr_decay: Annotated[float, "Factor of the learning rate at each milestone.", POSITIVE] = 0.1
     warmup_epochs: Annotated[
         float,
-        "Epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for none.",
+        "Epochs in which the rate rises to lr, from lr / warmup_epochs or warmup_lr on; 0 for none.",
         NOT_NEGATIVE,
     ] = 0.0
     ramp_epochs: Annotated[
@@ -256,6 +262,46 @@ class Recipe:
     test_flip: Annotated[
         bool, "Evaluate on the mean of the logits of each image and of its mirror image."
     ] = False
+    schedule: Annotated[
+        Schedule,
+        "How the learning rate falls: `step` (at the milestones), `cosine`, `linear`, `one_cycle` or "
+        "`constant`.",
+    ] = "step"
+    schedule_by: Annotated[
+        Literal["epoch", "step"], "When the rate changes: each `epoch` or each `step`."
+    ] = "epoch"
+    final_lr: Annotated[
+        float, "The rate at which cosine, linear and one_cycle end.", NOT_NEGATIVE
+    ] = 0.0
+    warmup: Annotated[
+        WarmUp,
+        "The warm-up's form: `scaled` (the schedule's rate times epoch / warmup_epochs), `over` (a line "
+        "from warmup_lr to lr over the schedule's beginning) or `before` (the same line before it).",
+    ] = "scaled"
+    warmup_lr: Annotated[
+        float, "The first rate of a warm-up `over` or `before`, and of one_cycle.", NOT_NEGATIVE
+    ] = 0.0
+    optimizer: Annotated[
+        Literal["sgd", "adamw", "lamb"], "The optimizer: `sgd`, `adamw` or `lamb`."
+    ] = "sgd"
+    beta1: Annotated[float, "Decay of the mean gradient; adamw and lamb.", BELOW_ONE] = 0.9
+    beta2: Annotated[float, "Decay of the mean square; adamw and lamb.", BELOW_ONE] = 0.999
+    eps: Annotated[
+        float, "Added to the root of the mean square; 0: 1e-8 in adamw, 1e-6 in lamb.", NOT_NEGATIVE
+    ] = 0.0
+    decay_norms: Annotated[
+        bool, "Weight decay also for norms, biases and other parameters of one dimension."
+    ] = True
+    head_lr: Annotated[
+        float, "Learning rate of the students' last layers in place of lr; 0 for lr.", NOT_NEGATIVE
+    ] = 0.0
+    frozen_stages: Annotated[
+        int,
+        "First stages of every student that aren't trained in the first frozen_epochs; -1 for all, so "
+        "that only heads are trained.",
+        at_least(-1),
+    ] = 0
+    frozen_epochs: Annotated[int, "Epochs in which frozen_stages are frozen.", at_least(0)] = 0
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -285,8 +331,8 @@ class Recipe:
             )
         check_sizes(self)
         check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
-        if self.nesterov and self.momentum == 0:
-            raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
+        check_schedule(self)
+        check_optimizer(self)
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
             raise UserError(
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
@@ -349,18 +395,28 @@ class Recipe:
         """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
 
-    def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
-        """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up."""
-        rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
-        if warm_up and epoch + 1 < self.warmup_epochs:
-            rate *= (epoch + 1) / self.warmup_epochs
-        return rate
+    def learning_rate(
+        self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1
+    ) -> float:
+        """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up.
+
+        ``step``, ``steps``: the step within the epoch and the steps of an epoch, where the rate changes
+        by step.
+        """
+        if self.schedule_by == "epoch":
+            step, steps = 0, 1
+        return rate(self, epoch * steps + step, steps, warm_up=warm_up)
+
+    def frozen_at(self, epoch: int) -> int:
+        """The number of first stages that aren't trained in an epoch; -1 for all."""
+        return self.frozen_stages if epoch < self.frozen_epochs else 0
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp, warm-up and ``mix_epochs`` are scaled.
+        """The same schedule over ``epochs``: every setting that counts epochs is scaled.
 
-        Milestones and ``mix_epochs`` are rounded to whole epochs, and to 1 at least. Milestones that then coincide count once,
-        and those after the last epoch are left out, so that a short run may have fewer of them.
+        Milestones and ``mix_epochs`` are rounded to whole epochs, and to 1 at least. Milestones that then
+        coincide count once, and those after the last epoch are left out, so that a short run may have
+        fewer of them.
         """
         scale = epochs / self.epochs
         milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
@@ -370,6 +426,7 @@ class Recipe:
             milestones=tuple(dict.fromkeys(m for m in milestones if m < epochs)),
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
+            frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
             mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
             size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
         )

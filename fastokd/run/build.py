@@ -116,7 +116,7 @@ def build(
     learner = Learner(
         cohort,
         method,
-        build_optimizers(cohort, method, recipe, options.optimizer, device),
+        build_optimizers(cohort, method, recipe, device, apex=options.apex),
         device=device,
         precision=precision,
         ranks=ranks,
@@ -127,6 +127,8 @@ def build(
         clip_norm=options.clip_norm,
     )
     ranks.seed_global(recipe.seed, 0)
+    if training:
+        learner.freeze(recipe.frozen_at(0))
     captures, why_not = _captures(options, learner) if training else (False, ())
     learner.adopt(
         Choice.of(options.engine, options.compile, options.memory_format, captures, options.streams)

@@ -18,6 +18,7 @@ from fastokd.errors import UserError
 from fastokd.methods import method_class, ramp_weight
 from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import LEFT_OPEN, RunOptions
 from fastokd.student.init import read_files
@@ -97,9 +98,10 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
     """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
-    version lacks settings, and was trained as their defaults say."""
-    usual = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-    ours, theirs = recipe.to_json(), {**usual, **theirs}
+    version lacks the settings that were added since, and has their defaults."""
+    usual = ((f.name, f.default) for f in fields(Recipe) if f.default is not MISSING)
+    later = {name: list(x) if isinstance(x, tuple) else x for name, x in usual}
+    ours, theirs = recipe.to_json(), {**later, **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]
@@ -134,9 +136,12 @@ def continues(recipe: Recipe, checkpoint: Mapping[str, Any]) -> bool:
 
 def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
     """All that an epoch's steps take from its place in the schedule."""
-    rates = (recipe.learning_rate(epoch, warm_up=warm_up) for warm_up in (True, False))
+    # By step, two places of an epoch tell schedules of different lengths apart.
+    places = ((warm_up, step) for warm_up in (True, False) for step in (0, 1))
+    rates = (recipe.learning_rate(epoch, warm_up=w, step=step, steps=2) for w, step in places)
     mixes = recipe.mix_epochs == 0 or epoch < recipe.mix_epochs
-    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs), mixes)
+    ramp = ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs)
+    return (*rates, ramp, mixes, training_size(recipe, epoch), recipe.frozen_at(epoch))
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     begun = RunFacts(folder).environment()
     if begun.get("capture") and not stays_captured(begun):
         begun |= {"capture": None, "streams": None}
+    if begun.get("optimizer") == "apex-sgd":  # as earlier versions called it
+        begun["apex"] = True
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))

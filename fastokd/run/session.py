@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
@@ -15,7 +16,7 @@ from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.learner import Learner
-from fastokd.learner.optimizers import set_rate
+from fastokd.learner.optimizers import set_rate, set_rates
 from fastokd.learner.shared_state import gathered, mine, share_state
 from fastokd.learner.state import State, below, load_state, state_of
 from fastokd.learner.step import step
@@ -33,11 +34,9 @@ from fastokd.student.weights import Weights
 CHANGED = 0.05
 # The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
-# The row of a batch and the mixing among the draws of its step; a method's draws have other names.
-BATCH = ""
-MIXING = "(mixing)"
-# The draws of the operations on its images.
-OPERATIONS = "operations on images"
+# The learning rates, the row of a batch, the mixing and the operations on its images among the draws of
+# a step; a method's draws have other names.
+RATES, BATCH, MIXING, OPERATIONS = "/rates", "/batch", "/mixing", "/operations"
 
 
 class Stream(Protocol):
@@ -111,15 +110,38 @@ class Session:
         return left
 
     def begin_epoch(self) -> None:
-        """Sets the ramp and the learning rates of this epoch."""
+        """Sets what is frozen, the ramp and the learning rates of this epoch."""
         recipe, progress = self.recipe, self.learner.progress
+        self.learner.freeze(recipe.frozen_at(self.epoch))
         progress.epoch.fill_(self.epoch)
         progress.ramp.fill_(ramp_weight(self.epoch + recipe.ramp_first, recipe.ramp_epochs))
-        for optimizer in self.learner.optimizers:
-            for group in optimizer.param_groups:
-                rate = recipe.learning_rate(self.epoch, warm_up=group["warm_up"])
-                factor = rate / recipe.lr if group["scheduled"] else 1.0
-                set_rate(group, group["initial_lr"] * factor)
+        self._set_rates()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for o in self.learner.optimizers for group in o.param_groups]
+
+    def _set_rates(self) -> None:
+        """Sets the learning rates of the step at this position."""
+        for group, rate in zip(self._groups, self._rates(self.batch), strict=True):
+            set_rate(group, rate)
+
+    def _rates(self, batch: int) -> list[float]:
+        """The learning rate of each group of parameters in this epoch's step ``batch``."""
+        recipe, rates = self.recipe, []
+        for group in self._groups:
+            rate = recipe.learning_rate(
+                self.epoch, warm_up=group["warm_up"], step=batch, steps=len(self.stream)
+            )
+            factor = rate / recipe.lr if group["scheduled"] else 1.0
+            rates.append(group["initial_lr"] * factor)
+        return rates
+
+    @property
+    def last_rate(self) -> float:
+        """The recipe's learning rate in the last step of this epoch that was taken."""
+        last = max(self.batch - 1, 0)
+        return self.recipe.learning_rate(self.epoch, step=last, steps=len(self.stream))
 
     def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Any, ...]]:
         """The rest of the epoch, as the arguments of :meth:`whole_step`; the draws of a step are on the
@@ -171,6 +193,8 @@ class Session:
                 operations_BL = self.stream.operations(self.epoch, batch)
                 if operations_BL is not None:
                     draws[OPERATIONS] = operations_BL
+            if self.recipe.schedule_by == "step":
+                draws[RATES] = torch.tensor(self._rates(batch))
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -228,6 +252,8 @@ class Session:
         progress = self.learner.progress
         progress.draws = {name: x[0] for name, x in block.tensors.items()}
         progress.mixed_with = None
+        if self.recipe.schedule_by == "step":
+            self._set_rates()
 
     def whole_step(
         self, learner: Learner, images: int, *batch: Tensor
@@ -237,6 +263,8 @@ class Session:
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
         draws = self.blocks[images].read()
+        if RATES in draws:
+            set_rates(self._groups, draws.pop(RATES))
         operations_BL = draws.pop(OPERATIONS, None)
         if isinstance(self.stream, BatchStream):
             batch = self.stream.read(draws.pop(BATCH), operations_BL)
@@ -322,6 +350,7 @@ class Session:
         meter = below(tensors, "meter.")
         self.meter.set({k: v.to(learner.device) for k, v in meter.items()})
         self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
+        learner.freeze(self.recipe.frozen_at(self.epoch))
         self.best = facts["best"]
         if "rng.cpu" not in tensors:
             learner.ranks.seed_global(self.recipe.seed, self.step)
