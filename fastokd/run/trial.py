@@ -229,8 +229,9 @@ def job(session: Session, choice: Choice) -> Answer:
     )
     # This rank's share of the batch, once. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
-    once = {"repeats": 1, "balanced": False}
-    recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False, **once)
+    recipe = replace(
+        session.recipe, batch_size=batch_size, resized_crop=False, repeats=1, balanced=False
+    )
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),
