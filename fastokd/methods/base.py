@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
+from fastokd.methods.label_loss import LabelLoss
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ class Method(nn.Module):
 
     A method is built from a :class:`CohortShape` and its own options; its parameters (projections,
     gates, fusion) are its submodules. Only ``forward`` must be written.
+
+    Attributes:
+        label_loss: the recipe's settings of the terms with labels, which replace the default one where
+            ``needs.label_loss``.
     """
 
     needs = Needs()
@@ -116,6 +121,7 @@ class Method(nn.Module):
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
         self.shape = shape
+        self.label_loss = LabelLoss()
         self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
     @property

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
 from fastokd.recipe.fields import (
     BELOW_ONE,
     IMAGES,
@@ -19,6 +20,7 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
+from fastokd.recipe.label_loss import check_label_loss
 from fastokd.recipe.mixing import check_mixing
 from fastokd.recipe.resolution import check_sizes
 
@@ -157,6 +159,29 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    label_smoothing: Annotated[
+        float,
+        "Share of the labels that is spread over all classes, in every term with labels.",
+        BELOW_ONE,
+    ] = 0.0
+    ce_weight: Annotated[
+        float, "Factor of every term with labels; distillation keeps its weight.", NOT_NEGATIVE
+    ] = 1.0
+    criterion: Annotated[
+        Literal["ce", "bce"],
+        "The loss on labels: `ce` (cross-entropy) or `bce` (binary cross-entropy, the mean over classes).",
+    ] = "ce"
+    target_threshold: Annotated[
+        float,
+        "With `bce`: a class is a target, wholly, where its smoothed or mixed label is above it; 0 for "
+        "none.",
+        BELOW_ONE,
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
+        "frequency, 1 on average.",
+    ] = "none"
     mixup: Annotated[
         float,
         "Alpha of Mixup, whose lambda is of Beta(alpha, alpha); 0 for none.",
@@ -187,6 +212,48 @@ class Recipe:
     balanced: Annotated[
         bool,
         "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    crop_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of a resized crop, as fractions of the image's.",
+        SHARES,
+    ] = (0.08, 1.0)
+    crop_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest width / height of a resized crop.", RATIOS
+    ] = (3 / 4, 4 / 3)
+    vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
+    auto_augment: Annotated[
+        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
+        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
+        "data set of that name.",
+    ] = "none"
+    randaugment_ops: Annotated[
+        int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
+    ] = 2
+    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    color_jitter: Annotated[
+        tuple[float, ...],
+        "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
+        "moves by at most so many turns.",
+        JITTER,
+    ] = (0.0, 0.0, 0.0, 0.0)
+    random_erasing: Annotated[
+        float, "Probability that a box of an image is filled with the mean colour.", between(0, 1)
+    ] = 0.0
+    erasing_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of the box, as fractions of the image's.",
+        SHARES,
+    ] = (0.02, 0.33)
+    erasing_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest height / width of the box.", RATIOS
+    ] = (0.3, 3.3)
+    cutout: Annotated[
+        int,
+        "Side in pixels of a square of the mean colour around a random pixel; 0 for none.",
+        at_least(0),
+    ] = 0
+    test_flip: Annotated[
+        bool, "Evaluate on the mean of the logits of each image and of its mirror image."
     ] = False
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
@@ -210,11 +277,13 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
+        check_label_loss(self, needs)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
         check_sizes(self)
+        check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
         if self.nesterov and self.momentum == 0:
             raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):

@@ -32,9 +32,11 @@ from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
+from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
+from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
@@ -242,7 +244,7 @@ def _training_stream(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
-        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        augment=augment_of(recipe, data.mean),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
         repeats=recipe.repeats,
@@ -252,6 +254,13 @@ def _training_stream(
         size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
+    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+    operations = {name: getattr(recipe, name) for name in OPERATIONS}
+    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
 
 
 class RepeatedBatch:
@@ -304,6 +313,9 @@ def _cohort_and_method(
         std=data.std,
         impl=options.impl,
         teacher=frozen,
+        class_weight_C=None
+        if recipe.class_weights == "none"
+        else balanced_weights(data.train.labels_N, data.num_classes),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastokd.data import BatchStream, DatasetSplits, read_all
+from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
 from fastokd.data.mixing import dominant
 from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
@@ -37,6 +37,8 @@ ROUNDED = 1e-9
 # The row of a batch and the mixing among the draws of its step; a method's draws have other names.
 BATCH = ""
 MIXING = "(mixing)"
+# The draws of the operations on its images.
+OPERATIONS = "operations on images"
 
 
 class Stream(Protocol):
@@ -139,7 +141,9 @@ class Session:
             for index in range(self.batch, len(self.stream)):
                 yield (self.stream.size(index),)
         else:
-            for images_BHWC, labels_B in self.stream.batches(self.epoch, self.batch):
+            stream = self.stream
+            batches = stream.decoded if isinstance(stream, DiskStream) else stream.batches
+            for images_BHWC, labels_B in batches(self.epoch, self.batch):
                 yield len(labels_B), images_BHWC, labels_B
 
     def _upload(self, images: int) -> None:
@@ -164,6 +168,10 @@ class Session:
                 draws[BATCH] = rows.row(self.epoch, batch)
             if self.mixing is not None:
                 draws[MIXING] = self._mixed_as(images, batch)
+            if isinstance(self.stream, BatchStream | DiskStream):
+                operations_BL = self.stream.operations(self.epoch, batch)
+                if operations_BL is not None:
+                    draws[OPERATIONS] = operations_BL
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -230,11 +238,14 @@ class Session:
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
         draws = self.blocks[images].read()
+        operations_BL = draws.pop(OPERATIONS, None)
         if isinstance(self.stream, BatchStream):
-            batch = self.stream.read(draws.pop(BATCH))
+            batch = self.stream.read(draws.pop(BATCH), operations_BL)
+        images_BHWC, labels_B = batch
+        if isinstance(self.stream, DiskStream):
+            images_BHWC = self.stream.finish(images_BHWC, operations_BL)
         mixing = draws.pop(MIXING, None)
         learner.progress.draws = draws
-        images_BHWC, labels_B = batch
         images_BHWC, counted_B = self.mixed(images_BHWC, labels_B, mixing)
         logits_SBC, loss = step(learner, images_BHWC, labels_B)
         losses = {"loss": loss.total, **loss.parts}
