@@ -212,6 +212,7 @@ class Recipe:
     balanced: Annotated[
         bool,
         "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    ] = False
     crop_scale: Annotated[
         tuple[float, ...],
         "Smallest and largest area of a resized crop, as fractions of the image's.",

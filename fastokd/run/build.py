@@ -43,8 +43,7 @@ from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
 from fastokd.student.init import begin_from, read_files
-from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import build_teacher, check_held_out, find_teacher, said_held_out
+from fastokd.student.teacher import build_teachers, check_held_out, find_teachers, said_held_out
 from fastokd.student.weights import Weights
 
 
@@ -87,11 +86,12 @@ def build(
 
     _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
-    teacher = _find_teacher(recipe, options, data, ranks) if training else None
-    cohort, method = _cohort_and_method(recipe, options, data, teacher)
+    teachers = _find_teachers(recipe, options, data, ranks) if training else ()
+    cohort, method = _cohort_and_method(recipe, options, data, teachers)
     contents: dict[str, Any] = {}
-    if teacher is not None:
-        contents["teacher_sha256"] = fingerprint(teacher.state)
+    if teachers:
+        hashes = [fingerprint(teacher.state) for teacher in teachers]
+        contents["teacher_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     notes: tuple[str, ...] = ()
     if training:
         notes, begun_from = _begin_from(recipe, options, data, cohort)
@@ -137,7 +137,7 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
+    return Session(recipe, options, data, stream, learner, settled, teachers, contents, notes)
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -194,9 +194,9 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
             f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
             "choose at most as many"
         )
-    if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+    if options.teacher and not method_class(recipe.method).needs.teacher:
         raise UserError(
-            f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            f"the teacher is {'+'.join(options.teacher)}, but {recipe.method} has none: leave --teacher out"
         )
 
 
@@ -280,31 +280,34 @@ class RepeatedBatch:
             yield self.only
 
 
-def _find_teacher(
+def _find_teachers(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
-) -> Weights | None:
-    """The method's teacher: the copy in a resumed run, or what the options name."""
+) -> tuple[Weights, ...]:
+    """The method's teachers: the copies in a resumed run, or what the options name."""
     if not method_class(recipe.method).needs.teacher:
-        return None
-    kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
-    teacher: Weights = ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
-    if kept is not None and teacher.path == kept:
-        return teacher
-    if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
-        warn(
-            f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
-            f"have seen the images of {said_held_out(data)}"
-        )
-    return teacher
+        return ()
+    kept = run_path(recipe, options) if options.resume else None
+    teachers: tuple[Weights, ...] = ranks.first(
+        lambda: find_teachers(recipe, options.teacher, kept)
+    )
+    for teacher in teachers:
+        if kept is not None and teacher.path.parent == kept:
+            continue
+        if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
+            warn(
+                f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
+                f"have seen the images of {said_held_out(data)}"
+            )
+    return teachers
 
 
 def _cohort_and_method(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: Weights | None
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, teachers: tuple[Weights, ...]
 ) -> tuple[Cohort, Method]:
     frozen: nn.Module | None = None
-    if teacher is not None:
+    if teachers:
         with torch.random.fork_rng(devices=[]):
-            frozen = build_teacher(teacher, data)
+            frozen = build_teachers(teachers, data)
     return build_cohort(
         recipe,
         len(data.class_names),

@@ -55,7 +55,7 @@ class Session:
 
     Attributes:
         stream: the training batches of this rank.
-        teacher: the weights of the run's teacher, or None.
+        teachers: the weights of the run's teachers.
         contents: SHA-256 of the teacher's and the initial weights.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
@@ -74,7 +74,7 @@ class Session:
     stream: Stream
     learner: Learner
     settled: bool
-    teacher: Weights | None = None
+    teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     epoch: int = 0
