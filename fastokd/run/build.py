@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
-from fastokd.data.mixing import Mixing
 from fastokd.data.order import epoch_length
 from fastokd.device import (
     pick_device,
@@ -140,11 +139,7 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(
-        *(recipe, options, data, stream, learner, settled, teachers, contents),
-        mixing=_mixing(recipe),
-        notes=notes,
-    )
+    return Session(recipe, options, data, stream, learner, settled, teachers, contents, notes)
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -261,21 +256,6 @@ def _training_stream(
         size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
-
-
-def _mixing(recipe: Recipe) -> Mixing | None:
-    """How the recipe's batches are mixed."""
-    if not (recipe.mixup or recipe.cutmix):
-        return None
-    return Mixing(
-        recipe.mixup,
-        recipe.cutmix,
-        prob=recipe.mix_prob,
-        switch_prob=recipe.mix_switch_prob,
-        epochs=recipe.mix_epochs,
-        each=recipe.mix_each,
-        seed=recipe.seed,
-    )
 
 
 def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
-from fastokd.data.mixing import Mixing, dominant
+from fastokd.data.mixing import dominant
 from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
@@ -26,6 +26,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
+from fastokd.run.mixing import mixing_of
 from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
 from fastokd.student.weights import Weights
@@ -55,13 +56,13 @@ class Session:
         stream: the training batches of this rank.
         teachers: the weights of the run's teachers.
         contents: SHA-256 of the teacher's and the initial weights.
-        mixing: how the batches are mixed, or None.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
         epoch, batch, step: the next step: its epoch, its batch in the epoch, and its number in the
             run. Skipped steps count.
         best: the best score so far.
         skipped: steps skipped under ``skip_nonfinite``.
+        mixing: how the batches are mixed, or None.
         meter: the training metrics of this epoch.
         blocks: the draws on the device, by the number of images, which a CUDA graph is captured for.
     """
@@ -74,7 +75,6 @@ class Session:
     settled: bool
     teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
-    mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     epoch: int = 0
     batch: int = 0
@@ -83,6 +83,7 @@ class Session:
     skipped: int = 0
 
     def __post_init__(self) -> None:
+        self.mixing = mixing_of(self.recipe)
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
         self.blocks: dict[int, Block] = {}
         self._single: dict[int, Block] = {}
