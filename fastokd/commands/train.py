@@ -15,7 +15,7 @@ from fastokd.commands.options import replacing, run_options
 from fastokd.errors import UserError
 from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
-from fastokd.known import METHODS
+from fastokd.known import METHODS, place_of
 from fastokd.recipe import names
 from fastokd.recipe.file import as_toml, is_file
 from fastokd.recipe.recipe import Recipe
@@ -163,7 +163,9 @@ def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:
             f"{folder} holds several runs: repeat the command that began them, or name one of them"
         )
     # A recipe's name looks like a path, too.
-    named = recipe is not None and recipe.count("/") == 2 and not folder.parent.is_dir()
+    parts = (recipe or "").split("/", 2)
+    named = len(parts) == 3 and ("/" not in parts[2] or bool(place_of(parts[2])[1]))
+    named = named and not folder.parent.is_dir()
     if not named and not (folder / "recipe.json").is_file():
         raise UserError(f"there is no run to resume in {folder}: name the folder of a run")
     return None if named else folder

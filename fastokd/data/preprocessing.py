@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.data.decode import centre, grey_square, read_rgb
+from fastokd.data.decode import ImageBytes, centre, grey_square, read_rgb
 from fastokd.data.views import BACKGROUND, View
 from fastokd.known import MOST_PIXELS
 from fastokd.ops.normalize import normalize, scale_and_shift
@@ -67,8 +67,8 @@ class Preprocessing:
         """The interpolation to ``input_size``, by name."""
         return "bicubic" if self.native_size and not self.border else "bilinear"
 
-    def read(self, path: Path) -> np.ndarray:
-        """One file as uint8 ``[input_size, input_size, 3]``.
+    def read(self, path: Path | ImageBytes) -> np.ndarray:
+        """One picture as uint8 ``[input_size, input_size, 3]``.
 
         Raises:
             UserError: it can't be read as a picture.

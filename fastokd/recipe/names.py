@@ -9,6 +9,8 @@ A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET``:
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:
   ``okddip-network/resnet20+resnet32+resnet20/cifar100``.
+- DATASET may say where a set is, of those that are named by their format: ``baseline/resnet18/hf:PATH``
+  (saved by Hugging Face's ``datasets``), ``wds:PATH`` (WebDataset's shards).
 
 Methods, models and data sets compose freely; ``list_recipes`` names those that the papers report.
 """
@@ -20,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastokd.errors import UserError, unknown_name, wrong_type
-from fastokd.known import DATASETS, METHODS
+from fastokd.known import DATASETS, METHODS, place_of
 from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
@@ -90,8 +92,8 @@ def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def _parse(name: str) -> _Name:
-    parts = name.split("/")
-    if len(parts) != 3:
+    parts = name.split("/", 2)
+    if len(parts) != 3 or ("/" in parts[2] and not place_of(parts[2])[1]):
         raise UserError(
             f"{name!r} is no recipe: name one as METHOD/MODEL/DATASET, "
             "such as okddip-branch/resnet32/cifar100"
@@ -99,7 +101,7 @@ def _parse(name: str) -> _Name:
     text, model, dataset = parts
     for student in model.split("+"):
         models.model_spec(student)
-    if dataset not in DATASETS:
+    if place_of(dataset)[0] not in DATASETS:
         raise unknown_name("dataset", dataset, DATASETS)
     text, at, count = text.partition("@")
     if at and not count.isdecimal():

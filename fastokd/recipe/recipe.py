@@ -8,7 +8,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
-from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.known import DATASETS, MOST_PIXELS, Later, place_of
 from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
 from fastokd.recipe.fields import (
     BELOW_ONE,
@@ -65,7 +65,10 @@ class Recipe:
         "The student, or several joined by `+`, one for each student of a mixed cohort, the leader's "
         "last; the recipe's name says it.",
     ]
-    dataset: Annotated[str, "The data set; the recipe's name says it."]
+    dataset: Annotated[
+        str,
+        "The data set, for `hf` and `wds` with its folder as in `hf:PATH`; the recipe's name says it.",
+    ]
     sharing: Annotated[str, "`branch` (a shared trunk) or `network`; the recipe's name says it."]
     students: Annotated[int, "Networks trained, leader included.", at_most(64)]
     method_options: Annotated[
@@ -310,7 +313,7 @@ class Recipe:
         for name, setting in settings().items():
             setting.check(name, getattr(self, name))
         needs = methods.known_needs(self.method)
-        if self.dataset not in DATASETS:
+        if place_of(self.dataset)[0] not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         needs.check(self.method, self.sharing, self.students)
         self._check_students()

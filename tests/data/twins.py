@@ -1,7 +1,11 @@
-"""Writes small data sets in the file layouts of SVHN, STL-10 and Tiny-ImageNet."""
+"""Writes small data sets in the file layouts of SVHN, STL-10, Tiny-ImageNet, Hugging Face's datasets and
+WebDataset."""
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +69,74 @@ def write_tiny_imagenet(root: Path, *, train: int = 6, val: int = 4, seed: int =
     others = {"n00000001": "entity", **TINY}
     (folder / "words.txt").write_text("".join(f"{n}\t{words}\n" for n, words in others.items()))
     return folder
+
+
+def pictures(count: int, seed: int, size: tuple[int, int] = (40, 32)) -> list[bytes]:
+    """Encoded pictures of random pixels, PNG and JPEG in turn."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG" if index % 2 else "PNG")
+        made.append(file.getvalue())
+    return made
+
+
+def write_hf(
+    root: Path,
+    *,
+    splits: Mapping[str, int] | None = None,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    shards: int = 1,
+    seed: int = 0,
+) -> Path:
+    """A DatasetDict with so many images in each split, labels in turn, saved with ``save_to_disk``."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "note": datasets.Value("string"),
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(classes)),
+        }
+    )
+    made = {}
+    for number, (name, count) in enumerate((splits or {"train": 12, "test": 6}).items()):
+        rows = [
+            {
+                "note": "n" * index,
+                "image": {"bytes": picture, "path": f"{index}.png"},
+                "label": index % len(classes),
+            }
+            for index, picture in enumerate(pictures(count, seed + number))
+        ]
+        made[name] = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict(made).save_to_disk(str(root), num_shards=dict.fromkeys(made, shards))
+    return root
+
+
+def write_shard(path: Path, images: Sequence[bytes], classes: int = 2, first: int = 0) -> Path:
+    """A tar archive with an image, its class in turn and a text for each sample."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index, image in enumerate(images, first):
+            ending = "png" if image.startswith(b"\x89PNG") else "jpg"
+            parts = {ending: image, "cls": b"%d" % (index % classes), "txt": b"a picture"}
+            for name, content in parts.items():
+                member = tarfile.TarInfo(f"{index:06d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_wds(root: Path, *, train: int = 12, test: int = 6, shards: int = 2) -> Path:
+    """Shards of both splits, and the names of two classes; returns ``root``."""
+    for number, (split, count) in enumerate((("train", train), ("test", test))):
+        images = pictures(count, number)
+        each = count // shards
+        for shard in range(shards):
+            some = images[shard * each : (shard + 1) * each]
+            write_shard(root / f"{split}-{shard:06d}.tar", some, first=shard * each)
+    (root / "classnames.txt").write_text("cat\ndog\n")
+    return root

@@ -7,7 +7,7 @@ Both leave damaged files out by the rule of ``left_out.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastokd.data.decode import without_warnings
+from fastokd.data.decode import ImageBytes, without_warnings
 from fastokd.data.disk.layout import (
     NO_TEST,
     Layout,
@@ -150,9 +150,17 @@ def _seen(layout: Layout, folder: str, damaged: dict[str, str]) -> list[Seen]:
     ]
 
 
-def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, dict[str, str]]:
+def decode(
+    root: Path,
+    listing: Listing,
+    shown: Preprocessing,
+    file_of: Callable[[int], Path | ImageBytes] | None = None,
+) -> tuple[Split, dict[str, str]]:
     """The images of ``listing`` in memory, decoded by a pool of threads, and the fault of each file that
     can't be.
+
+    Args:
+        file_of: the picture at each place of ``listing``, if it isn't a file below ``root``.
 
     Raises:
         LoaderError: memory or file descriptors ran out.
@@ -160,14 +168,15 @@ def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, d
     size = shown.input_size
     images_NHWC = np.empty((len(listing.paths), size, size, 3), np.uint8)
 
+    opened = file_of or (lambda index: root / listing.paths[index])
+
     def fill(index: int) -> str:
-        path = root / listing.paths[index]
         try:
-            images_NHWC[index] = shown.read(path)
+            images_NHWC[index] = shown.read(opened(index))
         except LoaderError:
             raise
         except UserError as error:
-            return look_at(path).fault or str(error)
+            return look_at(opened(index)).fault or str(error)
         return ""
 
     indices = range(len(listing.paths))
