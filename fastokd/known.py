@@ -46,6 +46,8 @@ DATASETS = (
 )
 # Of these a name may say where the set is: hf:PATH.
 PLACED = ("hf", "wds")
+# Of these the images have any size, and a recipe may crop and resize them as they are read.
+STREAMED = ("hf", "imagefolder", "imagenet", "wds")
 # The fields of RunOptions: where and how a recipe runs. A recipe has none of them.
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
