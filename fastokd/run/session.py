@@ -151,18 +151,17 @@ class Session:
 
     def _ahead(self, images: int) -> Iterator[Draws]:
         """The draws of this step and of the epoch's next ones of as many images."""
-        rows = self.stream if isinstance(self.stream, BatchStream) else None
+        made = self.stream if isinstance(self.stream, BatchStream | DiskStream) else None
         for ahead in range(min(len(self.stream) - self.batch, self.steps_left)):
             batch = self.batch + ahead
-            if rows is not None and rows.size(batch) != images:
+            if made is not None and made.size(batch) != images:
                 return
             draws = self._draws(images, self.step + ahead)
-            if rows is not None:
-                draws[BATCH] = rows.row(self.epoch, batch)
-            if isinstance(self.stream, BatchStream | DiskStream):
-                operations_BL = self.stream.operations(self.epoch, batch)
-                if operations_BL is not None:
-                    draws[OPERATIONS] = operations_BL
+            if isinstance(made, BatchStream):
+                draws[BATCH] = made.row(self.epoch, batch)
+            operations_BL = None if made is None else made.operations(self.epoch, batch)
+            if operations_BL is not None:
+                draws[OPERATIONS] = operations_BL
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:

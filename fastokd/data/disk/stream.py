@@ -45,6 +45,11 @@ class DiskStream:
         """Batches an epoch."""
         return len(self.order)
 
+    def size(self, index: int) -> int:
+        """This rank's number of images in batch ``index``."""
+        mine = self.order.share(index)
+        return mine.stop - mine.start
+
     def draws(self, epoch: int, index: int) -> DiskDraws:
         """The draws of batch ``index`` of ``epoch`` on this rank; reads no files."""
         index_B = self.order.samples(epoch, index)
