@@ -76,10 +76,11 @@ class OurLoop:
     def __init__(self, of: Recipe, options: RunOptions) -> None:
         batch = synthetic.drawn_batch(of)
         data = synthetic.drawn_splits(of, batch)
-        of = dataclasses.replace(of, **UNCROPPED)  # the loader crops, not the step
+        of = dataclasses.replace(of, **UNCROPPED)  # the loader crops and repeats, not the step
         with tempfile.TemporaryDirectory() as folder:
             teacher = synthetic.drawn_teacher(of, data, Path(folder))
-            options = dataclasses.replace(options, teacher=teacher, quiet=True)
+            taught = () if teacher is None else (str(teacher),)
+            options = dataclasses.replace(options, teacher=taught, quiet=True)
             session = self.session = build(of, options, data=data)
         self.device, self.precision = session.learner.device, session.learner.precision
         self.images_BHWC = batch.images_NHWC.to(self.device)

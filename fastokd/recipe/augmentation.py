@@ -20,8 +20,13 @@ ONLY_WITH = {
     "randaugment_ops": ("auto_augment", "randaugment"),
     "randaugment_magnitude": ("auto_augment", "randaugment"),
 }
-# A recipe on images that are already cropped: what to replace.
+# A recipe on images that are already drawn and cropped: what to replace.
 UNCROPPED: dict[str, Any] = {
+    "repeats": 1,
+    "balanced": False,
+    "train_size": 0,
+    "first_size": 0,
+    "size_epochs": (),
     "resized_crop": False,
     "crop_scale": (0.08, 1.0),
     "crop_ratio": (3 / 4, 4 / 3),

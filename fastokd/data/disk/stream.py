@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,12 +27,19 @@ class DiskStream:
 
     Args:
         augment: random resized crops, flips and operations, or None for the centre.
+        size: height and width of the images in an epoch; None for those of the split's view.
 
     Raises:
         UserError: ``augment`` has padded crops, which are for splits in memory.
     """
 
-    def __init__(self, split: DiskSplit, order: BatchOrder, augment: Augment | None) -> None:
+    def __init__(
+        self,
+        split: DiskSplit,
+        order: BatchOrder,
+        augment: Augment | None,
+        size: Callable[[int], int] | None = None,
+    ) -> None:
         if augment is not None and (not augment.resized_crop or augment.crop_padding):
             raise UserError(
                 "images on disk are cropped by area: set resized_crop to true and crop_padding to 0"
@@ -39,6 +47,7 @@ class DiskStream:
         self.split = split
         self.order = order
         self.augment = augment
+        self._image_size = size
         self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
 
     def __len__(self) -> int:
@@ -68,7 +77,7 @@ class DiskStream:
     def operations(self, epoch: int, index: int) -> Tensor | None:
         """The draws of the operations on batch ``index`` of ``epoch``, float32 ``[B, L]``, on the CPU; None
         without operations."""
-        return batch_rows(self.augment, self.order, epoch, index, self.split.image_size)
+        return batch_rows(self.augment, self.order, epoch, index, self._at(epoch).image_size)
 
     def finish(self, images_BHWC: Tensor, rows_BL: Tensor | None) -> Tensor:
         """Decoded images after their :meth:`operations`, whose draws are on the images' device."""
@@ -89,12 +98,13 @@ class DiskStream:
             DataFileError: a file vanished or changed since ``fastokd prepare``. All batches before it
                 were yielded.
         """
-        return self._decoded(self.draws(epoch, index) for index in range(start_batch, len(self)))
+        drawn = (self.draws(epoch, index) for index in range(start_batch, len(self)))
+        return self._decoded(epoch, drawn)
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch ``index`` of ``epoch``, without decoding ahead."""
         assert 0 <= index < len(self)
-        (only,) = self._decoded(iter([self.draws(epoch, index)]))
+        (only,) = self._decoded(epoch, iter([self.draws(epoch, index)]))
         return self._finished(only, epoch, index)
 
     def _finished(
@@ -106,6 +116,13 @@ class DiskStream:
             rows_BL = moved(rows_BL, self.split.device)
         return self.finish(images_BHWC, rows_BL), labels_B
 
-    def _decoded(self, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
-        decode = DECODERS[self.split.loader]
-        return decode(self.split, drawn, self.order.largest_share, self.workers)
+    def _decoded(self, epoch: int, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
+        split = self._at(epoch)
+        return DECODERS[split.loader](split, drawn, self.order.largest_share, self.workers)
+
+    def _at(self, epoch: int) -> DiskSplit:
+        """The split with the image size of ``epoch``."""
+        if self._image_size is None:
+            return self.split
+        view = replace(self.split.view, image_size=self._image_size(epoch), eval_resize=0)
+        return replace(self.split, view=view)
