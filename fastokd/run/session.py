@@ -180,20 +180,19 @@ class Session:
 
     def _ahead(self, images: int) -> Iterator[Draws]:
         """The draws of this step and of the epoch's next ones of as many images."""
-        rows = self.stream if isinstance(self.stream, BatchStream) else None
+        made = self.stream if isinstance(self.stream, BatchStream | DiskStream) else None
         for ahead in range(min(len(self.stream) - self.batch, self.steps_left)):
             batch = self.batch + ahead
-            if rows is not None and rows.size(batch) != images:
+            if made is not None and made.size(batch) != images:
                 return
             draws = self._draws(images, self.step + ahead)
-            if rows is not None:
-                draws[BATCH] = rows.row(self.epoch, batch)
+            if isinstance(made, BatchStream):
+                draws[BATCH] = made.row(self.epoch, batch)
             if self.mixing is not None:
                 draws[MIXING] = self._mixed_as(images, batch)
-            if isinstance(self.stream, BatchStream | DiskStream):
-                operations_BL = self.stream.operations(self.epoch, batch)
-                if operations_BL is not None:
-                    draws[OPERATIONS] = operations_BL
+            operations_BL = None if made is None else made.operations(self.epoch, batch)
+            if operations_BL is not None:
+                draws[OPERATIONS] = operations_BL
             if self.recipe.schedule_by == "step":
                 draws[RATES] = torch.tensor(self._rates(batch))
             yield draws

@@ -47,12 +47,17 @@ class DiskStream:
         self.split = split
         self.order = order
         self.augment = augment
-        self.size = size
+        self._image_size = size
         self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return len(self.order)
+
+    def size(self, index: int) -> int:
+        """This rank's number of images in batch ``index``."""
+        mine = self.order.share(index)
+        return mine.stop - mine.start
 
     def draws(self, epoch: int, index: int) -> DiskDraws:
         """The draws of batch ``index`` of ``epoch`` on this rank; reads no files."""
@@ -117,7 +122,7 @@ class DiskStream:
 
     def _at(self, epoch: int) -> DiskSplit:
         """The split with the image size of ``epoch``."""
-        if self.size is None:
+        if self._image_size is None:
             return self.split
-        view = replace(self.split.view, image_size=self.size(epoch), eval_resize=0)
+        view = replace(self.split.view, image_size=self._image_size(epoch), eval_resize=0)
         return replace(self.split, view=view)
