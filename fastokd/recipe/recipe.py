@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.recipe.averages import averaged_students, check_averages, judged_average
 from fastokd.recipe.fields import (
     BELOW_ONE,
     IMAGES,
@@ -138,6 +139,41 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    ema: Annotated[
+        float,
+        "Decay of an exponential moving average of a student's weights over the steps, such as 0.999; 0 "
+        "for none.",
+        BELOW_ONE,
+    ] = 0.0
+    ema_warmup: Annotated[
+        bool, "The decay rises to `ema`: the average spans a tenth of the steps taken at most."
+    ] = True
+    swa: Annotated[
+        bool, "A uniform average of a student's weights over the steps from `average_start` on."
+    ] = False
+    average_start: Annotated[
+        int,
+        "The epoch from which weights are averaged; before it the average is a copy of them.",
+        at_least(0),
+    ] = 0
+    average_every: Annotated[
+        int,
+        "Steps between two updates of the average; an epoch's number as SWA was published.",
+        at_least(1),
+    ] = 1
+    average_students: Annotated[
+        Literal["kept", "all"], "Whose weights are averaged: the `kept` student's, or `all`."
+    ] = "kept"
+    average_norms: Annotated[
+        Literal["averaged", "recomputed"],
+        "Running statistics of an averaged student: `averaged` as its weights are, or `recomputed` on "
+        "training images at each evaluation.",
+    ] = "averaged"
+    keep: Annotated[
+        Literal["average", "raw"],
+        "Which weights are reported, kept and exported where there is an average: the `average`, or the "
+        "`raw` ones.",
+    ] = "average"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -160,6 +196,7 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
+        check_averages(self)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
@@ -216,11 +253,21 @@ class Recipe:
         return float(metrics[f"{judged}_top1"])
 
     def judged(self, metrics: dict[str, Any]) -> str:
-        """Whose accuracy is reported: the kept student's running ``"average"`` if there is one, else
-        ``reported``; ``"student"`` if there is only one."""
-        if "ema_top1" in metrics:
-            return "average"
+        """Whose accuracy is reported: that of the averages if they are kept (:func:`judged_average`),
+        else ``reported``; ``"student"`` if there is only one."""
+        average = judged_average(self, metrics)
+        if average is not None:
+            return average
         return self.reported if self.students > 1 else "student"
+
+    @property
+    def averaged(self) -> tuple[int, ...]:
+        """The numbers of the students whose weights are averaged."""
+        return averaged_students(self)
+
+    def keeps_average(self, student: int) -> bool:
+        """Whether a student's average is kept in place of its weights."""
+        return self.keep == "average" and student in self.averaged
 
     @property
     def has_leader(self) -> bool:
@@ -235,7 +282,7 @@ class Recipe:
         return rate
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp and warm-up are scaled.
+        """The same schedule over ``epochs``: milestones, ramp, warm-up and the start of an average are scaled.
 
         Milestones are rounded to whole epochs, and to 1 at least. Those that then coincide count once,
         and those after the last epoch are left out, so that a short run may have fewer of them.
@@ -248,6 +295,7 @@ class Recipe:
             milestones=tuple(dict.fromkeys(m for m in milestones if m < epochs)),
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
+            average_start=min(round(self.average_start * scale), epochs - 1),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the contents of ``init`` and of the teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastokd.student.teacher import default_path
 from fastokd.student.weights import STUDENT
 
 # The options that change a run's numbers by more than their last bits. The papers set none of them.
-DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
+DECIDING = ("accumulate", "clip_norm", "overfit_batch", "sync_bn", "init", "eval_every")
 
 # The settings of a recipe that more epochs may change.
 SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs")
@@ -98,11 +98,17 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
     """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
-    version lacks ``test``."""
-    ours, theirs = recipe.to_json(), {"test": 0, **theirs}
+    version lacks settings, which were then what is now their default."""
+    ours, theirs = recipe.to_json(), {**_defaults(), **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of each setting that has one, as a JSON value."""
+    found = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
