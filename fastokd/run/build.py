@@ -25,9 +25,9 @@ from fastokd.distributed.ranks import Ranks, first, speaks
 from fastokd.errors import UserError, warn
 from fastokd.host.streams import say
 from fastokd.learner.allocator import keep_freed_memory
+from fastokd.learner.average import Average, Averaging
 from fastokd.learner.build import build_cohort, build_optimizers
 from fastokd.learner.captured import check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
@@ -110,8 +110,8 @@ def build(
     if training and ranks.students.size > 1:
         student_parallel = StudentParallel(cohort, method, ranks, precision, recipe.method)
     average = None
-    if options.ema is not None:
-        average = LeaderAverage(cohort, recipe.kept_student, options.ema)
+    if recipe.averaged:
+        average = Average(cohort, recipe.averaged, Averaging.of(recipe), recipe.kept_student)
     learner = Learner(
         cohort,
         method,
