@@ -363,7 +363,7 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
-        check_label_loss(self, needs)
+        check_label_loss(self, needs.label_loss)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
