@@ -19,6 +19,7 @@ from fastokd.known import METHODS, place_of
 from fastokd.recipe import names
 from fastokd.recipe.file import as_toml, is_file
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.schedule import said
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
@@ -31,6 +32,7 @@ FLAGS = {
     "students": (Annotated[int | None, "Number of networks, leader included."], None),
     "batch_size": (Annotated[int | None, "Images per step."], None),
     "lr": (Annotated[float | None, "Learning rate of the first epoch."], None),
+    "optimizer": (Annotated[str | None, "sgd, adamw or lamb."], None),
     "temperature": (Annotated[float | None, "Temperature of the distillation."], None),
     "method": (
         Annotated[str | None, "Your own method instead of the recipe's: package.module:Class."],
@@ -44,6 +46,13 @@ FLAGS = {
     ),
     "test": (
         Annotated[float | None, "The same to test, for an image folder without test/."],
+        None,
+    ),
+    "ema": (
+        Annotated[
+            float | None,
+            "Decay of a moving average of the kept student; the average is kept instead.",
+        ],
         None,
     ),
     "image_size": (Annotated[int | None, "Height and width of an imagefolder's images."], None),
@@ -212,6 +221,9 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
 
 def _schedule(name: str, of: Recipe) -> str:
     """How the learning rate falls and the distillation ramps up; ``name``: the recipe that was named."""
+    until = f"ramp over {of.ramp_epochs:.3g} epochs"
+    if of.schedule != "step":
+        return f"schedule for {counted(of.epochs, 'epoch')}: {said(of)}, {until}"
     falls = ", ".join(str(milestone) for milestone in of.milestones if milestone < of.epochs)
     rate = (
         f"rate / {1 / of.lr_decay:g} after epoch {falls}" if falls else f"rate {of.lr:g} throughout"
@@ -219,6 +231,4 @@ def _schedule(name: str, of: Recipe) -> str:
     all_of_them = len(names.recipe(name).milestones)
     if len(of.milestones) < all_of_them:
         rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
-    return (
-        f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:.3g} epochs"
-    )
+    return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, {until}"

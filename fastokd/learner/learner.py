@@ -14,8 +14,8 @@ from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler, release_memory
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
+from fastokd.learner.average import Average
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import Guard, Held, Shared, set_random_state
 from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
@@ -36,9 +36,10 @@ class Learner:
         progress: what changes from step to step, as device tensors that the owner fills.
         scaler: the loss scale of fp16; disabled in other precisions.
         guard: the flag on the device that skips a step which isn't finite.
-        average: the running average of the kept student's weights, or None.
+        average: the average of students' weights over the steps, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
+        frozen: the first stages that aren't trained; :meth:`freeze` changes it.
         forward: :meth:`eager`, compiled and inside of DDP where asked for.
         captured: the CUDA graphs of this choice's step, which ``step.py`` makes.
         before: what a step writes in place and no optimizer skips, from before the step.
@@ -54,7 +55,7 @@ class Learner:
         precision: str,
         ranks: Ranks,
         student_parallel: StudentParallel | None = None,
-        average: LeaderAverage | None = None,
+        average: Average | None = None,
         accumulate: int = 1,
         min_batch: int = 1,
         clip_norm: float | None = None,
@@ -71,6 +72,8 @@ class Learner:
         self.scaler = gradient_scaler(device, precision)
         self.guard = Guard(device)
         self.choice = Choice()
+        self._adopted = False
+        self.frozen = 0
         self._before: Before | None = None
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:
@@ -98,7 +101,7 @@ class Learner:
                     if isinstance(value, Tensor):
                         # A fused optimizer walks through both as they lie in memory.
                         state[key] = as_state(value, parameter)
-        self.choice = choice
+        self.choice, self._adopted = choice, True
         self._before = None
         self.forward: Forward = self.eager
         if choice.compile:
@@ -116,6 +119,15 @@ class Learner:
             )
         self.captured: CapturedStep | None = None
         self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
+
+    def freeze(self, stages: int) -> None:
+        """Trains all but the first ``stages`` stages of each student from the next step on (0: all of
+        them are trained, -1: heads only). Compiled, captured and DDP's steps are made anew."""
+        if stages != self.frozen:
+            self.cohort.freeze(stages)
+            self.frozen = stages
+            if self._adopted:
+                self.adopt(self.choice)
 
     @property
     def warm_up(self) -> int:

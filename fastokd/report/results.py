@@ -96,8 +96,8 @@ def _notes(pools: Sequence[Pool], rows: Sequence[Sequence[Cell]]) -> tuple[str, 
     if any(pool.recipe.dataset in ("imagenet", "imagefolder") for pool in pools):
         notes.append("A set of images on disk that has no test split is tested on its val/.")
     for pool in pools:
-        counts = sentences(RunFacts(pool.runs[0].folder).data())
-        notes += [f"{pool.recipe.dataset}: {said}." for said in counts]
+        of = RunFacts(pool.runs[0].folder).data()
+        notes.extend(f"{pool.recipe.dataset}: {said}." for said in sentences(of))
     environments = [RunFacts(run.folder).environment() for pool in pools for run in pool.runs]
     machines = [e.get("gpu") or e.get("cpu") for e in environments]
     if where := ", ".join(dict.fromkeys(str(name) for name in machines if name)):

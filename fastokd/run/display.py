@@ -161,7 +161,7 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
 
 def show_batch(session: Session, folder: Path) -> Path:
     """Writes the next augmented batch as ``augmentation.png``."""
-    images_BHWC, _ = session.next_batch()
+    images_BHWC, _ = session.mixed(*session.next_batch())
     images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
     path = folder / "augmentation.png"
 

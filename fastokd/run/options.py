@@ -20,7 +20,7 @@ from fastokd.known import LOADERS
 KEPT = (
     *("device", "precision", "engine", "compile", "memory_format", "capture", "streams"),
     *("impl", "loader"),
-    *("optimizer", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
+    *("apex", "accumulate", "clip_norm", "overfit_batch", "sync_bn", "deterministic"),
     *("init", "eval_every"),
 )
 # The values that leave the choice to the machine or to a measurement.
@@ -63,10 +63,11 @@ class RunOptions:
         "adaptive loss scale), tf32 (GPUs) or fp32.",
     ] = "auto"
     teacher: Annotated[
-        Path | None,
-        "A run, a checkpoint or a student.safetensors, for kd and okddip_kd; by default the run "
-        "folder of the recipe that trains it.",
-    ] = None
+        tuple[str, ...],
+        "The teacher of kd and okddip_kd: a run, a checkpoint, a student.safetensors, or "
+        "torchvision:NAME=FILE or timm:NAME=FILE (without =FILE the weights in the library's cache); "
+        "several are averaged; by default the run folder of the recipe that trains it.",
+    ] = ()
     init: Annotated[
         tuple[str, ...],
         "Trained weights to start from: a run, a checkpoint, a student.safetensors or a state dict "
@@ -77,7 +78,7 @@ class RunOptions:
         "How the students run: loop, grouped, vmap, or auto, which measures them if the run is long.",
     ] = "auto"
     impl: Annotated[str, "Implementation of the ops: auto, torch, cpp or triton."] = "auto"
-    optimizer: Annotated[str, "sgd (fused), or apex-sgd (needs NVIDIA apex)."] = "sgd"
+    apex: Annotated[bool, "Use NVIDIA apex's FusedSGD for the optimizer sgd."] = False
     compile: Annotated[
         bool | None, "Use torch.compile for forward and loss; by default --engine auto decides."
     ] = None
@@ -101,9 +102,6 @@ class RunOptions:
     skip_nonfinite: Annotated[
         int, "Steps with a non-finite value to skip before the run stops."
     ] = 0
-    ema: Annotated[
-        float | None, "Decay of a moving average of the kept student; the average is kept instead."
-    ] = None
     loader: Annotated[
         str,
         "Loader of images on disk: dali, nvjpeg, torchvision, or auto (dali if installed, otherwise "
@@ -163,8 +161,6 @@ class RunOptions:
             )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; ``RunOptions(**values)`` is the inverse."""
@@ -259,6 +255,8 @@ def _checked(name: str, value: Any, kind: tuple[Any, bool]) -> Any:
     if value is None and optional:
         return None
     if wanted is tuple:  # of paths
+        if value is None:
+            return ()
         if isinstance(value, (str, os.PathLike)):
             value = (value,)
         if not isinstance(value, Sequence):

@@ -20,7 +20,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.student.torch_file import refuse_what_is_none
 
 # Optional metadata: files of earlier versions lack it.
-OPTIONAL = ("step", "ema", "score")
+OPTIONAL = ("step", "ema", "swa", "score")
 STUDENT = "student.safetensors"
 
 
@@ -51,10 +51,14 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     **FITS,
     "step": lambda value: type(value) is int and value >= 0,
     "ema": lambda value: value is None or _fraction(value),
+    "swa": lambda value: isinstance(value, bool),
     "score": _score,
     "recipe": lambda value: isinstance(value, dict),
     "val": lambda value: _share(value),
     "test": lambda value: _share(value),
+    # Of a teacher (fastokd.student.teacher): classes without names, and how many teachers a run has.
+    "num_classes": lambda value: type(value) is int and value >= 2,
+    "teachers": lambda value: type(value) is int and 1 <= value <= 64,
 }
 
 
@@ -66,9 +70,9 @@ class Weights:
 
     - ``model``, ``model_options``, ``class_names``, the fields of :class:`Preprocessing`;
     - ``student``, its index, and ``role``, why this student was kept;
-    - from a run: ``step``; ``ema``, the decay of the running average, or null; ``score`` of exactly
-      these weights (``split``, ``top1`` from 0 to 1, ``epoch`` from 1), or null; ``recipe``;
-      ``dataset``; ``val`` and ``test``, what was held out of its training split: a number of images
+    - from a run: ``step``; ``ema``, the decay of the average that the weights are, or null; ``swa``,
+      true if they are a uniform average; ``score`` of exactly these weights (``split``, ``top1`` from
+      0 to 1, ``epoch`` from 1), or null; ``recipe``; ``dataset``; ``val`` and ``test``, what was held out of its training split: a number of images
       or a fraction of each class.
     """
 
@@ -132,13 +136,16 @@ class Weights:
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
-    def build(self) -> Student:
+    def build(self, class_count: int | None = None) -> Student:
         """The network with these weights, in eval mode. The keys may be fastokd's or the publisher's.
+
+        ``class_count``: of weights without class names.
 
         Raises:
             UserError: the weights don't fit the model.
         """
-        model = create_model(self.model, len(self.fact("class_names")), **self.options)
+        count = class_count or len(self.fact("class_names"))
+        model = create_model(self.model, count, **self.options)
         ours = {model.published_key(key): key for key in model.state_dict()}
         try:
             model.load_state_dict({ours.get(key, key): v for key, v in self.state.items()})

@@ -158,10 +158,10 @@ def test_what_a_run_has_otherwise_is_said_beside_the_cell(fake: FakeTrain, tmp_p
     request = Request("table5", (0, 1), only="okddip_mean")
     assert reproduce(request, tmp_path / "t", RunOptions(), fake).results[0].verdict != ""
     (run, _) = sorted((tmp_path / "t").glob("okddip*"))
-    (run / "environment.json").write_text(json.dumps({"ema": 0.9}))
-    (result,) = reproduce(request, tmp_path / "t", RunOptions(ema=0.9), fake).results
-    assert (result.verdict, result.caveat) == ("", "ema=0.9 (None)")
-    with pytest.raises(UserError, match=r"--ema \(0.9 there, None here\)"):
+    (run / "environment.json").write_text(json.dumps({"clip_norm": 0.9}))
+    (result,) = reproduce(request, tmp_path / "t", RunOptions(clip_norm=0.9), fake).results
+    assert (result.verdict, result.caveat) == ("", "clip_norm=0.9 (None)")
+    with pytest.raises(UserError, match=r"--clip-norm \(0.9 there, None here\)"):
         reproduce(request, tmp_path / "t", RunOptions(), fake)
 
 
@@ -201,7 +201,7 @@ def test_the_teacher_comes_first_and_teaches_all(fake: FakeTrain, tmp_path: Path
     for (name, _, _), teacher in zip(fake.calls, fake.teachers, strict=True):
         needs = name.startswith(("kd/", "okddip_kd-"))
         expected = tmp_path / "t" / "baseline-resnet110-cifar100-2epochs-seed0"
-        assert teacher == (expected if needs else None)
+        assert teacher == ((str(expected),) if needs else ())
 
 
 @pytest.mark.parametrize("stop_at", [0, 1])
