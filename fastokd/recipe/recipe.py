@@ -19,6 +19,7 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
+from fastokd.recipe.teaching import check_teaching
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -138,6 +139,17 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    cache_teacher: Annotated[
+        Literal["no", "exact", "plain"],
+        "Compute the teacher's logits of the training set once: `no` (in every step), `exact` (refused "
+        "with augmentation) or `plain` (the teacher sees the images without augmentation). Images in "
+        "memory.",
+    ] = "no"
+    normalise_by: Annotated[
+        Literal["data", "model"],
+        "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
+        "library states of its published weights.",
+    ] = "data"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -171,6 +183,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)
