@@ -22,6 +22,7 @@ from fastokd.learner.step import training_step
 from fastokd.recipe.file import is_file, label
 from fastokd.recipe.names import recipe as named
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.schedule import ENDING
 from fastokd.report import page
 from fastokd.result import Run
 from fastokd.run import folder as run_folder
@@ -177,7 +178,7 @@ def _train_epochs(
                 "step": session.step,
                 "seconds": seconds,
                 "images_per_second": (hooks.images - images) / seconds,
-                "lr": recipe.learning_rate(session.epoch),
+                "lr": session.last_rate,
                 "kd_weight": learner.progress.ramp.item(),
                 "skipped_steps": session.skipped,
                 "train": train_metrics,
@@ -271,5 +272,10 @@ def recipe_to_resume(folder: Path, epochs: int | None = None) -> Recipe:
         raise UserError(
             f"epochs is {epochs}, but the run in {folder} was begun with {begun.epochs}: give more, or "
             "stop it sooner with --max-steps"
+        )
+    if longer.epochs > begun.epochs and begun.schedule in ENDING:
+        raise UserError(
+            f"epochs is {epochs}, but the run in {folder} was begun with {begun.epochs}, at whose end its "
+            f"schedule {begun.schedule} ends: begin a longer run, from its weights with --init if you like"
         )
     return longer

@@ -15,10 +15,11 @@ from fastokd.commands.options import replacing, run_options
 from fastokd.errors import UserError
 from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
-from fastokd.known import METHODS
+from fastokd.known import METHODS, place_of
 from fastokd.recipe import names
 from fastokd.recipe.file import as_toml, is_file
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.schedule import said
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
@@ -31,6 +32,7 @@ FLAGS = {
     "students": (Annotated[int | None, "Number of networks, leader included."], None),
     "batch_size": (Annotated[int | None, "Images per step."], None),
     "lr": (Annotated[float | None, "Learning rate of the first epoch."], None),
+    "optimizer": (Annotated[str | None, "sgd, adamw or lamb."], None),
     "temperature": (Annotated[float | None, "Temperature of the distillation."], None),
     "method": (
         Annotated[str | None, "Your own method instead of the recipe's: package.module:Class."],
@@ -161,7 +163,9 @@ def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:
             f"{folder} holds several runs: repeat the command that began them, or name one of them"
         )
     # A recipe's name looks like a path, too.
-    named = recipe is not None and recipe.count("/") == 2 and not folder.parent.is_dir()
+    parts = (recipe or "").split("/", 2)
+    named = len(parts) == 3 and ("/" not in parts[2] or bool(place_of(parts[2])[1]))
+    named = named and not folder.parent.is_dir()
     if not named and not (folder / "recipe.json").is_file():
         raise UserError(f"there is no run to resume in {folder}: name the folder of a run")
     return None if named else folder
@@ -210,6 +214,9 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
 
 def _schedule(name: str, of: Recipe) -> str:
     """How the learning rate falls and the distillation ramps up; ``name``: the recipe that was named."""
+    until = f"ramp over {of.ramp_epochs:.3g} epochs"
+    if of.schedule != "step":
+        return f"schedule for {counted(of.epochs, 'epoch')}: {said(of)}, {until}"
     falls = ", ".join(str(milestone) for milestone in of.milestones if milestone < of.epochs)
     rate = (
         f"rate / {1 / of.lr_decay:g} after epoch {falls}" if falls else f"rate {of.lr:g} throughout"
@@ -217,6 +224,4 @@ def _schedule(name: str, of: Recipe) -> str:
     all_of_them = len(names.recipe(name).milestones)
     if len(of.milestones) < all_of_them:
         rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
-    return (
-        f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:.3g} epochs"
-    )
+    return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, {until}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
+from fastokd.methods.label_loss import LabelLoss
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ class Progress:
 class OptimGroup:
     """Parameters that share an optimizer's settings; None stands for the recipe's value.
 
+    ``optimizer``: ``"adam"`` is torch's Adam at its defaults, whatever the recipe's optimizer.
     ``warm_up``: the recipe's warm-up applies to them; its milestones apply to all ``scheduled`` ones.
     """
 
     parameters: list[nn.Parameter]
-    optimizer: str = "sgd"
+    optimizer: Literal["adam"] | None = None
     lr: float | None = None
     weight_decay: float | None = None
     scheduled: bool = True
@@ -109,6 +111,10 @@ class Method(nn.Module):
 
     A method is built from a :class:`CohortShape` and its own options; its parameters (projections,
     gates, fusion) are its submodules. Only ``forward`` must be written.
+
+    Attributes:
+        label_loss: the recipe's settings of the terms with labels, which replace the default one where
+            ``needs.label_loss``.
     """
 
     needs = Needs()
@@ -116,6 +122,7 @@ class Method(nn.Module):
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
         self.shape = shape
+        self.label_loss = LabelLoss()
         self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
     @property

@@ -19,7 +19,7 @@ TASK = ("method", "model", "dataset", "sharing")
 # Fields that depend on the method.
 OF_A_METHOD = ("method", "reported", "teacher")
 # Fields that scale with the epochs.
-SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
+SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs", "mix_epochs")
 Changes = dict[str, tuple[Any, Any]]
 
 

@@ -157,7 +157,7 @@ def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
     With ``max_steps`` the folder has another name, so that a complete student never has an
     incomplete teacher.
     """
-    method, model, dataset = judged.name.split("/")
+    method, model, dataset = judged.name.split("/", 2)
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
     trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
     folder = f"{plain.name.replace('/', '-')}-{trained.epochs}epochs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
+from fastokd.data.order import epoch_length
 from fastokd.device import (
     pick_device,
     pick_precision,
@@ -31,11 +33,14 @@ from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
+from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
 from fastokd.models.pretrained import normalisation_of
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
+from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
@@ -88,7 +93,7 @@ def build(
     cohort, method = _cohort_and_method(recipe, options, data, teacher)
     contents: dict[str, Any] = {}
     if teachers:
-        hashes = [fingerprint(teacher.state) for teacher in teachers]
+        hashes = [fingerprint(one.state) for one in teachers]
         contents["teacher_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     notes: tuple[str, ...] = ()
     if training:
@@ -113,7 +118,7 @@ def build(
     learner = Learner(
         cohort,
         method,
-        build_optimizers(cohort, method, recipe, options.optimizer, device),
+        build_optimizers(cohort, method, recipe, device, apex=options.apex),
         device=device,
         precision=precision,
         ranks=ranks,
@@ -124,6 +129,8 @@ def build(
         clip_norm=options.clip_norm,
     )
     ranks.seed_global(recipe.seed, 0)
+    if training:
+        learner.freeze(recipe.frozen_at(0))
     captures, why_not = _captures(options, learner) if training else (False, ())
     learner.adopt(
         Choice.of(options.engine, options.compile, options.memory_format, captures, options.streams)
@@ -224,9 +231,11 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
     """
     size = ranks.data.size
     least = {recipe.method: method_class(recipe.method).needs.min_batch}
+    image_size = data.train.image_size
+    if recipe.resized_crop:
+        image_size = (training_size(recipe, 0),) * 2  # the smallest
     for name in dict.fromkeys(recipe.models):
-        shown = (len(data.class_names), recipe.model_options, data.train.image_size)
-        least[name] = least_batch(name, *shown)
+        least[name] = least_batch(name, len(data.class_names), recipe.model_options, image_size)
     if sync_bn:  # the norms have the batch of all ranks
         least = {name: -(-count // size) for name, count in least.items()}
     who = max(least, key=lambda name: least[name])
@@ -243,18 +252,28 @@ def _training_stream(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
 ) -> Stream:
     """This rank's training batches, without a last batch that is too small for the norms."""
-    rest = len(data.train) % recipe.batch_size
+    rest = epoch_length(len(data.train), recipe.repeats) % recipe.batch_size
     stream = stream_of(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
-        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        augment=augment_of(recipe, data.mean),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
+        repeats=recipe.repeats,
+        balanced=recipe.balanced,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
+        size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
+    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+    operations = {name: getattr(recipe, name) for name in OPERATIONS}
+    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
 
 
 class RepeatedBatch:
@@ -280,11 +299,14 @@ def _cohort_and_method(
     return build_cohort(
         recipe,
         len(data.class_names),
-        image_size=data.train.image_size[0],
+        image_size=recipe.train_size or data.train.image_size[0],
         mean=data.mean,
         std=data.std,
         impl=options.impl,
         teacher=teacher,
+        class_weight_C=None
+        if recipe.class_weights == "none"
+        else balanced_weights(data.train.labels_N, data.num_classes),
     )
 
 

@@ -35,6 +35,7 @@ from fastokd.errors import (
     in_one_line,
     warn,
 )
+from fastokd.known import place_of
 from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
@@ -408,7 +409,7 @@ class RunFolder:
 
 def _data_root(session: Session) -> str | None:
     """The absolute path of the run's data. The digits have none: scikit-learn has them."""
-    root = session.options.data_root
+    root = session.options.data_root or place_of(session.recipe.dataset)[1] or None
     return None if root is None or session.recipe.dataset == "digits" else os.path.abspath(root)
 
 

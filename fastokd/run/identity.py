@@ -7,7 +7,7 @@ the contents of ``init`` and of the teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastokd.errors import UserError
 from fastokd.methods import method_class, ramp_weight
 from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import LEFT_OPEN, RunOptions
 from fastokd.student.init import read_files
@@ -29,7 +30,7 @@ from fastokd.student.weights import STUDENT, Weights
 DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
 
 # The settings of a recipe that more epochs may change.
-SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs")
+SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs")
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
     """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
-    version lacks ``test``."""
-    ours, theirs = recipe.to_json(), {"test": 0, **theirs}
+    version lacks the settings that were added since, and has their defaults."""
+    usual = ((f.name, f.default) for f in fields(Recipe) if f.default is not MISSING)
+    later = {name: list(x) if isinstance(x, tuple) else x for name, x in usual}
+    ours, theirs = recipe.to_json(), {**later, **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]
@@ -133,8 +136,12 @@ def continues(recipe: Recipe, checkpoint: Mapping[str, Any]) -> bool:
 
 def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
     """All that an epoch's steps take from its place in the schedule."""
-    rates = (recipe.learning_rate(epoch, warm_up=warm_up) for warm_up in (True, False))
-    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs))
+    # By step, two places of an epoch tell schedules of different lengths apart.
+    places = ((warm_up, step) for warm_up in (True, False) for step in (0, 1))
+    rates = (recipe.learning_rate(epoch, warm_up=w, step=step, steps=2) for w, step in places)
+    mixes = recipe.mix_epochs == 0 or epoch < recipe.mix_epochs
+    ramp = ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs)
+    return (*rates, ramp, mixes, training_size(recipe, epoch), recipe.frozen_at(epoch))
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
@@ -143,6 +150,8 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     begun = RunFacts(folder).environment()
     if begun.get("capture") and not stays_captured(begun):
         begun |= {"capture": None, "streams": None}
+    if begun.get("optimizer") == "apex-sgd":  # as earlier versions called it
+        begun["apex"] = True
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))

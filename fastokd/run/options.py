@@ -20,7 +20,7 @@ from fastokd.known import LOADERS
 KEPT = (
     *("device", "precision", "engine", "compile", "memory_format", "capture", "streams"),
     *("impl", "loader"),
-    *("optimizer", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
+    *("apex", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
     *("init", "eval_every"),
 )
 # The values that leave the choice to the machine or to a measurement.
@@ -78,7 +78,7 @@ class RunOptions:
         "How the students run: loop, grouped, vmap, or auto, which measures them if the run is long.",
     ] = "auto"
     impl: Annotated[str, "Implementation of the ops: auto, torch, cpp or triton."] = "auto"
-    optimizer: Annotated[str, "sgd (fused), or apex-sgd (needs NVIDIA apex)."] = "sgd"
+    apex: Annotated[bool, "Use NVIDIA apex's FusedSGD for the optimizer sgd."] = False
     compile: Annotated[
         bool | None, "Use torch.compile for forward and loss; by default --engine auto decides."
     ] = None

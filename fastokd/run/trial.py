@@ -25,6 +25,7 @@ from fastokd.errors import DeviceLostError, UserError, forget, in_one_line
 from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.learner.step import training_step
 from fastokd.methods import register_method
+from fastokd.recipe.augmentation import UNCROPPED
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.allowance import OVER, STOPPED, Allowance, TrialEndedError
 from fastokd.run.autotuner import SAVABLE, Timing
@@ -228,9 +229,9 @@ def job(session: Session, choice: Choice) -> Answer:
         parallel="data",
         quiet=True,
     )
-    # This rank's share of the batch. The loader crops images on disk, not the step.
+    # This rank's share of the batch, once. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
-    recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
+    recipe = replace(session.recipe, batch_size=batch_size, repeats=1, balanced=False, **UNCROPPED)
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),

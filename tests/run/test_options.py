@@ -45,7 +45,7 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
         "capture": False,
         "streams": False,
         "impl": "auto",
-        "optimizer": "sgd",
+        "apex": False,
         "accumulate": 2,
         "clip_norm": 5.0,
         "ema": 0.9,
