@@ -26,6 +26,7 @@ from fastokd.recipe.mixing import check_mixing
 from fastokd.recipe.optimization import check_optimizer
 from fastokd.recipe.resolution import check_sizes
 from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
+from fastokd.recipe.teaching import check_teaching
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -341,6 +342,17 @@ class Recipe:
         "Which weights are reported, kept and exported where there is an average: the `average`, or the "
         "`raw` ones.",
     ] = "average"
+    cache_teacher: Annotated[
+        Literal["no", "exact", "plain"],
+        "Compute the teacher's logits of the training set once: `no` (in every step), `exact` (refused "
+        "with augmentation) or `plain` (the teacher sees the images without augmentation). Images in "
+        "memory.",
+    ] = "no"
+    normalise_by: Annotated[
+        Literal["data", "model"],
+        "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
+        "library states of its published weights.",
+    ] = "data"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -379,6 +391,7 @@ class Recipe:
                 "recipe and the data say"
             )
         check_mixing(self, takes_mixed=needs.mixed_labels)
+        check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)
