@@ -43,8 +43,11 @@ def recipe_rows() -> Iterable[str]:
         if get_origin(kind) is Literal:
             said = " or ".join(get_args(kind))
         else:
-            said = {dict: "object", tuple: "list of int"}.get(get_origin(kind))
-            said = said or (kind.__name__ if isinstance(kind, type) else str(kind).replace("|", "or"))
+            said = kind.__name__ if isinstance(kind, type) else str(kind).replace("|", "or")
+            if get_origin(kind) is dict:
+                said = "object"
+            elif get_origin(kind) is tuple:
+                said = f"list of {get_args(kind)[0].__name__}"
         if field.default is not dataclasses.MISSING:
             default = shown(field.default)
         else:

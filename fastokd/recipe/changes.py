@@ -7,7 +7,8 @@ from typing import Any
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import METHODS, RUN_OPTIONS
-from fastokd.recipe.recipe import Recipe, as_float, checked, methods, models, settings
+from fastokd.recipe.fields import as_float
+from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
 
 # Fields that the recipe's name sets.
 NAMED = ("name", "method", "model", "dataset", "sharing")

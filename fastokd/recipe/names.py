@@ -22,7 +22,7 @@ from fastokd.errors import UserError, unknown_name, wrong_type
 from fastokd.known import DATASETS, METHODS
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
-from fastokd.recipe.recipe import MOST, Recipe, checked, methods, models
+from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -71,8 +71,7 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     changes = changed_fields(base, changes)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
-        if not 1 <= epochs <= MOST["epochs"]:
-            raise UserError(f"epochs is {epochs}: it must be between 1 and {MOST['epochs']}")
+        settings()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
     return dataclasses.replace(base, **changes)
 

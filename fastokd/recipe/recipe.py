@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from fastokd.errors import UserError, unknown_name, wrong_type
+from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.recipe.fields import (
+    BELOW_ONE,
+    IMAGES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Setting,
+    at_least,
+    at_most,
+    between,
+)
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -18,69 +26,18 @@ models = Later("fastokd.models")
 cohort = Later("fastokd.cohort.sharing")
 seeds = Later("fastokd.seeds")
 torch = Later("torch")
-# Upper limits that catch typing errors before memory or time runs out.
-MOST = {"students": 64, "batch_size": 1 << 24, "epochs": 1_000_000, "image_size": MOST_PIXELS}
-# What a value of each kind of field is, for the error.
-KINDS: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a word"),
-    dict: (dict, "an object of names and values"),
-    tuple: (tuple, "a list of whole numbers such as [10,15]"),
-    int | float: (numbers.Real, "a number of images or a fraction below 1"),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of :class:`Recipe`: its type and its meaning."""
-
-    type: Any
-    meaning: str
 
 
 @cache
 def settings() -> dict[str, Setting]:
     """Every field of :class:`Recipe`, in order."""
     hints = get_type_hints(Recipe, include_extras=True)
-    return {name: Setting(*get_args(hint)) for name, hint in hints.items()}
+    return {name: Setting.of(hint) for name, hint in hints.items()}
 
 
 def checked(name: str, value: Any) -> Any:
-    """``value`` converted to the type of the recipe's field ``name``.
-
-    Raises:
-        UserError: the value has another type.
-    """
-    kind = settings()[name].type
-    if kind not in KINDS:  # a tuple or a dictionary of something, or words
-        kind = get_origin(kind)
-    if kind is Literal:
-        kind = str
-    fits_in, what = KINDS[kind]
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    fits = isinstance(value, fits_in) and (kind is bool or not isinstance(value, bool))
-    if kind is tuple:
-        fits = fits and all(type(entry) is int for entry in value)
-    if kind is dict:
-        fits = fits and all(isinstance(key, str) for key in value)
-    if not fits:
-        raise wrong_type(name, value, what)
-    if kind is float:
-        return as_float(name, value)
-    if kind is int:
-        return int(value)
-    return int(value) if kind == int | float and value == value // 1 else value
-
-
-def as_float(name: str, value: Any) -> float:
-    """A number as a float; UserError if it is too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        raise wrong_type(name, value, "a finite number") from None
+    """``value`` converted to the type of the recipe's field ``name``; raises UserError for another type."""
+    return settings()[name].checked(name, value)
 
 
 # Whose accuracy a run reports and selects its best epoch by.
@@ -104,30 +61,45 @@ class Recipe:
     ]
     dataset: Annotated[str, "The data set; the recipe's name says it."]
     sharing: Annotated[str, "`branch` (a shared trunk) or `network`; the recipe's name says it."]
-    students: Annotated[int, "Networks trained, leader included."]
+    students: Annotated[int, "Networks trained, leader included.", at_most(64)]
     method_options: Annotated[
         dict[str, Any], "Options of the method; each can also be set by its own name."
     ] = field(default_factory=dict)
     model_options: Annotated[
         dict[str, Any], "Options of every student; each can also be set by its own name."
     ] = field(default_factory=dict)
-    epochs: Annotated[int, "Epochs; a change scales milestones, ramp and warm-up."] = 300
-    batch_size: Annotated[int, "Images a step, over all ranks."] = 128
-    lr: Annotated[float, "Learning rate of SGD before any milestone."] = 0.1
-    momentum: Annotated[float, "Momentum of SGD, at least 0 and below 1."] = 0.9
+    epochs: Annotated[
+        int,
+        "Epochs; a change scales milestones, ramp and warm-up.",
+        at_least(1),
+        at_most(1_000_000),
+    ] = 300
+    batch_size: Annotated[int, "Images a step, over all ranks.", at_least(1), at_most(1 << 24)] = (
+        128
+    )
+    lr: Annotated[float, "Learning rate of SGD before any milestone.", POSITIVE] = 0.1
+    momentum: Annotated[float, "Momentum of SGD, at least 0 and below 1.", BELOW_ONE] = 0.9
     nesterov: Annotated[bool, "Nesterov's momentum."] = True
-    weight_decay: Annotated[float, "L2 penalty on all parameters."] = 5e-4
+    weight_decay: Annotated[float, "L2 penalty on all parameters.", NOT_NEGATIVE] = 5e-4
     milestones: Annotated[
         tuple[int, ...],
         "Epochs (from 0) before which the learning rate is multiplied by `lr_decay`.",
     ] = (150, 225)
-    lr_decay: Annotated[float, "Factor of the learning rate at each milestone."] = 0.1
+    lr_decay: Annotated[float, "Factor of the learning rate at each milestone.", POSITIVE] = 0.1
     warmup_epochs: Annotated[
-        float, "Epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for none."
+        float,
+        "Epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for none.",
+        NOT_NEGATIVE,
     ] = 0.0
-    ramp_epochs: Annotated[float, "R of the distillation ramp, in epochs; 0 for none."] = 80.0
-    ramp_first: Annotated[int, "The ramp's count of the first epoch (0 in OKDDip, 1 in FFSD)."] = 0
-    crop_padding: Annotated[int, "Pixels of padding before the random crop; images in memory."] = 4
+    ramp_epochs: Annotated[
+        float, "R of the distillation ramp, in epochs; 0 for none.", NOT_NEGATIVE
+    ] = 80.0
+    ramp_first: Annotated[
+        int, "The ramp's count of the first epoch (0 in OKDDip, 1 in FFSD).", at_least(0)
+    ] = 0
+    crop_padding: Annotated[
+        int, "Pixels of padding before the random crop; images in memory.", at_least(0)
+    ] = 4
     crop_mode: Annotated[Literal["zeros", "reflect"], "The padding: `zeros` or `reflect`."] = (
         "zeros"
     )
@@ -136,22 +108,30 @@ class Recipe:
     ] = False
     flip: Annotated[bool, "Mirror half of the training images."] = True
     image_size: Annotated[
-        int, "Height and width in pixels, for data sets of images of any size."
+        int,
+        "Height and width in pixels, for data sets of images of any size.",
+        at_least(1),
+        at_most(MOST_PIXELS),
     ] = 32
     eval_resize: Annotated[
         int,
         "Shorter side in pixels before the centre crop of a held-out image, and in memory of every "
         "image; 0 for none.",
+        at_least(0),
     ] = 0
     val: Annotated[
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
         "or a fraction of each class; 0 for none beyond the data set's own.",
+        at_least(0),
+        IMAGES,
     ] = 0
     test: Annotated[
         int | float,
         "The same for the test split of an image folder that has none; a folder with neither has 0.1 of "
         "each unless given.",
+        at_least(0),
+        IMAGES,
     ] = 0
     reported: Annotated[
         Reported,
@@ -159,42 +139,19 @@ class Recipe:
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
-    seed: Annotated[int, "Seed of weights, order and augmentation."] = 0
+    seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
     def __post_init__(self) -> None:
         """Checks all fields; raises :class:`UserError`."""
-        for name in settings():
-            checked(name, getattr(self, name))
+        for name, setting in settings().items():
+            setting.check(name, getattr(self, name))
         needs = methods.known_needs(self.method)
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         needs.check(self.method, self.sharing, self.students)
         self._check_students()
-        if self.reported not in get_args(Reported):
-            raise UserError(
-                f"reported is {self.reported!r}: choose {', '.join(get_args(Reported))}"
-            )
         if self.reported == "leader" and not needs.leader:
             raise UserError(f"reported is 'leader', but {self.method} has none: choose 'mean'")
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("val", 0),
-            ("test", 0),
-            ("crop_padding", 0),
-            ("image_size", 1),
-            ("eval_resize", 0),
-            ("ramp_first", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("val", "test"):
-            share = getattr(self, name)
-            if isinstance(share, float) and not share < 1:
-                raise UserError(
-                    f"{name} is {share}: it must be a whole number of images, such as 500, or a "
-                    "fraction below 1, such as 0.1"
-                )
         if (
             isinstance(self.val, float)
             and isinstance(self.test, float)
@@ -203,29 +160,12 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
-        for name, most in MOST.items():
-            if getattr(self, name) > most:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at most {most}")
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
-        if self.crop_mode not in ("zeros", "reflect"):
-            raise UserError(f"crop_mode is {self.crop_mode!r}: choose zeros or reflect")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: it must be between 0 and {2**32 - 1}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"lr is {self.lr}: it must be a finite number above 0")
-        if not (math.isfinite(self.lr_decay) and self.lr_decay > 0):
-            raise UserError(f"lr_decay is {self.lr_decay}: it must be a finite number above 0")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
         if self.nesterov and self.momentum == 0:
             raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
-        for name in ("weight_decay", "ramp_epochs", "warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} is {value}: it must be a finite number, at least 0")
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
             raise UserError(
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
@@ -312,7 +252,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
-        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     @staticmethod
     def from_json(values: Any) -> Recipe:
@@ -321,8 +262,9 @@ class Recipe:
         if not isinstance(values, dict) or not values.keys() <= fields:
             extra = sorted(set(values) - fields) if isinstance(values, dict) else repr(values)
             raise UserError(f"this is no recipe of this version: it has {str(extra)[:200]}")
+        given: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in values.items()}
         try:
-            return Recipe(**{**values, "milestones": tuple(values["milestones"])})
+            return Recipe(**given)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is no recipe: {error}") from error
 
