@@ -25,7 +25,9 @@ TrunkViews = Literal["each", "all"]
 def check_trunk_views(trunk_views: str) -> None:
     """Raises UserError for a word that isn't one of ``TrunkViews``."""
     if trunk_views not in get_args(TrunkViews):
-        raise UserError(f"trunk_views is {trunk_views!r}: choose {' or '.join(get_args(TrunkViews))}")
+        raise UserError(
+            f"trunk_views is {trunk_views!r}: choose {' or '.join(get_args(TrunkViews))}"
+        )
 
 
 def count_views(images: Tensor, students: int, *, teacher: bool) -> int | None:

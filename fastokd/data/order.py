@@ -97,6 +97,8 @@ class BatchOrder:
             self._order = (epoch, torch.randperm(self._samples, generator=generator))
         return self._order[1][span]
 
-    def generator(self, epoch: int, index: int) -> torch.Generator:
-        """The generator of batch ``index``. Draw for the whole batch and take this rank's :meth:`share`."""
-        return keyed_generator(self.seed, epoch, index)
+    def generator(self, epoch: int, index: int, view: int = 0) -> torch.Generator:
+        """The generator of one view of batch ``index``. Draw for the whole batch and take this rank's
+        :meth:`share`."""
+        more = ("view", view) if view else ()
+        return keyed_generator(self.seed, epoch, index, *more)

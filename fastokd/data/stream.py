@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def stream_of(
     augment: Augment | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
+    views: Sequence[int] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream | DiskStream:
@@ -32,6 +35,8 @@ def stream_of(
     Args:
         augment: crops and flips, which don't depend on the number of ranks; None for the images as
             in evaluation.
+        views: numbers of views, each with draws of its own, for images ``[V, B, H, W, 3]``; None for one
+            view, ``[B, H, W, 3]``, which is view 0.
 
     Raises:
         UserError: as :class:`BatchOrder`, or ``augment`` doesn't fit a split in memory or on disk.
@@ -46,8 +51,8 @@ def stream_of(
         world_size=world_size,
     )
     if isinstance(split, Split):
-        return BatchStream(split, order, augment)
-    return DiskStream(split, order, augment)
+        return BatchStream(split, order, augment, views)
+    return DiskStream(split, order, augment, views)
 
 
 def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:

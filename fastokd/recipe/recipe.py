@@ -19,6 +19,7 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
+from fastokd.recipe.views import check_views
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -138,6 +139,16 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    views: Annotated[
+        Literal["shared", "student"],
+        "The augmented images of a batch: `shared` by all networks, or drawn anew for each `student` (and "
+        "once more for a teacher).",
+    ] = "shared"
+    trunk_views: Annotated[
+        Literal["each", "all"],
+        "Where students with views of their own share a trunk: it runs over `each` view by itself, or over "
+        "`all` as one batch.",
+    ] = "each"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -171,6 +182,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)

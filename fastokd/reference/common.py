@@ -67,11 +67,27 @@ class ReferenceCohort(nn.Module):
         self.students = nn.ModuleList(built)
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
-        """Runs the trunk, then each student."""
+        """Runs the trunk, then each student. Of ``x_VBCHW`` each student reads the images of its number, and
+        the trunk runs over each of them."""
+        if x_BCHW.dim() == 5:
+            return self.view_outputs(x_BCHW)
         trunk_BCHW = None
         if self.trunk is not None:
             trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
         return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
+
+    def view_outputs(self, x_VBCHW: Tensor) -> ReferenceOutputs:
+        """Runs each student on images of its own; the trunk's output is the mean over them."""
+        logits, features, trunks = [], [], []
+        for student, x_BCHW in zip(self.students, x_VBCHW, strict=True):
+            assert isinstance(student, Student)
+            if self.trunk is not None:
+                x_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
+                trunks.append(x_BCHW)
+            output = student.outputs(x_BCHW, self.branch_from)
+            logits.append(output.logits_BC)
+            features.append(output.features_BD)
+        return ReferenceOutputs(logits, features, torch.stack(trunks).mean(0) if trunks else None)
 
     def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
         """Runs each student on the trunk's output."""

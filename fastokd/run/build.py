@@ -240,10 +240,20 @@ def _training_stream(
         augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
+        views=_views(recipe, ranks),
         rank=ranks.data.rank,
         world_size=ranks.data.size,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
+    """The views that this rank's networks read: its students' by their numbers, and behind those of all
+    students a teacher's. None where all networks read one."""
+    if recipe.views == "shared":
+        return None
+    teacher = method_class(recipe.method).needs.teacher
+    return (*ranks.share(recipe.students), *([recipe.students] if teacher else []))
 
 
 class RepeatedBatch:

@@ -110,7 +110,10 @@ def test_equal_views_are_a_shared_batch(sharing: str, engine: str) -> None:
     cohort.set_engine(engine)
     batch = drawn()[0]
     torch.testing.assert_close(
-        cohort(batch.expand(S, *batch.shape)).logits_SBC, cohort(batch).logits_SBC, rtol=1e-9, atol=1e-9
+        cohort(batch.expand(S, *batch.shape)).logits_SBC,
+        cohort(batch).logits_SBC,
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 

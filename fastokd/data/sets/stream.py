@@ -1,12 +1,13 @@
 """Batches of a split in memory: shuffled, cropped and flipped by batched tensor operations.
 
 Draws come from CPU generators keyed on (seed, epoch) for the order and on (seed, epoch, batch) for
-crops and flips, so that any batch can be reproduced alone and on any device.
+crops and flips, so that any batch can be reproduced alone and on any device. Where the networks have a
+view each, its number is in the key, too: a view doesn't depend on the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,20 @@ class BatchStream:
 
     Args:
         augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+        views: the numbers of the views, each with draws of its own; the images are then ``[V, B, H, W, 3]``.
+            None for one view, ``[B, H, W, 3]``, which is view 0.
 
     Raises:
         UserError: a reflected padding is as large as the image, or ``augment`` has a ``resized_crop``.
     """
 
-    def __init__(self, split: Split, order: BatchOrder, augment: Augment | None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        order: BatchOrder,
+        augment: Augment | None,
+        views: Sequence[int] | None = None,
+    ) -> None:
         if augment is not None and augment.resized_crop:
             raise UserError(
                 "images in memory are cropped with padding: set resized_crop to false; a folder of "
@@ -47,6 +56,7 @@ class BatchStream:
         self.split = split
         self.order = order
         self.augment = augment
+        self.views = views
         if augment is not None:
             self._prepare(augment)
 
@@ -64,7 +74,7 @@ class BatchStream:
 
         Without shuffling and augmentation they are views of the split.
         """
-        if not self.order.shuffle and self.augment is None:
+        if not self.order.shuffle and self.augment is None and self.views is None:
             span = self.order.span(index)
             return self.split.images_NHWC[span], self.split.labels_N[span]
         return self.read(moved(self.row(epoch, index), self.split.labels_N.device))
@@ -75,12 +85,18 @@ class BatchStream:
         return mine.stop - mine.start
 
     def row(self, epoch: int, index: int) -> Tensor:
-        """What :meth:`read` takes for batch ``index`` of ``epoch``: int64 ``[3, B]``, on the CPU.
+        """What :meth:`read` takes for batch ``index`` of ``epoch``: int64 ``[3, B]``, on the CPU; with
+        views ``[3, V * B]``, view after view.
 
         Its rows are samples, the crops' first pixels in the padded set, and flips; ``[1, B]``, the
         samples alone, without augmentation.
         """
-        draws = self.draws(epoch, index)
+        if self.views is None:
+            return self._row(epoch, index, 0)
+        return torch.cat([self._row(epoch, index, view) for view in self.views], dim=1)
+
+    def _row(self, epoch: int, index: int, view: int) -> Tensor:
+        draws = self.draws(epoch, index, view)
         if self.augment is None:
             return draws.index_B[None]
         padded_H, padded_W = self._padded_size
@@ -94,21 +110,23 @@ class BatchStream:
         """
         images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
         if self.augment is None:
-            return images_NHWC.index_select(0, row_3B[0]), labels_N.index_select(0, row_3B[0])
-        index_B, first_B, flip_B = row_3B
-        pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
-        images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
-        return (
-            images_BHWC.view(-1, *images_NHWC.shape[1:]),
-            labels_N.index_select(0, index_B),
-        )
+            images_BHWC = images_NHWC.index_select(0, row_3B[0])
+        else:
+            _, first_B, flip_B = row_3B
+            pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
+            images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
+            images_BHWC = images_BHWC.view(-1, *images_NHWC.shape[1:])
+        if self.views is None:
+            return images_BHWC, labels_N.index_select(0, row_3B[0])
+        images_VBHWC = images_BHWC.unflatten(0, (len(self.views), -1))
+        return images_VBHWC, labels_N.index_select(0, row_3B[0, : images_VBHWC.shape[1]])
 
-    def draws(self, epoch: int, index: int) -> Draws:
-        """The draws of batch ``index`` of ``epoch`` on this rank."""
+    def draws(self, epoch: int, index: int, view: int = 0) -> Draws:
+        """The draws of one view of batch ``index`` of ``epoch`` on this rank."""
         augment = self.augment or Augment(crop_padding=0, flip=False)
         # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
         B, mine = self.order.size(index), self.order.share(index)
-        generator = self.order.generator(epoch, index)
+        generator = self.order.generator(epoch, index, view)
         corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
         flip_B = augment.draw_flips(B, generator)
         index_B = self.order.samples(epoch, index)
