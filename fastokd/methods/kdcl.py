@@ -2,8 +2,8 @@
 
 Scores: naive: for each sample the student with the lowest cross-entropy alone; linear: the log of
 the weights of the convex combination of logits with the lowest cross-entropy; min-logit and general:
-one computed extra source alone. Targets are detached. One deviation: all students get the same
-augmented images, where the paper augments them separately for each.
+one computed extra source alone. Targets are detached. The paper augments the images separately for each
+student: the recipe's ``views="student"``. By default all students get the same augmented images.
 """
 
 from __future__ import annotations

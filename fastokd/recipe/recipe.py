@@ -239,6 +239,13 @@ class Recipe:
         """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
 
+    @property
+    def number_of_views(self) -> int | None:
+        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        if self.views == "shared":
+            return None
+        return self.students + methods.method_class(self.method).needs.teacher
+
     def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
         """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up."""
         rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice, shadows
+from fastokd.data import BatchStream
 from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
@@ -65,6 +66,14 @@ def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dic
         if k.startswith(kinds[: 3 - bool(session.learner.ranks.rank)])
     }
     return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
+
+
+def views(one: Recipe, options: dict[str, Any]) -> tuple[int, ...]:
+    """The views that this process makes."""
+    session = session_of(one, **options)
+    assert isinstance(session.stream, BatchStream)
+    assert session.next_batch()[0].shape[0] == len(session.stream.views or ())
+    return tuple(session.stream.views or ())
 
 
 def shadowed_steps(
