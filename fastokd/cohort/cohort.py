@@ -139,6 +139,32 @@ class Cohort(nn.Module):
             student.requires_grad_(index in own)
         self.set_engine(self.engine, self.streams is not None)
 
+    def parts(self) -> list[Student]:
+        """The trunk, if there is one, and every student."""
+        return [*([] if self.trunk is None else [self.trunk]), *self._members()]
+
+    def freeze(self, stages: int) -> None:
+        """Trains all but the first ``stages`` stages of each student: a frozen one has no gradient, and
+        is in eval mode. 0: all are trained; -1: the heads only. The engine must be set again.
+
+        Raises:
+            UserError: a student has fewer stages.
+        """
+        for name, student in zip(self.model_names, self._members(), strict=True):
+            if stages > student.stage_count:
+                raise UserError(
+                    f"frozen_stages is {stages}, but {name} has {student.stage_count} stages: choose at "
+                    "most as many, or -1 for all"
+                )
+        own = [self.students[index] for index in self.own]
+        for part in self.parts():
+            if part is self.trunk or part in own:  # other ranks train the others
+                for parameter in part.body_parameters(part.frozen):
+                    parameter.requires_grad_(True)
+            part.freeze(stages)
+            for parameter in part.body_parameters(stages):
+                parameter.requires_grad_(False)
+
     def set_engine(self, engine: str, streams: bool = False) -> None:
         """Changes the engine; the students' state doesn't change.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,19 @@ def stream_of(
     augment: Augment | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
-    views: Sequence[int] | None = None,
+    repeats: int = 1,
+    balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    size: Callable[[int], int] | None = None,
+    views: Sequence[int] | None = None,
 ) -> BatchStream | DiskStream:
     """The batches of ``split`` on its device; the arguments are :class:`BatchOrder`'s.
 
     Args:
         augment: crops and flips, which don't depend on the number of ranks; None for the images as
             in evaluation.
+        balanced: draws each class equally often.
         views: numbers of views, each with draws of its own, for images ``[V, B, H, W, 3]``; None for one
             view, ``[B, H, W, 3]``, which is view 0.
 
@@ -47,12 +51,14 @@ def stream_of(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
+        repeats=repeats,
+        labels_N=split.labels_N if balanced else None,
         rank=rank,
         world_size=world_size,
     )
     if isinstance(split, Split):
         return BatchStream(split, order, augment, views)
-    return DiskStream(split, order, augment, views)
+    return DiskStream(split, order, augment, size, views)
 
 
 def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:

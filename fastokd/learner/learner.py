@@ -39,6 +39,7 @@ class Learner:
         average: the running average of the kept student's weights, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
+        frozen: the first stages that aren't trained; :meth:`freeze` changes it.
         forward: :meth:`eager`, compiled and inside of DDP where asked for.
         captured: the CUDA graphs of this choice's step, which ``step.py`` makes.
         before: what a step writes in place and no optimizer skips, from before the step.
@@ -71,6 +72,8 @@ class Learner:
         self.scaler = gradient_scaler(device, precision)
         self.guard = Guard(device)
         self.choice = Choice()
+        self._adopted = False
+        self.frozen = 0
         self._before: Before | None = None
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:
@@ -98,7 +101,7 @@ class Learner:
                     if isinstance(value, Tensor):
                         # A fused optimizer walks through both as they lie in memory.
                         state[key] = as_state(value, parameter)
-        self.choice = choice
+        self.choice, self._adopted = choice, True
         self._before = None
         self.forward: Forward = self.eager
         if choice.compile:
@@ -116,6 +119,15 @@ class Learner:
             )
         self.captured: CapturedStep | None = None
         self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
+
+    def freeze(self, stages: int) -> None:
+        """Trains all but the first ``stages`` stages of each student from the next step on (0: all of
+        them are trained, -1: heads only). Compiled, captured and DDP's steps are made anew."""
+        if stages != self.frozen:
+            self.cohort.freeze(stages)
+            self.frozen = stages
+            if self._adopted:
+                self.adopt(self.choice)
 
     @property
     def warm_up(self) -> int:

@@ -177,7 +177,7 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
             shape = (of.number_of_views, *shape)
         images_BHWC = torch.empty(shape, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
-        optimizers = build_optimizers(cohort, method, of, "sgd", cpu)
+        optimizers = build_optimizers(cohort, method, of, cpu)
         # Autocast has no effect under vmap on fake tensors: that engine is traced in float32.
         precision = "bf16" if precision == "bf16" and engine != "vmap" else "fp32"
         learner = Learner(

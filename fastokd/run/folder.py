@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from fastokd.errors import (
     in_one_line,
     warn,
 )
+from fastokd.known import place_of
 from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
@@ -53,7 +53,7 @@ from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
-from fastokd.student.teacher import KEPT
+from fastokd.student.teacher import to_keep
 from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
 
@@ -221,12 +221,7 @@ class RunFolder:
             self.facts.write_recipe(session.recipe)
             self.facts.write_data(session.data)
             self._write_environment(session)
-            if session.teacher is not None:
-                facts = {
-                    **session.teacher.facts,
-                    "taken_from": json.dumps(str(session.teacher.path)),
-                }
-                kept = Weights(self.path / KEPT, session.teacher.state, facts)
+            for kept in to_keep(self.path, session.teachers):
                 write_durably(kept.path, kept.to_bytes())
         return None
 
@@ -409,7 +404,7 @@ class RunFolder:
 
 def _data_root(session: Session) -> str | None:
     """The absolute path of the run's data. The digits have none: scikit-learn has them."""
-    root = session.options.data_root
+    root = session.options.data_root or place_of(session.recipe.dataset)[1] or None
     return None if root is None or session.recipe.dataset == "digits" else os.path.abspath(root)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,25 @@ def test_a_view_depends_on_its_number_alone() -> None:
     assert torch.equal(every, torch.cat(shares, dim=1))
 
 
+def test_the_operations_of_each_view_are_its_own_draw() -> None:
+    """As streams of one view each; view 0 as without views."""
+    augment = replace(CROPPED, auto_augment="trivialaugment", random_erasing=0.5)
+    split = in_memory()
+
+    def batch(**options: Any) -> Tensor:
+        return stream_of(split, 8, augment=augment, shuffle=True, **options).batch(1, 1)[0]
+
+    every = batch(views=VIEWS)
+    assert torch.equal(every[0], batch())
+    for view in VIEWS:
+        assert torch.equal(every[view], batch(views=(view,))[0])
+    plain = stream_of(split, 8, augment=CROPPED, shuffle=True, views=VIEWS).batch(1, 1)[0]
+    changed_VB = (every != plain).flatten(2).any(2)
+    assert not torch.equal(changed_VB[0], changed_VB[1])
+    shares = [batch(views=VIEWS, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(every, torch.cat(shares, dim=1))
+
+
 def test_views_without_augmentation_are_equal() -> None:
     images_VBHWC, labels_B = stream_of(in_memory(), 5, views=(0, 1)).batch(0, 0)
     assert images_VBHWC.shape == (2, 5, 8, 6, 3)
@@ -119,6 +139,17 @@ def test_every_loader_crops_each_view(root: Path, loader: str) -> None:
     assert torch.equal(again[0], found[1][0])
 
 
+def test_operations_on_files_are_each_views_own(root: Path) -> None:
+    split = on_disk(root, "torchvision")
+    options = {**TRAIN, "augment": replace(TRAIN["augment"], auto_augment="trivialaugment")}
+    every = stream_of(split, 11, views=VIEWS, **options).batch(0, 0)[0]
+    for view in VIEWS:
+        assert torch.equal(
+            every[view], stream_of(split, 11, views=(view,), **options).batch(0, 0)[0][0]
+        )
+    assert not torch.equal(every, stream_of(split, 11, views=VIEWS, **TRAIN).batch(0, 0)[0])
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_view_0_is_the_batch_without_views(root: Path, loader: str) -> None:
     split = on_disk(root, loader)
@@ -132,7 +163,7 @@ def test_a_file_is_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     read_rgb = image_module.read_rgb
     monkeypatch.setattr(image_module, "read_rgb", lambda *a: (read.append(a[0]), read_rgb(*a))[1])
     split = on_disk(root, "torchvision")
-    stream = DiskStream(split, stream_of(split, 11, **TRAIN).order, TRAIN["augment"], VIEWS)
+    stream = DiskStream(split, stream_of(split, 11, **TRAIN).order, TRAIN["augment"], views=VIEWS)
     draws = stream._by_view(0, 0)
     chunks = list(workers._chunks(draws, 5))
     made = [workers.make(split, chunk, torch.zeros(1)) for chunk in chunks]

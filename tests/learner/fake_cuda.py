@@ -115,7 +115,7 @@ def _move(session: Session) -> None:
     session.learner.guard = Guard(CUDA)
     session.learner.progress = Progress.start(CUDA, dtype=torch.float32)
     session.learner.optimizers = build_optimizers(
-        session.learner.cohort, session.learner.method, session.recipe, "sgd", CUDA
+        session.learner.cohort, session.learner.method, session.recipe, CUDA
     )
 
 

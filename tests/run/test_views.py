@@ -153,6 +153,24 @@ def test_a_captured_step_draws_new_views_in_every_replay() -> None:
         assert torch.equal(value, eager[1][name]), name
 
 
+def test_all_views_of_an_image_are_mixed_alike_and_augmented_apart() -> None:
+    """Mixup's partner and share are one for all views; the operations are drawn for each."""
+    one = viewed(mixup=0.8, auto_augment="trivialaugment", random_erasing=0.5)
+    session = session_of(one)
+    session.learner.train(False)
+    images, labels = session.next_batch()
+    mixed, _ = session.mixed(images, labels)
+    assert session.mixing is not None
+    mix_6B = session._mixed_as(6, 0)
+    for view in range(3):
+        assert torch.equal(mixed[view], session.mixing(mix_6B, images[view], labels)[0])
+    wanted = session.learner.cohort(mixed).logits_SBC.detach()
+    again = session_of(one)
+    again.learner.train(False)
+    (found,), _ = stepped(again, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_a_run_that_stops_between_batches_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     one = recipe(
         "okddip-branch/resnet8/digits",
@@ -161,6 +179,8 @@ def test_a_run_that_stops_between_batches_goes_on_with_the_same_bits(tmp_path: P
         batch_size=125,
         milestones=[1],
         views="student",
+        auto_augment="randaugment",
+        cutmix=1.0,
     )
     whole = fastokd.train(one, out=tmp_path / "whole", **QUICK)
     fastokd.train(one, out=tmp_path / "cut", max_steps=2, **QUICK)

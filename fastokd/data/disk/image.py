@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ def see(split: DiskSplit, index: int, crops: Sequence[Crop]) -> Tensor:
     """
     from torchvision.transforms.v2 import functional as F  # takes long to import
 
-    view, path = split.view, split.path(index)
-    if path.stat().st_size != int(split.bytes_N[index]):
-        raise OSError(f"{path} has changed")
-    image = read_rgb(path, view.background)
+    view, file = split.view, split.file(index)
+    if isinstance(file, Path) and file.stat().st_size != int(split.bytes_N[index]):
+        raise OSError(f"{file} has changed")
+    image = read_rgb(file, view.background)
     seen = []
     for box, flip in crops:
         if box is None:
@@ -44,10 +45,15 @@ def first_broken(split: DiskSplit, indices: Iterable[int], error: Exception | No
     loader's own ``error`` if there is none."""
     for index in indices:
         path, expected = split.path(index), int(split.bytes_N[index])
-        look = look_at(path)
+        try:
+            look = look_at(split.file(index))
+        except OSError as changed:
+            return DataFileError(f"{changed}; put it back and continue with --resume")
         fault = look.fault
         if not fault and look.bytes != expected:
             fault = f"{look.bytes:,} bytes where `fastokd prepare` saw {expected:,}"
+        if fault and split.place_N2 is not None:
+            return DataFileError(f"{path}: {fault}; replace it, or leave it out of the set")
         if fault:
             return DataFileError(
                 f"{path}: {fault}; put it back and continue with --resume, or run `fastokd prepare` "
