@@ -40,7 +40,10 @@ METHODS = {
     "one": "fastokd.methods.one:ONE",
 }
 # fastokd.data.registry loads them.
-DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet")
+DATASETS = (
+    *("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet"),
+    *("stl10", "svhn", "tiny_imagenet"),
+)
 # The fields of RunOptions: where and how a recipe runs. A recipe has none of them.
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),

@@ -19,6 +19,7 @@ from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
 from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
+from fastokd.recipe.file import is_file, label
 from fastokd.recipe.names import recipe as named
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.schedule import ENDING
@@ -59,10 +60,10 @@ def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: An
     """Trains a recipe and leaves a run folder.
 
     Args:
-        recipe: what to train: a name, as ``"okddip-branch/resnet32/cifar100"``, or what
-            :func:`fastokd.recipe` made of one.
+        recipe: what to train: a name, as ``"okddip-branch/resnet32/cifar100"``, a file, as
+            ``"experiment.toml"``, or what :func:`fastokd.recipe` made of one.
         options: where and how.
-        changes: single options (``out=``, ``data_root=``); with a name also settings of the recipe
+        changes: single options (``out=``, ``data_root=``); with a name or a file also settings of the recipe
             (``epochs=``, ``temperature=``).
 
     Raises:
@@ -74,7 +75,9 @@ def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: An
     if isinstance(recipe, str):
         of_recipe = {k: v for k, v in changes.items() if k not in RunOptions.__dataclass_fields__}
         changes = {name: value for name, value in changes.items() if name not in of_recipe}
-        recipe = _named(recipe, of_recipe)
+        name, recipe = recipe, _named(recipe, of_recipe)
+        if is_file(name) and (options or RunOptions()).out is None:
+            changes.setdefault("out", Path("runs") / f"{label(name)}-seed{recipe.seed}")
     if not isinstance(recipe, Recipe):
         raise UserError(f"the recipe is {recipe!r}: give a name, or what fastokd.recipe returns")
     options = chosen(options, changes)

@@ -21,6 +21,7 @@ from fastokd.device import autocast, pick_precision, set_matmul_precision, use_d
 from fastokd.errors import UserError
 from fastokd.learner.step import step, training_step
 from fastokd.models import create_model
+from fastokd.recipe.augmentation import UNCROPPED
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
 from fastokd.run.build import build
@@ -75,10 +76,11 @@ class OurLoop:
     def __init__(self, of: Recipe, options: RunOptions) -> None:
         batch = synthetic.drawn_batch(of)
         data = synthetic.drawn_splits(of, batch)
-        of = dataclasses.replace(of, resized_crop=False)  # the loader crops, not the step
+        of = dataclasses.replace(of, **UNCROPPED)  # the loader crops and repeats, not the step
         with tempfile.TemporaryDirectory() as folder:
             teacher = synthetic.drawn_teacher(of, data, Path(folder))
-            options = dataclasses.replace(options, teacher=teacher, quiet=True)
+            taught = () if teacher is None else (str(teacher),)
+            options = dataclasses.replace(options, teacher=taught, quiet=True)
             session = self.session = build(of, options, data=data)
         self.device, self.precision = session.learner.device, session.learner.precision
         self.images_BHWC = batch.images_NHWC.to(self.device)

@@ -15,7 +15,10 @@ from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.student.teacher import STUDENT
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "imagenet": 1000}
+CLASSES = {
+    **dict.fromkeys(("cifar10", "digits", "fashion_mnist", "stl10", "svhn"), 10),
+    **{"cifar100": 100, "imagenet": 1000, "tiny_imagenet": 200},
+}
 # An image folder is taken to have as many classes as ImageNet.
 FOLDER_CLASSES = 1000
 

@@ -15,12 +15,16 @@ from fastokd.commands.options import replacing, run_options
 from fastokd.errors import UserError
 from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
+from fastokd.known import METHODS
 from fastokd.recipe import names
+from fastokd.recipe.file import as_toml, is_file
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.schedule import said
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
+# What --print-recipe prints.
+FORMATS = ("json", "toml")
 # Settings of a recipe that have their own option; ``--set`` sets the others.
 FLAGS = {
     "epochs": (Annotated[int | None, "Number of epochs. The schedule is scaled to it."], None),
@@ -56,7 +60,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="METHOD/MODEL/DATASET (`fastokd list recipes`); with --resume the folder of a run.",
+            help="METHOD/MODEL/DATASET (`fastokd list recipes`), or FILE.toml; with --resume the folder "
+            "of a run.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +76,10 @@ def train(
         bool,
         typer.Option(help="Scale the learning rate in proportion to the batch size."),
     ] = False,
-    print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
+    print_recipe: Annotated[
+        str | None,
+        typer.Option(help="Print the recipe and stop: as json, or as toml, a file for `train`."),
+    ] = None,
 ) -> None:
     """Train a recipe and write a run folder.
 
@@ -93,7 +101,7 @@ def train(
         given = {**flags, "set": set_, "seeds": seeds, "scale_lr": scale_lr or None}
         _refuse_settings(given, its_recipe.method)
         if print_recipe:
-            print(json.dumps(its_recipe.to_json(), indent=1))
+            print(_printed(its_recipe, print_recipe))
         else:
             _close(resume(begun, options, epochs=flags["epochs"]), options)
         return
@@ -107,12 +115,14 @@ def train(
     wanted = wanted_runs(recipe, flags, settings, seeds=several, scale_lr=scale_lr)
     if print_recipe:
         for entry in wanted:
-            print(json.dumps(entry.recipe.to_json(), indent=1))
+            print(_printed(entry.recipe, print_recipe))
         return
     if not options.quiet:
         for line in _what_was_scaled(recipe, wanted, scale_lr):
             say(line)
     if len(wanted) == 1 and seeds is None:
+        if is_file(recipe) and options.out is None:
+            options = dataclasses.replace(options, out=Path("runs") / wanted[0].folder)
         _close(run(wanted[0].recipe, options), options)
         return
     if launched() > 1:
@@ -128,6 +138,17 @@ def train(
         which = "the run is" if len(wanted) == 1 else f"the {len(wanted)} runs are"
         say(f"{which} in {on_a_line(folder)}, listed in its index.json; next:")
         say(f"  fastokd report {on_a_line(shlex.quote(str(folder)))}")
+
+
+def _printed(recipe: Recipe, form: str) -> str:
+    """The recipe as ``--print-recipe`` prints it."""
+    if form == "json":
+        return json.dumps(recipe.to_json(), indent=1)
+    if form != "toml":
+        raise UserError(f"--print-recipe is {form!r}: choose json or toml")
+    own = recipe.method not in METHODS
+    base = f"ind-{recipe.sharing}/{recipe.model}/{recipe.dataset}" if own else recipe.name
+    return as_toml(recipe, names.recipe(base)).rstrip()
 
 
 def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:

@@ -17,6 +17,9 @@ from fastokd.data.sets.cifar import load_cifar
 from fastokd.data.sets.digits import load_digits_splits
 from fastokd.data.sets.fashion_mnist import load_fashion_mnist
 from fastokd.data.sets.folder import channel_statistics, load_folder
+from fastokd.data.sets.stl10 import load_stl10
+from fastokd.data.sets.svhn import load_svhn
+from fastokd.data.sets.tiny_imagenet import load_tiny_imagenet
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS
@@ -48,9 +51,14 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
         else load_folder(ask.root, ask.shown, begun=ask.begun, kept=ask.kept, own_test=ask.own_test)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
+    "stl10": lambda ask: load_stl10(ask.root, download=ask.download),
+    "svhn": lambda ask: load_svhn(ask.root, download=ask.download),
+    "tiny_imagenet": lambda ask: load_tiny_imagenet(
+        ask.root, ask.shown, download=ask.download, begun=ask.begun, kept=ask.kept
+    ),
 }
 # Data sets whose image size can be chosen.
-_CHOOSABLE = ("imagefolder", "imagenet")
+_CHOOSABLE = ("imagefolder", "imagenet", "tiny_imagenet")
 # Data sets whose mean and deviation are measured on train; those of the others are published.
 _MEASURED = ("imagefolder",)
 
@@ -97,9 +105,10 @@ def load_dataset(
         test: the same, for an image folder without ``test/``. A folder with neither ``val/`` nor
             ``test/``, or with the classes' folders directly below it, is always split; ``val`` and
             ``test`` are then 0.1 each unless given.
-        download: download missing files into ``root`` (CIFAR, Fashion-MNIST).
-        image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
-            ``imagenet`` (224); other sets have 32.
+        download: download missing files into ``root`` (CIFAR, Fashion-MNIST, STL-10, SVHN, Tiny-ImageNet).
+        image_size: height and width of the images of an ``imagefolder`` (32 unless said), of
+            ``imagenet`` (224) or of ``tiny_imagenet`` (64); other sets have one size, STL-10 96 and the
+            others 32.
         eval_resize: the shorter side before the centre crop of a held-out image; 0 for
             ``image_size``. In memory, the images to train on are the same crops.
         streamed: read an ``imagefolder`` from disk during training, as ``imagenet``.
@@ -119,8 +128,9 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
-    if image_size not in (None, 32) and name not in _CHOOSABLE:
-        raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
+    own = preprocessing_of(name).input_size
+    if image_size not in (None, own) and name not in _CHOOSABLE:
+        raise UserError(f"image_size is {image_size}, but {name} is shown at {own}: leave it out")
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     shown = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize)

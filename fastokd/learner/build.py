@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
 from fastokd.cohort.keys import split_key
 from fastokd.learner.optimizers import check_apex, create_optimizer
 from fastokd.methods import Method, OptimGroup, create_method, method_class
+from fastokd.recipe.label_loss import label_loss_of
 from fastokd.recipe.recipe import Recipe
 
 
@@ -24,15 +25,17 @@ def build_cohort(
     std: Sequence[float] = (0.25, 0.25, 0.25),
     impl: str = "auto",
     teacher: nn.Module | None = None,
+    class_weight_C: Tensor | None = None,
 ) -> tuple[Cohort, Method]:
     """The cohort and the method, with weights that the recipe's seed decides.
 
     Args:
         image_size, mean, std: of the images; ``impl``: of the ops; ``teacher``: as
-            :class:`~fastokd.Cohort` takes it.
+            :class:`~fastokd.Cohort` takes it; ``class_weight_C``: as
+            :func:`~fastokd.recipe.label_loss.label_loss_of` takes it.
 
     Raises:
-        UserError: the method refuses these students.
+        UserError: the method refuses these students, or settings don't fit the number of classes.
     """
     needs = method_class(recipe.method).needs
     cohort = Cohort(
@@ -50,7 +53,13 @@ def build_cohort(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed * 1_000_003 + 999_983)
-        method = create_method(recipe.method, cohort.shape, impl=impl, **recipe.method_options)
+        method = create_method(
+            recipe.method,
+            cohort.shape,
+            impl=impl,
+            label_loss=label_loss_of(recipe, num_classes, class_weight_C),
+            **recipe.method_options,
+        )
     return cohort, method
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
 from fastokd.recipe.fields import (
     BELOW_ONE,
     IMAGES,
@@ -19,7 +20,10 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
+from fastokd.recipe.label_loss import check_label_loss
+from fastokd.recipe.mixing import check_mixing
 from fastokd.recipe.optimization import check_optimizer
+from fastokd.recipe.resolution import check_sizes
 from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
 
 # Imported when a recipe is made, not for its name: they import torch.
@@ -72,7 +76,7 @@ class Recipe:
     ] = field(default_factory=dict)
     epochs: Annotated[
         int,
-        "Epochs; a change scales milestones, ramp and warm-up.",
+        "Epochs; a change scales milestones, ramp, warm-up and `mix_epochs`.",
         at_least(1),
         at_most(1_000_000),
     ] = 300
@@ -125,6 +129,23 @@ class Recipe:
         "image; 0 for none.",
         at_least(0),
     ] = 0
+    train_size: Annotated[
+        int,
+        "The same for the training images alone, where they are streamed; 0 for `image_size`.",
+        at_least(0),
+        at_most(MOST_PIXELS),
+    ] = 0
+    first_size: Annotated[
+        int,
+        "Size of the first training images, which grow in multiples of 32 within `size_epochs`; 0 for one "
+        "size.",
+        at_least(0),
+    ] = 0
+    size_epochs: Annotated[
+        tuple[int, ...],
+        "The last epoch of `first_size` and the first one of the full size; a change of `epochs` scales "
+        "them.",
+    ] = ()
     val: Annotated[
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
@@ -184,6 +205,103 @@ class Recipe:
         at_least(-1),
     ] = 0
     frozen_epochs: Annotated[int, "Epochs in which frozen_stages are frozen.", at_least(0)] = 0
+    label_smoothing: Annotated[
+        float,
+        "Share of the labels that is spread over all classes, in every term with labels.",
+        BELOW_ONE,
+    ] = 0.0
+    ce_weight: Annotated[
+        float, "Factor of every term with labels; distillation keeps its weight.", NOT_NEGATIVE
+    ] = 1.0
+    criterion: Annotated[
+        Literal["ce", "bce"],
+        "The loss on labels: `ce` (cross-entropy) or `bce` (binary cross-entropy, the mean over classes).",
+    ] = "ce"
+    target_threshold: Annotated[
+        float,
+        "With `bce`: a class is a target, wholly, where its smoothed or mixed label is above it; 0 for "
+        "none.",
+        BELOW_ONE,
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
+        "frequency, 1 on average.",
+    ] = "none"
+    mixup: Annotated[
+        float,
+        "Alpha of Mixup, whose lambda is of Beta(alpha, alpha); 0 for none.",
+        between(0, 1000),
+    ] = 0.0
+    cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
+    mix_switch_prob: Annotated[
+        float,
+        "With both, the probability that a batch that is mixed is so by CutMix.",
+        between(0, 1),
+    ] = 0.5
+    mix_epochs: Annotated[
+        int,
+        "Epochs with mixing, from the first; a change of `epochs` scales them; 0: all.",
+        at_least(0),
+    ] = 0
+    mix_each: Annotated[
+        bool, "Lambda, box and choice are drawn for each image; else once for each batch."
+    ] = False
+    repeats: Annotated[
+        int,
+        "Repeated augmentation: copies of an image in a batch. An epoch then has as many images as "
+        "without, rounded down to a multiple of 256.",
+        at_least(1),
+        at_most(64),
+    ] = 1
+    balanced: Annotated[
+        bool,
+        "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    ] = False
+    crop_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of a resized crop, as fractions of the image's.",
+        SHARES,
+    ] = (0.08, 1.0)
+    crop_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest width / height of a resized crop.", RATIOS
+    ] = (3 / 4, 4 / 3)
+    vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
+    auto_augment: Annotated[
+        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
+        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
+        "data set of that name.",
+    ] = "none"
+    randaugment_ops: Annotated[
+        int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
+    ] = 2
+    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    color_jitter: Annotated[
+        tuple[float, ...],
+        "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
+        "moves by at most so many turns.",
+        JITTER,
+    ] = (0.0, 0.0, 0.0, 0.0)
+    random_erasing: Annotated[
+        float, "Probability that a box of an image is filled with the mean colour.", between(0, 1)
+    ] = 0.0
+    erasing_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of the box, as fractions of the image's.",
+        SHARES,
+    ] = (0.02, 0.33)
+    erasing_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest height / width of the box.", RATIOS
+    ] = (0.3, 3.3)
+    cutout: Annotated[
+        int,
+        "Side in pixels of a square of the mean colour around a random pixel; 0 for none.",
+        at_least(0),
+    ] = 0
+    test_flip: Annotated[
+        bool, "Evaluate on the mean of the logits of each image and of its mirror image."
+    ] = False
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -206,10 +324,13 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
+        check_label_loss(self, needs)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
+        check_sizes(self)
+        check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
         check_schedule(self)
         check_optimizer(self)
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
@@ -217,6 +338,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_mixing(self, takes_mixed=needs.mixed_labels)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)
@@ -290,10 +412,11 @@ class Recipe:
         return self.frozen_stages if epoch < self.frozen_epochs else 0
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp, warm-up and frozen epochs are scaled.
+        """The same schedule over ``epochs``: all that counts epochs is scaled.
 
-        Milestones are rounded to whole epochs, and to 1 at least. Those that then coincide count once,
-        and those after the last epoch are left out, so that a short run may have fewer of them.
+        Milestones, ``mix_epochs`` and ``frozen_epochs`` are rounded to whole epochs, and to 1 at least.
+        Milestones that then coincide count once, and those after the last epoch are left out, so that a
+        short run may have fewer of them.
         """
         scale = epochs / self.epochs
         milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
@@ -304,6 +427,8 @@ class Recipe:
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
             frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
+            mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
+            size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Nothing is fused, no op of this package is dispatched, and a step has no host sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class ReferenceOutputs(NamedTuple):
 class ReferenceCohort(nn.Module):
     """Several students, and a loss that a subclass defines in :meth:`losses`.
 
-    ``apart``: students who share nothing are trained by optimizers of their own.
+    ``apart``: students who share nothing are trained by optimizers of their own; ``label_loss``: of logits
+    and class ids, may be replaced by :func:`fastokd.reference.label_loss.label_loss` with settings.
 
     Args:
         model: one name for all, or a name for each student (network sharing).
@@ -45,6 +46,7 @@ class ReferenceCohort(nn.Module):
 
     temperature = 3.0
     apart = False
+    label_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.cross_entropy)
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class ReferenceCohort(nn.Module):
             features.append(output.features_BD)
         return ReferenceOutputs(logits, features, trunk_BCHW)
 
+    def cross_entropies(self, out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
+        """Each student's loss on labels."""
+        return [self.label_loss(logits_BC, labels_B) for logits_BC in out.logits]
+
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         """The loss of one forward; ``kd_weight`` is the ramp's value."""
         raise NotImplementedError
@@ -112,11 +118,6 @@ class ReferenceCohort(nn.Module):
 def summed(terms: list[Tensor]) -> Tensor:
     """The sum of the terms."""
     return sum(terms[1:], terms[0])
-
-
-def cross_entropies(out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
-    """Each student's CE."""
-    return [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
 
 
 def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:

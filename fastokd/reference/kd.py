@@ -10,7 +10,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     summed,
 )
@@ -38,7 +37,7 @@ class ReferenceKD(_Taught, ReferenceIndependent):
     """Eq. 4."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         kd = self.taught(out)
         return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 

@@ -131,7 +131,8 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
             say(f"run {number} of {len(order)}: {on_a_line(entry.folder)}")
         taught_by = teachers.get(entry.recipe.teacher)
         folder = None if taught_by is None else out / taught_by.folder
-        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=folder), train)
+        named = () if folder is None else (str(folder),)
+        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=named), train)
         found[entry.folder] = run
 
     by_place: dict[tuple[str, str], Result] = {}

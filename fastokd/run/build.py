@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
+from fastokd.data.mixing import Mixing
+from fastokd.data.order import epoch_length
 from fastokd.device import (
     pick_device,
     pick_precision,
@@ -30,16 +33,18 @@ from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
+from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
+from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
 from fastokd.student.init import begin_from, read_files
-from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import build_teacher, check_held_out, find_teacher, said_held_out
+from fastokd.student.teacher import build_teachers, check_held_out, find_teachers, said_held_out
 from fastokd.student.weights import Weights
 
 
@@ -82,11 +87,12 @@ def build(
 
     _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
-    teacher = _find_teacher(recipe, options, data, ranks) if training else None
-    cohort, method = _cohort_and_method(recipe, options, data, teacher)
+    teachers = _find_teachers(recipe, options, data, ranks) if training else ()
+    cohort, method = _cohort_and_method(recipe, options, data, teachers)
     contents: dict[str, Any] = {}
-    if teacher is not None:
-        contents["teacher_sha256"] = fingerprint(teacher.state)
+    if teachers:
+        hashes = [fingerprint(teacher.state) for teacher in teachers]
+        contents["teacher_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     notes: tuple[str, ...] = ()
     if training:
         notes, begun_from = _begin_from(recipe, options, data, cohort)
@@ -134,7 +140,11 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
+    return Session(
+        *(recipe, options, data, stream, learner, settled, teachers, contents),
+        mixing=_mixing(recipe),
+        notes=notes,
+    )
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -191,9 +201,9 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
             f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
             "choose at most as many"
         )
-    if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+    if options.teacher and not method_class(recipe.method).needs.teacher:
         raise UserError(
-            f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            f"the teacher is {'+'.join(options.teacher)}, but {recipe.method} has none: leave --teacher out"
         )
 
 
@@ -215,9 +225,11 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
     """
     size = ranks.data.size
     least = {recipe.method: method_class(recipe.method).needs.min_batch}
+    image_size = data.train.image_size
+    if recipe.resized_crop:
+        image_size = (training_size(recipe, 0),) * 2  # the smallest
     for name in dict.fromkeys(recipe.models):
-        shown = (len(data.class_names), recipe.model_options, data.train.image_size)
-        least[name] = least_batch(name, *shown)
+        least[name] = least_batch(name, len(data.class_names), recipe.model_options, image_size)
     if sync_bn:  # the norms have the batch of all ranks
         least = {name: -(-count // size) for name, count in least.items()}
     who = max(least, key=lambda name: least[name])
@@ -234,18 +246,43 @@ def _training_stream(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
 ) -> Stream:
     """This rank's training batches, without a last batch that is too small for the norms."""
-    rest = len(data.train) % recipe.batch_size
+    rest = epoch_length(len(data.train), recipe.repeats) % recipe.batch_size
     stream = stream_of(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
-        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        augment=augment_of(recipe, data.mean),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
+        repeats=recipe.repeats,
+        balanced=recipe.balanced,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
+        size=partial(training_size, recipe) if recipe.resized_crop else None,
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _mixing(recipe: Recipe) -> Mixing | None:
+    """How the recipe's batches are mixed."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixing(
+        recipe.mixup,
+        recipe.cutmix,
+        prob=recipe.mix_prob,
+        switch_prob=recipe.mix_switch_prob,
+        epochs=recipe.mix_epochs,
+        each=recipe.mix_each,
+        seed=recipe.seed,
+    )
+
+
+def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
+    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+    operations = {name: getattr(recipe, name) for name in OPERATIONS}
+    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
 
 
 class RepeatedBatch:
@@ -265,39 +302,45 @@ class RepeatedBatch:
             yield self.only
 
 
-def _find_teacher(
+def _find_teachers(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
-) -> Weights | None:
-    """The method's teacher: the copy in a resumed run, or what the options name."""
+) -> tuple[Weights, ...]:
+    """The method's teachers: the copies in a resumed run, or what the options name."""
     if not method_class(recipe.method).needs.teacher:
-        return None
-    kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
-    teacher: Weights = ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
-    if kept is not None and teacher.path == kept:
-        return teacher
-    if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
-        warn(
-            f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
-            f"have seen the images of {said_held_out(data)}"
-        )
-    return teacher
+        return ()
+    kept = run_path(recipe, options) if options.resume else None
+    teachers: tuple[Weights, ...] = ranks.first(
+        lambda: find_teachers(recipe, options.teacher, kept)
+    )
+    for teacher in teachers:
+        if kept is not None and teacher.path.parent == kept:
+            continue
+        if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
+            warn(
+                f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
+                f"have seen the images of {said_held_out(data)}"
+            )
+    return teachers
 
 
 def _cohort_and_method(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: Weights | None
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, teachers: tuple[Weights, ...]
 ) -> tuple[Cohort, Method]:
     frozen: nn.Module | None = None
-    if teacher is not None:
+    if teachers:
         with torch.random.fork_rng(devices=[]):
-            frozen = build_teacher(teacher, data)
+            frozen = build_teachers(teachers, data)
     return build_cohort(
         recipe,
         len(data.class_names),
-        image_size=data.train.image_size[0],
+        image_size=recipe.train_size or data.train.image_size[0],
         mean=data.mean,
         std=data.std,
         impl=options.impl,
         teacher=frozen,
+        class_weight_C=None
+        if recipe.class_weights == "none"
+        else balanced_weights(data.train.labels_N, data.num_classes),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,7 +52,7 @@ from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
-from fastokd.student.teacher import KEPT
+from fastokd.student.teacher import to_keep
 from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
 
@@ -221,12 +220,7 @@ class RunFolder:
             self.facts.write_recipe(session.recipe)
             self.facts.write_data(session.data)
             self._write_environment(session)
-            if session.teacher is not None:
-                facts = {
-                    **session.teacher.facts,
-                    "taken_from": json.dumps(str(session.teacher.path)),
-                }
-                kept = Weights(self.path / KEPT, session.teacher.state, facts)
+            for kept in to_keep(self.path, session.teachers):
                 write_durably(kept.path, kept.to_bytes())
         return None
 

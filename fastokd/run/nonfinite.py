@@ -77,6 +77,7 @@ def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterat
         yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
     yield from _first_bad(_parameters(session), "")
     session.begin_step(labels_B.shape[0])
+    images_BHWC, _ = session.mixed(images_BHWC, labels_B)
     learner = session.learner
     for images, labels, progress in parts(learner, images_BHWC, labels_B):
         share = labels.shape[0] / labels_B.shape[0]

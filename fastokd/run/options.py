@@ -63,10 +63,11 @@ class RunOptions:
         "adaptive loss scale), tf32 (GPUs) or fp32.",
     ] = "auto"
     teacher: Annotated[
-        Path | None,
-        "A run, a checkpoint or a student.safetensors, for kd and okddip_kd; by default the run "
-        "folder of the recipe that trains it.",
-    ] = None
+        tuple[str, ...],
+        "The teacher of kd and okddip_kd: a run, a checkpoint, a student.safetensors, or "
+        "torchvision:NAME=FILE or timm:NAME=FILE (without =FILE the weights in the library's cache); "
+        "several are averaged; by default the run folder of the recipe that trains it.",
+    ] = ()
     init: Annotated[
         tuple[str, ...],
         "Trained weights to start from: a run, a checkpoint, a student.safetensors or a state dict "
@@ -259,6 +260,8 @@ def _checked(name: str, value: Any, kind: tuple[Any, bool]) -> Any:
     if value is None and optional:
         return None
     if wanted is tuple:  # of paths
+        if value is None:
+            return ()
         if isinstance(value, (str, os.PathLike)):
             value = (value,)
         if not isinstance(value, Sequence):

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastokd.data import BatchStream, DatasetSplits, read_all
+from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
+from fastokd.data.mixing import Mixing, dominant
+from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
 from fastokd.learner.learner import Learner
@@ -21,6 +23,7 @@ from fastokd.learner.step import step
 from fastokd.methods import MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
 from fastokd.run.options import KEPT, RunOptions
@@ -31,9 +34,13 @@ from fastokd.student.weights import Weights
 CHANGED = 0.05
 # The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
-# The row of a batch and the learning rates among the draws of their step; a method's draws have names.
+# The row of a batch and the mixing among the draws of its step; a method's draws have other names.
 BATCH = ""
-RATES = "/rates"
+MIXING = "(mixing)"
+# The draws of the operations on its images.
+OPERATIONS = "operations on images"
+# The learning rates of its groups of parameters.
+RATES = "(rates)"
 
 
 class Stream(Protocol):
@@ -50,8 +57,9 @@ class Session:
 
     Attributes:
         stream: the training batches of this rank.
-        teacher: the weights of the run's teacher, or None.
+        teachers: the weights of the run's teachers.
         contents: SHA-256 of the teacher's and the initial weights.
+        mixing: how the batches are mixed, or None.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
         epoch, batch, step: the next step: its epoch, its batch in the epoch, and its number in the
@@ -68,8 +76,9 @@ class Session:
     stream: Stream
     learner: Learner
     settled: bool
-    teacher: Weights | None = None
+    teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
+    mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     epoch: int = 0
     batch: int = 0
@@ -157,7 +166,9 @@ class Session:
             for index in range(self.batch, len(self.stream)):
                 yield (self.stream.size(index),)
         else:
-            for images_BHWC, labels_B in self.stream.batches(self.epoch, self.batch):
+            stream = self.stream
+            batches = stream.decoded if isinstance(stream, DiskStream) else stream.batches
+            for images_BHWC, labels_B in batches(self.epoch, self.batch):
                 yield len(labels_B), images_BHWC, labels_B
 
     def _upload(self, images: int) -> None:
@@ -182,6 +193,12 @@ class Session:
                 draws[BATCH] = rows.row(self.epoch, batch)
             if self.recipe.schedule_by == "step":
                 draws[RATES] = torch.tensor(self._rates(batch))
+            if self.mixing is not None:
+                draws[MIXING] = self._mixed_as(images, batch)
+            if isinstance(self.stream, BatchStream | DiskStream):
+                operations_BL = self.stream.operations(self.epoch, batch)
+                if operations_BL is not None:
+                    draws[OPERATIONS] = operations_BL
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -193,12 +210,41 @@ class Session:
         mine = slice(line.rank * images, (line.rank + 1) * images)
         return {name: value[mine] for name, value in whole.items()}
 
+    def _mixed_as(self, images: int, batch: int) -> Tensor:
+        """The mixing of this rank's ``images`` in batch ``batch`` of this epoch (:meth:`Mixing.draw`)."""
+        assert self.mixing is not None
+        line = self.learner.ranks.data
+        mine = slice(line.rank * images, (line.rank + 1) * images)
+        # A batch that is repeated is the epoch's first one as the students see it.
+        epoch, index = (0, 0) if self.options.overfit_batch else (self.epoch, batch)
+        size = self.data.train.image_size
+        if self.recipe.resized_crop:
+            size = (training_size(self.recipe, epoch),) * 2
+        return self.mixing.draw(epoch, index, images * line.size, mine, size)
+
+    def mixed(
+        self, images: Tensor, labels_B: Tensor, draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images as the students see them, and the label of the larger share of each. The loss
+        finds both labels in ``progress.mixed_with``.
+
+        ``draws``: this step's, on the device; None: drawn here, for a step outside of the loop.
+        """
+        if self.mixing is None:
+            return images, labels_B
+        if draws is None:
+            draws = moved(self._mixed_as(len(labels_B), self.batch), labels_B.device)
+        images, mixed_with = self.mixing(draws, images, labels_B)
+        self.learner.progress.mixed_with = mixed_with
+        return images, dominant(labels_B, mixed_with)
+
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the next step; doesn't change the position."""
         return next(iter(self.stream.batches(self.epoch, self.batch)))
 
     def begin_step(self, images: int) -> None:
-        """Draws the method's random numbers of this step alone, for a step outside of the loop.
+        """Draws the method's random numbers of this step alone, for a step outside of the loop; its
+        images aren't mixed but by :meth:`mixed`.
 
         ``images``: this rank's number of images. Batches of one size share tensors, since a captured
         step always reads the same memory.
@@ -209,7 +255,9 @@ class Session:
         block.fill(iter([self._draws(images, self.step)]))
         if self.recipe.schedule_by == "step":
             self._set_rates()
-        self.learner.progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        progress = self.learner.progress
+        progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        progress.mixed_with = None
 
     def whole_step(
         self, learner: Learner, images: int, *batch: Tensor
@@ -219,15 +267,20 @@ class Session:
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
         draws = self.blocks[images].read()
+        operations_BL = draws.pop(OPERATIONS, None)
         if isinstance(self.stream, BatchStream):
-            batch = self.stream.read(draws.pop(BATCH))
+            batch = self.stream.read(draws.pop(BATCH), operations_BL)
         if RATES in draws:
             set_rates(self._groups, draws.pop(RATES))
-        learner.progress.draws = draws
         images_BHWC, labels_B = batch
+        if isinstance(self.stream, DiskStream):
+            images_BHWC = self.stream.finish(images_BHWC, operations_BL)
+        mixing = draws.pop(MIXING, None)
+        learner.progress.draws = draws
+        images_BHWC, counted_B = self.mixed(images_BHWC, labels_B, mixing)
         logits_SBC, loss = step(learner, images_BHWC, labels_B)
         losses = {"loss": loss.total, **loss.parts}
-        self.meter.update(logits_SBC, labels_B, losses, learner.guard.fault)
+        self.meter.update(logits_SBC, counted_B, losses, learner.guard.fault)
         return logits_SBC, loss
 
     def finish_step(self) -> None:

@@ -126,4 +126,4 @@ def test_what_cannot_be_had_is_refused(options: dict[str, Any], message: str) ->
 def test_a_string_is_as_good_as_a_path() -> None:
     options = RunOptions(out="runs/a", data_root="data", teacher="t.safetensors")  # type: ignore[arg-type]
     assert (options.out, options.data_root) == (Path("runs/a"), Path("data"))
-    assert options.teacher == Path("t.safetensors")
+    assert options.teacher == ("t.safetensors",)

@@ -1,7 +1,8 @@
-"""Batches of a split in memory: shuffled, cropped and flipped by batched tensor operations.
+"""Batches of a split in memory: shuffled, cropped, flipped and augmented by batched tensor operations.
 
 Draws come from CPU generators keyed on (seed, epoch) for the order and on (seed, epoch, batch) for
-crops and flips, so that any batch can be reproduced alone and on any device.
+crops and flips, with a word more for the other operations, so that any batch can be reproduced alone and on
+any device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.data.augment import Augment
+from fastokd.data.augment import Augment, batch_rows, operate
 from fastokd.data.order import BatchOrder
 from fastokd.data.splits import Split
 from fastokd.device import moved
@@ -32,7 +33,7 @@ class BatchStream:
     """The batches of a split in memory (:func:`fastokd.data.stream_of`).
 
     Args:
-        augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+        augment: crop, flip and operations, or None. With padding, the stream keeps a padded copy of the split.
 
     Raises:
         UserError: a reflected padding is as large as the image, or ``augment`` has a ``resized_crop``.
@@ -67,7 +68,9 @@ class BatchStream:
         if not self.order.shuffle and self.augment is None:
             span = self.order.span(index)
             return self.split.images_NHWC[span], self.split.labels_N[span]
-        return self.read(moved(self.row(epoch, index), self.split.labels_N.device))
+        device, rows_BL = self.split.labels_N.device, self.operations(epoch, index)
+        here = None if rows_BL is None else moved(rows_BL, device)
+        return self.read(moved(self.row(epoch, index), device), here)
 
     def size(self, index: int) -> int:
         """This rank's number of images in batch ``index``."""
@@ -87,8 +90,13 @@ class BatchStream:
         first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
         return torch.stack((draws.index_B, first_B, draws.flip_B))
 
-    def read(self, row_3B: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of a :meth:`row`, which is on the split's device.
+    def operations(self, epoch: int, index: int) -> Tensor | None:
+        """The draws of the operations on batch ``index`` of ``epoch``, float32 ``[B, L]``, on the CPU; None
+        without operations."""
+        return batch_rows(self.augment, self.order, epoch, index, self.split.image_size)
+
+    def read(self, row_3B: Tensor, rows_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels of a :meth:`row` and of :meth:`operations`, which are on the split's device.
 
         The host reads no value, so a CUDA graph can contain this.
         """
@@ -98,10 +106,10 @@ class BatchStream:
         index_B, first_B, flip_B = row_3B
         pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
         images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
-        return (
-            images_BHWC.view(-1, *images_NHWC.shape[1:]),
-            labels_N.index_select(0, index_B),
-        )
+        images_BHWC = images_BHWC.view(-1, *images_NHWC.shape[1:])
+        if rows_BL is not None:
+            images_BHWC = operate(self.augment, images_BHWC, rows_BL)
+        return images_BHWC, labels_N.index_select(0, index_B)
 
     def draws(self, epoch: int, index: int) -> Draws:
         """The draws of batch ``index`` of ``epoch`` on this rank."""
