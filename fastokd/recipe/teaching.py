@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
 
@@ -12,6 +13,23 @@ AUGMENTS = (
     *("random_erasing", "cutout"),
 )
 MIXES = ("mixup", "cutmix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingSettings:
+    """A teacher, and pretrained students."""
+
+    cache_teacher: Annotated[
+        Literal["no", "exact", "plain"],
+        "Compute the teacher's logits of the training set once: `no` (in every step), `exact` (refused "
+        "with augmentation) or `plain` (the teacher sees the images without augmentation). Images in "
+        "memory.",
+    ] = "no"
+    normalise_by: Annotated[
+        Literal["data", "model"],
+        "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
+        "library states of its published weights.",
+    ] = "data"
 
 
 def check_teaching(recipe: Any, *, has_teacher: bool) -> None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
 
-if TYPE_CHECKING:  # it imports torch, which the names of recipes do without
-    from fastokd.methods import Needs
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """A view of the images for each student."""
+
+    views: Annotated[
+        Literal["shared", "student"],
+        "The augmented images of a batch: `shared` by all networks, or drawn anew for each `student` (and "
+        "once more for a teacher).",
+    ] = "shared"
+    trunk_views: Annotated[
+        Literal["each", "all"],
+        "Where students with views of their own share a trunk: it runs over `each` view by itself, or over "
+        "`all` as one batch.",
+    ] = "each"
 
 
-def check_views(views: str, trunk_views: str, sharing: str, method: str, needs: Needs) -> None:
+def check_views(views: str, trunk_views: str, sharing: str, method: str, needs: Any) -> None:
     """Raises UserError where ``method`` can't have these views, or there is no trunk to see several."""
     if views == "student" and needs.maps:
         raise UserError(
