@@ -60,9 +60,9 @@ class NoWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize(("method", "sharing", "options"), CASES)
 def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str, Any]) -> None:
-    one = small(method, sharing, method_options=options)
+    one = small(method, sharing, method_options=options, ema=0.9)
     how = RunOptions(
-        device="cpu", precision="bf16", engine="loop", impl="torch", clip_norm=1.0, ema=0.9,
+        device="cpu", precision="bf16", engine="loop", impl="torch", clip_norm=1.0,
         accumulate=2,
     )  # fmt: skip
     session = OurLoop(one, how).session
