@@ -27,6 +27,7 @@ from fastokd.recipe.optimization import check_optimizer
 from fastokd.recipe.resolution import check_sizes
 from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
 from fastokd.recipe.teaching import check_teaching
+from fastokd.recipe.views import check_views
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -353,6 +354,16 @@ class Recipe:
         "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
         "library states of its published weights.",
     ] = "data"
+    views: Annotated[
+        Literal["shared", "student"],
+        "The augmented images of a batch: `shared` by all networks, or drawn anew for each `student` (and "
+        "once more for a teacher).",
+    ] = "shared"
+    trunk_views: Annotated[
+        Literal["each", "all"],
+        "Where students with views of their own share a trunk: it runs over `each` view by itself, or over "
+        "`all` as one batch.",
+    ] = "each"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -390,6 +401,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
         check_mixing(self, takes_mixed=needs.mixed_labels)
         check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
@@ -457,6 +469,13 @@ class Recipe:
     def has_leader(self) -> bool:
         """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
+
+    @property
+    def number_of_views(self) -> int | None:
+        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        if self.views == "shared":
+            return None
+        return self.students + methods.method_class(self.method).needs.teacher
 
     def learning_rate(
         self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1

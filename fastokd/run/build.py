@@ -265,8 +265,18 @@ def _training_stream(
         rank=ranks.data.rank,
         world_size=ranks.data.size,
         size=partial(training_size, recipe) if recipe.resized_crop else None,
+        views=_views(recipe, ranks),
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
+    """The views that this rank's networks read: its students' by their numbers, and behind those of all
+    students a teacher's. None where all networks read one."""
+    if recipe.views == "shared":
+        return None
+    teacher = method_class(recipe.method).needs.teacher
+    return (*ranks.share(recipe.students), *([recipe.students] if teacher else []))
 
 
 def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
