@@ -19,7 +19,7 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import build
 from fastokd.run.identity import continues
 from fastokd.run.options import RunOptions
-from fastokd.run.session import Session
+from fastokd.run.session import MIXING, Session
 from tests.data.make import write_folder
 from tests.run.mixed import MixedCE, mixed_recipe
 from tests.run.test_one_replay import go, loop_of, same
@@ -191,7 +191,7 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
     assert session.mixing is None
     session.begin_epoch()
     for images, *_ in session.batches(lambda: None):
-        assert session.blocks[images].tensors.keys() == {""}
+        assert MIXING not in session.blocks[images].tensors
         break
     images, labels_B = session.next_batch()
     assert session.mixed(images, labels_B) == (images, labels_B)
@@ -213,16 +213,17 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
             "mix_switch_prob is 0.2, but only cutmix is above 0: leave it out, or set both above 0",
         ),
         ({"repeats": 0}, "repeats is 0: it must be at least 1"),
-        (
-            {"class_weights": "balanced", "balanced": True},
-            "class_weights is 'balanced', but balanced draws all classes equally often already",
-        ),
         ({"repeats": 3, "balanced": True}, "repeats is 3, but balanced draws each image anew"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         mixed_recipe(**{**SMALL, **changes})
+
+
+def test_classes_are_balanced_once() -> None:
+    with pytest.raises(UserError, match="class_weights is 'balanced', but balanced draws all"):
+        recipe("baseline/resnet8/digits", class_weights="balanced", balanced=True)
 
 
 def test_a_method_without_mixed_labels_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
