@@ -50,6 +50,7 @@ def build_cohort(
         trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
         model_options=recipe.model_options,
         image_size=image_size,
+        trunk_views=recipe.trunk_views,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed * 1_000_003 + 999_983)

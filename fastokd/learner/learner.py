@@ -25,6 +25,8 @@ from fastokd.methods import Method, MethodLoss, Progress
 # Eager steps before a capture without DDP: the first makes states and tries cuDNN's algorithms, the
 # second may compile again.
 WARM_UP_ALONE = 3
+# Where a step's draws have a teacher's cached logits, [B, C].
+TAUGHT = "teacher_logits"
 
 Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
 
@@ -166,6 +168,8 @@ class Learner:
         """The forward pass: the students' logits, a teacher's, the loss."""
         with self.autocast():
             out = self.cohort(images_BHWC)
+            if TAUGHT in progress.draws:
+                out.extra_logits_EBC = progress.draws[TAUGHT][None].to(out.logits_SBC.dtype)
             loss = self.method(out, labels_B, progress)
             if self.student_parallel is not None:
                 loss = self.student_parallel.whole(loss)

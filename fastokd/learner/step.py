@@ -121,7 +121,8 @@ def parts(
             ),
         )
         for i, (images, labels) in enumerate(
-            zip(images_BHWC.tensor_split(count), labels_B.tensor_split(count), strict=True)
+            # B is the fourth dimension from the end, with views before it or not.
+            zip(images_BHWC.tensor_split(count, dim=-4), labels_B.tensor_split(count), strict=True)
         )
     ]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
-from fastokd.recipe.fields import Bound
+from fastokd.recipe.fields import Bound, at_least, at_most, between
 
 # Fields of a recipe that :class:`fastokd.data.Augment` has under the same names, beyond crop and flip.
 OPERATIONS = (
@@ -46,6 +47,55 @@ JITTER = Bound(
     ),
     "four numbers, for brightness, contrast, saturation and hue, at least 0 and the last at most 0.5",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """Augmentation beyond crop and flip."""
+
+    crop_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of a resized crop, as fractions of the image's.",
+        SHARES,
+    ] = (0.08, 1.0)
+    crop_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest width / height of a resized crop.", RATIOS
+    ] = (3 / 4, 4 / 3)
+    vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
+    auto_augment: Annotated[
+        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
+        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
+        "data set of that name.",
+    ] = "none"
+    randaugment_ops: Annotated[
+        int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
+    ] = 2
+    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    color_jitter: Annotated[
+        tuple[float, ...],
+        "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
+        "moves by at most so many turns.",
+        JITTER,
+    ] = (0.0, 0.0, 0.0, 0.0)
+    random_erasing: Annotated[
+        float, "Probability that a box of an image is filled with the mean colour.", between(0, 1)
+    ] = 0.0
+    erasing_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of the box, as fractions of the image's.",
+        SHARES,
+    ] = (0.02, 0.33)
+    erasing_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest height / width of the box.", RATIOS
+    ] = (0.3, 3.3)
+    cutout: Annotated[
+        int,
+        "Side in pixels of a square of the mean colour around a random pixel; 0 for none.",
+        at_least(0),
+    ] = 0
+    test_flip: Annotated[
+        bool, "Evaluate on the mean of the logits of each image and of its mirror image."
+    ] = False
 
 
 def check_augmentation(recipe: Any, defaults: dict[str, Any]) -> None:

@@ -5,15 +5,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
+from fastokd.recipe.fields import BELOW_ONE, at_least
 
 # What each setting is where nothing is averaged.
 UNSET = {
     **{"ema_warmup": True, "average_start": 0, "average_every": 1, "average_students": "kept"},
     **{"average_norms": "averaged", "keep": "average"},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageSettings:
+    """Averages of weights."""
+
+    ema: Annotated[
+        float,
+        "Decay of an exponential moving average of a student's weights over the steps, such as 0.999; 0 "
+        "for none.",
+        BELOW_ONE,
+    ] = 0.0
+    ema_warmup: Annotated[
+        bool, "The decay rises to `ema`: the average spans a tenth of the steps taken at most."
+    ] = True
+    swa: Annotated[
+        bool, "A uniform average of a student's weights over the steps from `average_start` on."
+    ] = False
+    average_start: Annotated[
+        int,
+        "The epoch from which weights are averaged; before it the average is a copy of them.",
+        at_least(0),
+    ] = 0
+    average_every: Annotated[
+        int,
+        "Steps between two updates of the average; an epoch's number as SWA was published.",
+        at_least(1),
+    ] = 1
+    average_students: Annotated[
+        Literal["kept", "all"], "Whose weights are averaged: the `kept` student's, or `all`."
+    ] = "kept"
+    average_norms: Annotated[
+        Literal["averaged", "recomputed"],
+        "Running statistics of an averaged student: `averaged` as its weights are, or `recomputed` on "
+        "training images at each evaluation.",
+    ] = "averaged"
+    keep: Annotated[
+        Literal["average", "raw"],
+        "Which weights are reported, kept and exported where there is an average: the `average`, or the "
+        "`raw` ones.",
+    ] = "average"
 
 
 def check_averages(recipe: Any) -> None:

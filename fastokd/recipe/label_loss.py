@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
+from fastokd.recipe.fields import BELOW_ONE, NOT_NEGATIVE
 
 FIELDS = ("label_smoothing", "ce_weight", "criterion", "target_threshold", "class_weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLossSettings:
+    """The loss on labels."""
+
+    label_smoothing: Annotated[
+        float,
+        "Share of the labels that is spread over all classes, in every term with labels.",
+        BELOW_ONE,
+    ] = 0.0
+    ce_weight: Annotated[
+        float, "Factor of every term with labels; distillation keeps its weight.", NOT_NEGATIVE
+    ] = 1.0
+    criterion: Annotated[
+        Literal["ce", "bce"],
+        "The loss on labels: `ce` (cross-entropy) or `bce` (binary cross-entropy, the mean over classes).",
+    ] = "ce"
+    target_threshold: Annotated[
+        float,
+        "With `bce`: a class is a target, wholly, where its smoothed or mixed label is above it; 0 for "
+        "none.",
+        BELOW_ONE,
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
+        "frequency, 1 on average.",
+    ] = "none"
 
 
 def changed(recipe: Any) -> list[str]:

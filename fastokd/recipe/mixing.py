@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fastokd.errors import UserError
+from fastokd.recipe.fields import at_least, at_most, between
 
 # Settings that say how images are mixed, and what they are where nothing is.
 HOW = {"mix_prob": 1.0, "mix_switch_prob": 0.5, "mix_epochs": 0, "mix_each": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingSettings:
+    """Mixed images, and the samples that an epoch draws."""
+
+    mixup: Annotated[
+        float,
+        "Alpha of Mixup, whose lambda is of Beta(alpha, alpha); 0 for none.",
+        between(0, 1000),
+    ] = 0.0
+    cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
+    mix_switch_prob: Annotated[
+        float,
+        "With both, the probability that a batch that is mixed is so by CutMix.",
+        between(0, 1),
+    ] = 0.5
+    mix_epochs: Annotated[
+        int,
+        "Epochs with mixing, from the first; a change of `epochs` scales them; 0: all.",
+        at_least(0),
+    ] = 0
+    mix_each: Annotated[
+        bool, "Lambda, box and choice are drawn for each image; else once for each batch."
+    ] = False
+    repeats: Annotated[
+        int,
+        "Repeated augmentation: copies of an image in a batch. An epoch then has as many images as "
+        "without, rounded down to a multiple of 256.",
+        at_least(1),
+        at_most(64),
+    ] = 1
+    balanced: Annotated[
+        bool,
+        "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    ] = False
 
 
 def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:

@@ -6,18 +6,41 @@ full training size after a ramp.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.recipe.recipe import Recipe
+from fastokd.known import MOST_PIXELS
+from fastokd.recipe.fields import at_least, at_most
 
 # The sizes of a ramp are multiples of this.
 STEP = 32
 
 
-def training_size(recipe: Recipe, epoch: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class SizeSettings:
+    """The size of training images."""
+
+    train_size: Annotated[
+        int,
+        "The same for the training images alone, where they are streamed; 0 for `image_size`.",
+        at_least(0),
+        at_most(MOST_PIXELS),
+    ] = 0
+    first_size: Annotated[
+        int,
+        "Size of the first training images, which grow in multiples of 32 within `size_epochs`; 0 for one "
+        "size.",
+        at_least(0),
+    ] = 0
+    size_epochs: Annotated[
+        tuple[int, ...],
+        "The last epoch of `first_size` and the first one of the full size; a change of `epochs` scales "
+        "them.",
+    ] = ()
+
+
+def training_size(recipe: Any, epoch: int) -> int:
     """Height and width of the training images in ``epoch``, from 0."""
     last = recipe.train_size or recipe.image_size
     if not recipe.first_size:
@@ -31,12 +54,12 @@ def training_size(recipe: Recipe, epoch: int) -> int:
     return round(size / STEP) * STEP
 
 
-def largest_training_size(recipe: Recipe) -> int:
+def largest_training_size(recipe: Any) -> int:
     """Height and width of the training images after the ramp."""
     return recipe.train_size or recipe.image_size
 
 
-def check_sizes(recipe: Recipe) -> None:
+def check_sizes(recipe: Any) -> None:
     """Raises UserError for sizes that contradict each other or the form of the data set."""
     if (recipe.train_size or recipe.first_size) and not recipe.resized_crop:
         name = "train_size" if recipe.train_size else "first_size"
