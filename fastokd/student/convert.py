@@ -12,6 +12,7 @@ from fastokd.data import load_dataset
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.data.sets.cifar import CIFAR
 from fastokd.errors import UserError
+from fastokd.known import place_of
 from fastokd.models import model_spec
 from fastokd.student import authors
 from fastokd.student.file import read_weights
@@ -133,7 +134,8 @@ def _data_facts(
     elif root is None and dataset == "imagenet":
         names, shown = tuple(map(str, range(IMAGENET_CLASSES))), preprocessing_of(dataset)
     else:
-        size = model_spec(published.model).input_size if dataset == "imagefolder" else None
+        own = place_of(dataset)[0] in ("hf", "imagefolder", "wds")
+        size = model_spec(published.model).input_size if own else None
         data = load_dataset(dataset, root, image_size=size)
         names, shown = data.class_names, data.preprocessing
     if len(names) != C:
