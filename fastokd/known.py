@@ -46,11 +46,13 @@ DATASETS = (
 )
 # Of these a name may say where the set is: hf:PATH.
 PLACED = ("hf", "wds")
+# Of these the images have any size, and a recipe may crop and resize them as they are read.
+STREAMED = ("hf", "imagefolder", "imagenet", "wds")
 # The fields of RunOptions: where and how a recipe runs. A recipe has none of them.
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
     *("impl", "apex", "compile", "memory_format", "capture", "streams", "accumulate"),
-    *("clip_norm", "skip_nonfinite", "ema", "loader", "workers", "eval_every", "save_every_steps"),
+    *("clip_norm", "skip_nonfinite", "loader", "workers", "eval_every", "save_every_steps"),
     *("save_every_minutes", "max_steps", "overfit_batch", "parallel", "sync_bn", "deterministic"),
     *("show_augmentation", "tensorboard", "wandb", "quiet"),
 )

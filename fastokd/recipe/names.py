@@ -1,12 +1,13 @@
 """The recipe of each name.
 
-A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET``:
+A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET[@STYLE]``:
 
 - METHOD as in ``fastokd list methods``; an ablation is a method: ``okddip_mean``.
 - FORM is ``branch`` or ``network``. It may be left out if the method has one form or was
   published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
 - ``-ensemble`` reports the accuracy of the peers' mean logits (Table 4).
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
+- ``@STYLE`` after the data set trains in a published style: ``okddip-network/resnet18/imagenet@a3``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:
   ``okddip-network/resnet20+resnet32+resnet20/cifar100``.
 - DATASET may say where a set is, of those that are named by their format: ``baseline/resnet18/hf:PATH``
@@ -29,6 +30,7 @@ from fastokd.recipe.changes import changed_fields
 from fastokd.recipe.optimization import refuse_unused
 from fastokd.recipe.recipe import Recipe, checked, methods, models
 from fastokd.recipe.recipe import settings as fields
+from fastokd.recipe.styles import STYLES, styled
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -46,6 +48,7 @@ class _Name(NamedTuple):
     students: int | None
     model: str
     dataset: str
+    style: str | None
 
 
 def recipe(name: str, /, **changes: Any) -> Recipe:
@@ -75,7 +78,8 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     method = changes.pop("method", None)
     if method is not None:
         parsed = parsed._replace(method=checked("method", method))
-        name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
+        style = "" if parsed.style is None else f"@{parsed.style}"
+        name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}{style}"
     return _changed(_published(name, parsed), changes)
 
 
@@ -87,7 +91,8 @@ def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
         fields()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
     changed = dataclasses.replace(base, **changes)
-    refuse_unused(changed, {*changes})
+    # A file says every field, those that mean nothing at their defaults.
+    refuse_unused(changed, {n for n in changes if getattr(changed, n) != getattr(base, n)})
     return changed
 
 
@@ -99,6 +104,7 @@ def _parse(name: str) -> _Name:
             "such as okddip-branch/resnet32/cifar100"
         )
     text, model, dataset = parts
+    dataset, style = _of_style(dataset)
     for student in model.split("+"):
         models.model_spec(student)
     if place_of(dataset)[0] not in DATASETS:
@@ -117,7 +123,15 @@ def _parse(name: str) -> _Name:
             "-ensemble to report the ensemble's accuracy"
         )
     sharing = forms[0] if forms else _only_form(method)
-    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset)
+    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset, style)
+
+
+def _of_style(dataset: str) -> tuple[str, str | None]:
+    """The data set and the style of ``DATASET@STYLE``; a folder's path may have an @, too."""
+    before, at, style = dataset.rpartition("@")
+    if not at or (style not in STYLES and place_of(dataset)[1]):
+        return dataset, None
+    return before, style
 
 
 def _only_form(method: str) -> str:
@@ -159,7 +173,7 @@ def _published(text: str, name: _Name) -> Recipe:
         base = dataclasses.replace(base, reported="kept")
     if name.ensemble:
         base = dataclasses.replace(base, reported="ensemble_logits")
-    return base
+    return base if name.style is None else styled(base, name.style)
 
 
 def _students(method: str) -> int:
