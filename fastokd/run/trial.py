@@ -231,7 +231,7 @@ def job(session: Session, choice: Choice) -> Answer:
     )
     # This rank's share of the batch, once. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
-    recipe = replace(session.recipe, batch_size=batch_size, repeats=1, balanced=False, **UNCROPPED)
+    recipe = replace(session.recipe, batch_size=batch_size, **UNCROPPED)
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),

@@ -164,8 +164,8 @@ def test_the_mean_fills_and_a_timed_trial_takes_the_recipe(tmp_path: Path) -> No
 
 def test_flipped_evaluation_is_the_mean_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the students and of the running average."""
-    one = recipe("baseline/resnet8/digits", **SIZE, flip=True, test_flip=True)
-    session = session_of(one, captured=False, ema=0.5)
+    one = recipe("baseline/resnet8/digits", **SIZE, flip=True, test_flip=True, ema=0.5)
+    session = session_of(one, captured=False)
     counted: list[Tensor] = []
     update = Meter.update
 

@@ -42,7 +42,8 @@ def operate(
         images_BHWC = stage(images_BHWC, columns_BL, names)
         at += STAGE
     while at < rows_BL.shape[1]:
-        images_BHWC = _fill_box(images_BHWC, rows_BL[:, at : at + BOX])
+        fill = _fill_boxes if together else _fill_each_box
+        images_BHWC = fill(images_BHWC, rows_BL[:, at : at + BOX])
         at += BOX
     return images_BHWC
 
@@ -52,6 +53,8 @@ def _stage(images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str]) -> Te
     op_B, value_B, own_B, other_B = columns_BL[:, :4].unbind(1)
     if not names.isdisjoint(GEOMETRIC):
         images_BHWC = _resample(images_BHWC, columns_BL[:, 4:])
+    if "vertical_flip" in names:
+        images_BHWC = _turn_over(images_BHWC, op_B)
     if not names.isdisjoint(BLENDS):
         images_BHWC = _blend(images_BHWC, op_B, own_B, other_B, names)
     if not names.isdisjoint(LOOKUPS):
@@ -86,30 +89,43 @@ def _resample(images_BHWC: Tensor, matrix_B6: Tensor) -> Tensor:
     row_BHW, column_BHW = row_BHW.clamp_(0, H - 1).int(), column_BHW.clamp_(0, W - 1).int()
     first_B11 = torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (H * W)
     pixel_BHW = row_BHW.mul_(W).add_(column_BHW).add_(first_B11)
-    taken_BHWC = images_BHWC.reshape(-1, 3).index_select(0, pixel_BHW.view(-1)).view(B, H, W, 3)
-    return taken_BHWC * inside_BHW[..., None]
+    pixel_BHW = torch.where(inside_BHW, pixel_BHW, B * H * W)
+    black_13 = images_BHWC.new_zeros(1, 3)
+    pixels_P3 = torch.cat((images_BHWC.reshape(-1, 3), black_13))
+    return pixels_P3.index_select(0, pixel_BHW.view(-1)).view(B, H, W, 3)
+
+
+def _turn_over(images_BHWC: Tensor, op_B: Tensor) -> Tensor:
+    """The images upside down whose operation it is."""
+    B, H, W, _ = images_BHWC.shape
+    row_1H = torch.arange(H, device=images_BHWC.device)[None]
+    first_B1 = torch.arange(B, device=images_BHWC.device)[:, None] * H
+    flip_B1 = (op_B == NUMBER["vertical_flip"])[:, None]
+    source_BH = torch.where(flip_B1, H - 1 - row_1H, row_1H) + first_B1
+    return images_BHWC.reshape(B * H, W * 3).index_select(0, source_BH.view(-1)).view(B, H, W, 3)
 
 
 def _blend(
     images_BHWC: Tensor, op_B: Tensor, own_B: Tensor, other_B: Tensor, names: frozenset[str]
 ) -> Tensor:
-    """``own`` times the image plus ``other`` times its operation's other image; 1 and 0 change nothing."""
+    """``own`` times the image plus ``other`` times another image; the factors 1 and 0 change nothing."""
     x_BHWC = images_BHWC.float()
-    y = x_BHWC.new_zeros(())
+    # That of each operation, or 0 for the images of other ones. Brightness blends with black.
+    others = []
     if not names.isdisjoint(("color", "contrast")):
-        r, g, b = x_BHWC.unbind(3)
+        r, g, b = _planes(images_BHWC)
         luma_BHW = (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).floor_()
         if "color" in names:
-            y = luma_BHW[..., None] * _is(op_B, "color")
+            others.append(luma_BHW[..., None] * _is(op_B, "color"))
         if "contrast" in names:
-            y = y + luma_BHW.mean((1, 2))[:, None, None, None] * _is(op_B, "contrast")
-    drop = x_BHWC.new_zeros(())
+            others.append(luma_BHW.mean((1, 2))[:, None, None, None] * _is(op_B, "contrast"))
     if "sharpness" in names:
         # As x + other * (blurred - x): a plain area then keeps its exact level.
-        drop = _is(op_B, "sharpness")
-        y = y + _blurred(images_BHWC) * drop
-    own, other = own_B[:, None, None, None], other_B[:, None, None, None]
-    return torch.addcmul(x_BHWC * own, y - x_BHWC * drop, other).clamp_(0, 255).to(torch.uint8)
+        others.append(_blurred(images_BHWC).sub_(x_BHWC).mul_(_is(op_B, "sharpness")))
+    blended_BHWC = x_BHWC.mul_(own_B[:, None, None, None])
+    for other_BHWC in others:
+        blended_BHWC.addcmul_(other_BHWC, other_B[:, None, None, None])
+    return blended_BHWC.clamp_(0, 255).to(torch.uint8)
 
 
 def _blurred(images_BHWC: Tensor) -> Tensor:
@@ -172,9 +188,9 @@ def _look_up(images_BHWC: Tensor, op_B: Tensor, value_B: Tensor, names: frozense
 
 def _shift_hue(images_BHWC: Tensor, op_B: Tensor, turns_B: Tensor) -> Tensor:
     """The hue of HSV, moved by ``turns_B``."""
-    x_BHWC = images_BHWC.float().div_(255)
-    high_BHW, low_BHW = x_BHWC.amax(3), x_BHWC.amin(3)
-    r, g, b = x_BHWC.unbind(3)
+    planes_CBHW = _planes(images_BHWC).div_(255)
+    high_BHW, low_BHW = planes_CBHW.amax(0), planes_CBHW.amin(0)
+    r, g, b = planes_CBHW
     span_BHW = high_BHW - low_BHW
     # A grey pixel has no hue; any will do, since its span is 0.
     divisor_BHW = torch.where(span_BHW == 0, 1.0, span_BHW)
@@ -189,12 +205,13 @@ def _shift_hue(images_BHWC: Tensor, op_B: Tensor, turns_B: Tensor) -> Tensor:
     for offset in (5, 3, 1):
         along = (hue_BHW + offset).remainder_(6)
         fall = torch.minimum(along, 4 - along).clamp_(0, 1)
-        channels.append(high_BHW - span_BHW * fall)
-    shifted_BHWC = torch.stack(channels, 3).clamp_(0, 1).mul_(255.999).to(torch.uint8)
+        level_BHW = (high_BHW - span_BHW * fall).clamp_(0, 1).mul_(255.999)
+        channels.append(level_BHW.to(torch.uint8))
+    shifted_BHWC = torch.stack(channels, 3)
     return torch.where((op_B == NUMBER["hue"])[:, None, None, None], shifted_BHWC, images_BHWC)
 
 
-def _fill_box(images_BHWC: Tensor, columns_BL: Tensor) -> Tensor:
+def _fill_boxes(images_BHWC: Tensor, columns_BL: Tensor) -> Tensor:
     """The image with a box of one colour; top, left, bottom, right, and the colour's levels."""
     H, W = images_BHWC.shape[1:3]
     device = images_BHWC.device
@@ -204,6 +221,20 @@ def _fill_box(images_BHWC: Tensor, columns_BL: Tensor) -> Tensor:
     inside_BHW = (row_H1 >= top) & (row_H1 < bottom) & (column_W >= left) & (column_W < right)
     colour_B11C = columns_BL[:, None, None, 4:].to(torch.uint8)
     return torch.where(inside_BHW[..., None], colour_B11C, images_BHWC)
+
+
+def _fill_each_box(images_BHWC: Tensor, columns_BL: Tensor) -> Tensor:
+    """The same, box by box."""
+    done_BHWC = images_BHWC.clone()
+    colour_B3 = columns_BL[:, 4:].to(torch.uint8)
+    for b, (top, left, bottom, right) in enumerate(columns_BL[:, :4].int().tolist()):
+        done_BHWC[b, top:bottom, left:right] = colour_B3[b]
+    return done_BHWC
+
+
+def _planes(images_BHWC: Tensor) -> Tensor:
+    """The channels as floats, each in one piece of memory: ``[3, B, H, W]``."""
+    return images_BHWC.movedim(3, 0).contiguous().float()
 
 
 def _is(op_B: Tensor, name: str) -> Tensor:

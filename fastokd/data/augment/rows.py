@@ -186,7 +186,6 @@ def columns(op_B: np.ndarray, value_B: np.ndarray, size: tuple[int, int]) -> np.
     angle = np.deg2rad(value_B[which])
     columns_BL[which, 4], columns_BL[which, 5] = np.cos(angle), -np.sin(angle)
     columns_BL[which, 7], columns_BL[which, 8] = np.sin(angle), np.cos(angle)
-    columns_BL[op_B == NUMBER["vertical_flip"], 8] = -1
     return columns_BL
 
 

@@ -12,11 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate", "vertical_flip")
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDS = ("brightness", "color", "contrast", "sharpness")
 LOOKUPS = ("posterize", "solarize", "autocontrast", "equalize", "invert")
 # An operation's number in a row of draws.
-NUMBER = {name: i for i, name in enumerate(("identity", *GEOMETRIC, *BLENDS, *LOOKUPS, "hue"))}
+NUMBER = {
+    name: i
+    for i, name in enumerate(("identity", *GEOMETRIC, "vertical_flip", *BLENDS, *LOOKUPS, "hue"))
+}
 
 # RandAugment's and TrivialAugment's, in the order of torchvision.
 SPACE = (
@@ -27,7 +30,7 @@ SPACE = (
 # Colour jitter's, in the order of torchvision's arguments.
 JITTERS = ("brightness", "contrast", "color", "hue")
 # Their values are negated (of a factor: its distance to 1) with probability 1/2.
-SIGNED = (*GEOMETRIC[:5], *BLENDS)
+SIGNED = (*GEOMETRIC, *BLENDS)
 
 
 class Reach(NamedTuple):
