@@ -352,7 +352,13 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
-        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
+        check_views(
+            self.views,
+            self.trunk_views,
+            sharing=self.sharing,
+            method=self.method,
+            reads_maps=needs.maps,
+        )
         check_mixing(self, takes_mixed=needs.mixed_labels)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastokd.errors import UserError
 
-if TYPE_CHECKING:  # it imports torch, which the names of recipes do without
-    from fastokd.methods import Needs
 
+def check_views(
+    views: str, trunk_views: str, *, sharing: str, method: str, reads_maps: bool
+) -> None:
+    """Raises UserError where ``method`` can't have these views, or there is no trunk to see several.
 
-def check_views(views: str, trunk_views: str, sharing: str, method: str, needs: Needs) -> None:
-    """Raises UserError where ``method`` can't have these views, or there is no trunk to see several."""
-    if views == "student" and needs.maps:
+    ``reads_maps``: the method compares the students' maps.
+    """
+    if views == "student" and reads_maps:
         raise UserError(
             f"views is 'student', but {method} compares the students' maps place by place, which views "
             "of different crops don't share: set views to shared"
