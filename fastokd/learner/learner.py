@@ -14,8 +14,8 @@ from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler, release_memory
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
+from fastokd.learner.average import Average
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import Guard, Held, Shared, set_random_state
 from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
@@ -25,6 +25,8 @@ from fastokd.methods import Method, MethodLoss, Progress
 # Eager steps before a capture without DDP: the first makes states and tries cuDNN's algorithms, the
 # second may compile again.
 WARM_UP_ALONE = 3
+# Where a step's draws have a teacher's cached logits, [B, C].
+TAUGHT = "teacher_logits"
 
 Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
 
@@ -36,7 +38,7 @@ class Learner:
         progress: what changes from step to step, as device tensors that the owner fills.
         scaler: the loss scale of fp16; disabled in other precisions.
         guard: the flag on the device that skips a step which isn't finite.
-        average: the running average of the kept student's weights, or None.
+        average: the average of students' weights over the steps, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
         frozen: the first stages that aren't trained; :meth:`freeze` changes it.
@@ -55,7 +57,7 @@ class Learner:
         precision: str,
         ranks: Ranks,
         student_parallel: StudentParallel | None = None,
-        average: LeaderAverage | None = None,
+        average: Average | None = None,
         accumulate: int = 1,
         min_batch: int = 1,
         clip_norm: float | None = None,
@@ -166,6 +168,8 @@ class Learner:
         """The forward pass: the students' logits, a teacher's, the loss."""
         with self.autocast():
             out = self.cohort(images_BHWC)
+            if TAUGHT in progress.draws:
+                out.extra_logits_EBC = progress.draws[TAUGHT][None].to(out.logits_SBC.dtype)
             loss = self.method(out, labels_B, progress)
             if self.student_parallel is not None:
                 loss = self.student_parallel.whole(loss)

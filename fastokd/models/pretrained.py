@@ -5,7 +5,7 @@ Nothing is downloaded: :func:`installed` finds the files that the libraries keep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,23 @@ def published(model: str, file: str = "") -> Published:
             "deviation and input size: name another network"
         )
     return next((one for one in known if one.file == file), known[0])
+
+
+def normalisation_of(names: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the channels, for images in [0, 1], that the libraries state for students.
+
+    Raises:
+        UserError: their weights were trained with different ones.
+    """
+    stated = {name: published(name) for name in dict.fromkeys(names)}
+    (first, one), *others = stated.items()
+    for name, other in others:
+        if (other.mean, other.std) != (one.mean, one.std):
+            raise UserError(
+                f"normalise_by is 'model', but {first} and {name} were trained with different means or "
+                "deviations: set it to data"
+            )
+    return one.mean, one.std
 
 
 def installed(model: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,18 +23,19 @@ from fastokd.device import (
 )
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Ranks, first, speaks
-from fastokd.errors import UserError, warn
+from fastokd.errors import UserError
 from fastokd.host.streams import say
 from fastokd.learner.allocator import keep_freed_memory
+from fastokd.learner.average import Average, Averaging
 from fastokd.learner.build import build_cohort, build_optimizers
 from fastokd.learner.captured import check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
 from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
+from fastokd.models.pretrained import normalisation_of
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
 from fastokd.recipe.augmentation import OPERATIONS
@@ -42,9 +44,9 @@ from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
+from fastokd.run.teachers import teacher_of, teachers_of
 from fastokd.student.init import begin_from, read_files
-from fastokd.student.teacher import build_teachers, check_held_out, find_teachers, said_held_out
-from fastokd.student.weights import Weights
+from fastokd.student.teacher import check_held_out
 
 
 def build(
@@ -86,11 +88,12 @@ def build(
 
     _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
-    teachers = _find_teachers(recipe, options, data, ranks) if training else ()
-    cohort, method = _cohort_and_method(recipe, options, data, teachers)
+    teachers = teachers_of(recipe, options, data, ranks) if training else ()
+    teacher, taught_NC = teacher_of(recipe, options, data, teachers, device)
+    cohort, method = _cohort_and_method(recipe, options, data, teacher)
     contents: dict[str, Any] = {}
     if teachers:
-        hashes = [fingerprint(teacher.state) for teacher in teachers]
+        hashes = [fingerprint(one.state) for one in teachers]
         contents["teacher_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     notes: tuple[str, ...] = ()
     if training:
@@ -110,8 +113,8 @@ def build(
     if training and ranks.students.size > 1:
         student_parallel = StudentParallel(cohort, method, ranks, precision, recipe.method)
     average = None
-    if options.ema is not None:
-        average = LeaderAverage(cohort, recipe.kept_student, options.ema)
+    if recipe.averaged:
+        average = Average(cohort, recipe.averaged, Averaging.of(recipe), recipe.kept_student)
     learner = Learner(
         cohort,
         method,
@@ -139,7 +142,9 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(recipe, options, data, stream, learner, settled, teachers, contents, notes)
+    return Session(
+        recipe, options, data, stream, learner, settled, teachers, contents, notes, taught_NC
+    )
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -171,8 +176,9 @@ def load_splits(
     begun: bool = False,
     kept: Mapping[str, Any] | None = None,
 ) -> DatasetSplits:
-    """The recipe's data; ``begun`` and ``kept`` as for :func:`fastokd.data.load_dataset`."""
-    return load_dataset(
+    """The recipe's data, normalised as it says; ``begun`` and ``kept`` as for
+    :func:`fastokd.data.load_dataset`."""
+    data = load_dataset(
         recipe.dataset,
         options.data_root,
         val=recipe.val,
@@ -187,6 +193,11 @@ def load_splits(
         device=pick_device(device_here(options.device)),
         kept=kept,
     )
+    if recipe.normalise_by == "data":
+        return data
+    mean, std = normalisation_of(recipe.models)
+    shown = replace(data.preprocessing, mean=mean, std=std)
+    return replace(data, preprocessing=shown, with_held_out=None)
 
 
 def _check_fit(recipe: Recipe, options: RunOptions) -> None:
@@ -292,34 +303,9 @@ class RepeatedBatch:
             yield self.only
 
 
-def _find_teachers(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
-) -> tuple[Weights, ...]:
-    """The method's teachers: the copies in a resumed run, or what the options name."""
-    if not method_class(recipe.method).needs.teacher:
-        return ()
-    kept = run_path(recipe, options) if options.resume else None
-    teachers: tuple[Weights, ...] = ranks.first(
-        lambda: find_teachers(recipe, options.teacher, kept)
-    )
-    for teacher in teachers:
-        if kept is not None and teacher.path.parent == kept:
-            continue
-        if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
-            warn(
-                f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
-                f"have seen the images of {said_held_out(data)}"
-            )
-    return teachers
-
-
 def _cohort_and_method(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, teachers: tuple[Weights, ...]
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: nn.Module | None
 ) -> tuple[Cohort, Method]:
-    frozen: nn.Module | None = None
-    if teachers:
-        with torch.random.fork_rng(devices=[]):
-            frozen = build_teachers(teachers, data)
     return build_cohort(
         recipe,
         len(data.class_names),
@@ -327,7 +313,7 @@ def _cohort_and_method(
         mean=data.mean,
         std=data.std,
         impl=options.impl,
-        teacher=frozen,
+        teacher=teacher,
         class_weight_C=None
         if recipe.class_weights == "none"
         else balanced_weights(data.train.labels_N, data.num_classes),

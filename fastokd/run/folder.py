@@ -23,6 +23,7 @@ from fastokd.checkpoint import (
     write_durably,
     writing,
 )
+from fastokd.data import Split
 from fastokd.data.held_out import DATA
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import (
@@ -51,6 +52,7 @@ from fastokd.run.identity import (
 from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.run.taught import write_taught
 from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
 from fastokd.student.teacher import to_keep
@@ -223,6 +225,9 @@ class RunFolder:
             self._write_environment(session)
             for kept in to_keep(self.path, session.teachers):
                 write_durably(kept.path, kept.to_bytes())
+            if session.taught_NC is not None:
+                assert isinstance(session.data.train, Split)
+                write_taught(self.path, session.taught_NC, session.teachers, session.data.train)
         return None
 
     def _note_changes(self, session: Session) -> None:
@@ -384,9 +389,11 @@ class RunFolder:
             self.save(session)
         tensors, facts = session.state()
         session.learner.ranks.first(lambda: self._write_student(session, tensors, facts))
-        text = session.learner.average and session.learner.average.warning(self.metrics())
-        if text and speaks():
-            warn(text)
+        average = session.learner.average
+        if average is not None and session.recipe.keep == "average":
+            text = average.warning(self.metrics())
+            if text and speaks():
+                warn(text)
         kept = student_of(self.path, tensors, facts, [])
         check_kept(session.learner, session.data, kept, self.path)
         return Run(self.path, session.recipe, self.metrics())

@@ -18,8 +18,8 @@ UNTRAINED = {
     *("augmentation.png", "tensorboard", "wandb"),
 }
 BEGUN = {"recipe.json", "checkpoints"}
-# Copies of the run's teachers.
-TEACHER = re.compile(r"teacher(-\d+)?\.safetensors")
+# Copies of the run's teachers, and their logits.
+TEACHER = re.compile(r"teacher(-\d+|_logits)?\.safetensors")
 
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 

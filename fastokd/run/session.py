@@ -15,7 +15,7 @@ from fastokd.data.mixing import dominant
 from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
-from fastokd.learner.learner import Learner
+from fastokd.learner.learner import TAUGHT, Learner
 from fastokd.learner.optimizers import set_rate, set_rates
 from fastokd.learner.shared_state import gathered, mine, share_state
 from fastokd.learner.state import State, below, load_state, state_of
@@ -55,6 +55,7 @@ class Session:
     Attributes:
         stream: the training batches of this rank.
         teachers: the weights of the run's teachers.
+        taught_NC: their logits of the training set, where the recipe has them cached.
         contents: SHA-256 of the teacher's and the initial weights.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
@@ -76,6 +77,7 @@ class Session:
     teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    taught_NC: Tensor | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -248,7 +250,11 @@ class Session:
         if images not in self._single:
             self._single[images] = Block(self.learner.device, steps=1)
         block = self._single[images]
-        block.fill(iter([self._draws(images, self.step)]))
+        draws = self._draws(images, self.step)
+        if self.taught_NC is not None and isinstance(self.stream, BatchStream):
+            index_B = self.stream.row(self.epoch, self.batch)[0]
+            draws[TAUGHT] = self.taught_NC.cpu().index_select(0, index_B)
+        block.fill(iter([draws]))
         progress = self.learner.progress
         progress.draws = {name: x[0] for name, x in block.tensors.items()}
         progress.mixed_with = None
@@ -267,7 +273,10 @@ class Session:
             set_rates(self._groups, draws.pop(RATES))
         operations_BL = draws.pop(OPERATIONS, None)
         if isinstance(self.stream, BatchStream):
-            batch = self.stream.read(draws.pop(BATCH), operations_BL)
+            row = draws.pop(BATCH)
+            batch = self.stream.read(row, operations_BL)
+            if self.taught_NC is not None:
+                draws[TAUGHT] = self.taught_NC.index_select(0, row[0])
         images_BHWC, labels_B = batch
         if isinstance(self.stream, DiskStream):
             images_BHWC = self.stream.finish(images_BHWC, operations_BL)
@@ -346,7 +355,7 @@ class Session:
 
     def _load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         learner = self.learner
-        load_state(learner, tensors, facts, self.recipe.kept_student)
+        load_state(learner, tensors, facts)
         meter = below(tensors, "meter.")
         self.meter.set({k: v.to(learner.device) for k, v in meter.items()})
         self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))

@@ -33,7 +33,8 @@ def names_of(given: Sequence[str]) -> list[str]:
 
 
 def _is_one(entry: str) -> bool:
-    return Path(entry).exists() or ("=" in entry and Path(entry.partition("=")[2]).exists())
+    model, _, file = entry.partition("=")
+    return Path(entry).exists() or (bool(file) and "+" not in model and Path(file).exists())
 
 
 def is_of_a_library(name: str) -> bool:
