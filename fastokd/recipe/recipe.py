@@ -478,10 +478,12 @@ class Recipe:
 
     @property
     def number_of_views(self) -> int | None:
-        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        """Views of a batch: one for each student, and one for a teacher whose logits aren't cached. None
+        where all share one."""
         if self.views == "shared":
             return None
-        return self.students + methods.method_class(self.method).needs.teacher
+        taught = methods.method_class(self.method).needs.teacher and self.cache_teacher == "no"
+        return self.students + int(taught)
 
     def learning_rate(
         self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1
