@@ -173,8 +173,8 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
         cohort.join()
         size = of.image_size
         shape: tuple[int, ...] = (batch, size, size, 3)
-        if of.number_of_views is not None:
-            shape = (of.number_of_views, *shape)
+        if of.views == "student":
+            shape = (of.students + int(teacher is not None), *shape)
         images_BHWC = torch.empty(shape, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
         optimizers = build_optimizers(cohort, method, of, cpu)

@@ -102,7 +102,13 @@ class Recipe(
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
-        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
+        check_views(
+            self.views,
+            self.trunk_views,
+            sharing=self.sharing,
+            method=self.method,
+            reads_maps=needs.maps,
+        )
         check_mixing(self, takes_mixed=needs.mixed_labels)
         check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
@@ -182,10 +188,12 @@ class Recipe(
 
     @property
     def number_of_views(self) -> int | None:
-        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        """Views of a batch: one for each student, and one for a teacher whose logits aren't cached. None
+        where all share one."""
         if self.views == "shared":
             return None
-        return self.students + methods.method_class(self.method).needs.teacher
+        taught = methods.method_class(self.method).needs.teacher and self.cache_teacher == "no"
+        return self.students + int(taught)
 
     def learning_rate(
         self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1

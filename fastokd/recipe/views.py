@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastokd.errors import UserError
 
@@ -24,9 +24,14 @@ class ViewSettings:
     ] = "each"
 
 
-def check_views(views: str, trunk_views: str, sharing: str, method: str, needs: Any) -> None:
-    """Raises UserError where ``method`` can't have these views, or there is no trunk to see several."""
-    if views == "student" and needs.maps:
+def check_views(
+    views: str, trunk_views: str, *, sharing: str, method: str, reads_maps: bool
+) -> None:
+    """Raises UserError where ``method`` can't have these views, or there is no trunk to see several.
+
+    ``reads_maps``: the method compares the students' maps.
+    """
+    if views == "student" and reads_maps:
         raise UserError(
             f"views is 'student', but {method} compares the students' maps place by place, which views "
             "of different crops don't share: set views to shared"

@@ -273,10 +273,10 @@ def _training_stream(
 def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
     """The views that this rank's networks read: its students' by their numbers, and behind those of all
     students a teacher's. None where all networks read one."""
-    if recipe.views == "shared":
+    count = recipe.number_of_views
+    if count is None:
         return None
-    teacher = method_class(recipe.method).needs.teacher
-    return (*ranks.share(recipe.students), *([recipe.students] if teacher else []))
+    return (*ranks.share(recipe.students), *range(recipe.students, count))
 
 
 def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:

@@ -252,7 +252,7 @@ class Session:
         block = self._single[images]
         draws = self._draws(images, self.step)
         if self.taught_NC is not None and isinstance(self.stream, BatchStream):
-            index_B = self.stream.row(self.epoch, self.batch)[0]
+            index_B = self.stream.row(self.epoch, self.batch)[0, :images]  # the first view's
             draws[TAUGHT] = self.taught_NC.cpu().index_select(0, index_B)
         block.fill(iter([draws]))
         progress = self.learner.progress
@@ -276,7 +276,7 @@ class Session:
             row = draws.pop(BATCH)
             batch = self.stream.read(row, operations_BL)
             if self.taught_NC is not None:
-                draws[TAUGHT] = self.taught_NC.index_select(0, row[0])
+                draws[TAUGHT] = self.taught_NC.index_select(0, row[0, :images])
         images_BHWC, labels_B = batch
         if isinstance(self.stream, DiskStream):
             images_BHWC = self.stream.finish(images_BHWC, operations_BL)

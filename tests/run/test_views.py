@@ -15,8 +15,10 @@ from fastokd.benchmark.loops import OurLoop, PublishedLoop
 from fastokd.benchmark.step import step_macs
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.cohort import Choice
+from fastokd.data import BatchStream
 from fastokd.errors import UserError
 from fastokd.learner.captured import CapturedStep
+from fastokd.learner.learner import TAUGHT
 from fastokd.learner.step import training_step
 from fastokd.plan.trace import trace_ours
 from fastokd.recipe.names import Recipe, recipe
@@ -213,7 +215,7 @@ def test_the_teacher_has_a_view_of_its_own(tmp_path: Path) -> None:
         out=tmp_path / "teacher",
         **QUICK,
     )
-    session = session_of(viewed("kd", "network", students=2), teacher=base.folder)
+    session = session_of(viewed("kd", "network", students=2), teacher=(str(base.folder),))
     images, _ = session.next_batch()
     assert images.shape[0] == 3
     teacher = session.learner.cohort.teacher
@@ -223,6 +225,27 @@ def test_the_teacher_has_a_view_of_its_own(tmp_path: Path) -> None:
     cohort = session.learner.cohort
     x_BCHW = (images[2].double() * cohort.scale_C + cohort.shift_C).permute(0, 3, 1, 2)
     torch.testing.assert_close(out.extra_logits_EBC[0], teacher(x_BCHW), rtol=1e-9, atol=1e-9)
+
+
+def test_cached_logits_of_a_teacher_are_of_the_images_of_every_view(tmp_path: Path) -> None:
+    """The teacher then has no view."""
+    base = fastokd.train(
+        recipe("baseline/resnet8/digits", epochs=1, batch_size=250, milestones=[1]),
+        out=tmp_path / "teacher",
+        max_steps=1,
+        **QUICK,
+    )
+    one = viewed("kd", "network", students=2, cache_teacher="plain")
+    session = session_of(one, teacher=(str(base.folder),))
+    assert session.next_batch()[0].shape[0] == 2
+    assert isinstance(session.stream, BatchStream)
+    index_B = session.stream.draws(0, 0).index_B
+    assert session.taught_NC is not None
+    stepped(session, 1)
+    taught_BC = session.learner.progress.draws[TAUGHT]
+    assert torch.equal(taught_BC, session.taught_NC[index_B])
+    session.begin_step(6)
+    assert session.learner.progress.draws[TAUGHT].shape == taught_BC.shape
 
 
 def test_the_picture_of_a_batch_shows_an_images_views_side_by_side(tmp_path: Path) -> None:
