@@ -188,7 +188,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise _unreadable(path, error) from error
     if not isinstance(facts, dict):
         raise UserError(f"the checkpoint {path} isn't from a run: its {FACTS} holds no object")
-    return tensors, facts
+    return tensors, _as_now(facts)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -202,10 +202,18 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         manifest, facts = (json.loads((path / name).read_bytes()) for name in (MANIFEST, FACTS))
         digest = hashlib.sha256((path / FACTS).read_bytes()).hexdigest()
         if digest == manifest[FACTS] and isinstance(facts, dict):
-            return facts
+            return _as_now(facts)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     raise UserError(f"the checkpoint {path} is damaged: {FACTS} isn't what was written")
+
+
+def _as_now(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts as this version writes them: the decay of an average was no setting of the recipe."""
+    recipe, decay = facts.get("recipe"), facts.get("ema")
+    if isinstance(recipe, dict) and decay is not None:
+        recipe.setdefault("ema", decay)
+    return facts
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

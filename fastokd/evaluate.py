@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from fastokd.data import BatchStream, DiskSplit, DiskStream, Split, load_dataset
 from fastokd.device import autocast, pick_precision, set_matmul_precision, use_device
 from fastokd.distributed.ranks import Line, Ranks, speaks
 from fastokd.errors import UserError, as_path, forget, in_one_line, warn
+from fastokd.learner.average import Average
 from fastokd.learner.captured import CapturedStep
+from fastokd.learner.norms import BATCHES, recompute
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
 from fastokd.metrics import Meter
@@ -205,7 +208,7 @@ def evaluate_published(
 
 
 class Evaluator:
-    """Scores a session's cohort, and the average of its kept student, on the held-out splits.
+    """Scores a session's cohort, and its averaged students, on the held-out splits.
 
     What it makes is kept for the next call, until the learner adopts another choice.
     """
@@ -214,25 +217,56 @@ class Evaluator:
         self.session = session
         self._captured: CapturedStep | None = None
         self._whole: Scorer | None = None
-        self._alone: Scorer | None = None
+        self._averaged: Scorer | None = None
 
     def __call__(self, between: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
-        """The metrics by split; ``between`` as in :meth:`Scorer.measure`."""
+        """The metrics by split; ``between`` as in :meth:`Scorer.measure`.
+
+        Metrics of averages begin with ``ema_``: ``ema_top1`` and ``ema_top5`` are the kept student's;
+        where every student has an average, the cohort's accuracies have that prefix, too.
+        """
         learner = self.session.learner
         share_state(learner)
         if self._whole is None or self._captured is not learner.captured:
-            self._captured, self._alone = learner.captured, None
+            self._captured, self._averaged = learner.captured, None
             has_leader = self.session.recipe.has_leader
             self._whole = self._scorer(learner.cohort, learner.method, has_leader)
         results = self._score(self._whole, between)
         if learner.average is not None:
-            if self._alone is None:
-                lone = self._lone_cohort()
-                self._alone = self._scorer(lone, create_method("baseline", lone.shape), False)
-            _copy_into(self._alone.cohort, learner.average.state)
-            for name, alone in self._score(self._alone, between).items():
-                results[name] |= {f"ema_{top}": alone[f"mean_{top}"] for top in ("top1", "top5")}
+            for name, found in self._score_average(learner.average, between).items():
+                results[name] |= found
         return results
+
+    def _score_average(
+        self, average: Average, between: Callable[[], None]
+    ) -> dict[str, dict[str, Any]]:
+        """The metrics of the averages by split. Statistics of norms that aren't averaged are recomputed
+        before, and stay in the average."""
+        recipe = self.session.recipe
+        if self._averaged is None:
+            apart = self._averages_apart(average)
+            method = create_method("ind" if len(average.states) > 1 else "baseline", apart.shape)
+            has_leader = recipe.has_leader and len(average.states) > 1
+            self._averaged = self._scorer(apart, method, has_leader)
+        cohort, states = self._averaged.cohort, list(average.states.values())
+        _copy_into(cohort, states)
+        if not average.how.statistics:
+            learner = self.session.learner
+            recompute(cohort, self._training_images(between), learner.autocast, learner.ranks)
+            for index, state in enumerate(states):
+                live = cohort.student_state(index)
+                torch._foreach_copy_(list(state.values()), [live[key] for key in state])
+        kept = list(average.states).index(recipe.kept_student)
+        return {
+            name: _of_averages(found, kept)
+            for name, found in self._score(self._averaged, between).items()
+        }
+
+    def _training_images(self, between: Callable[[], None]) -> Iterator[Tensor]:
+        """The first batches of training images, always the same, as they were augmented in epoch 0."""
+        for images_BHWC, _ in islice(self.session.stream.batches(0), BATCHES):
+            yield images_BHWC
+            between()
 
     def _scorer(self, cohort: Cohort, method: Method, has_leader: bool) -> Scorer:
         context, test_flip = self.session.learner.autocast, self.session.recipe.test_flip
@@ -246,11 +280,11 @@ class Evaluator:
             if split is not None
         }
 
-    def _lone_cohort(self) -> Cohort:
-        """The kept student as a cohort of one."""
+    def _averages_apart(self, average: Average) -> Cohort:
+        """The averaged students as a cohort of their own."""
         learner, recipe, data = self.session.learner, self.session.recipe, self.session.data
-        lone = Cohort(
-            (recipe.models[recipe.kept_student], 1),
+        apart = Cohort(
+            [recipe.models[index] for index in average.states],
             learner.cohort.num_classes,
             sharing="network",
             impl=learner.cohort.impl,
@@ -258,12 +292,25 @@ class Evaluator:
             std=data.std,
             model_options=recipe.model_options,
         )
-        lone.to(learner.device).set_memory_format(learner.cohort.memory_format)
-        return lone
+        apart.to(learner.device).set_memory_format(learner.cohort.memory_format)
+        return apart
 
 
 @torch.no_grad()
-def _copy_into(lone: Cohort, state: dict[str, Tensor]) -> None:
-    """Copies weights into the tensors of a cohort of one, which its graphs read."""
-    live = lone.student_state(0)
-    torch._foreach_copy_([live[key] for key in state], list(state.values()))
+def _copy_into(cohort: Cohort, states: Sequence[dict[str, Tensor]]) -> None:
+    """Copies weights into the tensors of a cohort, which its graphs read."""
+    for index, state in enumerate(states):
+        live = cohort.student_state(index)
+        torch._foreach_copy_([live[key] for key in state], list(state.values()))
+
+
+def _of_averages(metrics: dict[str, Any], kept: int) -> dict[str, Any]:
+    """The accuracies of averages; ``kept``: the place of the kept student among them."""
+    found = {f"ema_{top}": metrics[f"student_{top}"][kept] for top in ("top1", "top5")}
+    if len(metrics["student_top1"]) == 1:
+        return found
+    return found | {
+        f"ema_{name}": value
+        for name, value in metrics.items()
+        if name.endswith(("_top1", "_top5")) and value is not None
+    }

@@ -340,7 +340,6 @@ def test_every_option_of_train_is_the_runs(
         "accumulate": 2,
         "clip_norm": 0.5,
         "skip_nonfinite": 4,
-        "ema": 0.75,
         "eval_every": 5,
         "save_every_steps": 6,
         "save_every_minutes": 2.5,

@@ -47,9 +47,9 @@ class Graphs:
         return None, replay
 
 
-def begun(**options: Any) -> Session:
-    one = recipe("okddip-branch@2/resnet8/digits", epochs=3, batch_size=250)
-    return build(one, RunOptions(**QUICK, **options))
+def begun(**changes: Any) -> Session:
+    one = recipe("okddip-branch@2/resnet8/digits", epochs=3, batch_size=250, **changes)
+    return build(one, RunOptions(**QUICK))
 
 
 def take(session: Session) -> None:
@@ -149,8 +149,8 @@ def test_a_batch_reads_nothing_back(method: str, sharing: str) -> None:
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_a_batch_on_a_gpu_copies_nothing_of_the_host(method: str, sharing: str) -> None:
     """As a capture requires. What is made on the host stays there (``Progress.start``)."""
-    how = RunOptions(**{**QUICK, "precision": "bf16", "ema": 0.9})
-    session = OurLoop(small(method, sharing), how).session
+    how = RunOptions(**{**QUICK, "precision": "bf16"})
+    session = OurLoop(small(method, sharing, ema=0.9), how).session
     learner = session.learner
     with FakeTensorMode(), fake_autocast(), torch.no_grad():
         fake_cuda._move(session)

@@ -83,7 +83,7 @@ class OurLoop:
             options = dataclasses.replace(options, teacher=taught, quiet=True)
             session = self.session = build(of, options, data=data)
         self.device, self.precision = session.learner.device, session.learner.precision
-        self.images_BHWC = batch.images_NHWC.to(self.device)
+        self.images_BHWC = synthetic.in_views(of, batch.images_NHWC).to(self.device)
         self.labels_B = batch.labels_N.to(self.device)
         session.epoch = int(of.ramp_epochs)  # the end of the ramp: full weights
         session.learner.train()
@@ -221,7 +221,7 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     Raises:
         UserError: an option that the published loop doesn't take.
     """
-    foreign = list(of.model_options)
+    foreign = [*of.model_options, *(["views"] if of.views != "shared" else [])]
     if of.method != "ffsd":
         foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
     if foreign:

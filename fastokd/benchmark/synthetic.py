@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import preprocessing_of
@@ -39,6 +40,14 @@ def drawn_batch(of: Recipe, seed: int = 0) -> Split:
         torch.randint(256, shape, dtype=torch.uint8, generator=generator),
         torch.randint(num_classes(of), shape[:1], generator=generator),
     )
+
+
+def in_views(of: Recipe, images_NHWC: Tensor) -> Tensor:
+    """The images as the recipe's step reads them: ``[V, N, H, W, 3]`` with the samples in another order in
+    each view, or as they are."""
+    if of.number_of_views is None:
+        return images_NHWC
+    return torch.stack([images_NHWC.roll(view, 0) for view in range(of.number_of_views)])
 
 
 def drawn_splits(of: Recipe, batch: Split) -> DatasetSplits:

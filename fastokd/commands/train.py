@@ -48,6 +48,13 @@ FLAGS = {
         Annotated[float | None, "The same to test, for an image folder without test/."],
         None,
     ),
+    "ema": (
+        Annotated[
+            float | None,
+            "Decay of a moving average of the kept student; the average is kept instead.",
+        ],
+        None,
+    ),
     "image_size": (Annotated[int | None, "Height and width of an imagefolder's images."], None),
 }
 

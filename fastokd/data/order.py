@@ -117,9 +117,11 @@ class BatchOrder:
         order_N = torch.randperm(self._samples, generator=generator)
         return order_N if self.repeats == 1 else repeated(order_N, self.repeats, self.batch_size)
 
-    def generator(self, epoch: int, index: int) -> torch.Generator:
-        """The generator of batch ``index``. Draw for the whole batch and take this rank's :meth:`share`."""
-        return keyed_generator(self.seed, epoch, index)
+    def generator(self, epoch: int, index: int, *what: str, view: int = 0) -> torch.Generator:
+        """The generator of ``what`` in one view of batch ``index``. Draw for the whole batch and take this
+        rank's :meth:`share`."""
+        more = ("view", view) if view else ()
+        return keyed_generator(self.seed, epoch, index, *what, *more)
 
 
 def epoch_length(count: int, repeats: int) -> int:

@@ -155,6 +155,9 @@ def _trained(weights: Weights) -> list[str]:
     said = {name: weights.fact(name) for name in OPTIONAL if name in weights.facts}
     if said.get("ema") is not None:
         lines += [f"The weights are a running average over the steps, of decay {said['ema']}.", ""]
+    if said.get("swa"):
+        since = f"epoch {recipe.average_start + 1}" if recipe.average_start else "the first"
+        lines += [f"The weights are the uniform average over the steps from {since} on (SWA).", ""]
     if said.get("score"):
         split, top1, epoch = (said["score"][name] for name in ("split", "top1", "epoch"))
         name = {"test": "Test", "val": "Validation"}[split]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
 from fastokd.cohort.keys import split_key
+from fastokd.learner.label_loss import label_loss_of
 from fastokd.learner.optimizers import check_apex, create_optimizer
 from fastokd.methods import Method, OptimGroup, create_method, method_class
-from fastokd.recipe.label_loss import label_loss_of
 from fastokd.recipe.recipe import Recipe
 
 
@@ -32,7 +32,7 @@ def build_cohort(
     Args:
         image_size, mean, std: of the images; ``impl``: of the ops; ``teacher``: as
             :class:`~fastokd.Cohort` takes it; ``class_weight_C``: as
-            :func:`~fastokd.recipe.label_loss.label_loss_of` takes it.
+            :func:`~fastokd.learner.label_loss.label_loss_of` takes it.
 
     Raises:
         UserError: the method refuses these students, or settings don't fit the number of classes.
@@ -50,6 +50,7 @@ def build_cohort(
         trunk_grad_scale=1 / recipe.students if needs.divide_trunk_gradient else 1.0,
         model_options=recipe.model_options,
         image_size=image_size,
+        trunk_views=recipe.trunk_views,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed * 1_000_003 + 999_983)

@@ -71,22 +71,23 @@ class Lamb(torch.optim.Optimizer):
     def _clipped(self, groups: list[tuple[Group, list[Tensor]]]) -> dict[Tensor, Tensor]:
         """Each parameter's gradient after clipping; zeros where the step isn't taken, so that no value
         which isn't finite reaches a state."""
-        units: dict[int, list[Tensor]] = {}
+        units: dict[int, dict[Tensor, Tensor]] = {}
         for group, parameters in groups:
             of = dict(zip(group["params"], group.get("units", ()), strict=False))
             for p in parameters:
-                units.setdefault(of.get(p, 0), []).append(p)
+                assert p.grad is not None
+                units.setdefault(of.get(p, 0), {})[p] = p.grad
         clipped: dict[Tensor, Tensor] = {}
-        for parameters in units.values():
-            gradients = [p.grad for p in parameters]
+        for unit in units.values():
+            gradients = list(unit.values())
             if self.max_grad_norm is not None:
                 norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-                gradients = torch._foreach_div(gradients, (norm / self.max_grad_norm).clamp_(min=1))
+                most = (norm / self.max_grad_norm).clamp_(min=1)
+                gradients = list(torch._foreach_div(gradients, most))
             if self.found_inf is not None:
-                zero = gradients[0].new_zeros(())
-                untaken = self.found_inf != 0
+                zero, untaken = gradients[0].new_zeros(()), self.found_inf != 0
                 gradients = [torch.where(untaken, zero, g) for g in gradients]
-            clipped.update(zip(parameters, gradients, strict=True))
+            clipped.update(zip(unit, gradients, strict=True))
         return clipped
 
     def _update(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
@@ -96,7 +97,7 @@ class Lamb(torch.optim.Optimizer):
         )
         one = torch.ones_like(counts[0])
         taken = one if self.found_inf is None else (self.found_inf == 0).to(one.dtype)
-        torch._foreach_add_(counts, taken)
+        torch._foreach_add_(counts, [taken] * len(counts))
         # The parameters of a group have one count: they are trained from the same step on (build.py).
         # In float64, as 1 - beta^t has few digits in float32; an untaken first step counts as one.
         t = counts[0].double().clamp(min=1)
@@ -109,7 +110,7 @@ class Lamb(torch.optim.Optimizer):
         below = torch._foreach_sqrt(squares)
         torch._foreach_div_(below, (1 - beta2**t).sqrt().to(kind))
         torch._foreach_add_(below, group["eps"])
-        updates = torch._foreach_div(means, (1 - beta1**t).to(kind))
+        updates = list(torch._foreach_div(means, (1 - beta1**t).to(kind)))
         torch._foreach_div_(updates, below)
         rate = (taken * group["lr"]).to(kind)
         if group["weight_decay"]:

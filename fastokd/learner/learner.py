@@ -14,8 +14,8 @@ from fastokd.cohort import Choice, Cohort
 from fastokd.device import autocast, gradient_scaler, release_memory
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
+from fastokd.learner.average import Average
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import Guard, Held, Shared, set_random_state
 from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
@@ -38,7 +38,7 @@ class Learner:
         progress: what changes from step to step, as device tensors that the owner fills.
         scaler: the loss scale of fp16; disabled in other precisions.
         guard: the flag on the device that skips a step which isn't finite.
-        average: the running average of the kept student's weights, or None.
+        average: the average of students' weights over the steps, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
         frozen: the first stages that aren't trained; :meth:`freeze` changes it.
@@ -57,7 +57,7 @@ class Learner:
         precision: str,
         ranks: Ranks,
         student_parallel: StudentParallel | None = None,
-        average: LeaderAverage | None = None,
+        average: Average | None = None,
         accumulate: int = 1,
         min_batch: int = 1,
         clip_norm: float | None = None,

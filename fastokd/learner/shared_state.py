@@ -40,8 +40,9 @@ def share_state(learner: Learner) -> None:
     for name, value in learner.method.state_dict().items():
         _broadcast(value, source(learner.method.belongs_to(name)))
     if learner.average is not None:
-        for value in learner.average.state.values():
-            _broadcast(value, source(learner.average.index))
+        for student, state in learner.average.states.items():
+            for value in state.values():
+                _broadcast(value, source(student))
 
 
 def _broadcast(value: Tensor, source: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.guard import random_state, set_random_state
 from fastokd.learner.learner import Learner
 from fastokd.learner.optimizers import as_state
@@ -29,15 +28,12 @@ def state_of(learner: Learner) -> State:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     tensors[f"optim.{names[parameter]}:{key}"] = value
-    average = learner.average
-    if average is not None:
-        tensors |= {f"ema.{k}": v for k, v in average.state.items()}
-        tensors["ema_updates"] = average.updates
+    if learner.average is not None:
+        tensors |= learner.average.entries()
     tensors["rng.cpu"], cuda = random_state(learner.device)
     if cuda is not None:
         tensors["rng.cuda"] = cuda
     facts = {
-        "ema": None if average is None else average.decay,
         "scaler": learner.scaler.state_dict(),
         "ranks": list(learner.ranks.arrangement),
     }
@@ -45,12 +41,8 @@ def state_of(learner: Learner) -> State:
 
 
 @torch.no_grad()
-def load_state(
-    learner: Learner, tensors: dict[str, Tensor], facts: dict[str, Any], kept_student: int
-) -> None:
+def load_state(learner: Learner, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """The reverse of :func:`state_of`; a tensor that exists already keeps its memory.
-
-    ``kept_student``: the student that an average in ``tensors`` is of, where the learner has none.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: the state is another learner's.
@@ -67,11 +59,8 @@ def load_state(
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 _load_optimizer(optimizer, parameter, states.get(parameter, {}))
-    if facts.get("ema") is not None:
-        # A run that is only evaluated doesn't ask for an average, and gets the one that it has.
-        if learner.average is None or learner.average.decay != facts["ema"]:
-            learner.average = LeaderAverage(learner.cohort, kept_student, facts["ema"])
-        learner.average.load(below(tensors, "ema."), tensors.get("ema_updates"))
+    if learner.average is not None:
+        learner.average.load(tensors)
     if facts.get("scaler"):
         learner.scaler.load_state_dict(facts["scaler"])
         # A step that failed leaves the scaler between unscaling and update.
@@ -86,13 +75,9 @@ def snapshot(learner: Learner) -> Callable[[], None]:
     """Copies the state to the host; the function that is returned restores it, to the bit."""
     tensors, facts = state_of(learner)
     kept = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-    facts["ema"] = None
-    average = learner.average
 
     def restore() -> None:
-        load_state(learner, kept, facts, 0)
-        if average is not None:
-            average.load(below(kept, "ema."), kept["ema_updates"])
+        load_state(learner, kept, facts)
 
     return restore
 

@@ -41,7 +41,7 @@ def step(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tenso
     with torch.no_grad():
         learner.method.after_step(learner.cohort, learner.progress)
     if learner.average is not None:
-        learner.average.update()
+        learner.average.update(learner.progress.epoch)
     learner.before.put_back(untaken)
     learner.guard.counted()
     # Without their history: a graph's outputs would keep the warm-up's autograd nodes alive.
@@ -121,7 +121,8 @@ def parts(
             ),
         )
         for i, (images, labels) in enumerate(
-            zip(images_BHWC.tensor_split(count), labels_B.tensor_split(count), strict=True)
+            # B is the fourth dimension from the end, with views before it or not.
+            zip(images_BHWC.tensor_split(count, dim=-4), labels_B.tensor_split(count), strict=True)
         )
     ]
 

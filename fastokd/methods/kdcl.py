@@ -2,8 +2,8 @@
 
 Scores: naive: for each sample the student with the lowest cross-entropy alone; linear: the log of
 the weights of the convex combination of logits with the lowest cross-entropy; min-logit and general:
-one computed extra source alone. Targets are detached. One deviation: all students get the same
-augmented images, where the paper augments them separately for each.
+one computed extra source alone. Targets are detached. The paper augments the images separately for each
+student: the recipe's ``views="student"``. By default all students get the same augmented images.
 
 Where a batch's labels are mixed, which the paper doesn't have, the true class's logit is the mean of both
 classes' by their shares: a cross-entropy is log sum exp of the logits less it, as with one label. Targets

@@ -17,6 +17,7 @@ from typing import Any
 from fastokd.errors import UserError, wrong_type
 from fastokd.known import METHODS
 from fastokd.recipe.changes import NAMED
+from fastokd.recipe.optimization import unused
 from fastokd.recipe.recipe import Recipe
 
 if sys.version_info >= (3, 11):
@@ -70,11 +71,13 @@ def read_recipe(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def as_toml(recipe: Recipe, base: Recipe) -> str:
-    """``recipe`` as the text of a file that changes ``base``: all settings, first those that differ."""
+    """``recipe`` as the text of a file that changes ``base``: all settings that have a meaning in it,
+    first those that differ."""
     base_name, own = recipe.name, {}
     if recipe.method not in METHODS:  # a user's, whose name no recipe's name holds
         base_name, own = base.name, {"method": recipe.method}
-    values = {k: v for k, v in recipe.to_json().items() if k not in NAMED}
+    left_out = {*NAMED, *unused(recipe)}
+    values = {k: v for k, v in recipe.to_json().items() if k not in left_out}
     before = base.to_json()
     differing = {**own, **{k: v for k, v in values.items() if v != before[k]}}
     text = f"{BASE} = {_literal(base_name)}\n"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.recipe.recipe import Recipe
 
 # Settings that say how images are mixed, and what they are where nothing is.
 HOW = {"mix_prob": 1.0, "mix_switch_prob": 0.5, "mix_epochs": 0, "mix_each": False}
 
 
-def check_mixing(recipe: Recipe, *, takes_mixed: bool) -> None:
+def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:
     """Raises UserError where the settings of mixing and sampling contradict each other.
 
-    ``takes_mixed``: the recipe's method takes mixed labels.
+    Args:
+        recipe: a :class:`Recipe` whose fields have passed their own bounds.
+        takes_mixed: the recipe's method takes mixed labels.
     """
     on = [name for name in ("mixup", "cutmix") if getattr(recipe, name) > 0]
     if on and not takes_mixed:
@@ -29,12 +28,21 @@ def check_mixing(recipe: Recipe, *, takes_mixed: bool) -> None:
     for name in without:
         value = getattr(recipe, name)
         if value != HOW[name]:
-            what = "mixup and cutmix are 0" if not on else f"only {on[0]} is above 0"
-            raise UserError(f"{name} is {value}, but {what}: leave it out, or set both above 0")
+            why, fix = (
+                (f"only {on[0]} is above 0", "both")
+                if on
+                else ("mixup and cutmix are 0", "one of them")
+            )
+            raise UserError(f"{name} is {value}, but {why}: leave it out, or set {fix} above 0")
     if recipe.mix_epochs > recipe.epochs:
         raise UserError(
             f"mix_epochs is {recipe.mix_epochs}, but there are {recipe.epochs} epochs: choose at most as "
             "many, or 0 for all"
+        )
+    if recipe.balanced and recipe.class_weights == "balanced":
+        raise UserError(
+            "class_weights is 'balanced', but balanced draws all classes equally often already: set one of "
+            "them to none or false"
         )
     if recipe.balanced and recipe.repeats > 1:
         raise UserError(

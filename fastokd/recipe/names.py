@@ -91,7 +91,8 @@ def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
         fields()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
     changed = dataclasses.replace(base, **changes)
-    refuse_unused(changed, {*changes})
+    # A file says every field, those that mean nothing at their defaults.
+    refuse_unused(changed, {n for n in changes if getattr(changed, n) != getattr(base, n)})
     return changed
 
 

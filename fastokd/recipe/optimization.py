@@ -34,12 +34,20 @@ def check_optimizer(recipe: Recipe) -> None:
         )
 
 
+def unused(recipe: Recipe) -> dict[str, str]:
+    """The settings that mean nothing under this schedule and optimizer, and which of them it is."""
+    chosen = {"schedule": recipe.schedule, "optimizer": recipe.optimizer}
+    return {
+        name: f"{setting} {its}"
+        for setting, its in chosen.items()
+        for name in UNUSED.get((setting, its), UNUSED[setting, None])
+    }
+
+
 def refuse_unused(recipe: Recipe, given: set[str]) -> None:
-    """Raises UserError if one of the settings ``given`` means nothing under this schedule or optimizer."""
-    for setting, its in (("schedule", recipe.schedule), ("optimizer", recipe.optimizer)):
-        unused = UNUSED.get((setting, its), UNUSED[setting, None])
-        for name in sorted(given.intersection(unused)):
+    """Raises UserError if one of the settings ``given`` means nothing here."""
+    for name, under in unused(recipe).items():
+        if name in given:
             raise UserError(
-                f"{name} is {getattr(recipe, name)}, which means nothing with the {setting} {its}: leave "
-                "it out"
+                f"{name} is {getattr(recipe, name)}, which means nothing with the {under}: leave it out"
             )

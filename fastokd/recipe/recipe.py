@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import DATASETS, MOST_PIXELS, Later, place_of
 from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
+from fastokd.recipe.averages import averaged_students, check_averages, judged_average
 from fastokd.recipe.fields import (
     BELOW_ONE,
     IMAGES,
@@ -26,6 +27,7 @@ from fastokd.recipe.optimization import check_optimizer
 from fastokd.recipe.resolution import check_sizes
 from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
 from fastokd.recipe.teaching import check_teaching
+from fastokd.recipe.views import check_views
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -306,6 +308,41 @@ class Recipe:
         at_least(-1),
     ] = 0
     frozen_epochs: Annotated[int, "Epochs in which frozen_stages are frozen.", at_least(0)] = 0
+    ema: Annotated[
+        float,
+        "Decay of an exponential moving average of a student's weights over the steps, such as 0.999; 0 "
+        "for none.",
+        BELOW_ONE,
+    ] = 0.0
+    ema_warmup: Annotated[
+        bool, "The decay rises to `ema`: the average spans a tenth of the steps taken at most."
+    ] = True
+    swa: Annotated[
+        bool, "A uniform average of a student's weights over the steps from `average_start` on."
+    ] = False
+    average_start: Annotated[
+        int,
+        "The epoch from which weights are averaged; before it the average is a copy of them.",
+        at_least(0),
+    ] = 0
+    average_every: Annotated[
+        int,
+        "Steps between two updates of the average; an epoch's number as SWA was published.",
+        at_least(1),
+    ] = 1
+    average_students: Annotated[
+        Literal["kept", "all"], "Whose weights are averaged: the `kept` student's, or `all`."
+    ] = "kept"
+    average_norms: Annotated[
+        Literal["averaged", "recomputed"],
+        "Running statistics of an averaged student: `averaged` as its weights are, or `recomputed` on "
+        "training images at each evaluation.",
+    ] = "averaged"
+    keep: Annotated[
+        Literal["average", "raw"],
+        "Which weights are reported, kept and exported where there is an average: the `average`, or the "
+        "`raw` ones.",
+    ] = "average"
     cache_teacher: Annotated[
         Literal["no", "exact", "plain"],
         "Compute the teacher's logits of the training set once: `no` (in every step), `exact` (refused "
@@ -317,6 +354,16 @@ class Recipe:
         "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
         "library states of its published weights.",
     ] = "data"
+    views: Annotated[
+        Literal["shared", "student"],
+        "The augmented images of a batch: `shared` by all networks, or drawn anew for each `student` (and "
+        "once more for a teacher).",
+    ] = "shared"
+    trunk_views: Annotated[
+        Literal["each", "all"],
+        "Where students with views of their own share a trunk: it runs over `each` view by itself, or over "
+        "`all` as one batch.",
+    ] = "each"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -339,13 +386,14 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
-        check_label_loss(self, needs)
+        check_label_loss(self, needs.label_loss)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
         check_sizes(self)
         check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
+        check_averages(self)
         check_schedule(self)
         check_optimizer(self)
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
@@ -353,6 +401,7 @@ class Recipe:
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
         check_mixing(self, takes_mixed=needs.mixed_labels)
         check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
@@ -400,16 +449,33 @@ class Recipe:
         return float(metrics[f"{judged}_top1"])
 
     def judged(self, metrics: dict[str, Any]) -> str:
-        """Whose accuracy is reported: the kept student's running ``"average"`` if there is one, else
-        ``reported``; ``"student"`` if there is only one."""
-        if "ema_top1" in metrics:
-            return "average"
+        """Whose accuracy is reported: that of the averages if they are kept (:func:`judged_average`),
+        else ``reported``; ``"student"`` if there is only one."""
+        average = judged_average(self, metrics)
+        if average is not None:
+            return average
         return self.reported if self.students > 1 else "student"
+
+    @property
+    def averaged(self) -> tuple[int, ...]:
+        """The numbers of the students whose weights are averaged."""
+        return averaged_students(self)
+
+    def keeps_average(self, student: int) -> bool:
+        """Whether a student's average is kept in place of its weights."""
+        return self.keep == "average" and student in self.averaged
 
     @property
     def has_leader(self) -> bool:
         """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
+
+    @property
+    def number_of_views(self) -> int | None:
+        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        if self.views == "shared":
+            return None
+        return self.students + methods.method_class(self.method).needs.teacher
 
     def learning_rate(
         self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1
@@ -442,6 +508,7 @@ class Recipe:
             milestones=tuple(dict.fromkeys(m for m in milestones if m < epochs)),
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
+            average_start=min(round(self.average_start * scale), epochs - 1),
             frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
             mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
             size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),

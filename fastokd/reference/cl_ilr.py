@@ -36,8 +36,7 @@ class ReferenceCLILR(ReferenceCohort):
         kd_weight: float = 1.0,
     ) -> ReferenceLosses:
         """The branches' backward to the trunk's output, then the trunk's with the divided gradient."""
-        assert self.trunk is not None
-        trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
+        trunk_BCHW = self.run_trunk(x_BCHW)
         entry_BCHW = trunk_BCHW.detach().requires_grad_()
         losses = self.losses(self.branch_outputs(entry_BCHW, entry_BCHW), labels_B, kd_weight)
         for optimizer in optimizers:

@@ -69,18 +69,27 @@ class ReferenceCohort(nn.Module):
         self.students = nn.ModuleList(built)
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
-        """Runs the trunk, then each student."""
-        trunk_BCHW = None
-        if self.trunk is not None:
-            trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
-        return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
+        """Runs the trunk, then each student. ``x_VBCHW`` has images for each student; the trunk's output is
+        then the mean over them."""
+        if self.trunk is None:
+            return self.branch_outputs(x_BCHW, None)
+        trunk = self.run_trunk(x_BCHW)
+        return self.branch_outputs(trunk, trunk.mean(0) if trunk.dim() == 5 else trunk)
+
+    def run_trunk(self, x_BCHW: Tensor) -> Tensor:
+        """The trunk's output; of ``x_VBCHW`` over one view after another."""
+        assert self.trunk is not None
+        if x_BCHW.dim() == 5:
+            return torch.stack([self.run_trunk(view_BCHW) for view_BCHW in x_BCHW])
+        return self.trunk.trunk(x_BCHW, self.branch_from)[0]
 
     def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
-        """Runs each student on the trunk's output."""
+        """Runs each student on the trunk's output, or on its own of ``x_VBCHW``."""
         logits, features = [], []
-        for student in self.students:
+        for index, student in enumerate(self.students):
             assert isinstance(student, Student)
-            output = student.outputs(x_BCHW, self.branch_from)
+            own_BCHW = x_BCHW[index] if x_BCHW.dim() == 5 else x_BCHW
+            output = student.outputs(own_BCHW, self.branch_from)
             logits.append(output.logits_BC)
             features.append(output.features_BD)
         return ReferenceOutputs(logits, features, trunk_BCHW)

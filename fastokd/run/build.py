@@ -26,9 +26,9 @@ from fastokd.distributed.ranks import Ranks, first, speaks
 from fastokd.errors import UserError
 from fastokd.host.streams import say
 from fastokd.learner.allocator import keep_freed_memory
+from fastokd.learner.average import Average, Averaging
 from fastokd.learner.build import build_cohort, build_optimizers
 from fastokd.learner.captured import check_captures
-from fastokd.learner.ema import LeaderAverage
 from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
@@ -113,8 +113,8 @@ def build(
     if training and ranks.students.size > 1:
         student_parallel = StudentParallel(cohort, method, ranks, precision, recipe.method)
     average = None
-    if options.ema is not None:
-        average = LeaderAverage(cohort, recipe.kept_student, options.ema)
+    if recipe.averaged:
+        average = Average(cohort, recipe.averaged, Averaging.of(recipe), recipe.kept_student)
     learner = Learner(
         cohort,
         method,
@@ -265,8 +265,18 @@ def _training_stream(
         rank=ranks.data.rank,
         world_size=ranks.data.size,
         size=partial(training_size, recipe) if recipe.resized_crop else None,
+        views=_views(recipe, ranks),
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
+    """The views that this rank's networks read: its students' by their numbers, and behind those of all
+    students a teacher's. None where all networks read one."""
+    if recipe.views == "shared":
+        return None
+    teacher = method_class(recipe.method).needs.teacher
+    return (*ranks.share(recipe.students), *([recipe.students] if teacher else []))
 
 
 def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:

@@ -160,9 +160,11 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
 
 
 def show_batch(session: Session, folder: Path) -> Path:
-    """Writes the next augmented batch as ``augmentation.png``."""
-    images_BHWC, _ = session.mixed(*session.next_batch())
-    images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
+    """Writes the next augmented batch as ``augmentation.png``; where each student has a view of its own,
+    an image's views stand side by side."""
+    images, _ = session.mixed(*session.next_batch())
+    images_NHWC = images.transpose(0, 1).flatten(0, 1) if images.dim() == 5 else images
+    images_BCHW = images_NHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
     path = folder / "augmentation.png"
 
     def write() -> Path:

@@ -45,7 +45,10 @@ class RunFacts:
         if not path.is_file():
             raise UserError(f"{self.folder} is no run folder: it has no recipe.json")
         try:
-            return Recipe.from_json(json.loads(path.read_bytes()))
+            values = json.loads(path.read_bytes())
+            if isinstance(values, dict) and "ema" not in values:  # in earlier versions an option
+                values["ema"] = self.environment().get("ema") or 0.0
+            return Recipe.from_json(values)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} can't be read ({error}): put back the one that the run wrote"

@@ -389,9 +389,11 @@ class RunFolder:
             self.save(session)
         tensors, facts = session.state()
         session.learner.ranks.first(lambda: self._write_student(session, tensors, facts))
-        text = session.learner.average and session.learner.average.warning(self.metrics())
-        if text and speaks():
-            warn(text)
+        average = session.learner.average
+        if average is not None and session.recipe.keep == "average":
+            text = average.warning(self.metrics())
+            if text and speaks():
+                warn(text)
         kept = student_of(self.path, tensors, facts, [])
         check_kept(session.learner, session.data, kept, self.path)
         return Run(self.path, session.recipe, self.metrics())

@@ -27,10 +27,13 @@ from fastokd.student.teacher_file import file_of, names_of, read_teacher
 from fastokd.student.weights import STUDENT, Weights
 
 # The options that change a run's numbers by more than their last bits. The papers set none of them.
-DECIDING = ("accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "init", "eval_every")
+DECIDING = ("accumulate", "clip_norm", "overfit_batch", "sync_bn", "init", "eval_every")
 
 # The settings of a recipe that more epochs may change.
-SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs")
+SCHEDULE = (
+    *("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs", "size_epochs"),
+    *("frozen_epochs", "average_start"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,17 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
 
 def other_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
     """Each setting in which ``theirs`` differs from ``recipe``, with both values. A recipe of an earlier
-    version lacks the settings that were added since, and has their defaults."""
-    usual = ((f.name, f.default) for f in fields(Recipe) if f.default is not MISSING)
-    later = {name: list(x) if isinstance(x, tuple) else x for name, x in usual}
-    ours, theirs = recipe.to_json(), {**later, **theirs}
+    version lacks settings, which were then what is now their default."""
+    ours, theirs = recipe.to_json(), {**_defaults(), **theirs}
     return [
         f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in ours if theirs.get(k) != ours[k]
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of each setting that has one, as a JSON value."""
+    found = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 def check_recipe(recipe: Recipe, theirs: Mapping[str, Any]) -> None:
@@ -141,7 +148,9 @@ def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
     rates = (recipe.learning_rate(epoch, warm_up=w, step=step, steps=2) for w, step in places)
     mixes = recipe.mix_epochs == 0 or epoch < recipe.mix_epochs
     ramp = ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs)
-    return (*rates, ramp, mixes, training_size(recipe, epoch), recipe.frozen_at(epoch))
+    averages = epoch >= recipe.average_start
+    at = recipe.frozen_at(epoch), training_size(recipe, epoch)
+    return (*rates, ramp, mixes, averages, *at)
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:

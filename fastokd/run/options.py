@@ -20,7 +20,7 @@ from fastokd.known import LOADERS
 KEPT = (
     *("device", "precision", "engine", "compile", "memory_format", "capture", "streams"),
     *("impl", "loader"),
-    *("apex", "accumulate", "clip_norm", "ema", "overfit_batch", "sync_bn", "deterministic"),
+    *("apex", "accumulate", "clip_norm", "overfit_batch", "sync_bn", "deterministic"),
     *("init", "eval_every"),
 )
 # The values that leave the choice to the machine or to a measurement.
@@ -102,9 +102,6 @@ class RunOptions:
     skip_nonfinite: Annotated[
         int, "Steps with a non-finite value to skip before the run stops."
     ] = 0
-    ema: Annotated[
-        float | None, "Decay of a moving average of the kept student; the average is kept instead."
-    ] = None
     loader: Annotated[
         str,
         "Loader of images on disk: dali, nvjpeg, torchvision, or auto (dali if installed, otherwise "
@@ -164,8 +161,6 @@ class RunOptions:
             )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UserError(f"clip_norm is {self.clip_norm}: it must be a finite number above 0")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise UserError(f"ema is {self.ema}: a decay is at least 0 and below 1, 0.999 say")
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; ``RunOptions(**values)`` is the inverse."""

@@ -355,7 +355,7 @@ class Session:
 
     def _load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         learner = self.learner
-        load_state(learner, tensors, facts, self.recipe.kept_student)
+        load_state(learner, tensors, facts)
         meter = below(tensors, "meter.")
         self.meter.set({k: v.to(learner.device) for k, v in meter.items()})
         self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))

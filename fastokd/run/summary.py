@@ -17,6 +17,9 @@ _WHOSE = {
     "student": "",
     "ensemble_logits": "the peers' mean logits",
     "average": "the kept student's running average",
+    "ema_leader": "the leader's running average",
+    "ema_mean": "the mean over the students' running averages",
+    "ema_ensemble_logits": "the mean logits of the peers' running averages",
 }
 
 

@@ -235,7 +235,7 @@ def job(session: Session, choice: Choice) -> Answer:
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),
-        "image": list(session.next_batch()[0].shape[1:]),
+        "image": list(session.next_batch()[0].shape[-3:]),
     }
     return {"recipe": recipe.to_json(), "options": options.to_json(), "data": data}
 

@@ -18,6 +18,8 @@ from fastokd.checkpoint import (
 from fastokd.cohort.keys import state_of_student
 from fastokd.data.preprocessing import preprocessing_of
 from fastokd.errors import UserError, warn, wrong_type
+from fastokd.learner.average import prefix_of
+from fastokd.learner.state import below
 from fastokd.metrics import MetricLines, Row
 from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import STUDENT, Weights, from_file, student_facts
@@ -34,8 +36,8 @@ def student_of(
 
     Args:
         rows: the run's ``metrics.jsonl``; the score is included if this step was measured.
-        student: its index. None for the kept student. The kept student's weights are the running
-            average if the run has one.
+        student: its index. None for the kept student. The weights are its average if the recipe keeps
+            one.
 
     Raises:
         UserError: the index is out of range, or the checkpoint isn't from a run.
@@ -49,11 +51,11 @@ def student_of(
         raise UserError(
             f"student is {student}: {path} has {recipe.students}, counted from 0, the leader last"
         )
-    ema = facts.get("ema") if student == recipe.kept_student else None
-    if ema is None:
-        state = state_of_student(tensors, student, "cohort.")
+    averaged = recipe.keeps_average(student)
+    if averaged:
+        state = below(tensors, prefix_of(student, recipe.kept_student))
     else:
-        state = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        state = state_of_student(tensors, student, "cohort.")
     try:
         shown = preprocessing_of(
             recipe.dataset,
@@ -63,23 +65,36 @@ def student_of(
             eval_resize=recipe.eval_resize,
         )
         said = student_facts(recipe, facts["class_names"], shown, student)
-        score = _measured(rows, facts["step"], None if ema is not None else student)
-        of_run = {"step": facts["step"], "ema": ema, "score": score, "recipe": recipe.to_json()}
+        of_run = {
+            "step": facts["step"],
+            "ema": (recipe.ema or None) if averaged else None,
+            **({"swa": True} if averaged and recipe.swa else {}),
+            "score": _measured(rows, facts["step"], recipe, student),
+            "recipe": recipe.to_json(),
+        }
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {path} isn't from a run: {error} is missing") from error
     return Weights(path, state, said | {name: json.dumps(of_run[name]) for name in of_run})
 
 
-def _measured(rows: list[Row], step: int, student: int | None) -> dict[str, Any] | None:
-    """The score at ``step`` of a student, or of the running average (None)."""
+def _measured(rows: list[Row], step: int, recipe: Recipe, student: int) -> dict[str, Any] | None:
+    """The score at ``step`` of the weights that are kept of a student."""
     for row in reversed(rows):
         found = row.get("test") or row.get("val")
         if row.get("step") == step and found:
-            top1 = [found.get("ema_top1")] if student is None else found["student_top1"][student:]
-            if top1 and top1[0] is not None:
+            top1 = _top1(found, recipe, student)
+            if top1 is not None:
                 split = "test" if row.get("test") else "val"
-                return {"split": split, "top1": top1[0], "epoch": row["epoch"] + 1}
+                return {"split": split, "top1": top1, "epoch": row["epoch"] + 1}
     return None
+
+
+def _top1(metrics: dict[str, Any], recipe: Recipe, student: int) -> float | None:
+    if not recipe.keeps_average(student):
+        return next(iter(metrics["student_top1"][student:]), None)
+    if student == recipe.kept_student:
+        return metrics.get("ema_top1")
+    return next(iter(metrics.get("ema_student_top1", [])[student:]), None)
 
 
 def read_weights(path: Path, *, student: int | None = None, best: bool = False) -> Weights:
@@ -89,8 +104,8 @@ def read_weights(path: Path, *, student: int | None = None, best: bool = False) 
     complete checkpoint if its step is later (the run continued and hasn't ended).
 
     Args:
-        student: the index in a run or a checkpoint; None for the kept student, whose weights are the
-            running average if the run has one.
+        student: the index in a run or a checkpoint; None for the kept student. The weights are its
+            average if the recipe keeps one.
         best: reads a run's best epoch instead of its last.
 
     Raises:

@@ -20,7 +20,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.student.torch_file import refuse_what_is_none
 
 # Optional metadata: files of earlier versions lack it.
-OPTIONAL = ("step", "ema", "score")
+OPTIONAL = ("step", "ema", "swa", "score")
 STUDENT = "student.safetensors"
 
 
@@ -51,6 +51,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     **FITS,
     "step": lambda value: type(value) is int and value >= 0,
     "ema": lambda value: value is None or _fraction(value),
+    "swa": lambda value: isinstance(value, bool),
     "score": _score,
     "recipe": lambda value: isinstance(value, dict),
     "val": lambda value: _share(value),
@@ -69,9 +70,9 @@ class Weights:
 
     - ``model``, ``model_options``, ``class_names``, the fields of :class:`Preprocessing`;
     - ``student``, its index, and ``role``, why this student was kept;
-    - from a run: ``step``; ``ema``, the decay of the running average, or null; ``score`` of exactly
-      these weights (``split``, ``top1`` from 0 to 1, ``epoch`` from 1), or null; ``recipe``;
-      ``dataset``; ``val`` and ``test``, what was held out of its training split: a number of images
+    - from a run: ``step``; ``ema``, the decay of the average that the weights are, or null; ``swa``,
+      true if they are a uniform average; ``score`` of exactly these weights (``split``, ``top1`` from
+      0 to 1, ``epoch`` from 1), or null; ``recipe``; ``dataset``; ``val`` and ``test``, what was held out of its training split: a number of images
       or a fraction of each class.
     """
 

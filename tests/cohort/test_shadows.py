@@ -146,9 +146,8 @@ def steps(method: str, count: int, state: dict[str, Any] | None) -> dict[str, An
         impl="torch",
         accumulate=2,
         clip_norm=1.0,
-        ema=0.9,
     )
-    loop = OurLoop(small(method, "network"), options)
+    loop = OurLoop(small(method, "network", ema=0.9), options)
     if state is not None:
         loop.session.load_state(state["tensors"], state["facts"])
     for _ in range(count):

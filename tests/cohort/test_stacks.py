@@ -282,10 +282,10 @@ def test_a_norm_used_twice_counts_twice(momentum: float | None) -> None:
 @ENGINES
 def test_a_run_restores_resumes_and_changes_its_engine(engine: str) -> None:
     """With parts of a batch, clipping, an average; bit for bit."""
-    options = RunOptions(
-        device="cpu", precision="fp32", engine=engine, accumulate=2, clip_norm=1.0, ema=0.9
+    options = RunOptions(device="cpu", precision="fp32", engine=engine, accumulate=2, clip_norm=1.0)
+    loop, resumed, copies = (
+        OurLoop(small("okddip", "network", ema=0.9), options) for _ in range(3)
     )
-    loop, resumed, copies = (OurLoop(small("okddip", "network"), options) for _ in range(3))
     learner = loop.session.learner
     copied = copies.session.learner.cohort
     for x in copied.parameters():

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice, shadows
+from fastokd.data import BatchStream
 from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
@@ -83,6 +84,14 @@ def mixed_steps(
     totals = session.meter.result(session.learner.ranks)
     metrics = {name: torch.tensor(totals[name]) for name in ("loss", "student_top1")}
     return {k: v for k, v in session.state()[0].items() if k.startswith("cohort.")} | metrics
+
+
+def views(one: Recipe, options: dict[str, Any]) -> tuple[int, ...]:
+    """The views that this process makes."""
+    session = session_of(one, **options)
+    assert isinstance(session.stream, BatchStream)
+    assert session.next_batch()[0].shape[0] == len(session.stream.views or ())
+    return tuple(session.stream.views or ())
 
 
 def shadowed_steps(

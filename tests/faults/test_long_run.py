@@ -52,7 +52,7 @@ def main() -> None:
         print(json.dumps([session.step, *held()]), flush=True)
 
     RunFolder.record = recording  # type: ignore[method-assign]
-    options = RunOptions(**QUICK, save_every_steps=25, eval_every=5, ema=0.99, clip_norm=5.0)
+    options = RunOptions(**QUICK, save_every_steps=25, eval_every=5, clip_norm=5.0)
     loop.train(recipe_, options, out=Path(sys.argv[1]))
 
 

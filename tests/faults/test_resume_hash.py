@@ -21,9 +21,9 @@ from fastokd.train import train
 from tests.faults.kill import digest
 
 SMALL = dataclasses.replace(
-    recipe("okddip-branch@2/resnet8/digits", epochs=3), batch_size=250, lr=0.05
+    recipe("okddip-branch@2/resnet8/digits", epochs=3), batch_size=250, lr=0.05, ema=0.9
 )
-CARRIED: dict[str, Any] = {"precision": "fp32", "ema": 0.9, "accumulate": 2, "clip_norm": 1.0}
+CARRIED: dict[str, Any] = {"precision": "fp32", "accumulate": 2, "clip_norm": 1.0}
 OPTIONS = RunOptions(engine="loop", device="cpu", quiet=True, **CARRIED)
 
 

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("name", ["okddip-branch@3", "ffsd@3", "one@3"])
 def test_captured_evaluations_score_as_eager_ones(device: torch.device, name: str) -> None:
     """Three epochs' evaluations, between which the weights, the statistics and the average change."""
-    one = recipe(f"{name}/resnet8/digits", epochs=3, batch_size=250)
-    session = build(one, RunOptions(quiet=True, engine="loop", device=str(device), ema=0.5))
+    one = recipe(f"{name}/resnet8/digits", epochs=3, batch_size=250, ema=0.5)
+    session = build(one, RunOptions(quiet=True, engine="loop", device=str(device)))
     learner = session.learner
     assert isinstance(session.stream, BatchStream)
     record = None if device.type == "cuda" else Graphs()

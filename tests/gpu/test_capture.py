@@ -109,8 +109,8 @@ def test_captured_with_fused_losses(
     device: torch.device, method: str, sharing: str, precision: str, accumulate: int
 ) -> None:
     """Low precision, clipping, an average, parts: the losses of the eager steps, but for rounding."""
-    one = small(method, sharing, batch_size=16, lr=0.01)
-    options: dict[str, Any] = {"precision": precision, "clip_norm": 5.0, "ema": 0.9}
+    one = small(method, sharing, batch_size=16, lr=0.01, ema=0.9)
+    options: dict[str, Any] = {"precision": precision, "clip_norm": 5.0}
     options["accumulate"] = accumulate
     eager, captured = (session_of(device, one, how, **options) for how in (False, True))
     theirs, _ = train(eager, [16] * (WARM_UP_STEPS + 9))
@@ -124,8 +124,8 @@ def test_captured_with_fused_losses(
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_every_method_is_captured_unasked(device: torch.device, method: str, sharing: str) -> None:
     """With all that a recipe may have: a step that can't be captured raises."""
-    options = RunOptions(device=str(device), precision="fp16", accumulate=2, clip_norm=5.0, ema=0.9)
-    session = OurLoop(small(method, sharing, batch_size=16), options).session
+    options = RunOptions(device=str(device), precision="fp16", accumulate=2, clip_norm=5.0)
+    session = OurLoop(small(method, sharing, batch_size=16, ema=0.9), options).session
     assert session.learner.choice.capture == (device.type == "cuda")
     losses, _ = train(session, [16] * 6)
     assert all(math.isfinite(loss) for loss in losses)

@@ -32,13 +32,13 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 def loop_of(device: torch.device, method: str, sharing: str, **options: Any) -> OurLoop:
     chosen = {"precision": "bf16", "engine": "loop", **options}
-    return OurLoop(small(method, sharing), RunOptions(device=str(device), **chosen))
+    return OurLoop(small(method, sharing, ema=0.9), RunOptions(device=str(device), **chosen))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_a_bf16_step_never_waits(device: torch.device, method: str, sharing: str) -> None:
-    loop = loop_of(device, method, sharing, clip_norm=1.0, ema=0.9)
+    loop = loop_of(device, method, sharing, clip_norm=1.0)
     session = loop.session
     before = [p.detach().clone() for p in session.learner.parameters()]
     loop.step()  # kernels are compiled, momenta made

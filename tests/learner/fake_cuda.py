@@ -56,10 +56,20 @@ class Dispatched(TorchDispatchMode):
         return out
 
 
-def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any) -> Dispatched:
-    """What a bf16 step dispatches on a GPU, from its draws to the metrics, but for the backward."""
-    chosen = RunOptions(device="cpu", precision="bf16", engine=engine, clip_norm=1.0, ema=0.9)
-    recipe = small(method, sharing, method_options=options)
+def fake_step(
+    method: str,
+    sharing: str,
+    engine: str,
+    impl: str,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Dispatched:
+    """What a bf16 step dispatches on a GPU, from its draws to the metrics, but for the backward.
+
+    ``settings``: of the recipe; ``options``: of the method.
+    """
+    chosen = RunOptions(device="cpu", precision="bf16", engine=engine, clip_norm=1.0)
+    recipe = small(method, sharing, method_options=options, **{"ema": 0.9, **(settings or {})})
     session = OurLoop(recipe, chosen).session
     session.options = dataclasses.replace(chosen, impl=impl)
     session.learner.method = create_method(
@@ -106,8 +116,9 @@ def _move(session: Session) -> None:
                 elif value is not None:
                     table[name] = _fake(value)
     assert session.learner.average is not None
-    session.learner.average.state = {
-        name: _fake(x) for name, x in session.learner.average.state.items()
+    session.learner.average.states = {
+        index: {name: _fake(x) for name, x in state.items()}
+        for index, state in session.learner.average.states.items()
     }
     session.learner.average.updates = _fake(session.learner.average.updates)
     session.learner.device = CUDA

@@ -86,9 +86,9 @@ def test_every_operator_of_a_step_has_a_cuda_kernel(
     method: str, sharing: str, precision: str
 ) -> None:
     options = RunOptions(
-        device="cpu", precision=precision, engine="loop", impl="torch", clip_norm=1.0, ema=0.9
+        device="cpu", precision=precision, engine="loop", impl="torch", clip_norm=1.0
     )
-    loop = OurLoop(small(method, sharing), options)
+    loop = OurLoop(small(method, sharing, ema=0.9), options)
     with CudaDtypes() as seen:
         loop.step()
         loop.step()

@@ -162,7 +162,7 @@ WHERE = "step 3 (epoch 0, batch 3, counted from 0; seed 0) isn't finite: "
 @pytest.mark.parametrize("kind", POISONS)
 def test_no_state_takes_the_step_nor_those_after_it(kind: str) -> None:
     poison, message = POISONS[kind]
-    whole, hurt = session_of(ema=0.9), session_of(ema=0.9)
+    whole, hurt = session_of(small(ema=0.9)), session_of(small(ema=0.9))
     poison(hurt)
     poison(whole)
     go(whole, steps=BAD)
@@ -179,7 +179,7 @@ def test_no_state_takes_the_step_nor_those_after_it(kind: str) -> None:
         ("okddip-network", "grouped", {"clip_norm": 1.0}),
         ("okddip-network", "vmap", {"accumulate": 2}),
         ("dml", "loop", {"precision": "bf16"}),
-        ("ffsd", "loop", {"ema": 0.5}),
+        ("ffsd", "loop", {"accumulate": 2}),
         ("ffsd", "vmap", {}),
         ("kdcl", "grouped", {}),
         ("one-branch", "loop", {"impl": "cpp"}),
@@ -242,19 +242,19 @@ def test_a_skipped_step_leaves_the_same_run_whenever_it_is_noticed(kind: str) ->
     poison, _ = POISONS[kind]
     runs: list[str] = []
     for read_each in (False, True):
-        session = session_of(skip_nonfinite=1, ema=0.9)
+        session = session_of(small(ema=0.9), skip_nonfinite=1)
         poison(session)
         go(session, read_each=read_each)
         assert (session.step, session.batch, session.skipped) == (STEPS, STEPS, 1)
         assert 0 < session.meter.result()["loss"] < 50
         assert session.meter.totals["count"] == 6 * (STEPS - 1)
         runs.append(digest(session))
-    first = session_of(ema=0.9)
+    first = session_of(small(ema=0.9))
     poison(first)
     with pytest.raises(UserError):
         go(first)
     tensors, facts = first.state()
-    second = session_of(skip_nonfinite=1, ema=0.9)
+    second = session_of(small(ema=0.9), skip_nonfinite=1)
     poison(second)
     second.load_state(tensors, facts)
     go(second)
@@ -299,15 +299,15 @@ def test_an_optimizer_that_knows_no_flag_is_held_too(monkeypatch: pytest.MonkeyP
     assert digest(hurt) == digest(whole)
 
 
-def scaled(**options: Any) -> Session:
+def scaled(one: Recipe | None = None, **options: Any) -> Session:
     """In fp16, with a loss scale that overflows nothing."""
-    session = session_of(precision="fp16", **options)
+    session = session_of(one, precision="fp16", **options)
     session.learner.scaler.load_state_dict({**session.learner.scaler.state_dict(), "scale": 1024.0})
     return session
 
 
 def test_an_overflow_in_fp16_is_no_fault_but_commits_nothing() -> None:
-    session = scaled(ema=0.9)
+    session = scaled(small(ema=0.9))
     go(session, steps=2)
     kept = {k: v.clone() for k, v in session.state()[0].items() if k.startswith(("co", "op", "em"))}
     scale = session.learner.scaler.get_scale()

@@ -77,6 +77,21 @@ def test_a_batch_in_parts_is_the_batch_where_the_norms_allow(name: str) -> None:
     torch.testing.assert_close(state(parts), state(whole), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("criterion", ["ce", "bce"])
+def test_mixed_labels_are_split_with_their_parts(criterion: str) -> None:
+    one = small("dml-network/resnet8/digits", batch_size=7, criterion=criterion)
+    totals = []
+    for accumulate in (1, 3):
+        session = frozen_norms(doubled(session_of(one, accumulate=accumulate)))
+        shares = torch.linspace(0, 1, 7), torch.linspace(1, 0, 7).double()
+        for share2_B in shares:
+            session.learner.progress.mixed_with = torch.arange(7), share2_B
+            totals += take(session, 1, first=session.step)
+    assert totals[:2] == pytest.approx(totals[2:], rel=1e-9)
+    session.learner.progress.mixed_with = None
+    assert take(session, 1, first=session.step)[0] != pytest.approx(totals[3], rel=1e-3)
+
+
 def test_ffsds_decoders_teach_on_the_statistics_from_before_the_step() -> None:
     """Norms in training, but each part of the batch is the same images: then its statistics are the
     batch's, and only the parts' order could tell the parts from the batch."""
@@ -180,7 +195,7 @@ def test_a_clipped_fp16_gradient_is_clipped_unscaled() -> None:
 
 
 def test_the_average_follows_the_leader_and_is_what_is_kept(tmp_path: Path) -> None:
-    session = session_of(ema=0.75)
+    session = session_of(small(ema=0.75))
     average = session.learner.average
     assert average is not None
     key = "layer3.0.conv2.weight"
@@ -189,14 +204,12 @@ def test_the_average_follows_the_leader_and_is_what_is_kept(tmp_path: Path) -> N
         take(session, 1, first=index)
         share = max(0.25, 9 / (10 + index))
         expected = expected + share * (session.learner.cohort.student_state(1)[key] - expected)
-    torch.testing.assert_close(average.state[key], expected)
-    assert average.state["bn1.num_batches_tracked"] == 3
-    run = fastokd.train(
-        small(batch_size=250, epochs=1), out=tmp_path / "run", **{**PLAIN, "ema": 0.5}
-    )
+    torch.testing.assert_close(average.states[1][key], expected)
+    assert average.states[1]["bn1.num_batches_tracked"] == 3
+    run = fastokd.train(small(batch_size=250, epochs=1, ema=0.5), out=tmp_path / "run", **PLAIN)
     assert 0 <= run.last["test"]["ema_top1"] <= 1
     kept = load_file(run.folder / "student.safetensors")
-    assert kept.keys() == average.state.keys()
+    assert kept.keys() == average.states[1].keys()
     evaluated = fastokd.evaluate(run.folder, options=RunOptions(quiet=True, precision="fp32"))
     assert evaluated["test"]["ema_top1"] == run.last["test"]["ema_top1"]
 
@@ -212,9 +225,9 @@ def test_a_run_changes_its_engine_with_momentum_and_average() -> None:
     ]
     states = []
     for choices in (turns, [Choice("loop")] * len(turns)):
-        session = doubled(session_of(small("okddip-network/resnet8/digits", batch_size=6), ema=0.9))
+        session = doubled(session_of(small("okddip-network/resnet8/digits", batch_size=6, ema=0.9)))
         assert session.learner.average is not None
-        session.learner.average.state = {
+        session.learner.average.states[1] = {
             k: v.clone() for k, v in session.learner.cohort.student_state(1).items()
         }
         for index, choice in enumerate(choices):

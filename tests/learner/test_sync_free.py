@@ -60,9 +60,9 @@ class NoWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize(("method", "sharing", "options"), CASES)
 def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str, Any]) -> None:
-    one = small(method, sharing, method_options=options)
+    one = small(method, sharing, method_options=options, ema=0.9)
     how = RunOptions(
-        device="cpu", precision="bf16", engine="loop", impl="torch", clip_norm=1.0, ema=0.9,
+        device="cpu", precision="bf16", engine="loop", impl="torch", clip_norm=1.0,
         accumulate=2,
     )  # fmt: skip
     session = OurLoop(one, how).session
@@ -104,6 +104,16 @@ def test_a_step_on_a_gpu_touches_no_tensor_of_the_host(
         assert seen.ops["feature_pair"] == 4
         assert seen.ops["fusion_step"] == 2
         assert seen.ops["kthvalue"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_other_optimizers_and_rates_by_step_are_on_the_device(optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "schedule": "cosine", "schedule_by": "step"}
+    seen = fake_step("okddip", "branch", "loop", "triton", settings)
+    assert seen.ops.keys().isdisjoint(WAITS)
+    assert seen.on_the_host == set()
+    default = fake_step("okddip", "branch", "loop", "triton")
+    assert seen.ops["_foreach_copy_"] == default.ops["_foreach_copy_"] + 1  # the rates
 
 
 class Copies(TorchDispatchMode):

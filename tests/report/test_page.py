@@ -116,10 +116,10 @@ def test_a_cell_of_the_papers_stands_beside_ours_and_says_that_it_is_short(tmp_p
         ({"milestones": [1]}, {}, "milestones=1 (150 225)"),
         ({"val": 5000}, {}, "val=5000 (0)"),
         ({"model_options": {"width": 2}}, {}, "width=2 (None)"),
-        ({}, {"ema": 0.9}, "ema=0.9 (None)"),
+        ({"ema": 0.9}, {}, "ema=0.9 (0)"),
         ({}, {"clip_norm": 1.0}, "clip_norm=1 (None)"),
         ({}, {"init": ["w.pth"]}, "init=w.pth (None)"),
-        ({}, {"eval_every": 1, "ema": None, "precision": "bf16"}, ""),
+        ({}, {"eval_every": 1, "precision": "bf16"}, ""),
     ],
 )
 def test_all_in_which_a_run_differs_from_a_cell_stands_beside_it(
@@ -162,9 +162,12 @@ def test_a_run_that_was_cut_is_marked_and_not_pooled(tmp_path: Path) -> None:
 
 def test_runs_of_other_options_are_not_pooled(tmp_path: Path) -> None:
     runs = make(tmp_path, "dml/resnet8/digits", 0, 1)
-    (runs[1] / "environment.json").write_text(json.dumps({"ema": 0.9}))
+    (runs[1] / "environment.json").write_text(json.dumps({"clip_norm": 0.9}))
     labels = [pool.label for pool in pool_runs([Run.load(run) for run in runs])]
-    assert labels == ["dml/resnet8/digits epochs=3 ema=None", "dml/resnet8/digits epochs=3 ema=0.9"]
+    assert labels == [
+        "dml/resnet8/digits epochs=3 clip_norm=None",
+        "dml/resnet8/digits epochs=3 clip_norm=0.9",
+    ]
 
 
 def test_a_lone_student_has_no_mean(tmp_path: Path) -> None:

@@ -158,10 +158,10 @@ def test_what_a_run_has_otherwise_is_said_beside_the_cell(fake: FakeTrain, tmp_p
     request = Request("table5", (0, 1), only="okddip_mean")
     assert reproduce(request, tmp_path / "t", RunOptions(), fake).results[0].verdict != ""
     (run, _) = sorted((tmp_path / "t").glob("okddip*"))
-    (run / "environment.json").write_text(json.dumps({"ema": 0.9}))
-    (result,) = reproduce(request, tmp_path / "t", RunOptions(ema=0.9), fake).results
-    assert (result.verdict, result.caveat) == ("", "ema=0.9 (None)")
-    with pytest.raises(UserError, match=r"--ema \(0.9 there, None here\)"):
+    (run / "environment.json").write_text(json.dumps({"clip_norm": 0.9}))
+    (result,) = reproduce(request, tmp_path / "t", RunOptions(clip_norm=0.9), fake).results
+    assert (result.verdict, result.caveat) == ("", "clip_norm=0.9 (None)")
+    with pytest.raises(UserError, match=r"--clip-norm \(0.9 there, None here\)"):
         reproduce(request, tmp_path / "t", RunOptions(), fake)
 
 

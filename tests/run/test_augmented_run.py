@@ -20,7 +20,7 @@ from fastokd.evaluate import Evaluator, evaluation_stream
 from fastokd.metrics import Meter
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import augment_of
-from fastokd.run.session import Session
+from fastokd.run.session import BATCH, Session
 from fastokd.run.trial import job
 from tests.data.test_disk import SMALL, split_of
 from tests.run.test_one_replay import go, loop_of, same
@@ -151,7 +151,7 @@ def test_a_repeated_batch_is_augmented_once() -> None:
 
 def test_recipes_without_operations_draw_nothing_more() -> None:
     plain = session_of(recipe("baseline/resnet8/digits", **SIZE), captured=False)
-    assert [set(draws) for draws in plain._ahead(120)] == [{""}] * 4
+    assert [set(draws) for draws in plain._ahead(120)] == [{BATCH}] * 4
 
 
 def test_the_mean_fills_and_a_timed_trial_takes_the_recipe(tmp_path: Path) -> None:

@@ -135,7 +135,6 @@ def test_lines_tell_a_cut_epoch_from_a_whole_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ema": 0.9}, r"--ema \(None there, 0.9 here\)"),
         ({"clip_norm": 1.0}, r"--clip-norm \(None there, 1.0 here\)"),
         ({"precision": "bf16"}, r"--precision \(fp32 there, bf16 here\)"),
         ({"accumulate": 2}, r"--accumulate \(1 there, 2 here\)"),
@@ -161,11 +160,13 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_option_that_is_left_out_is_another(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    begun(out, ema=0.9, clip_norm=2.0)
+    begun(out, accumulate=2, clip_norm=2.0)
     options = RunOptions(**{**OPTIONS.to_json(), "out": out})
-    with pytest.raises(UserError, match=r"--clip-norm \(2.0 there, None here\), --ema \(0.9 there"):
+    with pytest.raises(
+        UserError, match=r"--accumulate \(2 there, 1 here\), --clip-norm \(2.0 there"
+    ):
         run_or_resume(ALONE, options, train)
-    same = RunOptions(**{**options.to_json(), "ema": 0.9, "clip_norm": 2.0, "engine": "auto"})
+    same = RunOptions(**{**options.to_json(), "accumulate": 2, "clip_norm": 2.0, "engine": "auto"})
     assert run_or_resume(ALONE, same, train).metrics == Run.load(out).metrics
 
 

@@ -22,7 +22,7 @@ from fastokd.data import BatchStream, read_all
 from fastokd.errors import UserError
 from fastokd.evaluate import Evaluator, evaluate
 from fastokd.export import export
-from fastokd.learner.ema import LeaderAverage
+from fastokd.learner.average import Average
 from fastokd.learner.step import training_step
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import build
@@ -80,7 +80,7 @@ def fixture_plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module", name="averaged")
 def fixture_averaged(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("averaged") / "run"
-    return fastokd.train(small(epochs=2, lr=0.02), out=out, ema=0.5, **QUICK)
+    return fastokd.train(small(epochs=2, lr=0.02, ema=0.5), out=out, **QUICK)
 
 
 def copied(run: Run, tmp_path: Path) -> Path:
@@ -220,10 +220,10 @@ def test_what_was_not_measured_has_no_score(plain: Run, tmp_path: Path) -> None:
 
 def test_the_average_is_scored_by_its_own_weights() -> None:
     """Which always says the same class here, and the student itself doesn't."""
-    session = build(small(), RunOptions(**QUICK, ema=0.9))
+    session = build(small(ema=0.9), RunOptions(**QUICK))
     take(session)
     assert session.learner.average is not None
-    state = session.learner.average.state
+    state = session.learner.average.states[1]
     state["fc.weight"].zero_()
     state["fc.bias"].copy_(torch.arange(10) == 3)
     test = Evaluator(session)()["test"]
@@ -263,18 +263,18 @@ def test_the_best_so_far_is_known_by_what_the_run_is_judged_by(
 
 
 def test_the_share_of_a_step_falls_to_what_the_decay_says_and_is_resumed() -> None:
-    session = build(small(), RunOptions(**QUICK, ema=0.6))
+    session = build(small(ema=0.6), RunOptions(**QUICK))
     average = session.learner.average
     assert average is not None
     key = "bn1.running_var"
-    expected = average.state[key].clone()
+    expected = average.states[1][key].clone()
     for t in range(3):
         take(session)
         share = max(1 - 0.6, 9 / (10 + t))
         expected += share * (session.learner.cohort.student_state(1)[key] - expected)
-    torch.testing.assert_close(average.state[key], expected)
+    torch.testing.assert_close(average.states[1][key], expected)
     tensors, facts = session.state()
-    again = build(small(), RunOptions(**QUICK, ema=0.6))
+    again = build(small(ema=0.6), RunOptions(**QUICK))
     again.load_state(tensors, facts)
     assert again.learner.average is not None
     assert again.learner.average.updates == 3
@@ -283,21 +283,24 @@ def test_the_share_of_a_step_falls_to_what_the_decay_says_and_is_resumed() -> No
     assert again.learner.average.share() == torch.tensor(1 - 0.6)
 
 
-def updating(average: LeaderAverage) -> Callable[[Tensor], Any]:
+def updating(average: Average) -> Callable[[Tensor], Any]:
     def update(x: Tensor) -> Tensor:
-        average.update()
+        average.update(torch.zeros(()))
         return x
 
     return update
 
 
-def test_a_recorded_update_counts_on() -> None:
+@pytest.mark.parametrize(
+    ("changes", "updates"), [({"ema": 0.99}, 3), ({"swa": True, "average_every": 2}, 1)]
+)
+def test_a_recorded_update_counts_on(changes: dict[str, Any], updates: int) -> None:
     """What a graph replays holds no number of the step that it was recorded in."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     states = []
     for recorded in (False, True):
-        session = build(small(), RunOptions(**QUICK, ema=0.99))
+        session = build(small(**changes), RunOptions(**QUICK))
         average = session.learner.average
         assert average is not None
         step = update = updating(average)
@@ -309,8 +312,8 @@ def test_a_recorded_update_counts_on() -> None:
                     step = make_fx(update)(torch.zeros(()))  # which takes the first one
                 else:
                     step(torch.zeros(()))
-        assert average.updates == 3
-        states.append(average.state)
+        assert average.updates == updates
+        states.append(average.states[1])
     torch.testing.assert_close(states[0], states[1])
 
 
@@ -323,7 +326,7 @@ def test_an_average_far_behind_is_warned_of(
     rows[-1]["test"]["ema_top1"] = 0.125
     rows[-1]["test"]["student_top1"][1] = 0.75
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fastokd.train(small(epochs=2, lr=0.02), out=run, resume=True, **QUICK)
+    fastokd.train(small(epochs=2, lr=0.02, ema=0.5), out=run, resume=True, **QUICK)
     warned = capsys.readouterr().err
     assert "scores 12.5%, and the student itself 75.0%" in warned
     assert "--ema 0.5" in warned

@@ -206,13 +206,17 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
         ({"mix_epochs": 5}, "mix_epochs is 5, but there are 4 epochs: choose at most as many"),
         (
             {"mixup": 0, "cutmix": 0, "mix_epochs": 2},
-            "mix_epochs is 2, but mixup and cutmix are 0: leave it out, or set both above 0",
+            "mix_epochs is 2, but mixup and cutmix are 0: leave it out, or set one of them above",
         ),
         (
             {"mixup": 0, "mix_switch_prob": 0.2},
             "mix_switch_prob is 0.2, but only cutmix is above 0: leave it out, or set both above 0",
         ),
         ({"repeats": 0}, "repeats is 0: it must be at least 1"),
+        (
+            {"class_weights": "balanced", "balanced": True},
+            "class_weights is 'balanced', but balanced draws all classes equally often already",
+        ),
         ({"repeats": 3, "balanced": True}, "repeats is 3, but balanced draws each image anew"),
     ],
 )

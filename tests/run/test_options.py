@@ -28,7 +28,7 @@ def small(**changes: object) -> Recipe:
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs") / "half"
-    options = {**QUICK, "engine": "grouped", "accumulate": 2, "clip_norm": 5.0, "ema": 0.9}
+    options = {**QUICK, "engine": "grouped", "accumulate": 2, "clip_norm": 5.0}
     return fastokd.train(small(), out=out, max_steps=2, **options)
 
 
@@ -48,7 +48,6 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
         "apex": False,
         "accumulate": 2,
         "clip_norm": 5.0,
-        "ema": 0.9,
         "overfit_batch": False,
     }
     assert begun.items() <= facts["how"].items()
@@ -60,7 +59,6 @@ def test_a_resumed_run_is_run_as_it_was_begun(halfway: Run, tmp_path: Path) -> N
         ({"precision": "bf16"}, r"--precision \(fp32 there, bf16 here\)"),
         ({"engine": "loop"}, r"--engine \(grouped there, loop here\)"),
         ({"accumulate": 4}, r"--accumulate \(2 there, 4 here\)"),
-        ({"ema": 0.5}, r"--ema \(0.9 there, 0.5 here\)"),
         ({"compile": True}, r"--compile \(False there, True here\)"),
     ],
 )
@@ -115,7 +113,6 @@ def test_no_draw_repeats_an_initial_weights_generator() -> None:
         ({"memory_format": "nchw"}, "choose auto, channels_last, contiguous"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
-        ({"ema": 1.0}, "ema is 1.0"),
     ],
 )
 def test_what_cannot_be_had_is_refused(options: dict[str, Any], message: str) -> None:

@@ -268,7 +268,7 @@ def test_a_network_of_another_library_trains_by_default(
     """In bf16: vmap has no rule for such a norm with mixed dtypes."""
     monkeypatch.setattr(tuning, "SAVABLE", 1e6)  # measures in spite of so few steps
     monkeypatch.setattr(allowance, "allowance", lambda step_ms, steps: 600.0)
-    options = {**AUTO, "precision": "bf16", "memory_format": "channels_last", "ema": None}
+    options = {**AUTO, "precision": "bf16", "memory_format": "channels_last"}
     run = fastokd.train(
         recipe(name, batch_size=4), out=tmp_path / "run", max_steps=2, eval_every=99, **options
     )
@@ -294,7 +294,7 @@ def test_the_worker_takes_the_options_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All options except those in :data:`OWN_PLACE`."""
-    others = {"accumulate": 2, "clip_norm": 0.5, "skip_nonfinite": 3, "out": tmp_path, "ema": 0.5}
+    others = {"accumulate": 2, "clip_norm": 0.5, "skip_nonfinite": 3, "out": tmp_path}
     session = session_of(**others, capture=False)
     told = json.loads(json.dumps(job(session, Choice("grouped", True, "contiguous"))))
     options = RunOptions(**told["options"])

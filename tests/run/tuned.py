@@ -32,7 +32,6 @@ AUTO: dict[str, Any] = {
     "device": "cpu",
     "precision": "fp32",
     "impl": "torch",
-    "ema": 0.9,
 }
 # Three candidates, none compiled.
 EAGER: dict[str, Any] = {**AUTO, "memory_format": "channels_last", "compile": False}
@@ -56,7 +55,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def small(**changes: object) -> Recipe:
     return recipe(
-        "okddip-branch/resnet8/digits", **{"epochs": 2, "students": 2, "batch_size": 8, **changes}
+        "okddip-branch/resnet8/digits",
+        **{"epochs": 2, "students": 2, "batch_size": 8, "ema": 0.9, **changes},
     )
 
 

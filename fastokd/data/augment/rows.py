@@ -9,6 +9,7 @@ box: top, left, bottom, right, and three levels of colour.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from fastokd.data.augment.spaces import (
     values,
 )
 from fastokd.data.order import BatchOrder
-from fastokd.seeds import keyed_generator
 
 STAGE, BOX = 10, 7
 # As torchvision's RandomErasing.
@@ -52,15 +52,23 @@ class Uniform:
 
 
 def batch_rows(
-    augment: Augment | None, order: BatchOrder, epoch: int, index: int, size: tuple[int, int]
+    augment: Augment | None,
+    order: BatchOrder,
+    epoch: int,
+    index: int,
+    size: tuple[int, int],
+    views: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """The rows of batch ``index`` of ``epoch`` on this rank, a function of (seed, epoch, batch); None
-    without operations."""
+    """The rows of batch ``index`` of ``epoch`` on this rank, a function of (seed, epoch, batch), one view
+    after another; None without operations."""
     if augment is None or not augment.operates:
         return None
-    # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
-    generator = keyed_generator(order.seed, epoch, index, "operations")
-    return draw_rows(augment, order.size(index), size, generator)[order.share(index)]
+    rows = []
+    for view in views or (0,):
+        # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
+        generator = order.generator(epoch, index, "operations", view=view)
+        rows.append(draw_rows(augment, order.size(index), size, generator)[order.share(index)])
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def draw_rows(

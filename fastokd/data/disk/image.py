@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fastokd.data.decode import centre, read_rgb
 from fastokd.data.disk.scan import look_at
-from fastokd.data.disk.split import DiskSplit
+from fastokd.data.disk.split import Crop, DiskSplit
 from fastokd.errors import DataFileError
 
 
-def see(split: DiskSplit, index: int, box: list[int] | None, *, flip: bool) -> Tensor:
-    """Image ``index`` as ``[S, S, 3]``: the ``box`` for training, or the centre without one.
+def see(split: DiskSplit, index: int, crops: Sequence[Crop]) -> Tensor:
+    """The views of image ``index``, ``[V, S, S, 3]``: for training its boxes, or the centre. The file is
+    decoded once.
 
     Raises:
         OSError: the file has changed since it was prepared.
@@ -27,13 +28,16 @@ def see(split: DiskSplit, index: int, box: list[int] | None, *, flip: bool) -> T
     if isinstance(file, Path) and file.stat().st_size != int(split.bytes_N[index]):
         raise OSError(f"{file} has changed")
     image = read_rgb(file, view.background)
-    if box is None:
-        image_HWC = torch.tensor(centre(image, view))
-    else:
-        top, left, height, width = box
-        crop_CHW = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        image_HWC = F.resize(crop_CHW, [view.image_size] * 2).permute(1, 2, 0)
-    return image_HWC.flip(1) if flip else image_HWC
+    seen = []
+    for box, flip in crops:
+        if box is None:
+            image_HWC = torch.tensor(centre(image, view))
+        else:
+            top, left, height, width = box
+            crop_CHW = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+            image_HWC = F.resize(crop_CHW, [view.image_size] * 2).permute(1, 2, 0)
+        seen.append(image_HWC.flip(1) if flip else image_HWC)
+    return torch.stack(seen)
 
 
 def first_broken(split: DiskSplit, indices: Iterable[int], error: Exception | None) -> Exception:

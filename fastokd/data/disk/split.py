@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from fastokd.device import moved
 class DiskDraws(NamedTuple):
     """The images of one batch by index, their crops, and which are mirrored.
 
-    ``box_B4`` is (top, left, height, width), or None for the centre.
+    ``box_B4`` is (top, left, height, width), or None for the centre. Several views of a batch are a list
+    of these over the same images.
     """
 
     index_B: Tensor
@@ -130,6 +132,20 @@ class DiskSplit:
             sums_N7=None if self.sums_N7 is None else self.sums_N7[indices_M],
             place_N2=None if self.place_N2 is None else self.place_N2[indices_M],
         )
+
+
+# What becomes of an image in one view: its box, or None for the centre; and whether it is mirrored.
+Crop = tuple[list[int] | None, bool]
+
+
+def crops_of(views: Sequence[DiskDraws]) -> list[list[Crop]]:
+    """The crops of each image of a batch, one for each view."""
+    by_view = []
+    for draws in views:
+        flips = draws.flip_B.bool().tolist()
+        boxes = [None] * len(flips) if draws.box_B4 is None else draws.box_B4.tolist()
+        by_view.append(list(zip(boxes, flips, strict=True)))
+    return [list(crops) for crops in zip(*by_view, strict=True)]
 
 
 def labels_of(split: DiskSplit, draws: DiskDraws) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,8 @@ class DiskStream:
     Args:
         augment: random resized crops, flips and operations, or None for the centre.
         size: height and width of the images in an epoch; None for those of the split's view.
+        views: the numbers of the views, each with draws of its own; the images are then ``[V, B, H, W, 3]``,
+            and a file is decoded once. None for one view, ``[B, H, W, 3]``, which is view 0.
 
     Raises:
         UserError: ``augment`` has padded crops, which are for splits in memory.
@@ -39,6 +41,7 @@ class DiskStream:
         order: BatchOrder,
         augment: Augment | None,
         size: Callable[[int], int] | None = None,
+        views: Sequence[int] | None = None,
     ) -> None:
         if augment is not None and (not augment.resized_crop or augment.crop_padding):
             raise UserError(
@@ -48,6 +51,7 @@ class DiskStream:
         self.order = order
         self.augment = augment
         self._image_size = size
+        self.views = views
         self.workers = split.workers or min(MOST_WORKERS, share_of_cpus())
 
     def __len__(self) -> int:
@@ -59,8 +63,8 @@ class DiskStream:
         mine = self.order.share(index)
         return mine.stop - mine.start
 
-    def draws(self, epoch: int, index: int) -> DiskDraws:
-        """The draws of batch ``index`` of ``epoch`` on this rank; reads no files."""
+    def draws(self, epoch: int, index: int, view: int = 0) -> DiskDraws:
+        """The draws of one view of batch ``index`` of ``epoch`` on this rank; reads no files."""
         index_B = self.order.samples(epoch, index)
         if self.augment is None:
             return DiskDraws(index_B, None, torch.zeros_like(index_B))
@@ -69,25 +73,29 @@ class DiskStream:
         B, mine = self.order.size(index), self.order.share(index)
         sizes_B2 = self.split.sizes_N2.new_ones(B, 2)
         sizes_B2[mine] = self.split.sizes_N2[index_B]
-        generator = self.order.generator(epoch, index)
+        generator = self.order.generator(epoch, index, view=view)
         scale, ratio = self.augment.crop_scale, self.augment.crop_ratio
         box_B4 = random_boxes(sizes_B2, generator, scale, ratio)
         return DiskDraws(index_B, box_B4[mine], self.augment.draw_flips(B, generator)[mine])
 
     def operations(self, epoch: int, index: int) -> Tensor | None:
-        """The draws of the operations on batch ``index`` of ``epoch``, float32 ``[B, L]``, on the CPU; None
-        without operations."""
-        return batch_rows(self.augment, self.order, epoch, index, self._at(epoch).image_size)
+        """The draws of the operations on batch ``index`` of ``epoch``, float32 ``[B, L]``, on the CPU, with
+        views ``[V * B, L]``; None without operations."""
+        size = self._at(epoch).image_size
+        return batch_rows(self.augment, self.order, epoch, index, size, self.views)
 
-    def finish(self, images_BHWC: Tensor, rows_BL: Tensor | None) -> Tensor:
+    def finish(self, images: Tensor, rows_BL: Tensor | None) -> Tensor:
         """Decoded images after their :meth:`operations`, whose draws are on the images' device."""
         if self.augment is None or rows_BL is None:
-            return images_BHWC
-        return operate(self.augment, images_BHWC, rows_BL)
+            return images
+        if self.views is None:
+            return operate(self.augment, images, rows_BL)
+        images_NHWC = operate(self.augment, images.flatten(0, 1), rows_BL)
+        return images_NHWC.unflatten(0, images.shape[:2])
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """``(images_BHWC, labels_B)`` from ``start_batch`` to the end of the epoch, uint8 and int64, on
-        the split's device; raises as :meth:`decoded`."""
+        the split's device, with views ``images_VBHWC``; raises as :meth:`decoded`."""
         for index, batch in enumerate(self.decoded(epoch, start_batch), start_batch):
             yield self._finished(batch, epoch, index)
 
@@ -98,13 +106,13 @@ class DiskStream:
             DataFileError: a file vanished or changed since ``fastokd prepare``. All batches before it
                 were yielded.
         """
-        drawn = (self.draws(epoch, index) for index in range(start_batch, len(self)))
+        drawn = (self._by_view(epoch, index) for index in range(start_batch, len(self)))
         return self._decoded(epoch, drawn)
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch ``index`` of ``epoch``, without decoding ahead."""
         assert 0 <= index < len(self)
-        (only,) = self._decoded(epoch, iter([self.draws(epoch, index)]))
+        (only,) = self._decoded(epoch, iter([self._by_view(epoch, index)]))
         return self._finished(only, epoch, index)
 
     def _finished(
@@ -116,9 +124,16 @@ class DiskStream:
             rows_BL = moved(rows_BL, self.split.device)
         return self.finish(images_BHWC, rows_BL), labels_B
 
-    def _decoded(self, epoch: int, drawn: Iterator[DiskDraws]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _by_view(self, epoch: int, index: int) -> list[DiskDraws]:
+        return [self.draws(epoch, index, view) for view in self.views or (0,)]
+
+    def _decoded(
+        self, epoch: int, drawn: Iterator[list[DiskDraws]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         split = self._at(epoch)
-        return DECODERS[split.loader](split, drawn, self.order.largest_share, self.workers)
+        batches = DECODERS[split.loader](split, drawn, self.order.largest_share, self.workers)
+        for images_VBHWC, labels_B in batches:
+            yield images_VBHWC[0] if self.views is None else images_VBHWC, labels_B
 
     def _at(self, epoch: int) -> DiskSplit:
         """The split with the image size of ``epoch``."""

@@ -73,7 +73,7 @@ def _columns(root: Path, of: Any) -> tuple[str, str]:
         for name in LABELS
         if kinds.get(name) == "Value" and str(of.features[name].dtype).startswith(("int", "uint"))
     ]
-    chosen = []
+    chosen: list[str] = []
     for found, usual, what in ((images, IMAGES, "Image"), (labels, LABELS, "ClassLabel")):
         named = [name for name in usual if name in found] if len(found) > 1 else found
         if len(named) != 1:

@@ -29,7 +29,7 @@ class _Sample(NamedTuple):
     name: str
     label: int
     first: int
-    count: int
+    length: int
 
 
 def list_wds(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
@@ -79,7 +79,7 @@ def _packed(root: Path, shards: tuple[Path, ...]) -> Packed:
         for sample in _samples(shard):
             names.append(f"{shard.relative_to(root)}/{sample.name}")
             labels.append(sample.label)
-            places.append((number, sample.first, sample.count))
+            places.append((number, sample.first, sample.length))
     place_N3 = np.array(places, np.int64).reshape(-1, 3)
     return Packed(shards, names, np.array(labels, np.int64), place_N3)
 
