@@ -83,6 +83,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_photographs(here / name, classes=2, train=8, val=4, size=(96, 80))
     run_command(["prepare", "imagenet", "--data-root", str(here / "imagenet")])
     write_folder(here / "one", splits=("train",), classes=("cat",), count=1)
+    weights = create_model("torchvision:resnet18", 2).state_dict()
+    torch.save({k.removeprefix("net."): v for k, v in weights.items()}, here / "resnet18.pth")
     for name in ("picture.png", "picture.jpg"):
         shutil.copy(next((here / "one").rglob("*.png")), here / name)
     leader = create_model("resnet32", 100).state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,17 @@ def test_own_data_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "pictures/cat/0.jpg").rename(tmp_path / "my-cat.jpg")
     weights = torchvision.models.resnet18(num_classes=1000).state_dict()
     torch.save(weights, tmp_path / "resnet18.pth")
-    train, predict, export, tune, tune_foreign = commands("your-data.md")
+    train, predict, export, tune, tune_foreign, *fashion = commands("your-data.md")
     run(train, "--batch-size", "4", *SHORT)
     run(predict)
     run(export)
     assert (tmp_path / "runs/pictures/export/onnx/resnet20.onnx").is_file()
     for arguments in (tune, tune_foreign):
         run(arguments, "--batch-size", "4", *SHORT)
+    for name in ("clothes", "few"):
+        shutil.copytree(tmp_path / "pictures", tmp_path / "fashion" / name)
+    for arguments in fashion:
+        run(arguments, *SHORT)
 
 
 @pytest.fixture

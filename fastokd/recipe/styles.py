@@ -186,6 +186,27 @@ STYLES = {
             "cutout": 16,
         },
     ),
+    # Of pretrained students (--init): first their new heads alone, then all by a lower rate.
+    "finetune": Style(
+        "heads first as LP-FT, arXiv:2202.10054; Nesterov's momentum and cosine as arXiv:1805.08974, A.5",
+        30,
+        {
+            "batch_size": 32,
+            "lr": 5e-3,
+            "head_lr": 5e-2,
+            "weight_decay": 1e-4,
+            "schedule": "cosine",
+            "schedule_by": "step",
+            "frozen_stages": -1,
+            "frozen_epochs": 3,
+            "normalise_by": "model",
+        },
+        {"image_size": 224},
+        {},
+        (
+            "The rates, the batch size and the number of epochs are fastokd's: the papers search for them.",
+        ),
+    ),
 }
 
 
@@ -201,6 +222,8 @@ def styled(base: Recipe, style: str) -> Recipe:
     changes = {"milestones": (), "warmup_epochs": 0.0, **chosen.settings}
     if place_of(base.dataset)[0] in STREAMED:
         changes |= chosen.sized
+    if any(":" not in model for model in base.models):  # no library states their normalisation
+        changes.pop("normalise_by", None)
     options = {
         name: value
         for name, value in chosen.model_options.items()

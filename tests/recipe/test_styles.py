@@ -125,13 +125,33 @@ def trivial_augment(of: Recipe) -> dict[str, Any]:
     }
 
 
+def fine_tuning(of: Recipe) -> dict[str, Any]:
+    """A recipe in the words of papers on fine-tuning."""
+    assert 0 < of.frozen_epochs < of.epochs / 2
+    assert of.head_lr > of.lr
+    return {
+        "frozen_first": {-1: "all but the head"}[of.frozen_stages],
+        "optimizer": of.optimizer,
+        "momentum": of.momentum,
+        "nesterov": of.nesterov,
+        "lr_schedule": f"{of.schedule} by {of.schedule_by}",
+        "preprocessing": {"model": "the pretrained weights' own"}[of.normalise_by],
+    }
+
+
+def test_own_students_are_fine_tuned_with_the_data_s_normalisation() -> None:
+    assert recipe("dml/resnet20/imagefolder@finetune").normalise_by == "data"
+    tuned = recipe("dml/timm:resnet18/imagefolder@finetune")
+    assert (tuned.normalise_by, tuned.image_size) == ("model", 224)
+
+
 WORDS = {"a": rsb, "v": torchvision, "f": ffcv, "t": trivial_augment}
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_style_has_its_sources_values(style: str) -> None:
     name = "okddip-network/wrn_40_2/cifar100" if style == "ta" else NAME
-    words = trivial_augment if style == "ta" else WORDS[style[0]]
+    words = {"ta": trivial_augment, "finetune": fine_tuning}.get(style) or WORDS[style[0]]
     published = {k: v for k, v in PUBLISHED[style].items() if k != "source"}
     ours = words(recipe(f"{name}@{style}"))
     assert ours.keys() == published.keys()
