@@ -45,14 +45,8 @@ DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "im
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
     *("impl", "optimizer", "compile", "memory_format", "capture", "streams", "accumulate"),
-    *(
-        "clip_norm",
-        "skip_nonfinite",
-        "loader",
-        "workers",
-        "eval_every",
-        "save_every_steps",
-    ),
+    *("checkpoint_activations", "clip_norm", "skip_nonfinite", "loader", "workers"),
+    *("eval_every", "save_every_steps"),
     *("save_every_minutes", "max_steps", "overfit_batch", "parallel", "sync_bn", "deterministic"),
     *("show_augmentation", "tensorboard", "wandb", "quiet"),
 )

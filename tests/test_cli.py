@@ -339,6 +339,7 @@ def test_every_option_of_train_is_the_runs(
         "optimizer": "apex-sgd",
         "accumulate": 2,
         "clip_norm": 0.5,
+        "checkpoint_activations": True,
         "skip_nonfinite": 4,
         "eval_every": 5,
         "save_every_steps": 6,
