@@ -1,5 +1,5 @@
-// The most frequent case: mixed logits, class ids, no extras, few students. Three passes read all rows
-// at once and keep what they need in registers.
+// The most frequent case: mixed logits, one class id a sample, no extras, few students. Three passes
+// read all rows at once and keep what they need in registers.
 //
 // The equations are those of mixture_distillation_kernel.cpp, with shares of 0 for sources at
 // -inf; mixed logits are at most 0, so their exponentials need no maximum. Where a number is not finite,
@@ -218,7 +218,8 @@ bool cohort_of(Sample& x) {
 
 // Losses and gradients in logits and shares, or false: then nothing is written.
 bool cohort(Sample& x) {
-  if (x.by_source || x.loss.has_mixture_ce || x.N > x.S || !x.loss.labels || x.loss.smoothing > 0) {
+  if (x.by_source || x.loss.has_mixture_ce || x.N > x.S || !x.loss.labels || x.loss.smoothing > 0 ||
+      x.loss.labels2 || x.loss.sample_weight) {
     return false;
   }
   switch (x.S) {

@@ -80,6 +80,15 @@ struct Scratch {
 };
 
 // What follows fills a Loss; the tensors returned must live as long as it.
+Tensor read_ids(const int64_t*& data, const Tensor& labels, const char* name) {
+  TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), name, " is ", labels.scalar_type(),
+              ": class ids must be integers");
+  const bool wide = labels.scalar_type() == at::kLong;
+  const Tensor ids = (wide ? labels : labels.to(at::kLong)).contiguous();
+  data = ids.const_data_ptr<int64_t>();
+  return ids;
+}
+
 Tensor read_labels(Loss& loss, const Tensor& labels) {
   const int64_t B = loss.batch, C = loss.classes;
   TORCH_CHECK(labels.device().is_cpu() && labels.layout() == at::kStrided,
@@ -88,17 +97,27 @@ Tensor read_labels(Loss& loss, const Tensor& labels) {
   TORCH_CHECK(labels.dim() > 0 && labels.size(0) == B &&
                   (hard || (labels.dim() == 2 && labels.size(1) == C)),
               "labels_B has shape ", labels.sizes(), ": it must be [", B, "] or [", B, ", ", C, "]");
-  if (hard) {
-    TORCH_CHECK(at::isIntegralType(labels.scalar_type(), false), "labels_B is ",
-                labels.scalar_type(), ": class ids must be integers");
-    const bool wide = labels.scalar_type() == at::kLong;
-    const Tensor ids = (wide ? labels : labels.to(at::kLong)).contiguous();
-    loss.labels = ids.const_data_ptr<int64_t>();
-    return ids;
-  }
+  if (hard) return read_ids(loss.labels, labels, "labels_B");
   const Tensor soft = as_float(labels, "labels_B").contiguous();
   loss.soft_labels = soft.const_data_ptr<float>();
   return soft;
+}
+
+Tensor read_samples(const Loss& loss, const float*& data, const Tensor& x, const char* name) {
+  const Tensor values = as_float(x, name).contiguous();
+  TORCH_CHECK(values.dim() == 1 && values.size(0) == loss.batch, name, " has shape ", x.sizes(),
+              ": it must be [", loss.batch, "]");
+  data = values.const_data_ptr<float>();
+  return values;
+}
+
+Tensor read_labels2(Loss& loss, const Tensor& labels2) {
+  TORCH_CHECK(!loss.soft_labels, "labels2_B mixes class ids, and labels_B has none");
+  TORCH_CHECK(labels2.device().is_cpu() && labels2.layout() == at::kStrided,
+              "labels2_B must be a dense CPU tensor");
+  TORCH_CHECK(labels2.dim() == 1 && labels2.size(0) == loss.batch, "labels2_B has shape ",
+              labels2.sizes(), ": it must be [", loss.batch, "]");
+  return read_ids(loss.labels2, labels2, "labels2_B");
 }
 
 Tensor read_scores(Loss& loss, const Tensor& scores) {
@@ -168,7 +187,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> fused_loss(
     const OptionalTensor& kd_weight_S, const OptionalTensor& mixture_ce_weight_S,
     const OptionalTensor& temperature_0d, double ce_weight, double kd_weight,
     double mixture_ce_weight, double temperature, std::string_view mix, bool detach_targets,
-    double label_smoothing, bool grad_logits, bool grad_extra, bool grad_scores, bool grad_key) {
+    double label_smoothing, bool grad_logits, bool grad_extra, bool grad_scores, bool grad_key,
+    const OptionalTensor& labels2_B, const OptionalTensor& share2_B,
+    const OptionalTensor& sample_weight_B) {
   Loss loss{};
   loss.logits = rows_of(logits_SBC, "logits_SBC");
   const int64_t S = logits_SBC.size(0), B = logits_SBC.size(1), C = logits_SBC.size(2);
@@ -185,6 +206,16 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> fused_loss(
   loss.students = int(S), loss.extras = int(E), loss.batch = B, loss.classes = C;
   const Tensor labels = read_labels(loss, labels_B);
   loss.smoothing = float(label_smoothing);
+  TORCH_CHECK(labels2_B.has_value() == share2_B.has_value(),
+              "labels2_B and share2_B must be given together");
+  Tensor labels2, share2, sample_weight;
+  if (labels2_B) {
+    labels2 = read_labels2(loss, *labels2_B);
+    share2 = read_samples(loss, loss.share2, *share2_B, "share2_B");
+  }
+  if (sample_weight_B) {
+    sample_weight = read_samples(loss, loss.sample_weight, *sample_weight_B, "sample_weight_B");
+  }
   read_weight(loss.ce_weight, ce_weight_S, ce_weight, S, "ce_weight_S");
   read_weight(loss.kd_weight, kd_weight_S, kd_weight, S, "kd_weight_S");
   read_weight(loss.mixture_weight, mixture_ce_weight_S, mixture_ce_weight, S,

@@ -25,6 +25,9 @@ struct Loss {
   const int64_t* labels;     // ids, or null:
   const float* soft_labels;  // [batch, classes]
   float smoothing;
+  // Null where a sample has one class id, and where every sample counts alike.
+  const int64_t* labels2;
+  const float *share2, *sample_weight;
 
   // Scores by strides or, where there are peers, queries and keys [batch, peers, width] whose
   // products they are. The pointer of a tensor without elements is null.

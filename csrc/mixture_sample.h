@@ -43,8 +43,11 @@ struct Sample {
   float log_share[kMaxSources][kMaxSources], pair_mean[kMaxSources][kMaxSources];
   float grad_share[kMaxSources][kMaxSources];
   float has_target[kMaxSources];
-  int64_t label;     // -1: soft labels, or an id out of range
-  float label_mass;  // the sum of the smoothed labels; NaN for an id out of range
+  // -1: soft labels, no second label, or an id out of range.
+  int64_t label, label2;
+  float label_share, label2_share;  // of the labels, without smoothing; with the sample's weight
+  float label_weight;               // the sample's
+  float label_mass;  // the sum of the smoothed labels; NaN where an id that counts is out of range
 
   Sample(const Loss& a, float* scratch, int64_t index)
       : loss(a),
@@ -84,15 +87,25 @@ struct Sample {
   float kd_scale(int s) const { return loss.kd_weight[s] * T * per_sample; }
 
   void read_label() {
-    label = -1;
-    label_mass = 1.0f;
+    label = label2 = -1;
+    label_mass = label_weight = loss.sample_weight ? loss.sample_weight[b] : 1.0f;
+    label2_share = loss.labels2 ? loss.share2[b] : 0.0f;
+    label_share = 1.0f - label2_share;
     if (!loss.labels) {
-      label_mass = (1.0f - loss.smoothing) * row_sum(loss.soft_labels + b * C, C) + loss.smoothing;
-    } else if (loss.labels[b] >= 0 && loss.labels[b] < C) {
-      label = loss.labels[b];
+      label_mass *= (1.0f - loss.smoothing) * row_sum(loss.soft_labels + b * C, C) + loss.smoothing;
     } else {
-      label_mass = kNan;
+      label = class_id(loss.labels[b], label_share);
+      if (loss.labels2) label2 = class_id(loss.labels2[b], label2_share);
     }
+    label_share *= label_weight;
+    label2_share *= label_weight;
+  }
+
+  // The id, or -1 where it is out of range: then all is NaN if its share isn't 0.
+  int64_t class_id(int64_t id, float share) {
+    if (id >= 0 && id < C) return id;
+    if (share != 0.0f) label_mass = kNan;
+    return -1;
   }
 
   float score(int s, int n) const {
@@ -152,20 +165,23 @@ struct Sample {
   float cross_entropy(const float* row, float log_sum) const {
     const float keep = 1.0f - loss.smoothing;
     float ce = label_mass * log_sum;
-    if (label >= 0) ce -= keep * row[label];
-    if (!loss.labels) ce -= keep * row_dot(loss.soft_labels + b * C, row, C);
-    if (loss.smoothing > 0) ce -= loss.smoothing / float(C) * row_sum(row, C);
+    if (label >= 0) ce -= keep * label_share * row[label];
+    if (label2 >= 0) ce -= keep * label2_share * row[label2];
+    if (!loss.labels) ce -= keep * label_weight * row_dot(loss.soft_labels + b * C, row, C);
+    if (loss.smoothing > 0) ce -= loss.smoothing / float(C) * label_weight * row_sum(row, C);
     return ce;
   }
 
   // gradient -= weight * smoothed labels
   void subtract_labels(float* gradient, float weight) const {
     const float keep = weight * (1.0f - loss.smoothing);
-    if (label >= 0) gradient[label] -= keep;
+    if (label >= 0) gradient[label] -= keep * label_share;
+    if (label2 >= 0) gradient[label2] -= keep * label2_share;
     if (loss.labels && loss.smoothing == 0) return;
     const float* soft = loss.labels ? nullptr : loss.soft_labels + b * C;
-    const float each = weight * loss.smoothing / float(C);
-    for (int64_t c = 0; c < C; ++c) gradient[c] -= each + (soft ? keep * soft[c] : 0.0f);
+    const float each = weight * loss.smoothing / float(C) * label_weight;
+    const float per_soft = keep * label_weight;
+    for (int64_t c = 0; c < C; ++c) gradient[c] -= each + (soft ? per_soft * soft[c] : 0.0f);
   }
 
   // From the gradient in the shares, that in the scores; then in the queries and keys.

@@ -20,7 +20,7 @@ from fastokd.commands.bench import bench, plan
 from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
-from fastokd.commands.train import train
+from fastokd.commands.train import FORMATS, train
 from fastokd.errors import DISK, Interrupted, UserError, wrong_type
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import guarded, open_missing, reason
@@ -112,6 +112,14 @@ def _own_methods(arguments: list[str]) -> list[str]:
     return left
 
 
+def _with_format(arguments: list[str]) -> list[str]:
+    """``--print-recipe`` with the format that typer needs: it has no options whose value may be left out."""
+    return [
+        "--print-recipe=json" if word == "--print-recipe" and next_ not in FORMATS else word
+        for word, next_ in zip(arguments, [*arguments[1:], ""], strict=True)
+    ]
+
+
 def _called(arguments: Sequence[str]) -> str | None:
     """The first word that is no option; those before it have no values once --method is read."""
     return next((word for word in arguments if not word.startswith("-")), None)
@@ -170,7 +178,7 @@ def _run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        arguments = _own_methods(arguments)
+        arguments = _with_format(_own_methods(arguments))
         code = app(list(arguments) or ["--help"], prog_name="fastokd", standalone_mode=False)
     except UserError as error:
         if debug:

@@ -48,6 +48,9 @@ def evaluation_stream(
 class Scorer:
     """Scores a cohort on every image of a stream, in eval mode.
 
+    ``test_flip``: the logits are the mean of those of the image and of its mirror image; what the method
+    watches is the plain image's.
+
     ``captured``: the CUDA graphs of the training steps, or None. With them a batch's forward and metrics
     are a graph, too, captured when a size of a batch comes a second time. All graphs share one memory
     pool: they never run at the same time, and a batch leaves nothing but the totals.
@@ -60,8 +63,11 @@ class Scorer:
         has_leader: bool,
         context: Callable[[], AbstractContextManager[Any]],
         captured: CapturedStep | None = None,
+        *,
+        test_flip: bool = False,
     ) -> None:
         self.cohort, self.method, self.context, self.captured = cohort, method, context, captured
+        self.test_flip = test_flip
         self.meter = Meter(len(cohort.students), has_leader)
         self._run: Callable[[Tensor, Tensor], Any] = self._count
         if captured is not None:
@@ -117,7 +123,11 @@ class Scorer:
         with self.context():
             out = self.cohort(images_BHWC)
             watched = self.method.diagnostics(out)
-        self.meter.update(out.logits_SBC, labels_B, watched)
+            logits_SBC = out.logits_SBC
+            if self.test_flip:
+                mirrored_SBC = self.cohort(images_BHWC.flip(2)).logits_SBC
+                logits_SBC = (logits_SBC.float() + mirrored_SBC.float()) / 2
+        self.meter.update(logits_SBC, labels_B, watched)
 
 
 def evaluate(
@@ -242,6 +252,7 @@ class Evaluator:
         _copy_into(cohort, states)
         if not average.how.statistics:
             learner = self.session.learner
+            cohort.freeze(recipe.frozen_at(self.session.epoch))
             recompute(cohort, self._training_images(between), learner.autocast, learner.ranks)
             for index, state in enumerate(states):
                 live = cohort.student_state(index)
@@ -253,13 +264,15 @@ class Evaluator:
         }
 
     def _training_images(self, between: Callable[[], None]) -> Iterator[Tensor]:
-        """The first batches of training images, always the same, as they were augmented in epoch 0."""
-        for images_BHWC, _ in islice(self.session.stream.batches(0), BATCHES):
-            yield images_BHWC
+        """The first batches of training images, always the same: those of epoch 0, and of several views
+        the first."""
+        for images, _ in islice(self.session.stream.batches(0), BATCHES):
+            yield images if images.dim() == 4 else images[0]
             between()
 
     def _scorer(self, cohort: Cohort, method: Method, has_leader: bool) -> Scorer:
-        return Scorer(cohort, method, has_leader, self.session.learner.autocast, self._captured)
+        context, test_flip = self.session.learner.autocast, self.session.recipe.test_flip
+        return Scorer(cohort, method, has_leader, context, self._captured, test_flip=test_flip)
 
     def _score(self, scorer: Scorer, between: Callable[[], None]) -> dict[str, dict[str, Any]]:
         ranks, data = self.session.learner.ranks, self.session.data

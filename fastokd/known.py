@@ -40,11 +40,18 @@ METHODS = {
     "one": "fastokd.methods.one:ONE",
 }
 # fastokd.data.registry loads them.
-DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet")
+DATASETS = (
+    *("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet"),
+    *("stl10", "svhn", "tiny_imagenet", "hf", "wds"),
+)
+# Of these a name may say where the set is: hf:PATH.
+PLACED = ("hf", "wds")
+# Of these the images have any size, and a recipe may crop and resize them as they are read.
+STREAMED = ("hf", "imagefolder", "imagenet", "wds")
 # The fields of RunOptions: where and how a recipe runs. A recipe has none of them.
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
-    *("impl", "optimizer", "compile", "memory_format", "capture", "streams", "accumulate"),
+    *("impl", "apex", "compile", "memory_format", "capture", "streams", "accumulate"),
     *("checkpoint_activations", "clip_norm", "skip_nonfinite", "loader", "workers"),
     *("eval_every", "save_every_steps"),
     *("save_every_minutes", "max_steps", "overfit_batch", "parallel", "sync_bn", "deterministic"),
@@ -73,6 +80,13 @@ def list_methods() -> list[str]:
 def list_datasets() -> list[str]:
     """The names that :func:`fastokd.data.load_dataset` takes."""
     return sorted(DATASETS)
+
+
+def place_of(dataset: str) -> tuple[str, str]:
+    """The kind of a data set and its place: of ``hf:PATH`` ``("hf", "PATH")``, of others their name and
+    ""."""
+    kind, _, place = dataset.partition(":")
+    return (kind, place) if kind in PLACED else (dataset, "")
 
 
 def load(where: str) -> Any:

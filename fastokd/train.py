@@ -19,8 +19,10 @@ from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
 from fastokd.learner.recording import CaptureError
 from fastokd.learner.step import training_step
+from fastokd.recipe.file import is_file, label
 from fastokd.recipe.names import recipe as named
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.schedule import ENDING
 from fastokd.report import page
 from fastokd.result import Run
 from fastokd.run import folder as run_folder
@@ -58,10 +60,10 @@ def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: An
     """Trains a recipe and leaves a run folder.
 
     Args:
-        recipe: what to train: a name, as ``"okddip-branch/resnet32/cifar100"``, or what
-            :func:`fastokd.recipe` made of one.
+        recipe: what to train: a name, as ``"okddip-branch/resnet32/cifar100"``, a file, as
+            ``"experiment.toml"``, or what :func:`fastokd.recipe` made of one.
         options: where and how.
-        changes: single options (``out=``, ``data_root=``); with a name also settings of the recipe
+        changes: single options (``out=``, ``data_root=``); with a name or a file also settings of the recipe
             (``epochs=``, ``temperature=``).
 
     Raises:
@@ -73,7 +75,9 @@ def train(recipe: str | Recipe, options: RunOptions | None = None, **changes: An
     if isinstance(recipe, str):
         of_recipe = {k: v for k, v in changes.items() if k not in RunOptions.__dataclass_fields__}
         changes = {name: value for name, value in changes.items() if name not in of_recipe}
-        recipe = _named(recipe, of_recipe)
+        name, recipe = recipe, _named(recipe, of_recipe)
+        if is_file(name) and (options or RunOptions()).out is None:
+            changes.setdefault("out", Path("runs") / f"{label(name)}-seed{recipe.seed}")
     if not isinstance(recipe, Recipe):
         raise UserError(f"the recipe is {recipe!r}: give a name, or what fastokd.recipe returns")
     options = chosen(options, changes)
@@ -174,7 +178,7 @@ def _train_epochs(
                 "step": session.step,
                 "seconds": seconds,
                 "images_per_second": (hooks.images - images) / seconds,
-                "lr": recipe.learning_rate(session.epoch),
+                "lr": session.last_rate,
                 "kd_weight": learner.progress.ramp.item(),
                 "skipped_steps": session.skipped,
                 "train": train_metrics,
@@ -268,5 +272,10 @@ def recipe_to_resume(folder: Path, epochs: int | None = None) -> Recipe:
         raise UserError(
             f"epochs is {epochs}, but the run in {folder} was begun with {begun.epochs}: give more, or "
             "stop it sooner with --max-steps"
+        )
+    if longer.epochs > begun.epochs and begun.schedule in ENDING:
+        raise UserError(
+            f"epochs is {epochs}, but the run in {folder} was begun with {begun.epochs}, at whose end its "
+            f"schedule {begun.schedule} ends: begin a longer run, from its weights with --init if you like"
         )
     return longer

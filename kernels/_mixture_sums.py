@@ -20,18 +20,30 @@ STATS = tl.constexpr(10)
 
 @triton.jit
 def labels_tile(labels, b, cols, C: tl.constexpr, SOFT: tl.constexpr):
-    """The smoothed label distribution over the block's classes; NaN where the id is no class.
+    """The smoothed label distribution over the block's classes; NaN where an id that counts is no class.
 
-    ``labels`` is a pointer, its stride over samples and the smoothing.
+    ``labels`` is a pointer, its stride over samples and the smoothing; then a pointer to second ids,
+    one to their shares and one to the samples' weights, each dense or None.
     """
     smoothing = labels[2]
     if SOFT:
         y = tl.load(labels[0] + b * labels[1] + cols, mask=cols < C, other=0.0).to(tl.float32)
         y = (1.0 - smoothing) * y + smoothing / C
+    elif labels[3] is not None:
+        label, label2 = tl.load(labels[0] + b * labels[1]), tl.load(labels[3] + b)
+        share2 = tl.load(labels[4] + b).to(tl.float32)
+        keep = (1.0 - smoothing) * (1.0 - share2)
+        keep2 = (1.0 - smoothing) * share2
+        is_class = ((label >= 0) & (label < C)) | (share2 == 1.0)
+        is_class = is_class & (((label2 >= 0) & (label2 < C)) | (share2 == 0.0))
+        y = tl.where(is_class, smoothing / C, float("nan"))
+        y = tl.where(cols == label, keep, 0.0) + tl.where(cols == label2, keep2, 0.0) + y
     else:
         label = tl.load(labels[0] + b * labels[1])
         base = tl.where((label >= 0) & (label < C), smoothing / C, float("nan"))
         y = tl.where(cols == label, 1.0 - smoothing, 0.0) + base
+    if labels[5] is not None:
+        y *= tl.load(labels[5] + b).to(tl.float32)
     return tl.where(cols < C, y, 0.0)
 
 

@@ -13,7 +13,8 @@ class Loss(NamedTuple):
 
     ``scores`` are ``[S, N]`` or ``[B, S, N]``; with a ``key_BPd`` they are the queries ``[B, P, d]``.
     A weight is its number times its tensor, which is None, 0-d or ``[S]``; likewise the temperature.
-    ``grad_*`` say which gradients are computed.
+    ``grad_*`` say which gradients are computed. What a plain call leaves out comes last: the second
+    class ids and their shares of the labels, and each sample's weight in both cross-entropies.
     """
 
     logits_SBC: Tensor
@@ -36,6 +37,9 @@ class Loss(NamedTuple):
     grad_extra: bool = False
     grad_scores: bool = False
     grad_key: bool = False
+    labels2_B: Tensor | None = None
+    share2_B: Tensor | None = None
+    sample_weight_B: Tensor | None = None
 
     @property
     def has_mixture_ce(self) -> bool:

@@ -2,7 +2,8 @@
 
 For student s and sample b, with a = softmax(scores) and sources n (students first, then extras),
 z a source's logits, M = sum_n a_sn z_n, p_n = softmax(z_n / T), q_s = p_s, t_s the target
-(softmax(M / T), sum_n a_sn p_n, or each p_n for itself) and y the smoothed labels:
+(softmax(M / T), sum_n a_sn p_n, or each p_n for itself) and y the smoothed
+labels, times the sample's weight where it has one:
 
     ce_s = -sum_c y log softmax(z_s)                 d ce / d z_s = mass(y) softmax(z_s) - y
     kd_s = T^2 KL(t_s || q_s)                        d kd / d z_s = T (q_s - t_s)
@@ -82,6 +83,7 @@ def mixture_distillation_kernel(
     score_ptr, score_b, score_s, score_n, key_ptr,
     ce_ptr, ce_stride, ce_number, kd_ptr, kd_stride, kd_number,
     mixture_ptr, mixture_stride, mixture_number, T_ptr, T_number, smoothing,
+    label2_ptr, share2_ptr, sample_weight_ptr,
     loss_ptr, gz_ptr, gz_b, gx_ptr, gx_b, gscore_ptr, gkey_ptr,
     S: tl.constexpr, E: tl.constexpr, C: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     MIX: tl.constexpr, MIXTURE_CE: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
@@ -109,7 +111,8 @@ def mixture_distillation_kernel(
     b, part = tl.program_id(0).to(tl.int64), 1.0 / tl.num_programs(0)
     T = weight((T_ptr, 0, T_number), 0)
     inv_T = 1.0 / T
-    z, x, labels = (z_ptr, z_s, z_b), (x_ptr, x_s, x_b), (label_ptr, label_b, smoothing)
+    z, x = (z_ptr, z_s, z_b), (x_ptr, x_s, x_b)
+    labels = (label_ptr, label_b, smoothing, label2_ptr, share2_ptr, sample_weight_ptr)
     ce = (ce_ptr, ce_stride, ce_number)
     kd = (kd_ptr, kd_stride, kd_number)
     mixture = (mixture_ptr, mixture_stride, mixture_number)
@@ -279,6 +282,7 @@ def mixture_distillation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[
         mixture_distillation_kernel[(B,)](
             z_SBC, *z[:2], x_EBC, *x[:2], labels, labels.stride(0), scores, *strides, key,
             *weights, loss.temperature_0d, float(loss.temperature), float(loss.label_smoothing),
+            *_of_samples(loss),
             losses_3SB, gz, gz_rows[1], gx, gx_rows[1], g_scores, g_key,
             S, N - S, C, P, D, loss.mix, loss.has_mixture_ce, loss.detach_targets,
             labels.dim() == 2, z[2], x[2], gz_rows[2], gx_rows[2],
@@ -295,6 +299,12 @@ def mixture_distillation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[
     if no_width:
         gradients[2:] = [None if g is None else g[..., :0] for g in gradients[2:]]
     return total, ce_S, kd_S, [g for g in gradients if g is not None]
+
+
+def _of_samples(loss: Loss) -> tuple[Tensor | None, ...]:
+    """Second ids, their shares and the samples' weights, dense."""
+    given = (loss.labels2_B, loss.share2_B, loss.sample_weight_B)
+    return tuple(None if x is None else x.contiguous() for x in given)
 
 
 def _weight(tensor: Tensor | None, number: float) -> tuple[Tensor | None, int, float]:

@@ -336,7 +336,7 @@ def test_every_option_of_train_is_the_runs(
         "resume": True,
         "max_steps": 7,
         "overfit_batch": True,
-        "optimizer": "apex-sgd",
+        "apex": True,
         "accumulate": 2,
         "clip_norm": 0.5,
         "checkpoint_activations": True,

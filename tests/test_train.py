@@ -289,7 +289,7 @@ class TestRefusals:
 
     def test_apex_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="apex"):
-            fastokd.train(small(), out=tmp_path / "run", optimizer="apex-sgd", **QUICK)
+            fastokd.train(small(), out=tmp_path / "run", apex=True, **QUICK)
 
     def test_apex_of_another_make(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(optimizers.metadata, "version", lambda name: "0.9.10dev")

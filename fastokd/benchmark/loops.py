@@ -21,6 +21,7 @@ from fastokd.device import autocast, pick_precision, set_matmul_precision, use_d
 from fastokd.errors import UserError
 from fastokd.learner.step import step, training_step
 from fastokd.models import create_model
+from fastokd.recipe.augmentation import UNCROPPED
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
 from fastokd.run.build import build
@@ -75,13 +76,14 @@ class OurLoop:
     def __init__(self, of: Recipe, options: RunOptions) -> None:
         batch = synthetic.drawn_batch(of)
         data = synthetic.drawn_splits(of, batch)
-        of = dataclasses.replace(of, resized_crop=False)  # the loader crops, not the step
+        of = dataclasses.replace(of, **UNCROPPED)  # the loader crops and repeats, not the step
         with tempfile.TemporaryDirectory() as folder:
             teacher = synthetic.drawn_teacher(of, data, Path(folder))
-            options = dataclasses.replace(options, teacher=teacher, quiet=True)
+            taught = () if teacher is None else (str(teacher),)
+            options = dataclasses.replace(options, teacher=taught, quiet=True)
             session = self.session = build(of, options, data=data)
         self.device, self.precision = session.learner.device, session.learner.precision
-        self.images_BHWC = batch.images_NHWC.to(self.device)
+        self.images_BHWC = synthetic.in_views(of, batch.images_NHWC).to(self.device)
         self.labels_B = batch.labels_N.to(self.device)
         session.epoch = int(of.ramp_epochs)  # the end of the ramp: full weights
         session.learner.train()
@@ -219,7 +221,7 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     Raises:
         UserError: an option that the published loop doesn't take.
     """
-    foreign = list(of.model_options)
+    foreign = [*of.model_options, *(["views"] if of.views != "shared" else [])]
     if of.method != "ffsd":
         foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
     if foreign:

@@ -3,7 +3,7 @@
     FLOPs of a step = 6 x MACs x batch
 
 Two FLOPs a multiply-accumulate, once forward and twice backward, of the students alone: a branch
-cohort's trunk counts once; a teacher and a method's own modules don't count. These are required
+cohort's trunk counts once, or once a view; a teacher and a method's own modules don't count. These are required
 FLOPs, not executed FLOPs.
 """
 
@@ -100,7 +100,8 @@ class _Trunk(nn.Module):
 
 
 def step_macs(of: Recipe) -> int:
-    """Multiply-accumulates of one forward of all students over one image, a trunk counted once."""
+    """Multiply-accumulates of one forward of all students over one image; a trunk counts once, or once for
+    each student that has a view of its own."""
     with torch.no_grad(), torch.device("meta"):
         students = {
             name: create_model(name, num_classes(of), **of.model_options).eval()
@@ -109,7 +110,7 @@ def step_macs(of: Recipe) -> int:
         x_BCHW = torch.empty(1, 3, of.image_size, of.image_size)
         macs = {name: count_macs(student, x_BCHW) for name, student in students.items()}
         total = sum(macs[name] for name in of.models)
-        if of.sharing == "branch":
+        if of.sharing == "branch" and of.views == "shared":
             total -= (of.students - 1) * count_macs(_Trunk(students[of.model]), x_BCHW)
     return total
 

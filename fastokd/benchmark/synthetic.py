@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import preprocessing_of
@@ -15,7 +16,10 @@ from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.student.teacher import STUDENT
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "fashion_mnist": 10, "imagenet": 1000}
+CLASSES = {
+    **dict.fromkeys(("cifar10", "digits", "fashion_mnist", "stl10", "svhn"), 10),
+    **{"cifar100": 100, "imagenet": 1000, "tiny_imagenet": 200},
+}
 # An image folder is taken to have as many classes as ImageNet.
 FOLDER_CLASSES = 1000
 
@@ -36,6 +40,14 @@ def drawn_batch(of: Recipe, seed: int = 0) -> Split:
         torch.randint(256, shape, dtype=torch.uint8, generator=generator),
         torch.randint(num_classes(of), shape[:1], generator=generator),
     )
+
+
+def in_views(of: Recipe, images_NHWC: Tensor) -> Tensor:
+    """The images as the recipe's step reads them: ``[V, N, H, W, 3]`` with the samples in another order in
+    each view, or as they are."""
+    if of.number_of_views is None:
+        return images_NHWC
+    return torch.stack([images_NHWC.roll(view, 0) for view in range(of.number_of_views)])
 
 
 def drawn_splits(of: Recipe, batch: Split) -> DatasetSplits:

@@ -16,6 +16,7 @@ from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.cohort.sharing import check_sharing
 from fastokd.cohort.stacks import Stack
 from fastokd.cohort.streams import Streams
+from fastokd.cohort.views import ScaleGradient, check_trunk_views, count_views, for_each, run_trunk
 from fastokd.cohort.vmapped import VmapStudents
 from fastokd.errors import UserError
 from fastokd.models import (
@@ -56,6 +57,8 @@ class Cohort(nn.Module):
         model_options: arguments of every student's constructor.
         image_size: height and width of the images, from which ``shape.map_shapes`` follow; None for
             the size that the first student was published for.
+        trunk_views: where each student has a view of its own, the trunk runs over ``"each"`` by itself,
+            or over ``"all"`` as one batch (``views.py``).
 
     Raises:
         UserError: no students, an unknown model, a mixed branch cohort, an unknown engine.
@@ -79,9 +82,12 @@ class Cohort(nn.Module):
         trunk_grad_scale: float = 1.0,
         model_options: dict[str, Any] | None = None,
         image_size: int | None = None,
+        trunk_views: str = "each",
     ) -> None:
         super().__init__()
         self.model_names = _names(students)
+        check_trunk_views(trunk_views)
+        self.trunk_views = trunk_views
         check_sharing(sharing, self.model_names)
         self.num_classes = num_classes
         self.sharing = sharing
@@ -133,6 +139,32 @@ class Cohort(nn.Module):
             student.requires_grad_(index in own)
         self.set_engine(self.engine, self.streams is not None)
 
+    def parts(self) -> list[Student]:
+        """The trunk, if there is one, and every student."""
+        return [*([] if self.trunk is None else [self.trunk]), *self._members()]
+
+    def freeze(self, stages: int) -> None:
+        """Trains all but the first ``stages`` stages of each student: a frozen one has no gradient, and
+        is in eval mode. 0: all are trained; -1: the heads only. The engine must be set again.
+
+        Raises:
+            UserError: a student has fewer stages.
+        """
+        for name, student in zip(self.model_names, self._members(), strict=True):
+            if stages > student.stage_count:
+                raise UserError(
+                    f"frozen_stages is {stages}, but {name} has {student.stage_count} stages: choose at "
+                    "most as many, or -1 for all"
+                )
+        own = [self.students[index] for index in self.own]
+        for part in self.parts():
+            if part is self.trunk or part in own:  # other ranks train the others
+                for parameter in part.body_parameters(part.frozen):
+                    parameter.requires_grad_(True)
+            part.freeze(stages)
+            for parameter in part.body_parameters(stages):
+                parameter.requires_grad_(False)
+
     def set_engine(self, engine: str, streams: bool = False) -> None:
         """Changes the engine; the students' state doesn't change.
 
@@ -158,7 +190,7 @@ class Cohort(nn.Module):
         beside = Streams(len(members)) if streams else None
         stacks: list[Stack] = []
         if engine in ("auto", "loop"):
-            run: Callable[[Tensor], list[StudentOutput]] = LoopStudents(
+            run: Callable[[list[Tensor]], list[StudentOutput]] = LoopStudents(
                 members, self.branch_from, beside
             )
         elif engine == "grouped":
@@ -244,28 +276,40 @@ class Cohort(nn.Module):
         """Runs every student on one batch.
 
         ``images``: uint8 ``[B, H, W, 3]``, normalised and cast here in one pass; or floating point
-        ``[B, 3, H, W]``, taken as normalised already.
+        ``[B, 3, H, W]``, taken as normalised already. With a first dimension V there is a view for each
+        student that runs here, in their order, and a last one for the teacher.
+
+        Raises:
+            UserError: V isn't the number of these networks.
         """
-        x_BCHW = normalize(images, self.scale_C, self.shift_C, _compute_dtype(self.scale_C))
-        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
+        V = count_views(images, len(self.own), teacher=self._teacher is not None)
+        x_NCHW = normalize(
+            images if V is None else images.flatten(0, 1),
+            self.scale_C,
+            self.shift_C,
+            _compute_dtype(self.scale_C),
+        ).contiguous(memory_format=self.memory_format)
+        views = [x_NCHW] if V is None else list(x_NCHW.chunk(V))
+        read = views[: len(self.own)]
         trunk_BCHW: Tensor | None = None
-        trunk_maps: tuple[Tensor, ...] = ()
-        shared_BCHW = x_BCHW
+        trunk_maps: list[tuple[Tensor, ...]] = [()]
         if self.trunk is not None:
             with narrowed(self._trunk_sites):
-                trunk_BCHW, trunk_maps = self.trunk.trunk(x_BCHW, self.branch_from)
-            shared_BCHW = _ScaleGradient.apply(trunk_BCHW, self.trunk_grad_scale)
-        outputs = self._run(shared_BCHW)
+                trunk = run_trunk(self.trunk, self.branch_from, read, self.trunk_views)
+            trunk_BCHW, trunk_maps = trunk.mean_BCHW, trunk.maps
+            read = [ScaleGradient.apply(x, self.trunk_grad_scale) for x in trunk.outputs]
+        outputs = self._run(read)
         if self._exchange is not None:
             outputs = self._exchange(outputs)
         extra_logits_EBC = None
         if self._teacher is not None:
             with torch.no_grad():
-                extra_logits_EBC = self._teacher[0](x_BCHW)[None]
+                extra_logits_EBC = self._teacher[0](views[-1])[None]
+        pairs = zip(for_each(trunk_maps, len(outputs)), outputs, strict=True)
         return CohortOutput(
             torch.stack([output.logits_BC for output in outputs]),
             tuple(output.features_BD for output in outputs),
-            tuple(trunk_maps + output.maps for output in outputs),
+            tuple(before + output.maps for before, output in pairs),
             trunk_BCHW,
             extra_logits_EBC,
             self.own,
@@ -287,19 +331,6 @@ class Cohort(nn.Module):
         model = create_model(self.model_names[index], self.num_classes, **self.model_options)
         model.to(self.scale_C.dtype).load_state_dict(self.student_state(index))
         return model.train(self.training)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by ``scale`` (CL-ILR at the split)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad if ctx.scale == 1.0 else grad * ctx.scale), None
 
 
 def _names(students: tuple[str, int] | Sequence[str]) -> tuple[str, ...]:

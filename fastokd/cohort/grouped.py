@@ -5,7 +5,8 @@ GEMM. Each stacked layer reads the students' own parameters and buffers, which l
 (``stacks.py``), so state stays per student. Channels are ordered student by student.
 
 A tensor that all students read (the images, a trunk's output) isn't repeated before a layer needs it
-so: a convolution of it is one dense convolution with S times the outputs.
+so: a convolution of it is one dense convolution with S times the outputs. Where each student has a view
+of its own, their channels are joined first.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ class GroupedStudents:
         modules = (m for _, m in self.template.named_modules(remove_duplicate=False))
         self.norms = Counter(m for m in modules if isinstance(m, _NormAct) and not m.is_cumulative)
 
-    def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
-        """The outputs of each student over the shared ``x_BCHW``."""
+    def __call__(self, read: Sequence[Tensor]) -> list[StudentOutput]:
+        """The outputs of each student over what it reads, or over the one that all read."""
         S = len(self.students)
+        x_BCHW = read[0] if len(read) == 1 else torch.cat(list(read), dim=1)
         self.template.train(self.students[0].training)
         masks = self.dropout.draw(x_BCHW, self.template.training)
         give(

@@ -10,11 +10,12 @@ from fastokd.cohort.alike import are_alike
 from fastokd.cohort.dropout import DropoutMasks, give
 from fastokd.cohort.shadows import narrowed, sites_of
 from fastokd.cohort.streams import Streams, side_by_side
+from fastokd.cohort.views import for_each
 from fastokd.models import Student, StudentOutput
 
 
 class LoopStudents:
-    """Runs each student from stage ``start`` on over the same input.
+    """Runs each student from stage ``start`` on.
 
     ``streams``: where they run side by side; None for one after another.
     """
@@ -29,13 +30,14 @@ class LoopStudents:
         # Masks are drawn together only for equal students; else each dropout layer draws its own.
         self.dropout = DropoutMasks(students) if are_alike(students) else None
 
-    def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
-        """The outputs of each student over the shared ``x_BCHW``."""
+    def __call__(self, read: Sequence[Tensor]) -> list[StudentOutput]:
+        """The outputs of each student over what it reads, or over the one that all read."""
         training = self.students[0].training
-        masks = {} if self.dropout is None else self.dropout.draw(x_BCHW, training)
+        masks = {} if self.dropout is None else self.dropout.draw(read[0], training)
+        pairs = zip(self.students, for_each(read, len(self.students)), strict=True)
         calls = [
             (student, x_BCHW, {name: mask_SBD[index] for name, mask_SBD in masks.items()})
-            for index, student in enumerate(self.students)
+            for index, (student, x_BCHW) in enumerate(pairs)
         ]
         if self.streams is not None:
             self.streams.begin()

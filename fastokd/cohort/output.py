@@ -32,7 +32,8 @@ class CohortOutput:
     """One forward of a cohort.
 
     ``features``: a ``[B, D_s]`` for each student. ``maps``: for each student its stage maps, the
-    trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only.
+    trunk's first. ``trunk_BCHW``: the shared trunk's output, branch cohorts only; where each student has
+    a view of its own, the mean over views.
     ``extra_logits_EBC``: a frozen teacher's logits, without gradient. ``own``: the students that
     ran in this process, None for all; the others have logits, features and at most the last map,
     without gradient. ``streams``: those on which the students ``own`` ran, side by side.

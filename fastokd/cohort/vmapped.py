@@ -102,19 +102,19 @@ class VmapStudents:
         layers = [student.get_submodule(path) for student in self.students]
         return Stack(layers, name, owns_gradient=known)
 
-    def __call__(self, x_BCHW: Tensor) -> list[StudentOutput]:
-        """The outputs of each student over the shared ``x_BCHW``."""
+    def __call__(self, read: Sequence[Tensor]) -> list[StudentOutput]:
+        """The outputs of each student over what it reads, or over the one that all read."""
         cast = [stack for key, stack in self.parameters.items() if key in self.cast]
         with shadowed(self.sites, cast):
             parameters = {key: stack() for key, stack in self.parameters.items()}
-        kind = x_BCHW.device.type
-        last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+        kind = read[0].device.type
+        last = read[0].is_contiguous(memory_format=torch.channels_last)
         self.float_norms = kind == "cpu" or not last
         if torch.is_autocast_enabled(kind):
             self._cast(parameters, kind)
         buffers = {key: stack() for key, stack in self.buffers.items()}
         training = self.students[0].training
-        (logits_SBC, features_SBD, maps), buffers = self._run(parameters, buffers, x_BCHW, training)
+        (logits_SBC, features_SBD, maps), buffers = self._run(parameters, buffers, read, training)
         if training:
             for key, stack in self.buffers.items():
                 stack.write(buffers[key])
@@ -124,7 +124,7 @@ class VmapStudents:
         ]
 
     def _run(
-        self, parameters: State, buffers: State, x_BCHW: Tensor, training: bool
+        self, parameters: State, buffers: State, read: Sequence[Tensor], training: bool
     ) -> tuple[Any, State]:
         """The result of :class:`_Outputs` and the buffers after it; S is the first dimension of all."""
         self.template.train(training)
@@ -136,8 +136,12 @@ class VmapStudents:
             # functional_call puts a buffer that was assigned, not written in place, into `named`.
             return out, {key: named[f"student.{key}"] for key in buffers}
 
-        masks = self.dropout.draw(x_BCHW, training)
-        out, buffers = vmap(run, in_dims=(0, 0, 0, None))(parameters, buffers, masks, x_BCHW)
+        masks = self.dropout.draw(read[0], training)
+        each = len(read) > 1
+        # `cat` keeps channels-last, `stack` doesn't.
+        x = torch.cat(list(read)).unflatten(0, (len(read), -1)) if each else read[0]
+        in_dims = (0, 0, 0, 0 if each else None)
+        out, buffers = vmap(run, in_dims=in_dims)(parameters, buffers, masks, x)
         return out, buffers
 
     def _cast(self, parameters: State, kind: str) -> None:
@@ -163,7 +167,7 @@ class VmapStudents:
         try:
             with torch.device("meta"), torch.no_grad():
                 for training in (False, True):
-                    self._run(parameters, buffers, x_BCHW, training)
+                    self._run(parameters, buffers, [x_BCHW], training)
         except Exception as error:  # the students' own code ran
             raise UserError(
                 f"engine='vmap' can't run these students ({in_one_line(error)}): use loop"

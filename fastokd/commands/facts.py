@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -16,26 +17,50 @@ from fastokd.errors import unknown_name
 def list_(
     what: Annotated[
         str | None,
-        typer.Argument(help="models, methods, datasets or recipes; by default how many of each."),
+        typer.Argument(
+            help="models, methods, datasets, recipes, styles (DATASET@STYLE) or settings (--set); by default "
+            "how many of each."
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
     """List the names that recipes take."""
-    lists = {
+    lists: dict[str, Callable[[], Iterable[str]]] = {
         "models": fastokd.list_models,
         "methods": fastokd.list_methods,
         "datasets": fastokd.list_datasets,
         "recipes": fastokd.list_recipes,
+        "styles": _styles,
+        "settings": _settings,
     }
     if what is None:
-        every = {name: names() for name, names in lists.items()}
+        every = {name: [*names()] for name, names in lists.items()}
         short = (f"{len(names):4} {name}: fastokd list {name}" for name, names in every.items())
         print(json.dumps(every) if json_ else "\n".join(short))
         return
     if what not in lists:
         raise unknown_name("list", what, lists)
     names = lists[what]()
-    print(json.dumps(names) if json_ else "\n".join(names))
+    if json_:
+        print(json.dumps([*names]))
+    elif isinstance(names, dict):
+        print_facts(names, as_json=False)
+    else:
+        print("\n".join(names))
+
+
+def _styles() -> dict[str, str]:
+    """Each style's source."""
+    from fastokd.recipe.styles import STYLES
+
+    return {name: style.source for name, style in STYLES.items()}
+
+
+def _settings() -> dict[str, str]:
+    """Each setting's meaning."""
+    from fastokd.recipe.recipe import settings
+
+    return {name: setting.meaning for name, setting in settings().items()}
 
 
 def model_info(

@@ -142,6 +142,18 @@ def evaluate(
             if value is None:  # of a leader, without one
                 continue
             print(f"{split} {name}: {_rounded(value)}")
+    for line in _imbalance(run):
+        print(line)
+
+
+def _imbalance(run: Path) -> list[str]:
+    """What a run's data.json says of its class counts; nothing of an author's file."""
+    from fastokd.data.balance import sentences
+    from fastokd.run.facts import RunFacts
+
+    if run.is_file():
+        return []
+    return sentences(RunFacts(run if (run / "checkpoints").is_dir() else run.parents[1]).data())
 
 
 def _rounded(value: Any) -> Any:

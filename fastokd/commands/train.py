@@ -15,11 +15,16 @@ from fastokd.commands.options import replacing, run_options
 from fastokd.errors import UserError
 from fastokd.host.names import counted, on_a_line
 from fastokd.host.streams import say
+from fastokd.known import METHODS, place_of
 from fastokd.recipe import names
+from fastokd.recipe.file import as_toml, is_file
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.schedule import said
 from fastokd.recipe.settings import WantedRun, parse_seeds, parse_settings, wanted_runs
 from fastokd.run.options import RunOptions
 
+# What --print-recipe prints.
+FORMATS = ("json", "toml")
 # Settings of a recipe that have their own option; ``--set`` sets the others.
 FLAGS = {
     "epochs": (Annotated[int | None, "Number of epochs. The schedule is scaled to it."], None),
@@ -27,6 +32,7 @@ FLAGS = {
     "students": (Annotated[int | None, "Number of networks, leader included."], None),
     "batch_size": (Annotated[int | None, "Images per step."], None),
     "lr": (Annotated[float | None, "Learning rate of the first epoch."], None),
+    "optimizer": (Annotated[str | None, "sgd, adamw or lamb."], None),
     "temperature": (Annotated[float | None, "Temperature of the distillation."], None),
     "method": (
         Annotated[str | None, "Your own method instead of the recipe's: package.module:Class."],
@@ -61,7 +67,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="METHOD/MODEL/DATASET (`fastokd list recipes`); with --resume the folder of a run.",
+            help="METHOD/MODEL/DATASET (`fastokd list recipes`), or FILE.toml; with --resume the folder "
+            "of a run.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +83,10 @@ def train(
         bool,
         typer.Option(help="Scale the learning rate in proportion to the batch size."),
     ] = False,
-    print_recipe: Annotated[bool, typer.Option(help="Print the recipe and stop.")] = False,
+    print_recipe: Annotated[
+        str | None,
+        typer.Option(help="Print the recipe and stop: as json, or as toml, a file for `train`."),
+    ] = None,
 ) -> None:
     """Train a recipe and write a run folder.
 
@@ -98,7 +108,7 @@ def train(
         given = {**flags, "set": set_, "seeds": seeds, "scale_lr": scale_lr or None}
         _refuse_settings(given, its_recipe.method)
         if print_recipe:
-            print(json.dumps(its_recipe.to_json(), indent=1))
+            print(_printed(its_recipe, print_recipe))
         else:
             _close(resume(begun, options, epochs=flags["epochs"]), options)
         return
@@ -112,12 +122,14 @@ def train(
     wanted = wanted_runs(recipe, flags, settings, seeds=several, scale_lr=scale_lr)
     if print_recipe:
         for entry in wanted:
-            print(json.dumps(entry.recipe.to_json(), indent=1))
+            print(_printed(entry.recipe, print_recipe))
         return
     if not options.quiet:
         for line in _what_was_scaled(recipe, wanted, scale_lr):
             say(line)
     if len(wanted) == 1 and seeds is None:
+        if is_file(recipe) and options.out is None:
+            options = dataclasses.replace(options, out=Path("runs") / wanted[0].folder)
         _close(run(wanted[0].recipe, options), options)
         return
     if launched() > 1:
@@ -135,6 +147,17 @@ def train(
         say(f"  fastokd report {on_a_line(shlex.quote(str(folder)))}")
 
 
+def _printed(recipe: Recipe, form: str) -> str:
+    """The recipe as ``--print-recipe`` prints it."""
+    if form == "json":
+        return json.dumps(recipe.to_json(), indent=1)
+    if form != "toml":
+        raise UserError(f"--print-recipe is {form!r}: choose json or toml")
+    own = recipe.method not in METHODS
+    base = f"ind-{recipe.sharing}/{recipe.model}/{recipe.dataset}" if own else recipe.name
+    return as_toml(recipe, names.recipe(base)).rstrip()
+
+
 def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:
     """The folder of ``--resume`` without a recipe, or None."""
     if not options.resume or (recipe is not None and options.out is not None):
@@ -147,7 +170,9 @@ def _run_to_resume(recipe: str | None, options: RunOptions) -> Path | None:
             f"{folder} holds several runs: repeat the command that began them, or name one of them"
         )
     # A recipe's name looks like a path, too.
-    named = recipe is not None and recipe.count("/") == 2 and not folder.parent.is_dir()
+    parts = (recipe or "").split("/", 2)
+    named = len(parts) == 3 and ("/" not in parts[2] or bool(place_of(parts[2])[1]))
+    named = named and not folder.parent.is_dir()
     if not named and not (folder / "recipe.json").is_file():
         raise UserError(f"there is no run to resume in {folder}: name the folder of a run")
     return None if named else folder
@@ -196,6 +221,9 @@ def _what_was_scaled(name: str, wanted: list[WantedRun], scale_lr: bool) -> list
 
 def _schedule(name: str, of: Recipe) -> str:
     """How the learning rate falls and the distillation ramps up; ``name``: the recipe that was named."""
+    until = f"ramp over {of.ramp_epochs:.3g} epochs"
+    if of.schedule != "step":
+        return f"schedule for {counted(of.epochs, 'epoch')}: {said(of)}, {until}"
     falls = ", ".join(str(milestone) for milestone in of.milestones if milestone < of.epochs)
     rate = (
         f"rate / {1 / of.lr_decay:g} after epoch {falls}" if falls else f"rate {of.lr:g} throughout"
@@ -203,6 +231,4 @@ def _schedule(name: str, of: Recipe) -> str:
     all_of_them = len(names.recipe(name).milestones)
     if len(of.milestones) < all_of_them:
         rate += f" ({len(of.milestones)} of {all_of_them} milestones: the others coincide or come too late)"
-    return (
-        f"schedule for {counted(of.epochs, 'epoch')}: {rate}, ramp over {of.ramp_epochs:.3g} epochs"
-    )
+    return f"schedule for {counted(of.epochs, 'epoch')}: {rate}, {until}"

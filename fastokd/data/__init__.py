@@ -1,6 +1,7 @@
 """Data sets, in memory and on disk, and the batches that a run draws from them."""
 
 from fastokd.data.augment import Augment
+from fastokd.data.balance import class_counts
 from fastokd.data.disk.split import DiskSplit
 from fastokd.data.disk.stream import DiskStream
 from fastokd.data.registry import load_dataset
@@ -17,6 +18,7 @@ __all__ = [
     "DiskStream",
     "Draws",
     "Split",
+    "class_counts",
     "list_datasets",
     "load_dataset",
     "read_all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,17 @@ _UPRIGHT = {
 }
 
 
+class ImageBytes(io.BytesIO):
+    """An encoded picture in memory, with its place for errors."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        super().__init__(data)
+        self.where = where
+
+    def __str__(self) -> str:
+        return self.where
+
+
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Pillow's warnings add nothing to a fault that is reported. Filters are global to the process, so
@@ -45,8 +57,8 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def read_rgb(path: Path, background: int = BACKGROUND) -> Image.Image:
-    """The picture in a file, rotated by its EXIF orientation, on ``background``.
+def read_rgb(path: Path | ImageBytes, background: int = BACKGROUND) -> Image.Image:
+    """The picture in a file or in memory, rotated by its EXIF orientation, on ``background``.
 
     Raises:
         UserError: it can't be read, or its format isn't supported.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.data.balance import imbalanced
 from fastokd.data.splits import DatasetSplits, draw_members, largest_remainder
 from fastokd.errors import UserError
 from fastokd.seeds import keyed_generator
@@ -116,7 +117,7 @@ def draw(
 
 def listed(splits: DatasetSplits) -> dict[str, Any]:
     """What a run keeps of its data (``data.json``): the files of each split if some were drawn from train,
-    and the files that were left out; empty for a set without either."""
+    the files that were left out, and the class counts of imbalanced splits; empty for a set without any."""
     facts: dict[str, Any] = {}
     if splits.held_out and splits.train.paths_N is not None:
         facts["held_out"] = dict(splits.held_out)
@@ -124,6 +125,8 @@ def listed(splits: DatasetSplits) -> dict[str, Any]:
             facts[name] = [os.fsdecode(path) for path in getattr(splits, name).paths_N]
     if splits.left_out:
         facts["left_out"] = [{"path": path, "fault": fault} for path, fault in splits.left_out]
+    if counts := imbalanced(splits):
+        facts["class_counts"] = {"names": list(splits.class_names), **counts}
     return facts
 
 

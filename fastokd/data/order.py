@@ -8,6 +8,9 @@ from torch import Tensor
 from fastokd.errors import UserError
 from fastokd.seeds import keyed_generator
 
+# The samples of an epoch with repeats are a multiple of this, as published.
+ROUND = 256
+
 
 class BatchOrder:
     """The batches of ``count`` samples.
@@ -19,6 +22,9 @@ class BatchOrder:
         seed: of the order.
         shuffle: a new order for each epoch; else the set's own.
         drop_last: leaves out the last batch if it isn't full.
+        repeats: how often an image of a shuffled epoch comes (:func:`repeated`).
+        labels_N: class ids; each sample is then drawn anew, with equal probability for every class
+            (:func:`balanced`).
         rank, world_size: this process and the number of processes. If shuffled, up to
             ``world_size`` - 1 samples are cut from the last batch, so that all ranks' shares are equal.
 
@@ -35,17 +41,22 @@ class BatchOrder:
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        repeats: int = 1,
+        labels_N: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
+        assert shuffle or (repeats == 1 and labels_N is None)
         if count == 0:
             raise UserError("the split is empty: give it at least one image")
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}: it must be at least 1")
-        if batch_size > count and (shuffle or drop_last):
+        whole = epoch_length(count, repeats)
+        if batch_size > whole and (shuffle or drop_last):
+            of = "" if whole == count else f" in an epoch with {repeats} repeats"
             raise UserError(
-                f"batch size is {batch_size}, but there are {count} images: choose at most {count}"
+                f"batch size is {batch_size}, but there are {whole} images{of}: choose at most {whole}"
             )
         if shuffle and batch_size % world_size:
             raise UserError(
@@ -57,10 +68,12 @@ class BatchOrder:
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.repeats = repeats
         self._samples = count
-        last = count % batch_size
+        self._members = None if labels_N is None else members(labels_N)
+        last = whole % batch_size
         # Samples of an epoch.
-        self.seen = count - (last if drop_last else last % world_size if shuffle else 0)
+        self.seen = whole - (last if drop_last else last % world_size if shuffle else 0)
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -93,10 +106,58 @@ class BatchOrder:
         if not self.shuffle:
             return torch.arange(span.start, span.stop)
         if self._order is None or self._order[0] != epoch:
-            generator = keyed_generator(self.seed, epoch, "order")
-            self._order = (epoch, torch.randperm(self._samples, generator=generator))
+            self._order = (epoch, self._shuffled(epoch))
         return self._order[1][span]
 
-    def generator(self, epoch: int, index: int) -> torch.Generator:
-        """The generator of batch ``index``. Draw for the whole batch and take this rank's :meth:`share`."""
-        return keyed_generator(self.seed, epoch, index)
+    def _shuffled(self, epoch: int) -> Tensor:
+        """The samples of an epoch, int64."""
+        if self._members is not None:
+            return balanced(self._members, keyed_generator(self.seed, epoch, "balanced"))
+        generator = keyed_generator(self.seed, epoch, "order")
+        order_N = torch.randperm(self._samples, generator=generator)
+        return order_N if self.repeats == 1 else repeated(order_N, self.repeats, self.batch_size)
+
+    def generator(self, epoch: int, index: int, *what: str, view: int = 0) -> torch.Generator:
+        """The generator of ``what`` in one view of batch ``index``. Draw for the whole batch and take this
+        rank's :meth:`share`."""
+        more = ("view", view) if view else ()
+        return keyed_generator(self.seed, epoch, index, *what, *more)
+
+
+def epoch_length(count: int, repeats: int) -> int:
+    """Samples of a shuffled epoch of ``count`` images: all; with repeats the largest multiple of 256, or
+    all where there are fewer. An epoch thus sees 1 / ``repeats`` of the images."""
+    return count // ROUND * ROUND if repeats > 1 and count >= ROUND else count
+
+
+def repeated(order_N: Tensor, repeats: int, batch_size: int) -> Tensor:
+    """Repeated augmentation (Hoffer et al., 2020): a batch holds each image ``repeats`` times.
+
+    The batches hold the samples that timm's ``RepeatAugSampler`` gives to all its ranks at a step. Within
+    a batch the copies stand apart, so that ranks, which take slices, get different copies.
+    """
+    M = epoch_length(len(order_N), repeats)
+    copies_M = order_N[: -(-M // repeats)].repeat_interleave(repeats)[:M]
+    batches = copies_M.split(batch_size)
+    return torch.cat([batch[first::repeats] for batch in batches for first in range(repeats)])
+
+
+def members(labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples sorted by class, ``[N]``; and of each class that has some, the place of its first one
+    and its number of samples, ``[C]``. int64, on the CPU."""
+    labels_N = labels_N.cpu()
+    count_C = torch.bincount(labels_N)
+    first_C = count_C.cumsum(0) - count_C
+    return labels_N.argsort(stable=True), first_C[count_C > 0], count_C[count_C > 0]
+
+
+def balanced(of: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Tensor:
+    """As many samples as there are, drawn with replacement: a class uniformly, then one of its samples.
+
+    The distribution is that of torch's ``WeightedRandomSampler`` with the weight 1 / (size of the class).
+    """
+    sorted_N, first_C, count_C = of
+    N = len(sorted_N)
+    class_N = torch.randint(len(count_C), (N,), generator=generator)
+    place_N = torch.rand(N, dtype=torch.float64, generator=generator) * count_C[class_N]
+    return sorted_N[first_C[class_N] + place_N.long()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.data.decode import centre, grey_square, read_rgb
+from fastokd.data.decode import ImageBytes, centre, grey_square, read_rgb
 from fastokd.data.views import BACKGROUND, View
 from fastokd.known import MOST_PIXELS
 from fastokd.ops.normalize import normalize, scale_and_shift
@@ -67,8 +67,8 @@ class Preprocessing:
         """The interpolation to ``input_size``, by name."""
         return "bicubic" if self.native_size and not self.border else "bilinear"
 
-    def read(self, path: Path) -> np.ndarray:
-        """One file as uint8 ``[input_size, input_size, 3]``.
+    def read(self, path: Path | ImageBytes) -> np.ndarray:
+        """One picture as uint8 ``[input_size, input_size, 3]``.
 
         Raises:
             UserError: it can't be read as a picture.
@@ -151,6 +151,12 @@ KNOWN: dict[str, Preprocessing] = {
     "fashion_mnist": Preprocessing(
         32, (0.2190,) * 3, (0.3318,) * 3, native_size=28, border=True, grey=True, background=0
     ),
+    # Mean and deviation of the 73,257 training images, the usual values.
+    "svhn": Preprocessing(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    # Of the 5,000 labelled training images, the usual values.
+    "stl10": Preprocessing(96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    # Of the 100,000 training images, the usual values.
+    "tiny_imagenet": Preprocessing(64, (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)),
     # The usual values, as in torchvision.
     "imagenet": Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), eval_resize=256),
     "imagefolder": Preprocessing(32, (0.5,) * 3, (0.25,) * 3),

@@ -12,14 +12,18 @@ import torch
 from fastokd.data.disk.prepared import load_prepared
 from fastokd.data.disk.scan import statistics_of
 from fastokd.data.held_out import Share, hold_out
+from fastokd.data.packed.load import load_packed
 from fastokd.data.preprocessing import Preprocessing, preprocessing_of
 from fastokd.data.sets.cifar import load_cifar
 from fastokd.data.sets.digits import load_digits_splits
 from fastokd.data.sets.fashion_mnist import load_fashion_mnist
 from fastokd.data.sets.folder import channel_statistics, load_folder
+from fastokd.data.sets.stl10 import load_stl10
+from fastokd.data.sets.svhn import load_svhn
+from fastokd.data.sets.tiny_imagenet import load_tiny_imagenet
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError, unknown_name
-from fastokd.known import DATASETS
+from fastokd.known import DATASETS, place_of
 
 
 class _Request(NamedTuple):
@@ -42,17 +46,24 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "cifar100": lambda ask: load_cifar("cifar100", ask.root, download=ask.download),
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
+    "hf": lambda ask: _packed("hf", ask),
     "imagefolder": lambda ask: (
         _prepared("imagefolder", ask)
         if ask.streamed
         else load_folder(ask.root, ask.shown, begun=ask.begun, kept=ask.kept, own_test=ask.own_test)
     ),
     "imagenet": lambda ask: _prepared("imagenet", ask),
+    "stl10": lambda ask: load_stl10(ask.root, download=ask.download),
+    "svhn": lambda ask: load_svhn(ask.root, download=ask.download),
+    "tiny_imagenet": lambda ask: load_tiny_imagenet(
+        ask.root, ask.shown, download=ask.download, begun=ask.begun, kept=ask.kept
+    ),
+    "wds": lambda ask: _packed("wds", ask),
 }
 # Data sets whose image size can be chosen.
-_CHOOSABLE = ("imagefolder", "imagenet")
+_CHOOSABLE = ("hf", "imagefolder", "imagenet", "tiny_imagenet", "wds")
 # Data sets whose mean and deviation are measured on train; those of the others are published.
-_MEASURED = ("imagefolder",)
+_MEASURED = ("hf", "imagefolder", "wds")
 
 
 def _prepared(name: str, ask: _Request) -> DatasetSplits:
@@ -64,6 +75,20 @@ def _prepared(name: str, ask: _Request) -> DatasetSplits:
         workers=ask.workers,
         begun=ask.begun,
         device=ask.device,
+        own_test=ask.own_test,
+    )
+
+
+def _packed(name: str, ask: _Request) -> DatasetSplits:
+    return load_packed(
+        name,
+        ask.root,
+        ask.shown,
+        streamed=ask.streamed,
+        loader=ask.loader,
+        workers=ask.workers,
+        begun=ask.begun,
+        kept=ask.kept,
         own_test=ask.own_test,
     )
 
@@ -87,7 +112,8 @@ def load_dataset(
     """A data set on the CPU: in memory as uint8 ``[N, H, W, 3]``, or as files on disk.
 
     Args:
-        name: as in :func:`fastokd.list_datasets`.
+        name: as in :func:`fastokd.list_datasets`; of ``hf`` and ``wds`` it may say where the set is,
+            as ``hf:PATH``, unless ``root`` does.
         root: the folder that holds its files (docs/data.md); ``digits`` needs none, and
             ``fashion_mnist`` none if Debian's package is installed.
         val: images held out of train, stratified by class: a number, or a fraction of each class;
@@ -97,12 +123,13 @@ def load_dataset(
         test: the same, for an image folder without ``test/``. A folder with neither ``val/`` nor
             ``test/``, or with the classes' folders directly below it, is always split; ``val`` and
             ``test`` are then 0.1 each unless given.
-        download: download missing files into ``root`` (CIFAR, Fashion-MNIST).
-        image_size: height and width of the images of an ``imagefolder`` (32 unless said) or of
-            ``imagenet`` (224); other sets have 32.
+        download: download missing files into ``root`` (CIFAR, Fashion-MNIST, STL-10, SVHN, Tiny-ImageNet).
+        image_size: height and width of the images of an ``imagefolder``, ``hf`` or ``wds`` (32 unless said), of
+            ``imagenet`` (224) or of ``tiny_imagenet`` (64); other sets have one size, STL-10 96 and the
+            others 32.
         eval_resize: the shorter side before the centre crop of a held-out image; 0 for
             ``image_size``. In memory, the images to train on are the same crops.
-        streamed: read an ``imagefolder`` from disk during training, as ``imagenet``.
+        streamed: read an ``imagefolder``, ``hf`` or ``wds`` from disk during training, as ``imagenet``.
         loader: the decoder of images on disk: ``"auto"``, ``"dali"``, ``"nvjpeg"`` or
             ``"torchvision"``.
         workers: threads of DALI or nvJPEG, or processes of torchvision; 0 for this process's cores.
@@ -117,10 +144,14 @@ def load_dataset(
         UserError: an unknown name; files that are missing, empty or damaged; labels out of range;
             a ``val`` or ``test`` that can't be held out; a loader that isn't available.
     """
+    name, place = place_of(name)
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
-    if image_size not in (None, 32) and name not in _CHOOSABLE:
-        raise UserError(f"image_size is {image_size}, but {name} is shown at 32: leave it out")
+    if root is None and place:
+        root = Path(place)
+    own = preprocessing_of(name).input_size
+    if image_size not in (None, own) and name not in _CHOOSABLE:
+        raise UserError(f"image_size is {image_size}, but {name} is shown at {own}: leave it out")
     if eval_resize and name not in _CHOOSABLE:
         raise UserError(f"eval_resize is {eval_resize}, but {name} is shown as it is: leave it out")
     shown = preprocessing_of(name, image_size=image_size, eval_resize=eval_resize)

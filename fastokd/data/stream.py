@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,21 @@ def stream_of(
     augment: Augment | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
+    repeats: int = 1,
+    balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    size: Callable[[int], int] | None = None,
+    views: Sequence[int] | None = None,
 ) -> BatchStream | DiskStream:
     """The batches of ``split`` on its device; the arguments are :class:`BatchOrder`'s.
 
     Args:
         augment: crops and flips, which don't depend on the number of ranks; None for the images as
             in evaluation.
+        balanced: draws each class equally often.
+        views: numbers of views, each with draws of its own, for images ``[V, B, H, W, 3]``; None for one
+            view, ``[B, H, W, 3]``, which is view 0.
 
     Raises:
         UserError: as :class:`BatchOrder`, or ``augment`` doesn't fit a split in memory or on disk.
@@ -42,12 +51,14 @@ def stream_of(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
+        repeats=repeats,
+        labels_N=split.labels_N if balanced else None,
         rank=rank,
         world_size=world_size,
     )
     if isinstance(split, Split):
-        return BatchStream(split, order, augment)
-    return DiskStream(split, order, augment)
+        return BatchStream(split, order, augment, views)
+    return DiskStream(split, order, augment, size, views)
 
 
 def read_all(split: Split | DiskSplit) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastokd.errors import UserError
 
-# torchvision's RandomResizedCrop at its defaults.
+# torchvision's RandomResizedCrop at its defaults: areas as fractions of the image's, and width / height.
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -59,11 +60,16 @@ class Windows(NamedTuple):
     roi_end_B2: np.ndarray
 
 
-def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
+def random_boxes(
+    sizes_B2: Tensor,
+    generator: torch.Generator,
+    scale: Sequence[float] = AREA,
+    ratio: Sequence[float] = RATIO,
+) -> Tensor:
     """Boxes (top, left, height, width), int64 ``[B, 4]``, as ``RandomResizedCrop`` draws them.
 
-    Ten areas (8% to 100%) and ratios are drawn. The first box that fits is placed uniformly; if none
-    fits, the box is the largest centred one of a permitted ratio.
+    Ten areas (of ``scale``) and ratios (of ``ratio``) are drawn. The first box that fits is placed
+    uniformly; if none fits, the box is the largest centred one of a permitted ratio.
     """
     B = len(sizes_B2)
     area_BT, ratio_BT = torch.rand(2, B, TRIES, generator=generator, dtype=torch.float64).numpy()
@@ -71,8 +77,8 @@ def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
     # In numpy: torch's exp and sqrt of doubles wake its threads even for one batch's boxes, and these
     # spin on the cores that decode.
     height_B, width_B = sizes_B2.numpy().astype(np.float64).T
-    area_BT = (AREA[0] + (AREA[1] - AREA[0]) * area_BT) * (height_B * width_B)[:, None]
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    area_BT = (scale[0] + (scale[1] - scale[0]) * area_BT) * (height_B * width_B)[:, None]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     ratio_BT = np.exp(low + (high - low) * ratio_BT)
     w_BT, h_BT = np.sqrt(area_BT * ratio_BT).round(), np.sqrt(area_BT / ratio_BT).round()
     fits_BT = (w_BT > 0) & (w_BT <= width_B[:, None]) & (h_BT > 0) & (h_BT <= height_B[:, None])
@@ -80,15 +86,16 @@ def random_boxes(sizes_B2: Tensor, generator: torch.Generator) -> Tensor:
     w_B, h_B = w_BT[np.arange(B), first_B], h_BT[np.arange(B), first_B]
     top_B, left_B = place_2B[0] * (height_B - h_B + 1), place_2B[1] * (width_B - w_B + 1)
     drawn_B4 = np.stack((np.floor(top_B), np.floor(left_B), h_B, w_B), 1)
-    box_B4 = np.where(fits_BT.any(1, keepdims=True), drawn_B4, _widest(height_B, width_B))
+    box_B4 = np.where(fits_BT.any(1, keepdims=True), drawn_B4, _widest(height_B, width_B, ratio))
     return torch.from_numpy(box_B4.astype(np.int64))
 
 
-def _widest(height_B: np.ndarray, width_B: np.ndarray) -> np.ndarray:
-    """The largest centred box of a permitted ratio."""
+def _widest(height_B: np.ndarray, width_B: np.ndarray, ratio: Sequence[float]) -> np.ndarray:
+    """The largest centred box of a permitted ratio, at least a pixel high and wide."""
+    low, high = ratio
     ratio_B = width_B / height_B
-    w_B = np.where(ratio_B > RATIO[1], (height_B * RATIO[1]).round(), width_B)
-    h_B = np.where(ratio_B < RATIO[0], (width_B / RATIO[0]).round(), height_B)
+    w_B = np.where(ratio_B > high, (height_B * high).round().clip(1), width_B)
+    h_B = np.where(ratio_B < low, (width_B / low).round().clip(1), height_B)
     return np.stack(((height_B - h_B) // 2, (width_B - w_B) // 2, h_B, w_B), 1)
 
 

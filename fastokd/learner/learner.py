@@ -26,6 +26,8 @@ from fastokd.methods import Method, MethodLoss, Progress
 # Eager steps before a capture without DDP: the first makes states and tries cuDNN's algorithms, the
 # second may compile again.
 WARM_UP_ALONE = 3
+# Where a step's draws have a teacher's cached logits, [B, C].
+TAUGHT = "teacher_logits"
 
 Forward = Callable[[Tensor, Tensor, Progress], tuple[Tensor, Tensor | None, MethodLoss]]
 
@@ -40,6 +42,7 @@ class Learner:
         average: the average of students' weights over the steps, or None.
         student_parallel: this rank trains a share of the students, or None.
         choice: how the steps run; :meth:`adopt` changes it.
+        frozen: the first stages that aren't trained; :meth:`freeze` changes it.
         forward: :meth:`eager`, compiled and inside of DDP where asked for.
         captured: the CUDA graphs of this choice's step, which ``step.py`` makes.
         before: what a step writes in place and no optimizer skips, from before the step.
@@ -72,6 +75,8 @@ class Learner:
         self.scaler = gradient_scaler(device, precision)
         self.guard = Guard(device)
         self.choice = Choice()
+        self._adopted = False
+        self.frozen = 0
         self._before: Before | None = None
 
     def adopt(self, choice: Choice, *, alone: bool = False) -> None:
@@ -104,7 +109,7 @@ class Learner:
                     if isinstance(value, Tensor):
                         # A fused optimizer walks through both as they lie in memory.
                         state[key] = as_state(value, parameter)
-        self.choice = choice
+        self.choice, self._adopted = choice, True
         self._before = None
         self.forward: Forward = self.eager
         if choice.compile:
@@ -122,6 +127,15 @@ class Learner:
             )
         self.captured: CapturedStep | None = None
         self.guard.share = None if alone or self.ranks.size == 1 else self.ranks.largest
+
+    def freeze(self, stages: int) -> None:
+        """Trains all but the first ``stages`` stages of each student from the next step on (0: all of
+        them are trained, -1: heads only). Compiled, captured and DDP's steps are made anew."""
+        if stages != self.frozen:
+            self.cohort.freeze(stages)
+            self.frozen = stages
+            if self._adopted:
+                self.adopt(self.choice)
 
     @property
     def warm_up(self) -> int:
@@ -164,6 +178,8 @@ class Learner:
         """The forward pass: the students' logits, a teacher's, the loss."""
         with self.autocast():
             out = self.cohort(images_BHWC)
+            if TAUGHT in progress.draws:
+                out.extra_logits_EBC = progress.draws[TAUGHT][None].to(out.logits_SBC.dtype)
             loss = self.method(out, labels_B, progress)
             if self.student_parallel is not None:
                 loss = self.student_parallel.whole(loss)

@@ -9,34 +9,52 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
+from fastokd.learner.lamb import Lamb
 from fastokd.recipe.recipe import Recipe
 
 
 def create_optimizer(
     kind: str, groups: list[dict[str, Any]], recipe: Recipe
 ) -> torch.optim.Optimizer:
-    """``"sgd"`` (fused), ``"adam"`` at its defaults, or ``"apex-sgd"``.
-
-    Raises:
-        UserError: an unknown kind, or apex asked for where NVIDIA's isn't installed.
-    """
+    """torch's fused ``"sgd"`` or ``"adamw"``, or ``"lamb"``, by the recipe; ``"adam"`` at its defaults; or
+    ``"apex-sgd"`` (:func:`check_apex` comes before)."""
     if kind == "sgd":
         return torch.optim.SGD(
             groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
         )
+    betas = (recipe.beta1, recipe.beta2)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=recipe.eps or 1e-8, fused=True)
+    if kind == "lamb":
+        return Lamb(groups, betas=betas, eps=recipe.eps or 1e-6)
     if kind == "adam":
         return torch.optim.Adam(groups, fused=True)
-    if kind == "apex-sgd":
-        reason = apex_missing()
-        if reason is not None:
-            raise UserError(f"optimizer is 'apex-sgd', but {reason}; --optimizer sgd is as fast")
-        from apex.optimizers import FusedSGD
+    assert kind == "apex-sgd"
+    from apex.optimizers import FusedSGD
 
-        for group in groups:
-            # Apex takes numbers, and reads them anew each step.
-            group["lr"] = float(group["lr"])
-        return FusedSGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    raise UserError(f"optimizer is {kind!r}: choose sgd or apex-sgd")
+    for group in groups:
+        # Apex takes numbers, and reads them anew each step.
+        group["lr"] = float(group["lr"])
+    return FusedSGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+def check_apex(recipe: Recipe) -> None:
+    """Raises UserError where NVIDIA apex's SGD isn't there, or can't do what the recipe says."""
+    reason = apex_missing()
+    if reason is not None:
+        raise UserError(
+            f"apex is asked for, but {reason}: leave --apex out, torch's sgd is as fast"
+        )
+    if recipe.optimizer != "sgd":
+        raise UserError(
+            f"apex is asked for, but it replaces sgd only, and the optimizer is {recipe.optimizer}: leave "
+            "--apex out"
+        )
+    if recipe.schedule_by == "step":
+        raise UserError(
+            "apex is asked for, but it reads the learning rate on the host, and schedule_by is step: "
+            "leave --apex out"
+        )
 
 
 def made_ready(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -80,6 +98,12 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+@torch.no_grad()
+def set_rates(groups: list[dict[str, Any]], rates_G: Tensor) -> None:
+    """Gives each group its rate of ``rates_G``, on the device: a part of a step."""
+    torch._foreach_copy_([group["lr"] for group in groups], list(rates_G.unbind()))
 
 
 def apex_missing() -> str | None:

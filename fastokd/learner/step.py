@@ -103,19 +103,26 @@ def gradients(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[
 def parts(
     learner: Learner, images_BHWC: Tensor, labels_B: Tensor
 ) -> list[tuple[Tensor, Tensor, Progress]]:
-    """The batch in nearly equal parts, each with its part of the method's draws."""
+    """The batch in nearly equal parts, each with its part of the method's draws and of mixed labels."""
     count = learner.parts_of(labels_B.shape[0])
     draws = {name: value.tensor_split(count) for name, value in learner.progress.draws.items()}
+    mixed: list[tuple[Tensor, Tensor] | None] = [None] * count
+    if learner.progress.mixed_with is not None:
+        labels2_B, share2_B = learner.progress.mixed_with
+        mixed = [*zip(labels2_B.tensor_split(count), share2_B.tensor_split(count), strict=True)]
     return [
         (
             images,
             labels,
             dataclasses.replace(
-                learner.progress, draws={name: values[i] for name, values in draws.items()}
+                learner.progress,
+                draws={name: values[i] for name, values in draws.items()},
+                mixed_with=mixed[i],
             ),
         )
         for i, (images, labels) in enumerate(
-            zip(images_BHWC.tensor_split(count), labels_B.tensor_split(count), strict=True)
+            # B is the fourth dimension from the end, with views before it or not.
+            zip(images_BHWC.tensor_split(count, dim=-4), labels_B.tensor_split(count), strict=True)
         )
     ]
 

@@ -15,9 +15,12 @@ from fastokd.cohort import CohortShape
 from fastokd.errors import UserError, in_one_line, unknown_name, wrong_type
 from fastokd.known import METHODS, list_methods, load
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
+from fastokd.methods.label_loss import LabelLoss
 
 # Classes of users, by ``package.module:Class``.
 _OWN: dict[str, type[Method]] = {}
+# What every recipe fulfils.
+_FULFILLED = Needs(min_students=1, leader=True, label_loss=True, mixed_labels=True)
 
 
 def register_method(name: str) -> type[Method]:
@@ -79,7 +82,7 @@ def is_loaded(name: str) -> bool:
 
 def known_needs(name: str) -> Needs:
     """What a method needs; of one that isn't loaded (:func:`is_loaded`), what every recipe fulfils."""
-    return method_class(name).needs if is_loaded(name) else Needs(min_students=1, leader=True)
+    return method_class(name).needs if is_loaded(name) else _FULFILLED
 
 
 def method_class(name: str) -> type[Method]:
@@ -139,19 +142,37 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise wrong_type(option, value, what)
 
 
-def create_method(name: str, shape: CohortShape, *, impl: str = "auto", **options: Any) -> Method:
+def create_method(
+    name: str,
+    shape: CohortShape,
+    *,
+    impl: str = "auto",
+    label_loss: LabelLoss | None = None,
+    **options: Any,
+) -> Method:
     """A method for a cohort of this shape.
 
-    ``impl``: the implementation of its loss, as for :func:`fastokd.ops.mixture_distillation`.
+    ``impl``: the implementation of its loss, as for :func:`fastokd.ops.mixture_distillation`;
+    ``label_loss``: the settings of its terms with labels, by default plain cross-entropies.
 
     Raises:
-        UserError: an unknown method or option, or a shape that the method doesn't support.
+        UserError: an unknown method or option, a shape that the method doesn't support, or a
+            ``label_loss`` for a method that doesn't use it.
     """
     check_options(name, options)
-    return method_class(name)(shape, **{"impl": impl, **options})
+    method = method_class(name)(shape, **{"impl": impl, **options})
+    if label_loss is not None:
+        if not method.needs.label_loss:
+            raise UserError(
+                f"{name} doesn't use the settings of the loss on labels: leave them at their defaults, "
+                "or write self.label_loss into its losses and needs = Needs(label_loss=True)"
+            )
+        method.label_loss = label_loss
+    return method
 
 
 __all__ = [
+    "LabelLoss",
     "Method",
     "MethodLoss",
     "Needs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
+from fastokd.methods.label_loss import LabelLoss
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Needs:
     ``min_batch``: the smallest batch that its own norms can train on; a smaller last batch of an epoch
     is left out. ``own_rows``: with students spread over ranks, its loss covers this rank's students
     (``out.own``) and the ranks' losses are summed; else each rank computes the loss of all students.
-    ``running_statistics``: it reads its norms' running statistics in training.
+    ``running_statistics``: it reads its norms' running statistics in training. ``label_loss``: it uses
+    :attr:`Method.label_loss`. ``mixed_labels``: it passes ``progress.mixed_with`` to its losses.
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -40,6 +42,8 @@ class Needs:
     min_batch: int = 1
     own_rows: bool = False
     running_statistics: bool = False
+    label_loss: bool = False
+    mixed_labels: bool = False
 
     def check(self, method: str, sharing: str, students: int) -> None:
         """Raises UserError if ``method`` lacks this sharing or needs more students."""
@@ -65,12 +69,14 @@ class Progress:
 
     A CUDA graph would keep a Python number as a constant. ``epoch`` counts from 0; ``ramp`` is the
     recipe's weight of the distillation terms, in [0, 1]; ``draws`` is the result of
-    :meth:`Method.draw` for this step.
+    :meth:`Method.draw` for this step; ``mixed_with`` is ``(labels2_B, share2_B)`` where the batch's images
+    are mixed (Mixup, CutMix): the second class ids, int64, and their shares of the labels, in [0, 1].
     """
 
     epoch: Tensor
     ramp: Tensor
     draws: dict[str, Tensor] = field(default_factory=dict)
+    mixed_with: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def start(
@@ -88,11 +94,12 @@ class Progress:
 class OptimGroup:
     """Parameters that share an optimizer's settings; None stands for the recipe's value.
 
+    ``optimizer``: ``"adam"`` is torch's Adam at its defaults, whatever the recipe's optimizer.
     ``warm_up``: the recipe's warm-up applies to them; its milestones apply to all ``scheduled`` ones.
     """
 
     parameters: list[nn.Parameter]
-    optimizer: str = "sgd"
+    optimizer: Literal["adam"] | None = None
     lr: float | None = None
     weight_decay: float | None = None
     scheduled: bool = True
@@ -104,6 +111,10 @@ class Method(nn.Module):
 
     A method is built from a :class:`CohortShape` and its own options; its parameters (projections,
     gates, fusion) are its submodules. Only ``forward`` must be written.
+
+    Attributes:
+        label_loss: the recipe's settings of the terms with labels, which replace the default one where
+            ``needs.label_loss``.
     """
 
     needs = Needs()
@@ -111,6 +122,7 @@ class Method(nn.Module):
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
         self.shape = shape
+        self.label_loss = LabelLoss()
         self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastokd.methods.base import Needs
+from dataclasses import replace
+
 from fastokd.methods.ind import Independent
 
 
 class Baseline(Independent):
     """CE of one network; with more students, of each independently."""
 
-    needs = Needs(sharing=("network",), min_students=1)
+    needs = replace(Independent.needs, sharing=("network",))

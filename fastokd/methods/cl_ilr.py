@@ -6,11 +6,12 @@ which the cohort divides by the number of branches (``needs.divide_trunk_gradien
 
 from __future__ import annotations
 
-from fastokd.methods.base import Needs
+from dataclasses import replace
+
 from fastokd.methods.scored import Mutual
 
 
 class CLILR(Mutual):
     """CE + w T^2 KL(softmax(mean of the others' logits / T) || student), w the recipe's ramp."""
 
-    needs = Needs(sharing=("branch",), divide_trunk_gradient=True)
+    needs = replace(Mutual.needs, sharing=("branch",), divide_trunk_gradient=True)

@@ -7,7 +7,8 @@ All students are updated together; the authors update one network after another.
 
 from __future__ import annotations
 
-from fastokd.methods.base import Needs
+from dataclasses import replace
+
 from fastokd.methods.scored import Mutual
 
 
@@ -17,5 +18,5 @@ class DML(Mutual):
     ``mix="pairwise", detach_targets=True`` is FFSD's form; with ``temperature=1`` Zhang et al.'s.
     """
 
-    needs = Needs(sharing=("network", "branch"))
+    needs = replace(Mutual.needs, sharing=("network", "branch"))
     ramped = False

@@ -22,6 +22,7 @@ from fastokd.cohort import CohortOutput, CohortShape, side_by_side
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, no_one
 from fastokd.methods.ffsd_modules import Decoder, Fusion, Squeeze
+from fastokd.methods.label_loss import Mixed
 from fastokd.ops import (
     attention_diversity,
     attention_transfer,
@@ -66,6 +67,8 @@ class FFSD(Method):
         maps=True,
         own_rows=True,
         running_statistics=True,
+        label_loss=True,
+        mixed_labels=True,
     )
 
     pairs_SN: Tensor
@@ -107,7 +110,8 @@ class FFSD(Method):
         calls = [(student, out.maps[student], lasts) for student in own]
         of_maps = side_by_side(self._of_maps, calls, out.streams)
         # The leader is the last student.
-        total, parts = self._logit_losses(out, of_maps[-1].fusion_BC, labels_B, own)
+        fusion_BC = of_maps[-1].fusion_BC
+        total, parts = self._logit_losses(out, fusion_BC, labels_B, own, progress.mixed_with)
 
         diversity, fusion, decoders = (total.new_zeros(()) for _ in range(3))
         for losses in of_maps:
@@ -131,7 +135,12 @@ class FFSD(Method):
         return MethodLoss(total + progress.ramp.to(maps.dtype) * maps, parts)
 
     def _logit_losses(
-        self, out: CohortOutput, fusion_BC: Tensor | None, labels_B: Tensor, own: range
+        self,
+        out: CohortOutput,
+        fusion_BC: Tensor | None,
+        labels_B: Tensor,
+        own: range,
+        mixed_with: Mixed,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """CE and T^2 KL of the students ``own``, and of the fusion module where the leader is among them."""
         whole = len(own) == self.shape.students
@@ -143,17 +152,18 @@ class FFSD(Method):
             labels_B,
             self.pairs_SN,
             extra_logits_EBC=source_BC.detach()[None],
-            ce_weight=weight,
             kd_weight=weight,
             temperature=self.temperature,
             mix="pairwise",
             detach_targets=True,
             impl=self.impl,
+            **self.label_loss.arguments(labels_B, mixed_with, weight),
         )
-        parts = {"ce_S": students.ce_S * weight, "kd_S": students.kd_S * weight}
+        total, ce_S = self.label_loss.losses(students, out.logits_SBC, labels_B, mixed_with, weight)
+        parts = {"ce_S": ce_S * weight, "kd_S": students.kd_S * weight}
         if fusion_BC is None:
             nothing = torch.zeros_like(parts["ce_S"][0])
-            return students.total, {**parts, "fusion_ce": nothing, "fusion_kd": nothing}
+            return total, {**parts, "fusion_ce": nothing, "fusion_kd": nothing}
         fusion = mixture_distillation(
             fusion_BC[None],
             labels_B,
@@ -162,9 +172,11 @@ class FFSD(Method):
             temperature=self.temperature,
             detach_targets=True,
             impl=self.impl,
+            **self.label_loss.arguments(labels_B, mixed_with),
         )
-        parts |= {"fusion_ce": fusion.ce_S[0], "fusion_kd": fusion.kd_S[0]}
-        return students.total + fusion.total, parts
+        of_fusion, ce_1 = self.label_loss.losses(fusion, fusion_BC[None], labels_B, mixed_with)
+        parts |= {"fusion_ce": ce_1[0], "fusion_kd": fusion.kd_S[0]}
+        return total + of_fusion, parts
 
     def _own(self, own: range, device: torch.device) -> Tensor:
         """1 for the students of this rank, made once."""

@@ -15,7 +15,7 @@ from fastokd.ops.mixture_distillation import mixture_distillation
 class Independent(Method):
     """CE of every student."""
 
-    needs = Needs(sharing=("branch", "network"), min_students=1)
+    needs = Needs(sharing=("branch", "network"), min_students=1, label_loss=True, mixed_labels=True)
 
     scores_SS: Tensor
 
@@ -25,8 +25,13 @@ class Independent(Method):
         self.register_buffer("scores_SS", no_one(shape.students), persistent=False)
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
-        del progress
         loss = mixture_distillation(
-            out.logits_SBC, labels_B, self.scores_SS, kd_weight=0.0, impl=self.impl
+            out.logits_SBC,
+            labels_B,
+            self.scores_SS,
+            kd_weight=0.0,
+            impl=self.impl,
+            **self.label_loss.arguments(labels_B, progress.mixed_with),
         )
-        return MethodLoss(loss.total, {"ce_S": loss.ce_S})
+        total, ce_S = self.label_loss.losses(loss, out.logits_SBC, labels_B, progress.mixed_with)
+        return MethodLoss(total, {"ce_S": ce_S})

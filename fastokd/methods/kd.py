@@ -6,13 +6,14 @@ without a ramp).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.cohort import CohortOutput, CohortShape
-from fastokd.methods.base import Needs, Progress, no_one
+from fastokd.methods.base import Progress, no_one
 from fastokd.methods.scored import ScoredMethod
 
 
@@ -30,7 +31,7 @@ def teacher_logits(out: CohortOutput) -> Tensor:
 class KD(ScoredMethod):
     """CE + T^2 KL(teacher || student)."""
 
-    needs = Needs(sharing=("network", "branch"), min_students=1, teacher=True)
+    needs = replace(ScoredMethod.needs, sharing=("network", "branch"), min_students=1, teacher=True)
     ramped = False
 
     scores_SN: Tensor
@@ -42,5 +43,5 @@ class KD(ScoredMethod):
     def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
         return self.scores_SN
 
-    def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor:
+    def extras(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
         return teacher_logits(out)

@@ -2,8 +2,12 @@
 
 Scores: naive: for each sample the student with the lowest cross-entropy alone; linear: the log of
 the weights of the convex combination of logits with the lowest cross-entropy; min-logit and general:
-one computed extra source alone. Targets are detached. One deviation: all students get the same
-augmented images, where the paper augments them separately for each.
+one computed extra source alone. Targets are detached. The paper augments the images separately for each
+student: the recipe's ``views="student"``. By default all students get the same augmented images.
+
+Where a batch's labels are mixed, which the paper doesn't have, the true class's logit is the mean of both
+classes' by their shares: a cross-entropy is log sum exp of the logits less it, as with one label. Targets
+ignore label smoothing and class weights.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress
+from fastokd.methods.base import Progress
 from fastokd.methods.kd import only_the_teacher
 from fastokd.methods.kdcl_targets import (
     covariance_weights,
@@ -42,7 +46,7 @@ class KDCL(ScoredMethod):
         options: those of :class:`ScoredMethod`; targets are detached by default.
     """
 
-    needs = Needs(sharing=("network", "branch"))
+    needs = replace(ScoredMethod.needs, sharing=("network", "branch"))
 
     scores_SN: Tensor
     weights_S: Tensor
@@ -68,16 +72,17 @@ class KDCL(ScoredMethod):
         self.register_buffer("weights_S", uniform_S, persistent=target == "general")
 
     def scores(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
+        logits_SBC, mixed_with = out.logits_SBC.detach(), progress.mixed_with
         if self.target == "naive":
-            return naive_scores(out.logits_SBC.detach(), labels_B)
+            return naive_scores(logits_SBC, labels_B, mixed_with)
         if self.target == "linear":
-            return linear_scores(out.logits_SBC.detach(), labels_B, self.linear_steps)
+            return linear_scores(logits_SBC, labels_B, self.linear_steps, mixed_with)
         return self.scores_SN
 
-    def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
+    def extras(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor | None:
         logits_SBC = out.logits_SBC.detach()
         if self.target == "min_logit":
-            return min_logits(logits_SBC, labels_B)[None]
+            return min_logits(logits_SBC, labels_B, progress.mixed_with)[None]
         if self.target == "general":
             return weighted_logits(self.weights_S, logits_SBC)[None]
         return None

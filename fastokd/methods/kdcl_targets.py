@@ -9,19 +9,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.cohort import Cohort
+from fastokd.methods.label_loss import Mixed
 
 HELD_OUT_BATCH = 512
 
 
-def naive_scores(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+def naive_scores(logits_SBC: Tensor, labels_B: Tensor, mixed_with: Mixed = None) -> Tensor:
     """``[B, S, S]``: for each sample all listen to the student with the lowest CE alone."""
     S, B = logits_SBC.shape[:2]
-    labels_SB = labels_B.expand(S, B)
-    ce_SB = F.cross_entropy(
-        logits_SBC.flatten(0, 1).to(at_least_fp32(logits_SBC)),
-        labels_SB.reshape(-1),
-        reduction="none",
-    ).view(S, B)
+    if mixed_with is None:
+        labels_SB = labels_B.expand(S, B)
+        ce_SB = F.cross_entropy(
+            logits_SBC.flatten(0, 1).to(at_least_fp32(logits_SBC)),
+            labels_SB.reshape(-1),
+            reduction="none",
+        ).view(S, B)
+    else:
+        ce_SB = relative_logits(logits_SBC, labels_B, mixed_with).logsumexp(2)
     others_BS = torch.arange(S, device=ce_SB.device) != ce_SB.argmin(0)[:, None]
     scores_BS = torch.zeros_like(others_BS, dtype=ce_SB.dtype).masked_fill(others_BS, -math.inf)
     return scores_BS[:, None].expand(-1, S, -1)
@@ -34,19 +38,29 @@ def weighted_logits(weights_S: Tensor, logits_SBC: Tensor) -> Tensor:
         return torch.tensordot(weights_S.to(dtype), logits_SBC.to(dtype), dims=1)
 
 
-def min_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
+def min_logits(logits_SBC: Tensor, labels_B: Tensor, mixed_with: Mixed = None) -> Tensor:
     """``[B, C]``: each student's logits less its true class's, the smallest over students."""
-    return relative_logits(logits_SBC, labels_B).amin(0)
+    return relative_logits(logits_SBC, labels_B, mixed_with).amin(0)
 
 
-def relative_logits(logits_SBC: Tensor, labels_B: Tensor) -> Tensor:
-    """The logits less the true class's, ``[S, B, C]``, in fp32 at least; softmax is the same."""
+def relative_logits(logits_SBC: Tensor, labels_B: Tensor, mixed_with: Mixed = None) -> Tensor:
+    """The logits less the true class's, ``[S, B, C]``, in fp32 at least; softmax is the same.
+
+    ``mixed_with``: the true class's logit is the mean of two classes' by their shares.
+    """
     logits_SBC = logits_SBC.to(at_least_fp32(logits_SBC))
     index_SB1 = labels_B.expand(logits_SBC.shape[:2])[..., None]
-    return logits_SBC - logits_SBC.gather(2, index_SB1)
+    true_SB1 = logits_SBC.gather(2, index_SB1)
+    if mixed_with is not None:
+        labels2_B, share2_B = mixed_with
+        second_SB1 = logits_SBC.gather(2, labels2_B.expand(logits_SBC.shape[:2])[..., None])
+        true_SB1 = torch.lerp(true_SB1, second_SB1, share2_B.to(true_SB1.dtype)[:, None])
+    return logits_SBC - true_SB1
 
 
-def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
+def linear_scores(
+    logits_SBC: Tensor, labels_B: Tensor, steps: int, mixed_with: Mixed = None
+) -> Tensor:
     """``[B, S, S]``: the log of the convex weights whose mixed logits have the lowest CE.
 
     Exponentiated gradient, a <- softmax(log a - eta g) with g = dCE / da, for all samples at once and
@@ -54,7 +68,7 @@ def linear_scores(logits_SBC: Tensor, labels_B: Tensor, steps: int) -> Tensor:
     eta is Barzilai and Borwein's. CE is convex in a.
     """
     with torch.autocast(logits_SBC.device.type, enabled=False):
-        return _solve(relative_logits(logits_SBC, labels_B), steps)
+        return _solve(relative_logits(logits_SBC, labels_B, mixed_with), steps)
 
 
 def _solve(relative_SBC: Tensor, steps: int) -> Tensor:

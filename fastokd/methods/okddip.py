@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import MethodLoss, Needs, Progress
+from fastokd.methods.base import MethodLoss, Progress
 from fastokd.methods.scored import ScoredMethod
 from fastokd.ops.peer_attention_distillation import inner_products, peer_attention_distillation
 
@@ -30,7 +31,7 @@ class TwoLevel(ScoredMethod):
     in Eq. 5.
     """
 
-    needs = Needs(sharing=("branch", "network"), leader=True)
+    needs = replace(ScoredMethod.needs, sharing=("branch", "network"), leader=True)
 
     def peer_scores(self, out: CohortOutput, progress: Progress) -> Tensor:
         """Scores of the peers for each other, ``[P, P]`` or ``[B, P, P]``."""
@@ -89,10 +90,17 @@ class OKDDip(TwoLevel):
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
         """The loss for :meth:`scores`, which the op computes from queries and keys."""
+        query_BPd, key_BPd = self.projections(out)
         loss = peer_attention_distillation(
-            out.logits_SBC, labels_B, *self.projections(out), **self.settings(progress)
+            out.logits_SBC,
+            labels_B,
+            query_BPd,
+            key_BPd,
+            **self.settings(progress),
+            **self.label_loss.arguments(labels_B, progress.mixed_with),
         )
-        return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
+        total, ce_S = self.label_loss.losses(loss, out.logits_SBC, labels_B, progress.mixed_with)
+        return MethodLoss(total, {"ce_S": ce_S, "kd_S": loss.kd_S})
 
 
 def _projection(widths: Sequence[int], dim: int) -> nn.Linear | nn.ModuleDict:

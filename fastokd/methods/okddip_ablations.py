@@ -6,6 +6,7 @@ without a leader.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Generator, Tensor
 
 from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress, no_one
+from fastokd.methods.base import Progress, no_one
 from fastokd.methods.okddip import OKDDip, TwoLevel
 from fastokd.ops.peer_attention_distillation import inner_products
 
@@ -92,4 +93,4 @@ class OKDDipSymmetric(TwoLevel):
 class OKDDipNoTwoLevel(OKDDip):
     """*w/o two-level*: every student is a peer, none leads; the recipe keeps one at random."""
 
-    needs = Needs(sharing=("branch", "network"))
+    needs = replace(OKDDip.needs, leader=False)

@@ -43,6 +43,7 @@ class OKDDipKD(OKDDip):
             labels_B,
             self.teacher_scores_SN,
             extra_logits_EBC=teacher_logits(out),
+            mixed_with=progress.mixed_with,
             ce_weight=0.0,
             kd_weight=self.teacher_weight,
             temperature=self.temperature,

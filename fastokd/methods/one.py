@@ -6,6 +6,7 @@ sum_b softmax(g)_b z_b has a cross-entropy too, which counts once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.errors import UserError
-from fastokd.methods.base import Needs, Progress
+from fastokd.methods.base import Progress
 from fastokd.methods.scored import ScoredMethod
 
 
@@ -26,7 +27,7 @@ class ONE(ScoredMethod):
     and gate in both.
     """
 
-    needs = Needs(sharing=("branch",), trunk=True, min_batch=2)
+    needs = replace(ScoredMethod.needs, sharing=("branch",), trunk=True, min_batch=2)
 
     once_S: Tensor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import CohortOutput, CohortShape
-from fastokd.methods.base import Method, MethodLoss, Progress
+from fastokd.methods.base import Method, MethodLoss, Needs, Progress
 from fastokd.ops.fused_loss import Mix, check_mix
 from fastokd.ops.mixture_distillation import mixture_distillation
 
@@ -26,6 +26,7 @@ class ScoredMethod(Method):
         kd_weight: multiplies every KL, as does the recipe's ramp where the method has one.
     """
 
+    needs = Needs(label_loss=True, mixed_labels=True)
     # False for DML and KD, which are published without a ramp.
     ramped = True
 
@@ -51,9 +52,9 @@ class ScoredMethod(Method):
         """Who listens to whom, ``[S, N]`` or ``[B, S, N]``; -inf: not at all."""
         raise NotImplementedError
 
-    def extras(self, out: CohortOutput, labels_B: Tensor) -> Tensor | None:
+    def extras(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor | None:
         """Sources beside the students, ``[E, B, C]``."""
-        del out, labels_B
+        del out, labels_B, progress
         return None
 
     def mixture_ce_weight(self) -> Tensor | float:
@@ -71,15 +72,31 @@ class ScoredMethod(Method):
         }
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
+        scores, mixtures = self.scores(out, labels_B, progress), self.mixture_ce_weight()
         loss = mixture_distillation(
             out.logits_SBC,
             labels_B,
-            self.scores(out, labels_B, progress),
-            extra_logits_EBC=self.extras(out, labels_B),
-            mixture_ce_weight=self.mixture_ce_weight(),
+            scores,
+            extra_logits_EBC=self.extras(out, labels_B, progress),
+            mixture_ce_weight=self.label_loss.scaled(mixtures),
             **self.settings(progress),
+            **self.label_loss.arguments(labels_B, progress.mixed_with),
         )
-        return MethodLoss(loss.total, {"ce_S": loss.ce_S, "kd_S": loss.kd_S})
+        total, ce_S = self.label_loss.losses(loss, out.logits_SBC, labels_B, progress.mixed_with)
+        if self.label_loss.criterion == "bce" and isinstance(mixtures, Tensor):
+            bce_S = self._mixture_bce(out.logits_SBC, scores, labels_B, progress)
+            total = total + (mixtures * bce_S).sum() * self.label_loss.weight
+        return MethodLoss(total, {"ce_S": ce_S, "kd_S": loss.kd_S})
+
+    def _mixture_bce(
+        self, logits_SBC: Tensor, scores: Tensor, labels_B: Tensor, progress: Progress
+    ) -> Tensor:
+        """The binary cross-entropy of each student's mixture of the students' logits, ``[S]``."""
+        dtype = torch.promote_types(logits_SBC.dtype, torch.float32)
+        with torch.autocast(logits_SBC.device.type, enabled=False):
+            mix_BSN = scores.to(dtype).softmax(-1).expand(logits_SBC.shape[1], -1, -1)
+            mixed_SBC = torch.einsum("bsn,nbc->sbc", mix_BSN, logits_SBC.to(dtype))
+        return self.label_loss.binary(mixed_SBC, labels_B, progress.mixed_with)
 
 
 class Mutual(ScoredMethod):

@@ -154,6 +154,27 @@ class ExternalStudent(Student):
         if len(self.stages) == 2 and (start, stop) != (0, None):
             prune(self, self._cuts[True], keep_first=stop == 1)
 
+    @property
+    def stage_count(self) -> int:
+        """The number of maps: each ends a stage, the first one with the stem."""
+        return len(self.map_names)
+
+    def body(self, stages: int) -> list[str]:
+        cut = self.found.stages if stages < 0 else self.found.stages[:stages]
+        return self._present(f"net.{path}" for paths in cut for path in paths)
+
+    def body_parameters(self, stages: int) -> list[nn.Parameter]:
+        if stages >= 0:
+            return super().body_parameters(stages)
+        head = set(
+            self.head_parameters()
+        )  # a token or a position belongs to no module that is called
+        return [p for p in self.parameters() if p not in head]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        names = self._present([f"net.{self.found.classifier}"])
+        return [p for name in names for p in self.get_submodule(name).parameters()]
+
     def published_key(self, key: str) -> str:
         return key.removeprefix("net.")
 

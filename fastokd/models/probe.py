@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Probe:
     ``features_at``: the module whose input is the feature: the last layer with C outputs, or the
     dropout before it; ``channels_first``: whether that input is ``[B, D, H, W]`` where it has
     positions. ``maps_at``: the modules whose outputs are maps, largest first. ``writes_input``: the
-    network changes its images in place.
+    network changes its images in place. ``classifier``: that last layer; ``stages``: what runs before
+    it, in the order of completion, cut after each of the maps; the last stage has no map.
     """
 
     features_at: str
@@ -39,6 +41,8 @@ class Probe:
     feature_dim: int
     maps_at: tuple[str, ...]
     writes_input: bool
+    classifier: str
+    stages: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,12 @@ def probe(
         at = before.path
     channels_first = isinstance(last.module, nn.Conv2d)
     dim = pool_features(last.input, channels_first).shape[1]
-    maps_at = _maps(net, calls[: places[-1]], size, hidden)
-    return Probe(at, channels_first, dim, maps_at, writes_input)
+    body = calls[: places[-1]]
+    maps_at = _maps(net, body, size, hidden)
+    paths = [call.path for call in body]
+    ends = [0, *(1 + max(i for i, path in enumerate(paths) if path == end) for end in maps_at)]
+    stages = (tuple(paths[i:j]) for i, j in pairwise([*ends, len(paths)]))
+    return Probe(at, channels_first, dim, maps_at, writes_input, last.path, tuple(stages))
 
 
 def pool_features(x: Tensor, channels_first: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,9 +49,11 @@ class Student(nn.Module):
         map_stages: the stages that end in a map.
         branch_from: the first stage that is not shared in a *branch* cohort.
         recomputes: in training, each stage's activations are recomputed in the backward.
+        frozen: the number of first stages that aren't trained; -1 for all. :meth:`freeze` sets it.
     """
 
     recomputes = False
+    frozen = 0
 
     feature_dim: int
     stages: tuple[tuple[str, ...], ...]
@@ -130,6 +132,41 @@ class Student(nn.Module):
                     delattr(self.get_submodule(parent), child)
         if stop is not None:
             delattr(self, self.head_name)
+
+    @property
+    def stage_count(self) -> int:
+        """The number of stages that :meth:`freeze` knows."""
+        return len(self.stages)
+
+    def body(self, stages: int) -> list[str]:
+        """The modules of the first ``stages`` stages (-1: of all) that this student or trunk has."""
+        last = len(self.stages) if stages < 0 else stages
+        return self._present(name for names in self.stages[:last] for name in names)
+
+    def _present(self, names: Iterable[str]) -> list[str]:
+        there = {name for name, _ in self.named_modules()}
+        return [name for name in names if name in there]
+
+    def body_parameters(self, stages: int) -> list[nn.Parameter]:
+        """The parameters of the first ``stages`` stages; -1: of all but the head."""
+        return [p for name in self.body(stages) for p in self.get_submodule(name).parameters()]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the layer that classifies; none of a trunk."""
+        names = self._present([self.head_name])
+        return [p for name in names for p in self.get_submodule(name).parameters()]
+
+    def freeze(self, stages: int) -> None:
+        """Keeps the first ``stages`` stages in eval mode from now on; 0: none, -1: all."""
+        self.frozen = stages
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        if mode and self.frozen:
+            for name in self.body(self.frozen):
+                self.get_submodule(name).eval()
+        return self
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -61,11 +61,13 @@ def fused_loss(
     inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
     weights: tuple[Weight, Weight, Weight, float | Tensor],
     *options: Any,
+    mixed_with: tuple[Tensor, Tensor] | None = None,
+    sample_weight_B: Tensor | None = None,
 ) -> MixtureLoss:
     """The loss by the operator ``op`` or by ``reference``, differentiable once in its leaves.
 
     ``inputs`` and ``options`` are fields of ``Loss``; ``weights`` are of CE, KD and mixture CE, and
-    the temperature. All that the checks and the choice read (shapes, dtypes, strides, requires_grad,
+    the temperature; ``mixed_with`` is ``(labels2_B, share2_B)``. All that the checks and the choice read (shapes, dtypes, strides, requires_grad,
     options; no values of tensors) is the call's signature: one that has passed is not checked again.
     """
     tensors: list[Any] = []
@@ -80,6 +82,10 @@ def fused_loss(
             tensors.append(value)
             numbers.append(1.0)
     loss = Loss(*inputs, *tensors, *numbers, *options)
+    rare: tuple[Tensor | None, ...] = ()
+    if mixed_with is not None or sample_weight_B is not None:
+        rare = (*(mixed_with or (None, None)), sample_weight_B)
+        loss = loss._replace(labels2_B=rare[0], share2_B=rare[1], sample_weight_B=rare[2])
     if torch.compiler.is_compiling():
         route = _route(op, impl, loss)
     else:
@@ -91,7 +97,7 @@ def fused_loss(
             *(scores.shape, scores.dtype, scores.requires_grad),
             extra_EBC if extra_EBC is None else _signature(extra_EBC),
             key_BPd if key_BPd is None else _signature(key_BPd),
-            *[x if x is None else _signature(x) for x in tensors],
+            *[x if x is None else _signature(x) for x in (*tensors, *rare)],
         )
         try:
             route = _routes[signature]
@@ -104,7 +110,7 @@ def fused_loss(
     function, asks, leaves, dtypes = route
     if function is None:
         return reference(loss)
-    total, ce_S, kd_S, gradients = function(*loss[:16], *asks)
+    total, ce_S, kd_S, gradients = function(*loss[:16], *asks, *rare)
     if leaves:
         total = FusedLoss.apply((total, gradients, dtypes), *[loss[i] for i in leaves])
     return MixtureLoss(total, ce_S, kd_S)
@@ -150,6 +156,7 @@ def _check(loss: Loss) -> None:
         _check_sources(loss)
     else:
         _check_peers(loss, loss.scores, loss.key_BPd)
+    _check_samples(loss)
     S = loss.logits_SBC.shape[0]
     for name in ("ce_weight", "kd_weight", "mixture_ce_weight"):
         weight = getattr(loss, f"{name}_S")
@@ -173,6 +180,33 @@ def _check_logits(logits_SBC: Tensor, labels_B: Tensor) -> None:
             f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: "
             f"it must be integers [{B}] or floating point [{B}, {C}]"
         )
+
+
+def _check_samples(loss: Loss) -> None:
+    """Raises where the second labels, their shares or the samples' weights don't fit."""
+    B = loss.logits_SBC.shape[1]
+    labels2_B = loss.labels2_B
+    if labels2_B is not None:
+        if loss.labels_B.dim() == 2:
+            raise UserError(
+                "mixed_with is given beside soft labels [batch, classes]: mix those themselves, or give "
+                "class ids [batch]"
+            )
+        if labels2_B.shape != (B,) or labels2_B.is_floating_point():
+            raise UserError(
+                f"labels2_B is {labels2_B.dtype} of shape {list(labels2_B.shape)}: it must be "
+                f"integers [{B}]"
+            )
+    for name in ("share2_B", "sample_weight_B"):
+        x = getattr(loss, name)
+        if x is None:
+            continue
+        if x.shape != (B,) or not x.is_floating_point():
+            raise UserError(
+                f"{name} is {x.dtype} of shape {list(x.shape)}: it must be floating point [{B}]"
+            )
+        if x.requires_grad:
+            raise UserError(f"{name} asks for gradient, but it carries none: detach it")
 
 
 def check_mix(mix: str) -> None:
@@ -244,7 +278,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     leaves = (z_SBC, loss.extra_EBC, loss.scores, loss.key_BPd)
     asked = [
         gradient(x, place < 2)
-        for place, (x, ask) in enumerate(zip(leaves, loss[16:], strict=True))
+        for place, (x, ask) in enumerate(zip(leaves, loss[16:20], strict=True))
         if x is not None and ask
     ]
     total, ce_S, kd_S = (z_SBC.new_empty(n, dtype=torch.float32) for n in ((), S, S))
@@ -252,7 +286,12 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str", bool: "bool"}
-_FIELDS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Loss).items())
+_RARE = ("labels2_B", "share2_B", "sample_weight_B")
+"""What a plain call leaves out."""
+_FIELDS = ", ".join(
+    f"{_TYPES[kind]} {name}{'=None' if name in _RARE else ''}"
+    for name, kind in get_type_hints(Loss).items()
+)
 # One operator by two names, so that a profile tells the two losses apart.
 for _op in ("mixture_distillation", "peer_attention_distillation"):
     define(

@@ -30,6 +30,8 @@ def peer_attention_distillation(
     mix: Mix = "logits",
     detach_targets: bool = False,
     label_smoothing: float = 0.0,
+    mixed_with: tuple[Tensor, Tensor] | None = None,
+    sample_weight_B: Tensor | None = None,
     impl: str = "auto",
 ) -> MixtureLoss:
     """``mixture_distillation`` with ``peer_scores(query_BPd, key_BPd, S)``.
@@ -39,7 +41,8 @@ def peer_attention_distillation(
         labels_B: class ids, or soft labels ``[B, C]``.
         query_BPd, key_BPd: the peers' projections; P is S, or S - 1 with a leader.
         ce_weight, kd_weight: a number, a 0-d tensor or ``[S]``; no gradient.
-        temperature, mix, detach_targets, label_smoothing, impl: as ``mixture_distillation``'s.
+        temperature, mix, detach_targets, label_smoothing, mixed_with, sample_weight_B, impl: as
+            ``mixture_distillation``'s.
 
     Returns:
         ``MixtureLoss(total, ce_S, kd_S)``, ``total`` differentiable in logits, queries and keys.
@@ -56,6 +59,8 @@ def peer_attention_distillation(
         mix,
         detach_targets,
         label_smoothing,
+        mixed_with=mixed_with,
+        sample_weight_B=sample_weight_B,
     )
 
 

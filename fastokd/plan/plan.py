@@ -28,6 +28,9 @@ TRAIN_IMAGES = {
     "digits": 500,
     "fashion_mnist": 60_000,
     "imagenet": 1_281_167,
+    "stl10": 5_000,
+    "svhn": 73_257,
+    "tiny_imagenet": 100_000,
 }
 
 

@@ -176,9 +176,12 @@ def trace_ours(
             _materialise(module, torch.contiguous_format if module is method else CHANNELS_LAST)
         cohort.join()
         size = of.image_size
-        images_BHWC = torch.empty(batch, size, size, 3, dtype=torch.uint8)
+        shape: tuple[int, ...] = (batch, size, size, 3)
+        if of.number_of_views is not None:
+            shape = (of.number_of_views, *shape)
+        images_BHWC = torch.empty(shape, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
-        optimizers = build_optimizers(cohort, method, of, "sgd", cpu)
+        optimizers = build_optimizers(cohort, method, of, cpu)
         # Autocast has no effect under vmap on fake tensors: that engine is traced in float32.
         precision = "bf16" if precision == "bf16" and engine != "vmap" else "fp32"
         learner = Learner(

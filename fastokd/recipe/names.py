@@ -1,14 +1,17 @@
 """The recipe of each name.
 
-A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET``:
+A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET[@STYLE]``:
 
 - METHOD as in ``fastokd list methods``; an ablation is a method: ``okddip_mean``.
 - FORM is ``branch`` or ``network``. It may be left out if the method has one form or was
   published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
 - ``-ensemble`` reports the accuracy of the peers' mean logits (Table 4).
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
+- ``@STYLE`` after the data set trains in a published style: ``okddip-network/resnet18/imagenet@a3``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:
   ``okddip-network/resnet20+resnet32+resnet20/cifar100``.
+- DATASET may say where a set is, of those that are named by their format: ``baseline/resnet18/hf:PATH``
+  (saved by Hugging Face's ``datasets``), ``wds:PATH`` (WebDataset's shards).
 
 Methods, models and data sets compose freely; ``list_recipes`` names those that the papers report.
 """
@@ -16,13 +19,18 @@ Methods, models and data sets compose freely; ``list_recipes`` names those that 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastokd.errors import UserError, unknown_name, wrong_type
-from fastokd.known import DATASETS, METHODS
+from fastokd.known import DATASETS, METHODS, place_of
+from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
-from fastokd.recipe.recipe import Recipe, checked, methods, models, settings
+from fastokd.recipe.optimization import refuse_unused
+from fastokd.recipe.recipe import Recipe, checked, methods, models
+from fastokd.recipe.recipe import settings as fields
+from fastokd.recipe.styles import STYLES, styled
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
@@ -40,10 +48,11 @@ class _Name(NamedTuple):
     students: int | None
     model: str
     dataset: str
+    style: str | None
 
 
 def recipe(name: str, /, **changes: Any) -> Recipe:
-    """The recipe called ``name``, with fields of :class:`Recipe` replaced.
+    """The recipe called ``name`` or in the file ``name``, ``FILE.toml``, with settings replaced.
 
     ``epochs`` scales the schedule (:meth:`Recipe.with_epochs`) unless ``milestones`` come with it; an
     option of the method or of the students is given by its name, or within ``method_options`` or
@@ -57,6 +66,9 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     """
     if not isinstance(name, str):
         raise wrong_type("the recipe", name, "a name, METHOD/MODEL/DATASET")
+    if file.is_file(name):
+        base_name, settings_of_file = file.read_recipe(name)
+        return _changed(recipe(base_name, **settings_of_file), changes)
     parsed = _parse(name)
     if parsed.students not in (None, changes.get("students", parsed.students)):
         raise UserError(
@@ -66,27 +78,36 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     method = changes.pop("method", None)
     if method is not None:
         parsed = parsed._replace(method=checked("method", method))
-        name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}"
-    base = _published(name, parsed)
-    changes = changed_fields(base, changes)
+        style = "" if parsed.style is None else f"@{parsed.style}"
+        name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}{style}"
+    return _changed(_published(name, parsed), changes)
+
+
+def _changed(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """``base`` with settings replaced; new epochs scale the schedule."""
+    changes = changed_fields(base, settings)
     epochs = changes.pop("epochs", None)
     if epochs is not None:
-        settings()["epochs"].check("epochs", epochs)
+        fields()["epochs"].check("epochs", epochs)
         base = base.with_epochs(epochs)
-    return dataclasses.replace(base, **changes)
+    changed = dataclasses.replace(base, **changes)
+    # A file says every field, those that mean nothing at their defaults.
+    refuse_unused(changed, {n for n in changes if getattr(changed, n) != getattr(base, n)})
+    return changed
 
 
 def _parse(name: str) -> _Name:
-    parts = name.split("/")
-    if len(parts) != 3:
+    parts = name.split("/", 2)
+    if len(parts) != 3 or ("/" in parts[2] and not place_of(parts[2])[1]):
         raise UserError(
             f"{name!r} is no recipe: name one as METHOD/MODEL/DATASET, "
             "such as okddip-branch/resnet32/cifar100"
         )
     text, model, dataset = parts
+    dataset, style = _of_style(dataset)
     for student in model.split("+"):
         models.model_spec(student)
-    if dataset not in DATASETS:
+    if place_of(dataset)[0] not in DATASETS:
         raise unknown_name("dataset", dataset, DATASETS)
     text, at, count = text.partition("@")
     if at and not count.isdecimal():
@@ -102,7 +123,15 @@ def _parse(name: str) -> _Name:
             "-ensemble to report the ensemble's accuracy"
         )
     sharing = forms[0] if forms else _only_form(method)
-    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset)
+    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset, style)
+
+
+def _of_style(dataset: str) -> tuple[str, str | None]:
+    """The data set and the style of ``DATASET@STYLE``; a folder's path may have an @, too."""
+    before, at, style = dataset.rpartition("@")
+    if not at or (style not in STYLES and place_of(dataset)[1]):
+        return dataset, None
+    return before, style
 
 
 def _only_form(method: str) -> str:
@@ -144,7 +173,7 @@ def _published(text: str, name: _Name) -> Recipe:
         base = dataclasses.replace(base, reported="kept")
     if name.ensemble:
         base = dataclasses.replace(base, reported="ensemble_logits")
-    return base
+    return base if name.style is None else styled(base, name.style)
 
 
 def _students(method: str) -> int:
@@ -184,7 +213,9 @@ def _ffsd(base: Recipe) -> Recipe:
 
 
 def _on_dataset(cifar: Recipe) -> Recipe:
-    """OKDDip's settings on CIFAR and ImageNet; shorter schedules for the small sets."""
+    """OKDDip's settings on CIFAR and ImageNet; shorter schedules for the small sets. Sets that it doesn't
+    report have the settings of a paper that trains single networks on them, with CIFAR's ramp in proportion
+    to the epochs."""
     if cifar.dataset == "imagenet":
         # The paper gives no R for ImageNet; 24 of 90 epochs is the fraction of CIFAR's.
         return dataclasses.replace(
@@ -210,6 +241,31 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             crop_padding=2,
             flip=False,
         )
+    if cifar.dataset == "svhn":
+        # Wide Residual Networks (Zagoruyko & Komodakis 2016), section 3: no augmentation.
+        return dataclasses.replace(
+            cifar,
+            epochs=160,
+            lr=0.01,
+            milestones=(80, 120),
+            ramp_epochs=160 * 80 / 300,
+            crop_padding=0,
+            flip=False,
+        )
+    if cifar.dataset == "stl10":
+        # Cutout (DeVries & Taylor 2017), section 4.2, without cutout.
+        return dataclasses.replace(
+            cifar,
+            epochs=1000,
+            milestones=(300, 400, 600, 800),
+            lr_decay=0.2,
+            ramp_epochs=1000 * 80 / 300,
+            crop_padding=12,
+            image_size=96,
+        )
+    if cifar.dataset == "tiny_imagenet":
+        # CIFAR's settings; the padding is an eighth of the side, too.
+        return dataclasses.replace(cifar, crop_padding=8, image_size=64)
     if cifar.dataset == "fashion_mnist":
         return dataclasses.replace(cifar, epochs=20, milestones=(10, 15), ramp_epochs=20 * 80 / 300)
     return cifar

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from fastokd.errors import UserError, unknown_name
-from fastokd.known import DATASETS, MOST_PIXELS, Later
+from fastokd.known import DATASETS, MOST_PIXELS, Later, place_of
+from fastokd.recipe.augmentation import JITTER, RATIOS, SHARES, check_augmentation
 from fastokd.recipe.averages import averaged_students, check_averages, judged_average
 from fastokd.recipe.fields import (
     BELOW_ONE,
@@ -20,6 +21,13 @@ from fastokd.recipe.fields import (
     at_most,
     between,
 )
+from fastokd.recipe.label_loss import check_label_loss
+from fastokd.recipe.mixing import check_mixing
+from fastokd.recipe.optimization import check_optimizer
+from fastokd.recipe.resolution import check_sizes
+from fastokd.recipe.schedule import Schedule, WarmUp, check_schedule, rate
+from fastokd.recipe.teaching import check_teaching
+from fastokd.recipe.views import check_views
 
 # Imported when a recipe is made, not for its name: they import torch.
 methods = Later("fastokd.methods")
@@ -60,7 +68,10 @@ class Recipe:
         "The student, or several joined by `+`, one for each student of a mixed cohort, the leader's "
         "last; the recipe's name says it.",
     ]
-    dataset: Annotated[str, "The data set; the recipe's name says it."]
+    dataset: Annotated[
+        str,
+        "The data set, for `hf` and `wds` with its folder as in `hf:PATH`; the recipe's name says it.",
+    ]
     sharing: Annotated[str, "`branch` (a shared trunk) or `network`; the recipe's name says it."]
     students: Annotated[int, "Networks trained, leader included.", at_most(64)]
     method_options: Annotated[
@@ -71,17 +82,21 @@ class Recipe:
     ] = field(default_factory=dict)
     epochs: Annotated[
         int,
-        "Epochs; a change scales milestones, ramp and warm-up.",
+        "Epochs; a change scales milestones, ramp, warm-up and `mix_epochs`.",
         at_least(1),
         at_most(1_000_000),
     ] = 300
     batch_size: Annotated[int, "Images a step, over all ranks.", at_least(1), at_most(1 << 24)] = (
         128
     )
-    lr: Annotated[float, "Learning rate of SGD before any milestone.", POSITIVE] = 0.1
+    lr: Annotated[float, "Learning rate at its highest, before any milestone.", POSITIVE] = 0.1
     momentum: Annotated[float, "Momentum of SGD, at least 0 and below 1.", BELOW_ONE] = 0.9
     nesterov: Annotated[bool, "Nesterov's momentum."] = True
-    weight_decay: Annotated[float, "L2 penalty on all parameters.", NOT_NEGATIVE] = 5e-4
+    weight_decay: Annotated[
+        float,
+        "L2 penalty on all parameters; in adamw and lamb a decay apart from the gradient.",
+        NOT_NEGATIVE,
+    ] = 5e-4
     milestones: Annotated[
         tuple[int, ...],
         "Epochs (from 0) before which the learning rate is multiplied by `lr_decay`.",
@@ -89,7 +104,7 @@ class Recipe:
     lr_decay: Annotated[float, "Factor of the learning rate at each milestone.", POSITIVE] = 0.1
     warmup_epochs: Annotated[
         float,
-        "Epochs in which the rate rises linearly from lr / warmup_epochs to lr; 0 for none.",
+        "Epochs in which the rate rises to lr, from lr / warmup_epochs or warmup_lr on; 0 for none.",
         NOT_NEGATIVE,
     ] = 0.0
     ramp_epochs: Annotated[
@@ -120,6 +135,23 @@ class Recipe:
         "image; 0 for none.",
         at_least(0),
     ] = 0
+    train_size: Annotated[
+        int,
+        "The same for the training images alone, where they are streamed; 0 for `image_size`.",
+        at_least(0),
+        at_most(MOST_PIXELS),
+    ] = 0
+    first_size: Annotated[
+        int,
+        "Size of the first training images, which grow in multiples of 32 within `size_epochs`; 0 for one "
+        "size.",
+        at_least(0),
+    ] = 0
+    size_epochs: Annotated[
+        tuple[int, ...],
+        "The last epoch of `first_size` and the first one of the full size; a change of `epochs` scales "
+        "them.",
+    ] = ()
     val: Annotated[
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
@@ -139,6 +171,143 @@ class Recipe:
         "Whose accuracy is the run's: the `leader`'s, the `mean` over students, the `kept` student's, "
         "or that of the peers' mean logits, `ensemble_logits`.",
     ] = "mean"
+    label_smoothing: Annotated[
+        float,
+        "Share of the labels that is spread over all classes, in every term with labels.",
+        BELOW_ONE,
+    ] = 0.0
+    ce_weight: Annotated[
+        float, "Factor of every term with labels; distillation keeps its weight.", NOT_NEGATIVE
+    ] = 1.0
+    criterion: Annotated[
+        Literal["ce", "bce"],
+        "The loss on labels: `ce` (cross-entropy) or `bce` (binary cross-entropy, the mean over classes).",
+    ] = "ce"
+    target_threshold: Annotated[
+        float,
+        "With `bce`: a class is a target, wholly, where its smoothed or mixed label is above it; 0 for "
+        "none.",
+        BELOW_ONE,
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        "Weights of the images in the loss on labels: `none`, or `balanced`, the inverse of their class's "
+        "frequency, 1 on average.",
+    ] = "none"
+    mixup: Annotated[
+        float,
+        "Alpha of Mixup, whose lambda is of Beta(alpha, alpha); 0 for none.",
+        between(0, 1000),
+    ] = 0.0
+    cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
+    mix_switch_prob: Annotated[
+        float,
+        "With both, the probability that a batch that is mixed is so by CutMix.",
+        between(0, 1),
+    ] = 0.5
+    mix_epochs: Annotated[
+        int,
+        "Epochs with mixing, from the first; a change of `epochs` scales them; 0: all.",
+        at_least(0),
+    ] = 0
+    mix_each: Annotated[
+        bool, "Lambda, box and choice are drawn for each image; else once for each batch."
+    ] = False
+    repeats: Annotated[
+        int,
+        "Repeated augmentation: copies of an image in a batch. An epoch then has as many images as "
+        "without, rounded down to a multiple of 256.",
+        at_least(1),
+        at_most(64),
+    ] = 1
+    balanced: Annotated[
+        bool,
+        "Draw every class equally often, with replacement; an epoch has as many images as without.",
+    ] = False
+    crop_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of a resized crop, as fractions of the image's.",
+        SHARES,
+    ] = (0.08, 1.0)
+    crop_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest width / height of a resized crop.", RATIOS
+    ] = (3 / 4, 4 / 3)
+    vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
+    auto_augment: Annotated[
+        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
+        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
+        "data set of that name.",
+    ] = "none"
+    randaugment_ops: Annotated[
+        int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
+    ] = 2
+    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    color_jitter: Annotated[
+        tuple[float, ...],
+        "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
+        "moves by at most so many turns.",
+        JITTER,
+    ] = (0.0, 0.0, 0.0, 0.0)
+    random_erasing: Annotated[
+        float, "Probability that a box of an image is filled with the mean colour.", between(0, 1)
+    ] = 0.0
+    erasing_scale: Annotated[
+        tuple[float, ...],
+        "Smallest and largest area of the box, as fractions of the image's.",
+        SHARES,
+    ] = (0.02, 0.33)
+    erasing_ratio: Annotated[
+        tuple[float, ...], "Smallest and largest height / width of the box.", RATIOS
+    ] = (0.3, 3.3)
+    cutout: Annotated[
+        int,
+        "Side in pixels of a square of the mean colour around a random pixel; 0 for none.",
+        at_least(0),
+    ] = 0
+    test_flip: Annotated[
+        bool, "Evaluate on the mean of the logits of each image and of its mirror image."
+    ] = False
+    schedule: Annotated[
+        Schedule,
+        "How the learning rate falls: `step` (at the milestones), `cosine`, `linear`, `one_cycle` or "
+        "`constant`.",
+    ] = "step"
+    schedule_by: Annotated[
+        Literal["epoch", "step"], "When the rate changes: each `epoch` or each `step`."
+    ] = "epoch"
+    final_lr: Annotated[
+        float, "The rate at which cosine, linear and one_cycle end.", NOT_NEGATIVE
+    ] = 0.0
+    warmup: Annotated[
+        WarmUp,
+        "The warm-up's form: `scaled` (the schedule's rate times epoch / warmup_epochs), `over` (a line "
+        "from warmup_lr to lr over the schedule's beginning) or `before` (the same line before it).",
+    ] = "scaled"
+    warmup_lr: Annotated[
+        float, "The first rate of a warm-up `over` or `before`, and of one_cycle.", NOT_NEGATIVE
+    ] = 0.0
+    optimizer: Annotated[
+        Literal["sgd", "adamw", "lamb"], "The optimizer: `sgd`, `adamw` or `lamb`."
+    ] = "sgd"
+    beta1: Annotated[float, "Decay of the mean gradient; adamw and lamb.", BELOW_ONE] = 0.9
+    beta2: Annotated[float, "Decay of the mean square; adamw and lamb.", BELOW_ONE] = 0.999
+    eps: Annotated[
+        float, "Added to the root of the mean square; 0: 1e-8 in adamw, 1e-6 in lamb.", NOT_NEGATIVE
+    ] = 0.0
+    decay_norms: Annotated[
+        bool, "Weight decay also for norms, biases and other parameters of one dimension."
+    ] = True
+    head_lr: Annotated[
+        float, "Learning rate of the students' last layers in place of lr; 0 for lr.", NOT_NEGATIVE
+    ] = 0.0
+    frozen_stages: Annotated[
+        int,
+        "First stages of every student that aren't trained in the first frozen_epochs; -1 for all, so "
+        "that only heads are trained.",
+        at_least(-1),
+    ] = 0
+    frozen_epochs: Annotated[int, "Epochs in which frozen_stages are frozen.", at_least(0)] = 0
     ema: Annotated[
         float,
         "Decay of an exponential moving average of a student's weights over the steps, such as 0.999; 0 "
@@ -174,6 +343,27 @@ class Recipe:
         "Which weights are reported, kept and exported where there is an average: the `average`, or the "
         "`raw` ones.",
     ] = "average"
+    cache_teacher: Annotated[
+        Literal["no", "exact", "plain"],
+        "Compute the teacher's logits of the training set once: `no` (in every step), `exact` (refused "
+        "with augmentation) or `plain` (the teacher sees the images without augmentation). Images in "
+        "memory.",
+    ] = "no"
+    normalise_by: Annotated[
+        Literal["data", "model"],
+        "Whose mean and deviation normalise the images: the `data` set's, or those that the `model`'s "
+        "library states of its published weights.",
+    ] = "data"
+    views: Annotated[
+        Literal["shared", "student"],
+        "The augmented images of a batch: `shared` by all networks, or drawn anew for each `student` (and "
+        "once more for a teacher).",
+    ] = "shared"
+    trunk_views: Annotated[
+        Literal["each", "all"],
+        "Where students with views of their own share a trunk: it runs over `each` view by itself, or over "
+        "`all` as one batch.",
+    ] = "each"
     teacher: Annotated[str, "The recipe that trains the teacher, where the method has one."] = ""
     seed: Annotated[int, "Seed of weights, order and augmentation.", between(0, 2**32 - 1)] = 0
 
@@ -182,7 +372,7 @@ class Recipe:
         for name, setting in settings().items():
             setting.check(name, getattr(self, name))
         needs = methods.known_needs(self.method)
-        if self.dataset not in DATASETS:
+        if place_of(self.dataset)[0] not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         needs.check(self.method, self.sharing, self.students)
         self._check_students()
@@ -196,18 +386,24 @@ class Recipe:
             raise UserError(
                 f"val is {self.val} and test is {self.test}: they must leave some images to train on"
             )
-        check_averages(self)
+        check_label_loss(self, needs.label_loss)
         if self.crop_padding >= self.image_size:
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
-        if self.nesterov and self.momentum == 0:
-            raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
+        check_sizes(self)
+        check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
+        check_averages(self)
+        check_schedule(self)
+        check_optimizer(self)
         if not self.model_options.keys().isdisjoint(("name", "num_classes")):
             raise UserError(
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
+        check_views(self.views, self.trunk_views, self.sharing, self.method, needs)
+        check_mixing(self, takes_mixed=needs.mixed_labels)
+        check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
             models.check_options(name, self.model_options)
@@ -274,18 +470,35 @@ class Recipe:
         """Whether the last student is a leader, which is kept."""
         return methods.method_class(self.method).needs.leader
 
-    def learning_rate(self, epoch: int, *, warm_up: bool = True) -> float:
-        """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up."""
-        rate = self.lr * self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
-        if warm_up and epoch + 1 < self.warmup_epochs:
-            rate *= (epoch + 1) / self.warmup_epochs
-        return rate
+    @property
+    def number_of_views(self) -> int | None:
+        """Views of a batch: one for each student and one for a teacher. None where all share one."""
+        if self.views == "shared":
+            return None
+        return self.students + methods.method_class(self.method).needs.teacher
+
+    def learning_rate(
+        self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1
+    ) -> float:
+        """The learning rate of an epoch, from 0; ``warm_up=False`` ignores the warm-up.
+
+        ``step``, ``steps``: the step within the epoch and the steps of an epoch, where the rate changes
+        by step.
+        """
+        if self.schedule_by == "epoch":
+            step, steps = 0, 1
+        return rate(self, epoch * steps + step, steps, warm_up=warm_up)
+
+    def frozen_at(self, epoch: int) -> int:
+        """The number of first stages that aren't trained in an epoch; -1 for all."""
+        return self.frozen_stages if epoch < self.frozen_epochs else 0
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: milestones, ramp, warm-up and the start of an average are scaled.
+        """The same schedule over ``epochs``: every setting that counts epochs is scaled.
 
-        Milestones are rounded to whole epochs, and to 1 at least. Those that then coincide count once,
-        and those after the last epoch are left out, so that a short run may have fewer of them.
+        Milestones and ``mix_epochs`` are rounded to whole epochs, and to 1 at least. Milestones that then
+        coincide count once, and those after the last epoch are left out, so that a short run may have
+        fewer of them.
         """
         scale = epochs / self.epochs
         milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
@@ -296,6 +509,9 @@ class Recipe:
             ramp_epochs=self.ramp_epochs * scale,
             warmup_epochs=self.warmup_epochs * scale,
             average_start=min(round(self.average_start * scale), epochs - 1),
+            frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
+            mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
+            size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastokd.errors import UserError
 from fastokd.recipe.changes import NAMED, option
+from fastokd.recipe.file import label
 from fastokd.recipe.names import Recipe, recipe
 
 # Python's words, which JSON writes otherwise.
@@ -109,7 +110,7 @@ def wanted_runs(
                 share = resolved.batch_size / recipe(name).batch_size
                 resolved = replace(resolved, lr=resolved.lr * share)
                 settled["lr"] = resolved.lr
-            folder = "-".join([name.replace("/", "-"), *words, f"seed{seed}"])
+            folder = "-".join([label(name), *words, f"seed{seed}"])
             wanted.append(WantedRun(folder, resolved, settled))
     return wanted
 

@@ -8,7 +8,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     summed,
 )
 
@@ -19,5 +18,5 @@ class ReferenceIndependent(ReferenceCohort):
     apart = True
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         return ReferenceLosses(summed(ce), ce, [])

@@ -11,7 +11,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     mean_of_others,
     summed,
@@ -22,7 +21,7 @@ class ReferenceCLILR(ReferenceCohort):
     """CE + w T^2 KL to the mean of the others' logits."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         kd = [
             kl_divergence(logits_BC, mean_of_others(out.logits, index), self.temperature)
             for index, logits_BC in enumerate(out.logits)
@@ -37,8 +36,7 @@ class ReferenceCLILR(ReferenceCohort):
         kd_weight: float = 1.0,
     ) -> ReferenceLosses:
         """The branches' backward to the trunk's output, then the trunk's with the divided gradient."""
-        assert self.trunk is not None
-        trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
+        trunk_BCHW = self.run_trunk(x_BCHW)
         entry_BCHW = trunk_BCHW.detach().requires_grad_()
         losses = self.losses(self.branch_outputs(entry_BCHW, entry_BCHW), labels_B, kd_weight)
         for optimizer in optimizers:

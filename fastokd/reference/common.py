@@ -5,7 +5,7 @@ Nothing is fused, no op of this package is dispatched, and a step has no host sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class ReferenceOutputs(NamedTuple):
 class ReferenceCohort(nn.Module):
     """Several students, and a loss that a subclass defines in :meth:`losses`.
 
-    ``apart``: students who share nothing are trained by optimizers of their own.
+    ``apart``: students who share nothing are trained by optimizers of their own; ``label_loss``: of logits
+    and class ids, may be replaced by :func:`fastokd.reference.label_loss.label_loss` with settings.
 
     Args:
         model: one name for all, or a name for each student (network sharing).
@@ -45,6 +46,7 @@ class ReferenceCohort(nn.Module):
 
     temperature = 3.0
     apart = False
+    label_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.cross_entropy)
 
     def __init__(
         self,
@@ -67,21 +69,34 @@ class ReferenceCohort(nn.Module):
         self.students = nn.ModuleList(built)
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
-        """Runs the trunk, then each student."""
-        trunk_BCHW = None
-        if self.trunk is not None:
-            trunk_BCHW, _ = self.trunk.trunk(x_BCHW, self.branch_from)
-        return self.branch_outputs(x_BCHW if trunk_BCHW is None else trunk_BCHW, trunk_BCHW)
+        """Runs the trunk, then each student. ``x_VBCHW`` has images for each student; the trunk's output is
+        then the mean over them."""
+        if self.trunk is None:
+            return self.branch_outputs(x_BCHW, None)
+        trunk = self.run_trunk(x_BCHW)
+        return self.branch_outputs(trunk, trunk.mean(0) if trunk.dim() == 5 else trunk)
+
+    def run_trunk(self, x_BCHW: Tensor) -> Tensor:
+        """The trunk's output; of ``x_VBCHW`` over one view after another."""
+        assert self.trunk is not None
+        if x_BCHW.dim() == 5:
+            return torch.stack([self.run_trunk(view_BCHW) for view_BCHW in x_BCHW])
+        return self.trunk.trunk(x_BCHW, self.branch_from)[0]
 
     def branch_outputs(self, x_BCHW: Tensor, trunk_BCHW: Tensor | None) -> ReferenceOutputs:
-        """Runs each student on the trunk's output."""
+        """Runs each student on the trunk's output, or on its own of ``x_VBCHW``."""
         logits, features = [], []
-        for student in self.students:
+        for index, student in enumerate(self.students):
             assert isinstance(student, Student)
-            output = student.outputs(x_BCHW, self.branch_from)
+            own_BCHW = x_BCHW[index] if x_BCHW.dim() == 5 else x_BCHW
+            output = student.outputs(own_BCHW, self.branch_from)
             logits.append(output.logits_BC)
             features.append(output.features_BD)
         return ReferenceOutputs(logits, features, trunk_BCHW)
+
+    def cross_entropies(self, out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
+        """Each student's loss on labels."""
+        return [self.label_loss(logits_BC, labels_B) for logits_BC in out.logits]
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         """The loss of one forward; ``kd_weight`` is the ramp's value."""
@@ -112,11 +127,6 @@ class ReferenceCohort(nn.Module):
 def summed(terms: list[Tensor]) -> Tensor:
     """The sum of the terms."""
     return sum(terms[1:], terms[0])
-
-
-def cross_entropies(out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
-    """Each student's CE."""
-    return [F.cross_entropy(logits_BC, labels_B) for logits_BC in out.logits]
 
 
 def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:

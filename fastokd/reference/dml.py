@@ -11,7 +11,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     mean_of_others,
     summed,
@@ -33,7 +32,7 @@ class ReferenceDML(ReferenceCohort):
         return logits_BC.detach() if self.detach else logits_BC
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce, kd = cross_entropies(out, labels_B), []
+        ce, kd = self.cross_entropies(out, labels_B), []
         for index, logits_BC in enumerate(out.logits):
             if self.pairwise:
                 pairs = [

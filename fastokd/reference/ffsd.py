@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -203,8 +204,9 @@ def ffsd_losses(
     labels_B: Tensor,
     lambdas: Lambdas,
     temperature: float = 2.0,
+    label_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> FFSDLosses:
-    """One forward of every network, and the loss of each."""
+    """One forward of every network, and the loss of each; ``label_loss``: of logits and class ids."""
     outputs = [student.outputs(x_BCHW) for student in model.students]  # type: ignore[operator]
     *peers, leader = outputs
     decoders = model.decoders
@@ -213,7 +215,7 @@ def ffsd_losses(
     for index, own in enumerate(peers):
         others = [peer for peer in peers if peer is not own]
         pairs = [divergence(o.logits_BC, own.logits_BC, temperature) for o in others]
-        loss = F.cross_entropy(own.logits_BC, labels_B) + _sum(pairs) / len(pairs)
+        loss = label_loss(own.logits_BC, labels_B) + _sum(pairs) / len(pairs)
         if index:
             other_BCHW = peers[index - 1].maps[-1].detach()
             apart = attention_diversity(own.maps[-1], other_BCHW)
@@ -225,14 +227,14 @@ def ffsd_losses(
     together_BKHW = torch.cat([peer.maps[-1] for peer in peers], dim=1).detach()
     fusion_BC, fused_BCHW = model.fusion(together_BKHW)
     mean_BC = torch.stack([peer.logits_BC for peer in peers]).mean(0)
-    fusion = F.cross_entropy(fusion_BC, labels_B) + divergence(mean_BC, fusion_BC, temperature)
+    fusion = label_loss(fusion_BC, labels_B) + divergence(mean_BC, fusion_BC, temperature)
 
     fused_BCHW = fused_BCHW.detach()
     alike = attention_transfer(leader.maps[-1], fused_BCHW)
     spread = attention_transfer(model.transfusion(leader.maps[-1]), together_BKHW)
     along = self_distillation(decoders["leader"], leader.maps, fused_BCHW)
     leader_loss = (
-        F.cross_entropy(leader.logits_BC, labels_B)
+        label_loss(leader.logits_BC, labels_B)
         + divergence(fusion_BC, leader.logits_BC, temperature)
         + lambdas.fusion * (alike + spread + along)
     )

@@ -10,7 +10,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     summed,
 )
@@ -18,16 +17,18 @@ from fastokd.reference.okddip import ReferenceOKDDip
 
 
 class _Taught(ReferenceCohort):
-    """Students with a teacher in eval mode, which isn't part of their state."""
+    """Students with a teacher in eval mode, which isn't part of their state. Of ``x_VBCHW`` it reads the last
+    images."""
 
     def set_teacher(self, teacher: nn.Module) -> None:
         """Sets the frozen network, ``[B, 3, H, W] -> [B, C]``."""
         self._teacher = [teacher.eval()]
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
+        with_views = x_BCHW.dim() == 5
         with torch.no_grad():
-            self.teacher_BC: Tensor = self._teacher[0](x_BCHW)
-        return super().outputs(x_BCHW)
+            self.teacher_BC: Tensor = self._teacher[0](x_BCHW[-1] if with_views else x_BCHW)
+        return super().outputs(x_BCHW[:-1] if with_views else x_BCHW)
 
     def taught(self, out: ReferenceOutputs) -> list[Tensor]:
         """T^2 KL(teacher || student) of every student, without a ramp."""
@@ -38,7 +39,7 @@ class ReferenceKD(_Taught, ReferenceIndependent):
     """Eq. 4."""
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         kd = self.taught(out)
         return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 

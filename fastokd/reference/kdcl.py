@@ -12,10 +12,12 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     summed,
 )
+
+Shares = dict[int, float]
+"""A sample's classes, one or two where labels are mixed, with their shares."""
 
 
 class ReferenceKDCL(ReferenceCohort):
@@ -26,6 +28,7 @@ class ReferenceKDCL(ReferenceCohort):
     linear_steps = 100
 
     weights: list[float] | None = None
+    mixed_with: tuple[Tensor, Tensor] | None = None
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         logits_SBC = torch.stack(out.logits).detach()
@@ -33,19 +36,29 @@ class ReferenceKDCL(ReferenceCohort):
             weights = self.weights or [1 / len(logits_SBC)] * len(logits_SBC)
             target_BC = summed([w * z_BC for w, z_BC in zip(weights, logits_SBC, strict=True)])
         else:
-            rows = [self.find(logits_SBC[:, b], int(label)) for b, label in enumerate(labels_B)]
+            rows = [
+                self.find(logits_SBC[:, b], self.shares(labels_B, b)) for b in range(len(labels_B))
+            ]
             target_BC = torch.stack(rows)
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
         return ReferenceLosses(summed(ce) + kd_weight * summed(kd), ce, kd)
 
-    def find(self, logits_SC: Tensor, label: int) -> Tensor:
+    def shares(self, labels_B: Tensor, b: int) -> Shares:
+        """The classes of one sample."""
+        label = int(labels_B[b])
+        if self.mixed_with is None:
+            return {label: 1.0}
+        label2, share2 = int(self.mixed_with[0][b]), float(self.mixed_with[1][b])
+        return {label: 1.0} if label == label2 else {label: 1 - share2, label2: share2}
+
+    def find(self, logits_SC: Tensor, shares: Shares) -> Tensor:
         """One sample's target."""
         if self.target == "naive":
-            return best(logits_SC, label)
+            return best(logits_SC, shares)
         if self.target == "linear":
-            return best_mixture(logits_SC, label, self.linear_steps)
-        return least(logits_SC, label)
+            return best_mixture(logits_SC, shares, self.linear_steps)
+        return least(logits_SC, shares)
 
     @torch.no_grad()
     def weigh(self, x_NCHW: Tensor, labels_N: Tensor) -> None:
@@ -64,25 +77,34 @@ class ReferenceKDCL(ReferenceCohort):
         self.weights = (solved / solved.sum()).tolist()
 
 
-def cross_entropy(logits_C: Tensor, label: int) -> float:
+def true_logit(logits_C: Tensor, shares: Shares) -> Tensor:
+    """The logit of the true class, or the mean of several by their shares."""
+    return summed([share * logits_C[label] for label, share in shares.items()])
+
+
+def cross_entropy(logits_C: Tensor, shares: Shares) -> float:
     """CE of one sample."""
-    return float(torch.logsumexp(logits_C, 0) - logits_C[label])
+    return float(torch.logsumexp(logits_C, 0) - true_logit(logits_C, shares))
 
 
-def best(logits_SC: Tensor, label: int) -> Tensor:
+def best(logits_SC: Tensor, shares: Shares) -> Tensor:
     """The logits of the student with the lowest CE."""
-    losses = [cross_entropy(logits_C, label) for logits_C in logits_SC]
+    losses = [cross_entropy(logits_C, shares) for logits_C in logits_SC]
     return logits_SC[losses.index(min(losses))]
 
 
-def least(logits_SC: Tensor, label: int) -> Tensor:
+def least(logits_SC: Tensor, shares: Shares) -> Tensor:
     """The smallest of the students' logits, each less its own of the true class."""
-    return torch.stack([logits_C - logits_C[label] for logits_C in logits_SC]).min(0).values
+    return (
+        torch.stack([logits_C - true_logit(logits_C, shares) for logits_C in logits_SC])
+        .min(0)
+        .values
+    )
 
 
-def best_mixture(logits_SC: Tensor, label: int, steps: int) -> Tensor:
+def best_mixture(logits_SC: Tensor, shares: Shares, steps: int) -> Tensor:
     """The convex combination of logits with the lowest CE, by exponentiated gradient."""
-    relative_SC = torch.stack([logits_C - logits_C[label] for logits_C in logits_SC])
+    relative_SC = torch.stack([logits_C - true_logit(logits_C, shares) for logits_C in logits_SC])
 
     def gradient(a_S: Tensor) -> Tensor:
         return relative_SC @ torch.softmax(a_S @ relative_SC, 0)
@@ -95,8 +117,8 @@ def best_mixture(logits_SC: Tensor, label: int, steps: int) -> Tensor:
         moved_S = log_next_S.exp() - log_a_S.exp()
         curved = float(moved_S @ (gradient(log_next_S.exp()) - gradient(log_a_S.exp())))
         fitting = float(moved_S @ (log_next_S - log_a_S)) / curved if curved > 0 else math.inf
-        before = cross_entropy(log_a_S.exp() @ relative_SC, label)
-        if cross_entropy(log_next_S.exp() @ relative_SC, label) <= before:
+        before = cross_entropy(log_a_S.exp() @ relative_SC, shares)
+        if cross_entropy(log_next_S.exp() @ relative_SC, shares) <= before:
             log_a_S = log_next_S
             eta = min(fitting, 10 * eta)
         else:

@@ -13,7 +13,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     kl_to_probs,
     summed,
@@ -50,7 +49,7 @@ class ReferenceTwoLevel(ReferenceCohort):
             peer_logits_BPC = peer_logits_BPC.detach()
             leader_target_BC = leader_target_BC.detach()
 
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         if self.mix_probs:
             probs_BPC = F.softmax(peer_logits_BPC / temperature, dim=2)
             mixed_BPC = torch.bmm(attention_BPP, probs_BPC)

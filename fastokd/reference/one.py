@@ -12,7 +12,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    cross_entropies,
     kl_divergence,
     summed,
 )
@@ -52,8 +51,8 @@ class ReferenceONE(ReferenceCohort):
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         ensemble_BC = self.ensemble(out)
         target_BC = ensemble_BC.detach() if self.detach else ensemble_BC
-        ce = cross_entropies(out, labels_B)
+        ce = self.cross_entropies(out, labels_B)
         kd = [kl_divergence(logits_BC, target_BC, self.temperature) for logits_BC in out.logits]
-        ensemble_ce = F.cross_entropy(ensemble_BC, labels_B)
+        ensemble_ce = self.label_loss(ensemble_BC, labels_B)
         total = summed(ce) + ensemble_ce + kd_weight * summed(kd)
         return ReferenceLosses(total, ce, kd)

@@ -12,15 +12,14 @@ from fastokd.recipe.cells import Cell
 from fastokd.recipe.names import TEMPERATURE, Recipe, recipe
 from fastokd.run.folder import Run
 from fastokd.run.identity import deciding
-from fastokd.student.file import read_weights
-from fastokd.student.teacher import KEPT
+from fastokd.student.teacher import kept_teachers
 
 # Runs that differ in these fields have another task and aren't compared.
 TASK = ("method", "model", "dataset", "sharing")
 # Fields that depend on the method.
 OF_A_METHOD = ("method", "reported", "teacher")
 # Fields that scale with the epochs.
-SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs")
+SCHEDULE = ("milestones", "ramp_epochs", "warmup_epochs", "mix_epochs")
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -74,11 +73,12 @@ def from_its_name(of: Recipe) -> Changes:
 
 
 def options_of(run: Run) -> Changes:
-    """The run's options that change its numbers, and the teacher's model if it isn't the recipe's."""
+    """The run's options that change its numbers, and the teachers' models if they aren't the recipe's."""
     changes: Changes = {name: (value, None) for name, value in deciding(run.folder).items()}
-    kept = run.folder / KEPT
-    if run.recipe.teacher and kept.is_file():
-        model, wanted = read_weights(kept).model, run.recipe.teacher.split("/")[1]
+    teachers = kept_teachers(run.folder) if run.recipe.teacher else ()
+    if teachers:
+        model = "+".join(teacher.model for teacher in teachers)
+        wanted = run.recipe.teacher.split("/")[1]
         if model != wanted:
             changes["teacher's model"] = (model, wanted)
     return changes

@@ -131,7 +131,8 @@ def reproduce(request: Request, out: Path, options: RunOptions, train: Train) ->
             say(f"run {number} of {len(order)}: {on_a_line(entry.folder)}")
         taught_by = teachers.get(entry.recipe.teacher)
         folder = None if taught_by is None else out / taught_by.folder
-        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=folder), train)
+        named = () if folder is None else (str(folder),)
+        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=named), train)
         found[entry.folder] = run
 
     by_place: dict[tuple[str, str], Result] = {}
@@ -156,7 +157,7 @@ def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
     With ``max_steps`` the folder has another name, so that a complete student never has an
     incomplete teacher.
     """
-    method, model, dataset = judged.name.split("/")
+    method, model, dataset = judged.name.split("/", 2)
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
     trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
     folder = f"{plain.name.replace('/', '-')}-{trained.epochs}epochs"

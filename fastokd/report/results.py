@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from fastokd.data.balance import sentences
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.report.pools import Pool
@@ -94,11 +95,14 @@ def _notes(pools: Sequence[Pool], rows: Sequence[Sequence[Cell]]) -> tuple[str, 
         )
     if any(pool.recipe.dataset in ("imagenet", "imagefolder") for pool in pools):
         notes.append("A set of images on disk that has no test split is tested on its val/.")
+    for pool in pools:
+        of = RunFacts(pool.runs[0].folder).data()
+        notes.extend(f"{pool.recipe.dataset}: {said}." for said in sentences(of))
     environments = [RunFacts(run.folder).environment() for pool in pools for run in pool.runs]
     machines = [e.get("gpu") or e.get("cpu") for e in environments]
     if where := ", ".join(dict.fromkeys(str(name) for name in machines if name)):
         notes.append(f"Measured on {where}.")
-    return tuple(notes)
+    return tuple(dict.fromkeys(notes))
 
 
 def baseline_of(pool: Pool, pools: Sequence[Pool]) -> Pool | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
+from fastokd.data.order import epoch_length
 from fastokd.device import (
     pick_device,
     pick_precision,
@@ -20,7 +23,7 @@ from fastokd.device import (
 )
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Ranks, first, speaks
-from fastokd.errors import UserError, warn
+from fastokd.errors import UserError
 from fastokd.host.streams import say
 from fastokd.learner.allocator import keep_freed_memory
 from fastokd.learner.average import Average, Averaging
@@ -30,17 +33,20 @@ from fastokd.learner.learner import Learner
 from fastokd.learner.student_parallel import StudentParallel
 from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
+from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
+from fastokd.models.pretrained import normalisation_of
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
+from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session, Stream
+from fastokd.run.teachers import teacher_of, teachers_of
 from fastokd.student.init import begin_from, read_files
-from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import build_teacher, check_held_out, find_teacher, said_held_out
-from fastokd.student.weights import Weights
+from fastokd.student.teacher import check_held_out
 
 
 def build(
@@ -82,11 +88,13 @@ def build(
 
     _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
-    teacher = _find_teacher(recipe, options, data, ranks) if training else None
+    teachers = teachers_of(recipe, options, data, ranks) if training else ()
+    teacher, taught_NC = teacher_of(recipe, options, data, teachers, device)
     cohort, method = _cohort_and_method(recipe, options, data, teacher)
     contents: dict[str, Any] = {}
-    if teacher is not None:
-        contents["teacher_sha256"] = fingerprint(teacher.state)
+    if teachers:
+        hashes = [fingerprint(one.state) for one in teachers]
+        contents["teacher_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     notes: tuple[str, ...] = ()
     if training:
         notes, begun_from = _begin_from(recipe, options, data, cohort)
@@ -112,7 +120,7 @@ def build(
     learner = Learner(
         cohort,
         method,
-        build_optimizers(cohort, method, recipe, options.optimizer, device),
+        build_optimizers(cohort, method, recipe, device, apex=options.apex),
         device=device,
         precision=precision,
         ranks=ranks,
@@ -123,6 +131,8 @@ def build(
         clip_norm=options.clip_norm,
     )
     ranks.seed_global(recipe.seed, 0)
+    if training:
+        learner.freeze(recipe.frozen_at(0))
     captures, why_not = _captures(options, learner) if training else (False, ())
     learner.adopt(
         Choice.of(options.engine, options.compile, options.memory_format, captures, options.streams)
@@ -134,7 +144,9 @@ def build(
         or options.deterministic
     )
     notes += why_not
-    return Session(recipe, options, data, stream, learner, settled, teacher, contents, notes)
+    return Session(
+        recipe, options, data, stream, learner, settled, teachers, contents, notes, taught_NC
+    )
 
 
 def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, ...]]:
@@ -166,8 +178,9 @@ def load_splits(
     begun: bool = False,
     kept: Mapping[str, Any] | None = None,
 ) -> DatasetSplits:
-    """The recipe's data; ``begun`` and ``kept`` as for :func:`fastokd.data.load_dataset`."""
-    return load_dataset(
+    """The recipe's data, normalised as it says; ``begun`` and ``kept`` as for
+    :func:`fastokd.data.load_dataset`."""
+    data = load_dataset(
         recipe.dataset,
         options.data_root,
         val=recipe.val,
@@ -182,6 +195,11 @@ def load_splits(
         device=pick_device(device_here(options.device)),
         kept=kept,
     )
+    if recipe.normalise_by == "data":
+        return data
+    mean, std = normalisation_of(recipe.models)
+    shown = replace(data.preprocessing, mean=mean, std=std)
+    return replace(data, preprocessing=shown, with_held_out=None)
 
 
 def _check_fit(recipe: Recipe, options: RunOptions) -> None:
@@ -196,9 +214,9 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
             "checkpoint_activations and sync_bn are asked for, but a norm that waits for other ranks "
             "can't be recomputed: leave one of them out"
         )
-    if options.teacher is not None and not method_class(recipe.method).needs.teacher:
+    if options.teacher and not method_class(recipe.method).needs.teacher:
         raise UserError(
-            f"the teacher is {options.teacher}, but {recipe.method} has none: leave --teacher out"
+            f"the teacher is {'+'.join(options.teacher)}, but {recipe.method} has none: leave --teacher out"
         )
 
 
@@ -220,9 +238,11 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
     """
     size = ranks.data.size
     least = {recipe.method: method_class(recipe.method).needs.min_batch}
+    image_size = data.train.image_size
+    if recipe.resized_crop:
+        image_size = (training_size(recipe, 0),) * 2  # the smallest
     for name in dict.fromkeys(recipe.models):
-        shown = (len(data.class_names), recipe.model_options, data.train.image_size)
-        least[name] = least_batch(name, *shown)
+        least[name] = least_batch(name, len(data.class_names), recipe.model_options, image_size)
     if sync_bn:  # the norms have the batch of all ranks
         least = {name: -(-count // size) for name, count in least.items()}
     who = max(least, key=lambda name: least[name])
@@ -239,18 +259,38 @@ def _training_stream(
     recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
 ) -> Stream:
     """This rank's training batches, without a last batch that is too small for the norms."""
-    rest = len(data.train) % recipe.batch_size
+    rest = epoch_length(len(data.train), recipe.repeats) % recipe.batch_size
     stream = stream_of(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
-        augment=Augment(recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop),
+        augment=augment_of(recipe, data.mean),
         shuffle=True,
         drop_last=0 < rest // ranks.data.size < min_batch,
+        repeats=recipe.repeats,
+        balanced=recipe.balanced,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
+        size=partial(training_size, recipe) if recipe.resized_crop else None,
+        views=_views(recipe, ranks),
     )
     return RepeatedBatch(stream) if options.overfit_batch else stream
+
+
+def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
+    """The views that this rank's networks read: its students' by their numbers, and behind those of all
+    students a teacher's. None where all networks read one."""
+    if recipe.views == "shared":
+        return None
+    teacher = method_class(recipe.method).needs.teacher
+    return (*ranks.share(recipe.students), *([recipe.students] if teacher else []))
+
+
+def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
+    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
+    operations = {name: getattr(recipe, name) for name in OPERATIONS}
+    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
 
 
 class RepeatedBatch:
@@ -270,39 +310,20 @@ class RepeatedBatch:
             yield self.only
 
 
-def _find_teacher(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks
-) -> Weights | None:
-    """The method's teacher: the copy in a resumed run, or what the options name."""
-    if not method_class(recipe.method).needs.teacher:
-        return None
-    kept = run_path(recipe, options) / KEPT_TEACHER if options.resume else None
-    teacher: Weights = ranks.first(lambda: find_teacher(recipe, options.teacher, kept))
-    if kept is not None and teacher.path == kept:
-        return teacher
-    if not check_held_out(teacher, data, "the teacher", recipe) and speaks():
-        warn(
-            f"the teacher {teacher.path} doesn't say what was held out of its training: it may "
-            f"have seen the images of {said_held_out(data)}"
-        )
-    return teacher
-
-
 def _cohort_and_method(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: Weights | None
+    recipe: Recipe, options: RunOptions, data: DatasetSplits, teacher: nn.Module | None
 ) -> tuple[Cohort, Method]:
-    frozen: nn.Module | None = None
-    if teacher is not None:
-        with torch.random.fork_rng(devices=[]):
-            frozen = build_teacher(teacher, data)
     return build_cohort(
         recipe,
         len(data.class_names),
-        image_size=data.train.image_size[0],
+        image_size=recipe.train_size or data.train.image_size[0],
         mean=data.mean,
         std=data.std,
         impl=options.impl,
-        teacher=frozen,
+        teacher=teacher,
+        class_weight_C=None
+        if recipe.class_weights == "none"
+        else balanced_weights(data.train.labels_N, data.num_classes),
     )
 
 

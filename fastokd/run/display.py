@@ -13,6 +13,8 @@ from rich.table import Table
 from torchvision.utils import make_grid, save_image
 
 from fastokd.checkpoint import writing
+from fastokd.data.balance import sentences
+from fastokd.data.held_out import listed
 from fastokd.host.console import console
 from fastokd.host.streams import Outlet, tell_lost
 from fastokd.metrics import choosing_split
@@ -56,7 +58,8 @@ class Display(Hook):
             else None
         )
         ranks = session.learner.ranks.note(session.recipe.batch_size, session.recipe.students)
-        self.note = "\n".join(filter(None, (session.data.note, ranks)))
+        counts = sentences(listed(session.data))
+        self.note = "\n".join(filter(None, (session.data.note, *counts, ranks)))
         left = max(session.steps_left, 1)
         self.task = self.bar.add_task(
             "train", total=left, epoch=session.epoch + 1, epochs=self.epochs, rate=0.0
@@ -157,9 +160,11 @@ def cells(row: dict[str, Any], epochs: int) -> list[str]:
 
 
 def show_batch(session: Session, folder: Path) -> Path:
-    """Writes the next augmented batch as ``augmentation.png``."""
-    images_BHWC, _ = session.next_batch()
-    images_BCHW = images_BHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
+    """Writes the next augmented batch as ``augmentation.png``; where each student has a view of its own,
+    an image's views stand side by side."""
+    images, _ = session.mixed(*session.next_batch())
+    images_NHWC = images.transpose(0, 1).flatten(0, 1) if images.dim() == 5 else images
+    images_BCHW = images_NHWC[:64].permute(0, 3, 1, 2).cpu().float() / 255
     path = folder / "augmentation.png"
 
     def write() -> Path:

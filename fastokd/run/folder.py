@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from fastokd.checkpoint import (
     write_durably,
     writing,
 )
+from fastokd.data import Split
 from fastokd.data.held_out import DATA
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import (
@@ -35,6 +35,7 @@ from fastokd.errors import (
     in_one_line,
     warn,
 )
+from fastokd.known import place_of
 from fastokd.metrics import MetricLines, choosing_split
 from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
@@ -51,9 +52,10 @@ from fastokd.run.identity import (
 from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.run.taught import write_taught
 from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
-from fastokd.student.teacher import KEPT
+from fastokd.student.teacher import to_keep
 from fastokd.student.weights import STUDENT, Weights
 from fastokd.student.within_cohort import check_kept
 
@@ -221,13 +223,11 @@ class RunFolder:
             self.facts.write_recipe(session.recipe)
             self.facts.write_data(session.data)
             self._write_environment(session)
-            if session.teacher is not None:
-                facts = {
-                    **session.teacher.facts,
-                    "taken_from": json.dumps(str(session.teacher.path)),
-                }
-                kept = Weights(self.path / KEPT, session.teacher.state, facts)
+            for kept in to_keep(self.path, session.teachers):
                 write_durably(kept.path, kept.to_bytes())
+            if session.taught_NC is not None:
+                assert isinstance(session.data.train, Split)
+                write_taught(self.path, session.taught_NC, session.teachers, session.data.train)
         return None
 
     def _note_changes(self, session: Session) -> None:
@@ -411,7 +411,7 @@ class RunFolder:
 
 def _data_root(session: Session) -> str | None:
     """The absolute path of the run's data. The digits have none: scikit-learn has them."""
-    root = session.options.data_root
+    root = session.options.data_root or place_of(session.recipe.dataset)[1] or None
     return None if root is None or session.recipe.dataset == "digits" else os.path.abspath(root)
 
 

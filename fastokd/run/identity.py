@@ -18,19 +18,22 @@ from fastokd.errors import UserError
 from fastokd.methods import method_class, ramp_weight
 from fastokd.metrics import MetricLines
 from fastokd.recipe.names import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import LEFT_OPEN, RunOptions
-from fastokd.student.file import read_weights
 from fastokd.student.init import read_files
-from fastokd.student.teacher import KEPT as KEPT_TEACHER
-from fastokd.student.teacher import default_path
-from fastokd.student.weights import STUDENT
+from fastokd.student.teacher import default_path, kept_teachers
+from fastokd.student.teacher_file import file_of, names_of, read_teacher
+from fastokd.student.weights import STUDENT, Weights
 
 # The options that change a run's numbers by more than their last bits. The papers set none of them.
 DECIDING = ("accumulate", "clip_norm", "overfit_batch", "sync_bn", "init", "eval_every")
 
 # The settings of a recipe that more epochs may change.
-SCHEDULE = ("epochs", "milestones", "ramp_epochs", "warmup_epochs")
+SCHEDULE = (
+    *("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs", "size_epochs"),
+    *("frozen_epochs", "average_start"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def refuse_another(folder: Path, wanted: Recipe, options: RunOptions) -> None:
     differing += asked.differing(begun_with(folder, asked), LEFT_OPEN)
     if method_class(wanted.method).needs.teacher:
         default = default_path(wanted)
-        given = options.teacher or (default if default.exists() else None)
+        given = options.teacher or ((str(default),) if default.exists() else ())
         differing += other_teacher(folder, given)
     if differing:
         raise UserError(
@@ -140,8 +143,14 @@ def continues(recipe: Recipe, checkpoint: Mapping[str, Any]) -> bool:
 
 def _schedule(recipe: Recipe, epoch: int) -> tuple[float, ...]:
     """All that an epoch's steps take from its place in the schedule."""
-    rates = (recipe.learning_rate(epoch, warm_up=warm_up) for warm_up in (True, False))
-    return (*rates, ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs))
+    # By step, two places of an epoch tell schedules of different lengths apart.
+    places = ((warm_up, step) for warm_up in (True, False) for step in (0, 1))
+    rates = (recipe.learning_rate(epoch, warm_up=w, step=step, steps=2) for w, step in places)
+    mixes = recipe.mix_epochs == 0 or epoch < recipe.mix_epochs
+    ramp = ramp_weight(epoch + recipe.ramp_first, recipe.ramp_epochs)
+    averages = epoch >= recipe.average_start
+    at = recipe.frozen_at(epoch), training_size(recipe, epoch)
+    return (*rates, ramp, mixes, averages, *at)
 
 
 def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
@@ -150,6 +159,8 @@ def begun_with(folder: Path, options: RunOptions) -> dict[str, Any]:
     begun = RunFacts(folder).environment()
     if begun.get("capture") and not stays_captured(begun):
         begun |= {"capture": None, "streams": None}
+    if begun.get("optimizer") == "apex-sgd":  # as earlier versions called it
+        begun["apex"] = True
     contents = begun.get("init_sha256")
     if contents and options.init and all(Path(name).exists() for name in options.init):
         named = tuple(begun.get("init", ()))
@@ -166,20 +177,30 @@ def stays_captured(begun: Mapping[str, Any]) -> bool:
     return bool(begun.get("capture")) and (launched() == 1 or begun.get("ranks", launched()) > 1)
 
 
-def other_teacher(folder: Path, given: Path | None) -> list[str]:
-    """The difference between the teacher ``given`` and the one kept in ``folder``, or nothing."""
-    kept = folder / KEPT_TEACHER
-    if given is None or not kept.is_file():
+def other_teacher(folder: Path, given: Sequence[str]) -> list[str]:
+    """The difference between the teachers ``given`` and those kept in ``folder``, or nothing."""
+    kept, names = kept_teachers(folder), names_of(given)
+    if not kept or not names:
         return []
-    weights = read_weights(kept)
-    source = weights.facts.get("taken_from", "")
-    if source.startswith('"'):  # files of earlier versions have the path as it is
-        source = weights.fact("taken_from")
-    if given.exists():
-        same = fingerprint(read_weights(given).state) == fingerprint(weights.state)
-    else:
-        same = given in (Path(source), *Path(source).parents)
-    return [] if same else [f"--teacher ({source} as it was there, {given} as it is here)"]
+    same = len(kept) == len(names) and all(map(_is_kept, names, kept))
+    there = "+".join(_source(weights) for weights in kept)
+    said = f"--teacher ({there} as it was there, {'+'.join(names)} as it is here)"
+    return [] if same else [said]
+
+
+def _is_kept(name: str, kept: Weights) -> bool:
+    """Whether ``name`` names the weights of ``kept``, or their source if that is gone."""
+    path = file_of(name)
+    if path is not None and path.exists():
+        return fingerprint(read_teacher(name).state) == fingerprint(kept.state)
+    source = _source(kept)
+    return name == source or Path(name) in (Path(source), *Path(source).parents)
+
+
+def _source(kept: Weights) -> str:
+    source: str = kept.facts.get("taken_from", "")
+    # Files of earlier versions have the path as it is.
+    return kept.fact("taken_from") if source.startswith('"') else source
 
 
 def deciding(folder: Path) -> dict[str, Any]:

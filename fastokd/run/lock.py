@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +15,11 @@ from fastokd.errors import UserError, warn
 # What a run may have written before its first checkpoint, and what it has written at least.
 UNTRAINED = {
     *("recipe.json", "environment.json", "data.json", "checkpoints", "tuning.json"),
-    *("teacher.safetensors", "augmentation.png", "tensorboard", "wandb"),
+    *("augmentation.png", "tensorboard", "wandb"),
 }
 BEGUN = {"recipe.json", "checkpoints"}
+# Copies of the run's teachers, and their logits.
+TEACHER = re.compile(r"teacher(-\d+|_logits)?\.safetensors")
 
 LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
@@ -141,6 +144,7 @@ class FolderLock:
             return False
         if found <= {"checkpoints"}:
             return True
+        found = {name for name in found if not TEACHER.fullmatch(name)}
         if not BEGUN <= found <= UNTRAINED:
             return False
         if self._held is not None:

@@ -73,10 +73,12 @@ def find(session: Session) -> str:
 def _findings(session: Session, images_BHWC: Tensor, labels_B: Tensor) -> Iterator[str]:
     """Non-finite values in the order of the computation."""
     if _is_bad(images_BHWC):
-        bad_B = (~images_BHWC.isfinite()).flatten(1).any(1)
+        bad = (~images_BHWC.isfinite()).flatten(-3).any(-1)
+        bad_B = bad.view(-1, labels_B.shape[0]).any(0)
         yield f"image {int(bad_B.int().argmax())} of the batch holds {_value(images_BHWC)}"
     yield from _first_bad(_parameters(session), "")
     session.begin_step(labels_B.shape[0])
+    images_BHWC, _ = session.mixed(images_BHWC, labels_B)
     learner = session.learner
     for images, labels, progress in parts(learner, images_BHWC, labels_B):
         share = labels.shape[0] / labels_B.shape[0]

@@ -20,7 +20,7 @@ from fastokd.known import LOADERS
 KEPT = (
     *("device", "precision", "engine", "compile", "memory_format", "capture", "streams"),
     *("impl", "loader"),
-    *("optimizer", "accumulate", "clip_norm", "overfit_batch", "sync_bn", "deterministic"),
+    *("apex", "accumulate", "clip_norm", "overfit_batch", "sync_bn", "deterministic"),
     *("init", "eval_every"),
 )
 # The values that leave the choice to the machine or to a measurement.
@@ -63,10 +63,11 @@ class RunOptions:
         "adaptive loss scale), tf32 (GPUs) or fp32.",
     ] = "auto"
     teacher: Annotated[
-        Path | None,
-        "A run, a checkpoint or a student.safetensors, for kd and okddip_kd; by default the run "
-        "folder of the recipe that trains it.",
-    ] = None
+        tuple[str, ...],
+        "The teacher of kd and okddip_kd: a run, a checkpoint, a student.safetensors, or "
+        "torchvision:NAME=FILE or timm:NAME=FILE (without =FILE the weights in the library's cache); "
+        "several are averaged; by default the run folder of the recipe that trains it.",
+    ] = ()
     init: Annotated[
         tuple[str, ...],
         "Trained weights to start from: a run, a checkpoint, a student.safetensors or a state dict "
@@ -77,7 +78,7 @@ class RunOptions:
         "How the students run: loop, grouped, vmap, or auto, which measures them if the run is long.",
     ] = "auto"
     impl: Annotated[str, "Implementation of the ops: auto, torch, cpp or triton."] = "auto"
-    optimizer: Annotated[str, "sgd (fused), or apex-sgd (needs NVIDIA apex)."] = "sgd"
+    apex: Annotated[bool, "Use NVIDIA apex's FusedSGD for the optimizer sgd."] = False
     compile: Annotated[
         bool | None, "Use torch.compile for forward and loss; by default --engine auto decides."
     ] = None
@@ -259,6 +260,8 @@ def _checked(name: str, value: Any, kind: tuple[Any, bool]) -> Any:
     if value is None and optional:
         return None
     if wanted is tuple:  # of paths
+        if value is None:
+            return ()
         if isinstance(value, (str, os.PathLike)):
             value = (value,)
         if not isinstance(value, Sequence):

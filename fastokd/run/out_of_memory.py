@@ -74,7 +74,7 @@ def _largest_half(session: Session, images: Tensor, labels: Tensor, size: int) -
         release_memory(learner.device)
         try:
             session.begin_step(size)
-            gradients(learner, images[:size], labels[:size])
+            gradients(learner, images.narrow(-4, 0, size), labels[:size])
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

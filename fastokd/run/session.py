@@ -7,21 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from fastokd.data import BatchStream, DatasetSplits, read_all
+from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
+from fastokd.data.mixing import dominant
+from fastokd.device import moved
 from fastokd.distributed.ranks import speaks
 from fastokd.errors import UserError, warn
-from fastokd.learner.learner import Learner
-from fastokd.learner.optimizers import set_rate
+from fastokd.learner.learner import TAUGHT, Learner
+from fastokd.learner.optimizers import set_rate, set_rates
 from fastokd.learner.shared_state import gathered, mine, share_state
 from fastokd.learner.state import State, below, load_state, state_of
 from fastokd.learner.step import step
 from fastokd.methods import MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
+from fastokd.run.mixing import mixing_of
 from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
 from fastokd.student.weights import Weights
@@ -30,8 +35,9 @@ from fastokd.student.weights import Weights
 CHANGED = 0.05
 # The same for rounding: earlier versions summed in another order.
 ROUNDED = 1e-9
-# The row of a batch among the draws of its step; a method's draws have names.
-BATCH = ""
+# The learning rates, the row of a batch, the mixing and the operations on its images among the draws of
+# a step; a method's draws have other names.
+RATES, BATCH, MIXING, OPERATIONS = "/rates", "/batch", "/mixing", "/operations"
 
 
 class Stream(Protocol):
@@ -48,7 +54,8 @@ class Session:
 
     Attributes:
         stream: the training batches of this rank.
-        teacher: the weights of the run's teacher, or None.
+        teachers: the weights of the run's teachers.
+        taught_NC: their logits of the training set, where the recipe has them cached.
         contents: SHA-256 of the teacher's and the initial weights.
         settled: the engine is chosen, so ``engine="auto"`` needs no timing.
         notes: notes for the user on the start of the run, a sentence each.
@@ -56,6 +63,7 @@ class Session:
             run. Skipped steps count.
         best: the best score so far.
         skipped: steps skipped under ``skip_nonfinite``.
+        mixing: how the batches are mixed, or None.
         meter: the training metrics of this epoch.
         blocks: the draws on the device, by the number of images, which a CUDA graph is captured for.
     """
@@ -66,9 +74,10 @@ class Session:
     stream: Stream
     learner: Learner
     settled: bool
-    teacher: Weights | None = None
+    teachers: tuple[Weights, ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    taught_NC: Tensor | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -76,6 +85,7 @@ class Session:
     skipped: int = 0
 
     def __post_init__(self) -> None:
+        self.mixing = mixing_of(self.recipe)
         self.meter = Meter(self.recipe.students, self.recipe.has_leader)
         self.blocks: dict[int, Block] = {}
         self._single: dict[int, Block] = {}
@@ -103,15 +113,38 @@ class Session:
         return left
 
     def begin_epoch(self) -> None:
-        """Sets the ramp and the learning rates of this epoch."""
+        """Sets what is frozen, the ramp and the learning rates of this epoch."""
         recipe, progress = self.recipe, self.learner.progress
+        self.learner.freeze(recipe.frozen_at(self.epoch))
         progress.epoch.fill_(self.epoch)
         progress.ramp.fill_(ramp_weight(self.epoch + recipe.ramp_first, recipe.ramp_epochs))
-        for optimizer in self.learner.optimizers:
-            for group in optimizer.param_groups:
-                rate = recipe.learning_rate(self.epoch, warm_up=group["warm_up"])
-                factor = rate / recipe.lr if group["scheduled"] else 1.0
-                set_rate(group, group["initial_lr"] * factor)
+        self._set_rates()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for o in self.learner.optimizers for group in o.param_groups]
+
+    def _set_rates(self) -> None:
+        """Sets the learning rates of the step at this position."""
+        for group, rate in zip(self._groups, self._rates(self.batch), strict=True):
+            set_rate(group, rate)
+
+    def _rates(self, batch: int) -> list[float]:
+        """The learning rate of each group of parameters in this epoch's step ``batch``."""
+        recipe, rates = self.recipe, []
+        for group in self._groups:
+            rate = recipe.learning_rate(
+                self.epoch, warm_up=group["warm_up"], step=batch, steps=len(self.stream)
+            )
+            factor = rate / recipe.lr if group["scheduled"] else 1.0
+            rates.append(group["initial_lr"] * factor)
+        return rates
+
+    @property
+    def last_rate(self) -> float:
+        """The recipe's learning rate in the last step of this epoch that was taken."""
+        last = max(self.batch - 1, 0)
+        return self.recipe.learning_rate(self.epoch, step=last, steps=len(self.stream))
 
     def batches(self, at_end: Callable[[], None]) -> Iterator[tuple[Any, ...]]:
         """The rest of the epoch, as the arguments of :meth:`whole_step`; the draws of a step are on the
@@ -132,7 +165,9 @@ class Session:
             for index in range(self.batch, len(self.stream)):
                 yield (self.stream.size(index),)
         else:
-            for images_BHWC, labels_B in self.stream.batches(self.epoch, self.batch):
+            stream = self.stream
+            batches = stream.decoded if isinstance(stream, DiskStream) else stream.batches
+            for images_BHWC, labels_B in batches(self.epoch, self.batch):
                 yield len(labels_B), images_BHWC, labels_B
 
     def _upload(self, images: int) -> None:
@@ -147,14 +182,21 @@ class Session:
 
     def _ahead(self, images: int) -> Iterator[Draws]:
         """The draws of this step and of the epoch's next ones of as many images."""
-        rows = self.stream if isinstance(self.stream, BatchStream) else None
+        made = self.stream if isinstance(self.stream, BatchStream | DiskStream) else None
         for ahead in range(min(len(self.stream) - self.batch, self.steps_left)):
             batch = self.batch + ahead
-            if rows is not None and rows.size(batch) != images:
+            if made is not None and made.size(batch) != images:
                 return
             draws = self._draws(images, self.step + ahead)
-            if rows is not None:
-                draws[BATCH] = rows.row(self.epoch, batch)
+            if isinstance(made, BatchStream):
+                draws[BATCH] = made.row(self.epoch, batch)
+            if self.mixing is not None:
+                draws[MIXING] = self._mixed_as(images, batch)
+            operations_BL = None if made is None else made.operations(self.epoch, batch)
+            if operations_BL is not None:
+                draws[OPERATIONS] = operations_BL
+            if self.recipe.schedule_by == "step":
+                draws[RATES] = torch.tensor(self._rates(batch))
             yield draws
 
     def _draws(self, images: int, number: int) -> Draws:
@@ -166,12 +208,41 @@ class Session:
         mine = slice(line.rank * images, (line.rank + 1) * images)
         return {name: value[mine] for name, value in whole.items()}
 
+    def _mixed_as(self, images: int, batch: int) -> Tensor:
+        """The mixing of this rank's ``images`` in batch ``batch`` of this epoch (:meth:`Mixing.draw`)."""
+        assert self.mixing is not None
+        line = self.learner.ranks.data
+        mine = slice(line.rank * images, (line.rank + 1) * images)
+        # A batch that is repeated is the epoch's first one as the students see it.
+        epoch, index = (0, 0) if self.options.overfit_batch else (self.epoch, batch)
+        size = self.data.train.image_size
+        if self.recipe.resized_crop:
+            size = (training_size(self.recipe, epoch),) * 2
+        return self.mixing.draw(epoch, index, images * line.size, mine, size)
+
+    def mixed(
+        self, images: Tensor, labels_B: Tensor, draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images as the students see them, and the label of the larger share of each. The loss
+        finds both labels in ``progress.mixed_with``.
+
+        ``draws``: this step's, on the device; None: drawn here, for a step outside of the loop.
+        """
+        if self.mixing is None:
+            return images, labels_B
+        if draws is None:
+            draws = moved(self._mixed_as(len(labels_B), self.batch), labels_B.device)
+        images, mixed_with = self.mixing(draws, images, labels_B)
+        self.learner.progress.mixed_with = mixed_with
+        return images, dominant(labels_B, mixed_with)
+
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the next step; doesn't change the position."""
         return next(iter(self.stream.batches(self.epoch, self.batch)))
 
     def begin_step(self, images: int) -> None:
-        """Draws the method's random numbers of this step alone, for a step outside of the loop.
+        """Draws the method's random numbers of this step alone, for a step outside of the loop; its
+        images aren't mixed but by :meth:`mixed`.
 
         ``images``: this rank's number of images. Batches of one size share tensors, since a captured
         step always reads the same memory.
@@ -179,8 +250,16 @@ class Session:
         if images not in self._single:
             self._single[images] = Block(self.learner.device, steps=1)
         block = self._single[images]
-        block.fill(iter([self._draws(images, self.step)]))
-        self.learner.progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        draws = self._draws(images, self.step)
+        if self.taught_NC is not None and isinstance(self.stream, BatchStream):
+            index_B = self.stream.row(self.epoch, self.batch)[0]
+            draws[TAUGHT] = self.taught_NC.cpu().index_select(0, index_B)
+        block.fill(iter([draws]))
+        progress = self.learner.progress
+        progress.draws = {name: x[0] for name, x in block.tensors.items()}
+        progress.mixed_with = None
+        if self.recipe.schedule_by == "step":
+            self._set_rates()
 
     def whole_step(
         self, learner: Learner, images: int, *batch: Tensor
@@ -190,13 +269,23 @@ class Session:
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
         draws = self.blocks[images].read()
+        if RATES in draws:
+            set_rates(self._groups, draws.pop(RATES))
+        operations_BL = draws.pop(OPERATIONS, None)
         if isinstance(self.stream, BatchStream):
-            batch = self.stream.read(draws.pop(BATCH))
-        learner.progress.draws = draws
+            row = draws.pop(BATCH)
+            batch = self.stream.read(row, operations_BL)
+            if self.taught_NC is not None:
+                draws[TAUGHT] = self.taught_NC.index_select(0, row[0])
         images_BHWC, labels_B = batch
+        if isinstance(self.stream, DiskStream):
+            images_BHWC = self.stream.finish(images_BHWC, operations_BL)
+        mixing = draws.pop(MIXING, None)
+        learner.progress.draws = draws
+        images_BHWC, counted_B = self.mixed(images_BHWC, labels_B, mixing)
         logits_SBC, loss = step(learner, images_BHWC, labels_B)
         losses = {"loss": loss.total, **loss.parts}
-        self.meter.update(logits_SBC, labels_B, losses, learner.guard.fault)
+        self.meter.update(logits_SBC, counted_B, losses, learner.guard.fault)
         return logits_SBC, loss
 
     def finish_step(self) -> None:
@@ -270,6 +359,7 @@ class Session:
         meter = below(tensors, "meter.")
         self.meter.set({k: v.to(learner.device) for k, v in meter.items()})
         self.epoch, self.batch, self.step = (int(facts[k]) for k in ("epoch", "batch", "step"))
+        learner.freeze(self.recipe.frozen_at(self.epoch))
         self.best = facts["best"]
         if "rng.cpu" not in tensors:
             learner.ranks.seed_global(self.recipe.seed, self.step)

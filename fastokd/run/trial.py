@@ -25,6 +25,7 @@ from fastokd.errors import DeviceLostError, UserError, forget, in_one_line
 from fastokd.learner.learner import WARM_UP_ALONE
 from fastokd.learner.step import training_step
 from fastokd.methods import register_method
+from fastokd.recipe.augmentation import UNCROPPED
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.allowance import OVER, STOPPED, Allowance, TrialEndedError
 from fastokd.run.autotuner import SAVABLE, Timing
@@ -33,6 +34,7 @@ from fastokd.run.options import TUNED, RunOptions
 from fastokd.run.out_of_memory import saying_what_fits
 from fastokd.run.session import Session
 from fastokd.run.worker import Answer, Worker, WorkerEndedError
+from fastokd.student.teacher_file import taken_from
 
 # Timed steps of each candidate, after its warm-up.
 TIMED_STEPS = 3
@@ -220,20 +222,20 @@ def job(session: Session, choice: Choice) -> Answer:
         device=str(session.learner.device),
         precision=session.learner.precision,
         **{name: getattr(choice, name) for name in TUNED},
-        teacher=None if session.teacher is None else session.teacher.path,
+        teacher=tuple(map(taken_from, session.teachers)),
         out=None,
         resume=False,
         init=(),
         parallel="data",
         quiet=True,
     )
-    # This rank's share of the batch. The loader crops images on disk, not the step.
+    # This rank's share of the batch, once. The loader crops images on disk, not the step.
     batch_size = session.recipe.batch_size // session.learner.ranks.data.size
-    recipe = replace(session.recipe, batch_size=batch_size, resized_crop=False)
+    recipe = replace(session.recipe, batch_size=batch_size, repeats=1, balanced=False, **UNCROPPED)
     data = {
         "class_names": list(session.data.class_names),
         "preprocessing": asdict(session.data.preprocessing),
-        "image": list(session.next_batch()[0].shape[1:]),
+        "image": list(session.next_batch()[0].shape[-3:]),
     }
     return {"recipe": recipe.to_json(), "options": options.to_json(), "data": data}
 

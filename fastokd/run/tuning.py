@@ -95,6 +95,7 @@ def step_key(session: Session) -> dict[str, Any]:
         "method": [recipe.method, {k: str(v) for k, v in recipe.method_options.items()}],
         "classes": session.learner.cohort.num_classes,
         "batch": [recipe.batch_size // session.learner.ranks.data.size, recipe.image_size],
+        "views": [recipe.number_of_views, recipe.trunk_views],
         "options": {name: getattr(options, name) for name in KEPT if name not in ELSEWHERE},
     }
 

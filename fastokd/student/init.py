@@ -39,7 +39,7 @@ def read_files(paths: Iterable[str | Path]) -> list[InitFile]:
         UserError: a file is missing, can't be read or holds code.
     """
     names = [Path(path) for path in paths]
-    found = {path: _read(path) for path in dict.fromkeys(names)}
+    found = {path: read_one(path, "--init") for path in dict.fromkeys(names)}
     return [found[path] for path in names]
 
 
@@ -83,8 +83,9 @@ def _fill(
             "student"
         )
     (name,) = names
-    classifier = _classifier(name, cohort.num_classes, cohort.model_options)
-    state, left_out, chosen = _fitting(given, name, cohort, classifier)
+    C, options = cohort.num_classes, cohort.model_options
+    classifier = classifier_of(name, C, options)
+    state, left_out, chosen = fitting(given, name, C, options, classifier)
     known = list(given.fact("class_names")) if "class_names" in given.facts else None
     why = ""
     if any(key not in state for key in classifier) or (known and known != list(class_names)):
@@ -119,24 +120,28 @@ def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
-def _classifier(name: str, classes: int, options: dict[str, Any]) -> list[str]:
+def classifier_of(name: str, classes: int, options: dict[str, Any]) -> list[str]:
     """The keys whose shapes depend on the number of classes."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         states = [create_model(name, c, **options).state_dict() for c in (classes, classes + 1)]
     return [key for key, value in states[0].items() if value.shape != states[1][key].shape]
 
 
-def _fitting(
-    given: Weights, name: str, cohort: Cohort, classifier: Collection[str]
+def fitting(
+    given: Weights,
+    name: str,
+    num_classes: int,
+    options: dict[str, Any],
+    classifier: Collection[str],
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The file's entries under fastokd's keys, without a classifier of another shape; the auxiliary
-    keys left out; and notes for the user.
+    """The file's entries under the keys of the student ``name``, without a classifier of another shape;
+    the auxiliary keys left out; and notes for the user.
 
     Raises:
         UserError: the other keys don't fit, or weights are integers.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model: Student = create_model(name, cohort.num_classes, **cohort.model_options)
+        model: Student = create_model(name, num_classes, **options)
     wanted = model.state_dict()
     ours = {model.published_key(key): key for key in wanted}
 
@@ -175,10 +180,10 @@ def _other_classes(given: Weights, known: list[str] | None, ours: Sequence[str])
     return f"{given.path} has {first_names(known, SHOWN)}, not {first_names(list(ours), SHOWN)}"
 
 
-def _read(path: Path) -> InitFile:
-    """Reads one file; an author's cohort gives its kept student."""
+def read_one(path: Path, option: str) -> InitFile:
+    """Reads one file, which ``option`` names; an author's cohort gives its kept student."""
     if not path.exists():
-        raise UserError(f"--init is {path}, and there is no such file")
+        raise UserError(f"{option} is {path}, and there is no such file")
     if path.is_dir() or path.suffix == ".safetensors" or is_safetensors(path):
         return read_weights(path), []
     found = state_dict_in(path)

@@ -1,22 +1,30 @@
-"""Finds a trained teacher and checks that it fits the data."""
+"""Finds the trained teachers of a run and fits them to its data."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from fastokd.checkpoint import read_object
 from fastokd.data import DatasetSplits
 from fastokd.data.held_out import DATA, DEFAULT
 from fastokd.errors import UserError
-from fastokd.models import Student
 from fastokd.recipe.names import Recipe, recipe
+from fastokd.student.class_names import places_of
 from fastokd.student.file import read_weights
+from fastokd.student.teacher_file import CLASSES, file_of, names_of, read_teacher, taken_from
+from fastokd.student.translated import Averaged, Translated
 from fastokd.student.weights import STUDENT, Weights
 
-# A copy of the teacher in the run folder, so that a resume needs no other file.
+# A copy of the teacher in the run folder, so that a resume needs no other file; of several the first.
 KEPT = "teacher.safetensors"
+# Of a set of small grey pictures: a teacher of one reads no others.
+OF_SMALL_PICTURES = ("native_size", "border", "grey", "levels")
 
 
 def teacher_recipe(student: Recipe, **changes: Any) -> Recipe:
@@ -32,26 +40,56 @@ def default_path(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.teacher.replace('/', '-')}-seed0"
 
 
-def find_teacher(recipe: Recipe, given: Path | None, kept: Path | None) -> Weights:
-    """Reads the teacher of a run.
+def find_teachers(recipe: Recipe, given: Sequence[str], kept: Path | None) -> tuple[Weights, ...]:
+    """Reads the teachers of a run.
 
     Args:
         recipe: a recipe whose method needs a teacher.
-        given: the path that the user named; None for the :func:`default_path`.
-        kept: the copy in a resumed run's folder. It is used first if it exists.
+        given: what the user named (:func:`read_teacher`); none for the :func:`default_path`.
+        kept: a resumed run's folder. Its copies are used first if it has some.
 
     Raises:
         UserError: there is no teacher (the message says how to train it), or it can't be read.
     """
-    if kept is not None and kept.is_file():
-        return read_weights(kept)
-    path = given or default_path(recipe)
-    if not path.exists():
-        raise UserError(
-            f"{recipe.method} needs a trained teacher, and there is none at {path}: train one with "
-            f"`{_command(recipe)}`, or name a run or a {STUDENT} with --teacher"
+    if kept is not None and (copies := kept_teachers(kept)):
+        return copies
+    names = names_of(given) or [str(default_path(recipe))]
+    for name in names:
+        path = file_of(name)
+        if path is not None and not path.exists():
+            raise UserError(
+                f"{recipe.method} needs a trained teacher, and there is none at {path}: train one with "
+                f"`{_command(recipe)}`, or name a run, a {STUDENT} or torchvision:NAME=FILE with --teacher"
+            )
+    return tuple(read_teacher(name) for name in names)
+
+
+def kept_paths(folder: Path, count: int) -> list[Path]:
+    """Where a run's folder has the copies of ``count`` teachers."""
+    further = [KEPT.replace(".", f"-{index}.") for index in range(2, count + 1)]
+    return [folder / name for name in (KEPT, *further)[:count]]
+
+
+def kept_teachers(folder: Path) -> tuple[Weights, ...]:
+    """The copies of the teachers in a run's folder; none of a run without."""
+    if not (folder / KEPT).is_file():
+        return ()
+    first = read_weights(folder / KEPT)
+    count = first.fact("teachers") if "teachers" in first.facts else 1
+    return (first, *(read_weights(path) for path in kept_paths(folder, count)[1:]))
+
+
+def to_keep(folder: Path, teachers: Sequence[Weights]) -> list[Weights]:
+    """The copies of the teachers that a run's folder keeps, and where."""
+    count = {"teachers": json.dumps(len(teachers))} if len(teachers) > 1 else {}
+    return [
+        Weights(
+            path,
+            teacher.state,
+            {**teacher.facts, "taken_from": json.dumps(taken_from(teacher)), **count},
         )
-    return read_weights(path)
+        for path, teacher in zip(kept_paths(folder, len(teachers)), teachers, strict=True)
+    ]
 
 
 def _command(student: Recipe) -> str:
@@ -113,32 +151,50 @@ def _saw_other_files(weights: Weights, data: DatasetSplits, what: str) -> bool:
     return True
 
 
-def build_teacher(weights: Weights, data: DatasetSplits) -> Student:
-    """The teacher network.
+def build_teachers(teachers: Sequence[Weights], data: DatasetSplits) -> nn.Module:
+    """One classifier of the data's normalised images: the teacher, or the mean of their logits.
 
     Raises:
-        UserError: its classes or its preprocessing differ from the data's, or its weights don't fit
-            its model.
+        UserError: as :func:`build_teacher`.
     """
-    path = weights.path
-    ours, theirs = list(data.class_names), weights.fact("class_names")
-    shown = weights.preprocessing
-    if theirs != ours:
-        what = (
-            f"{len(theirs)} classes, and {data.name} has {len(ours)}"
-            if len(theirs) != len(ours)
-            else f"classes of other names or in another order than {data.name}'s"
-        )
-        raise UserError(f"the teacher {path} has {what}: train one on {data.name}")
-    for name in shown.differences(data.preprocessing):
-        value, here = getattr(shown, name), getattr(data.preprocessing, name)
-        by = f"normalised by {name}" if name in ("mean", "std") else f"whose {name} is"
-        raise UserError(
-            f"the teacher {path} was trained on images {by} {_shown(value)}, and {data.name}'s is "
-            f"{_shown(here)}: train one on {data.name} with this preprocessing"
-        )
-    return weights.build()
+    built = [build_teacher(weights, data) for weights in teachers]
+    return built[0] if len(built) == 1 else Averaged(built)
 
 
-def _shown(value: Any) -> str:
-    return str(list(value) if isinstance(value, tuple) else value)
+def build_teacher(weights: Weights, data: DatasetSplits) -> nn.Module:
+    """The teacher network, translated where its classes or its preprocessing differ from the data's.
+
+    Raises:
+        UserError: it lacks one of the data's classes, was trained on the small grey pictures of another
+            set, or its weights don't fit its model.
+    """
+    path, ours = weights.path, list(data.class_names)
+    places: list[int] | None = None
+    if CLASSES in weights.facts:
+        count = weights.fact(CLASSES)
+        if count != len(ours):
+            raise UserError(
+                f"the teacher {path} has {count} classes without names, and {data.name} has "
+                f"{len(ours)}: name one trained on {data.name}"
+            )
+        net = weights.build(class_count=count)
+        shown = weights.preprocessing
+    else:
+        theirs = weights.fact("class_names")
+        shown = weights.preprocessing
+        chosen = places_of(ours, theirs, str(path), data.name)
+        places = None if chosen == list(range(len(theirs))) else chosen
+        differing = shown.differences(data.preprocessing)
+        for name in OF_SMALL_PICTURES if shown.native_size else ():
+            if name in differing:
+                value, here = getattr(shown, name), getattr(data.preprocessing, name)
+                raise UserError(
+                    f"the teacher {path} was trained on images whose {name} is {value}, and "
+                    f"{data.name}'s is {here}: train one on {data.name}"
+                )
+        net = weights.build()
+    if places is None and not {"mean", "std", "input_size"} & {
+        *shown.differences(data.preprocessing)
+    }:
+        return net
+    return Translated(net, shown, data.preprocessing, places).eval()

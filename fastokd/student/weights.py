@@ -56,6 +56,9 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "recipe": lambda value: isinstance(value, dict),
     "val": lambda value: _share(value),
     "test": lambda value: _share(value),
+    # Of a teacher (fastokd.student.teacher): classes without names, and how many teachers a run has.
+    "num_classes": lambda value: type(value) is int and value >= 2,
+    "teachers": lambda value: type(value) is int and 1 <= value <= 64,
 }
 
 
@@ -133,13 +136,16 @@ class Weights:
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
-    def build(self) -> Student:
+    def build(self, class_count: int | None = None) -> Student:
         """The network with these weights, in eval mode. The keys may be fastokd's or the publisher's.
+
+        ``class_count``: of weights without class names.
 
         Raises:
             UserError: the weights don't fit the model.
         """
-        model = create_model(self.model, len(self.fact("class_names")), **self.options)
+        count = class_count or len(self.fact("class_names"))
+        model = create_model(self.model, count, **self.options)
         ours = {model.published_key(key): key for key in model.state_dict()}
         try:
             model.load_state_dict({ours.get(key, key): v for key, v in self.state.items()})

@@ -74,7 +74,7 @@ def by_device(split: DiskSplit, index: int, box: list[int] | None) -> bool:
     """Whether an image's bytes are read for the device; else its pixels are made."""
     box_14 = None if box is None else torch.tensor([box])
     draws = DiskDraws(torch.tensor([index]), box_14, torch.zeros(1, dtype=torch.int64))
-    (image,) = nvjpeg._images(split, draws)
+    (image,) = nvjpeg._images(split, [draws])
     return nvjpeg._read(split, image).dim() == 1
 
 
@@ -103,7 +103,7 @@ def test_files_are_decoded_in_parts_of_limited_size(
     monkeypatch.setattr(nvjpeg, "PIXELS", 80_000)
     drawn = stream_of(split, 24, **TRAIN).draws(0, 0)  # type: ignore[arg-type]
     rows = list(range(24))
-    parts = list(nvjpeg._parts(nvjpeg._images(split, drawn), rows))
+    parts = list(nvjpeg._parts(nvjpeg._images(split, [drawn]), rows))
     pixels = [split.sizes_N2[drawn.index_B[part]].prod(1) for part in parts]
     assert [row for part in parts for row in part] == rows
     assert len(parts) > 4

@@ -16,9 +16,11 @@ from torch import Tensor
 import fastokd
 from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.cohort import Choice, shadows
+from fastokd.data import BatchStream
 from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
+from fastokd.methods import register_method
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.autotuner import Timing
 from fastokd.run.build import build
@@ -65,6 +67,31 @@ def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dic
         if k.startswith(kinds[: 3 - bool(session.learner.ranks.rank)])
     }
     return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
+
+
+def mixed_steps(
+    one: Recipe, count: int, frozen: bool, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """:func:`steps` of the loop, of a method that takes mixed labels."""
+    register_method(one.method)
+    session = session_of(one, frozen, **options)
+    session.begin_epoch()
+    for images, *batch in session.batches(lambda: None):
+        training_step(session.learner, images, *batch, body=session.whole_step)
+        session.finish_step()
+        if session.step == count:
+            break
+    totals = session.meter.result(session.learner.ranks)
+    metrics = {name: torch.tensor(totals[name]) for name in ("loss", "student_top1")}
+    return {k: v for k, v in session.state()[0].items() if k.startswith("cohort.")} | metrics
+
+
+def views(one: Recipe, options: dict[str, Any]) -> tuple[int, ...]:
+    """The views that this process makes."""
+    session = session_of(one, **options)
+    assert isinstance(session.stream, BatchStream)
+    assert session.next_batch()[0].shape[0] == len(session.stream.views or ())
+    return tuple(session.stream.views or ())
 
 
 def shadowed_steps(

@@ -11,6 +11,7 @@ import torch
 from tests.distributed import checks
 from tests.distributed.checks import small
 from tests.distributed.pool import Pool
+from tests.run.mixed import mixed_recipe
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -49,6 +50,16 @@ def test_weights_that_are_cast_together(two: Pool, accumulate: int) -> None:
         steps=checks.shadowed_steps,
         accumulate=accumulate,
     )
+
+
+@pytest.mark.parametrize("settings", [{"mix_each": True}, {"repeats": 2}])
+def test_mixed_images_and_labels_are_those_of_one_process(
+    two: Pool, settings: dict[str, Any]
+) -> None:
+    one = mixed_recipe(students=2, batch_size=8, **settings)
+    expected = checks.mixed_steps(one, 3, True, {})
+    for found in two.run(checks.mixed_steps, one, 3, True, {}):
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])

@@ -31,6 +31,12 @@ def test_each_process_stacks_its_own_students(two: Pool, engine: str) -> None:
     assert_same_steps(two, small("dml"), 2, frozen=False, engine=engine, **SHARED)
 
 
+def test_each_process_augments_its_own_students_views(two: Pool) -> None:
+    one = small("okddip-network", views="student")
+    assert_same_steps(two, one, 2, frozen=False, **SHARED)
+    assert two.run(checks.views, one, SHARED) == [(0, 1), (2,)]
+
+
 def test_what_students_share_counts_once_in_the_norm(two: Pool) -> None:
     """Projections with most of the gradient: counted on each rank, the norm would be sqrt(2) of it."""
     one = small("okddip-network")

@@ -11,7 +11,11 @@ import pytest
 import torch
 from fastokd.kernels import mixture_distillation as kernel
 
-from tests.ops.mixture_cases import Case, assert_within_budget
+from tests.ops.mixture_cases import (
+    Case,
+    assert_second_labels_may_be_out_of_range,
+    assert_within_budget,
+)
 from tests.ops.mixture_cases import draw as draw_case
 
 pytestmark = pytest.mark.gpu
@@ -192,6 +196,38 @@ def test_label_out_of_range_is_nan_for_its_sample(label: int, draw: Draw) -> Non
     assert found["grad_logits"][:, 1].isnan().all()
     assert found["grad_logits"][:, [0, 2]].isfinite().all()
     assert found["grad_scores"].isfinite().all()
+
+
+@pytest.mark.parametrize(("mixed", "weighted"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("C", [10, 100])
+def test_mixed_labels_and_weights_of_samples(
+    mixed: bool, weighted: bool, C: int, draw: Draw
+) -> None:
+    for mix in MIXES:
+        options = {"mix": mix, "mixed": mixed, "weighted": weighted, "mixture_ce_weight": 0.3}
+        check(draw(S=3, B=4, C=C, E=1, label_smoothing=0.1, **options))
+    check(draw(S=4, B=4, C=C, mixed=mixed, weighted=weighted, dtype=torch.bfloat16))
+
+
+def test_mixed_labels_in_sweeps(sweeps: None, draw: Draw) -> None:
+    check(draw(S=3, B=4, C=70, mixed=True, weighted=True, label_smoothing=0.1))
+    check(draw(S=3, B=2, C=70, soft=True, weighted=True, label_smoothing=0.1))
+
+
+def test_second_label_out_of_range(draw: Draw) -> None:
+    assert_second_labels_may_be_out_of_range(draw(B=4, C=10, mixed=True), "triton")
+
+
+def test_second_labels_by_stride(draw: Draw) -> None:
+    case = draw(S=3, B=4, C=12, mixed=True, weighted=True)
+    assert case.mixed_with is not None
+    assert case.sample_weight_B is not None
+    labels2_B, share2_B, weight_B = (
+        torch.stack([x, x + 1], 1)[:, 0] for x in (*case.mixed_with, case.sample_weight_B)
+    )
+    strided = replace(case, mixed_with=(labels2_B, share2_B), sample_weight_B=weight_B)
+    for name, x in strided.run("triton").items():
+        assert torch.equal(x, case.run("triton")[name])
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -60,6 +60,13 @@ def test_mixes(mix: str, poisoned_device: torch.device) -> None:
     check(4, 3, 8, poisoned_device, mix=mix, label_smoothing=0.1)
 
 
+def test_mixed_labels_and_weights_of_samples(poisoned_device: torch.device) -> None:
+    labels2_B = torch.tensor([1, 7], device=poisoned_device)
+    share2_B = torch.tensor([0.3, 1.0], device=poisoned_device)
+    options = {"mixed_with": (labels2_B, share2_B), "sample_weight_B": share2_B + 0.5}
+    check(4, 3, 8, poisoned_device, label_smoothing=0.1, **options)
+
+
 def test_sweeps(monkeypatch: pytest.MonkeyPatch, poisoned_device: torch.device) -> None:
     monkeypatch.setattr(kernel, "block_and_warps", lambda *_: (32, 1))
     check(4, 3, 8, poisoned_device, C=70)

@@ -56,10 +56,20 @@ class Dispatched(TorchDispatchMode):
         return out
 
 
-def fake_step(method: str, sharing: str, engine: str, impl: str, **options: Any) -> Dispatched:
-    """What a bf16 step dispatches on a GPU, from its draws to the metrics, but for the backward."""
+def fake_step(
+    method: str,
+    sharing: str,
+    engine: str,
+    impl: str,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Dispatched:
+    """What a bf16 step dispatches on a GPU, from its draws to the metrics, but for the backward.
+
+    ``settings``: of the recipe; ``options``: of the method.
+    """
     chosen = RunOptions(device="cpu", precision="bf16", engine=engine, clip_norm=1.0)
-    recipe = small(method, sharing, method_options=options, ema=0.9)
+    recipe = small(method, sharing, method_options=options, **{"ema": 0.9, **(settings or {})})
     session = OurLoop(recipe, chosen).session
     session.options = dataclasses.replace(chosen, impl=impl)
     session.learner.method = create_method(
@@ -116,7 +126,7 @@ def _move(session: Session) -> None:
     session.learner.guard = Guard(CUDA)
     session.learner.progress = Progress.start(CUDA, dtype=torch.float32)
     session.learner.optimizers = build_optimizers(
-        session.learner.cohort, session.learner.method, session.recipe, "sgd", CUDA
+        session.learner.cohort, session.learner.method, session.recipe, CUDA
     )
 
 

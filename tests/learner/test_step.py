@@ -77,6 +77,21 @@ def test_a_batch_in_parts_is_the_batch_where_the_norms_allow(name: str) -> None:
     torch.testing.assert_close(state(parts), state(whole), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("criterion", ["ce", "bce"])
+def test_mixed_labels_are_split_with_their_parts(criterion: str) -> None:
+    one = small("dml-network/resnet8/digits", batch_size=7, criterion=criterion)
+    totals = []
+    for accumulate in (1, 3):
+        session = frozen_norms(doubled(session_of(one, accumulate=accumulate)))
+        shares = torch.linspace(0, 1, 7), torch.linspace(1, 0, 7).double()
+        for share2_B in shares:
+            session.learner.progress.mixed_with = torch.arange(7), share2_B
+            totals += take(session, 1, first=session.step)
+    assert totals[:2] == pytest.approx(totals[2:], rel=1e-9)
+    session.learner.progress.mixed_with = None
+    assert take(session, 1, first=session.step)[0] != pytest.approx(totals[3], rel=1e-3)
+
+
 def test_ffsds_decoders_teach_on_the_statistics_from_before_the_step() -> None:
     """Norms in training, but each part of the batch is the same images: then its statistics are the
     batch's, and only the parts' order could tell the parts from the batch."""

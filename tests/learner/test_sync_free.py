@@ -106,6 +106,16 @@ def test_a_step_on_a_gpu_touches_no_tensor_of_the_host(
         assert seen.ops["kthvalue"] == 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_other_optimizers_and_rates_by_step_are_on_the_device(optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "schedule": "cosine", "schedule_by": "step"}
+    seen = fake_step("okddip", "branch", "loop", "triton", settings)
+    assert seen.ops.keys().isdisjoint(WAITS)
+    assert seen.on_the_host == set()
+    default = fake_step("okddip", "branch", "loop", "triton")
+    assert seen.ops["_foreach_copy_"] == default.ops["_foreach_copy_"] + 1  # the rates
+
+
 class Copies(TorchDispatchMode):
     """Whether each copy from the host waits."""
 

@@ -140,7 +140,7 @@ def test_general_is_renewed_from_held_out_images() -> None:
 
     out = cohort(images)
     target_BC = torch.tensordot(method.weights_S, out.logits_SBC.detach(), dims=1)
-    torch.testing.assert_close(method.extras(out, labels_B)[0], target_BC)
+    torch.testing.assert_close(method.extras(out, labels_B, Progress.start())[0], target_BC)
 
 
 def test_only_general_needs_held_out_images() -> None:
@@ -199,7 +199,7 @@ def test_the_targets_of_bf16_logits_are_computed_in_fp32(target: str) -> None:
 
     def target_of(logits_SBC: Tensor) -> Tensor:
         out = CohortOutput(logits_SBC, (), (), None, None)
-        target_BC = method.extras(out, labels_B)
+        target_BC = method.extras(out, labels_B, Progress.start())
         found = method.scores(out, labels_B, Progress.start()) if target_BC is None else target_BC
         assert found.dtype == (
             torch.float64 if logits_SBC.dtype == torch.float64 else torch.float32

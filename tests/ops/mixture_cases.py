@@ -29,6 +29,8 @@ class Case:
     mix: str = "logits"
     detach_targets: bool = False
     label_smoothing: float = 0.0
+    mixed_with: tuple[Tensor, Tensor] | None = None
+    sample_weight_B: Tensor | None = None
     incoming: float = 1.0
     asks: tuple[bool, bool, bool] = (True, True, True)
 
@@ -62,6 +64,8 @@ class Case:
             mix=self.mix,  # type: ignore[arg-type]
             detach_targets=self.detach_targets,
             label_smoothing=self.label_smoothing,
+            mixed_with=self.mixed_with,
+            sample_weight_B=self.sample_weight_B,
             impl=impl,
         )
         found = dict(zip(NAMES, loss, strict=False))
@@ -90,6 +94,8 @@ def draw(
     dtype: torch.dtype = torch.float32,
     batched: bool = True,
     soft: bool = False,
+    mixed: bool = False,
+    weighted: bool = False,
     listens: float = 1.0,
     padding: int = 0,
     seed: int = 0,
@@ -97,7 +103,7 @@ def draw(
     **options: object,
 ) -> Case:
     """Logits with softmaxes neither flat nor one-hot; rows ``padding`` apart; a part of the scores
-    is -inf, a whole row's among them now and then."""
+    is -inf, a whole row's among them now and then. Shares of second labels include 0 and 1."""
     g = torch.Generator().manual_seed(hash((S, B, C, E, seed)) % 2**31)
 
     def rows(count: int) -> Tensor:
@@ -112,6 +118,13 @@ def draw(
     if soft:
         labels_B = torch.softmax(torch.randn(B, C, generator=g), -1)
     logits_SBC, extra_EBC = rows(S), rows(E) if E else None
+    if mixed:
+        share2_B = torch.rand(B, generator=g)
+        share2_B[1:3] = torch.tensor([0.0, 1.0])[: max(B - 1, 0)]
+        labels2_B = torch.randint(C, (B,), generator=g)
+        options["mixed_with"] = labels2_B.to(device), share2_B.to(device)
+    if weighted:
+        options["sample_weight_B"] = (2 * torch.rand(B, generator=g)).to(device)
     return Case(logits_SBC, extra_EBC, labels_B.to(device), scores.to(device), **options)  # type: ignore[arg-type]
 
 
@@ -164,3 +177,29 @@ def assert_errors_within_budget(
 
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
+
+
+def assert_second_labels_may_be_out_of_range(case: Case, impl: str) -> None:
+    """An id out of range is NaN for its sample where its share isn't 0, and counts for nothing there.
+
+    ``case``: at least 4 samples with mixed labels, the second one's share 0 and the third one's 1.
+    """
+    assert case.mixed_with is not None
+    labels2_B, share2_B = case.mixed_with
+    assert share2_B[1:3].tolist() == [0.0, 1.0]
+    before = case.run(impl)
+    C = case.logits_SBC.shape[2]
+    for wrong in (C, -1, 2**40):
+        out = case.labels_B.clone(), labels2_B.clone()
+        out[0][2] = out[1][1] = wrong  # each with a share of 0
+        found = replace(case, labels_B=out[0], mixed_with=(out[1], share2_B)).run(impl)
+        for name, x in before.items():
+            assert torch.equal(found[name], x), name
+        for which, sample in ((0, 0), (1, 3), (0, 1), (1, 2)):
+            out = case.labels_B.clone(), labels2_B.clone()
+            out[which][sample] = wrong
+            found = replace(case, labels_B=out[0], mixed_with=(out[1], share2_B)).run(impl)
+            others = [b for b in range(4) if b != sample]
+            assert found["total"].isnan()
+            assert found["grad_logits"][:, sample].isnan().all()
+            assert found["grad_logits"][:, others].isfinite().all()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastokd.errors import UserError
 from fastokd.ops import mixture_distillation
 from tests.conftest import golden
+from tests.ops.mixture_cases import assert_second_labels_may_be_out_of_range
+from tests.ops.mixture_cases import draw as draw_case
 
 INF = math.inf
 
@@ -246,6 +250,85 @@ def test_cross_entropy_is_torchs() -> None:
     close(loss.ce_S, torch.stack(theirs))
 
 
+def random_case(seed: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Arguments with mixed labels, the labels as ``[B, C]`` with their weight, and the weights ``[B]``."""
+    g = torch.Generator().manual_seed(seed)
+    S, B, C = (int(torch.randint(1, most, (), generator=g)) for most in (5, 7, 20))
+    labels_B, labels2_B = (torch.randint(C, (B,), generator=g) for _ in range(2))
+    share2_B = torch.rand(B, generator=g, dtype=torch.float64)
+    share2_B[0] = seed % 3 / 2
+    weight_B = 2 * torch.rand(B, generator=g, dtype=torch.float64)
+    one_hot, one_hot2 = (F.one_hot(x, C).double() for x in (labels_B, labels2_B))
+    soft_BC = (1 - share2_B)[:, None] * one_hot + share2_B[:, None] * one_hot2
+    call: dict[str, Any] = {
+        "logits_SBC": 3 * torch.randn(S, B, C, generator=g, dtype=torch.float64),
+        "labels_B": labels_B,
+        "scores": torch.randn(B, S, S, generator=g, dtype=torch.float64),
+        "mixed_with": (labels2_B, share2_B),
+        "mixture_ce_weight": 0.7,
+        "mix": ("logits", "probs", "pairwise")[seed % 3],
+        "label_smoothing": (0.0, 0.1)[seed % 2],
+        "impl": "torch",
+    }
+    return call, soft_BC, weight_B
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_mixed_labels_are_the_soft_labels_that_they_stand_for(seed: int) -> None:
+    call, soft_BC, weight_B = random_case(seed)
+    z = call["logits_SBC"].requires_grad_()
+    ours = mixture_distillation(**call)
+    theirs = mixture_distillation(**call | {"labels_B": soft_BC, "mixed_with": None})
+    for x, y in zip(ours, theirs, strict=True):
+        close(x, y)
+    grads = [torch.autograd.grad(loss.total, z)[0] for loss in (ours, theirs)]
+    close(*grads)
+    # Two calls of torch's own, one for each label.
+    smoothing, (labels2_B, share2_B) = call["label_smoothing"], call["mixed_with"]
+
+    def ce(labels_B: Tensor) -> Tensor:
+        per_sample = [
+            F.cross_entropy(x, labels_B, label_smoothing=smoothing, reduction="none") for x in z
+        ]
+        return torch.stack(per_sample)
+
+    mixed_SB = (1 - share2_B) * ce(call["labels_B"]) + share2_B * ce(labels2_B)
+    close(ours.ce_S, mixed_SB.mean(1))
+    weighted = mixture_distillation(**call, sample_weight_B=weight_B)
+    close(weighted.ce_S, (weight_B * mixed_SB).mean(1))
+    close(weighted.kd_S, ours.kd_S)
+
+
+def test_a_weight_of_a_sample_is_in_the_mixtures_cross_entropy_too() -> None:
+    call, _, weight_B = random_case(1)
+    B = len(weight_B)
+    of_weight = {"ce_weight": 0.0, "kd_weight": 0.0}
+
+    def total(weight_B: Tensor | None) -> Tensor:
+        return mixture_distillation(**call | of_weight, sample_weight_B=weight_B).total
+
+    parts = [total(F.one_hot(torch.tensor(b), B).double()) for b in range(B)]
+    close(torch.stack(parts).sum(), total(None))
+    close((weight_B * torch.stack(parts)).sum(), total(weight_B))
+
+
+def test_gradients_of_mixed_labels() -> None:
+    call, _, weight_B = random_case(5)
+    leaves = [call[name].requires_grad_() for name in ("logits_SBC", "scores")]
+
+    def total(z: Tensor, scores: Tensor) -> Tensor:
+        changed = call | {"logits_SBC": z, "scores": scores}
+        return mixture_distillation(**changed, sample_weight_B=weight_B).total
+
+    assert torch.autograd.gradcheck(total, leaves)
+
+
+@pytest.mark.parametrize("mix", ["logits", "probs", "pairwise"])
+def test_second_label_out_of_range(mix: str) -> None:
+    case = draw_case(3, 4, 10, mix=mix, mixed=True)
+    assert_second_labels_may_be_out_of_range(case, "torch")
+
+
 def test_gradient_keeps_each_inputs_dtype() -> None:
     x = draw(E=1, dtype=torch.float32)
     z = x["logits_SBC"].bfloat16().requires_grad_()
@@ -274,6 +357,20 @@ def test_gradient_keeps_each_inputs_dtype() -> None:
         ({"labels_B": torch.zeros(4)}, "labels_B is"),
         ({"extra_logits_EBC": torch.zeros(1, 4, 8)}, "extra_logits_EBC has shape"),
         ({"logits_SBC": torch.zeros(4, 7)}, "logits_SBC is"),
+        ({"mixed_with": (torch.zeros(5, dtype=torch.long), torch.zeros(4))}, "labels2_B is"),
+        ({"mixed_with": (torch.zeros(4), torch.zeros(4))}, "labels2_B is"),
+        ({"mixed_with": (torch.zeros(4, dtype=torch.long), torch.zeros(3))}, "share2_B is"),
+        ({"mixed_with": (torch.zeros(4).long(), torch.zeros(4).long())}, "share2_B is"),
+        (
+            {"mixed_with": (torch.zeros(4).long(), torch.zeros(4, requires_grad=True))},
+            "share2_B asks for gradient",
+        ),
+        (
+            {"labels_B": torch.rand(4, 7), "mixed_with": (torch.zeros(4).long(), torch.zeros(4))},
+            "mixed_with is given beside soft labels",
+        ),
+        ({"sample_weight_B": torch.ones(3)}, "sample_weight_B is"),
+        ({"sample_weight_B": torch.ones(4, requires_grad=True)}, "sample_weight_B asks"),
         ({"impl": "cuda"}, "impl is 'cuda'"),
         ({"impl": "triton"}, "needs a GPU"),
     ],

@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastokd.ops import cpp
-from tests.ops.mixture_cases import NAMES, assert_within_budget, draw
+from tests.ops.mixture_cases import (
+    NAMES,
+    assert_second_labels_may_be_out_of_range,
+    assert_within_budget,
+    draw,
+)
 
 INF = math.inf
 pytestmark = pytest.mark.usefixtures("cpp_ops", "_poisoned")
@@ -66,6 +71,20 @@ def test_within_budget(capability: str, C: int, mix: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("C", [2, 10, 1003])
+@pytest.mark.parametrize("mix", ["logits", "probs", "pairwise"])
+def test_mixed_labels_and_weights_of_samples(C: int, mix: str) -> None:
+    # Four students without smoothing would go the way of the most frequent case.
+    for mixed, weighted in ((True, False), (False, True), (True, True)):
+        options = {"mix": mix, "mixed": mixed, "weighted": weighted}
+        assert_within_budget(draw(4, 5, C, **options))
+        assert_within_budget(
+            draw(3, 5, C, 1, mixture_ce_weight=0.3, label_smoothing=0.1, **options)
+        )
+    assert_within_budget(draw(3, 3, C, mix=mix, soft=True, weighted=True, label_smoothing=0.1))
+
+
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("S", [3, 5])  # rows side by side, and one after another
 def test_many_classes(S: int) -> None:
     """ImageNet-21k: sums over that many classes keep their accuracy."""
@@ -100,7 +119,9 @@ def calls(d: st.DrawFn) -> dict[str, Any]:
         "E": d(st.integers(0, 3)),
         "dtype": d(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "batched": d(st.booleans()),
-        "soft": d(st.booleans()),
+        "soft": (soft := d(st.booleans())),
+        "mixed": not soft and d(st.booleans()),
+        "weighted": d(st.booleans()),
         "listens": d(st.sampled_from([1.0, 0.5, 0.2])),
         "padding": d(st.sampled_from([0, 0, 1, 8])),
         "seed": d(st.integers(0, 99)),
@@ -204,6 +225,10 @@ class TestEdges:
             assert found["grad_logits"][:, 1].isnan().all()
             assert found["grad_logits"][:, [0, 2, 3]].isfinite().all()
             assert found["grad_scores"][[0, 2, 3]].isfinite().all()
+
+    def test_second_label_out_of_range(self, mix: str) -> None:
+        case = draw(3, 4, 10, mix=mix, mixed=True, mixture_ce_weight=torch.tensor([1.0, 0.0, 0.0]))
+        assert_second_labels_may_be_out_of_range(case, "cpp")
 
     def test_strides(self, mix: str) -> None:
         """Padded, transposed and broadcast rows and scores; nothing beyond a row is read."""

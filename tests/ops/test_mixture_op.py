@@ -47,6 +47,9 @@ def arguments(
         "grad_extra": True,
         "grad_scores": True,
         "grad_key": False,
+        "labels2_B": None,
+        "share2_B": None,
+        "sample_weight_B": None,
     }
 
 
@@ -61,6 +64,8 @@ def test_opcheck(dtype: torch.dtype, asks: tuple[bool, bool, bool]) -> None:
     unbatched = args | {"extra_EBC": None, "scores": torch.zeros(3, 3)}
     unbatched["logits_SBC"] = unbatched["logits_SBC"].requires_grad_()
     torch.library.opcheck(OP, tuple(unbatched.values()))
+    mixed = {"labels2_B": torch.ones(4, dtype=torch.long), "share2_B": torch.rand(4)}
+    torch.library.opcheck(OP, tuple((args | mixed | {"sample_weight_B": torch.rand(4)}).values()))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,26 @@ def test_opcheck(dtype: torch.dtype, asks: tuple[bool, bool, bool]) -> None:
         ({"ce_weight_S": torch.ones(3, 1)}, "ce_weight_S has shape"),
         ({"temperature_0d": torch.ones(3)}, "temperature_0d must be a scalar"),
         ({"mix": "means"}, "mix is means"),
+        ({"labels2_B": torch.zeros(4, dtype=torch.long)}, "must be given together"),
+        ({"share2_B": torch.zeros(4)}, "must be given together"),
+        ({"labels2_B": torch.zeros(4), "share2_B": torch.zeros(4)}, "class ids must be integers"),
+        ({"labels2_B": torch.zeros(5).long(), "share2_B": torch.zeros(4)}, "labels2_B has shape"),
+        ({"labels2_B": torch.tensor(1), "share2_B": torch.zeros(4)}, "labels2_B has shape"),
+        ({"labels2_B": torch.zeros(4).long(), "share2_B": torch.zeros(5)}, "share2_B has shape"),
+        (
+            {"labels2_B": torch.zeros(4).long(), "share2_B": torch.zeros(4).long()},
+            "share2_B is Long",
+        ),
+        (
+            {
+                "labels_B": torch.rand(4, 10),
+                "labels2_B": torch.zeros(4).long(),
+                "share2_B": torch.zeros(4),
+            },
+            "labels2_B mixes class ids",
+        ),
+        ({"sample_weight_B": torch.ones(4, 1)}, "sample_weight_B has shape"),
+        ({"sample_weight_B": torch.ones(3)}, "sample_weight_B has shape"),
     ],
 )
 def test_the_operator_checks_what_it_is_given(change: dict[str, object], says: str) -> None:
@@ -342,6 +367,9 @@ BAD = {
     "a weight of another length": {"ce_weight": torch.ones(2)},
     "soft labels of other classes": {"labels_B": torch.rand(4, 9)},
     "labels that are numbers": {"labels_B": torch.rand(4)},
+    "second labels that are numbers": {"mixed_with": (torch.rand(4), torch.rand(4))},
+    "shares of another length": {"mixed_with": (torch.zeros(4).long(), torch.rand(3))},
+    "weights of samples with a gradient": {"sample_weight_B": torch.ones(4, requires_grad=True)},
     "scores of others": {"scores": torch.zeros(3, 5)},
     "scores that are whole": {"scores": torch.zeros(3, 3, dtype=torch.long)},
 }
@@ -357,6 +385,32 @@ def test_a_call_that_has_passed_lets_no_other_through(change: dict[str, Any]) ->
             assert mixture_distillation(**call, impl=impl).total.requires_grad
             with pytest.raises(UserError):
                 mixture_distillation(**call | change, impl=impl)
+
+
+def test_a_call_with_mixed_labels_lets_no_other_through() -> None:
+    z, _, _, labels_B = leaves()
+    call = {"logits_SBC": z, "labels_B": labels_B, "scores": torch.zeros(3, 3), "impl": "cpp"}
+    right = (torch.zeros(4).long(), torch.rand(4))
+    for wrong in ((torch.zeros(4), torch.rand(4)), (right[0], torch.rand(5))):
+        assert mixture_distillation(**call, mixed_with=right).total.requires_grad
+        with pytest.raises(UserError):
+            mixture_distillation(**call, mixed_with=wrong)
+
+
+def test_mixed_labels_compile_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(z: Tensor, labels_B: Tensor, labels2_B: Tensor, share2_B: Tensor) -> Tensor:
+        scores = torch.zeros(3, 3)
+        with_two = (labels2_B, share2_B)
+        return mixture_distillation(z, labels_B, scores, mixed_with=with_two, impl="cpp").total
+
+    monkeypatch.setattr(cpp, "_library", None)  # the search for the library isn't traced
+    compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True, backend="aot_eager")
+    z, _, _, labels_B = leaves()
+    for share2 in (0.3, 0.8):
+        call = (z, labels_B, labels_B.roll(1), torch.full((4,), share2))
+        (wanted,) = torch.autograd.grad(step(*call), z)
+        (found,) = torch.autograd.grad(compiled(*call), z)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_signature_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:

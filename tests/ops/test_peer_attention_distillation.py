@@ -111,6 +111,24 @@ def test_cpp_is_the_loss_from_the_scores(S: int, P: int, width: int) -> None:
             assert error <= (eps + 1e-6) * y.square().mean().sqrt() + 1e-8
 
 
+def test_mixed_labels_and_weights_of_samples(cpp_ops: None) -> None:
+    logits_SBC, labels_B, query, key = draw(4, 3, 10, 8)
+    share2_B, labels2_B = torch.linspace(0, 1, 5), labels_B.roll(1)
+    options = {
+        "mixed_with": (labels2_B, share2_B),
+        "sample_weight_B": torch.rand(5),
+        "label_smoothing": 0.1,
+    }
+    wide = [x.double() for x in (logits_SBC, query, key)]
+    exact = peer_attention_distillation(wide[0], labels_B, *wide[1:], impl="torch", **options)  # type: ignore[arg-type]
+    scores = peer_scores(*wide[1:], 4)
+    same = mixture_distillation(wide[0], labels_B, scores, impl="torch", **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(exact, same)
+    ours = peer_attention_distillation(logits_SBC, labels_B, query, key, impl="cpp", **options)  # type: ignore[arg-type]
+    for x, y in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
 def test_strided_queries_and_empty_batches(cpp_ops: None) -> None:
     logits_SBC, labels_B, query, key = draw(4, 3, 10, 8)
     plain = peer_attention_distillation(logits_SBC, labels_B, query, key, impl="cpp")

@@ -19,7 +19,7 @@ from tests.ops.wrong_calls import CALLS, ODD, WRONG
 PAIRS = 20
 # An optional tensor may be left out.
 OPTIONAL = {
-    "mixture_distillation": (1, 5, 6, 7, 8),
+    "mixture_distillation": (1, 5, 6, 7, 8, 22),
     "peer_attention_distillation": (5, 6, 7, 8),
     "fused_bn_act": (5, 6),
     "fused_bn_act_backward": (2,),

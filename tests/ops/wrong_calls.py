@@ -40,6 +40,7 @@ def _mixture() -> tuple[Any, ...]:
         *(torch.randn(S, B, C), torch.randn(1, B, C), torch.randint(max(C, 1), (B,))),
         *(torch.zeros(B, S, S + 1), None, torch.ones(S), torch.ones(S), torch.ones(S)),
         *(torch.tensor(3.0), 1.0, 1.0, 0.0, 3.0, "logits", False, 0.0, True, True, True, False),
+        *(torch.randint(max(C, 1), (B,)), torch.rand(B), torch.ones(B)),
     )
 
 

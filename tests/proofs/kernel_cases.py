@@ -41,17 +41,24 @@ def mixture(
     mixture_ce: float = 0.0,
     detach: bool = False,
     soft: bool = False,
+    mixed: bool = False,
+    weighted: bool = False,
 ) -> None:
-    """The mixture of S students and E extras with every gradient; ``pitch``: rows are so far apart."""
+    """The mixture of S students and E extras with every gradient; ``pitch``: rows are so far apart.
+
+    ``mixed``: a second label for each sample; ``weighted``: a weight for each.
+    """
     from fastokd.kernels.mixture_distillation import mixture_distillation
 
     logits_SBC = rows(S, B, C, dtype, pitch or C)
     extra_EBC = rows(E, B, C, dtype, pitch or C) if E else None
-    labels = torch.zeros(B, C) if soft else torch.zeros(B, dtype=torch.long)
+    ids_B, numbers_B = torch.zeros(B, dtype=torch.long), torch.zeros(B)
+    labels = torch.zeros(B, C) if soft else ids_B
     mixture_distillation(
         logits_SBC, extra_EBC, labels, torch.zeros(B, S, S + E), None,
         None, torch.ones(()), None, None, 1.0, 1.0, mixture_ce, 3.0, mix, detach, 0.0,
         True, bool(E), True, False,
+        ids_B if mixed else None, numbers_B if mixed else None, numbers_B if weighted else None,
     )  # fmt: skip
 
 
@@ -85,6 +92,21 @@ CASES["mixture ce S5 C1000"] = Case(partial(mixture, 5, 0, 1000, mixture_ce=1.0)
 FFSD = partial(mixture, 4, 0, 1000, mix="pairwise", detach=True)
 CASES["pairwise detached S4 C1000"] = Case(FFSD, 4, TWO)
 CASES["soft labels S4 C1000"] = Case(partial(mixture, 4, 0, 1000, soft=True), 4, TWO)
+# Mixup's and CutMix's second labels; weights of samples.
+for mix, S, C in (
+    ("logits", 4, 100),
+    ("logits", 4, 1000),
+    ("logits", 8, 1000),
+    ("pairwise", 4, 1000),
+):
+    CASES[f"{mix} mixed labels S{S} C{C}"] = Case(
+        partial(mixture, S, 0, C, mix=mix, mixed=True, weighted=C == 1000), S
+    )
+ONE = partial(mixture, 4, 0, 1000, mixture_ce=1.0, mixed=True)
+CASES["mixture ce mixed labels S4 C1000"] = Case(ONE, 4)
+CASES["mixed labels S4 C22000"] = Case(
+    partial(mixture, 4, 0, 22000, mixed=True, weighted=True), 4, TWO
+)
 # Half precision: rows padded to a multiple of 16 bytes, and as they come where that is aligned.
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 for C, pitch in ((10, 16), (100, 104), (1000, 1000)):

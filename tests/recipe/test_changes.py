@@ -72,7 +72,7 @@ def test_a_name_that_method_and_student_share_needs_its_part(
             "dropout is both 0.2 and 0.1",
         ),
         ("dml/torchvision:mobilenet_v3_small/cifar10", {"drop_rate": 0.1}, "unknown setting"),
-        ("dml/resnet20/cifar10", {"optimizer": "sgd"}, "give it as --optimizer"),
+        ("dml/resnet20/cifar10", {"engine": "loop"}, "give it as --engine"),
         ("dml/resnet20/cifar10", {"seeds": 1}, "give it as --seeds on the command line$"),
         ("dml/resnet20/cifar10", {"attention_dim": 3}, "dml has no option 'attention_dim'"),
         ("dml/resnet20/cifar10", {"method": 3}, r"method must be a word \(got 3\)"),

@@ -52,7 +52,7 @@ def optimizers_of(
     for group in groups:
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         settings = {"params": group.parameters, "weight_decay": decay, "lr": group.lr or lr}
-        kinds.setdefault(group.optimizer, []).append(settings)
+        kinds.setdefault(group.optimizer or "sgd", []).append(settings)
     assert kinds.keys() == {"sgd", "adam"}
     return [
         torch.optim.SGD(kinds["sgd"], momentum=0.9, nesterov=True),

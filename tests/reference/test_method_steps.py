@@ -99,9 +99,10 @@ GRID = [
 ]
 
 
-def images_and_labels(count: int) -> list[tuple[Tensor, Tensor]]:
+def images_and_labels(count: int, views: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    first = () if views is None else (views,)
     return [
-        (torch.randn(BATCH, 3, SIZE, SIZE).double(), torch.randint(CLASSES, (BATCH,)))
+        (torch.randn(*first, BATCH, 3, SIZE, SIZE).double(), torch.randint(CLASSES, (BATCH,)))
         for _ in range(count)
     ]
 
@@ -120,7 +121,11 @@ def optimizer_state(
 
 
 def compare(
-    cohort: Cohort, method: Method, loop: ReferenceCohort, each_step: Callable[[int], None]
+    cohort: Cohort,
+    method: Method,
+    loop: ReferenceCohort,
+    each_step: Callable[[int], None],
+    views: int | None = None,
 ) -> None:
     """Trains both from the loop's weights and compares all that they hold."""
     ours, theirs = {**cohort.state_dict(), **method.state_dict()}, loop.state_dict()
@@ -133,7 +138,7 @@ def compare(
     optimizers = loop.optimizers(**SGD)
     progress = Progress(torch.zeros(()), torch.tensor(RAMP).double())
 
-    for step, (x, y) in enumerate(images_and_labels(STEPS)):
+    for step, (x, y) in enumerate(images_and_labels(STEPS, views)):
         each_step(step)
         draws = method.draw(BATCH, torch.Generator().manual_seed(step))
         progress.draws = {name: value.double() for name, value in draws.items()}
@@ -162,6 +167,27 @@ def compare(
 
 @pytest.mark.parametrize(("case", "sharing", "students"), GRID)
 def test_one_backward_is_the_loop(case: Case, sharing: str, students: int) -> None:
+    assert_same_steps(case, sharing, students)
+
+
+# One case of each method and sharing.
+VIEWED = [
+    pytest.param(case, sharing, case.students[-1], id=f"{case}-{sharing}")
+    for case in {case.method: case for case in CASES}.values()
+    for sharing in case.sharing
+]
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+@pytest.mark.parametrize(("case", "sharing", "students"), VIEWED)
+def test_a_view_each_is_the_loop(case: Case, sharing: str, students: int, engine: str) -> None:
+    assert_same_steps(case, sharing, students, engine, views=True)
+
+
+def assert_same_steps(
+    case: Case, sharing: str, students: int, engine: str = "loop", *, views: bool = False
+) -> None:
+    """``views``: each student has images of its own, and so has a teacher."""
     teacher = create_model("resnet8", CLASSES).double() if "kd" in case.method.split("_") else None
     loop = case.loop("resnet8", CLASSES, students, sharing).double()
     for name, value in case.attributes.items():
@@ -177,6 +203,7 @@ def test_one_backward_is_the_loop(case: Case, sharing: str, students: int) -> No
         teacher=teacher,
         trunk_grad_scale=1 / students if divided else 1.0,
     ).double()
+    cohort.set_engine(engine)
     method = create_method(case.method, cohort.shape, **case.options).double()
     assert method.needs.divide_trunk_gradient == divided
 
@@ -187,7 +214,7 @@ def test_one_backward_is_the_loop(case: Case, sharing: str, students: int) -> No
             method.end_epoch(cohort, heldout)
             loop.weigh(*heldout)
 
-    compare(cohort, method, loop, each_step)
+    compare(cohort, method, loop, each_step, students + (teacher is not None) if views else None)
 
 
 def test_every_method_has_a_loop() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastokd.checkpoint import save_checkpoint
@@ -27,7 +26,7 @@ class FakeTrain:
         self.accuracy = accuracy
         self.val = val
         self.calls: list[tuple[str, int, bool]] = []
-        self.teachers: list[Path | None] = []
+        self.teachers: list[tuple[str, ...]] = []
         self.stop_after: int | None = None
         self.stop_at = 0
 

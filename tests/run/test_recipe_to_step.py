@@ -93,7 +93,7 @@ def test_a_groups_zeros_are_its_own() -> None:
     plain = create_method("okddip", session.learner.cohort.shape)
     for one, decay, rate in ((method, 0.0, 0.0), (plain, 5e-4, 0.1)):
         (optimizer,) = build_optimizers(
-            session.learner.cohort, one, session.recipe, "sgd", session.learner.device
+            session.learner.cohort, one, session.recipe, session.learner.device
         )
         students, own = optimizer.param_groups
         assert students["weight_decay"] == 5e-4

@@ -22,7 +22,7 @@ from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.student import teacher
 from fastokd.student.file import read_weights
-from fastokd.student.teacher import build_teacher, find_teacher
+from fastokd.student.teacher import build_teacher, find_teachers
 from fastokd.student.weights import student_facts
 from fastokd.train import train
 from tests.data.make import write_cifar
@@ -80,9 +80,9 @@ def test_a_missing_one_is_answered_with_what_trains_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"`fastokd train baseline/resnet110/cifar100`"):
-        find_teacher(recipe("kd/resnet32/cifar100"), None, None)
+        find_teachers(recipe("kd/resnet32/cifar100"), (), None)
     with pytest.raises(UserError, match="there is none at elsewhere"):
-        find_teacher(recipe("okddip_kd-branch/resnet32/cifar100"), Path("elsewhere"), None)
+        find_teachers(recipe("okddip_kd-branch/resnet32/cifar100"), ("elsewhere",), None)
     with pytest.raises(UserError, match="needs a trained teacher"):
         train(recipe(KD), SHORT, out=tmp_path / "kd")
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +94,7 @@ def test_the_default_folder_is_found(
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/baseline-resnet110-digits-seed0").symlink_to(trained.folder)
-    assert find_teacher(recipe(KD), None, None).facts["model"] == "resnet8"
+    assert find_teachers(recipe(KD), (), None)[0].facts["model"] == "resnet8"
 
 
 def test_the_default_folder_is_where_its_recipe_trains() -> None:
@@ -112,7 +112,7 @@ def test_the_command_that_trains_it_holds_out_what_its_student_does(
     student = recipe("kd/resnet32/cifar100", val=5000, seed=3)
     assert teacher.teacher_recipe(student) == recipe("baseline/resnet110/cifar100", val=5000)
     with pytest.raises(UserError, match=r"`fastokd train baseline/resnet110/cifar100 --val 5000`"):
-        find_teacher(student, None, None)
+        find_teachers(student, (), None)
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +184,16 @@ def test_weights_that_have_seen_the_held_out_images_are_refused(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"class_names": json.dumps(["a", "b"])}, "has 2 classes, and digits has 10"),
-        ({"class_names": json.dumps(list("9876543210"))}, "in another order than digits's"),
-        ({"mean": json.dumps([0.1, 0.1, 0.1])}, "normalised by mean"),
-        ({"std": json.dumps([0.1, 0.1, 0.1])}, "normalised by std"),
+        ({"class_names": json.dumps(["a", "b"])}, "has 2 classes, and not 10 of the 10 of digits"),
+        ({"class_names": json.dumps(list("01234567ab"))}, r"not 2 of the 10 of digits \(8, 9\)"),
+        ({"class_names": json.dumps(["0_1", "0 1", *"23456789"])}, "not 2 of the 10"),
+        ({"class_names": json.dumps(list("0012345678"))}, "not 1 of the 10"),
+        (
+            {"class_names": json.dumps(list("01234567899")), "model": "resnet8"},
+            "may be '9' and '9'",
+        ),
+        ({"class_names": None, "num_classes": "9"}, "has 9 classes without names"),
+        ({"levels": "256"}, "whose levels is 256"),
         ({"std": json.dumps([0.1, 0.1])}, "its std is"),
         ({"model": "resnet14"}, "is no resnet14"),
         ({"model": "resnet9"}, "unknown model"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data.disk.image import first_broken, see
-from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
+from fastokd.data.disk.split import DiskDraws, DiskSplit, crops_of, labels_of
 from fastokd.data.views import centre_windows, mirrored, windows_of_boxes
 from fastokd.data.waits import Watch
 from fastokd.device import moved
@@ -49,13 +49,16 @@ def _dali() -> tuple[Any, Any, Any]:
     return fn, pipeline_def, types
 
 
-def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int) -> Any:
-    """A pipeline from file names and windows to uint8 ``[B, H, W, 3]`` and the files' sizes.
+def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int, views: int) -> Any:
+    """A pipeline from file names and windows to uint8 ``[B, H, W, 3]`` for each view, and the files' sizes.
 
-    Nothing in it is random: all draws are inputs, so that any batch can be made again.
+    Nothing in it is random: all draws are inputs, so that any batch can be made again. An image is decoded
+    once, in the window that holds those of all views.
     """
     fn, pipeline_def, types = _dali()
     on_gpu = split.device.type == "cuda"
+    # Each view has a region of interest; where there are several, in a window of its own.
+    kinds = [*[types.INT32] * (2 if views > 1 else 0), types.FLOAT, types.FLOAT]
 
     @pipeline_def(
         batch_size=batch,
@@ -64,15 +67,15 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
         prefetch_queue_depth=AHEAD,
     )
     def pipeline() -> Any:
-        path, start, shape, roi_start, roi_end = fn.external_source(
+        path, start, shape, *of_views = fn.external_source(
             source=source,
-            num_outputs=5,
-            dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2],
+            num_outputs=3 + len(kinds) * views,
+            dtype=[types.UINT8, types.INT32, types.INT32, *kinds * views],
             ndim=1,
         )
         encoded = fn.io.file.read(path)
         options = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
-        images = fn.decoders.image_slice(
+        decoded = fn.decoders.image_slice(
             encoded,
             device="mixed" if on_gpu else "cpu",
             start=start,
@@ -84,16 +87,21 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
             jpeg_fancy_upsampling=True,
             **options,
         )
-        images = fn.resize(
-            images,
-            size=[split.view.image_size] * 2,
-            # The start of a mirrored image lies right of its end.
-            roi_start=roi_start,
-            roi_end=roi_end,
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        return images, encoded.shape()
+        seen = []
+        for view in range(views):
+            first = len(kinds) * view
+            *window, roi_start, roi_end = of_views[first : first + len(kinds)]
+            images = fn.resize(
+                fn.slice(decoded, *window, axis_names="HW") if window else decoded,
+                size=[split.view.image_size] * 2,
+                # The start of a mirrored image lies right of its end.
+                roi_start=roi_start,
+                roi_end=roi_end,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
+            seen.append(images)
+        return *seen, encoded.shape()
 
     return pipeline()
 
@@ -101,45 +109,44 @@ def _pipeline(split: DiskSplit, source: Iterator[Any], batch: int, threads: int)
 class _Fed:
     """One batch in progress: DALI decodes its plain images, Pillow the rest."""
 
-    def __init__(self, split: DiskSplit, draws: DiskDraws) -> None:
-        self.split, self.whole = split, draws
-        plain_B = split.plain_N[draws.index_B]
+    def __init__(self, split: DiskSplit, views: list[DiskDraws]) -> None:
+        self.split, self.whole = split, views[0]
+        self.views = len(views)
+        plain_B = split.plain_N[self.whole.index_B]
         # Positions of both kinds in the batch.
         self.plain_R, self.rest_R = (which.nonzero()[:, 0] for which in (plain_B, ~plain_B))
-        self.plain, self.rest = _rows(draws, self.plain_R), _rows(draws, self.rest_R)
+        self.plain, self.rest = (
+            [_rows(draws, rows_R) for draws in views] for rows_R in (self.plain_R, self.rest_R)
+        )
         self.seen: list[Future[Tensor]] | None = None
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
         """Starts to decode Pillow's images, once."""
-        if self.seen is not None:
-            return
-        self.seen = []
-        rest = self.rest
-        for row, index in enumerate(rest.index_B.tolist()):
-            box = None if rest.box_B4 is None else rest.box_B4[row].tolist()
-            flip = bool(rest.flip_B[row])
-            self.seen.append(pool.submit(see, self.split, index, box, flip=flip))
+        if self.seen is None:
+            pairs = zip(self.rest[0].index_B.tolist(), crops_of(self.rest), strict=True)
+            self.seen = [pool.submit(see, self.split, index, crops) for index, crops in pairs]
 
-    def given(self, images: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The batch, merged from DALI's images and Pillow's."""
+    def given(self, images_VRHWC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The batch ``[V, B, S, S, 3]``, merged from DALI's images and Pillow's, and its labels."""
         labels_B = labels_of(self.split, self.whole)
-        if images is not None and not self.seen:
-            return images, labels_B
+        if images_VRHWC is not None and not self.seen:
+            return images_VRHWC, labels_B
         device, size = self.split.device, self.split.view.image_size
-        B = len(self.whole.index_B)
-        images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, device=device)
-        if images is not None:
-            images_BHWC.index_copy_(0, moved(self.plain_R, device), images)
+        shape = (self.views, len(self.whole.index_B), size, size, 3)
+        images_VBHWC = torch.empty(shape, dtype=torch.uint8, device=device)
+        if images_VRHWC is not None:
+            images_VBHWC.index_copy_(1, moved(self.plain_R, device), images_VRHWC)
         if self.seen:
-            seen = torch.stack([self._result(row, one) for row, one in enumerate(self.seen)])
-            images_BHWC.index_copy_(0, moved(self.rest_R, device), moved(seen, device))
-        return images_BHWC, labels_B
+            results = [self._result(row, one) for row, one in enumerate(self.seen)]
+            seen_VRHWC = moved(torch.stack(results, dim=1), device)
+            images_VBHWC.index_copy_(1, moved(self.rest_R, device), seen_VRHWC)
+        return images_VBHWC, labels_B
 
     def _result(self, row: int, one: Future[Tensor]) -> Tensor:
         try:
             return one.result()
         except Exception as error:
-            raise first_broken(self.split, [int(self.rest.index_B[row])], error) from None
+            raise first_broken(self.split, [int(self.rest[0].index_B[row])], error) from None
 
 
 def _rows(draws: DiskDraws, rows_R: Tensor) -> DiskDraws:
@@ -149,9 +156,13 @@ def _rows(draws: DiskDraws, rows_R: Tensor) -> DiskDraws:
 
 
 def decode(
-    split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
+    split: DiskSplit, drawn: Iterator[list[DiskDraws]], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
+    """The batches of ``drawn``, ``images_VBHWC`` and labels; raises as :meth:`DiskStream.batches`."""
+    first = next(drawn, None)
+    if first is None:
+        return
+    V, rest = len(first), drawn
     # Batches in progress, oldest first.
     fed: deque[_Fed] = deque()
     root = os.fsencode(split.root) + b"/"
@@ -159,10 +170,10 @@ def decode(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def source() -> Iterator[Any]:
-        for draws in drawn:
-            fed.append(_Fed(split, draws))
+        for views in itertools.chain([first], rest):
+            fed.append(_Fed(split, views))
             ahead()
-            if len(fed[-1].plain.index_B):
+            if len(fed[-1].plain_R):
                 yield _inputs(split, fed[-1].plain, root)
 
     def ahead() -> None:
@@ -170,11 +181,11 @@ def decode(
             one.begin(pool)
 
     def without_dali() -> Iterator[tuple[Tensor, Tensor]]:
-        while fed and not len(fed[0].plain.index_B):
+        while fed and not len(fed[0].plain_R):
             ahead()
             yield fed.popleft().given(None)
 
-    pipeline = _pipeline(split, source(), batch, workers)
+    pipeline = _pipeline(split, source(), batch, workers, V)
     stream = torch.cuda.current_stream(split.device) if split.device.type == "cuda" else None
     failed: RuntimeError | None = None
     watch = Watch(lambda: f"DALI, which reads {_first_of(split, fed)} and what comes after it")
@@ -182,7 +193,7 @@ def decode(
         while True:
             try:
                 with watch:
-                    images, sizes = pipeline.run(stream)
+                    *seen, sizes = pipeline.run(stream)
             except StopIteration:
                 break
             except RuntimeError as error:
@@ -194,10 +205,11 @@ def decode(
                 raise (_undecodable(split, fed, root) or failed) if found is failed else found
             ahead()
             # A truncated file may still decode where only its beginning is needed.
-            expected = split.bytes_N[fed[0].plain.index_B].numpy()
+            expected = split.bytes_N[fed[0].plain[0].index_B].numpy()
             if not np.array_equal(sizes.as_array()[:, 0], expected):
                 raise first_broken(split, _indices(fed), None)
-            yield fed.popleft().given(torch.from_dlpack(images.as_tensor()))
+            images = [torch.from_dlpack(one.as_tensor()) for one in seen]
+            yield fed.popleft().given(torch.stack(images) if V > 1 else images[0][None])
         yield from without_dali()
     finally:
         watch.end()
@@ -210,13 +222,13 @@ def decode(
 def _undecodable(split: DiskSplit, fed: Iterable[_Fed], root: bytes) -> Exception | None:
     """The error for the first file that DALI can't decode but Pillow can, with which `prepare` checks."""
     for one in fed:
-        for row in range(len(one.plain.index_B)):
-            lone = _rows(one.plain, torch.tensor([row]))
-            pipeline = _pipeline(split, iter([_inputs(split, lone, root)]), 1, 1)
+        for row in range(len(one.plain_R)):
+            lone = [_rows(draws, torch.tensor([row])) for draws in one.plain]
+            pipeline = _pipeline(split, iter([_inputs(split, lone, root)]), 1, 1, len(lone))
             try:
                 pipeline.run()
             except RuntimeError:
-                path = split.path(int(lone.index_B))
+                path = split.path(int(lone[0].index_B))
                 return DataFileError(
                     f"{path} is damaged in a way that DALI can't decode: write it anew and continue "
                     "with --resume, or train with --loader torchvision"
@@ -232,12 +244,20 @@ def _first_of(split: DiskSplit, fed: Iterable[_Fed]) -> str:
     return str(split.path(next(_indices(list(fed)), 0)))
 
 
-def _inputs(split: DiskSplit, draws: DiskDraws, root: bytes) -> tuple[Any, ...]:
-    if draws.box_B4 is None:
-        windows = centre_windows(split.sizes_N2[draws.index_B], split.view)
-    else:
-        windows = windows_of_boxes(draws.box_B4)
-    paths = [
-        np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[draws.index_B.numpy()]
+def _inputs(split: DiskSplit, views: list[DiskDraws], root: bytes) -> tuple[Any, ...]:
+    """The paths, the windows to decode, and for each view its window within and its region of interest."""
+    index_B = views[0].index_B
+    windows = [
+        centre_windows(split.sizes_N2[index_B], split.view)
+        if draws.box_B4 is None
+        else windows_of_boxes(draws.box_B4)
+        for draws in views
     ]
-    return paths, *mirrored(windows, draws.flip_B)
+    start_B2 = np.minimum.reduce([of.start_B2 for of in windows])
+    end_B2 = np.maximum.reduce([of.start_B2 + of.shape_B2 for of in windows])
+    paths = [np.frombuffer(root + bytes(path), np.uint8) for path in split.paths_N[index_B.numpy()]]
+    of_views: list[np.ndarray] = []
+    for of, draws in zip(windows, views, strict=True):
+        of = mirrored(of._replace(start_B2=of.start_B2 - start_B2), draws.flip_B)
+        of_views += of if len(views) > 1 else of[2:]
+    return paths, start_B2, end_B2 - start_B2, *of_views

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.data.disk.image import first_broken, see
-from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
+from fastokd.data.disk.split import Crop, DiskDraws, DiskSplit, crops_of, labels_of
 from fastokd.data.views import resized_sizes
 from fastokd.data.waits import Patience, exhausted, no_more_threads
 from fastokd.device import is_lost
@@ -47,13 +47,12 @@ DECODING = threading.Lock()
 
 
 class _Drawn(NamedTuple):
-    """One image of a batch: its index in the split, the file's height and width, its crop (None for the
-    centre), whether it is mirrored, and whether the device takes it if it is a JPEG."""
+    """One image of a batch: its index in the split, the file's height and width, its crop in each view,
+    and whether the device takes it if it is a JPEG."""
 
     sample: int
     size: list[int]
-    box: list[int] | None
-    flip: bool
+    crops: list[Crop]
     on_device: bool
 
 
@@ -69,9 +68,9 @@ def why_not(device: torch.device) -> str | None:
 
 
 def decode(
-    split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
+    split: DiskSplit, drawn: Iterator[list[DiskDraws]], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
+    """The batches of ``drawn``, ``images_VBHWC`` and labels; raises as :meth:`DiskStream.batches`."""
     del batch  # this loader has no buffers to size
     split = replace(split, device=_indexed(split.device))
     # One torch thread each: else every thread would start its own threads of torch.
@@ -83,11 +82,12 @@ def decode(
     begun: deque[tuple[DiskDraws, Future[Tensor]]] = deque()
 
     def begin() -> None:
-        while len(begun) < AHEAD and (draws := next(drawn, None)) is not None:
-            images = _images(split, draws)
+        while len(begun) < AHEAD and (views := next(drawn, None)) is not None:
+            images = _images(split, views)
             try:
                 files = [readers.submit(_read, split, image) for image in images]
-                begun.append((draws, maker.submit(_made, split, images, files, readers)))
+                made = maker.submit(_made, split, images, len(views), files, readers)
+                begun.append((views[0], made))
             except RuntimeError as error:
                 raise no_more_threads(error, workers) from error
 
@@ -99,12 +99,12 @@ def decode(
             while not wait([made], patience.left + 0.1).done:
                 paths = [split.path(i) for i in draws.index_B[:1].tolist()]  # a batch may be empty
                 patience.tell(f"the files of a batch, of which the first is {paths}")
-            images_BHWC = _result(made)
+            images_VBHWC = _result(made)
             begin()
             if split.device.type == "cuda":
                 # Its memory belongs to the maker's stream.
-                images_BHWC.record_stream(torch.cuda.current_stream(split.device))
-            yield images_BHWC, labels_of(split, draws)
+                images_VBHWC.record_stream(torch.cuda.current_stream(split.device))
+            yield images_VBHWC, labels_of(split, draws)
     finally:
         readers.shutdown(wait=False, cancel_futures=True)
         maker.shutdown(cancel_futures=True)
@@ -127,20 +127,23 @@ def _is_short(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def _images(split: DiskSplit, draws: DiskDraws) -> list[_Drawn]:
-    sizes_B2, plain_B = split.sizes_N2[draws.index_B], split.plain_N[draws.index_B]
-    shown_B2 = sizes_B2 if draws.box_B4 is None else draws.box_B4[:, 2:]
-    longest_B, shortest_B = shown_B2.amax(1), shown_B2.amin(1)
-    on_device_B = (longest_B <= RATIO * shortest_B) & (sizes_B2.prod(1) <= PIXELS)
-    on_device_B &= plain_B & (longest_B <= SHRINKAGE * split.view.image_size)
-    index, flips = draws.index_B.tolist(), draws.flip_B.bool().tolist()
-    boxes = [None] * len(index) if draws.box_B4 is None else draws.box_B4.tolist()
-    rows = zip(index, sizes_B2.tolist(), boxes, flips, on_device_B.tolist(), strict=True)
+def _images(split: DiskSplit, views: list[DiskDraws]) -> list[_Drawn]:
+    index_B = views[0].index_B
+    sizes_B2, plain_B = split.sizes_N2[index_B], split.plain_N[index_B]
+    on_device_B = plain_B & (sizes_B2.prod(1) <= PIXELS)
+    for draws in views:
+        shown_B2 = sizes_B2 if draws.box_B4 is None else draws.box_B4[:, 2:]
+        longest_B, shortest_B = shown_B2.amax(1), shown_B2.amin(1)
+        on_device_B = on_device_B & (longest_B <= RATIO * shortest_B)
+        on_device_B &= longest_B <= SHRINKAGE * split.view.image_size
+    rows = zip(
+        index_B.tolist(), sizes_B2.tolist(), crops_of(views), on_device_B.tolist(), strict=True
+    )
     return [_Drawn(*row) for row in rows]
 
 
 def _read(split: DiskSplit, image: _Drawn) -> Tensor:
-    """The bytes of a file for the device, ``[n]``; or the final pixels of any other, ``[S, S, 3]``.
+    """The bytes of a file for the device, ``[n]``; or the final pixels of any other, ``[V, S, S, 3]``.
 
     Raises:
         OSError: the file has changed since it was prepared.
@@ -157,18 +160,23 @@ def _read(split: DiskSplit, image: _Drawn) -> Tensor:
 
 
 def _seen(split: DiskSplit, image: _Drawn) -> Tensor:
-    return see(split, image.sample, image.box, flip=image.flip)
+    return see(split, image.sample, image.crops)
 
 
 def _made(
-    split: DiskSplit, images: list[_Drawn], files: list[Future[Tensor]], readers: ThreadPoolExecutor
+    split: DiskSplit,
+    images: list[_Drawn],
+    views: int,
+    files: list[Future[Tensor]],
+    readers: ThreadPoolExecutor,
 ) -> Tensor:
-    """One batch, uint8 ``[B, S, S, 3]``, complete on the split's device. Runs in the maker's thread."""
+    """One batch, uint8 ``[V, B, S, S, 3]``, complete on the split's device. Runs in the maker's thread."""
     device, size = split.device, split.view.image_size
     read = [_taken(split, *one) for one in zip(images, files, strict=True)]
     stream = _stream(device) if device.type == "cuda" else None
     with DECODING, torch.cuda.stream(stream) if stream is not None else nullcontext():
-        images_BHWC = torch.empty(len(images), size, size, 3, dtype=torch.uint8, device=device)
+        shape = (views, len(images), size, size, 3)
+        images_VBHWC = torch.empty(shape, dtype=torch.uint8, device=device)
         by_device = [row for row, one in enumerate(read) if one.dim() == 1]
         refused: dict[int, Future[Tensor]] = {}
         for rows in _parts(images, by_device):
@@ -183,20 +191,22 @@ def _made(
                     _refuse(split.root, split.path(images[row].sample), why)
                     refused[row] = readers.submit(_seen, split, images[row])
             if kept:
-                flip_R = torch.tensor([images[row].flip for row in kept]).to(device)
-                pixels_RHWC = torch.cat(resized).round_().to(torch.uint8).permute(0, 2, 3, 1)
-                pixels_RHWC = torch.where(
-                    flip_R[:, None, None, None], pixels_RHWC.flip(2), pixels_RHWC
+                flips = [[flip for _, flip in images[row].crops] for row in kept]
+                flip_VR = torch.tensor(flips).T.to(device)
+                pixels_VRCHW = torch.stack(resized, dim=1).round_().to(torch.uint8)
+                pixels_VRHWC = pixels_VRCHW.permute(0, 1, 3, 4, 2)
+                pixels_VRHWC = torch.where(
+                    flip_VR[..., None, None, None], pixels_VRHWC.flip(3), pixels_VRHWC
                 )
-                images_BHWC.index_copy_(0, torch.tensor(kept).to(device), pixels_RHWC)
-        rest = {row: one for row, one in enumerate(read) if one.dim() == 3}
+                images_VBHWC.index_copy_(1, torch.tensor(kept).to(device), pixels_VRHWC)
+        rest = {row: one for row, one in enumerate(read) if one.dim() == 4}
         rest |= {row: _taken(split, images[row], file) for row, file in refused.items()}
         if rest:
-            pixels_RHWC = torch.stack(list(rest.values())).to(device)
-            images_BHWC.index_copy_(0, torch.tensor(list(rest)).to(device), pixels_RHWC)
+            pixels_VRHWC = torch.stack(list(rest.values()), dim=1).to(device)
+            images_VBHWC.index_copy_(1, torch.tensor(list(rest)).to(device), pixels_VRHWC)
         if stream is not None:
             stream.synchronize()
-    return images_BHWC
+    return images_VBHWC
 
 
 def _taken(split: DiskSplit, image: _Drawn, file: Future[Tensor]) -> Tensor:
@@ -252,11 +262,15 @@ def _decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _resized(split: DiskSplit, pixels_CHW: Tensor, image: _Drawn) -> Tensor:
-    """The crop or the centre, not yet mirrored: float ``[1, 3, S, S]`` from 0 to 255."""
+    """The crops or the centre, not yet mirrored: float ``[V, 3, S, S]`` from 0 to 255."""
+    return torch.cat([_one_resized(split, pixels_CHW, box) for box, _ in image.crops])
+
+
+def _one_resized(split: DiskSplit, pixels_CHW: Tensor, box: list[int] | None) -> Tensor:
     view = split.view
     top = left = 0
-    if image.box is not None:
-        y, x, height, width = image.box
+    if box is not None:
+        y, x, height, width = box
         pixels_CHW = pixels_CHW[:, y : y + height, x : x + width]
         size = [view.image_size] * 2
     else:

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastokd.data.decode import (
     TOO_MANY,
+    ImageBytes,
     fault_of,
     is_plain,
     orientation,
@@ -39,12 +40,14 @@ class Look(NamedTuple):
     mtime: int = 0
 
 
-def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
-    """Decodes one file, or only its header without ``pixels``. Faults are returned, not raised.
+def look_at(path: Path | ImageBytes, *, count: bool = False, pixels: bool = True) -> Look:
+    """Decodes one picture, or only its header without ``pixels``. Faults are returned, not raised.
 
     Raises:
         LoaderError: file descriptors ran out.
     """
+    if isinstance(path, ImageBytes):
+        return _looked(path, len(path.getbuffer()), count, pixels)
     try:
         facts = path.stat()
     except OSError as error:
@@ -53,7 +56,7 @@ def look_at(path: Path, *, count: bool = False, pixels: bool = True) -> Look:
     return looked._replace(mtime=facts.st_mtime_ns)
 
 
-def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
+def _looked(path: Path | ImageBytes, size: int, count: bool, pixels: bool) -> Look:
     if size == 0:
         return Look(0, 0, 0, "empty")
     try:
@@ -71,7 +74,7 @@ def _looked(path: Path, size: int, count: bool, pixels: bool) -> Look:
         return Look(0, 0, size, f"can't be decoded: {' '.join(str(error).split())}")
 
 
-def _decoded(path: Path, size: int, count: bool, pixels: bool) -> Look:
+def _decoded(path: Path | ImageBytes, size: int, count: bool, pixels: bool) -> Look:
     with Image.open(path) as image:
         width, height = image.size
         fault = fault_of(image)
@@ -99,6 +102,7 @@ def scan(
     pixels: bool = True,
     workers: int = 0,
     step: Callable[[int], None] = lambda files: None,
+    file_of: Callable[[int], Path | ImageBytes] | None = None,
 ) -> Iterator[Look]:
     """A :class:`Look` at each of ``paths`` below ``root``, in order, from several threads. Pillow
     releases the GIL while it decodes.
@@ -108,15 +112,17 @@ def scan(
         pixels: False reads only headers.
         workers: threads; 0 for one per usable CPU.
         step: called with the number of files of each finished chunk.
+        file_of: the picture of each place in ``paths``, if it isn't that file.
     """
     counted = set(sampled)
+    opened = file_of or (lambda index: root / paths[index])
     at: dict[int, str] = {}
 
     def look_at_all(first: int) -> list[Look]:
         looks = []
         for i in range(first, min(first + CHUNK, len(paths))):
             at[first] = paths[i]
-            looks.append(look_at(root / paths[i], count=i in counted, pixels=pixels))
+            looks.append(look_at(opened(i), count=i in counted, pixels=pixels))
         return looks
 
     with without_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastokd.data.decode import ImageBytes
 from fastokd.data.disk.manifest import Entry
+from fastokd.data.packed.listing import read_range
 from fastokd.data.views import View
 from fastokd.device import moved
 
@@ -19,7 +22,8 @@ from fastokd.device import moved
 class DiskDraws(NamedTuple):
     """The images of one batch by index, their crops, and which are mirrored.
 
-    ``box_B4`` is (top, left, height, width), or None for the centre.
+    ``box_B4`` is (top, left, height, width), or None for the centre. Several views of a batch are a list
+    of these over the same images.
     """
 
     index_B: Tensor
@@ -33,7 +37,7 @@ class DiskSplit:
 
     Attributes:
         root: the folder that paths are relative to.
-        paths_N: bytes, as the operating system has them.
+        paths_N: bytes, as the operating system has them; of packed images, names.
         labels_N: int64 class ids, on the CPU.
         sizes_N2: height and width in pixels, int64.
         bytes_N: file sizes, int64.
@@ -44,6 +48,8 @@ class DiskSplit:
             the CPUs.
         device: the device of the batches.
         sums_N7: the sums of :class:`fastokd.data.disk.manifest.Entry`, int64; 0 where not sampled.
+        shards: of images that are packed into files, these files.
+        place_N2: the index of each packed image's shard and its first byte there, int64; else None.
     """
 
     root: Path
@@ -57,6 +63,8 @@ class DiskSplit:
     workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sums_N7: Tensor | None = None
+    shards: tuple[Path, ...] = ()
+    place_N2: Tensor | None = None
 
     @staticmethod
     def of(
@@ -92,8 +100,21 @@ class DiskSplit:
         return self.view.image_size, self.view.image_size
 
     def path(self, index: int) -> Path:
-        """The file of image ``index``."""
+        """The file of image ``index``; of a packed image, its place in words."""
         return self.root / os.fsdecode(bytes(self.paths_N[index]))
+
+    def file(self, index: int) -> Path | ImageBytes:
+        """What the decoder opens: the file of image ``index``, or a packed image's bytes.
+
+        Raises:
+            OSError: a shard can't be read, or has changed.
+        """
+        if self.place_N2 is None:
+            return self.path(index)
+        shard, first = self.place_N2[index].tolist()
+        return read_range(
+            self.shards[shard], first, int(self.bytes_N[index]), str(self.path(index))
+        )
 
     def to(self, device: torch.device | str) -> DiskSplit:
         """The same split with batches on ``device``; reads no files."""
@@ -109,7 +130,22 @@ class DiskSplit:
             bytes_N=self.bytes_N[indices_M],
             plain_N=self.plain_N[indices_M],
             sums_N7=None if self.sums_N7 is None else self.sums_N7[indices_M],
+            place_N2=None if self.place_N2 is None else self.place_N2[indices_M],
         )
+
+
+# What becomes of an image in one view: its box, or None for the centre; and whether it is mirrored.
+Crop = tuple[list[int] | None, bool]
+
+
+def crops_of(views: Sequence[DiskDraws]) -> list[list[Crop]]:
+    """The crops of each image of a batch, one for each view."""
+    by_view = []
+    for draws in views:
+        flips = draws.flip_B.bool().tolist()
+        boxes = [None] * len(flips) if draws.box_B4 is None else draws.box_B4.tolist()
+        by_view.append(list(zip(boxes, flips, strict=True)))
+    return [list(crops) for crops in zip(*by_view, strict=True)]
 
 
 def labels_of(split: DiskSplit, draws: DiskDraws) -> Tensor:

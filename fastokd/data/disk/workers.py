@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from fastokd.data.disk.image import first_broken, see
 from fastokd.data.disk.pool import Pool
-from fastokd.data.disk.split import DiskDraws, DiskSplit, labels_of
+from fastokd.data.disk.split import Crop, DiskDraws, DiskSplit, crops_of, labels_of
 from fastokd.data.waits import exhausted
 from fastokd.errors import DataFileError
 
-# Images of a chunk. It is small so that all workers share a batch and little memory is needed.
+# Crops of a chunk. It is small so that all workers share a batch and little memory is needed.
 CHUNK = 16
 
 
@@ -25,19 +26,19 @@ class _Chunk(NamedTuple):
     """Images of one batch, as plain numbers: tensors would be sent as open files."""
 
     images: list[int]
-    boxes: list[list[int] | None]
-    flips: list[int]
+    crops: list[list[Crop]]
 
 
 def make(split: DiskSplit, chunk: _Chunk, at_row: Tensor) -> Tensor | str:
-    """The images of a chunk, in a worker; or a sentence about a damaged file. ``at_row`` is set to the
-    row in progress."""
+    """The images of a chunk, ``[n, V, S, S, 3]``, in a worker; or a sentence about a damaged file.
+    ``at_row`` is set to the row in progress."""
     size = split.view.image_size
-    images_BHWC = torch.empty(len(chunk.images), size, size, 3, dtype=torch.uint8)
+    views = len(chunk.crops[0])
+    images_BVHWC = torch.empty(len(chunk.images), views, size, size, 3, dtype=torch.uint8)
     try:
-        for row, (index, box, flip) in enumerate(zip(*chunk, strict=True)):
+        for row, (index, crops) in enumerate(zip(*chunk, strict=True)):
             at_row[0] = row
-            images_BHWC[row] = see(split, index, box, flip=bool(flip))
+            images_BVHWC[row] = see(split, index, crops)
     except Exception as error:
         no_more = exhausted(error, f"{split.path(chunk.images[int(at_row)])} was read")
         if no_more is not None:
@@ -48,25 +49,30 @@ def make(split: DiskSplit, chunk: _Chunk, at_row: Tensor) -> Tensor | str:
         if isinstance(found, DataFileError):
             return str(found)
         raise
-    return images_BHWC
+    return images_BVHWC
 
 
 def decode(
-    split: DiskSplit, drawn: Iterator[DiskDraws], batch: int, workers: int
+    split: DiskSplit, drawn: Iterator[list[DiskDraws]], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``drawn``; raises as :meth:`DiskStream.batches`."""
+    """The batches of ``drawn``, ``images_VBHWC`` and labels; raises as :meth:`DiskStream.batches`."""
     del batch  # this loader has no buffers to size
+    first = next(drawn, None)
+    if first is None:
+        return
+    V, rest = len(first), drawn
+    images = max(1, CHUNK // V)
     # Batches in progress, oldest first.
-    planned: deque[DiskDraws] = deque()
+    planned: deque[list[DiskDraws]] = deque()
 
     def chunks() -> Iterator[_Chunk]:
-        for draws in drawn:
-            planned.append(draws)
-            yield from _chunks(draws)
+        for views in chain([first], rest):
+            planned.append(views)
+            yield from _chunks(views, images)
 
     size = split.view.image_size
     pinned = split.device.type == "cuda"
-    shape = (CHUNK, size, size, 3)
+    shape = (images, V, size, size, 3)
 
     def file_of(chunk: _Chunk, row: int) -> Path:
         return split.path(chunk.images[row])
@@ -74,21 +80,20 @@ def decode(
     with Pool(partial(make, split), chunks(), shape, workers, file_of) as pool:
         pool.feed()
         while planned:
-            draws = planned.popleft()
+            draws = planned.popleft()[0]
             B = len(draws.index_B)
-            images_BHWC = torch.empty(B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+            images_VBHWC = torch.empty(V, B, size, size, 3, dtype=torch.uint8, pin_memory=pinned)
             filled = 0
             while filled < B:
                 chunk = pool.take()
-                images_BHWC[filled : filled + len(chunk)] = chunk
+                images_VBHWC[:, filled : filled + len(chunk)] = chunk.transpose(0, 1)
                 filled += len(chunk)
                 pool.feed()
-            yield images_BHWC.to(split.device, non_blocking=True), labels_of(split, draws)
+            yield images_VBHWC.to(split.device, non_blocking=True), labels_of(split, draws)
 
 
-def _chunks(draws: DiskDraws) -> Iterator[_Chunk]:
-    index, flips = draws.index_B.tolist(), draws.flip_B.tolist()
-    boxes = [None] * len(index) if draws.box_B4 is None else draws.box_B4.tolist()
-    for first in range(0, len(index), CHUNK):
-        some = slice(first, first + CHUNK)
-        yield _Chunk(index[some], boxes[some], flips[some])
+def _chunks(views: list[DiskDraws], images: int) -> Iterator[_Chunk]:
+    index, crops = views[0].index_B.tolist(), crops_of(views)
+    for first in range(0, len(index), images):
+        some = slice(first, first + images)
+        yield _Chunk(index[some], crops[some])

@@ -47,8 +47,11 @@ def read_file(path: Path) -> FileBytes:
     return FileBytes(str(path), data)
 
 
-def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
-    """The regular files called ``names`` in a ``.tar.gz``, read into memory.
+def read_members(
+    archive: Path, names: list[str], largest: int = MAX_MEMBER
+) -> dict[str, FileBytes]:
+    """The regular files called ``names`` in a ``.tar.gz`` of members of at most ``largest`` bytes, read
+    into memory.
 
     Raises:
         UserError: the archive is damaged, too large, lacks one of the names, or has a member with a
@@ -58,7 +61,7 @@ def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in _checked(tar, archive):
+                for member in _checked(tar, archive, largest):
                     path = str(PurePosixPath(member.name))
                     if path in names and member.isreg():
                         file = tar.extractfile(member)
@@ -79,7 +82,7 @@ def read_members(archive: Path, names: list[str]) -> dict[str, FileBytes]:
     return found
 
 
-def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
+def _checked(tar: tarfile.TarFile, archive: Path, largest: int) -> Iterator[tarfile.TarInfo]:
     """The members, each checked to be a file or a folder of reasonable size."""
     total = 0
     for member in tar:
@@ -90,7 +93,7 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
                 "remove it and fetch it again (--download)"
             )
         total += member.size
-        if member.size > MAX_MEMBER or total > MAX_ARCHIVE:
+        if member.size > largest or total > MAX_ARCHIVE:
             raise UserError(
                 f"{archive} unpacks to more than a data set has: remove it and fetch it again "
                 "(--download)"

@@ -7,7 +7,7 @@ Both leave damaged files out by the rule of ``left_out.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastokd.data.decode import without_warnings
+from fastokd.data.decode import ImageBytes, without_warnings
 from fastokd.data.disk.layout import (
     NO_TEST,
     Layout,
@@ -68,17 +68,45 @@ def load_folder(
         UserError: as :func:`find_layout` and :func:`refuse_damage`, or the images exceed 8 GiB.
     """
     root = files.need_root("imagefolder", root)
-    size = shown.input_size
     layout = find_layout(root)
     there = {split for split, _, _ in layout.files}
     folders = {"train": "train", **held_out_folders("imagefolder", there, own_test=own_test)}
+    splits = load_layout(root, layout, folders, shown, begun=begun, kept=kept)
+    assert isinstance(splits.train, Split)
+    mean, std = channel_statistics(splits.train)
+    return replace(splits, preprocessing=replace(shown, mean=mean, std=std))
+
+
+def load_layout(
+    root: Path,
+    layout: Layout,
+    folders: Mapping[str, str],
+    shown: Preprocessing,
+    *,
+    name: str = "imagefolder",
+    begun: bool = False,
+    kept: Mapping[str, Any] | None = None,
+) -> DatasetSplits:
+    """The images of ``layout`` in memory, without those that are damaged.
+
+    Args:
+        folders: the layout's folder of each split; a set without a test split gets an empty one.
+        shown: how they are preprocessed.
+        name: the data set's.
+        begun, kept: as for :func:`load_folder`, whose errors this raises.
+    """
+    size = shown.input_size
     listings = {split: _listing(layout, folder) for split, folder in folders.items()}
     total = sum(len(listing.paths) for listing in listings.values()) * size**2 * 3
     if total > MAX_BYTES:
+        streamed = (
+            ", or stream it from disk with --set resized_crop=true --set crop_padding=0"
+            if name == "imagefolder"
+            else ""
+        )
         raise UserError(
             f"{root} at {size}x{size} takes {total / 2**30:.1f} GiB of memory, and the limit is "
-            f"{MAX_BYTES / 2**30:.0f}: choose a smaller image_size, or stream it from disk with "
-            "--set resized_crop=true --set crop_padding=0"
+            f"{MAX_BYTES / 2**30:.0f}: choose a smaller image_size{streamed}"
         )
     splits, seen = {}, []
     for split, folder in folders.items():
@@ -93,13 +121,12 @@ def load_folder(
             fault = next(file.fault for file in files_here)
             raise UserError(f"no image in {where} can be used (the first: {fault}): add some")
         seen += files_here
-    mean, std = channel_statistics(splits["train"])
-    notes = [NO_TEST] if folders.get("test") == "val" else []
+    notes = [NO_TEST] if folders.get("test") == "val" and name == "imagefolder" else []
     notes += [*shortened(layout.notes), *filter(None, [what_is_left_out(seen)])]
     return DatasetSplits(
-        name="imagefolder",
+        name=name,
         class_names=tuple(layout.classes),
-        preprocessing=replace(shown, mean=mean, std=std),
+        preprocessing=shown,
         train=splits["train"],
         val=splits.get("val"),
         test=splits.get("test", splits["train"].select(torch.empty(0, dtype=torch.int64))),
@@ -123,9 +150,17 @@ def _seen(layout: Layout, folder: str, damaged: dict[str, str]) -> list[Seen]:
     ]
 
 
-def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, dict[str, str]]:
+def decode(
+    root: Path,
+    listing: Listing,
+    shown: Preprocessing,
+    file_of: Callable[[int], Path | ImageBytes] | None = None,
+) -> tuple[Split, dict[str, str]]:
     """The images of ``listing`` in memory, decoded by a pool of threads, and the fault of each file that
     can't be.
+
+    Args:
+        file_of: the picture at each place of ``listing``, if it isn't a file below ``root``.
 
     Raises:
         LoaderError: memory or file descriptors ran out.
@@ -133,14 +168,15 @@ def decode(root: Path, listing: Listing, shown: Preprocessing) -> tuple[Split, d
     size = shown.input_size
     images_NHWC = np.empty((len(listing.paths), size, size, 3), np.uint8)
 
+    opened = file_of or (lambda index: root / listing.paths[index])
+
     def fill(index: int) -> str:
-        path = root / listing.paths[index]
         try:
-            images_NHWC[index] = shown.read(path)
+            images_NHWC[index] = shown.read(opened(index))
         except LoaderError:
             raise
         except UserError as error:
-            return look_at(path).fault or str(error)
+            return look_at(opened(index)).fault or str(error)
         return ""
 
     indices = range(len(listing.paths))

@@ -1,18 +1,20 @@
-"""Batches of a split in memory: shuffled, cropped and flipped by batched tensor operations.
+"""Batches of a split in memory: shuffled, cropped, flipped and augmented by batched tensor operations.
 
 Draws come from CPU generators keyed on (seed, epoch) for the order and on (seed, epoch, batch) for
-crops and flips, so that any batch can be reproduced alone and on any device.
+crops and flips, with a word more for the other operations, so that any batch can be reproduced alone and on
+any device. Where the networks have a view each, its number is in the key, too: a view doesn't depend on the
+others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastokd.data.augment import Augment
+from fastokd.data.augment import Augment, batch_rows, operate
 from fastokd.data.order import BatchOrder
 from fastokd.data.splits import Split
 from fastokd.device import moved
@@ -32,13 +34,21 @@ class BatchStream:
     """The batches of a split in memory (:func:`fastokd.data.stream_of`).
 
     Args:
-        augment: crop and flip, or None. With padding, the stream keeps a padded copy of the split.
+        augment: crop, flip and operations, or None. With padding, the stream keeps a padded copy of the split.
+        views: the numbers of the views, each with draws of its own; the images are then ``[V, B, H, W, 3]``.
+            None for one view, ``[B, H, W, 3]``, which is view 0.
 
     Raises:
         UserError: a reflected padding is as large as the image, or ``augment`` has a ``resized_crop``.
     """
 
-    def __init__(self, split: Split, order: BatchOrder, augment: Augment | None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        order: BatchOrder,
+        augment: Augment | None,
+        views: Sequence[int] | None = None,
+    ) -> None:
         if augment is not None and augment.resized_crop:
             raise UserError(
                 "images in memory are cropped with padding: set resized_crop to false; a folder of "
@@ -47,6 +57,7 @@ class BatchStream:
         self.split = split
         self.order = order
         self.augment = augment
+        self.views = views
         if augment is not None:
             self._prepare(augment)
 
@@ -64,10 +75,12 @@ class BatchStream:
 
         Without shuffling and augmentation they are views of the split.
         """
-        if not self.order.shuffle and self.augment is None:
+        if not self.order.shuffle and self.augment is None and self.views is None:
             span = self.order.span(index)
             return self.split.images_NHWC[span], self.split.labels_N[span]
-        return self.read(moved(self.row(epoch, index), self.split.labels_N.device))
+        device, rows_BL = self.split.labels_N.device, self.operations(epoch, index)
+        here = None if rows_BL is None else moved(rows_BL, device)
+        return self.read(moved(self.row(epoch, index), device), here)
 
     def size(self, index: int) -> int:
         """This rank's number of images in batch ``index``."""
@@ -75,40 +88,56 @@ class BatchStream:
         return mine.stop - mine.start
 
     def row(self, epoch: int, index: int) -> Tensor:
-        """What :meth:`read` takes for batch ``index`` of ``epoch``: int64 ``[3, B]``, on the CPU.
+        """What :meth:`read` takes for batch ``index`` of ``epoch``: int64 ``[3, B]``, on the CPU; with
+        views ``[3, V * B]``, one view after another.
 
         Its rows are samples, the crops' first pixels in the padded set, and flips; ``[1, B]``, the
         samples alone, without augmentation.
         """
-        draws = self.draws(epoch, index)
+        if self.views is None:
+            return self._row(epoch, index, 0)
+        return torch.cat([self._row(epoch, index, view) for view in self.views], dim=1)
+
+    def _row(self, epoch: int, index: int, view: int) -> Tensor:
+        draws = self.draws(epoch, index, view)
         if self.augment is None:
             return draws.index_B[None]
         padded_H, padded_W = self._padded_size
         first_B = (draws.index_B * padded_H + draws.top_B) * padded_W + draws.left_B
         return torch.stack((draws.index_B, first_B, draws.flip_B))
 
-    def read(self, row_3B: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of a :meth:`row`, which is on the split's device.
+    def operations(self, epoch: int, index: int) -> Tensor | None:
+        """The draws of the operations on batch ``index`` of ``epoch``, float32 ``[B, L]``, on the CPU, with
+        views ``[V * B, L]``; None without operations."""
+        size = self.split.image_size
+        return batch_rows(self.augment, self.order, epoch, index, size, self.views)
+
+    def read(self, row_3B: Tensor, rows_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels of a :meth:`row` and of :meth:`operations`, which are on the split's device.
 
         The host reads no value, so a CUDA graph can contain this.
         """
         images_NHWC, labels_N = self.split.images_NHWC, self.split.labels_N
         if self.augment is None:
-            return images_NHWC.index_select(0, row_3B[0]), labels_N.index_select(0, row_3B[0])
-        index_B, first_B, flip_B = row_3B
-        pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
-        images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
-        return (
-            images_BHWC.view(-1, *images_NHWC.shape[1:]),
-            labels_N.index_select(0, index_B),
-        )
+            images_BHWC = images_NHWC.index_select(0, row_3B[0])
+        else:
+            _, first_B, flip_B = row_3B
+            pixels_BP = self._offsets_2P.index_select(0, flip_B).add_(first_B[:, None])
+            images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
+            images_BHWC = images_BHWC.view(-1, *images_NHWC.shape[1:])
+            if rows_BL is not None:
+                images_BHWC = operate(self.augment, images_BHWC, rows_BL)
+        if self.views is None:
+            return images_BHWC, labels_N.index_select(0, row_3B[0])
+        images_VBHWC = images_BHWC.unflatten(0, (len(self.views), -1))
+        return images_VBHWC, labels_N.index_select(0, row_3B[0, : images_VBHWC.shape[1]])
 
-    def draws(self, epoch: int, index: int) -> Draws:
-        """The draws of batch ``index`` of ``epoch`` on this rank."""
+    def draws(self, epoch: int, index: int, view: int = 0) -> Draws:
+        """The draws of one view of batch ``index`` of ``epoch`` on this rank."""
         augment = self.augment or Augment(crop_padding=0, flip=False)
         # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
         B, mine = self.order.size(index), self.order.share(index)
-        generator = self.order.generator(epoch, index)
+        generator = self.order.generator(epoch, index, view=view)
         corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
         flip_B = augment.draw_flips(B, generator)
         index_B = self.order.samples(epoch, index)

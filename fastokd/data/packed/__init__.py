@@ -1,0 +1,1 @@
+"""Data sets whose images are packed into files: each image is a range of bytes."""

@@ -1,0 +1,79 @@
+"""What the settings of augmentation may be, each for itself and together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastokd.errors import UserError
+from fastokd.recipe.fields import Bound
+
+# Fields of a recipe that :class:`fastokd.data.Augment` has under the same names, beyond crop and flip.
+OPERATIONS = (
+    *("crop_scale", "crop_ratio", "vertical_flip"),
+    *("auto_augment", "randaugment_ops", "randaugment_magnitude", "color_jitter"),
+    *("random_erasing", "erasing_scale", "erasing_ratio", "cutout"),
+)
+# Fields that say nothing unless another one, their master, is set: its value and how to set it.
+ONLY_WITH = {
+    "crop_scale": ("resized_crop", True),
+    "crop_ratio": ("resized_crop", True),
+    "randaugment_ops": ("auto_augment", "randaugment"),
+    "randaugment_magnitude": ("auto_augment", "randaugment"),
+}
+# A recipe on images that are already drawn and cropped: what to replace.
+UNCROPPED: dict[str, Any] = {
+    "repeats": 1,
+    "balanced": False,
+    "train_size": 0,
+    "first_size": 0,
+    "size_epochs": (),
+    "resized_crop": False,
+    "crop_scale": (0.08, 1.0),
+    "crop_ratio": (3 / 4, 4 / 3),
+}
+
+SHARES = Bound(
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    "a smallest and a largest fraction, above 0 and at most 1, such as [0.08,1.0]",
+)
+RATIOS = Bound(
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] < float("inf"),
+    "a smallest and a largest ratio above 0, such as [0.75,1.333]",
+)
+JITTER = Bound(
+    lambda value: (
+        len(value) == 4 and all(0 <= one < float("inf") for one in value) and value[3] <= 0.5
+    ),
+    "four numbers, for brightness, contrast, saturation and hue, at least 0 and the last at most 0.5",
+)
+
+
+def check_augmentation(recipe: Any, defaults: dict[str, Any]) -> None:
+    """Raises UserError for settings of augmentation that contradict each other.
+
+    Args:
+        recipe: a :class:`Recipe` whose fields have passed their own bounds.
+        defaults: the default of each field.
+    """
+    for name, (master, needed) in ONLY_WITH.items():
+        if getattr(recipe, name) != defaults[name] and getattr(recipe, master) != needed:
+            said = str(needed).lower()
+            raise UserError(
+                f"{name} is {getattr(recipe, name)}, but {master} is "
+                f"{str(getattr(recipe, master)).lower()}: set {master} to {said} or leave {name} out"
+            )
+    for name in ("erasing_scale", "erasing_ratio"):
+        if getattr(recipe, name) != defaults[name] and recipe.random_erasing == 0:
+            raise UserError(
+                f"{name} is {getattr(recipe, name)}, but random_erasing is 0: set it to a probability "
+                f"such as 0.25 or leave {name} out"
+            )
+    if recipe.cutout > recipe.image_size:
+        raise UserError(
+            f"cutout is {recipe.cutout}: it must be at most image_size, {recipe.image_size}"
+        )
+    if recipe.test_flip and not recipe.flip:
+        raise UserError(
+            "test_flip is true, but flip is false, so the students have seen no mirrored image: set "
+            "flip to true or test_flip to false"
+        )

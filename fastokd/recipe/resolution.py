@@ -1,0 +1,64 @@
+"""The size of training images, where it differs from that of evaluation or grows during a run.
+
+Progressive resizing is FFCV's (libffcv/ffcv-imagenet, ``train_imagenet.py``): small images first, the
+full training size after a ramp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastokd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastokd.recipe.recipe import Recipe
+
+# The sizes of a ramp are multiples of this.
+STEP = 32
+
+
+def training_size(recipe: Recipe, epoch: int) -> int:
+    """Height and width of the training images in ``epoch``, from 0."""
+    last = recipe.train_size or recipe.image_size
+    if not recipe.first_size:
+        return last
+    begin, end = recipe.size_epochs
+    if epoch <= begin:
+        return recipe.first_size
+    if epoch >= end:
+        return last
+    size = recipe.first_size + (last - recipe.first_size) * (epoch - begin) / (end - begin)
+    return round(size / STEP) * STEP
+
+
+def largest_training_size(recipe: Recipe) -> int:
+    """Height and width of the training images after the ramp."""
+    return recipe.train_size or recipe.image_size
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Raises UserError for sizes that contradict each other or the form of the data set."""
+    if (recipe.train_size or recipe.first_size) and not recipe.resized_crop:
+        name = "train_size" if recipe.train_size else "first_size"
+        raise UserError(
+            f"{name} is {getattr(recipe, name)}, but images in memory have one size: leave it out, or "
+            "stream them with resized_crop=true and crop_padding=0"
+        )
+    last = largest_training_size(recipe)
+    if not recipe.first_size:
+        if recipe.size_epochs:
+            raise UserError(
+                f"size_epochs is {list(recipe.size_epochs)}, but no size grows: give first_size, too"
+            )
+        return
+    if not STEP <= recipe.first_size <= last:
+        raise UserError(
+            f"first_size is {recipe.first_size}: it must be at least {STEP} and at most the size that it "
+            f"grows to, {last}"
+        )
+    given = recipe.size_epochs
+    if len(given) != 2 or not 0 <= given[0] <= given[1] <= recipe.epochs:
+        raise UserError(
+            f"size_epochs is {list(given)}: it must be two of the {recipe.epochs} epochs, the last one at "
+            "first_size and the first one at the full size, such as [11,13]"
+        )
