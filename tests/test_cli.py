@@ -330,7 +330,7 @@ def test_every_option_of_train_is_the_runs(
         "impl": "torch",
         "loader": "torchvision",
         "workers": 3,
-        "teacher": tmp_path / "teacher.safetensors",
+        "teacher": ("c.safetensors", "d.safetensors"),
         "init": ("a.pth", "b.pth"),
         "out": tmp_path / "run",
         "resume": True,
