@@ -252,6 +252,7 @@ class Evaluator:
         _copy_into(cohort, states)
         if not average.how.statistics:
             learner = self.session.learner
+            cohort.freeze(recipe.frozen_at(self.session.epoch))
             recompute(cohort, self._training_images(between), learner.autocast, learner.ranks)
             for index, state in enumerate(states):
                 live = cohort.student_state(index)
@@ -263,9 +264,10 @@ class Evaluator:
         }
 
     def _training_images(self, between: Callable[[], None]) -> Iterator[Tensor]:
-        """The first batches of training images, always the same, as they were augmented in epoch 0."""
-        for images_BHWC, _ in islice(self.session.stream.batches(0), BATCHES):
-            yield images_BHWC
+        """The first batches of training images, always the same: those of epoch 0, and of several views
+        the first."""
+        for images, _ in islice(self.session.stream.batches(0), BATCHES):
+            yield images if images.dim() == 4 else images[0]
             between()
 
     def _scorer(self, cohort: Cohort, method: Method, has_leader: bool) -> Scorer:

@@ -52,7 +52,8 @@ STREAMED = ("hf", "imagefolder", "imagenet", "wds")
 RUN_OPTIONS = (
     *("out", "data_root", "download", "resume", "device", "precision", "teacher", "init", "engine"),
     *("impl", "apex", "compile", "memory_format", "capture", "streams", "accumulate"),
-    *("clip_norm", "skip_nonfinite", "loader", "workers", "eval_every", "save_every_steps"),
+    *("checkpoint_activations", "clip_norm", "skip_nonfinite", "loader", "workers"),
+    *("eval_every", "save_every_steps"),
     *("save_every_minutes", "max_steps", "overfit_batch", "parallel", "sync_bn", "deterministic"),
     *("show_augmentation", "tensorboard", "wandb", "quiet"),
 )

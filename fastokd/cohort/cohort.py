@@ -181,6 +181,12 @@ class Cohort(nn.Module):
                 f"engine={engine!r} runs all students in one launch and has no streams: use "
                 "engine='loop', or leave streams out"
             )
+        if self.recomputes and (streams or engine == "vmap"):
+            what = "streams" if streams else f"engine={engine!r}"
+            raise UserError(
+                f"{what} can't recompute activations: use loop or grouped without streams, or leave "
+                "--checkpoint-activations out"
+            )
         beside = Streams(len(members)) if streams else None
         stacks: list[Stack] = []
         if engine in ("auto", "loop"):
@@ -205,6 +211,21 @@ class Cohort(nn.Module):
         """Moves what the engine stacks into one memory (``stacks.py``); the values don't change."""
         for stack in self._stacks:
             stack.join()
+
+    def recompute_activations(self) -> None:
+        """From the next :meth:`set_engine` on, students keep each stage's input alone, and the backward
+        computes the rest again: gradients to the bit, less memory, a second forward.
+
+        Raises:
+            UserError: a student of another library has no blocks to recompute.
+        """
+        for student in (*self._members(), *([] if self.trunk is None else [self.trunk])):
+            student.recompute_activations()
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed."""
+        return any(student.recomputes for student in self._members())
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Sets the memory format of weights and maps."""

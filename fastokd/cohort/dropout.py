@@ -1,4 +1,5 @@
-"""Dropout masks, drawn once a step for all students, so that all engines drop the same features."""
+"""Masks of dropout and stochastic depth, drawn once a step for all students, so that all engines drop the
+same features and branches."""
 
 from __future__ import annotations
 
@@ -9,22 +10,23 @@ from torch import Tensor, nn
 
 from fastokd.cohort.layers import is_exactly
 from fastokd.models import Student
-from fastokd.models.layers import Dropout
+from fastokd.models.layers import Dropout, DropPath
 
 
 class DropoutMasks:
-    """The dropout layers of equal students, and their masks ``[S, B, D]``."""
+    """The layers of equal students that drop, and their masks: ``[S, B, D]`` of features; ``[S, B]``,
+    true where it stays, of branches."""
 
     def __init__(self, students: Sequence[Student]) -> None:
         self.students = len(students)
+        named = list(students[0].named_modules())
         self.sites = {
-            name: module
-            for name, module in students[0].named_modules()
-            if is_exactly(module, Dropout) and module.p > 0
+            name: module for name, module in named if is_exactly(module, Dropout) and module.p > 0
         }
+        self.paths = {name: module for name, module in named if is_exactly(module, DropPath)}
 
     def draw(self, like: Tensor, training: bool) -> dict[str, Tensor]:
-        """New masks by layer for the batch of ``like``, with entries 0 or 1 / (1 - p); none unless
+        """New masks by layer for the batch of ``like``; a feature's is 0 or 1 / (1 - p). None unless
         ``training``."""
         if not training:
             return {}
@@ -33,12 +35,19 @@ class DropoutMasks:
         for name, site in self.sites.items():
             u_SBD = torch.rand(*size, site.width, device=like.device)
             masks[name] = (u_SBD >= site.p).to(like.dtype) / (1 - site.p)
+        if self.paths:
+            u_NSB = torch.rand(len(self.paths), *size, device=like.device)
+            for (name, path), u_SB in zip(self.paths.items(), u_NSB.unbind(), strict=True):
+                masks[name] = path.masks(u_SB)
         return masks
 
 
 def give(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Sets the masks ``[B, D]`` of the dropout layers of ``student`` for the next forward."""
-    for name, mask_BD in masks.items():
+    """Sets the masks of one student's layers, ``[B, D]`` or ``[B]``, for its next forward."""
+    for name, mask in masks.items():
         site = student.get_submodule(name)
-        assert isinstance(site, Dropout)
-        site.mask_BD = mask_BD
+        if isinstance(site, DropPath):
+            site.mask_B = mask
+        else:
+            assert isinstance(site, Dropout)
+            site.mask_BD = mask

@@ -12,7 +12,8 @@ of its own, their channels are joined first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -151,6 +152,26 @@ class _Stacked(nn.Module):
         self.first, self.students = (layers[0],), len(layers)
         named = (*layers[0]._parameters.items(), *layers[0]._buffers.items())
         self.stacks = {name: Stack(layers, name) for name, x in named if x is not None}
+        # While activations are recomputed statistics stay as they are.
+        self.recomputing = False
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context, entered later, in which the layers compute with the casts of now."""
+        shadows = {name: stack.shadow for name, stack in self.stacks.items()}
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            for name, stack in self.stacks.items():
+                stack.shadow = shadows[name]
+            self.recomputing = True
+            try:
+                yield
+            finally:
+                self.recomputing = False
+                for stack in self.stacks.values():
+                    stack.shadow = None
+
+        return context
 
 
 class _Conv(_Stacked):
@@ -188,6 +209,8 @@ class _NormAct(_Stacked):
             residual_BCHW = _spread(residual_BCHW, first.num_features, S)
         statistics = [self.stacks["running_mean"], self.stacks["running_var"]]
         mean_SC, variance_SC = (stack() for stack in statistics)
+        if self.recomputing:
+            mean_SC, variance_SC = mean_SC.clone(), variance_SC.clone()
         counts_S = None
         if self.is_cumulative:
             counts_S = self.stacks["num_batches_tracked"]()
@@ -205,7 +228,7 @@ class _NormAct(_Stacked):
             training=first.training,
             impl=first.impl,
         )
-        if first.training:
+        if first.training and not self.recomputing:
             for stack, now_SC in zip(statistics, (mean_SC, variance_SC), strict=True):
                 stack.write(now_SC)
             if counts_S is not None:

@@ -139,6 +139,9 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs that share the batch.")] = 1,
     batch_size: BatchSize = None,
     students: Students = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option(help="Recompute activations in the backward: less memory, more FLOPs.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Estimate memory and time on another machine.
@@ -148,7 +151,12 @@ def plan(
     from fastokd.plan.plan import plan as planned
     from fastokd.plan.table import lines
 
-    found = planned(_resolved(recipe, batch_size=batch_size, students=students), device, gpus)
+    found = planned(
+        _resolved(recipe, batch_size=batch_size, students=students),
+        device,
+        gpus,
+        checkpoint_activations=checkpoint_activations,
+    )
     print(json.dumps(found) if json_ else "\n".join(lines(found)))
 
 

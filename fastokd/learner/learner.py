@@ -17,6 +17,7 @@ from fastokd.errors import UserError
 from fastokd.learner.average import Average
 from fastokd.learner.captured import WARM_UP_STEPS, CapturedStep, check_captures
 from fastokd.learner.guard import Guard, Held, Shared, set_random_state
+from fastokd.learner.norms import norms_of
 from fastokd.learner.optimizers import as_state, made_ready
 from fastokd.learner.replicas import Replicas
 from fastokd.learner.student_parallel import StudentParallel
@@ -94,6 +95,11 @@ class Learner:
                 "streams are asked for, but only a captured step that isn't compiled has them: leave "
                 "--streams out"
             )
+        if choice.compile and self.cohort.recomputes:
+            raise UserError(
+                "compile is asked for, but a compiled step can't recompute activations: leave "
+                "--compile or --checkpoint-activations out"
+            )
         with self.autocast():  # the engine checks the dtype that it will run in
             self.cohort.set_engine(choice.engine, choice.streams)
         self.cohort.set_memory_format(choice.torch_memory_format)
@@ -141,6 +147,10 @@ class Learner:
 
         A step that waits for the device is found by its capture alone.
         """
+        if self.cohort.recomputes and any(":" in name for name in self.cohort.model_names):
+            return (
+                "to recompute the blocks of another library's network the host reads random states"
+            )
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if not all(isinstance(group["lr"], Tensor) for group in groups):
             return (
@@ -242,7 +252,5 @@ class Before:
 
 def running_statistics(*modules: nn.Module) -> list[Tensor]:
     """The running means and variances of all norms."""
-    norms = [
-        n for m in modules for n in m.modules() if isinstance(n, nn.modules.batchnorm._NormBase)
-    ]
+    norms = norms_of(*modules)
     return [x for n in norms for x in (n.running_mean, n.running_var) if x is not None]

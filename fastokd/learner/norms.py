@@ -45,9 +45,12 @@ def recompute(
 ) -> None:
     """Sets the running statistics to their mean over ``batches`` of images: of each batch's mean and
     unbiased variance, as ``torch.optim.swa_utils.update_bn``. All other layers stay in eval mode, so
-    that nothing is dropped and no random number is drawn. Ranks average their results.
+    that nothing is dropped and no random number is drawn; norms of frozen stages keep their statistics.
+    Ranks average their results.
     """
-    norms = norms_of(cohort)
+    cohort.train()
+    norms = [norm for norm in norms_of(cohort) if norm.training]
+    cohort.eval()
     with _cumulative(norms):
         for images_BHWC in batches:
             with context():

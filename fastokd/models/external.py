@@ -5,16 +5,36 @@ State keys are the library's, prefixed with ``net.`` (``Student.published_key`` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastokd.errors import UserError, unknown_name
-from fastokd.models.layers import Tap
+from fastokd.models.layers import DropPath, Tap
 from fastokd.models.probe import Probe, pool_features, probe
+from fastokd.models.recompute import Recomputed, blocks_of
 from fastokd.models.split import Split, enclosing, prune, split
 from fastokd.models.student import Student, StudentOutput
 
 FEATURES = ""  # no submodule has this path
+
+
+def use_drop_paths(net: nn.Module) -> None:
+    """Replaces stochastic depth of torchvision and timm by :class:`DropPath`, whose masks an engine can
+    give. Neither has state."""
+    for parent in list(net.modules()):
+        for name, module in parent.named_children():
+            kind, home = type(module).__name__, type(module).__module__.partition(".")[0]
+            own: dict[str, Any] = vars(module)
+            if (home, kind) == ("torchvision", "StochasticDepth"):
+                path = DropPath(own["p"], by_row=own["mode"] == "row")
+            elif (home, kind) == ("timm", "DropPath"):
+                path = DropPath(own["drop_prob"], scaled=own["scale_by_keep"])
+            else:
+                continue
+            if path.p:
+                setattr(parent, name, path)
 
 
 class ExternalStudent(Student):
@@ -50,6 +70,7 @@ class ExternalStudent(Student):
         for module in net.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
+        use_drop_paths(net)
         self.net = net
         self.name = name
         hidden: frozenset[str] = enclosing(split_at) if split_at else frozenset()
@@ -111,6 +132,22 @@ class ExternalStudent(Student):
         logits_BC, maps = self._run(x_BCHW, start, len(self.stages))
         features_BD = pool_features(self._taken.pop(FEATURES), self._channels_first)
         return StudentOutput(logits_BC, features_BD, maps)
+
+    def recompute_activations(self) -> None:
+        """From now on each of the network's blocks keeps its input alone.
+
+        Raises:
+            UserError: it has no blocks: no modules in a list or sequence that consist of others.
+        """
+        blocks = blocks_of(self.net, self.found.features_at)
+        if not blocks:
+            raise UserError(
+                f"{self.name} has no blocks whose activations could be recomputed: leave "
+                "--checkpoint-activations out"
+            )
+        self.recomputes = True
+        for block in blocks:
+            block.forward = Recomputed(block)
 
     def keep_stages(self, start: int, stop: int | None) -> None:
         """Drops what the other half uses; the rest keeps its names."""

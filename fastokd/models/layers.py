@@ -92,6 +92,43 @@ class Dropout(nn.Dropout):
         return super().forward(x_BD)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is left out for some images of a training batch.
+
+    Huang et al., *Deep Networks with Stochastic Depth*, section 3; torchvision's ``StochasticDepth`` and
+    timm's ``DropPath``, whose mask may be given as that of :class:`Dropout`: the next training
+    forward keeps the branches that ``mask_B`` says where an engine has set it.
+
+    Args:
+        p: the probability that a branch is dropped.
+        by_row: for each image by itself; else for the whole batch.
+        scaled: a branch that stays is divided by 1 - p.
+    """
+
+    mask_B: Tensor | None
+
+    def __init__(self, p: float, *, by_row: bool = True, scaled: bool = True) -> None:
+        super().__init__()
+        self.p, self.by_row, self.scaled = p, by_row, scaled
+        self.mask_B = None
+
+    def masks(self, u: Tensor) -> Tensor:
+        """Whether a branch stays, from uniform numbers ``[..., B]`` in [0, 1)."""
+        kept = u >= self.p
+        return kept if self.by_row else kept[..., :1].expand(u.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask_B, self.mask_B = self.mask_B, None
+        if not self.training:
+            return x
+        if mask_B is None:
+            mask_B = self.masks(torch.rand(x.shape[0], device=x.device))
+        weight_B = mask_B.to(x.dtype)
+        if self.scaled and self.p < 1:
+            weight_B = weight_B / (1 - self.p)
+        return x * weight_B.view(-1, *[1] * (x.dim() - 1))
+
+
 def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size at stride 1."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastokd.models.layers import GlobalAveragePool
+from fastokd.models.recompute import recomputed
 
 
 class StudentOutput(NamedTuple):
@@ -47,9 +48,11 @@ class Student(nn.Module):
         stages: for each stage, the names of its children in running order.
         map_stages: the stages that end in a map.
         branch_from: the first stage that is not shared in a *branch* cohort.
+        recomputes: in training, each stage's activations are recomputed in the backward.
         frozen: the number of first stages that aren't trained; -1 for all. :meth:`freeze` sets it.
     """
 
+    recomputes = False
     frozen = 0
 
     feature_dim: int
@@ -85,10 +88,24 @@ class Student(nn.Module):
     def _run(self, x_BCHW: Tensor, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         maps = []
         for index in range(start, stop):
-            x_BCHW = self.stage(index, x_BCHW)
+            x_BCHW = (
+                self._recomputed(index, x_BCHW) if self.recomputes else self.stage(index, x_BCHW)
+            )
             if index in self.map_stages:
                 maps.append(x_BCHW)
         return x_BCHW, tuple(maps)
+
+    def _recomputed(self, index: int, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return self.stage(index, x_BCHW)
+        parts = [self.get_submodule(name) for name in self.stages[index]]
+        modules = [module for part in parts for module in part.modules()]
+        x_BCHW = recomputed(lambda x_BCHW: self.stage(index, x_BCHW), modules, x_BCHW)
+        return x_BCHW
+
+    def recompute_activations(self) -> None:
+        """From now on each stage keeps its input alone (``recompute.py``)."""
+        self.recomputes = True
 
     def trunk(self, x_BCHW: Tensor, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs the stages before ``stop``: their output and their maps."""

@@ -34,11 +34,19 @@ TRAIN_IMAGES = {
 }
 
 
-def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -> dict[str, Any]:
+def plan(
+    of: Recipe,
+    device_name: str,
+    gpus: int = 1,
+    norm_impl: str = "auto",
+    *,
+    checkpoint_activations: bool = False,
+) -> dict[str, Any]:
     """The facts that the command prints, under ``counted`` and ``modelled``.
 
     ``gpus`` GPUs share the recipe's batch. ``norm_impl``: ``"torch"`` for PyTorch's BatchNorm and max
-    pooling in place of ours.
+    pooling in place of ours. With ``checkpoint_activations`` the FLOPs and peaks of a step without are
+    under ``counted``, ``"without"``.
 
     Raises:
         UserError: students that can't take the images, or that the method refuses; an unknown
@@ -58,9 +66,17 @@ def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -
         least_batch(name, num_classes(of), of.model_options, (of.image_size, of.image_size))
     cpp.ensure_built()  # without it our ops are traced as PyTorch's operators
     batch = math.ceil(of.batch_size / gpus)
-    steps = _steps(of, batch, device, norm_impl)
+    steps = _steps(of, batch, device, norm_impl, checkpoint_activations)
     if isinstance(steps["loop"], str):
         raise UserError(steps["loop"])  # the method can't take these students
+    counted = _counted(of, batch, steps, device)
+    if checkpoint_activations:
+        usual = trace_ours(of, batch, "loop", device.precision, norm_impl)
+        counted["without"] = {
+            "executed_flops": usual.flops,
+            "activation_bytes": usual.activation_bytes,
+            "peak_bytes": usual.peak_bytes,
+        }
     return {
         "recipe": of.name,
         "device": device.name,
@@ -68,15 +84,17 @@ def plan(of: Recipe, device_name: str, gpus: int = 1, norm_impl: str = "auto") -
         "gpus": gpus,
         "batch_size": of.batch_size,
         "batch_size_per_gpu": batch,
-        "counted": _counted(of, batch, steps, device),
+        "counted": counted,
         "modelled": _modelled(of, gpus, device, steps),
     }
 
 
-def _steps(of: Recipe, batch: int, device: Device, norm_impl: str) -> dict[str, Step | str]:
+def _steps(
+    of: Recipe, batch: int, device: Device, norm_impl: str, recomputes: bool
+) -> dict[str, Step | str]:
     """Traces by name; or the reason why an engine can't take the recipe."""
     found = {
-        engine: _or_reason(trace_ours, of, batch, engine, device.precision, norm_impl)
+        engine: _or_reason(trace_ours, of, batch, engine, device.precision, norm_impl, recomputes)
         for engine in ENGINES
     }
     on_gpu = isinstance(device, Gpu)

@@ -25,6 +25,12 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{counted['activation_bytes'] / MB:,.0f} MB of it activations: "
         f"{'fits' if counted['fits'] else 'does not fit'} in {counted['memory_bytes'] / GB:.0f} GB"
     )
+    if without := counted.get("without"):
+        more = counted["executed_flops"] / without["executed_flops"] - 1
+        yield (
+            f"  checkpointing     saves {(without['peak_bytes'] - counted['peak_bytes']) / MB:,.0f} MB of "
+            f"{without['peak_bytes'] / MB:,.0f} MB at the peak, costs {100 * more:.0f} % more FLOPs"
+        )
     eager = ", ".join(f"{name} {count}" for name, count in counted["launches_eager"].items())
     yield f"  launches, eager   {eager}"
     yield f"  {'layer':34} {'MFLOP':>10} {'MB':>8}"

@@ -149,9 +149,11 @@ class _Record(TorchDispatchMode):
                 hook.remove()
 
 
-def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: str) -> Step:
+def trace_ours(
+    of: Recipe, batch: int, engine: str, precision: str, norm_impl: str, recomputes: bool = False
+) -> Step:
     """Our step (``learner/step.py``) over ``batch`` images; norms and max pooling run by ``norm_impl``:
-    ``"torch"``, or ``"auto"`` for the ops.
+    ``"torch"``, or ``"auto"`` for the ops. ``recomputes``: with activation checkpointing.
 
     Raises:
         UserError: an engine that can't take the recipe's students.
@@ -164,6 +166,8 @@ def trace_ours(of: Recipe, batch: int, engine: str, precision: str, norm_impl: s
             teacher = create_model(taught_by.model, classes, **taught_by.model_options)
         cohort, method = build_cohort(of, classes, image_size=of.image_size, teacher=teacher)
         use_torchs_layers(cohort, method, norm_impl)
+        if recomputes:
+            cohort.recompute_activations()
         cohort.set_engine(engine)
     cpu = torch.device("cpu")
     with FakeTensorMode():

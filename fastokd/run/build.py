@@ -105,6 +105,8 @@ def build(
             "has none apart: hold some out, for example with --val 5000"
         )
 
+    if options.checkpoint_activations and training:
+        cohort.recompute_activations()
     cohort.to(device)
     method.to(device)
     if options.sync_bn:
@@ -206,6 +208,11 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
         raise UserError(
             f"accumulate is {options.accumulate}, but a batch has {recipe.batch_size} images: "
             "choose at most as many"
+        )
+    if options.checkpoint_activations and options.sync_bn:
+        raise UserError(
+            "checkpoint_activations and sync_bn are asked for, but a norm that waits for other ranks "
+            "can't be recomputed: leave one of them out"
         )
     if options.teacher and not method_class(recipe.method).needs.teacher:
         raise UserError(

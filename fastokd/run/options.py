@@ -98,6 +98,11 @@ class RunOptions:
         int,
         "Split each batch into N parts and sum their gradients; only BatchNorm sees the parts.",
     ] = 1
+    checkpoint_activations: Annotated[
+        bool,
+        "Recompute the activations of each stage in the backward pass: less memory, a second forward, "
+        "the same numbers.",
+    ] = False
     clip_norm: Annotated[float | None, "Clip the gradient's norm to this value."] = None
     skip_nonfinite: Annotated[
         int, "Steps with a non-finite value to skip before the run stops."

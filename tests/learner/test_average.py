@@ -155,3 +155,15 @@ def test_recomputed_statistics_are_left_alone_by_a_step() -> None:
         key for key, value in average.states[1].items() if not torch.equal(value, before[key])
     }
     assert changed == before.keys() - apart
+
+
+def test_norms_of_frozen_stages_keep_their_statistics() -> None:
+    cohort = cohort_of()
+    move(cohort, 0)
+    cohort.freeze(2)
+    before = copy.deepcopy(cohort.student_state(0))
+    recompute(cohort, [torch.randn(8, 3, 32, 32, dtype=torch.float64)], nullcontext, Ranks())
+    after = cohort.student_state(0)
+    changed = {key for key in statistics_of(cohort, 0) if not torch.equal(after[key], before[key])}
+    assert not any(key.startswith(("bn1.", "layer1.")) for key in changed)
+    assert {"layer2.0.bn1.running_mean", "layer3.0.bn2.running_var"} <= changed
