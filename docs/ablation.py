@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 # A tenth of the training images, so that a run takes a minute; the rest is held out.
 ALL = {"val": 0.9, "epochs": 20}
 BASE, PAIR = "baseline/resnet8/fashion_mnist", "dml@2/resnet8/fashion_mnist"
-OPTIONS = RunOptions(device="cpu", precision="bf16", engine="loop", eval_every=20, quiet=True)
+OPTIONS = RunOptions(device="cpu", precision="fp32", engine="loop", eval_every=20, quiet=True)
 ADAM = {"lr": 2e-3, "weight_decay": 0.05}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseline": (BASE, {}),
@@ -96,7 +96,7 @@ def _keep(label: str, run: dict[str, Any]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {"runs": {}}
         kept["runs"][label] = run
-        kept["environment"] = environment(pick_device("cpu"), "bf16")
+        kept["environment"] = environment(pick_device("cpu"), "fp32")
         write_durably(KEPT, json.dumps(kept, indent=1) + "\n")
 
 
@@ -126,7 +126,7 @@ mean ± deviation over seeds, and Welch's interval of the difference from the fi
 What an interval of three seeds can't separate from 0 isn't shown to help or to hurt here. Strong augmentation and mixing
 are made for long runs of large networks: in 20 epochs a network of 78,000 parameters underfits with them.
 
-measured-cpu on {where["cpu"] or "a CPU"}, bf16, torch {where["torch"]}. To reproduce: `python docs/ablation.py`, then
+measured-cpu on {where["cpu"] or "a CPU"}, fp32, torch {where["torch"]}. To reproduce: `python docs/ablation.py`, then
 `python docs/ablation.py --page`.
 """
 
