@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.recipe.recipe import Recipe
 
 # For each setting's value, the settings that then mean nothing.
 UNUSED = {
@@ -18,7 +15,7 @@ UNUSED = {
 }
 
 
-def check_optimizer(recipe: Recipe) -> None:
+def check_optimizer(recipe: Any) -> None:
     """Raises UserError for settings that contradict each other."""
     if recipe.optimizer == "sgd" and recipe.nesterov and recipe.momentum == 0:
         raise UserError("momentum is 0, which Nesterov's can't be: set nesterov to false")
@@ -34,7 +31,7 @@ def check_optimizer(recipe: Recipe) -> None:
         )
 
 
-def unused(recipe: Recipe) -> dict[str, str]:
+def unused(recipe: Any) -> dict[str, str]:
     """The settings that mean nothing under this schedule and optimizer, and which of them it is."""
     chosen = {"schedule": recipe.schedule, "optimizer": recipe.optimizer}
     return {
@@ -44,7 +41,7 @@ def unused(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def refuse_unused(recipe: Recipe, given: set[str]) -> None:
+def refuse_unused(recipe: Any, given: set[str]) -> None:
     """Raises UserError if one of the settings ``given`` means nothing here."""
     for name, under in unused(recipe).items():
         if name in given:

@@ -25,12 +25,9 @@ Warm-ups, while ``n < W``:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from fastokd.errors import UserError
-
-if TYPE_CHECKING:
-    from fastokd.recipe.recipe import Recipe
 
 Schedule = Literal["step", "cosine", "linear", "one_cycle", "constant"]
 WarmUp = Literal["scaled", "over", "before"]
@@ -38,8 +35,8 @@ WarmUp = Literal["scaled", "over", "before"]
 ENDING = ("cosine", "linear", "one_cycle")
 
 
-def rate(recipe: Recipe, n: int, per_epoch: int, *, warm_up: bool = True) -> float:
-    """The learning rate after ``n`` updates of it, of which an epoch has ``per_epoch``.
+def rate(recipe: Any, n: int, per_epoch: int, *, warm_up: bool = True) -> float:
+    """The learning rate of a ``Recipe`` after ``n`` updates of it, of which an epoch has ``per_epoch``.
 
     ``warm_up=False``: that of parameters which the warm-up leaves out. They follow the schedule, which
     stays at its first rate where it begins after the warm-up.
@@ -57,7 +54,7 @@ def rate(recipe: Recipe, n: int, per_epoch: int, *, warm_up: bool = True) -> flo
     return value
 
 
-def _scheduled(recipe: Recipe, n: float, end: float, per_epoch: int) -> float:
+def _scheduled(recipe: Any, n: float, end: float, per_epoch: int) -> float:
     """The schedule's rate after ``n`` of its ``end`` updates."""
     lr, final = recipe.lr, recipe.final_lr
     if recipe.schedule == "step":
@@ -71,7 +68,7 @@ def _scheduled(recipe: Recipe, n: float, end: float, per_epoch: int) -> float:
     return _cosine(lr, final, done)
 
 
-def _one_cycle(recipe: Recipe, n: int, per_epoch: int, warmup: float, *, warm_up: bool) -> float:
+def _one_cycle(recipe: Any, n: int, per_epoch: int, warmup: float, *, warm_up: bool) -> float:
     """torch's OneCycleLR with ``pct_start = W / E`` and two phases."""
     peak, last = warmup - 1, recipe.epochs * per_epoch - 1
     if n <= peak:
@@ -85,7 +82,7 @@ def _cosine(first: float, last: float, done: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
 
 
-def check_schedule(recipe: Recipe) -> None:
+def check_schedule(recipe: Any) -> None:
     """Raises UserError for settings of the schedule that contradict each other."""
     if recipe.final_lr > recipe.lr:
         raise UserError(
@@ -126,7 +123,7 @@ def check_schedule(recipe: Recipe) -> None:
         )
 
 
-def said(recipe: Recipe) -> str:
+def said(recipe: Any) -> str:
     """The schedule in a few words, for the line about a scaled one."""
     if recipe.schedule in ENDING:
         line = f"{recipe.schedule} from {recipe.lr:g} to {recipe.final_lr:g}"
