@@ -73,7 +73,7 @@ def rate(recipe: Any, n: int, per_epoch: int, *, warm_up: bool = True) -> float:
         return _one_cycle(recipe, n, per_epoch, warmup, warm_up=warm_up)
     apart = recipe.warmup == "before"
     if warm_up and recipe.warmup != "scaled" and n < warmup:
-        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * n / warmup
+        return float(recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * n / warmup)
     begin = warmup if apart else 0.0
     value = _scheduled(recipe, max(n - begin, 0), recipe.epochs * per_epoch - begin, per_epoch)
     if warm_up and recipe.warmup == "scaled" and n + 1 < warmup:
@@ -83,10 +83,10 @@ def rate(recipe: Any, n: int, per_epoch: int, *, warm_up: bool = True) -> float:
 
 def _scheduled(recipe: Any, n: float, end: float, per_epoch: int) -> float:
     """The schedule's rate after ``n`` of its ``end`` updates."""
-    lr, final = recipe.lr, recipe.final_lr
+    lr, final = float(recipe.lr), float(recipe.final_lr)
     if recipe.schedule == "step":
         reached = sum(n >= milestone * per_epoch for milestone in recipe.milestones)
-        return lr * recipe.lr_decay**reached
+        return float(lr * recipe.lr_decay**reached)
     if recipe.schedule == "constant":
         return lr
     done = min(n / end, 1.0)
@@ -100,7 +100,7 @@ def _one_cycle(recipe: Any, n: int, per_epoch: int, warmup: float, *, warm_up: b
     peak, last = warmup - 1, recipe.epochs * per_epoch - 1
     if n <= peak:
         if not warm_up:
-            return recipe.lr
+            return float(recipe.lr)
         return _cosine(recipe.warmup_lr, recipe.lr, n / peak if peak > 0 else 1.0)
     return _cosine(recipe.lr, recipe.final_lr, min((n - peak) / (last - peak), 1.0))
 
