@@ -50,7 +50,8 @@ def plain(cohort: Cohort, views: Tensor, trunk_views: str = "each") -> dict[str,
     """Published modules one after another; nothing of the engines, nor of the views' split."""
     cohort = copy.deepcopy(cohort).train()
     students = [one for one in cohort.students if isinstance(one, Student)]
-    read, before = list(views), [()] * S
+    read = list(views)
+    before: list[tuple[Tensor, ...]] = [()] * S
     if cohort.trunk is not None:
         stop = cohort.branch_from
         if trunk_views == "each":
@@ -63,8 +64,8 @@ def plain(cohort: Cohort, views: Tensor, trunk_views: str = "each") -> dict[str,
     outs = [
         student.outputs(x, cohort.branch_from) for student, x in zip(students, read, strict=True)
     ]
-    maps = [m for first, out in zip(before, outs, strict=True) for m in (*first, *out.maps)]
-    scalar([o.logits_BC for o in outs], [o.features_BD for o in outs], maps).backward()
+    every = [m for first, out in zip(before, outs, strict=True) for m in (*first, *out.maps)]
+    scalar([o.logits_BC for o in outs], [o.features_BD for o in outs], every).backward()
     found = {f"grad.{k}": p.grad for k, p in cohort.named_parameters() if p.grad is not None}
     found |= {f"state.{k}": v.double() for k, v in cohort.state_dict().items()}
     return found | {f"logits.{s}": out.logits_BC.detach() for s, out in enumerate(outs)}
@@ -74,9 +75,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         scale = max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(
-            found[key], value, rtol=1e-9, atol=1e-9 * scale, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9 * scale, msg=key)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
