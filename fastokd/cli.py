@@ -116,7 +116,7 @@ def _with_format(arguments: list[str]) -> list[str]:
     """``--print-recipe`` with the format that typer needs: it has no options whose value may be left out."""
     return [
         "--print-recipe=json" if word == "--print-recipe" and next_ not in FORMATS else word
-        for word, next_ in zip(arguments, [*arguments[1:], ""], strict=True)
+        for word, next_ in zip(arguments, [*arguments, ""][1:], strict=True)
     ]
 
 

@@ -33,6 +33,8 @@ OPTIONAL = {
     "onnxruntime": "pip install fastokd[onnx]",
     "onnxscript": "pip install fastokd[onnx]",
     "huggingface_hub": "pip install huggingface_hub",
+    "datasets": "pip install fastokd[hf]",
+    "pyarrow": "pip install fastokd[hf]",
 }
 
 

@@ -48,7 +48,7 @@ def test_list_alone_says_what_can_be_listed(capsys: pytest.CaptureFixture[str]) 
     code, out, _ = run(capsys, "list")
     assert code == 0
     every = json.loads(run(capsys, "list", "--json")[1])
-    assert list(every) == ["models", "methods", "datasets", "recipes"]
+    assert list(every) == ["models", "methods", "datasets", "recipes", "styles", "settings"]
     for what, names in every.items():
         assert f"{len(names)} {what}: fastokd list {what}" in out
         assert json.loads(run(capsys, "list", what, "--json")[1]) == names

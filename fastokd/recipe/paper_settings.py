@@ -102,15 +102,15 @@ class PaperSettings:
         int | float,
         "Images held out of the training set, stratified by class and the same for every seed: a number, "
         "or a fraction of each class; 0 for none beyond the data set's own.",
-        at_least(0),
         IMAGES,
+        at_least(0),
     ] = 0
     test: Annotated[
         int | float,
         "The same for the test split of an image folder that has none; a folder with neither has 0.1 of "
         "each unless given.",
-        at_least(0),
         IMAGES,
+        at_least(0),
     ] = 0
     reported: Annotated[
         Reported,

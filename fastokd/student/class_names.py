@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fastokd.errors import UserError
-from fastokd.host.names import first_names
+from fastokd.host.names import counted, first_names
 from fastokd.models.pretrained import imagenet_classes, imagenet_synonyms
 
 SHOWN = 3
@@ -39,9 +39,9 @@ def places_of(ours: Sequence[str], theirs: Sequence[str], teacher: str, data: st
     lacking = [name for name, places in zip(ours, found, strict=True) if not places]
     if lacking:
         raise UserError(
-            f"the teacher {teacher} has {len(theirs)} classes, and not {len(lacking)} of the {len(ours)} "
-            f"of {data} ({first_names(lacking, SHOWN)}): name the folders as it names its classes, or "
-            f"train a teacher on {data}"
+            f"the teacher {teacher}, with {counted(len(theirs), 'class')}, lacks {len(lacking)} "
+            f"of {data}'s {len(ours)} ({first_names(lacking, SHOWN)}): train one on {data}, or name the "
+            "folders as it names its classes"
         )
     for name, places in zip(ours, found, strict=True):
         if len(places) > 1:

@@ -185,7 +185,7 @@ def build_teacher(weights: Weights, data: DatasetSplits) -> nn.Module:
         chosen = places_of(ours, theirs, str(path), data.name)
         places = None if chosen == list(range(len(theirs))) else chosen
         differing = shown.differences(data.preprocessing)
-        for name in OF_SMALL_PICTURES if shown.native_size else ():
+        for name in OF_SMALL_PICTURES if shown.native_size else ("grey",):
             if name in differing:
                 value, here = getattr(shown, name), getattr(data.preprocessing, name)
                 raise UserError(

@@ -198,7 +198,8 @@ def test_every_subset_of_gradients(relu: bool, residual: bool) -> None:
 def test_incoming_gradient_of_any_layout(form: str, relu: bool) -> None:
     case = draw((3, 16, 5, 4), relu=relu)
     if form == "stride 0":
-        case.grad_y = torch.tensor(0.7).expand(3, 16, 5, 4)
+        # Its sums are exact in any order of any number of lanes.
+        case.grad_y = torch.tensor(0.75).expand(3, 16, 5, 4)
     elif form == "NCHW":
         case.grad_y = case.grad_y.contiguous()
     else:

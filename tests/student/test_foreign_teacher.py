@@ -180,7 +180,7 @@ def test_imagenet_s_own_folders_need_no_names() -> None:
 @pytest.mark.parametrize(
     ("ours", "says"),
     [
-        (["cat", "dog"], r"not 1 of the 2 of d \(dog\)"),
+        (["cat", "dog"], r"lacks 1 of d's 2 \(dog\)"),
         (["Cat", "CAT"], "'Cat' and 'CAT' of d are one class, 'cat'"),
         (["x y", "cat"], "'x y' of d may be 'x_y' and 'X-Y'"),
     ],
