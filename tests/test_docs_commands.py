@@ -141,6 +141,7 @@ def test_the_commands_of_a_page(
         words = command.words
         if words[0] == "torchrun":
             words = words[words.index("fastokd") :]
+        words, written = (words[:-2], words[-1]) if ">" in words else (words, None)
         arguments = small(words)
         if arguments[0] == "train" and "--out" not in arguments and "--resume" not in arguments:
             # A page may show one recipe twice; a run is never overwritten.
@@ -151,7 +152,12 @@ def test_the_commands_of_a_page(
                 patch.setattr("fastokd.report.page.report", lambda runs: None)
             if any(word in MANY_RUNS for word in arguments):
                 patch.setattr(importlib.import_module("fastokd.train"), "train", fake)
-            assert run_command(arguments) == 0, f"{command.text}\n{capsys.readouterr().err}"
+            capsys.readouterr()
+            code = run_command(arguments)
+            printed = capsys.readouterr()
+            assert code == 0, f"{command.text}\n{printed.err}"
+            if written is not None:
+                (sandbox / written).write_text(printed.out)
 
 
 OPTIONS = [

@@ -57,11 +57,11 @@ def originals() -> list[tuple[str, bytes]]:
 
 def by_torchvision(split: DiskSplit, index: int) -> bool:
     """As a worker decodes it."""
-    found = make(split, _Chunk([index], [None], [False]), torch.zeros(1, dtype=torch.int64))
+    found = make(split, _Chunk([index], [[(None, False)]]), torch.zeros(1, dtype=torch.int64))
     if isinstance(found, str):
         assert split.path(index).name in found, found
         return False
-    assert found.shape == (1, 16, 16, 3)
+    assert found.shape == (1, 1, 16, 16, 3)
     return True
 
 
