@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST := .venv-oldest
 # What a version of torch or Triton can break; TESTS=tests runs all.
-TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/cohort tests/learner tests/run tests/reference \
-	tests/distributed tests/plan tests/student/test_export.py
+TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/cohort tests/learner tests/distributed tests/plan \
+	$(foreach name,capture one_replay recipe_to_step resume trial tuning,tests/run/test_$(name).py) \
+	tests/reference/test_ffsd_steps.py tests/student/test_export.py
 
 .PHONY: install demo test test-oldest proofs test-faults bare bench lint docs clean
 
