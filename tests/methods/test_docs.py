@@ -53,6 +53,8 @@ def test_links_and_recipes_are_real(page: Path) -> None:
         assert (DOCS.parent / file).is_file(), file
     for command in re.findall(r"^    fastokd train (.+)$", text, flags=re.MULTILINE):
         name, *flags = command.split()
+        if name.endswith(".toml"):  # which an earlier command of the page writes
+            continue
         settings = [flags[i + 1] for i, flag in enumerate(flags) if flag == "--set"]
         values = {key: options[0] for key, options in parse_settings(settings).items()}
         recipe(name, **values)

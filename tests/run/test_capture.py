@@ -42,7 +42,10 @@ def decided(device: str, ranks: int = 1, rate: Any = None, **options: Any) -> An
     """What :func:`build` decides for a learner there."""
     optimizer = SimpleNamespace(param_groups=[{"lr": torch.tensor(0.1) if rate is None else rate}])
     learner: Any = SimpleNamespace(
-        device=torch.device(device), ranks=SimpleNamespace(size=ranks), optimizers=[optimizer]
+        device=torch.device(device),
+        ranks=SimpleNamespace(size=ranks),
+        optimizers=[optimizer],
+        cohort=SimpleNamespace(recomputes=False),
     )
     learner.why_not_captured = lambda: Learner.why_not_captured(learner)
     return build_module._captures(RunOptions(**options), learner)
