@@ -63,7 +63,7 @@ def test_own_data_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("clothes", "few"):
         shutil.copytree(tmp_path / "pictures", tmp_path / "fashion" / name)
     for arguments in fashion:
-        run(arguments, *SHORT)
+        run(arguments, "--batch-size", "4", *SHORT)
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from fastokd.data import load_dataset
 from fastokd.metrics import choosing_split
 from fastokd.recipe.names import recipe
 from fastokd.run import display
@@ -42,7 +44,7 @@ def shown(
         recipe=recipe("dml/resnet8/digits", epochs=12),
         epoch=0,
         steps_left=96,
-        data=SimpleNamespace(note="read from here"),
+        data=replace(load_dataset("digits"), note="read from here"),
         learner=SimpleNamespace(ranks=SimpleNamespace(note=lambda batch, students: "")),
     )
     live = Display(session, quiet=False)  # type: ignore[arg-type]
