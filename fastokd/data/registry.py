@@ -23,7 +23,7 @@ from fastokd.data.sets.svhn import load_svhn
 from fastokd.data.sets.tiny_imagenet import load_tiny_imagenet
 from fastokd.data.splits import DatasetSplits, Split
 from fastokd.errors import UserError, unknown_name
-from fastokd.known import DATASETS, place_of
+from fastokd.known import DATASETS, STREAMED, place_of
 
 
 class _Request(NamedTuple):
@@ -61,7 +61,7 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "wds": lambda ask: _packed("wds", ask),
 }
 # Data sets whose image size can be chosen.
-_CHOOSABLE = ("hf", "imagefolder", "imagenet", "tiny_imagenet", "wds")
+_CHOOSABLE = (*STREAMED, "tiny_imagenet")
 # Data sets whose mean and deviation are measured on train; those of the others are published.
 _MEASURED = ("hf", "imagefolder", "wds")
 

@@ -54,11 +54,6 @@ def training_size(recipe: Any, epoch: int) -> int:
     return round(size / STEP) * STEP
 
 
-def largest_training_size(recipe: Any) -> int:
-    """Height and width of the training images after the ramp."""
-    return recipe.train_size or recipe.image_size
-
-
 def check_sizes(recipe: Any) -> None:
     """Raises UserError for sizes that contradict each other or the form of the data set."""
     if (recipe.train_size or recipe.first_size) and not recipe.resized_crop:
@@ -67,7 +62,7 @@ def check_sizes(recipe: Any) -> None:
             f"{name} is {getattr(recipe, name)}, but images in memory have one size: leave it out, or "
             "stream them with resized_crop=true and crop_padding=0"
         )
-    last = largest_training_size(recipe)
+    last = recipe.train_size or recipe.image_size
     if not recipe.first_size:
         if recipe.size_epochs:
             raise UserError(

@@ -6,7 +6,7 @@ settings; method, students, temperature and the ramp's share of the epochs stay.
 apply only to data sets whose images have any size.
 
 Where a source's code and its text differ, the values are the code's. What fastokd can't do as the source
-does stands in ``differs`` and in docs/modern.md.
+does stands in docs/modern.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Style:
         settings: fields of :class:`Recipe`.
         sized: fields for data sets whose images have any size.
         model_options: options of the students that have them (timm's and torchvision's names).
-        differs: what the source does otherwise, a sentence each.
     """
 
     source: str
@@ -42,7 +41,6 @@ class Style:
     settings: Mapping[str, Any]
     sized: Mapping[str, Any] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    differs: tuple[str, ...] = ()
 
 
 # timm's names of RSB's RandAugment, `rand-m7-mstd0.5-inc1`, count strengths to 10, torchvision's to 30.
@@ -62,11 +60,6 @@ _RSB: dict[str, Any] = {
     "mixup": 0.1,
     "cutmix": 1.0,
 }
-_RSB_DIFFERS = (
-    "The strength of RandAugment's operations has no noise (mstd0.5), and the operations are torchvision's.",
-    "Images are resized by bilinear interpolation, not bicubic.",
-    "The paper doesn't give the first and the final learning rate; they are those of timm's commands.",
-)
 _CROPS = {"resized_crop": True, "crop_padding": 0}
 _DEEP = {"drop_path_rate": 0.05, "stochastic_depth_prob": 0.05}
 _FFCV: dict[str, Any] = {
@@ -90,10 +83,6 @@ _FFCV_SIZED = {
     "train_size": 192,
     "first_size": 160,
 }
-_FFCV_DIFFERS = (
-    "The student has no blur before its strided convolutions (use_blurpool).",
-    "The last batch of an epoch is kept, and biases aren't decayed.",
-)
 
 STYLES = {
     "a1": Style(
@@ -110,7 +99,6 @@ STYLES = {
         },
         {**_CROPS, "image_size": 224, "eval_resize": 235},
         _DEEP,
-        _RSB_DIFFERS,
     ),
     "a2": Style(
         f"{RSB}, A2",
@@ -118,15 +106,12 @@ STYLES = {
         {**_RSB, "lr": 5e-3, "weight_decay": 0.02, "randaugment_magnitude": 21, "repeats": 3},
         {**_CROPS, "image_size": 224, "eval_resize": 235},
         _DEEP,
-        _RSB_DIFFERS,
     ),
     "a3": Style(
         f"{RSB}, A3",
         100,
         {**_RSB, "lr": 8e-3, "weight_decay": 0.02, "randaugment_magnitude": 18},
         {**_CROPS, "image_size": 224, "eval_resize": 235, "train_size": 160},
-        {},
-        _RSB_DIFFERS,
     ),
     "v2": Style(
         "torchvision's references/classification, ResNet50_Weights.IMAGENET1K_V2 (pytorch/vision#3995)",
@@ -154,24 +139,18 @@ STYLES = {
             "average_start": 5,
         },
         {**_CROPS, "image_size": 224, "eval_resize": 232, "train_size": 176},
-        {},
-        ("Biases aren't decayed (there only norms aren't).",),
     ),
     "ffcv16": Style(
         f"{FFCV}, rn18_16_epochs",
         16,
         _FFCV,
         {**_FFCV_SIZED, "size_epochs": (11, 13)},
-        {},
-        _FFCV_DIFFERS,
     ),
     "ffcv88": Style(
         f"{FFCV}, rn18_88_epochs",
         88,
         _FFCV,
         {**_FFCV_SIZED, "size_epochs": (65, 76)},
-        {},
-        _FFCV_DIFFERS,
     ),
     "ta": Style(
         "TrivialAugment, arXiv:2103.10158, for CIFAR (automl/trivialaugment, confs/wresnet40x2_cifar*_ta_wide*)",
@@ -202,10 +181,6 @@ STYLES = {
             "normalise_by": "model",
         },
         {"image_size": 224},
-        {},
-        (
-            "The rates, the batch size and the number of epochs are fastokd's: the papers search for them.",
-        ),
     ),
 }
 
