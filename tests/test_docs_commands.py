@@ -85,6 +85,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(here / "one", splits=("train",), classes=("cat",), count=1)
     weights = create_model("torchvision:resnet18", 2).state_dict()
     torch.save({k.removeprefix("net."): v for k, v in weights.items()}, here / "resnet18.pth")
+    (here / "experiment.toml").write_text('recipe = "okddip-branch/resnet8/digits"\n')
     for name in ("picture.png", "picture.jpg"):
         shutil.copy(next((here / "one").rglob("*.png")), here / name)
     leader = create_model("resnet32", 100).state_dict()

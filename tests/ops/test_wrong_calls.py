@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastokd.ops.attention import attention_diversity, attention_map, attention_transfer
+from fastokd.ops.cpp import capability
 from fastokd.ops.feature_transfer import feature_transfer
 from tests.ops.wrong_calls import CALLS, ODD, WRONG
 
@@ -70,7 +71,11 @@ def test_what_is_wrong_raises(op: str, ended: dict[str, dict[str, Any]]) -> None
         mixed = ended[f"{op}: {place} meta"]
         assert mixed["ended"] == "raised" or mixed["device"] == "meta", (op, place)
     assert returned == []
-    assert ended[f"{op}: right"]["ended"] == "returned"
+    right_call = ended[f"{op}: right"]
+    if op == "conv_weight_grad" and capability() != "avx512bf16":
+        assert "this CPU has no AVX-512 BF16" in right_call["said"]
+    else:
+        assert right_call["ended"] == "returned"
 
 
 def test_the_list_of_wrongs_is_tried(ended: dict[str, dict[str, Any]]) -> None:

@@ -207,8 +207,8 @@ def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
     kept = read_weights(out / "teacher.safetensors")
     plain = {**kept.facts, "taken_from": str(teacher / STUDENT)}  # of an earlier version
     kept.path.write_bytes(Weights(kept.path, kept.state, plain).to_bytes())
-    assert other_teacher(out, teacher) == []
-    assert other_teacher(out, tmp_path / "gone") != []
+    assert other_teacher(out, [str(teacher)]) == []
+    assert other_teacher(out, [str(tmp_path / "gone")]) != []
 
 
 def test_a_run_that_was_stopped_before_it_was_tuned_takes_any_engine() -> None:
