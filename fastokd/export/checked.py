@@ -27,8 +27,8 @@ from fastokd.host.names import in_utf8
 from fastokd.learner.build import build_cohort
 from fastokd.learner.state import below
 from fastokd.recipe.recipe import Recipe
-from fastokd.run.build import load_splits
 from fastokd.run.folder import RunFolder
+from fastokd.run.images import load_splits
 from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights, student_of
 from fastokd.student.weights import Weights

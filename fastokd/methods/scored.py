@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastokd.cohort import CohortOutput, CohortShape
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress
-from fastokd.ops.fused_loss import Mix, check_mix
+from fastokd.ops.fused_loss import Mix
+from fastokd.ops.loss_arguments import check_mix
 from fastokd.ops.mixture_distillation import mixture_distillation
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastokd.checkpoint import fingerprint, list_checkpoints
 from fastokd.cohort import Choice, Cohort
-from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
-from fastokd.data.order import epoch_length
+from fastokd.data import DatasetSplits
 from fastokd.device import (
-    pick_device,
     pick_precision,
     set_kernel_selection,
     set_matmul_precision,
@@ -35,15 +30,14 @@ from fastokd.learner.sync_norm import synchronise
 from fastokd.methods import Method, method_class
 from fastokd.methods.label_loss import balanced_weights
 from fastokd.models import least_batch
-from fastokd.models.pretrained import normalisation_of
 from fastokd.ops import cpp
 from fastokd.ops.dispatch import choose
-from fastokd.recipe.augmentation import OPERATIONS
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts, run_path
+from fastokd.run.images import load_splits, training_stream
 from fastokd.run.options import RunOptions
-from fastokd.run.session import Session, Stream
+from fastokd.run.session import Session
 from fastokd.run.teachers import teacher_of, teachers_of
 from fastokd.student.init import begin_from, read_files
 from fastokd.student.teacher import check_held_out
@@ -84,7 +78,7 @@ def build(
         raise UserError(f"ranks decode with {' and '.join(loaders)}: choose one --loader for all")
     data = data.to(device)
     min_batch = _min_batch(recipe, data, ranks, options.sync_bn) if training else 1
-    stream = _training_stream(recipe, options, data, ranks, min_batch)
+    stream = training_stream(recipe, options, data, ranks, min_batch)
 
     _check_impl(options.impl, device, quiet=options.quiet or not training)
     torch.manual_seed(recipe.seed)
@@ -171,37 +165,6 @@ def _captures(options: RunOptions, learner: Learner) -> tuple[bool, tuple[str, .
     return False, (f"the steps run eagerly, not as a CUDA graph: {why}",)
 
 
-def load_splits(
-    recipe: Recipe,
-    options: RunOptions,
-    *,
-    begun: bool = False,
-    kept: Mapping[str, Any] | None = None,
-) -> DatasetSplits:
-    """The recipe's data, normalised as it says; ``begun`` and ``kept`` as for
-    :func:`fastokd.data.load_dataset`."""
-    data = load_dataset(
-        recipe.dataset,
-        options.data_root,
-        val=recipe.val,
-        test=recipe.test,
-        download=options.download,
-        image_size=recipe.image_size,
-        eval_resize=recipe.eval_resize,
-        streamed=recipe.resized_crop,
-        loader=options.loader,
-        workers=options.workers,
-        begun=begun,
-        device=pick_device(device_here(options.device)),
-        kept=kept,
-    )
-    if recipe.normalise_by == "data":
-        return data
-    mean, std = normalisation_of(recipe.models)
-    shown = replace(data.preprocessing, mean=mean, std=std)
-    return replace(data, preprocessing=shown, with_held_out=None)
-
-
 def _check_fit(recipe: Recipe, options: RunOptions) -> None:
     """Raises UserError for options that don't fit the recipe."""
     if options.accumulate > recipe.batch_size:
@@ -253,61 +216,6 @@ def _min_batch(recipe: Recipe, data: DatasetSplits, ranks: Ranks, sync_bn: bool)
             f"least {least[who]}: choose a larger --batch-size"
         )
     return least[who]
-
-
-def _training_stream(
-    recipe: Recipe, options: RunOptions, data: DatasetSplits, ranks: Ranks, min_batch: int
-) -> Stream:
-    """This rank's training batches, without a last batch that is too small for the norms."""
-    rest = epoch_length(len(data.train), recipe.repeats) % recipe.batch_size
-    stream = stream_of(
-        data.train,
-        recipe.batch_size,
-        seed=recipe.seed,
-        augment=augment_of(recipe, data.mean),
-        shuffle=True,
-        drop_last=0 < rest // ranks.data.size < min_batch,
-        repeats=recipe.repeats,
-        balanced=recipe.balanced,
-        rank=ranks.data.rank,
-        world_size=ranks.data.size,
-        size=partial(training_size, recipe) if recipe.resized_crop else None,
-        views=_views(recipe, ranks),
-    )
-    return RepeatedBatch(stream) if options.overfit_batch else stream
-
-
-def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
-    """The views that this rank's networks read: its students' by their numbers, and behind those of all
-    students a teacher's. None where all networks read one."""
-    count = recipe.number_of_views
-    if count is None:
-        return None
-    return (*ranks.share(recipe.students), *range(recipe.students, count))
-
-
-def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
-    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
-    crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
-    operations = {name: getattr(recipe, name) for name in OPERATIONS}
-    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
-
-
-class RepeatedBatch:
-    """Repeats the first batch of a stream (``--overfit-batch``); the number of batches stays."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.count = len(stream)
-        self.only = next(iter(stream.batches(0)))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same images and labels in every epoch."""
-        del epoch
-        for _ in range(start_batch, self.count):
-            yield self.only
 
 
 def _cohort_and_method(

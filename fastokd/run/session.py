@@ -13,8 +13,7 @@ from torch import Tensor
 from fastokd.data import BatchStream, DatasetSplits, DiskStream, read_all
 from fastokd.data.mixing import dominant
 from fastokd.device import moved
-from fastokd.distributed.ranks import speaks
-from fastokd.errors import UserError, warn
+from fastokd.errors import UserError
 from fastokd.learner.learner import TAUGHT, Learner
 from fastokd.learner.optimizers import set_rate, set_rates
 from fastokd.learner.shared_state import gathered, mine, share_state
@@ -26,15 +25,12 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.block import Block, Draws
 from fastokd.run.identity import check_recipe
+from fastokd.run.kept_statistics import kept_preprocessing
 from fastokd.run.mixing import mixing_of
 from fastokd.run.options import KEPT, RunOptions
 from fastokd.seeds import keyed_generator
 from fastokd.student.weights import Weights
 
-# Tolerance for mean and deviation: a few changed files or another decoder change them by less.
-CHANGED = 0.05
-# The same for rounding: earlier versions summed in another order.
-ROUNDED = 1e-9
 # The learning rates, the row of a batch, the mixing and the operations on its images among the draws of
 # a step; a method's draws have other names.
 RATES, BATCH, MIXING, OPERATIONS = "/rates", "/batch", "/mixing", "/operations"
@@ -343,7 +339,9 @@ class Session:
         """
         try:
             check_recipe(self.recipe, facts["recipe"])
-            self._load_statistics(facts)
+            shown = kept_preprocessing(self.data, facts)
+            self.data = replace(self.data, preprocessing=shown)
+            self.learner.cohort.set_statistics(shown.mean, shown.std)
             self._load(mine(self.learner.ranks, tensors, facts), facts)
         except UserError:
             raise
@@ -364,30 +362,3 @@ class Session:
         if "rng.cpu" not in tensors:
             learner.ranks.seed_global(self.recipe.seed, self.step)
         self.skipped = int(facts.get("skipped", 0))
-
-    def _load_statistics(self, facts: dict[str, Any]) -> None:
-        """Restores the mean and deviation that the run began with.
-
-        Raises:
-            UserError: the data has other classes, or statistics that differ by more than ``CHANGED``.
-        """
-        ours = self.data.preprocessing
-        theirs = replace(ours, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
-        differing = [] if facts["class_names"] == list(self.data.class_names) else ["class_names"]
-        changed = theirs.differences(ours, CHANGED)
-        if self.data.with_held_out is not None:  # as a run of an earlier version measured them
-            mean, std = self.data.with_held_out
-            changed = theirs.differences(replace(ours, mean=mean, std=std), ROUNDED) and changed
-        for name in [*differing, *changed]:
-            raise UserError(
-                f"the checkpoint was trained on other data: its {name} differ from those of "
-                f"the {self.recipe.dataset} here; give the --data-root that it was trained on"
-            )
-        if theirs.differences(ours, ROUNDED) and speaks():
-            warn(
-                f"the images of the {self.recipe.dataset} here have another mean or deviation than "
-                "the run began with: the folder has changed since, or an earlier fastokd measured "
-                "them otherwise; the run keeps its values"
-            )
-        self.data = replace(self.data, preprocessing=theirs)
-        self.learner.cohort.set_statistics(theirs.mean, theirs.std)

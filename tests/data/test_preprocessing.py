@@ -29,7 +29,7 @@ from fastokd.evaluate import Scorer, evaluation_stream
 from fastokd.export.hub import _shown_by_timm
 from fastokd.learner.build import build_cohort
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run.build import load_splits
+from fastokd.run.images import load_splits
 from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights
 from fastokd.student.predict import predict

@@ -19,7 +19,7 @@ from fastokd.errors import UserError
 from fastokd.evaluate import Evaluator, evaluation_stream
 from fastokd.metrics import Meter
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.run.build import augment_of
+from fastokd.run.images import augment_of
 from fastokd.run.session import BATCH, Session
 from fastokd.run.trial import job
 from tests.data.test_disk import SMALL, split_of
