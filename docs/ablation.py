@@ -112,7 +112,7 @@ def _keep(label: str, run: dict[str, Any]) -> None:
         kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {"runs": {}}
         kept["runs"][label] = run
         kept["environment"] = environment(pick_device("cpu"), "fp32")
-        write_durably(KEPT, json.dumps(kept, indent=1) + "\n")
+        write_durably(KEPT, (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def page(kept: dict[str, Any]) -> str:
