@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,13 @@ def _first_images(data_root: Path, out: Path) -> Path:
 
 def _keep(label: str, run: dict[str, Any]) -> None:
     """Adds a run to the file, which other processes write, too."""
-    with open(KEPT.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {"runs": {}}
-        kept["runs"][label] = run
-        kept["environment"] = environment(pick_device("cpu"), "fp32")
-        write_durably(KEPT, (json.dumps(kept, indent=1) + "\n").encode())
+    lock = os.open(HERE, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {"runs": {}}
+    kept["runs"][label] = run
+    kept["environment"] = environment(pick_device("cpu"), "fp32")
+    write_durably(KEPT, (json.dumps(kept, indent=1) + "\n").encode())
+    os.close(lock)
 
 
 def page(kept: dict[str, Any]) -> str:

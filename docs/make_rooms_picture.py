@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"fastokd": ROOT / "fastokd", "fastokd.kernels": ROOT / "kernels", "fastokd.csrc": ROOT / "csrc"}
+FOLDERS = {
+    "fastokd": ROOT / "fastokd",
+    "fastokd.kernels": ROOT / "kernels",
+    "fastokd.csrc": ROOT / "csrc",
+}
 # From the top down: a room imports rooms of lower levels only. A room is a folder or a file of fastokd/.
 LEVELS = (
     ("__main__",),
@@ -75,7 +79,9 @@ def imports(found: dict[str, Path]) -> Iterator[Import]:
                 for alias in node.names:
                     if alias.name.split(".")[0] == "fastokd":
                         yield Import(importer, alias.name, "", where)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastokd":
+            elif (
+                isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastokd"
+            ):
                 assert node.module is not None
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"

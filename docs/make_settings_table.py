@@ -72,7 +72,9 @@ def option_rows(owners: dict[str, tuple[dict[str, Any], dict[str, str]]]) -> Ite
         for name in having:
             values.setdefault(shown(owners[name][0][option]), []).append(name)
         usual = max(values, key=lambda value: len(values[value]))
-        others = (f"; {value}: {', '.join(names)}" for value, names in values.items() if value != usual)
+        others = (
+            f"; {value}: {', '.join(names)}" for value, names in values.items() if value != usual
+        )
         meaning = owners[having[0]][1][option].replace("``", "`").replace("|", "\\|")
         yield f"| `{option}` | {usual}{''.join(others)} | {who(having, owners)} | {meaning} |"
 
@@ -84,7 +86,9 @@ def who(having: list[str], owners: Iterable[str]) -> str:
 
 
 def method_rows() -> Iterable[str]:
-    return option_rows({m: (option_defaults(m), written_in(method_class(m))) for m in list_methods()})
+    return option_rows(
+        {m: (option_defaults(m), written_in(method_class(m))) for m in list_methods()}
+    )
 
 
 def model_rows() -> Iterable[str]:
