@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def test_train_takes_a_file_and_names_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text('recipe = "baseline/resnet8/digits"\nlr = 0.05\n')
+    Path("mine.toml").write_text('recipe = "baseline/resnet8/digits"\nlr = 0.05\nseed = 4\n')
     assert run_command(["train", "mine.toml", "--max-steps", "1", "--engine", "loop"]) == 0
-    assert (tmp_path / "runs/mine-seed0/recipe.json").is_file()
+    recipe_json = (tmp_path / "runs/mine-seed4/recipe.json").read_text()
+    assert json.loads(recipe_json)["seed"] == 4
     run = fastokd.train("mine.toml", seed=1, max_steps=1, engine="loop", quiet=True)
     assert run.folder == Path("runs/mine-seed1")
     assert run.recipe.lr == 0.05
