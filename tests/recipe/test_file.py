@@ -47,6 +47,12 @@ def test_what_differs_comes_first(tmp_path: Path) -> None:
     assert tomllib.loads(differing) == {"recipe": DIGITS, "lr": 0.3}
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "notepad.toml"
+    path.write_text(f'recipe = "{DIGITS}"\n', "utf-8-sig")
+    assert recipe(str(path)) == recipe(DIGITS)
+
+
 def test_a_file_is_a_base_for_further_changes(tmp_path: Path) -> None:
     path = tmp_path / "half.toml"
     path.write_text(f'recipe = "{DIGITS}"\nepochs = 30\nlr = 0.3\ntemperature = 2\n')
@@ -86,6 +92,8 @@ def test_train_takes_a_file_and_names_the_folder_after_it(
         (f'recipe = "{DIGITS}"\n[lr]\na = 1', "lr must be a number"),
         ('recipe = "okdip-branch/resnet8/digits"', "okddip"),
         ("\0", "isn't TOML"),
+        (f'recipe = "{DIGITS}"\nlr = {"9" * 5000}', "isn't TOML"),
+        pytest.param(f'recipe = "{DIGITS}"\n#{"x" * (1 << 20)}\nlr = 2', "more than", id="large"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, says: str) -> None:
