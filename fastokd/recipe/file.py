@@ -50,10 +50,14 @@ def read_recipe(path: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         with open(path, "rb") as file:
-            values = tomllib.loads(file.read(MOST_BYTES).decode())
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UserError(f"can't read the recipe {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path} has more than {MOST_BYTES:,} bytes: name a recipe's file")
+    try:
+        values = tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
         raise UserError(
             f"{path} isn't TOML: {error}; `fastokd train NAME --print-recipe toml` writes one"
         ) from error

@@ -214,7 +214,7 @@ def _ffsd(base: Recipe) -> Recipe:
 
 def _on_dataset(cifar: Recipe) -> Recipe:
     """OKDDip's settings on CIFAR and ImageNet; shorter schedules for the small sets. Sets that it doesn't
-    report have the settings of a paper that trains single networks on them, with CIFAR's ramp in proportion
+    report have the settings of published code that trains single networks on them, with CIFAR's ramp in proportion
     to the epochs."""
     if cifar.dataset == "imagenet":
         # The paper gives no R for ImageNet; 24 of 90 epochs is the fraction of CIFAR's.
@@ -242,7 +242,7 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             flip=False,
         )
     if cifar.dataset == "svhn":
-        # Wide Residual Networks (Zagoruyko & Komodakis 2016), section 3: no augmentation.
+        # Cutout's code (uoguelph-mlrg/Cutout, train.py, for SVHN), without cutout and the extra images.
         return dataclasses.replace(
             cifar,
             epochs=160,
@@ -253,7 +253,7 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             flip=False,
         )
     if cifar.dataset == "stl10":
-        # Cutout (DeVries & Taylor 2017), section 4.2, without cutout.
+        # SESN's code (ISosnovik/sesn, experiments_stl.sh and utils/loaders.py), without cutout.
         return dataclasses.replace(
             cifar,
             epochs=1000,

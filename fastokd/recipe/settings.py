@@ -97,20 +97,21 @@ def wanted_runs(
                     f"{key} is {_list(others)} by {flag} and {_list(values)} by --set: leave one of "
                     "them out"
                 )
-    every_seed = settings.get("seed") or seeds or [said.get("seed", 0)]
+    every_seed = settings.get("seed") or seeds or [said.get("seed")]  # None: the recipe's own
     swept = {key: values for key, values in settings.items() if key != "seed"}
     wanted = []
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
         words = [f"{key}={_word(value)}" for key, value in chosen.items()]
         for seed in every_seed:
-            resolved = recipe(name, **{**said, **chosen, "seed": seed})
-            settled = {**chosen, "seed": seed}
+            given = {} if seed is None else {"seed": seed}
+            resolved = recipe(name, **{**said, **chosen, **given})
+            settled = {**chosen, "seed": resolved.seed}
             if scale_lr:
                 share = resolved.batch_size / recipe(name).batch_size
                 resolved = replace(resolved, lr=resolved.lr * share)
                 settled["lr"] = resolved.lr
-            folder = "-".join([label(name), *words, f"seed{seed}"])
+            folder = "-".join([label(name), *words, f"seed{resolved.seed}"])
             wanted.append(WantedRun(folder, resolved, settled))
     return wanted
 

@@ -161,6 +161,7 @@ STYLES = {
             "nesterov": True,
             "weight_decay": 5e-4,
             "schedule": "cosine",
+            "schedule_by": "step",
             "auto_augment": "trivialaugment",
             "cutout": 16,
         },
@@ -199,6 +200,8 @@ def styled(base: Recipe, style: str) -> Recipe:
         changes |= chosen.sized
     if any(":" not in model for model in base.models):  # no library states their normalisation
         changes.pop("normalise_by", None)
+    if not base.flip:  # a mirrored digit is none
+        changes.pop("test_flip", None)
     options = {
         name: value
         for name, value in chosen.model_options.items()

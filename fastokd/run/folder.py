@@ -23,7 +23,6 @@ from fastokd.checkpoint import (
     write_durably,
     writing,
 )
-from fastokd.data import Split
 from fastokd.data.held_out import DATA
 from fastokd.distributed.ranks import first, speaks
 from fastokd.errors import (
@@ -226,8 +225,7 @@ class RunFolder:
             for kept in to_keep(self.path, session.teachers):
                 write_durably(kept.path, kept.to_bytes())
             if session.taught_NC is not None:
-                assert isinstance(session.data.train, Split)
-                write_taught(self.path, session.taught_NC, session.teachers, session.data.train)
+                write_taught(self.path, session.taught_NC, session.teachers, session.data)
         return None
 
     def _note_changes(self, session: Session) -> None:

@@ -1,11 +1,13 @@
 """The teacher's logits of the training set, computed once (the recipe's ``cache_teacher``).
 
 A run keeps them in its folder, so that a resumed run has the same bits; the file holds the hash of the
-teachers' weights and of the images that it was computed from.
+teachers' weights, of the images, and of their preprocessing and class names.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def taught(
 
     Args:
         teacher: a classifier of the data's normalised images; it is moved to ``device``.
-        folder: a resumed run's; its file is read if it is of these images and this teacher.
+        folder: a resumed run's; its file is read if it is of this data and this teacher.
 
     Raises:
         UserError: the images aren't held in memory.
@@ -46,7 +48,7 @@ def taught(
             f"the teacher's logits of {data.name} can't be cached, since its images are streamed from "
             "disk: set cache_teacher to no"
         )
-    key = key_of(weights, split)
+    key = key_of(weights, data)
     if folder is not None:
         found = _read(folder / FILE, key)
         if found is not None:
@@ -60,16 +62,22 @@ def taught(
     return torch.cat(logits)
 
 
-def write_taught(folder: Path, logits_NC: Tensor, weights: Sequence[Weights], split: Split) -> None:
+def write_taught(
+    folder: Path, logits_NC: Tensor, weights: Sequence[Weights], data: DatasetSplits
+) -> None:
     """Writes the logits into a run's folder."""
-    content = save({"logits": logits_NC.cpu()}, {"of": key_of(weights, split)})
+    content = save({"logits": logits_NC.cpu()}, {"of": key_of(weights, data)})
     write_durably(folder / FILE, content)
 
 
-def key_of(weights: Sequence[Weights], split: Split) -> str:
-    """The hash of the teachers' weights and of the images."""
+def key_of(weights: Sequence[Weights], data: DatasetSplits) -> str:
+    """The hashes of the teachers' weights, of the images in memory, and of what the images and the logits
+    mean: preprocessing and class names in order."""
+    assert isinstance(data.train, Split)
+    images = fingerprint({"images": data.train.images_NHWC.cpu()})
+    meaning = json.dumps([data.preprocessing.to_facts(), data.class_names])
     teachers = [fingerprint(one.state) for one in weights]
-    return "+".join([*teachers, fingerprint({"images": split.images_NHWC.cpu()})])
+    return "+".join([*teachers, images, hashlib.sha256(meaning.encode()).hexdigest()])
 
 
 def _read(path: Path, key: str) -> Tensor | None:

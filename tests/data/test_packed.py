@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,9 @@ def test_a_split_without_labels_is_not_read(tmp_path: Path) -> None:
     splits = load_dataset("hf", tmp_path / "again")
     assert "the split 'test' has no labels and isn't read" in splits.note
     assert len(splits.test) == 4
+    made["test"] = unknown.remove_columns("label")
+    made.save_to_disk(str(tmp_path / "lacking"))
+    assert load_dataset("hf", tmp_path / "lacking").note == splits.note
 
 
 def hf_of(change: Callable[[list[dict[str, Any]]], object], **features: Any) -> Damage:
@@ -229,6 +232,20 @@ def hf_of(change: Callable[[list[dict[str, Any]]], object], **features: Any) -> 
             some,
             **{"image": IMAGE, "label": LABEL, "note": datasets.Value("int8")} | features,
         )
+
+    return write
+
+
+def unlike(names: Sequence[str] = (), rename: Sequence[str] = ()) -> Damage:
+    """A test split with other classes or another column than train's."""
+
+    def write(root: Path) -> None:
+        made = datasets.load_from_disk(str(write_hf(root.with_name("whole"))))
+        if rename:
+            made["test"] = made["test"].rename_column(*rename)
+        if names:
+            made["test"] = made["test"].cast_column("label", datasets.ClassLabel(names=list(names)))
+        made.save_to_disk(str(root))
 
     return write
 
@@ -279,6 +296,19 @@ def shard(name: str, parts: dict[str, bytes]) -> Damage:
         ("hf", hf_of(lambda rows: rows[3].update(image=None)), "without the bytes of an image"),
         ("hf", hf_of(lambda rows: rows[3].update(label=None)), "without a class in 'label'"),
         ("hf", hf_of(lambda rows: rows[3].update(label=-1)), "/3 has the class -1, but there are"),
+        (
+            "hf",
+            hf_of(lambda rows: rows[3].update(label=10**12), label=datasets.Value("int64")),
+            "id 10",
+        ),
+        ("hf", unlike(rename=("image", "picture")), "'test' of .* has another column of images"),
+        ("hf", unlike(names=["dog", "cat"]), "or other classes than 'train'"),
+        ("wds", shard("a.tar", {"x.png": b"1", "x.cls": b"99999999"}), "but only 1 images"),
+        (
+            "wds",
+            then(write_wds, lambda root: (root / "train-9.tar").symlink_to("x")),
+            "train-9.tar is",
+        ),
         ("wds", lambda root: root.mkdir(), r"has no shards \(\*.tar\)"),
         ("wds", shard("a.tar.gz", {}), "is compressed"),
         ("wds", then(write_wds, shard("more.tar", {})), "more.tar has no split in its name"),

@@ -287,6 +287,32 @@ def test_downloads_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [*(svhn.SITE + file for file in svhn.MD5), stl10.URL, tiny_imagenet.URL]
 
 
+def test_an_interrupted_unpacking_leaves_no_half_of_a_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half there would be taken for the set, and not be fetched again."""
+    tiny = write_tiny_imagenet(tmp_path / "source")
+    root = tmp_path / "root"
+    root.mkdir()
+    with zipfile.ZipFile(root / tiny_imagenet.ARCHIVE, "w") as packed:
+        for path in tiny.rglob("*"):
+            packed.write(path, path.relative_to(tiny.parent))
+    whole = zipfile.ZipFile.extractall
+
+    def interrupted(packed: zipfile.ZipFile, path: Path) -> None:
+        whole(packed, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", interrupted)
+    monkeypatch.setattr(files, "download", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("tiny_imagenet", root, download=True)
+    assert [path.name for path in root.iterdir()] == [tiny_imagenet.ARCHIVE]
+    (root / tiny_imagenet.FOLDER / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="lacks train/ or val/: remove it"):
+        load_dataset("tiny_imagenet", root, download=True)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_another_file_than_the_published_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def test_what_differs_comes_first(tmp_path: Path) -> None:
     assert tomllib.loads(differing) == {"recipe": DIGITS, "lr": 0.3}
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "notepad.toml"
+    path.write_text(f'recipe = "{DIGITS}"\n', "utf-8-sig")
+    assert recipe(str(path)) == recipe(DIGITS)
+
+
 def test_a_file_is_a_base_for_further_changes(tmp_path: Path) -> None:
     path = tmp_path / "half.toml"
     path.write_text(f'recipe = "{DIGITS}"\nepochs = 30\nlr = 0.3\ntemperature = 2\n')
@@ -58,9 +65,10 @@ def test_train_takes_a_file_and_names_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text('recipe = "baseline/resnet8/digits"\nlr = 0.05\n')
+    Path("mine.toml").write_text('recipe = "baseline/resnet8/digits"\nlr = 0.05\nseed = 4\n')
     assert run_command(["train", "mine.toml", "--max-steps", "1", "--engine", "loop"]) == 0
-    assert (tmp_path / "runs/mine-seed0/recipe.json").is_file()
+    recipe_json = (tmp_path / "runs/mine-seed4/recipe.json").read_text()
+    assert json.loads(recipe_json)["seed"] == 4
     run = fastokd.train("mine.toml", seed=1, max_steps=1, engine="loop", quiet=True)
     assert run.folder == Path("runs/mine-seed1")
     assert run.recipe.lr == 0.05
@@ -84,6 +92,8 @@ def test_train_takes_a_file_and_names_the_folder_after_it(
         (f'recipe = "{DIGITS}"\n[lr]\na = 1', "lr must be a number"),
         ('recipe = "okdip-branch/resnet8/digits"', "okddip"),
         ("\0", "isn't TOML"),
+        (f'recipe = "{DIGITS}"\nlr = {"9" * 5000}', "isn't TOML"),
+        pytest.param(f'recipe = "{DIGITS}"\n#{"x" * (1 << 20)}\nlr = 2', "more than", id="large"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, says: str) -> None:

@@ -117,7 +117,7 @@ def trivial_augment(of: Recipe) -> dict[str, Any]:
         "batch": of.batch_size,
         "epoch": of.epochs,
         "lr": of.lr,
-        "lr_schedule": of.schedule,
+        "lr_schedule": f"{of.schedule} by {of.schedule_by}",
         "nesterov": of.nesterov,
         "decay": of.weight_decay,
         "cutout": of.cutout,
@@ -174,6 +174,14 @@ def test_sizes_are_only_for_images_of_any_size() -> None:
     small = recipe("dml/resnet8/cifar10@a3")
     assert (small.image_size, small.train_size, small.resized_crop) == (32, 0, False)
     assert recipe("dml/resnet18/imagefolder@a3").train_size == 160
+
+
+@pytest.mark.parametrize("dataset", ["digits", "svhn", "fashion_mnist"])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_fits_small_sets(style: str, dataset: str) -> None:
+    plain, small = recipe(f"dml/resnet8/{dataset}"), recipe(f"dml/resnet8/{dataset}@{style}")
+    assert small.flip == plain.flip
+    assert small.test_flip == (plain.flip and style.startswith("ffcv"))
 
 
 def test_stochastic_depth_is_for_students_that_have_it() -> None:

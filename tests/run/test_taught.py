@@ -23,6 +23,8 @@ from fastokd.ops.normalize import scale_and_shift
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.build import build
 from fastokd.run.options import RunOptions
+from fastokd.run.taught import key_of
+from fastokd.student.teacher_file import read_teacher
 from fastokd.student.weights import Weights, student_facts
 
 TIMM = "timm:test_resnet.r160_in1k"
@@ -111,6 +113,18 @@ def test_a_damaged_or_foreign_file_of_logits_is_computed_again(
         again = build(of, options).taught_NC
         assert again is not None
         assert torch.equal(again, written)
+
+
+def test_logits_of_other_classes_or_preprocessing_are_not_reused(teachers: list[str]) -> None:
+    data = load_dataset("digits")
+    weights = [read_teacher(teachers[0])]
+    shown = dataclasses.replace(data.preprocessing, mean=(0.5, 0.4, 0.3))
+    others: tuple[dict[str, Any], ...] = (
+        {},
+        {"class_names": data.class_names[::-1]},
+        {"preprocessing": shown},
+    )
+    assert len({key_of(weights, dataclasses.replace(data, **one)) for one in others}) == 3
 
 
 def test_a_step_outside_of_the_loop_has_the_logits_of_its_batch(teachers: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastokd.data.packed.listing import Packed
+from fastokd.data.packed.listing import Packed, numbered
 from fastokd.errors import UserError
 
 # Names of the columns, where a set has several of a kind.
@@ -18,7 +18,7 @@ LABELS = ("label", "labels")
 def list_hf(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
     """The images of each split, by the set's own names, and the names of the classes.
 
-    A set without splits is called train. The Arrow files are mapped, and no image is read: an image is
+    A set without splits is called train; a split without the column of classes has the class -1. The Arrow files are mapped, and no image is read: an image is
     the range of bytes that the file holds it in.
 
     Raises:
@@ -31,15 +31,23 @@ def list_hf(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
         raise UserError(f"{root} has no splits: save the set again with save_to_disk")
     first = next(iter(splits.values()))
     image, label = _columns(root, first)
-    names = tuple(getattr(first.features[label], "names", None) or ())
+    names = _names(first, label)
+    for split, of in splits.items():
+        if image not in of.features or (label in of.features and _names(of, label) != names):
+            raise UserError(
+                f"the split {split!r} of {root} has another column of images or other classes than "
+                f"{next(iter(splits))!r}: save all splits with the same features"
+            )
     found = {
         split: _packed(root, split if isinstance(saved, dict) else "", of, image, label)
         for split, of in splits.items()
     }
-    if not names:  # whole numbers without names
-        last = max(int(packed.labels_N.max(initial=-1)) for packed in found.values())
-        names = tuple(str(label) for label in range(last + 1))
-    return found, names
+    return found, names or numbered(root, found)
+
+
+def _names(of: Any, label: str) -> tuple[str, ...]:
+    """The names of the classes; none of whole numbers."""
+    return tuple(getattr(of.features[label], "names", None) or ())
 
 
 def _load(root: Path) -> Any:
@@ -50,7 +58,7 @@ def _load(root: Path) -> Any:
             f"hf needs Hugging Face's datasets ({error}): install fastokd[hf]"
         ) from None
     try:
-        return datasets.load_from_disk(str(root))
+        return datasets.load_from_disk(str(root), keep_in_memory=False)
     except FileNotFoundError:
         raise UserError(
             f"{root} holds no set saved by Hugging Face's datasets: give the folder that "
@@ -99,13 +107,20 @@ def _packed(root: Path, split: str, of: Any, image: str, label: str) -> Packed:
             table = pa.ipc.open_stream(pa.BufferReader(whole)).read_all()
             chunks = table.column(image).chunks
             places += [_places(root, images, number, whole) for images in chunks]
-            of_shard = table.column(label)
-            if of_shard.null_count:
-                raise UserError(f"{shard} has images without a class in {label!r}: filter them out")
-            labels.append(of_shard.to_numpy().astype(np.int64))
+            labels.append(_labels(shard, table, label))
             where = "/".join(filter(None, (split, shard.name)))
             names += [f"{where}/{row}" for row in range(len(table))]
     return Packed(shards, names, np.concatenate(labels), np.concatenate(places))
+
+
+def _labels(shard: Path, table: Any, label: str) -> np.ndarray:
+    """The class ids of one file's rows, int64; -1 without the column."""
+    if label not in table.column_names:
+        return np.full(len(table), -1)
+    column = table.column(label)
+    if column.null_count:
+        raise UserError(f"{shard} has images without a class in {label!r}: filter them out")
+    return np.asarray(column.to_numpy(), np.int64)
 
 
 def _places(root: Path, images: Any, number: int, whole: Any) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fastokd.data.decode import ImageBytes
+from fastokd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,21 @@ class Packed:
             labels_N=self.labels_N[keep],
             place_N3=self.place_N3[keep],
         )
+
+
+def numbered(root: Path, found: Mapping[str, Packed]) -> tuple[str, ...]:
+    """The names of classes that have none: their ids, from 0 to the largest.
+
+    Raises:
+        UserError: an id isn't below the number of images, so it isn't a class's number.
+    """
+    last = max(int(packed.labels_N.max(initial=-1)) for packed in found.values())
+    count = sum(map(len, found.values()))
+    if last >= count > 0:
+        raise UserError(
+            f"{root} has the class id {last}, but only {count} images: number the classes from 0"
+        )
+    return tuple(str(label) for label in range(last + 1))
 
 
 def read_range(path: Path, first: int, count: int, where: str) -> ImageBytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastokd.data.disk.walk import EXTENSIONS
-from fastokd.data.packed.listing import Packed
+from fastokd.data.packed.listing import Packed, numbered
 from fastokd.errors import UserError
 
 CLASS_NAMES = "classnames.txt"
@@ -43,7 +43,7 @@ def list_wds(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
         UserError: there are no shards, some have no split's name or can't be read, or a sample has no
             image, several, or no class id.
     """
-    shards = sorted(path for path in root.rglob("*.tar") if path.is_file())
+    shards = sorted(path for path in root.rglob("*.tar") if not path.is_dir())
     if not shards:
         packed = next(iter(root.rglob("*.tar.*")), None)
         raise UserError(
@@ -63,8 +63,7 @@ def list_wds(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
     for split in dict.fromkeys(words.values()):
         of_it = tuple(shard for shard in shards if words[shard] == split)
         found[split or "train"] = _packed(root, of_it)
-    last = max(int(packed.labels_N.max(initial=-1)) for packed in found.values())
-    return found, _class_names(root, last)
+    return found, _class_names(root, numbered(root, found))
 
 
 def _split_of(path: Path) -> str:
@@ -122,18 +121,18 @@ def _label(shard: Path, key: str, tar: tarfile.TarFile, member: tarfile.TarInfo)
     return int(text)
 
 
-def _class_names(root: Path, last: int) -> tuple[str, ...]:
+def _class_names(root: Path, ids: tuple[str, ...]) -> tuple[str, ...]:
     path = root / CLASS_NAMES
     if not path.is_file():
-        return tuple(str(label) for label in range(last + 1))
+        return ids
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path} ({error}): write one name a line in UTF-8") from error
     names = tuple(line.strip() for line in lines if line.strip())
-    if len(names) <= last or len({*names}) != len(names):
+    if len(names) < len(ids) or len({*names}) != len(names):
         raise UserError(
-            f"{path} has {len({*names})} different names, and the shards have classes 0 to {last}: give "
+            f"{path} has {len({*names})} different names, and the shards have classes 0 to {ids[-1]}: give "
             "each its own line"
         )
     return names

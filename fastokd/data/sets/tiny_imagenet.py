@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ ARCHIVE = f"{FOLDER}.zip"
 URL = f"http://cs231n.stanford.edu/{ARCHIVE}"
 # As many public loaders have it; torchvision has no loader of this set.
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-AGAIN = "unpack tiny-imagenet-200.zip again, or fetch it (--download)"
+AGAIN = f"remove {FOLDER} and unpack {ARCHIVE} again, or fetch it (--download)"
 
 
 def load_tiny_imagenet(
@@ -65,6 +67,10 @@ def _find(root: Path, download: bool) -> Path:
         if (folder / "train").is_dir() and (folder / "val").is_dir():
             return folder
     archive = root / ARCHIVE
+    if download and (root / FOLDER).exists():
+        raise UserError(
+            f"{root / FOLDER} lacks train/ or val/: remove it, and --download fetches it again"
+        )
     if download:
         files.download("tiny_imagenet", URL, root, MD5)
         _unpack(archive, root)
@@ -78,10 +84,15 @@ def _find(root: Path, download: bool) -> Path:
 
 
 def _unpack(archive: Path, root: Path) -> None:
+    """Unpacks beside the folder and renames it, so that an interrupted program leaves no half of it."""
     # zipfile drops absolute paths and "..", so that no member leaves root.
     try:
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(root)
+        with (
+            zipfile.ZipFile(archive) as packed,
+            tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as apart,
+        ):
+            packed.extractall(apart)
+            os.replace(Path(apart) / FOLDER, root / FOLDER)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(
             f"can't unpack {archive} into {root} ({error}): make room there, or fetch it again"
