@@ -14,7 +14,14 @@ from timm.data import auto_augment as timms
 from fastokd.data import Augment
 from fastokd.data.augment import draw_rows, operate
 from fastokd.data.augment.rows import Uniform, columns, draw_stages
-from fastokd.data.augment.spaces import NUMBER, SIGNED, TIMM_SPACE, negated, timm_values
+from fastokd.data.augment.spaces import (
+    GEOMETRIC,
+    NUMBER,
+    SIGNED,
+    TIMM_SPACE,
+    negated,
+    timm_values,
+)
 from fastokd.seeds import keyed_generator
 from tests.data.test_operations import pictures
 
@@ -70,7 +77,8 @@ def test_operations_are_timms(size: tuple[int, int]) -> None:
         image = Image.fromarray(images_BHWC[b].numpy())
         theirs_HWC = np.asarray(timms.NAME_TO_OP[THEIRS[name]](image, *arguments, **options))
         apart_HWC = np.abs(ours_BHWC[b].numpy().astype(int) - theirs_HWC.astype(int))
-        assert apart_HWC.max() <= 1, (name, value_B[b])
+        moved = b % 20 > 0 or name not in GEOMETRIC
+        assert apart_HWC.max() <= int(moved), (name, value_B[b])
         exact += (apart_HWC == 0).mean() / len(names)
     assert exact > 0.98
 

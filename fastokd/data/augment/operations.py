@@ -159,9 +159,7 @@ def _blend(
         if "color" in names:
             others.append(luma_BHW[..., None] * _is(op_B, "color"))
         if "contrast" in names:
-            mean_B = luma_BHW.mean((1, 2))
-            mean_B = mean_B.round_() if pillow else mean_B
-            others.append(mean_B[:, None, None, None] * _is(op_B, "contrast"))
+            others.append(luma_BHW.mean((1, 2))[:, None, None, None] * _is(op_B, "contrast"))
     if "sharpness" in names:
         # As x + other * (blurred - x): a plain area then keeps its exact level.
         others.append(_blurred(images_BHWC).sub_(x_BHWC).mul_(_is(op_B, "sharpness")))
