@@ -11,15 +11,16 @@ from fastokd.recipe.fields import Bound, at_least, at_most, between
 # Fields of a recipe that :class:`fastokd.data.Augment` has under the same names, beyond crop and flip.
 OPERATIONS = (
     *("crop_scale", "crop_ratio", "vertical_flip"),
-    *("auto_augment", "randaugment_ops", "randaugment_magnitude", "color_jitter"),
-    *("random_erasing", "erasing_scale", "erasing_ratio", "cutout"),
+    *("auto_augment", "randaugment_ops", "randaugment_magnitude", "randaugment_std"),
+    *("color_jitter", "random_erasing", "erasing_scale", "erasing_ratio", "cutout"),
 )
-# Fields that say nothing unless another one, their master, is set: its value and how to set it.
-ONLY_WITH = {
-    "crop_scale": ("resized_crop", True),
-    "crop_ratio": ("resized_crop", True),
-    "randaugment_ops": ("auto_augment", "randaugment"),
-    "randaugment_magnitude": ("auto_augment", "randaugment"),
+# Fields that say nothing unless another one, their master, has one of these values.
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "crop_scale": ("resized_crop", (True,)),
+    "crop_ratio": ("resized_crop", (True,)),
+    "randaugment_ops": ("auto_augment", ("randaugment", "timm_randaugment")),
+    "randaugment_magnitude": ("auto_augment", ("randaugment", "timm_randaugment")),
+    "randaugment_std": ("auto_augment", ("timm_randaugment",)),
 }
 # A recipe on images that are already drawn and cropped: what to replace.
 UNCROPPED: dict[str, Any] = {
@@ -63,14 +64,27 @@ class AugmentationSettings:
     ] = (3 / 4, 4 / 3)
     vertical_flip: Annotated[bool, "Turn half of the training images upside down."] = False
     auto_augment: Annotated[
-        Literal["none", "randaugment", "trivialaugment", "cifar10", "imagenet", "svhn"],
-        "Automatic augmentation: RandAugment, TrivialAugment (wide), or AutoAugment's policy for the "
-        "data set of that name.",
+        Literal[
+            "none",
+            "randaugment",
+            "timm_randaugment",
+            "trivialaugment",
+            "cifar10",
+            "imagenet",
+            "svhn",
+        ],
+        "Automatic augmentation: RandAugment, timm's RandAugment, TrivialAugment (wide), or "
+        "AutoAugment's policy for the data set of that name.",
     ] = "none"
     randaugment_ops: Annotated[
         int, "Operations of RandAugment on an image.", at_least(1), at_most(16)
     ] = 2
-    randaugment_magnitude: Annotated[int, "Their strength.", between(0, 30)] = 9
+    randaugment_magnitude: Annotated[
+        int, "Their strength, up to 30, or 10 for timm's.", between(0, 30)
+    ] = 9
+    randaugment_std: Annotated[
+        float, "Standard deviation of the strength of timm's.", between(0, 10)
+    ] = 0.5
     color_jitter: Annotated[
         tuple[float, ...],
         "Brightness, contrast and saturation, whose factors are at most so far from 1, and hue, which "
@@ -106,12 +120,17 @@ def check_augmentation(recipe: Any, defaults: dict[str, Any]) -> None:
         defaults: the default of each field.
     """
     for name, (master, needed) in ONLY_WITH.items():
-        if getattr(recipe, name) != defaults[name] and getattr(recipe, master) != needed:
-            said = str(needed).lower()
+        if getattr(recipe, name) != defaults[name] and getattr(recipe, master) not in needed:
+            said = " or ".join(str(value).lower() for value in needed)
             raise UserError(
                 f"{name} is {getattr(recipe, name)}, but {master} is "
                 f"{str(getattr(recipe, master)).lower()}: set {master} to {said} or leave {name} out"
             )
+    if recipe.auto_augment == "timm_randaugment" and recipe.randaugment_magnitude > 10:
+        raise UserError(
+            f"randaugment_magnitude is {recipe.randaugment_magnitude}: timm_randaugment takes at most 10, "
+            "which is randaugment's 30"
+        )
     for name in ("erasing_scale", "erasing_ratio"):
         if getattr(recipe, name) != defaults[name] and recipe.random_erasing == 0:
             raise UserError(

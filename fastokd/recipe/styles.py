@@ -43,7 +43,7 @@ class Style:
     model_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# timm's names of RSB's RandAugment, `rand-m7-mstd0.5-inc1`, count strengths to 10, torchvision's to 30.
+# Its RandAugment is timm's `rand-m7-mstd0.5-inc1` (A1, A2) and `rand-m6-mstd0.5-inc1` (A3).
 _RSB: dict[str, Any] = {
     "batch_size": 2048,
     "optimizer": "lamb",
@@ -55,8 +55,9 @@ _RSB: dict[str, Any] = {
     "decay_norms": False,
     "criterion": "bce",
     "target_threshold": 0.2,
-    "auto_augment": "randaugment",
+    "auto_augment": "timm_randaugment",
     "randaugment_ops": 2,
+    "randaugment_std": 0.5,
     "mixup": 0.1,
     "cutmix": 1.0,
 }
@@ -93,7 +94,7 @@ STYLES = {
             "lr": 5e-3,
             "weight_decay": 0.01,
             "label_smoothing": 0.1,
-            "randaugment_magnitude": 21,
+            "randaugment_magnitude": 7,
             "mixup": 0.2,
             "repeats": 3,
         },
@@ -103,14 +104,14 @@ STYLES = {
     "a2": Style(
         f"{RSB}, A2",
         300,
-        {**_RSB, "lr": 5e-3, "weight_decay": 0.02, "randaugment_magnitude": 21, "repeats": 3},
+        {**_RSB, "lr": 5e-3, "weight_decay": 0.02, "randaugment_magnitude": 7, "repeats": 3},
         {**_CROPS, "image_size": 224, "eval_resize": 235},
         _DEEP,
     ),
     "a3": Style(
         f"{RSB}, A3",
         100,
-        {**_RSB, "lr": 8e-3, "weight_decay": 0.02, "randaugment_magnitude": 18},
+        {**_RSB, "lr": 8e-3, "weight_decay": 0.02, "randaugment_magnitude": 6},
         {**_CROPS, "image_size": 224, "eval_resize": 235, "train_size": 160},
     ),
     "v2": Style(

@@ -85,7 +85,7 @@ def _views(recipe: Recipe, ranks: Ranks) -> tuple[int, ...] | None:
 
 
 def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
-    """The recipe's augmentation of images with this ``mean``, which fills what is erased."""
+    """The recipe's augmentation of images with this ``mean``, which fills what is empty."""
     crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
     operations = {name: getattr(recipe, name) for name in OPERATIONS}
     return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))

@@ -296,7 +296,7 @@ def test_cutouts_centre_is_uniform_and_its_square_is_cut_at_the_border(side: int
     assert len(np.unique(ours[:, :2], axis=0)) == (16 - (side // 2)) * (20 - (side // 2))
 
 
-@pytest.mark.parametrize("kind", KINDS[:6])
+@pytest.mark.parametrize("kind", [*KINDS[:6], {"auto_augment": "timm_randaugment"}])
 def test_nothing_is_read_back_on_a_gpu(kind: dict[str, Any]) -> None:
     augment = Augment(**kind, random_erasing=0.5, cutout=4)
     length = draw_rows(augment, 1, (32, 32), keyed_generator(0)).shape[1]

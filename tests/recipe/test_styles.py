@@ -26,7 +26,7 @@ def test_every_style_has_its_source() -> None:
 def rsb(of: Recipe) -> dict[str, Any]:
     """A recipe in the words of ResNet strikes back."""
     assert of.randaugment_ops == 2
-    assert of.auto_augment == "randaugment"
+    assert of.auto_augment == "timm_randaugment"
     assert of.warmup == "over"
     assert not of.decay_norms
     return {
@@ -44,7 +44,7 @@ def rsb(of: Recipe) -> dict[str, Any]:
         "label_smoothing": of.label_smoothing,
         "stochastic_depth": of.model_options.get("drop_path_rate", 0.0),
         "repeated_augmentation": of.repeats,
-        "rand_augment": f"{of.randaugment_magnitude / 3:g} of 10",
+        "rand_augment": f"{of.randaugment_magnitude} / {of.randaugment_std}",
         "mixup": of.mixup,
         "cutmix": of.cutmix,
         "test_crop_ratio": round(of.image_size / of.eval_resize, 2),

@@ -6,19 +6,21 @@ another image (black, the mean grey, the grey image, the blurred image), one loo
 channel, and one shift of the hue. The host reads no value, so a CUDA graph can contain this.
 
 The results are torchvision's (``torchvision.transforms.v2.functional``, nearest interpolation, black fill) to a
-grey level. Where a source pixel lies halfway between two pixels, either may be taken.
+grey level. Where a source pixel lies halfway between two pixels, either may be taken. Those of timm's RandAugment
+are Pillow's, bilinear and filled with the mean colour, to a grey level.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastokd.data.augment.rows import BOX, STAGE
 from fastokd.data.augment.settings import Augment
 from fastokd.data.augment.spaces import BLENDS, GEOMETRIC, LOOKUPS, NUMBER
 
-# Of the luma in torchvision's grey images.
+# Of the luma in torchvision's grey images; Pillow's are rounded, torchvision's cut.
 LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -39,7 +41,7 @@ def operate(
     for names in augment.stages:
         columns_BL = rows_BL[:, at : at + STAGE]
         stage = _stage if together else _apart
-        images_BHWC = stage(images_BHWC, columns_BL, names)
+        images_BHWC = stage(images_BHWC, columns_BL, names, augment)
         at += STAGE
     while at < rows_BL.shape[1]:
         fill = _fill_boxes if together else _fill_each_box
@@ -48,15 +50,21 @@ def operate(
     return images_BHWC
 
 
-def _stage(images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str]) -> Tensor:
+def _stage(
+    images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str], augment: Augment
+) -> Tensor:
     """One operation of ``names`` for each image."""
     op_B, value_B, own_B, other_B = columns_BL[:, :4].unbind(1)
     if not names.isdisjoint(GEOMETRIC):
-        images_BHWC = _resample(images_BHWC, columns_BL[:, 4:])
+        matrix_B6 = columns_BL[:, 4:]
+        if augment.timm:
+            images_BHWC = _interpolate(images_BHWC, op_B, matrix_B6, augment.fill)
+        else:
+            images_BHWC = _resample(images_BHWC, matrix_B6)
     if "vertical_flip" in names:
         images_BHWC = _turn_over(images_BHWC, op_B)
     if not names.isdisjoint(BLENDS):
-        images_BHWC = _blend(images_BHWC, op_B, own_B, other_B, names)
+        images_BHWC = _blend(images_BHWC, op_B, own_B, other_B, names, pillow=augment.timm)
     if not names.isdisjoint(LOOKUPS):
         images_BHWC = _look_up(images_BHWC, op_B, value_B, names)
     if "hue" in names:
@@ -64,14 +72,16 @@ def _stage(images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str]) -> Te
     return images_BHWC
 
 
-def _apart(images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str]) -> Tensor:
+def _apart(
+    images_BHWC: Tensor, columns_BL: Tensor, names: frozenset[str], augment: Augment
+) -> Tensor:
     """The same, one operation after another on the images that it is drawn for."""
     done_BHWC = images_BHWC.clone()
     for name in sorted(names - {"identity"}):
         own_R = (columns_BL[:, 0] == NUMBER[name]).nonzero()[:, 0]
         if len(own_R) > 0:
             own_RHWC = images_BHWC.index_select(0, own_R)
-            changed_RHWC = _stage(own_RHWC, columns_BL[own_R], frozenset([name]))
+            changed_RHWC = _stage(own_RHWC, columns_BL[own_R], frozenset([name]), augment)
             done_BHWC.index_copy_(0, own_R, changed_RHWC)
     return done_BHWC
 
@@ -80,11 +90,8 @@ def _resample(images_BHWC: Tensor, matrix_B6: Tensor) -> Tensor:
     """Each pixel from the nearest one to where the matrix sends it, from the centre; black outside."""
     B, H, W, _ = images_BHWC.shape
     device = images_BHWC.device
-    x_1W = torch.arange(W, device=device, dtype=torch.float32).sub_((W - 1) / 2)[None]
-    y_H1 = torch.arange(H, device=device, dtype=torch.float32).sub_((H - 1) / 2)[:, None]
-    xx, xy, x0, yx, yy, y0 = matrix_B6[:, :, None, None].unbind(1)
-    column_BHW = (xx * x_1W + xy * y_H1 + x0).add_((W - 1) / 2).round_()
-    row_BHW = (yx * x_1W + yy * y_H1 + y0).add_((H - 1) / 2).round_()
+    column_BHW, row_BHW = _sources(matrix_B6, H, W)
+    column_BHW, row_BHW = column_BHW.add_((W - 1) / 2).round_(), row_BHW.add_((H - 1) / 2).round_()
     inside_BHW = (column_BHW >= 0) & (column_BHW < W) & (row_BHW >= 0) & (row_BHW < H)
     row_BHW, column_BHW = row_BHW.clamp_(0, H - 1).int(), column_BHW.clamp_(0, W - 1).int()
     first_B11 = torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (H * W)
@@ -93,6 +100,33 @@ def _resample(images_BHWC: Tensor, matrix_B6: Tensor) -> Tensor:
     black_13 = images_BHWC.new_zeros(1, 3)
     pixels_P3 = torch.cat((images_BHWC.reshape(-1, 3), black_13))
     return pixels_P3.index_select(0, pixel_BHW.view(-1)).view(B, H, W, 3)
+
+
+def _interpolate(
+    images_BHWC: Tensor, op_B: Tensor, matrix_B6: Tensor, fill: tuple[int, ...]
+) -> Tensor:
+    """The same, bilinear and with the levels ``fill`` outside."""
+    H, W = images_BHWC.shape[1:3]
+    column_BHW, row_BHW = _sources(matrix_B6, H, W)
+    x_BHW, y_BHW = column_BHW.mul_(2 / W), row_BHW.mul_(2 / H)  # -1 to 1 from edge to edge
+    inside_BHW = (x_BHW >= -1) & (x_BHW < 1) & (y_BHW >= -1) & (y_BHW < 1)
+    grid_BHW2 = torch.stack((x_BHW, y_BHW), 3)
+    source_B3HW = images_BHWC.movedim(3, 1).float()
+    level_B3HW = F.grid_sample(source_B3HW, grid_BHW2, padding_mode="border", align_corners=False)
+    # Pillow cuts the fraction; 1/64 is more than a place's rounding error may take from a whole level.
+    planes = level_B3HW.add_(1 / 64).to(torch.uint8).unbind(1)
+    filled = [torch.where(inside_BHW, *pair) for pair in zip(planes, fill, strict=True)]
+    moved_B = (op_B >= NUMBER[GEOMETRIC[0]]) & (op_B <= NUMBER[GEOMETRIC[-1]])
+    return torch.where(moved_B[:, None, None, None], torch.stack(filled, 3), images_BHWC)
+
+
+def _sources(matrix_B6: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+    """Each pixel's column and row in the source, from the centre: float32 ``[B, H, W]`` each."""
+    device = matrix_B6.device
+    x_1W = torch.arange(W, device=device, dtype=torch.float32).sub_((W - 1) / 2)[None]
+    y_H1 = torch.arange(H, device=device, dtype=torch.float32).sub_((H - 1) / 2)[:, None]
+    xx, xy, x0, yx, yy, y0 = matrix_B6[:, :, None, None].unbind(1)
+    return xx * x_1W + xy * y_H1 + x0, yx * x_1W + yy * y_H1 + y0
 
 
 def _turn_over(images_BHWC: Tensor, op_B: Tensor) -> Tensor:
@@ -106,7 +140,13 @@ def _turn_over(images_BHWC: Tensor, op_B: Tensor) -> Tensor:
 
 
 def _blend(
-    images_BHWC: Tensor, op_B: Tensor, own_B: Tensor, other_B: Tensor, names: frozenset[str]
+    images_BHWC: Tensor,
+    op_B: Tensor,
+    own_B: Tensor,
+    other_B: Tensor,
+    names: frozenset[str],
+    *,
+    pillow: bool,
 ) -> Tensor:
     """``own`` times the image plus ``other`` times another image; the factors 1 and 0 change nothing."""
     x_BHWC = images_BHWC.float()
@@ -114,7 +154,8 @@ def _blend(
     others = []
     if not names.isdisjoint(("color", "contrast")):
         r, g, b = _planes(images_BHWC)
-        luma_BHW = (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).floor_()
+        luma_BHW = (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
+        luma_BHW = luma_BHW.round_() if pillow else luma_BHW.floor_()
         if "color" in names:
             others.append(luma_BHW[..., None] * _is(op_B, "color"))
         if "contrast" in names:
@@ -159,6 +200,9 @@ def _look_up(images_BHWC: Tensor, op_B: Tensor, value_B: Tensor, names: frozense
     if "solarize" in names:
         solarized = torch.where(level_1L1 >= value, 255 - level_1L1, level_1L1)
         table_BLC = torch.where(op == NUMBER["solarize"], solarized, table_BLC)
+    if "solarize_add" in names:
+        added = torch.where(level_1L1 < 128, (level_1L1 + value).int().clamp_(max=255), level_1L1)
+        table_BLC = torch.where(op == NUMBER["solarize_add"], added, table_BLC)
     if "invert" in names:
         table_BLC = torch.where(op == NUMBER["invert"], 255 - level_1L1, table_BLC)
     if not names.isdisjoint(("autocontrast", "equalize")):

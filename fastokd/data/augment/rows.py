@@ -23,9 +23,12 @@ from fastokd.data.augment.spaces import (
     POLICY_BINS,
     SIGNED,
     SPACE,
+    TIMM_MOST,
+    TIMM_SPACE,
     USUAL,
     WIDE,
     negated,
+    timm_values,
     values,
 )
 from fastokd.data.order import BatchOrder
@@ -46,6 +49,9 @@ class Uniform:
 
     def __call__(self, *shape: int) -> np.ndarray:
         return torch.rand(*shape, generator=self.generator, dtype=torch.float64).numpy()
+
+    def normal(self, count: int) -> np.ndarray:
+        return torch.randn(count, generator=self.generator, dtype=torch.float64).numpy()
 
     def whole(self, below: int, *shape: int) -> np.ndarray:
         return torch.randint(below, shape, generator=self.generator).numpy()
@@ -82,7 +88,7 @@ def draw_rows(
     """
     draw = Uniform(generator)
     stages = draw_stages(augment, count, size, draw)
-    parts = [columns(op_B, value_B, size) for op_B, value_B in stages]
+    parts = [columns(op_B, value_B, size, whole=not augment.timm) for op_B, value_B in stages]
     boxes = []
     if augment.random_erasing > 0:
         boxes.append(_erased(augment, count, size, draw))
@@ -103,6 +109,8 @@ def draw_stages(augment: Augment, count: int, size: tuple[int, int], draw: Unifo
             op_B = draw.whole(len(SPACE), count)
             at_B = np.full(count, augment.randaugment_magnitude)
             stages.append(_of_space(op_B, at_B, draw(count), size, wide=False))
+    elif augment.timm:
+        stages += [_of_timm(augment, count, size, draw) for _ in range(augment.randaugment_ops)]
     elif augment.auto_augment == "trivialaugment":
         op_B, at_B = draw.whole(len(SPACE), count), draw.whole(BINS, count)
         stages.append(_of_space(op_B, at_B, draw(count), size, wide=True))
@@ -123,6 +131,19 @@ def _of_space(
         value = values(name, WIDE if wide else USUAL, BINS, size)[at_B[which]]
         value_B[which] = _signed(name, value, sign_B[which])
     return np.array([NUMBER[name] for name in SPACE])[op_B], value_B
+
+
+def _of_timm(augment: Augment, count: int, size: tuple[int, int], draw: Uniform) -> Drawn:
+    """One of timm's operations, or with probability 1/2 none, at a strength that is drawn, too."""
+    chosen_B, (used_B, sign_B) = draw.whole(len(TIMM_SPACE), count), draw(2, count)
+    strength_B = augment.randaugment_magnitude + augment.randaugment_std * draw.normal(count)
+    strength_B = strength_B.clip(0, TIMM_MOST)
+    op_B, value_B = np.zeros(count, dtype=np.int64), np.zeros(count)
+    for number, name in enumerate(TIMM_SPACE):
+        which = (chosen_B == number) & (used_B < 0.5)
+        op_B[which] = NUMBER[name]
+        value_B[which] = _signed(name, timm_values(name, strength_B[which], size), sign_B[which])
+    return op_B, value_B
 
 
 def _of_policy(policy: str, count: int, size: tuple[int, int], draw: Uniform) -> list[Drawn]:
@@ -159,8 +180,10 @@ def _jitter(jitters: dict[str, float], count: int, draw: Uniform) -> list[Drawn]
     return [(numbers_K[k_B], value_KB[k_B, np.arange(count)]) for k_B in order_BK.T]
 
 
-def columns(op_B: np.ndarray, value_B: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The columns of one stage, float64 ``[B, 10]``."""
+def columns(
+    op_B: np.ndarray, value_B: np.ndarray, size: tuple[int, int], *, whole: bool = True
+) -> np.ndarray:
+    """The columns of one stage, float64 ``[B, 10]``. ``whole``: translations are by whole pixels."""
     H, W = size
     columns_BL = np.zeros((len(op_B), STAGE))
     columns_BL[:, 0], columns_BL[:, 1] = op_B, value_B
@@ -178,10 +201,9 @@ def columns(op_B: np.ndarray, value_B: np.ndarray, size: tuple[int, int]) -> np.
     columns_BL[which, 5], columns_BL[which, 6] = value_B[which], value_B[which] * (H / 2)
     which = op_B == NUMBER["shear_y"]
     columns_BL[which, 7], columns_BL[which, 9] = value_B[which], value_B[which] * (W / 2)
-    which = op_B == NUMBER["translate_x"]
-    columns_BL[which, 6] = -np.trunc(value_B[which])
-    which = op_B == NUMBER["translate_y"]
-    columns_BL[which, 9] = -np.trunc(value_B[which])
+    for name, column in (("translate_x", 6), ("translate_y", 9)):
+        which = op_B == NUMBER[name]
+        columns_BL[which, column] = -(np.trunc(value_B[which]) if whole else value_B[which])
     which = op_B == NUMBER["rotate"]
     angle = np.deg2rad(value_B[which])
     columns_BL[which, 4], columns_BL[which, 5] = np.cos(angle), -np.sin(angle)

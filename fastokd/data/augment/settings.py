@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastokd.data.augment.spaces import JITTERS, POLICIES, SPACE
+from fastokd.data.augment.spaces import JITTERS, POLICIES, SPACE, TIMM_SPACE
 from fastokd.errors import UserError
 
 
@@ -27,17 +27,18 @@ class Augment:
         crop_scale: the smallest and largest area of a resized crop, as fractions of the image's.
         crop_ratio: the smallest and largest width / height of a resized crop.
         vertical_flip: turns half of the images upside down.
-        auto_augment: ``"none"``, ``"randaugment"``, ``"trivialaugment"``, or AutoAugment's policy for
-            ``"cifar10"``, ``"imagenet"`` or ``"svhn"``.
-        randaugment_ops: operations of RandAugment on an image.
-        randaugment_magnitude: their strength, 0 to 30.
+        auto_augment: ``"none"``, ``"randaugment"``, ``"timm_randaugment"``, ``"trivialaugment"``, or
+            AutoAugment's policy for ``"cifar10"``, ``"imagenet"`` or ``"svhn"``.
+        randaugment_ops: operations of RandAugment on an image; timm's leaves out each with probability 1/2.
+        randaugment_magnitude: their strength, 0 to 30; of timm's, 0 to 10.
+        randaugment_std: the standard deviation of the strength of timm's.
         color_jitter: brightness, contrast and saturation, whose factors are at most so far from 1, and
             hue, which moves by at most so many turns.
         random_erasing: the probability of a box of one colour.
         erasing_scale: the smallest and largest area of the box, as fractions of the image's.
         erasing_ratio: the smallest and largest height / width of the box.
         cutout: the side in pixels of a square of one colour around a random pixel; 0 for none.
-        fill: the colour of both, 0 to 255: the data set's mean.
+        fill: the colour of both, 0 to 255: the data set's mean. timm's RandAugment fills with it, too.
     """
 
     crop_padding: int = 4
@@ -50,6 +51,7 @@ class Augment:
     auto_augment: str = "none"
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
+    randaugment_std: float = 0.5
     color_jitter: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     random_erasing: float = 0.0
     erasing_scale: tuple[float, ...] = (0.02, 0.33)
@@ -70,6 +72,11 @@ class Augment:
         return flip_B if self.flip else torch.zeros_like(flip_B)
 
     @property
+    def timm(self) -> bool:
+        """Whether operations are timm's: bilinear, filled with the mean colour, and Pillow's grey."""
+        return self.auto_augment == "timm_randaugment"
+
+    @property
     def jitters(self) -> dict[str, float]:
         """The operations of the colour jitter, by name."""
         named = zip(JITTERS, self.color_jitter, strict=True)
@@ -84,10 +91,10 @@ class Augment:
                 frozenset(part.name for part in parts)
                 for parts in zip(*POLICIES[self.auto_augment], strict=True)
             ]
+        elif self.auto_augment == "trivialaugment":
+            stages.append(frozenset(SPACE))
         elif self.auto_augment != "none":
-            stages += [frozenset(SPACE)] * (
-                self.randaugment_ops if self.auto_augment == "randaugment" else 1
-            )
+            stages += [frozenset(TIMM_SPACE if self.timm else SPACE)] * self.randaugment_ops
         return (*stages, *[frozenset(self.jitters)] * len(self.jitters))
 
     @property

@@ -2,7 +2,7 @@
 
 A **value** is what an operation is given: pixels of a translation, degrees of a rotation (counter-clockwise),
 the tangent of a shear, the factor of brightness, colour, contrast and sharpness, the bits that are kept by
-posterize, the threshold of solarize in grey levels, the shift of the hue in turns.
+posterize, the threshold of solarize and the sum of solarize_add in grey levels, the shift of the hue in turns.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDS = ("brightness", "color", "contrast", "sharpness")
-LOOKUPS = ("posterize", "solarize", "autocontrast", "equalize", "invert")
+LOOKUPS = ("posterize", "solarize", "autocontrast", "equalize", "invert", "solarize_add")
 # An operation's number in a row of draws.
 NUMBER = {
     name: i
-    for i, name in enumerate(("identity", *GEOMETRIC, "vertical_flip", *BLENDS, *LOOKUPS, "hue"))
+    for i, name in enumerate(
+        ("identity", *GEOMETRIC, "vertical_flip", *BLENDS, *LOOKUPS[:-1], "hue", LOOKUPS[-1])
+    )
 }
 
 # RandAugment's and TrivialAugment's, in the order of torchvision.
@@ -26,6 +28,12 @@ SPACE = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
     *("brightness", "color", "contrast", "sharpness"),
     *("posterize", "solarize", "autocontrast", "equalize"),
+)
+# Those of timm's RandAugment whose effect grows with the strength (``inc1``), in its order.
+TIMM_SPACE = (
+    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add"),
+    *("color", "contrast", "brightness", "sharpness"),
+    *("shear_x", "shear_y", "translate_x", "translate_y"),
 )
 # Colour jitter's, in the order of torchvision's arguments.
 JITTERS = ("brightness", "contrast", "color", "hue")
@@ -50,6 +58,8 @@ WIDE = Reach(0.99, 32.0, 135.0, 0.99, 6)
 WIDTHS = 150.0 / 331.0
 # Strengths of RandAugment and TrivialAugment (0 to 30), and of AutoAugment (0 to 9).
 BINS, POLICY_BINS = 31, 10
+# The largest strength of timm's RandAugment, whose strengths are real numbers.
+TIMM_MOST = 10
 
 
 def values(name: str, reach: Reach, bins: int, size: tuple[int, int]) -> np.ndarray:
@@ -75,6 +85,29 @@ def values(name: str, reach: Reach, bins: int, size: tuple[int, int]) -> np.ndar
     if name == "solarize":
         return 255 * steps(0.0, first=1.0)
     return np.zeros(bins)
+
+
+def timm_values(name: str, strength_B: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A value of :data:`TIMM_SPACE` at each strength from 0 to 10, not negated, float64 ``[B]``.
+
+    ``size``: the images' height and width. For ``solarize_add``, the levels that the dark half gains.
+    """
+    share_B = strength_B / TIMM_MOST
+    if name.startswith("shear"):
+        return share_B * 0.3
+    if name.startswith("translate"):
+        return share_B * 0.45 * size[name == "translate_x"]
+    if name == "rotate":
+        return share_B * 30
+    if name in BLENDS:
+        return 1 + share_B * 0.9
+    if name == "posterize":
+        return 4 - np.trunc(share_B * 4)
+    if name == "solarize":
+        return 256 - np.trunc(share_B * 256)
+    if name == "solarize_add":
+        return np.trunc(share_B * 110)
+    return np.zeros(len(share_B))
 
 
 def negated(name: str, value: np.ndarray) -> np.ndarray:
