@@ -251,9 +251,12 @@ class Evaluator:
         cohort, states = self._averaged.cohort, list(average.states.values())
         _copy_into(cohort, states)
         if not average.how.statistics:
-            learner = self.session.learner
-            cohort.freeze(recipe.frozen_at(self.session.epoch))
-            recompute(cohort, self._training_images(between), learner.autocast, learner.ranks)
+            learner, session = self.session.learner, self.session
+            epoch = max(session.epoch - (session.batch == 0), 0)  # that of the last step
+            cohort.freeze(recipe.frozen_at(epoch))
+            recompute(
+                cohort, self._training_images(epoch, between), learner.autocast, learner.ranks
+            )
             for index, state in enumerate(states):
                 live = cohort.student_state(index)
                 torch._foreach_copy_(list(state.values()), [live[key] for key in state])
@@ -263,10 +266,9 @@ class Evaluator:
             for name, found in self._score(self._averaged, between).items()
         }
 
-    def _training_images(self, between: Callable[[], None]) -> Iterator[Tensor]:
-        """The first batches of training images, always the same: those of epoch 0, and of several views
-        the first."""
-        for images, _ in islice(self.session.stream.batches(0), BATCHES):
+    def _training_images(self, epoch: int, between: Callable[[], None]) -> Iterator[Tensor]:
+        """The first batches of training images of ``epoch``, of its size; of several views the first."""
+        for images, _ in islice(self.session.stream.batches(epoch), BATCHES):
             yield images if images.dim() == 4 else images[0]
             between()
 

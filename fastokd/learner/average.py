@@ -59,7 +59,7 @@ class Average:
     positive.
 
     Before ``how.start`` the average is a copy of the weights. Running statistics are averaged as
-    weights are, unless they are recomputed; counts are copied.
+    weights are; those that are recomputed at an evaluation are copied until then, as counts are.
 
     Attributes:
         states: the average of each student under its plain keys, the trunk's included, whatever the
@@ -78,8 +78,8 @@ class Average:
             index: {key: value.clone() for key, value in cohort.student_state(index).items()}
             for index in students
         }
-        # Entries that an update doesn't write.
-        self._apart = {
+        # Entries that an update copies.
+        self._copied = {
             index: set() if how.statistics else statistics_of(cohort, index) for index in students
         }
         device = next(iter(self.states[students[0]].values())).device
@@ -106,9 +106,7 @@ class Average:
         averages: list[Tensor] = []
         for index, state in self.states.items():
             for key, value in self.cohort.student_state(index).items():
-                if key in self._apart[index]:
-                    continue
-                if value.is_floating_point():
+                if value.is_floating_point() and key not in self._copied[index]:
                     floats.append(value)
                     averages.append(state[key])
                 else:

@@ -109,6 +109,10 @@ class Learner:
                     if isinstance(value, Tensor):
                         # A fused optimizer walks through both as they lie in memory.
                         state[key] = as_state(value, parameter)
+        if self.average is not None:  # so does a multi-tensor operation, else it is one a tensor
+            for index, averaged in self.average.states.items():
+                live = self.cohort.student_state(index)
+                averaged.update({k: as_state(value, live[k]) for k, value in averaged.items()})
         self.choice, self._adopted = choice, True
         self._before = None
         self.forward: Forward = self.eager

@@ -92,8 +92,9 @@ class LabelLoss(nn.Module):
     def binary(self, logits_SBC: Tensor, labels_B: Tensor, mixed_with: Mixed) -> Tensor:
         """The binary cross-entropy of each student, ``[S]``: the mean over samples and classes."""
         z_SBC = logits_SBC if logits_SBC.dtype == torch.float64 else logits_SBC.float()
-        mixed_with, sample_weight_B = self._weighed(labels_B, mixed_with)
-        y_BC = self._targets(labels_B, mixed_with, z_SBC)
+        weighed, sample_weight_B = self._weighed(labels_B, mixed_with)
+        # A threshold compares the shares of the labels, not those of their weights.
+        y_BC = self._targets(labels_B, mixed_with if self.threshold else weighed, z_SBC)
         with torch.autocast(z_SBC.device.type, enabled=False):
             bce_SBC = F.binary_cross_entropy_with_logits(
                 z_SBC, y_BC.expand_as(z_SBC), reduction="none"

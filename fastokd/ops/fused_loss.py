@@ -63,8 +63,9 @@ def fused_loss(
     """The loss by the operator ``op`` or by ``reference``, differentiable once in its leaves.
 
     ``inputs`` and ``options`` are fields of ``Loss``; ``weights`` are of CE, KD and mixture CE, and
-    the temperature; ``mixed_with`` is ``(labels2_B, share2_B)``. All that the checks and the choice read (shapes, dtypes, strides, requires_grad,
-    options; no values of tensors) is the call's signature: one that has passed is not checked again.
+    the temperature; ``mixed_with`` is ``(labels2_B, share2_B)``. All that the checks and the choice read
+    (shapes, dtypes, strides, requires_grad, options; no values of tensors) is the call's signature: one
+    that has passed is not checked again.
     """
     tensors: list[Any] = []
     numbers: list[float] = []

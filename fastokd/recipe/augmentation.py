@@ -137,9 +137,10 @@ def check_augmentation(recipe: Any, defaults: dict[str, Any]) -> None:
                 f"{name} is {getattr(recipe, name)}, but random_erasing is 0: set it to a probability "
                 f"such as 0.25 or leave {name} out"
             )
-    if recipe.cutout > recipe.image_size:
+    smallest = recipe.first_size or recipe.train_size or recipe.image_size
+    if recipe.cutout > smallest:
         raise UserError(
-            f"cutout is {recipe.cutout}: it must be at most image_size, {recipe.image_size}"
+            f"cutout is {recipe.cutout}: it must be at most the training images' size, {smallest}"
         )
     if recipe.test_flip and not recipe.flip:
         raise UserError(

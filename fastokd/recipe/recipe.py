@@ -24,7 +24,7 @@ from fastokd.recipe.label_loss import LabelLossSettings, check_label_loss
 from fastokd.recipe.mixing import MixingSettings, check_mixing
 from fastokd.recipe.optimization import OptimizerSettings, check_optimizer
 from fastokd.recipe.paper_settings import PaperSettings
-from fastokd.recipe.resolution import SizeSettings, check_sizes
+from fastokd.recipe.resolution import SizeSettings, check_sizes, scaled_size_epochs
 from fastokd.recipe.schedule import ScheduleSettings, check_schedule, rate
 from fastokd.recipe.teaching import TeachingSettings, check_teaching
 from fastokd.recipe.views import ViewSettings, check_views
@@ -229,7 +229,7 @@ class Recipe(
             average_start=min(round(self.average_start * scale), epochs - 1),
             frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
             mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
-            size_epochs=tuple(round(epoch * scale) for epoch in self.size_epochs),
+            size_epochs=scaled_size_epochs(self, epochs),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -54,6 +54,16 @@ def training_size(recipe: Any, epoch: int) -> int:
     return round(size / STEP) * STEP
 
 
+def scaled_size_epochs(recipe: Any, epochs: int) -> tuple[int, ...]:
+    """``size_epochs`` of a run of ``epochs``, whose last epoch has the full size if the recipe's has."""
+    given = recipe.size_epochs
+    begin_end = [round(epoch * epochs / recipe.epochs) for epoch in given]
+    if given and given[1] < recipe.epochs:
+        begin, end = begin_end
+        return max(0, min(begin, epochs - 2)), min(end, epochs - 1)
+    return tuple(begin_end)
+
+
 def check_sizes(recipe: Any) -> None:
     """Raises UserError for sizes that contradict each other or the form of the data set."""
     if (recipe.train_size or recipe.first_size) and not recipe.resized_crop:

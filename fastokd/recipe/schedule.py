@@ -20,6 +20,9 @@ Warm-ups, while ``n < W``:
 - ``over`` (timm): from ``warmup_lr`` to ``lr`` in a line, in place of the schedule's first W updates.
 - ``before`` (timm's ``warmup_prefix``, torchvision's references, FFCV's peak): the same line, and the
   schedule then takes the remaining ``E - W`` updates.
+
+A warm-up of less than an update is left out: a short run of a recipe with one by epoch would else have
+``warmup_lr`` for its whole first epoch.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def rate(recipe: Any, n: int, per_epoch: int, *, warm_up: bool = True) -> float:
     if recipe.schedule == "one_cycle":
         return _one_cycle(recipe, n, per_epoch, warmup, warm_up=warm_up)
     apart = recipe.warmup == "before"
-    if warm_up and recipe.warmup != "scaled" and n < warmup:
+    if warm_up and recipe.warmup != "scaled" and n < warmup and warmup >= 1:
         return float(recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * n / warmup)
     begin = warmup if apart else 0.0
     value = _scheduled(recipe, max(n - begin, 0), recipe.epochs * per_epoch - begin, per_epoch)

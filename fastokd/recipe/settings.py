@@ -13,6 +13,8 @@ from fastokd.recipe.changes import NAMED, option
 from fastokd.recipe.file import label
 from fastokd.recipe.names import Recipe, recipe
 
+# The settings that are learning rates.
+RATES = ("lr", "head_lr", "warmup_lr", "final_lr")
 # Python's words, which JSON writes otherwise.
 PYTHON = {"True": True, "False": False}
 
@@ -76,7 +78,7 @@ def wanted_runs(
         flags: the value of each setting, or None if the flag wasn't given.
         settings: the result of :func:`parse_settings`. Their values are in the folders' names.
         seeds: the values of ``--seeds``.
-        scale_lr: multiply each run's learning rate by its batch size over the named recipe's batch
+        scale_lr: multiply each run's learning rates by its batch size over the named recipe's batch
             size: Goyal et al.'s rule (arXiv 1706.02677). It applies to the recipe's SGD; a method's
             own Adam keeps its rate.
 
@@ -109,7 +111,8 @@ def wanted_runs(
             settled = {**chosen, "seed": resolved.seed}
             if scale_lr:
                 share = resolved.batch_size / recipe(name).batch_size
-                resolved = replace(resolved, lr=resolved.lr * share)
+                scaled = {rate: share * getattr(resolved, rate) for rate in RATES}
+                resolved = replace(resolved, **scaled)
                 settled["lr"] = resolved.lr
             folder = "-".join([label(name), *words, f"seed{resolved.seed}"])
             wanted.append(WantedRun(folder, resolved, settled))

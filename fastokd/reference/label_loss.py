@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,30 +36,29 @@ def label_loss(
     threshold: float = 0.0,
     class_weight_C: Tensor | None = None,
 ) -> Tensor:
-    """One student's term. Class weights multiply each label's own cross-entropy before they are mixed."""
-    if criterion == "bce":
-        C, dtype = logits_BC.shape[1], logits_BC.dtype
-        weight_B = torch.ones_like(labels_B, dtype=dtype)
-        if class_weight_C is not None:
-            weight_B = class_weight_C.to(dtype)[labels_B]
-            if mixed_with is not None:
-                labels2_B, share2_B = mixed_with
-                first_B, second_B = (1 - share2_B) * weight_B, share2_B * class_weight_C[labels2_B]
-                weight_B = first_B + second_B
-                mixed_with = labels2_B, second_B / weight_B
-        y_BC = soft_targets(labels_B, C, mixed_with, smoothing, dtype)
-        if threshold:
-            y_BC = y_BC.gt(threshold).to(dtype)
-        loss_BC = F.binary_cross_entropy_with_logits(logits_BC, y_BC, reduction="none")
-        return weight * (loss_BC.mean(1) * weight_B).mean()
+    """One student's term. Class weights multiply each label's own loss before they are mixed; where a
+    threshold makes the mixed labels one target, their loss by the mean of both weights."""
+    C, dtype = logits_BC.shape[1], logits_BC.dtype
+    weight_C = torch.ones(C, dtype=dtype) if class_weight_C is None else class_weight_C.to(dtype)
 
-    def ce(ids_B: Tensor) -> Tensor:
-        loss_B = F.cross_entropy(logits_BC, ids_B, reduction="none", label_smoothing=smoothing)
-        return loss_B if class_weight_C is None else loss_B * class_weight_C[ids_B]
+    def bce(y_BC: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits_BC, y_BC, reduction="none").mean(1)
 
-    loss_B = ce(labels_B)
-    if mixed_with is not None:
+    def loss_of(ids_B: Tensor) -> Tensor:
+        if criterion == "bce":
+            loss_B = bce(soft_targets(ids_B, C, None, smoothing, dtype))
+        else:
+            loss_B = F.cross_entropy(logits_BC, ids_B, reduction="none", label_smoothing=smoothing)
+        return loss_B * weight_C[ids_B]
+
+    def mixed(of: Callable[[Tensor], Tensor]) -> Tensor:
+        if mixed_with is None:
+            return of(labels_B)
         labels2_B, share2_B = mixed_with
-        share2_B = share2_B.to(logits_BC.dtype)
-        loss_B = (1 - share2_B) * loss_B + share2_B * ce(labels2_B)
-    return weight * loss_B.mean()
+        share2_B = share2_B.to(dtype)
+        return (1 - share2_B) * of(labels_B) + share2_B * of(labels2_B)
+
+    if threshold:
+        y_BC = soft_targets(labels_B, C, mixed_with, smoothing, dtype).gt(threshold).to(dtype)
+        return weight * (bce(y_BC) * mixed(lambda ids_B: weight_C[ids_B])).mean()
+    return weight * mixed(loss_of).mean()

@@ -30,12 +30,15 @@ from fastokd.reference import Lambdas, ReferenceFFSD, ReferenceKD, ReferenceOKDD
 from fastokd.reference.label_loss import label_loss
 from tests.reference.test_method_steps import BATCH, CASES, CLASSES, RAMP, SIZE, Case
 
-CLASS_WEIGHT_C = torch.linspace(0.2, 3.0, CLASSES)
+CLASS_WEIGHT_C = torch.linspace(0.02, 3.0, CLASSES)
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {},
     "ce": {"smoothing": 0.1, "weight": 0.7, "class_weight_C": CLASS_WEIGHT_C},
     "bce": {"criterion": "bce", "smoothing": 0.1, "weight": 1.3, "class_weight_C": CLASS_WEIGHT_C},
-    "bce with a threshold": {"criterion": "bce", "smoothing": 0.1, "threshold": 0.2},
+    "bce with a threshold": {
+        **{"criterion": "bce", "smoothing": 0.1, "threshold": 0.2},
+        "class_weight_C": CLASS_WEIGHT_C,
+    },
 }
 
 

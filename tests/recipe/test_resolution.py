@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,12 @@ def test_one_size_and_none() -> None:
     assert shorter.size_epochs == (15, 30)
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 4, 5, 8])
+def test_a_short_run_reaches_the_full_size(epochs: int) -> None:
+    short = recipe(f"{NAME}@ffcv16", epochs=epochs)
+    assert [training_size(short, epoch) for epoch in (0, epochs - 1)] == [160, 192]
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_stream_gives_the_size_of_its_epoch(tmp_path: Path, loader: str) -> None:
     root = write_folder(tmp_path / "set", size=(80, 70))
@@ -59,17 +67,28 @@ def test_a_stream_gives_the_size_of_its_epoch(tmp_path: Path, loader: str) -> No
     assert held_out.shape[1:] == (40, 40, 3)
 
 
-def test_a_run_that_grows_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_that_grows_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an average's statistics are computed on images of the epoch's size."""
+    seen: list[set[int]] = []
+
+    def recompute(cohort: object, batches: Iterable[torch.Tensor], *_: object) -> None:
+        seen.append({images_BHWC.shape[1] for images_BHWC in batches})
+
+    monkeypatch.setattr(import_module("fastokd.evaluate"), "recompute", recompute)
     root = write_folder(tmp_path / "set", size=(80, 70))
     prepare(root, quiet=True)
     growing = recipe(
         "dml/resnet18/imagefolder",
         **{"epochs": 3, "batch_size": 4, "students": 2, "resized_crop": True, "crop_padding": 0},
         **{"image_size": 64, "first_size": 32, "size_epochs": [0, 2]},
+        **{"ema": 0.5, "average_norms": "recomputed"},
     )
     assert [training_size(growing, epoch) for epoch in range(3)] == [32, 64, 64]
     how = {"data_root": root, "quiet": True, "engine": "loop", "loader": "torchvision"}
     whole = fastokd.train(growing, out=tmp_path / "whole", **how)
+    assert seen == [{32}, {64}, {64}]
     steps = len(whole.metrics)
     fastokd.train(growing, out=tmp_path / "cut", max_steps=steps, **how)
     cut = fastokd.train(growing, out=tmp_path / "cut", resume=True, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -208,6 +209,8 @@ def test_fewer_epochs_scale_every_part() -> None:
         frozen_stages=1,
         frozen_epochs=6,
     )
+    one = dataclasses.replace(of, schedule_by="epoch").with_epochs(1)
+    assert ours(one) == [LR]  # no warm-up of a fifth of an update
     short = of.with_epochs(EPOCHS // 2)
     assert (short.warmup_epochs, short.frozen_epochs) == (2, 3)
     for epoch in range(short.epochs):

@@ -216,7 +216,7 @@ def test_flipped_evaluation_is_the_mean_of_the_logits(monkeypatch: pytest.Monkey
         ({"random_erasing": 1.5}, "random_erasing is 1.5: it must be between 0 and 1"),
         ({"erasing_scale": (0.1, 0.2)}, "random_erasing is 0: set it to a probability"),
         ({"cutout": -1}, "must be at least 0"),
-        ({"cutout": 40}, "cutout is 40: it must be at most image_size, 32"),
+        ({"cutout": 40}, "cutout is 40: it must be at most the training images' size, 32"),
         ({"test_flip": True}, "flip is false, so the students have seen no mirrored image"),
     ],
 )

@@ -16,8 +16,10 @@ from fastokd.errors import UserError
 from fastokd.export import export
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.recipe.settings import parse_settings, wanted_runs
+from fastokd.run.build import build
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT
@@ -26,6 +28,7 @@ QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "
 ALL: dict[str, Any] = {
     **{"swa": True, "average_start": 1, "average_every": 2},
     **{"average_students": "all", "average_norms": "recomputed"},
+    **{"frozen_stages": 1, "frozen_epochs": 3},
 }
 NAME = "okddip-branch@2/resnet8/digits"
 
@@ -76,9 +79,19 @@ def test_every_students_average_is_scored_kept_and_told(every: Run, tmp_path: Pa
 def test_recomputed_statistics_are_those_that_are_kept(every: Run) -> None:
     """They aren't the last step's, and the exported student's logits are the scored ones."""
     tensors = newest(every.folder)
-    averaged, raw = tensors["ema.bn1.running_mean"], tensors["cohort.trunk.bn1.running_mean"]
-    assert (averaged - raw).abs().max() > 1e-3
-    assert tensors["ema.bn1.num_batches_tracked"] == 2
+    norm = "layer2.0.bn1"
+    averaged = tensors[f"ema.{norm}.running_mean"]
+    assert (averaged - tensors[f"cohort.trunk.{norm}.running_mean"]).abs().max() > 1e-3
+    assert tensors[f"ema.{norm}.num_batches_tracked"] == 2
+    assert tensors["ema.bn1.num_batches_tracked"] == 0  # of a frozen stage
+
+
+def test_an_average_lies_in_memory_as_its_weights_do() -> None:
+    learner = build(small(ema=0.9), RunOptions(**QUICK)).learner
+    assert learner.average is not None
+    live, averaged = learner.cohort.student_state(1), learner.average.states[1]
+    assert not live["conv1.weight"].is_contiguous()
+    assert {k: x.stride() for k, x in averaged.items()} == {k: x.stride() for k, x in live.items()}
 
 
 def test_a_resumed_run_has_the_same_bits(every: Run, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_a_rate_is_scaled_however_it_and_the_batch_are_said(
 def test_a_run_s_settings_say_its_scaled_rate() -> None:
     (entry,) = wanted_runs(DIGITS, {}, {"batch_size": [32]}, seeds=[1], scale_lr=True)
     assert entry.settings == {"batch_size": 32, "seed": 1, "lr": pytest.approx(0.05)}
+    (entry,) = wanted_runs(f"{DIGITS}@finetune", {"batch_size": 64}, {}, scale_lr=True)
+    assert (entry.recipe.lr, entry.recipe.head_lr) == pytest.approx((1e-2, 1e-1))
 
 
 def test_a_seed_is_a_setting() -> None:
