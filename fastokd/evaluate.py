@@ -252,7 +252,7 @@ class Evaluator:
         _copy_into(cohort, states)
         if not average.how.statistics:
             learner = self.session.learner
-            cohort.freeze(recipe.frozen_at(self.session.epoch))
+            cohort.freeze(recipe.frozen_at(self.session.last_epoch))
             recompute(cohort, self._training_images(between), learner.autocast, learner.ranks)
             for index, state in enumerate(states):
                 live = cohort.student_state(index)

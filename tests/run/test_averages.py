@@ -11,13 +11,16 @@ import pytest
 import torch
 
 import fastokd
-from fastokd.checkpoint import load_checkpoint
+from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.errors import UserError
+from fastokd.evaluate import Evaluator
 from fastokd.export import export
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.recipe.settings import parse_settings, wanted_runs
+from fastokd.run.build import build
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.student.file import read_weights
 from fastokd.student.weights import STUDENT
@@ -79,6 +82,22 @@ def test_recomputed_statistics_are_those_that_are_kept(every: Run) -> None:
     averaged, raw = tensors["ema.bn1.running_mean"], tensors["cohort.trunk.bn1.running_mean"]
     assert (averaged - raw).abs().max() > 1e-3
     assert tensors["ema.bn1.num_batches_tracked"] == 2
+
+
+def test_frozen_norms_keep_their_statistics_after_the_run_too(tmp_path: Path) -> None:
+    """The last step was in an epoch that froze them."""
+    one = small(swa=True, average_norms="recomputed", epochs=1, frozen_stages=1, frozen_epochs=1)
+    run = fastokd.train(one, out=tmp_path / "run", **QUICK)
+    options = RunOptions(out=run.folder, **QUICK)
+    session = build(one, options, training=False)
+    session.load_state(*newest_checkpoint(run.folder / "checkpoints")[1:3])
+    average = session.learner.average
+    assert average is not None
+    before = {name: value.clone() for name, value in average.entries().items()}
+    assert Evaluator(session)()["test"] == run.last["test"]
+    assert before.keys() == average.entries().keys()
+    for name, value in average.entries().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_resumed_run_has_the_same_bits(every: Run, tmp_path: Path) -> None:
