@@ -90,7 +90,7 @@ def prepared(name: str, place: Path) -> tuple[Recipe, RunOptions]:
     made: dict[str, Any] = {"data_root": place / "pictures"}
     if not made["data_root"].is_dir():
         write_folder(made["data_root"], count=20, size=(80, 72))
-        prepare(made["data_root"])
+        prepare(made["data_root"], quiet=True)
     if name == "taught":
         made["teacher"] = [str(place / f"teacher{seed}") for seed in range(2)]
         for seed, folder in enumerate(made["teacher"]):
