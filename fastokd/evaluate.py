@@ -251,12 +251,10 @@ class Evaluator:
         cohort, states = self._averaged.cohort, list(average.states.values())
         _copy_into(cohort, states)
         if not average.how.statistics:
-            learner, session = self.session.learner, self.session
-            epoch = max(session.epoch - (session.batch == 0), 0)  # that of the last step
+            learner, epoch = self.session.learner, self.session.last_epoch
             cohort.freeze(recipe.frozen_at(epoch))
-            recompute(
-                cohort, self._training_images(epoch, between), learner.autocast, learner.ranks
-            )
+            images = self._training_images(epoch, between)
+            recompute(cohort, images, learner.autocast, learner.ranks)
             for index, state in enumerate(states):
                 live = cohort.student_state(index)
                 torch._foreach_copy_(list(state.values()), [live[key] for key in state])

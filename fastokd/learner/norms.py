@@ -46,7 +46,7 @@ def recompute(
     """Sets the running statistics to their mean over ``batches`` of images: of each batch's mean and
     unbiased variance, as ``torch.optim.swa_utils.update_bn``. All other layers stay in eval mode, so
     that nothing is dropped and no random number is drawn; norms of frozen stages keep their statistics.
-    Ranks average their results.
+    Ranks that share a batch average their results.
     """
     cohort.train()
     norms = [norm for norm in norms_of(cohort) if norm.training]
@@ -55,12 +55,13 @@ def recompute(
         for images_BHWC in batches:
             with context():
                 cohort(images_BHWC)
-    if ranks.data.size > 1:
-        for norm in norms:
-            for value in (norm.running_mean, norm.running_var):
-                assert value is not None
-                mean = ranks.summed({"": value.cpu()})[""] / ranks.data.size
-                value.copy_(mean)
+    if ranks.size > 1:
+        own = [x for n in norms for x in (n.running_mean, n.running_var) if x is not None]
+        everyone = ranks.gather((ranks.students.rank, [value.cpu() for value in own]))
+        # Where the students have views, only the ranks of the first column see the first one.
+        first = [theirs for column, theirs in everyone if column == 0]
+        for value, found in zip(own, zip(*first, strict=True), strict=True):
+            value.copy_(torch.stack(found).mean(0))
 
 
 @contextmanager

@@ -137,6 +137,11 @@ class Session:
         return rates
 
     @property
+    def last_epoch(self) -> int:
+        """The epoch of the last step that was taken, before and after :meth:`finish_epoch`."""
+        return max(self.epoch - (self.batch == 0), 0)
+
+    @property
     def last_rate(self) -> float:
         """The recipe's learning rate in the last step of this epoch that was taken."""
         last = max(self.batch - 1, 0)

@@ -20,7 +20,6 @@ from fastokd.data import BatchStream
 from fastokd.errors import Interrupted, UserError
 from fastokd.evaluate import Evaluator
 from fastokd.learner.step import training_step
-from fastokd.methods import register_method
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.autotuner import Timing
 from fastokd.run.build import build
@@ -35,6 +34,27 @@ PLAIN: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop", "
 
 def small(name: str, **changes: Any) -> Recipe:
     return recipe(f"{name}/resnet8/digits", **{"students": 3, "batch_size": 8, **changes})
+
+
+def modern(name: str, **changes: Any) -> Recipe:
+    """What people train with today, on 16 images (``pictures`` in conftest.py): two steps an epoch, of
+    which the first one has mixed images and frozen stages."""
+    settings: dict[str, Any] = {
+        **{"epochs": 2, "students": 2, "batch_size": 8, "lr": 0.01, "views": "student"},
+        **{"auto_augment": "randaugment", "random_erasing": 0.5},
+        **{"mixup": 0.4, "cutmix": 1.0, "mix_each": True, "mix_epochs": 1},
+        **{"criterion": "bce", "label_smoothing": 0.1},
+        **{"schedule": "cosine", "schedule_by": "step", "decay_norms": False, "head_lr": 0.02},
+        **{"frozen_stages": 2, "frozen_epochs": 1},
+        **{"ema": 0.9, "average_students": "all", "average_every": 2},
+    }
+    return recipe(f"{name}/resnet8/imagefolder", **{**settings, **changes})
+
+
+def averaged(**changes: Any) -> Recipe:
+    """Two students whose averages have recomputed statistics."""
+    settings: dict[str, Any] = {"ema": 0.0, "swa": True, "average_norms": "recomputed"}
+    return modern("dml", frozen_stages=0, frozen_epochs=0, **settings, **changes)
 
 
 def session_of(one: Recipe, frozen: bool = True, **options: Any) -> Session:
@@ -69,21 +89,30 @@ def steps(one: Recipe, count: int, frozen: bool, options: dict[str, Any]) -> dic
     return kept | {"loss": torch.tensor(metrics["loss"]), "ce_S": torch.tensor(metrics["ce_S"])}
 
 
-def mixed_steps(
-    one: Recipe, count: int, frozen: bool, options: dict[str, Any]
+def looped(
+    one: Recipe, count: int, frozen: bool, options: dict[str, Any], evaluated: bool = False
 ) -> dict[str, Tensor]:
-    """:func:`steps` of the loop, of a method that takes mixed labels."""
-    register_method(one.method)
+    """:func:`steps` of the loop, over as many epochs as that takes; the state has the averages.
+
+    ``evaluated``: after the steps everything is, with which statistics may be recomputed.
+    """
     session = session_of(one, frozen, **options)
-    session.begin_epoch()
-    for images, *batch in session.batches(lambda: None):
-        training_step(session.learner, images, *batch, body=session.whole_step)
-        session.finish_step()
-        if session.step == count:
-            break
+    while session.step < count:
+        session.begin_epoch()
+        for images, *batch in session.batches(lambda: None):
+            training_step(session.learner, images, *batch, body=session.whole_step)
+            session.finish_step()
+            if session.step == count:
+                break
+        else:
+            session.finish_epoch()
     totals = session.meter.result(session.learner.ranks)
-    metrics = {name: torch.tensor(totals[name]) for name in ("loss", "student_top1")}
-    return {k: v for k, v in session.state()[0].items() if k.startswith("cohort.")} | metrics
+    if evaluated:
+        Evaluator(session)()
+    kinds = ("cohort.", "method.", "ema", "optim.")
+    kept = kinds[: 4 - bool(session.learner.ranks.rank)]
+    found = {k: v for k, v in session.state()[0].items() if k.startswith(kept)}
+    return found | {name: torch.tensor(totals[name]) for name in ("loss", "student_top1")}
 
 
 def views(one: Recipe, options: dict[str, Any]) -> tuple[int, ...]:

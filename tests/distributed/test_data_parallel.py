@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastokd.recipe.names import Recipe
 from tests.distributed import checks
-from tests.distributed.checks import small
+from tests.distributed.checks import averaged, modern, small
 from tests.distributed.pool import Pool
-from tests.run.mixed import mixed_recipe
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -20,8 +20,9 @@ def assert_same_steps(
     pool: Pool, one: Any, count: int, frozen: bool, steps: Any = checks.steps, **options: Any
 ) -> None:
     """Weights, running statistics, momenta and losses, on every rank."""
+    plain = checks.looped if steps is checks.looped else checks.steps
     alone = {k: v for k, v in options.items() if k not in ("sync_bn", "parallel")}
-    expected = checks.steps(one, count, frozen, alone)
+    expected = plain(one, count, frozen, alone)
     states = pool.run(steps, one, count, frozen, options)
     assert states[0].keys() == expected.keys()  # rank 0 saves all of it, whoever trained it
     for state in states:
@@ -52,14 +53,33 @@ def test_weights_that_are_cast_together(two: Pool, accumulate: int) -> None:
     )
 
 
-@pytest.mark.parametrize("settings", [{"mix_each": True}, {"repeats": 2}])
-def test_mixed_images_and_labels_are_those_of_one_process(
-    two: Pool, settings: dict[str, Any]
+MODERN = [
+    (
+        modern("okddip-branch", optimizer="lamb", trunk_views="all", balanced=True),
+        {"checkpoint_activations": True},
+    ),
+    (
+        modern("dml", optimizer="adamw", views="shared", repeats=3, frozen_stages=-1),
+        {"accumulate": 2, "clip_norm": 0.5},
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "options"), MODERN)
+def test_modern_settings_are_those_of_one_process(
+    two: Pool, pictures: Path, one: Recipe, options: dict[str, Any]
 ) -> None:
-    one = mixed_recipe(students=2, batch_size=8, **settings)
-    expected = checks.mixed_steps(one, 3, True, {})
-    for found in two.run(checks.mixed_steps, one, 3, True, {}):
-        torch.testing.assert_close(found, expected, **EXACT)
+    """Mixed images, views, samples, rates by step, frozen stages, averages: over two epochs."""
+    assert_same_steps(two, one, 4, frozen=True, steps=checks.looped, data_root=pictures, **options)
+
+
+def test_recomputed_statistics_are_of_the_images_of_both_ranks(two: Pool, pictures: Path) -> None:
+    """Those of the first norm, before which there is none: means of equal shares."""
+    one = averaged(views="shared")
+    options = {"data_root": pictures}
+    wanted = checks.looped(one, 2, True, options, True)["ema.bn1.running_mean"]
+    for found in two.run(checks.looped, one, 2, True, options, True):
+        torch.testing.assert_close(found["ema.bn1.running_mean"], wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["grouped", "vmap"])

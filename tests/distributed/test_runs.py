@@ -14,7 +14,11 @@ from tests.distributed import checks
 from tests.distributed.checks import small
 from tests.distributed.pool import Pool
 
-RECIPE = small("okddip-branch", batch_size=100, epochs=2)
+RECIPE = small(
+    "okddip-branch",
+    **{"batch_size": 100, "epochs": 2, "schedule": "cosine", "schedule_by": "step", "mixup": 0.4},
+    **{"frozen_stages": 1, "frozen_epochs": 1, "swa": True, "average_norms": "recomputed"},
+)
 
 
 @pytest.fixture(scope="module")

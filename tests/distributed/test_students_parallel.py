@@ -10,8 +10,9 @@ import torch
 
 from fastokd.distributed.ranks import Line, Ranks, student_columns
 from fastokd.errors import UserError
+from fastokd.recipe.names import Recipe
 from tests.distributed import checks
-from tests.distributed.checks import small
+from tests.distributed.checks import averaged, modern, small
 from tests.distributed.pool import Pool
 from tests.distributed.test_data_parallel import assert_same_steps
 
@@ -35,6 +36,35 @@ def test_each_process_augments_its_own_students_views(two: Pool) -> None:
     one = small("okddip-network", views="student")
     assert_same_steps(two, one, 2, frozen=False, **SHARED)
     assert two.run(checks.views, one, SHARED) == [(0, 1), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("one", "options"),
+    [
+        (modern("okddip-network", optimizer="lamb", balanced=True), {"accumulate": 2}),
+        pytest.param(
+            modern("ffsd", optimizer="adamw", views="shared", students=3, repeats=3),
+            {"checkpoint_activations": True, "clip_norm": 0.5},
+            marks=pytest.mark.proof,
+        ),
+    ],
+)
+def test_modern_settings_train_what_one_process_does(
+    two: Pool, pictures: Path, one: Recipe, options: dict[str, Any]
+) -> None:
+    """Views, mixed images, rates by step, frozen stages, averages of students on both: two epochs."""
+    how = {"data_root": pictures, **options, **SHARED}
+    assert_same_steps(two, one, 4, frozen=False, steps=checks.looped, **how)
+
+
+def test_recomputed_statistics_are_of_the_first_view(two: Pool, pictures: Path) -> None:
+    """Which the second rank, with the second student's view, doesn't have."""
+    one = averaged()
+    options = {"data_root": pictures}
+    wanted = checks.looped(one, 2, False, options, True)
+    for found in two.run(checks.looped, one, 2, False, {**options, **SHARED}, True):
+        for name in ("ema.bn1.running_mean", "ema1.bn1.running_var"):
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_what_students_share_counts_once_in_the_norm(two: Pool) -> None:
@@ -75,7 +105,14 @@ def test_metrics_are_those_of_all_students(two: Pool) -> None:
 @pytest.mark.proof
 def test_a_run_goes_on_in_another_arrangement(two: Pool, tmp_path: Path) -> None:
     """Students shared, then one process: the checkpoint doesn't tell them apart."""
-    one = small("okddip-network", batch_size=100, epochs=2, students=2, ema=0.9)
+    settings: dict[str, Any] = {
+        "views": "student",
+        "mixup": 0.4,
+        "schedule": "cosine",
+        "schedule_by": "step",
+    }
+    settings |= {"frozen_stages": 1, "frozen_epochs": 1}
+    one = small("okddip-network", batch_size=100, epochs=2, students=2, ema=0.9, **settings)
     first, _ = two.run(checks.run, one, tmp_path / "run", {**SHARED, "max_steps": 3})
     assert first["facts"]["ranks"] == [1, 2]
     momenta = [k for k in first["tensors"] if k.startswith("optim.cohort.students.1.")]

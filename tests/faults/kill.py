@@ -1,20 +1,21 @@
 """Training is killed at random moments, resumed, and ends as if nothing had been.
 
     python -m tests.faults.kill --kills 300
+    python -m tests.faults.kill --kills 20 --only swa --only mixed
 
 A run trains for real in a process of its own and gets SIGKILL after a seeded random time, again and
-again until it comes to its end; then the next run starts, until so many kills are done. Every run's
-end is compared with an undisturbed one's, bit for bit: parameters, running statistics, optimizers,
-random states, metrics, the student. State is saved after every step, and half of the kills wait for
-a write to begin; those that fall into one are counted.
+again until it comes to its end; then the next run starts, of the next recipe in ``features.py``, until
+so many kills are done. Every run's end is compared with an undisturbed one's, bit for bit: parameters,
+running statistics, optimizers, random states, metrics, the student. State is saved after every step, and
+half of the kills wait for a write to begin; those that fall into one are counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -23,22 +24,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from fastokd.checkpoint import newest_checkpoint
 from fastokd.ops import cpp
-from fastokd.recipe.names import recipe
 from fastokd.run.folder import Run
-from fastokd.run.options import RunOptions
 from fastokd.student.file import read_weights
 from fastokd.train import train
-
-RECIPE = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=100)
-OPTIONS = RunOptions(
-    quiet=True, engine="loop", precision="fp32", device="cpu", save_every_steps=1, eval_every=2
-)
+from tests.faults.features import FEATURES, PLAIN, prepared
 
 
 @dataclass
@@ -96,10 +93,15 @@ def is_writing(folder: Path) -> bool:
     return any(any(where.glob(".*.tmp*")) for where in (folder, folder / "checkpoints"))
 
 
-def begin_or_resume(folder: Path) -> None:
-    """What a job that is started again does."""
+def begin_or_resume(feature: str, folder: Path) -> None:
+    """What a job that is started again does. Of the features' runs only the plain one has a report,
+    which takes longer than the run."""
+    recipe, options = prepared(feature, folder.parent)
     begun = (folder / "checkpoints").is_dir()
-    train(RECIPE, OPTIONS, out=folder, resume=begun)
+    with ExitStack() as stack:
+        if feature != PLAIN:
+            stack.enter_context(patch("fastokd.report.page.report"))
+        train(recipe, options, out=folder, resume=begun)
 
 
 def wait_for_the_moment(
@@ -128,56 +130,88 @@ def wait_for_the_moment(
     return done, status
 
 
+def undisturbed(feature: str, folder: Path) -> tuple[float, str]:
+    """The seconds that the run takes in a process of its own, and the digest of its end."""
+    # The first one makes the data and the teachers.
+    _, status = os.waitpid(in_a_child(lambda: prepared(feature, folder.parent)), 0)
+    started = time.monotonic()
+    _, failed = os.waitpid(in_a_child(lambda: begin_or_resume(feature, folder)), 0)
+    assert status == failed == 0, f"the undisturbed run of {feature} failed"
+    return time.monotonic() - started, digest(folder)
+
+
+def kill_one(
+    feature: str, folder: Path, length: float, draw: random.Random, outcome: Outcome
+) -> int:
+    """Begins or resumes a run until it comes to its end; its last process' status."""
+    while True:
+        child = in_a_child(lambda: begin_or_resume(feature, folder))
+        done, status = wait_for_the_moment(child, folder, length, draw)
+        if done:
+            return status
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        outcome.kills += 1
+        outcome.inside_a_write += is_writing(folder)
+
+
 def kill_and_resume(
-    kills: int, seed: int, place: Path, say: Callable[[str], None] = print
-) -> Outcome:
-    """Kills until so many kills are done, each run to its end."""
+    kills: int,
+    seed: int,
+    place: Path,
+    features: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> dict[str, Outcome]:
+    """Kills until so many kills are done, each run to its end; what came of each feature."""
     cpp.ensure_built()
     # What every child would import: seconds each time.
     for name in ("sklearn.datasets", "matplotlib.backends.backend_agg", "torchvision"):
         importlib.import_module(name)
     importlib.import_module("fastokd.report.page")
-    whole = place / "whole"
-    started = time.monotonic()
-    _, status = os.waitpid(in_a_child(lambda: begin_or_resume(whole)), 0)
-    assert status == 0, "the undisturbed run failed"
-    length = time.monotonic() - started
-    wanted = digest(whole)
     draw = random.Random(seed)
-    outcome = Outcome()
-    while outcome.kills < kills:
-        folder = place / f"run{outcome.runs}"
-        while True:
-            child = in_a_child(lambda where=folder: begin_or_resume(where))
-            done, status = wait_for_the_moment(child, folder, length, draw)
-            if done and status == 0:
-                break
-            if done:
-                outcome.lost += 1
-                say(f"run {outcome.runs} could not be resumed: status {status}")
-                break
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            outcome.kills += 1
-            outcome.inside_a_write += is_writing(folder)
-        if done and status == 0 and digest(folder) != wanted:
+    outcomes = {feature: Outcome() for feature in features}
+    whole: dict[str, tuple[float, str]] = {}
+    for number, feature in enumerate(itertools.cycle(features)):
+        if sum(outcome.kills for outcome in outcomes.values()) >= kills:
+            break
+        if feature not in whole:
+            whole[feature] = undisturbed(feature, place / f"{feature}-whole")
+        length, wanted = whole[feature]
+        outcome, folder = outcomes[feature], place / f"{feature}-run{number}"
+        status = kill_one(feature, folder, length, draw, outcome)
+        if status != 0:
             outcome.lost += 1
-            say(f"run {outcome.runs} ended otherwise: it is kept in {folder}")
+            say(f"run {number} of {feature} could not be resumed: status {status}")
+        elif digest(folder) != wanted:
+            outcome.lost += 1
+            say(f"run {number} of {feature} ended otherwise")
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
         outcome.runs += 1
-        say(str(outcome))
-    return outcome
+        say(f"{feature}: {outcome}")
+    return outcomes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", choices=[*FEATURES], help="several are allowed")
+    parser.add_argument("--keep", type=Path, help="the folder of the runs, which then stays")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        outcome = kill_and_resume(arguments.kills, arguments.seed, Path(place))
-    sys.exit(outcome.lost > 0)
+        outcomes = kill_and_resume(
+            arguments.kills,
+            arguments.seed,
+            arguments.keep or Path(place),
+            arguments.only or [*FEATURES],
+            lambda line: print(line, flush=True),
+        )
+    for feature, outcome in outcomes.items():
+        print(f"{feature}: {outcome}")
+    total = Outcome(*(sum(values) for values in zip(*map(astuple, outcomes.values()), strict=True)))
+    print(f"together: {total}")
+    sys.exit(total.lost > 0)
 
 
 if __name__ == "__main__":

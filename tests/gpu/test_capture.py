@@ -121,6 +121,21 @@ def test_captured_with_fused_losses(
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+@pytest.mark.parametrize("engine", ["loop", "grouped"])
+def test_captured_with_recomputed_activations(device: torch.device, engine: str) -> None:
+    """A replay's backward runs the students' forward again: the steps of a run that keeps activations."""
+    one = small("okddip", "branch")
+    sizes = [6] * (WARM_UP_STEPS + 3)
+    plain = session_of(device, one, False, engine=engine)
+    captured = session_of(device, one, True, engine=engine, checkpoint_activations=True)
+    assert captured.learner.cohort.recomputes
+    theirs, theirs_end = train(plain, sizes, double)
+    ours, ours_end = train(captured, sizes, double)
+    assert graphs(captured) == 1
+    assert ours == pytest.approx(theirs, rel=1e-7)
+    torch.testing.assert_close(ours_end, theirs_end, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize(("method", "sharing"), METHODS)
 def test_every_method_is_captured_unasked(device: torch.device, method: str, sharing: str) -> None:
     """With all that a recipe may have: a step that can't be captured raises."""

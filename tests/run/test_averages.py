@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastokd
-from fastokd.checkpoint import load_checkpoint
+from fastokd.checkpoint import load_checkpoint, newest_checkpoint
 from fastokd.errors import UserError
+from fastokd.evaluate import Evaluator
 from fastokd.export import export
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.recipe.settings import parse_settings, wanted_runs
@@ -92,6 +93,22 @@ def test_an_average_lies_in_memory_as_its_weights_do() -> None:
     live, averaged = learner.cohort.student_state(1), learner.average.states[1]
     assert not live["conv1.weight"].is_contiguous()
     assert {k: x.stride() for k, x in averaged.items()} == {k: x.stride() for k, x in live.items()}
+
+
+def test_frozen_norms_keep_their_statistics_after_the_run_too(tmp_path: Path) -> None:
+    """The last step was in an epoch that froze them."""
+    one = small(swa=True, average_norms="recomputed", epochs=1, frozen_stages=1, frozen_epochs=1)
+    run = fastokd.train(one, out=tmp_path / "run", **QUICK)
+    options = RunOptions(out=run.folder, **QUICK)
+    session = build(one, options, training=False)
+    session.load_state(*newest_checkpoint(run.folder / "checkpoints")[1:3])
+    average = session.learner.average
+    assert average is not None
+    before = {name: value.clone() for name, value in average.entries().items()}
+    assert Evaluator(session)()["test"] == run.last["test"]
+    assert before.keys() == average.entries().keys()
+    for name, value in average.entries().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_resumed_run_has_the_same_bits(every: Run, tmp_path: Path) -> None:

@@ -38,14 +38,16 @@ HOW: dict[str, Any] = {
 }
 
 
-def decided(device: str, ranks: int = 1, rate: Any = None, **options: Any) -> Any:
+def decided(
+    device: str, ranks: int = 1, rate: Any = None, recomputed: str = "", **options: Any
+) -> Any:
     """What :func:`build` decides for a learner there."""
     optimizer = SimpleNamespace(param_groups=[{"lr": torch.tensor(0.1) if rate is None else rate}])
     learner: Any = SimpleNamespace(
         device=torch.device(device),
         ranks=SimpleNamespace(size=ranks),
         optimizers=[optimizer],
-        cohort=SimpleNamespace(recomputes=False),
+        cohort=SimpleNamespace(recomputes=bool(recomputed), model_names=(recomputed,)),
     )
     learner.why_not_captured = lambda: Learner.why_not_captured(learner)
     return build_module._captures(RunOptions(**options), learner)
@@ -54,6 +56,7 @@ def decided(device: str, ranks: int = 1, rate: Any = None, **options: Any) -> An
 def test_one_gpu_captures_unasked() -> None:
     assert decided("cuda:0") == (True, ())
     assert decided("cuda:0", capture=False) == (False, ())
+    assert decided("cuda:0", recomputed="resnet8") == (True, ())
     assert decided("cpu") == (False, ())
     with pytest.raises(UserError, match="asked for on cpu, but only a GPU has graphs"):
         decided("cpu", capture=True)
@@ -65,6 +68,7 @@ def test_one_gpu_captures_unasked() -> None:
         ({"ranks": 2}, "several ranks capture only with --capture"),
         ({"deterministic": True}, "--deterministic then holds after a resume"),
         ({"rate": 0.1}, "its optimizer reads the learning rate on the host"),
+        ({"recomputed": "timm:test_vit"}, "to recompute the blocks of another library's network"),
     ],
 )
 def test_what_is_not_captured_says_why(how: dict[str, Any], note: str) -> None:
@@ -73,8 +77,8 @@ def test_what_is_not_captured_says_why(how: dict[str, Any], note: str) -> None:
     assert len(notes) == 1
     assert notes[0].startswith("the steps run eagerly, not as a CUDA graph: ")
     assert note in notes[0]
-    if "rate" in how:
-        with pytest.raises(UserError, match=r"capture is asked for, but its optimizer.*leave --c"):
+    if how.keys() & {"rate", "recomputed"}:
+        with pytest.raises(UserError, match=rf"capture is asked for, but {note}.*leave --capture"):
             decided("cuda:0", capture=True, **how)
     else:
         assert decided("cuda:0", capture=True, **how) == (True, ())
