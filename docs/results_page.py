@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.recipe.names import Recipe
-from fastokd.report.plots import draw_all, on_white
+from fastokd.report.plots import as_svg, draw_all, on_white
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.statistics import Sample, welch
 from fastokd.run.folder import Run
@@ -201,7 +201,7 @@ def draw(rows: Sequence[Result]) -> dict[str, str]:
         figures = draw_all(pools) if len(pools) > 1 else {}
         for name in ("diversity", "accuracy"):
             if name in figures:
-                drawn[f"{name}-{epochs}epochs.svg"] = on_white(figures[name])
+                drawn[f"{name}-{epochs}epochs.svg"] = on_white(as_svg(figures[name]))
     return drawn
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastokd.report import page
+from fastokd.report.plots import draw_all
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 
@@ -63,6 +66,20 @@ def fill(state: Mapping[str, Tensor], published: Mapping[str, str] | None = None
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_figures() -> Iterator[None]:
+    """The page of a run has no figures, which take longer to draw than the tests' runs to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw_all", lambda pools: {})
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of this test have their figures."""
+    monkeypatch.setattr(page, "draw_all", draw_all)
 
 
 @pytest.fixture

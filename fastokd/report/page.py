@@ -11,7 +11,7 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html
 from fastokd.report.find import find_runs
-from fastokd.report.plots import as_svg, draw_all, save
+from fastokd.report.plots import as_svg, draw_all, in_page, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.style import STYLE
@@ -59,11 +59,12 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     figures = draw_all(pools)
     found = [results_table(pools), published_table(pools)]
     tables = {table.name: table for table in found if table is not None}
-    page = _page(pools, tables, {name: as_svg(figure) for name, figure in figures.items()})
+    drawn = {name: as_svg(figure) for name, figure in figures.items()}
+    page = _page(pools, tables, {name: in_page(svg) for name, svg in drawn.items()})
     try:
         write_durably(out, page.encode())
         for name, figure in figures.items():
-            save(figure, out.with_name(f"{out.stem}-{name}"))
+            save(figure, drawn[name], out.with_name(f"{out.stem}-{name}"))
         for name, table in tables.items():
             save_table(table, out.with_name(f"{out.stem}-{name}"))
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastokd.report.plots import draw_all, on_white
+from fastokd.report.plots import as_svg, draw_all, on_white
 from fastokd.report.pools import pool_runs
 from fastokd.run.folder import Run
 
@@ -20,7 +20,7 @@ class Picture:
     figure: Figure
 
     def _repr_svg_(self) -> str:
-        return on_white(self.figure)
+        return on_white(as_svg(self.figure))
 
 
 def pictures(*runs: Run) -> dict[str, Picture]:

@@ -59,7 +59,7 @@ def test_a_figure_has_no_formulas(tmp_path: Path) -> None:
     assert LINE in found
     assert r"$\frac{1}$ and $" in found
     assert any(text.startswith("狗狗") and "…" in text for text in found)
-    save(figure, tmp_path / "figure")
+    save(figure, as_svg(figure), tmp_path / "figure")
 
 
 def test_a_label_leaves_room_for_the_axes() -> None:

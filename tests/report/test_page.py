@@ -20,7 +20,7 @@ from fastokd.recipe.names import recipe
 from fastokd.report.difference import diff_runs
 from fastokd.report.page import _page, report
 from fastokd.report.pictures import pictures
-from fastokd.report.plots import as_svg, draw_all
+from fastokd.report.plots import as_svg, draw_all, in_page
 from fastokd.report.pools import pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.tables import as_html
@@ -198,7 +198,7 @@ def test_ticks_are_whole_epochs_and_plain_numbers(epochs: int, tmp_path: Path) -
     resolved = recipe("okddip-branch/resnet8/digits", epochs=epochs)
     figures = draw_all(pool_runs([fake(resolved, RunOptions(out=tmp_path / "run"))]))
     for name, figure in figures.items():
-        svg = as_svg(figure)  # draws, which places the ticks
+        svg = in_page(as_svg(figure))  # draws, which places the ticks
         axes = figure.axes[0]
         shown = [label.get_text() for label in axes.get_xticklabels()]
         assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+", text) for text in shown), (name, shown)
