@@ -153,12 +153,13 @@ def test_every_call_of_a_second_save_of_one_step_may_fail(
 
 
 def at_save(number: int, act: Callable[[RunFolder], None], patch: pytest.MonkeyPatch) -> None:
-    """Acts before save ``number`` of the next training, counted from 1."""
+    """Acts before save ``number`` of the next training, counted from 1, with all before it written."""
     save, saves = RunFolder.save, [0]
 
     def saving(folder: RunFolder, session: Any, **how: Any) -> None:
         saves[0] += 1
         if saves[0] == number:
+            folder.writer.wait()
             act(folder)
         save(folder, session, **how)
 
@@ -181,11 +182,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         limits = files_up_to(100_000)
         at_save(2, lambda _: limits.__enter__(), patch)
 
-        def wait_and_leave(folder: RunFolder) -> None:
-            folder.writer.wait()
-            limits.__exit__(None, None, None)
-
-        at_save(3, wait_and_leave, patch)
+        at_save(3, lambda _: limits.__exit__(None, None, None), patch)
         train(RECIPE, OPTIONS, out=out)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1
