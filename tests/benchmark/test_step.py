@@ -87,7 +87,7 @@ def test_the_command_prints_the_facts_and_nothing_else(capfd: pytest.CaptureFixt
 def test_both_loops_in_turn(cpp_ops: None) -> None:
     of = recipe(TINY, batch_size=4)
     ours, theirs = time_steps(
-        [Spec(of, threads=1, precision="bf16", engine="grouped"), Spec(of, "reference", threads=1)],
+        [Spec(of, threads=1, precision="fp32", engine="grouped"), Spec(of, "reference", threads=1)],
         3,
     )
     assert [len(timing.seconds) for timing in (ours, theirs)] == [3, 3]
@@ -95,7 +95,7 @@ def test_both_loops_in_turn(cpp_ops: None) -> None:
     assert (impls["peer_attention_distillation"], impls["fused_bn_act"]) == ("cpp", "cpp")
     # The backward of an op isn't counted as an op.
     assert impls.keys() <= {"conv2d", "fused_bn_act", "peer_attention_distillation"}
-    assert ours.facts["precision"] == "bf16"
+    assert ours.facts["precision"] == "fp32"
     assert ours.facts["engine"] == "grouped"
     assert theirs.facts["engine"] == "reference"
     assert theirs.facts["impls"] == {}
