@@ -45,7 +45,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	touch $@
 
 proofs: install
-	$(BIN)/python -m pytest -q -m proof tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m proof tests
 
 # The site, in build/docs; a warning is an error.
 docs: install

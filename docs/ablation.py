@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "ablation.json", HERE / "ablation.md"
 SEEDS = (0, 1, 2)
 # The first of the 60,000 training images, so that a run takes about a minute; none is held out.
-IMAGES, ALL = 2000, {"val": 0, "epochs": 20}
+IMAGES, ALL = 1000, {"val": 0, "epochs": 20}
 BASE, PAIR = "baseline/resnet8/fashion_mnist", "dml@2/resnet8/fashion_mnist"
 OPTIONS = RunOptions(device="cpu", precision="fp32", engine="loop", eval_every=20, quiet=True)
 ADAM = {"lr": 2e-3, "weight_decay": 0.05}

@@ -15,9 +15,17 @@ import pytest
 
 GPU = Path(__file__).parents[1] / "gpu"
 FILES = [*sorted(GPU.glob("test_ops_*.py")), GPU / "test_devices.py"]
+# A minute or more each.
+LONG = ("test_ops_methods", "test_ops_max_pool", "test_ops_attention", "test_ops_fused_bn_act")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=[pytest.mark.proof] if file.stem in LONG else [], id=file.stem)
+        for file in FILES
+    ],
+)
 def test_interpreted(file: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
