@@ -58,6 +58,10 @@ def check_optimizer(recipe: Any) -> None:
             f"frozen_epochs is {recipe.frozen_epochs}, but frozen_stages is 0: set it to the number of "
             "stages that are frozen, or leave both out"
         )
+    if recipe.frozen_epochs > recipe.epochs:
+        raise UserError(
+            f"frozen_epochs is {recipe.frozen_epochs}: it must be at most epochs, {recipe.epochs}"
+        )
 
 
 def unused(recipe: Any) -> dict[str, str]:

@@ -240,6 +240,10 @@ def test_fewer_epochs_scale_every_part() -> None:
         ({"head_lr": -1.0}, "head_lr is -1.0: it must be a finite number, at least 0"),
         ({"frozen_stages": 1}, "frozen_epochs is 0: set it to the number of epochs"),
         ({"frozen_epochs": 1}, "frozen_stages is 0: set it to the number of stages"),
+        (
+            {"frozen_stages": 1, "frozen_epochs": 21},
+            "frozen_epochs is 21: it must be at most epochs",
+        ),
         ({"frozen_stages": -2, "frozen_epochs": 1}, "frozen_stages is -2: it must be at least -1"),
     ],
 )
