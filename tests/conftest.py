@@ -84,10 +84,12 @@ def _without_figures() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages of this test have their figures."""
-    monkeypatch.setattr(page, "draw_all", draw_all)
+@pytest.fixture(scope="module")
+def figures() -> Iterator[None]:
+    """From here to the end of the file the pages have their figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw_all", draw_all)
+        yield
 
 
 @pytest.fixture

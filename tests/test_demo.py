@@ -17,7 +17,10 @@ def test_nearest_neighbours_are_the_bar_to_clear() -> None:
 
 @pytest.mark.proof
 def test_the_leader_reaches_98_percent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    figures: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path / "demo")])
     demo.main()

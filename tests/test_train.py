@@ -41,7 +41,7 @@ def small(name: str = "okddip-branch/resnet8/digits", epochs: int = 2, **changes
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(figures: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return fastokd.train(small(), out=tmp_path_factory.mktemp("runs") / "whole", **QUICK)
 
 
