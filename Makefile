@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST := .venv-oldest
-# What a version of torch or Triton can break; TESTS=tests runs all.
-TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/cohort tests/learner tests/distributed tests/plan \
-	$(foreach name,capture one_replay recipe_to_step resume trial tuning,tests/run/test_$(name).py) \
+# What a version of torch or Triton breaks first; TESTS=tests runs all.
+TESTS  := $(wildcard tests/gpu) tests/ops tests/kernels tests/distributed tests/cohort/test_engines.py tests/cohort/test_shadows.py \
+	tests/cohort/test_streams.py tests/learner/test_step.py \
+	$(foreach name,capture one_replay recipe_to_step resume,tests/run/test_$(name).py) \
 	tests/reference/test_ffsd_steps.py tests/student/test_export.py
 
 .PHONY: install demo test test-oldest proofs test-faults bare bench lint docs clean
@@ -35,7 +36,8 @@ test: lint
 # With the oldest torch and Triton that are allowed; of the proofs those that kernels compile.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not proof" $(TESTS)
-	$(OLDEST)/bin/python -m pytest -q -m proof -k "sm_90 or launches or recompile" tests/proofs
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist loadfile -m proof \
+		-k "sm_90 or launches or recompile" tests/proofs
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
