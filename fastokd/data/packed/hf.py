@@ -18,8 +18,8 @@ LABELS = ("label", "labels")
 def list_hf(root: Path) -> tuple[dict[str, Packed], tuple[str, ...]]:
     """The images of each split, by the set's own names, and the names of the classes.
 
-    A set without splits is called train; a split without the column of classes has the class -1. The Arrow files are mapped, and no image is read: an image is
-    the range of bytes that the file holds it in.
+    A set without splits is called train; a split without the column of classes has the class -1. The Arrow
+    files are mapped, and no image is read: an image is the range of bytes that the file holds it in.
 
     Raises:
         UserError: ``datasets`` isn't installed; ``root`` isn't a saved set, or is damaged; it has no
