@@ -14,14 +14,6 @@ OPERATIONS = (
     *("auto_augment", "randaugment_ops", "randaugment_magnitude", "randaugment_std"),
     *("color_jitter", "random_erasing", "erasing_scale", "erasing_ratio", "cutout"),
 )
-# Fields that say nothing unless another one, their master, has one of these values.
-ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "crop_scale": ("resized_crop", (True,)),
-    "crop_ratio": ("resized_crop", (True,)),
-    "randaugment_ops": ("auto_augment", ("randaugment", "timm_randaugment")),
-    "randaugment_magnitude": ("auto_augment", ("randaugment", "timm_randaugment")),
-    "randaugment_std": ("auto_augment", ("timm_randaugment",)),
-}
 # A recipe on images that are already drawn and cropped: what to replace.
 UNCROPPED: dict[str, Any] = {
     "repeats": 1,
@@ -112,31 +104,13 @@ class AugmentationSettings:
     ] = False
 
 
-def check_augmentation(recipe: Any, defaults: dict[str, Any]) -> None:
-    """Raises UserError for settings of augmentation that contradict each other.
-
-    Args:
-        recipe: a :class:`Recipe` whose fields have passed their own bounds.
-        defaults: the default of each field.
-    """
-    for name, (master, needed) in ONLY_WITH.items():
-        if getattr(recipe, name) != defaults[name] and getattr(recipe, master) not in needed:
-            said = " or ".join(str(value).lower() for value in needed)
-            raise UserError(
-                f"{name} is {getattr(recipe, name)}, but {master} is "
-                f"{str(getattr(recipe, master)).lower()}: set {master} to {said} or leave {name} out"
-            )
+def check_augmentation(recipe: Any) -> None:
+    """Raises UserError for settings of augmentation that contradict each other."""
     if recipe.auto_augment == "timm_randaugment" and recipe.randaugment_magnitude > 10:
         raise UserError(
             f"randaugment_magnitude is {recipe.randaugment_magnitude}: timm_randaugment takes at most 10, "
             "which is randaugment's 30"
         )
-    for name in ("erasing_scale", "erasing_ratio"):
-        if getattr(recipe, name) != defaults[name] and recipe.random_erasing == 0:
-            raise UserError(
-                f"{name} is {getattr(recipe, name)}, but random_erasing is 0: set it to a probability "
-                f"such as 0.25 or leave {name} out"
-            )
     smallest = recipe.first_size or recipe.train_size or recipe.image_size
     if recipe.cutout > smallest:
         raise UserError(

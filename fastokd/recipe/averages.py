@@ -11,12 +11,6 @@ from typing import Annotated, Any, Literal
 from fastokd.errors import UserError
 from fastokd.recipe.fields import BELOW_ONE, at_least
 
-# What each setting is where nothing is averaged.
-UNSET = {
-    **{"ema_warmup": True, "average_start": 0, "average_every": 1, "average_students": "kept"},
-    **{"average_norms": "averaged", "keep": "average"},
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AverageSettings:
@@ -65,15 +59,6 @@ def check_averages(recipe: Any) -> None:
         raise UserError(
             f"ema is {recipe.ema} and swa is true: a run has one average, leave one of them out"
         )
-    if not recipe.ema and not recipe.swa:
-        for name, usual in UNSET.items():
-            if getattr(recipe, name) != usual:
-                raise UserError(
-                    f"{name} is {getattr(recipe, name)!r}, but no weights are averaged: set ema or swa, "
-                    "or leave it out"
-                )
-    if recipe.swa and not recipe.ema_warmup:
-        raise UserError("ema_warmup is False, but swa has no decay: leave it out")
     if recipe.average_start >= recipe.epochs:
         raise UserError(
             f"average_start is {recipe.average_start}, but the run ends after {recipe.epochs} epochs: "

@@ -17,8 +17,8 @@ from typing import Any
 from fastokd.errors import UserError, wrong_type
 from fastokd.known import METHODS
 from fastokd.recipe.changes import NAMED
-from fastokd.recipe.optimization import unused
 from fastokd.recipe.recipe import Recipe
+from fastokd.recipe.unused import unused
 
 if sys.version_info >= (3, 11):
     import tomllib

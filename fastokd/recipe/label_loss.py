@@ -60,8 +60,3 @@ def check_label_loss(recipe: Any, uses_them: bool) -> None:
             "the loss on labels: leave it out, or write self.label_loss into the method's losses and "
             "label_loss=True into its needs"
         )
-    if recipe.target_threshold and recipe.criterion != "bce":
-        raise UserError(
-            f"target_threshold is {recipe.target_threshold}, but criterion is {recipe.criterion!r}: set "
-            "criterion to 'bce', or leave target_threshold out"
-        )

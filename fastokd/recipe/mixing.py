@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastokd.errors import UserError
-from fastokd.recipe.fields import at_least, at_most, between
-
-# Settings that say how images are mixed, and what they are where nothing is.
-HOW = {"mix_prob": 1.0, "mix_switch_prob": 0.5, "mix_epochs": 0, "mix_each": False}
+from fastokd.recipe.fields import POSITIVE, at_least, at_most, between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +19,7 @@ class MixingSettings:
         between(0, 1000),
     ] = 0.0
     cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
-    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", POSITIVE, at_most(1)] = 1.0
     mix_switch_prob: Annotated[
         float,
         "With both, the probability that a batch that is mixed is so by CutMix.",
@@ -61,18 +58,6 @@ def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:
         raise UserError(
             f"{on[0]} is {getattr(recipe, on[0])}, but {recipe.method} takes no mixed labels: set it to 0"
         )
-    without = [] if on else list(HOW)
-    if len(on) == 1:
-        without = ["mix_switch_prob"]
-    for name in without:
-        value = getattr(recipe, name)
-        if value != HOW[name]:
-            why, fix = (
-                (f"only {on[0]} is above 0", "both")
-                if on
-                else ("mixup and cutmix are 0", "one of them")
-            )
-            raise UserError(f"{name} is {value}, but {why}: leave it out, or set {fix} above 0")
     if recipe.mix_epochs > recipe.epochs:
         raise UserError(
             f"mix_epochs is {recipe.mix_epochs}, but there are {recipe.epochs} epochs: choose at most as "

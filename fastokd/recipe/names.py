@@ -27,10 +27,10 @@ from fastokd.known import DATASETS, METHODS, place_of
 from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
-from fastokd.recipe.optimization import refuse_unused
 from fastokd.recipe.recipe import Recipe, checked, methods, models
 from fastokd.recipe.recipe import settings as fields
 from fastokd.recipe.styles import STYLES, styled
+from fastokd.recipe.unused import refuse_unused
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}

@@ -27,6 +27,7 @@ from fastokd.recipe.paper_settings import PaperSettings
 from fastokd.recipe.resolution import SizeSettings, check_sizes, scaled_size_epochs
 from fastokd.recipe.schedule import ScheduleSettings, check_schedule, rate
 from fastokd.recipe.teaching import TeachingSettings, check_teaching
+from fastokd.recipe.unused import check_needs
 from fastokd.recipe.views import ViewSettings, check_views
 
 # Imported when a recipe is made, not for its name: they import torch.
@@ -92,8 +93,9 @@ class Recipe(
             raise UserError(
                 f"crop_padding is {self.crop_padding}: it must be below image_size, {self.image_size}"
             )
+        check_needs(self)
         check_sizes(self)
-        check_augmentation(self, {f.name: f.default for f in dataclasses.fields(self)})
+        check_augmentation(self)
         check_averages(self)
         check_schedule(self)
         check_optimizer(self)
@@ -102,13 +104,7 @@ class Recipe(
                 f"model_options is {self.model_options}: leave name and num_classes out, which the "
                 "recipe and the data say"
             )
-        check_views(
-            self.views,
-            self.trunk_views,
-            sharing=self.sharing,
-            method=self.method,
-            reads_maps=needs.maps,
-        )
+        check_views(self, reads_maps=needs.maps)
         check_mixing(self, takes_mixed=needs.mixed_labels)
         check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)

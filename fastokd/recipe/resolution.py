@@ -66,19 +66,9 @@ def scaled_size_epochs(recipe: Any, epochs: int) -> tuple[int, ...]:
 
 def check_sizes(recipe: Any) -> None:
     """Raises UserError for sizes that contradict each other or the form of the data set."""
-    if (recipe.train_size or recipe.first_size) and not recipe.resized_crop:
-        name = "train_size" if recipe.train_size else "first_size"
-        raise UserError(
-            f"{name} is {getattr(recipe, name)}, but images in memory have one size: leave it out, or "
-            "stream them with resized_crop=true and crop_padding=0"
-        )
-    last = recipe.train_size or recipe.image_size
     if not recipe.first_size:
-        if recipe.size_epochs:
-            raise UserError(
-                f"size_epochs is {list(recipe.size_epochs)}, but no size grows: give first_size, too"
-            )
         return
+    last = recipe.train_size or recipe.image_size
     if not STEP <= recipe.first_size <= last:
         raise UserError(
             f"first_size is {recipe.first_size}: it must be at least {STEP} and at most the size that it "

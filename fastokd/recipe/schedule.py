@@ -118,11 +118,6 @@ def check_schedule(recipe: Any) -> None:
         raise UserError(
             f"final_lr is {recipe.final_lr}: it must be at most lr, {recipe.lr}, from which the rate falls"
         )
-    if recipe.final_lr and recipe.schedule not in ENDING:
-        raise UserError(
-            f"final_lr is {recipe.final_lr}, but the schedule {recipe.schedule} has no final rate: leave "
-            f"it out, or choose {', '.join(ENDING)}"
-        )
     if recipe.warmup_lr > recipe.lr:
         raise UserError(
             f"warmup_lr is {recipe.warmup_lr}: it must be at most lr, {recipe.lr}, to which it rises"
@@ -139,14 +134,7 @@ def check_schedule(recipe: Any) -> None:
                 f"epochs, {recipe.epochs}; torch's is at 0.3 of them, {0.3 * recipe.epochs:g}"
             )
         return
-    if recipe.warmup == "scaled":
-        if recipe.warmup_lr:
-            raise UserError(
-                f"warmup_lr is {recipe.warmup_lr}, but the warm-up 'scaled' begins at lr / warmup_epochs: "
-                "set warmup to over or before, or leave warmup_lr out"
-            )
-        return
-    if not 0 < recipe.warmup_epochs < recipe.epochs:
+    if recipe.warmup != "scaled" and not 0 < recipe.warmup_epochs < recipe.epochs:
         raise UserError(
             f"warmup_epochs is {recipe.warmup_epochs}: the warm-up {recipe.warmup!r} needs a number above "
             f"0 and below epochs, {recipe.epochs}"

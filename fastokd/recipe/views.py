@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastokd.errors import UserError
 
@@ -24,23 +24,13 @@ class ViewSettings:
     ] = "each"
 
 
-def check_views(
-    views: str, trunk_views: str, *, sharing: str, method: str, reads_maps: bool
-) -> None:
-    """Raises UserError where ``method`` can't have these views, or there is no trunk to see several.
+def check_views(recipe: Any, *, reads_maps: bool) -> None:
+    """Raises UserError where the recipe's method can't have its views.
 
     ``reads_maps``: the method compares the students' maps.
     """
-    if views == "student" and reads_maps:
+    if recipe.views == "student" and reads_maps:
         raise UserError(
-            f"views is 'student', but {method} compares the students' maps place by place, which views "
-            "of different crops don't share: set views to shared"
-        )
-    if trunk_views == "all" and sharing != "branch":
-        raise UserError(
-            "trunk_views is 'all', but a network form has no trunk: set trunk_views to each"
-        )
-    if trunk_views == "all" and views == "shared":
-        raise UserError(
-            "trunk_views is 'all', but the trunk sees one view: set views to student, or trunk_views to each"
+            f"views is 'student', but {recipe.method} compares the students' maps place by place, which "
+            "views of different crops don't share: set views to shared"
         )

@@ -41,7 +41,10 @@ def test_the_default_is_the_plain_cross_entropy() -> None:
         ({"ce_weight": -1.0}, "ce_weight is -1.0: it must be a finite number, at least 0"),
         ({"criterion": "mse"}, "criterion is 'mse': choose ce or bce"),
         ({"class_weights": "inverse"}, "class_weights is 'inverse': choose none or balanced"),
-        ({"target_threshold": 0.2}, "target_threshold is 0.2, but criterion is 'ce'"),
+        (
+            {"target_threshold": 0.2},
+            "target_threshold is 0.2, but criterion is ce: set criterion to bce",
+        ),
         ({"target_threshold": 1.0, "criterion": "bce"}, "target_threshold is 1.0"),
     ],
 )

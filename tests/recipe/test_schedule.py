@@ -224,7 +224,10 @@ def test_fewer_epochs_scale_every_part() -> None:
     ("changes", "says"),
     [
         ({"schedule": "cosin"}, "schedule is 'cosin': choose step, cosine"),
-        ({"final_lr": 0.1}, "the schedule step has no final rate: leave it out"),
+        (
+            {"final_lr": 0.1},
+            "the schedule step has no final rate: choose cosine, linear or one_cycle, or",
+        ),
         ({"schedule": "cosine", "final_lr": 0.5}, "final_lr is 0.5: it must be at most lr"),
         ({"warmup": "over", "warmup_epochs": 1, "warmup_lr": 0.5}, "warmup_lr is 0.5: it must be"),
         ({"warmup_lr": 0.1, "warmup_epochs": 2}, "set warmup to over or before"),

@@ -195,7 +195,7 @@ def test_flipped_evaluation_is_the_mean_of_the_logits(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"crop_scale": (0.5, 1.0)}, "resized_crop is false: set resized_crop to true or leave"),
+        ({"crop_scale": (0.5, 1.0)}, "resized_crop is false: set resized_crop to true, or leave"),
         ({"crop_ratio": (1.0, 1.0)}, "crop_ratio is .1.0, 1.0., but resized_crop is false"),
         ({"crop_scale": (0.9, 0.1)}, "a smallest and a largest fraction"),
         ({"crop_scale": (0.5,)}, "a smallest and a largest fraction"),
@@ -204,7 +204,10 @@ def test_flipped_evaluation_is_the_mean_of_the_logits(monkeypatch: pytest.Monkey
             {"auto_augment": "autoaugment"},
             "auto_augment is 'autoaugment': choose none, randaugment",
         ),
-        ({"randaugment_ops": 3}, "is none: set auto_augment to randaugment or timm_randaugment or"),
+        (
+            {"randaugment_ops": 3},
+            "is none: set auto_augment to randaugment or timm_randaugment, or",
+        ),
         ({"randaugment_std": 1, "auto_augment": "randaugment"}, "set auto_augment to timm_randaug"),
         ({"randaugment_magnitude": 21, "auto_augment": "timm_randaugment"}, "takes at most 10"),
         ({"randaugment_magnitude": 12, "auto_augment": "cifar10"}, "auto_augment is cifar10: set"),
