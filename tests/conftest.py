@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastokd.data.sets import digits
+from fastokd.data.sets.digits import digits_indices
 from fastokd.report import page
 from fastokd.report.plots import draw_all
 
@@ -89,6 +91,27 @@ def figures() -> Iterator[None]:
     """From here to the end of the file the pages have their figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "draw_all", draw_all)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_digits() -> Iterator[None]:
+    """The digits have 50 images to validate and 100 to test, as many of each class: with all, half of a
+    run is their evaluation."""
+    few, (_, labels_N) = digits.digits_indices(), digits.digits_pixels()
+    for split, count in (("val", 5), ("test", 10)):
+        index_N = few[split]
+        few[split] = torch.cat([index_N[labels_N[index_N] == c][:count] for c in range(10)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "digits_indices", lambda: few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_digits() -> Iterator[None]:
+    """From here to the end of the file the digits have all their images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "digits_indices", digits_indices)
         yield
 
 

@@ -10,6 +10,8 @@ from fastokd import demo
 from fastokd.data import load_dataset
 from fastokd.run.folder import Run
 
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 
 def test_nearest_neighbours_are_the_bar_to_clear() -> None:
     assert demo.nearest_neighbours(load_dataset("digits")) == pytest.approx(0.967, abs=0.005)

@@ -89,6 +89,7 @@ def test_captured_evaluations_score_as_eager_ones_while_the_weights_change() -> 
     assert len({(one["ema_top1"], one["ema_top5"]) for one in seen}) == 3
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_another_choice_drops_the_graphs() -> None:
     session, graphs = begun(), Graphs()
     evaluator = Evaluator(session)

@@ -22,7 +22,7 @@ def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tenso
     method = create_method(method_name, cohort.shape, impl=impl)
     cohort.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.to(dtype)
-    stream = stream_of(data.train, 50, seed=0, augment=Augment(2), shuffle=True)
+    stream = stream_of(data.train, 20, seed=0, augment=Augment(2), shuffle=True)
     optimizer = torch.optim.SGD(
         [*cohort.parameters(), *method.parameters()], lr=0.002, momentum=0.9, nesterov=True
     )

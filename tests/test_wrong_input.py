@@ -50,6 +50,7 @@ def test_there_are_enough() -> None:
     assert {word[0] for word in words} >= set(commands.split())
 
 
+@pytest.mark.usefixtures("all_digits")
 @pytest.mark.parametrize("row", ROWS, ids=[row.split(" | ")[0][:100] for row in ROWS])
 def test_wrong_input_is_one_sentence(
     row: str, place: Path, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,8 @@ from fastokd.data.sets.folder import channel_statistics
 from fastokd.data.splits import stratified_split
 from fastokd.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 
 def test_split_is_frozen() -> None:
     indices = digits_indices()

@@ -13,6 +13,9 @@ from tests.distributed import checks
 from tests.distributed.checks import averaged, modern, small
 from tests.distributed.pool import Pool
 
+# A process that a test starts has all of them.
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 

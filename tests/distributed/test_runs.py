@@ -14,6 +14,9 @@ from tests.distributed import checks
 from tests.distributed.checks import small
 from tests.distributed.pool import Pool
 
+# A process that a test starts has all of them.
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 RECIPE = small(
     "okddip-branch",
     **{"batch_size": 100, "epochs": 2, "schedule": "cosine", "schedule_by": "step", "mixup": 0.4},

@@ -16,6 +16,9 @@ from tests.distributed.checks import averaged, modern, small
 from tests.distributed.pool import Pool
 from tests.distributed.test_data_parallel import assert_same_steps
 
+# A process that a test starts has all of them.
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 SHARED: dict[str, Any] = {"parallel": "students"}
 
 

@@ -15,6 +15,9 @@ from fastokd.checkpoint import list_checkpoints, newest_checkpoint
 from fastokd.distributed.launch import joined, launched
 from fastokd.errors import UserError
 
+# A process that a test starts has all of them.
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 
 @pytest.mark.parametrize(
     ("inherited", "says"),

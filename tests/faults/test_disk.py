@@ -167,7 +167,7 @@ def at_save(number: int, act: Callable[[RunFolder], None], patch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, all_digits: None) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     train(RECIPE, OPTIONS, out=out)
     return out

@@ -80,7 +80,7 @@ def test_a_run_that_grows_resumes_to_the_same_bits(
     root = write_folder(tmp_path / "set", size=(80, 70))
     prepare(root, quiet=True)
     growing = recipe(
-        "dml/resnet18/imagefolder",
+        "dml/resnet8/imagefolder",
         **{"epochs": 3, "batch_size": 4, "students": 2, "resized_crop": True, "crop_padding": 0},
         **{"image_size": 64, "first_size": 32, "size_epochs": [0, 2]},
         **{"ema": 0.5, "average_norms": "recomputed"},

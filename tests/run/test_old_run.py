@@ -44,6 +44,7 @@ def close(found: Any, written: Any) -> None:
         )
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_it_is_evaluated_as_it_was(old: Path) -> None:
     rows = Run.load(old).metrics
     found = fastokd.evaluate(old, options=fastokd.RunOptions(precision="fp32"))
@@ -52,6 +53,7 @@ def test_it_is_evaluated_as_it_was(old: Path) -> None:
             assert found[split][name] == pytest.approx(rows[-1][split][name], abs=0.002), name
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_it_is_resumed_to_the_end_that_it_would_have_had(old: Path) -> None:
     run = resume(old, quiet=True)
     assert [row["epoch"] for row in run.metrics] == [0, 1, 2, 3]
