@@ -135,7 +135,7 @@ def page(kept: dict[str, Any]) -> str:
     return f"""# Ablation of the modern settings
 
 One student, ResNet-8, is trained on the first {IMAGES:,} of the 60,000 training images of Fashion-MNIST with the
-set's recipe and one change: 20 epochs, 160 steps in all. The table gives the accuracy after the last epoch on the
+set's recipe and the settings that the row names: 20 epochs, 160 steps in all. The table gives the accuracy after the last epoch on the
 10,000 test images, mean ± deviation over seeds, and Welch's interval of the difference from the first row (from `dml`
 for `dml, a view per student`).
 
@@ -144,8 +144,9 @@ for `dml, a view per student`).
 An interval that contains 0 shows neither help nor harm. Read the table as a test of small, short runs: augmentation and
 mixing are made for long runs of large networks, and in 160 steps a network of 78,000 parameters underfits with them.
 
-measured-cpu on {where["cpu"] or "a CPU"}, fp32, torch {where["torch"]}. To reproduce: `python docs/ablation.py`, then
-`python docs/ablation.py --page`.
+measured-cpu on {where["cpu"] or "a CPU"}, fp32, torch {where["torch"]}. To reproduce: remove `docs/ablation.json`, then
+`python docs/ablation.py --data-root DIR` (Fashion-MNIST's `.gz` files; no option where Debian's `dataset-fashion-mnist` is
+installed) and `python docs/ablation.py --page`.
 """
 
 

@@ -62,9 +62,9 @@ def take(session: Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _batches_of_150(monkeypatch: pytest.MonkeyPatch) -> None:
+def _batches_of_30(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits have batches of several sizes then."""
-    monkeypatch.setattr(importlib.import_module("fastokd.evaluate"), "EVAL_BATCH", 150)
+    monkeypatch.setattr(importlib.import_module("fastokd.evaluate"), "EVAL_BATCH", 30)
 
 
 def test_captured_evaluations_score_as_eager_ones_while_the_weights_change() -> None:
@@ -89,7 +89,6 @@ def test_captured_evaluations_score_as_eager_ones_while_the_weights_change() -> 
     assert len({(one["ema_top1"], one["ema_top5"]) for one in seen}) == 3
 
 
-@pytest.mark.usefixtures("all_digits")
 def test_another_choice_drops_the_graphs() -> None:
     session, graphs = begun(), Graphs()
     evaluator = Evaluator(session)

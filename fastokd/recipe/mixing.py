@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastokd.errors import UserError
-from fastokd.recipe.fields import POSITIVE, at_least, at_most, between
+from fastokd.recipe.fields import at_least, at_most, between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class MixingSettings:
         between(0, 1000),
     ] = 0.0
     cutmix: Annotated[float, "The same of CutMix.", between(0, 1000)] = 0.0
-    mix_prob: Annotated[float, "The probability that a batch is mixed.", POSITIVE, at_most(1)] = 1.0
+    mix_prob: Annotated[float, "The probability that a batch is mixed.", between(0, 1)] = 1.0
     mix_switch_prob: Annotated[
         float,
         "With both, the probability that a batch that is mixed is so by CutMix.",

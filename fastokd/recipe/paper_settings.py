@@ -45,7 +45,7 @@ class PaperSettings:
     ] = field(default_factory=dict)
     epochs: Annotated[
         int,
-        "Epochs; a change scales milestones, ramp, warm-up and `mix_epochs`.",
+        "Epochs; a change scales every setting that counts epochs.",
         at_least(1),
         at_most(1_000_000),
     ] = 300

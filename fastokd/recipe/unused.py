@@ -15,7 +15,7 @@ from fastokd.recipe.schedule import ENDING
 
 
 class Need(NamedTuple):
-    """What settings need; ``why`` and ``fix`` are for the error where it isn't so."""
+    """What settings need; ``why`` and ``fix`` are for the error where it isn't so. ``fix`` may be empty."""
 
     names: tuple[str, ...]
     is_met: Callable[[Any], bool]
@@ -86,16 +86,10 @@ NEEDS = (
     ),
     Need(("ema_warmup",), lambda recipe: recipe.ema, "swa has no decay", "set ema in its place"),
     Need(
-        ("views",),
-        lambda recipe: recipe.number_of_views != 1,
-        "one student sees every image",
-        "choose a recipe with several students or a teacher",
-    ),
-    Need(
         ("trunk_views",),
         lambda recipe: recipe.sharing == "branch",
         "a network form has no trunk",
-        "choose {method}-branch",
+        "",
     ),
     Need(
         ("trunk_views",),
@@ -143,9 +137,10 @@ def check_needs(recipe: Any) -> None:
         changed = [name for name in names if getattr(recipe, name) != defaults[name]]
         if changed and not is_met(recipe):
             name, values = changed[0], vars(recipe)
+            instead = f"{fix.format_map(values)}, or " if fix else ""
             raise UserError(
-                f"{name} is {values[name]!r}, but {why.format_map(values)}: "
-                f"{fix.format_map(values)}, or leave {name} out"
+                f"{name} is {values[name]!r}, but {why.format_map(values)}: {instead}set {name} to "
+                f"{defaults[name]!r}"
             )
 
 
@@ -160,7 +155,19 @@ def unused(recipe: Any) -> dict[str, str]:
 
 
 def refuse_unused(recipe: Any, given: set[str]) -> None:
-    """Raises UserError if one of the settings ``given`` has no effect here."""
+    """Raises UserError if one of the settings ``given`` has no effect here.
+
+    Stored recipes of earlier versions have some of them, so they aren't in ``NEEDS``.
+    """
+    if "views" in given and recipe.number_of_views == 1:
+        raise UserError(
+            "views is 'student', but one network sees the images: choose several students, or a teacher "
+            "without cache_teacher"
+        )
+    if "mix_prob" in given and recipe.mix_prob == 0:
+        raise UserError(
+            "mix_prob is 0.0, so that no batch is mixed: set it above 0, or leave mixup and cutmix out"
+        )
     for name, under in unused(recipe).items():
         if name in given:
             raise UserError(

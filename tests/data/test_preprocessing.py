@@ -83,6 +83,7 @@ def save(pixels: np.ndarray, path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("all_digits")
 @pytest.mark.parametrize("to_level", [np.round, np.floor])
 def test_digits_of_eight_pixels(to_level: Callable[..., np.ndarray], tmp_path: Path) -> None:
     """scikit-learn's 0 to 16 as levels of 0 to 255, however they are rounded."""

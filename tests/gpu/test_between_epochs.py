@@ -22,7 +22,7 @@ from fastokd.run.writer import HostCopies
 from tests.data.make import write_cifar
 from tests.test_evaluate import Graphs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("all_digits")]
 
 
 @pytest.mark.parametrize("name", ["okddip-branch@3", "ffsd@3", "one@3"])

@@ -195,7 +195,10 @@ def test_flipped_evaluation_is_the_mean_of_the_logits(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"crop_scale": (0.5, 1.0)}, "resized_crop is false: set resized_crop to true, or leave"),
+        (
+            {"crop_scale": (0.5, 1.0)},
+            "resized_crop is false: set resized_crop to true, or set crop_scale to .0.08, 1.0.",
+        ),
         ({"crop_ratio": (1.0, 1.0)}, "crop_ratio is .1.0, 1.0., but resized_crop is false"),
         ({"crop_scale": (0.9, 0.1)}, "a smallest and a largest fraction"),
         ({"crop_scale": (0.5,)}, "a smallest and a largest fraction"),

@@ -218,6 +218,7 @@ def test_what_was_not_measured_has_no_score(plain: Run, tmp_path: Path) -> None:
     assert json.loads((done.folder / "student.json").read_text())["score"] is None
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_the_average_is_scored_by_its_own_weights() -> None:
     """Which always says the same class here, and the student itself doesn't."""
     session = build(small(ema=0.9), RunOptions(**QUICK))

@@ -202,12 +202,12 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
     [
         ({"cutmix": -1.0}, "cutmix is -1.0: it must be between 0 and 1000"),
         ({"mixup": float("nan")}, "mixup is nan: it must be between 0 and 1000"),
-        ({"mix_prob": 0}, "mix_prob is 0.0: it must be a finite number above 0"),
-        ({"mix_prob": 1.5}, "mix_prob is 1.5: it must be at most 1"),
+        ({"mix_prob": 0}, "mix_prob is 0.0, so that no batch is mixed: set it above 0"),
+        ({"mix_prob": 1.5}, "mix_prob is 1.5: it must be between 0 and 1"),
         ({"mix_epochs": 5}, "mix_epochs is 5, but there are 4 epochs: choose at most as many"),
         (
             {"mixup": 0, "cutmix": 0, "mix_epochs": 2},
-            "mix_epochs is 2, but mixup and cutmix are 0: set one of them above 0, or leave",
+            "mix_epochs is 2, but mixup and cutmix are 0: set one of them above 0, or set",
         ),
         (
             {"mixup": 0, "mix_switch_prob": 0.2},

@@ -201,7 +201,7 @@ def test_a_run_that_stops_between_batches_goes_on_with_the_same_bits(tmp_path: P
         ("ffsd", {"views": "student"}, "ffsd compares the students' maps place by place"),
         ("dml", {"views": "student", "trunk_views": "all"}, "a network form has no trunk"),
         ("okddip-branch", {"trunk_views": "all"}, "the trunk sees one view"),
-        ("baseline", {"views": "student"}, "one student sees every image"),
+        ("baseline", {"views": "student"}, "one network sees the images"),
         ("dml", {"views": "students"}, "views is 'students': choose shared or student"),
     ],
 )
