@@ -20,6 +20,8 @@ from fastokd.run.options import RunOptions
 from fastokd.train import train
 from tests.faults.kill import digest
 
+pytestmark = pytest.mark.usefixtures("all_digits")
+
 SMALL = dataclasses.replace(
     recipe("okddip-branch@2/resnet8/digits", epochs=3), batch_size=250, lr=0.05, ema=0.9
 )
