@@ -63,6 +63,7 @@ class Cell:
         unit: ``"error"`` or ``"accuracy"``, top-1 in %.
         mean: as published; None if it is only plotted in a figure.
         std: over ``runs`` runs; None for a single run.
+        source: where the number is published, if not in the two papers.
     """
 
     table: str
@@ -73,6 +74,7 @@ class Cell:
     mean: float | None = None
     std: float | None = None
     runs: int = 0
+    source: str = ""
 
 
 def tables() -> list[str]:
@@ -107,7 +109,16 @@ def _all() -> dict[str, list[Cell]]:
             for row, columns in rows.items()
             for column, value in columns.items()
         ]
-    return cells | {"figure3": _group_sizes(), "ffsd": _ffsd(facts["ffsd"])}
+    return cells | {"figure3": _group_sizes(), "ffsd": _ffsd(facts["ffsd"])} | _newer()
+
+
+def _newer() -> dict[str, list[Cell]]:
+    """The numbers of the methods after the two papers, a table for each method."""
+    text = resources.files("fastokd.facts").joinpath("newer_results.json").read_text()
+    return {
+        method: [Cell(method, **{"unit": "accuracy", **cell}) for cell in cells]
+        for method, cells in json.loads(text).items()
+    }
 
 
 def _result(published: Any) -> dict[str, Any]:

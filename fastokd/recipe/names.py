@@ -27,6 +27,7 @@ from fastokd.known import DATASETS, METHODS, place_of
 from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
+from fastokd.recipe.newer import SETTINGS
 from fastokd.recipe.recipe import Recipe, checked, methods, models
 from fastokd.recipe.recipe import settings as fields
 from fastokd.recipe.styles import STYLES, styled
@@ -169,6 +170,8 @@ def _published(text: str, name: _Name) -> Recipe:
         base = dataclasses.replace(base, teacher=f"baseline/{teacher}/{name.dataset}")
     if name.method == "ffsd":
         base = _ffsd(base)
+    if name.method in SETTINGS:
+        base = SETTINGS[name.method](base)
     if name.method == "okddip_no_two_level":
         base = dataclasses.replace(base, reported="kept")
     if name.ensemble:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,19 +167,21 @@ class _What:
         options["precision"] = (precision, None)
         return _What(dataclasses.replace(run.recipe, seed=0), options, run.is_whole)
 
+    @cached_property
     def changes(self) -> Changes:
+        """The settings in which these runs differ from the recipe of their name."""
         return from_its_name(self.recipe) | self.options
 
 
 def _label(what: _What, kinds: Sequence[_What], runs: Sequence[Run]) -> str:
     """A recipe's name, and the settings in which the runs differ from it or from other pools."""
     alike = [kind for kind in kinds if kind.recipe.name == what.recipe.name]
-    names = dict.fromkeys(name for kind in alike for name in kind.changes())
+    names = dict.fromkeys(name for kind in alike for name in kind.changes)
     ours = dataclasses.asdict(what.recipe) | what.recipe.method_options
     words = [what.recipe.name]
     for name in names:
-        values = [kind.changes().get(name) for kind in alike]
-        value = what.changes().get(name, (ours.get(name), None))
+        values = [kind.changes.get(name) for kind in alike]
+        value = what.changes.get(name, (ours.get(name), None))
         if name not in UNSAID or any(other != values[0] for other in values):
             words += shown({name: value})
     if not what.whole:
