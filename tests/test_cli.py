@@ -216,7 +216,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_evaluate_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    flags = ["--out", out, "--students", "2", "--batch-size", "250", "--epochs", "2"]
+    flags = ["--out", out, "--students", "2", "--batch-size", "50", "--epochs", "2"]
     code, printed, _ = run(capsys, "train", RECIPE, *flags, "--max-steps", "1")
     assert code == 0
     assert "rate / 10 after epoch 1 (1 of 2 milestones" in printed
@@ -297,7 +297,7 @@ def test_loaded_it_can_be_interrupted_as_any_program(monkeypatch: pytest.MonkeyP
 
 def test_a_log_has_a_line_an_epoch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Where the output is no terminal, nothing is wrapped at a width that nobody has."""
-    flags = ["--out", str(tmp_path / "run"), "--students", "2", "--batch-size", "250"]
+    flags = ["--out", str(tmp_path / "run"), "--students", "2", "--batch-size", "50"]
     code, printed, _ = run(capsys, "train", RECIPE, *flags, "--max-steps", "1")
     assert code == 0
     (line,) = [line for line in printed.splitlines() if line.startswith("epoch")]

@@ -22,17 +22,14 @@ def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tenso
     method = create_method(method_name, cohort.shape, impl=impl)
     cohort.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.to(dtype)
-    stream = stream_of(data.train, 20, seed=0, augment=Augment(2), shuffle=True)
+    stream = stream_of(data.train, 12, seed=0, augment=Augment(2), shuffle=True)
     optimizer = torch.optim.SGD(
         [*cohort.parameters(), *method.parameters()], lr=0.002, momentum=0.9, nesterov=True
     )
     losses = []
     for step in range(20):
-        loss = method(
-            cohort(stream.batch(*divmod(step, 10))[0]),
-            stream.batch(*divmod(step, 10))[1],
-            Progress.start(),
-        )
+        images_BHWC, labels_B = stream.batch(*divmod(step, 8))
+        loss = method(cohort(images_BHWC), labels_B, Progress.start())
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -24,13 +24,13 @@ QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "loop",
 def run(tmp_path_factory: pytest.TempPathFactory) -> fastokd.Run:
     """By a name, with settings of the recipe and of its method, and options."""
     out = str(tmp_path_factory.mktemp("runs") / "run")
-    settings = {"epochs": 2, "students": 2, "batch_size": 250, "temperature": 2.5}
+    settings = {"epochs": 2, "students": 2, "batch_size": 50, "temperature": 2.5}
     return fastokd.train(NAME, out=out, **settings, **QUICK)
 
 
 def test_settings_and_options_go_where_they_belong(run: fastokd.Run) -> None:
     assert isinstance(run, fastokd.Run)
-    recipe = fastokd.recipe(NAME, epochs=2, students=2, batch_size=250, temperature=2.5)
+    recipe = fastokd.recipe(NAME, epochs=2, students=2, batch_size=50, temperature=2.5)
     assert run.recipe == recipe
     assert fastokd.Run.load(str(run.folder)) == run
 
@@ -98,7 +98,7 @@ def test_what_the_first_hour_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / "docs/start.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    small = "epochs=1, batch_size=250, quiet=True, engine='loop', precision='fp32', device='cpu'"
+    small = "epochs=1, batch_size=50, quiet=True, engine='loop', precision='fp32', device='cpu'"
     assert code.count("epochs=10") == 1
     names = {"images_BHWC": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}
     exec(code.replace("epochs=10", small), names)

@@ -32,7 +32,7 @@ from fastokd.student.convert import convert
 from fastokd.student.file import read_weights
 from fastokd.train import train
 
-SMALL = recipe("baseline/resnet8/digits", epochs=1, batch_size=250)
+SMALL = recipe("baseline/resnet8/digits", epochs=1, batch_size=50)
 QUICK: dict[str, Any] = {"engine": "loop", "precision": "fp32", "device": "cpu", "quiet": True}
 
 

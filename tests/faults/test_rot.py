@@ -36,7 +36,7 @@ def small(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def real_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of OKDDip's writes, and its copy under the number before."""
-    small = recipe("okddip-branch/resnet8/digits", students=2, batch_size=250, ema=0.9)
+    small = recipe("okddip-branch/resnet8/digits", students=2, batch_size=50, ema=0.9)
     options = RunOptions(engine="loop", precision="fp32", device="cpu")
     folder = tmp_path_factory.mktemp("checkpoints")
     save_checkpoint(folder / "last-000000002", *build(small, options).state())

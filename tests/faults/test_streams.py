@@ -24,10 +24,10 @@ from fastokd.run.options import RunOptions
 from fastokd.train import train
 
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
-RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=500)
+RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=100)
 COMMAND = [
     *("train", "baseline/resnet8/digits", "--engine", "loop", "--device", "cpu", "--epochs", "2"),
-    *("--batch-size", "500", "--precision", "fp32"),
+    *("--batch-size", "100", "--precision", "fp32"),
 ]
 
 

@@ -368,7 +368,7 @@ def test_a_run_that_diverges_stops_with_what_it_was(
     """By the command: the exit code, the sentence, a checkpoint of finite values, no half epoch."""
     out = tmp_path / "run"
     flags = ["--out", str(out), "--quiet", "--engine", "loop", "--precision", "fp32"]
-    command = ["train", "okddip-branch@2/resnet8/digits", *flags, "--batch-size", "100"]
+    command = ["train", "okddip-branch@2/resnet8/digits", *flags, "--batch-size", "20"]
     command += ["--epochs", "2", "--lr", "1e25"]
     assert run_command(command) == 2
     error = capsys.readouterr().err
@@ -394,7 +394,7 @@ def test_metrics_count_what_was_skipped(tmp_path: Path, monkeypatch: pytest.Monk
             poison_image(session)
 
     monkeypatch.setattr(Session, "begin_epoch", begin)
-    one = recipe("okddip-branch@2/resnet8/digits", epochs=2, batch_size=100)
+    one = recipe("okddip-branch@2/resnet8/digits", epochs=2, batch_size=20)
     options = RunOptions(
         quiet=True, engine="loop", precision="fp32", skip_nonfinite=2, eval_every=2
     )

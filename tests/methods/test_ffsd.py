@@ -231,6 +231,7 @@ def test_optimizers_are_the_published_ones() -> None:
     assert trained == {p for module in modules for p in module.parameters()}
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_two_epochs_on_digits(tmp_path: Path) -> None:
     run = fastokd.train(small(), out=tmp_path / "run", device="cpu", precision="fp32", quiet=True)
     first, last = run.metrics[0]["train"], run.metrics[-1]["train"]

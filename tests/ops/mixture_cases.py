@@ -195,11 +195,11 @@ def assert_second_labels_may_be_out_of_range(case: Case, impl: str) -> None:
         found = replace(case, labels_B=out[0], mixed_with=(out[1], share2_B)).run(impl)
         for name, x in before.items():
             assert torch.equal(found[name], x), name
-        for which, sample in ((0, 0), (1, 3), (0, 1), (1, 2)):
-            out = case.labels_B.clone(), labels2_B.clone()
-            out[which][sample] = wrong
-            found = replace(case, labels_B=out[0], mixed_with=(out[1], share2_B)).run(impl)
-            others = [b for b in range(4) if b != sample]
-            assert found["total"].isnan()
-            assert found["grad_logits"][:, sample].isnan().all()
-            assert found["grad_logits"][:, others].isfinite().all()
+    for wrong, which, sample in ((C, 0, 0), (-1, 1, 3), (2**40, 0, 1), (C, 1, 2)):
+        out = case.labels_B.clone(), labels2_B.clone()
+        out[which][sample] = wrong
+        found = replace(case, labels_B=out[0], mixed_with=(out[1], share2_B)).run(impl)
+        others = [b for b in range(4) if b != sample]
+        assert found["total"].isnan()
+        assert found["grad_logits"][:, sample].isnan().all()
+        assert found["grad_logits"][:, others].isfinite().all()

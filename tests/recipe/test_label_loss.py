@@ -79,7 +79,7 @@ def test_a_run_is_killed_and_resumed_to_the_same_bits(criterion: str, tmp_path: 
     one = recipe(
         "dml-network/resnet8/digits",
         epochs=2,
-        batch_size=500,
+        batch_size=100,
         students=2,
         criterion=criterion,
         label_smoothing=0.1,

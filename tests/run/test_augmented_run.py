@@ -32,7 +32,7 @@ ALL: dict[str, Any] = {
     "random_erasing": 0.5,
     "cutout": 8,
 }
-SIZE = {"epochs": 6, "batch_size": 120}
+SIZE = {"epochs": 6, "batch_size": 24}
 DIGITS = recipe("baseline/resnet8/digits", **SIZE, **ALL)
 CPU = torch.device("cpu")
 
@@ -151,7 +151,7 @@ def test_a_repeated_batch_is_augmented_once() -> None:
 
 def test_recipes_without_operations_draw_nothing_more() -> None:
     plain = session_of(recipe("baseline/resnet8/digits", **SIZE), captured=False)
-    assert [set(draws) for draws in plain._ahead(120)] == [{BATCH}] * 4
+    assert [set(draws) for draws in plain._ahead(24)] == [{BATCH}] * 4
 
 
 def test_the_mean_fills_and_a_timed_trial_takes_the_recipe(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ NAME = "okddip-branch@2/resnet8/digits"
 
 def small(**changes: Any) -> Recipe:
     """Two steps an epoch."""
-    return recipe(NAME, **{"epochs": 3, "batch_size": 250, "lr": 0.02, **changes})
+    return recipe(NAME, **{"epochs": 3, "batch_size": 50, "lr": 0.02, **changes})
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -180,7 +180,7 @@ def nothing_computed(learner: Learner, meter: Meter) -> Iterator[None]:
 
 def trained(out: Path, name: str = "okddip-branch", **how: Any) -> dict[str, Tensor]:
     """Two epochs of 150, 150, 150 and 50 images; the tensors of the last checkpoint."""
-    one = recipe(f"{name}/resnet8/digits", epochs=2, batch_size=150, students=3, ema=0.9)
+    one = recipe(f"{name}/resnet8/digits", epochs=2, batch_size=30, students=3, ema=0.9)
     with mock.patch.object(page, "report"):  # it takes longer than the run
         fastokd.train(one, out=out, **{**HOW, **how})
     return newest_checkpoint(out / "checkpoints")[1]

@@ -20,7 +20,7 @@ from fastokd.run.loggers import scalars
 from fastokd.run.options import RunOptions
 from fastokd.train import train
 
-SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
+SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=50)
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
 
 

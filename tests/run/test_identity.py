@@ -33,7 +33,7 @@ from fastokd.student.weights import STUDENT, Weights
 from fastokd.train import train
 
 NAME = "baseline/resnet8/digits"
-ALONE = recipe(NAME, epochs=1, batch_size=250)  # an epoch is two steps
+ALONE = recipe(NAME, epochs=1, batch_size=50)  # an epoch is two steps
 OPTIONS = RunOptions(device="cpu", precision="fp32", engine="loop", quiet=True)
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--engine", "loop", "--quiet"]
 
@@ -98,7 +98,7 @@ def test_an_index_that_another_sweep_writes_is_waited_for(tmp_path: Path) -> Non
 
 def test_a_run_that_was_cut_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    command = ["train", NAME, "--epochs", "1", "--batch-size", "125", "--seeds", "0", *FLAGS]
+    command = ["train", NAME, "--epochs", "1", "--batch-size", "25", "--seeds", "0", *FLAGS]
     command += ["--out", str(out)]
     assert run_command([*command, "--max-steps", "3"]) == 0
     (row,) = index_of(out)
@@ -186,7 +186,7 @@ def test_what_a_run_begins_from_is_its_contents(tmp_path: Path, one_run: Path) -
 
 
 def test_a_teacher_is_its_contents(tmp_path: Path, one_run: Path) -> None:
-    taught = recipe("kd/resnet8/digits", epochs=1, batch_size=250)
+    taught = recipe("kd/resnet8/digits", epochs=1, batch_size=50)
     teacher, out = tmp_path / "teacher", tmp_path / "run"
     shutil.copytree(one_run, teacher)
     options = RunOptions(**{**OPTIONS.to_json(), "out": out, "teacher": teacher})

@@ -31,7 +31,7 @@ from fastokd.train import train
 SAVING = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 # The module, which the function hides.
 loop = sys.modules["fastokd.train"]
-SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=250)
+SMALL = dataclasses.replace(recipe("okddip-branch@3/resnet8/digits", epochs=2), batch_size=50)
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu")
 assert training is train
 
@@ -156,7 +156,7 @@ def test_state_is_saved_every_so_many_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after_step(8, lambda: os._exit, monkeypatch)
-    small = dataclasses.replace(SMALL, batch_size=100)  # 5 steps an epoch
+    small = dataclasses.replace(SMALL, batch_size=20)  # 5 steps an epoch
     saved: list[str] = []
     save = RunFolder.save
 

@@ -16,7 +16,7 @@ from fastokd.run.loggers import still_busy
 from fastokd.run.options import RunOptions
 from fastokd.train import train
 
-RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=500)
+RECIPE = recipe("baseline/resnet8/digits", epochs=2, batch_size=100)
 OPTIONS = RunOptions(quiet=True, engine="loop", precision="fp32", device="cpu", wandb=True)
 WELL = """
 class Run:

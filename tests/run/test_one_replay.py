@@ -31,8 +31,8 @@ from fastokd.train import train_epoch
 from tests.learner.every_method import Recorder
 
 WARM_UP = 2
-# Five steps an epoch: four of 120 images and one of 20.
-SIZES = [120, 120, 120, 120, 20]
+# Five steps an epoch: four of 24 images and one of 4.
+SIZES = [24, 24, 24, 24, 4]
 
 
 class Replays(Recorder):
@@ -54,7 +54,7 @@ class Replays(Recorder):
 
 
 def session_of(*, captured: bool, **options: Any) -> Session:
-    one = recipe("okddip_random-branch/resnet8/digits", epochs=6, students=3, batch_size=120)
+    one = recipe("okddip_random-branch/resnet8/digits", epochs=6, students=3, batch_size=24)
     session = loop_of(one, torch.device("cpu"), captured=captured, **options)
     if isinstance(session.stream, BatchStream):
         assert [session.stream.size(index) for index in range(len(session.stream))] == SIZES
@@ -194,7 +194,7 @@ def test_between_two_replays_the_host_dispatches_nothing(monkeypatch: pytest.Mon
     go(session)
     with Outside(session) as outside:
         go(session, outside, epochs=1)
-    # Three and one of 120 images, one of 20, and the epoch's end.
+    # Three and one of 24 images, one of 4, and the epoch's end.
     uploads = [number for number, step in enumerate(outside.steps[:-1]) if step]
     assert uploads == [0, 3, 4]
     assert outside.steps[1] == outside.steps[2] == Counter()
@@ -217,7 +217,7 @@ def test_no_step_is_drawn_that_is_not_taken() -> None:
 
     session.learner.method.draw = counted  # type: ignore[method-assign]
     go(session)
-    assert drawn == [*SIZES, 120, 120]
+    assert drawn == [*SIZES, 24, 24]
 
 
 def test_a_block_stays_in_its_memory_and_reads_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +246,9 @@ def test_a_step_too_large_says_what_fits_without_a_batch_at_hand() -> None:
     session = session_of(captured=False)
 
     def refuse(_module: Any, images: tuple[Tensor, ...]) -> None:
-        if len(images[0]) > 30:
+        if len(images[0]) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     session.learner.cohort.register_forward_pre_hook(refuse)
-    with pytest.raises(UserError, match=r"a step of 120 images .* 30 would fit"):
+    with pytest.raises(UserError, match=r"a step of 24 images .* 6 would fit"):
         go(session)

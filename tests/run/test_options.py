@@ -22,7 +22,7 @@ QUICK: dict[str, Any] = {"quiet": True, "precision": "fp32", "engine": "loop"}
 
 def small(**changes: object) -> Recipe:
     name = str(changes.pop("name", "okddip-branch/resnet8/digits"))
-    return recipe(name, epochs=2, **{"students": 2, "batch_size": 250, **changes})
+    return recipe(name, epochs=2, **{"students": 2, "batch_size": 50, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
 
 def test_a_last_batch_of_one_is_left_out_where_a_norm_needs_two() -> None:
     """ONE's gate normalises over the batch; 500 images make batches of 499 and one."""
-    session = build(small(name="one/resnet8/digits", batch_size=499), RunOptions(**QUICK))
+    session = build(small(name="one/resnet8/digits", batch_size=99), RunOptions(**QUICK))
     assert len(session.stream) == 1
-    other = build(small(batch_size=499), RunOptions(**QUICK))
+    other = build(small(batch_size=99), RunOptions(**QUICK))
     assert len(other.stream) == 2
     with pytest.raises(UserError, match=r"batch_size is 1, but one normalises over .* at least 2"):
         build(small(name="one/resnet8/digits", batch_size=1), RunOptions(**QUICK))

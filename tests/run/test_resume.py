@@ -21,7 +21,7 @@ from tests.data.make import write_folder
 
 NAME = "baseline/resnet8/digits"
 QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "loop", "quiet": True}
-ONE = recipe(NAME, epochs=1, batch_size=250, milestones=[1])  # an epoch is two steps
+ONE = recipe(NAME, epochs=1, batch_size=50, milestones=[1])  # an epoch is two steps
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -137,7 +137,7 @@ def test_a_longer_run_by_its_name_is_told_how(whole: Path) -> None:
         (["--resume", "run", "--set", "lr=0.1"], "--set is given"),
         (["--resume", "run", "--seeds", "0,1"], "--seeds is given"),
         (["--resume", "run", "--scale-lr"], "--scale-lr is given"),
-        (["--resume", "run", "--batch-size", "250"], "--batch-size is given"),
+        (["--resume", "run", "--batch-size", "50"], "--batch-size is given"),
         (["--resume", "run", "--method", "tests.run.own:Own"], "--method"),
         (["--resume", "none"], "there is no run to resume in none: name the folder of a run"),
         (["--resume", "runs/none"], "there is no run to resume in runs/none"),

@@ -34,7 +34,7 @@ FROZEN = {"frozen_stages": 2, "frozen_epochs": 1}
 
 def small(name: str = "dml-network/resnet8/digits", **changes: Any) -> Recipe:
     """Two steps an epoch."""
-    return recipe(name, **{"epochs": 2, "batch_size": 250, "students": 2, **changes})
+    return recipe(name, **{"epochs": 2, "batch_size": 50, "students": 2, **changes})
 
 
 def session_of(of: Recipe, engine: str = "loop", **options: Any) -> Session:
@@ -73,7 +73,7 @@ def test_rates_follow_the_position() -> None:
         session.recipe.learning_rate(2, step=1, steps=2), rel=1e-6
     )
     session.epoch, session.batch = 1, 1
-    session.begin_step(250)
+    session.begin_step(50)
     (group,) = session.learner.optimizers[0].param_groups
     assert float(group["lr"]) == pytest.approx(
         session.recipe.learning_rate(1, step=1, steps=2), rel=1e-6
@@ -83,7 +83,7 @@ def test_rates_follow_the_position() -> None:
 def test_rates_by_epoch_aren_t_drawn() -> None:
     """A step of the default recipe has the row of its batch, and nothing else."""
     session = session_of(small())
-    assert next(session._ahead(250)).keys() == {BATCH}
+    assert next(session._ahead(50)).keys() == {BATCH}
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from fastokd.student.weights import Weights, student_facts
 TIMM = "timm:test_resnet.r160_in1k"
 QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "loop", "quiet": True}
 # An epoch is two steps. The images of a batch aren't augmented.
-PLAIN = {"epochs": 1, "batch_size": 250, "milestones": [1], "crop_padding": 0}
+PLAIN = {"epochs": 1, "batch_size": 50, "milestones": [1], "crop_padding": 0}
 
 
 def small(name: str = "kd/resnet8/digits", **changes: Any) -> Recipe:
@@ -91,7 +91,7 @@ def test_cached_logits_are_those_of_each_step(accumulate: int, teachers: list[st
             _, loss = session.whole_step(session.learner, images, *batch)
             found.append(float(loss.parts["kd_S"][0]))
             session.finish_step()
-    assert found[:2] == pytest.approx(found[2:], rel=1e-5)
+    assert found[:2] == pytest.approx(found[2:], rel=1e-4)
     assert found[0] != pytest.approx(found[1], rel=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_a_step_outside_of_the_loop_has_the_logits_of_its_batch(teachers: list[s
     options = RunOptions(teacher=(teachers[0],), **QUICK)
     session = build(small(cache_teacher="plain", crop_padding=2), options)
     session.batch = 1
-    session.begin_step(250)
+    session.begin_step(50)
     rows_NC = session.taught_NC
     assert rows_NC is not None
     index_B = session.stream.order.samples(0, 1)  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def test_one_repeated_batch_has_no_cached_logits(teachers: list[str]) -> None:
 
 def test_a_pretrained_student_is_normalised_as_its_weights_were(tmp_path: Path) -> None:
     stated, out = published(TIMM), tmp_path / "run"
-    of = small(f"baseline/{TIMM}/digits", normalise_by="model", batch_size=100)
+    of = small(f"baseline/{TIMM}/digits", normalise_by="model", batch_size=20)
     fastokd.train(of, out=out, max_steps=1, **QUICK)
     fastokd.train(of, out=out, max_steps=2, resume=True, **QUICK)
     session = build(of, RunOptions(out=out, **QUICK), training=False)

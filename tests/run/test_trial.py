@@ -328,7 +328,7 @@ def test_the_worker_takes_the_recipe_of_the_run(
     one = small()
     if case == "a teacher":
         fastokd.train(
-            recipe("baseline/resnet8/digits", batch_size=250, epochs=1),
+            recipe("baseline/resnet8/digits", batch_size=50, epochs=1),
             out=tmp_path / "teacher",
             max_steps=1,
             engine="loop",

@@ -184,7 +184,7 @@ FASTER = Timing(Choice("loop"), 9.0), Timing(Choice("grouped"), 1.0)
 
 def test_a_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_measure", fixed(*FASTER))
-    one = small(batch_size=250)
+    one = small(batch_size=50)
     fastokd.train(one, out=tmp_path / "run", max_steps=1, **AUTO)
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["engine"] == "grouped"
@@ -215,7 +215,7 @@ def test_a_run_stopped_while_it_is_tuned_chooses_when_it_begins_again(
         signal.raise_signal(signal.SIGTERM)
         return list(FASTER)
 
-    one = small(batch_size=250)
+    one = small(batch_size=50)
     monkeypatch.setattr(tuning, "_measure", stopped)
     with pytest.raises(Interrupted):
         fastokd.train(one, out=tmp_path / "run", **AUTO)

@@ -178,7 +178,7 @@ def test_a_run_that_stops_between_batches_goes_on_with_the_same_bits(tmp_path: P
         "okddip-branch/resnet8/digits",
         students=2,
         epochs=1,
-        batch_size=125,
+        batch_size=25,
         milestones=[1],
         views="student",
         auto_augment="randaugment",
@@ -212,7 +212,7 @@ def test_refusals(name: str, changes: dict[str, Any], said: str) -> None:
 
 def test_the_teacher_has_a_view_of_its_own(tmp_path: Path) -> None:
     base = fastokd.train(
-        recipe("baseline/resnet8/digits", epochs=1, batch_size=250, milestones=[1]),
+        recipe("baseline/resnet8/digits", epochs=1, batch_size=50, milestones=[1]),
         out=tmp_path / "teacher",
         **QUICK,
     )
@@ -231,7 +231,7 @@ def test_the_teacher_has_a_view_of_its_own(tmp_path: Path) -> None:
 def test_cached_logits_of_a_teacher_are_of_the_images_of_every_view(tmp_path: Path) -> None:
     """The teacher then has no view."""
     base = fastokd.train(
-        recipe("baseline/resnet8/digits", epochs=1, batch_size=250, milestones=[1]),
+        recipe("baseline/resnet8/digits", epochs=1, batch_size=50, milestones=[1]),
         out=tmp_path / "teacher",
         max_steps=1,
         **QUICK,
