@@ -42,7 +42,7 @@ class Companion(nn.Module):
         self.register_buffer("due", torch.ones(()))
         cohort.accompany(self)
 
-    def renew(self, cohort: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def renew(self, cohort: Any) -> Iterator[tuple[list[Tensor], ...]]:
         """Pairs of tensors to write and their values, of one dtype, from the students' before the step."""
         raise NotImplementedError
 

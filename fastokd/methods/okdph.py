@@ -55,7 +55,7 @@ class Hybrid(Companion):
         weights_S = self.weights_S.to(dtype)
         return weights_S / weights_S.sum()
 
-    def renew(self, cohort: Cohort) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def renew(self, cohort: Cohort) -> Iterator[tuple[list[Tensor], ...]]:
         for written, *students in self._entries(cohort):
             shares = self.shares(written[0].dtype).unbind()
             values = torch._foreach_mul(students[0], shares[0])
@@ -83,14 +83,13 @@ class Hybrid(Companion):
             return super().forward(cohort, images)
         shares = self.shares(self.weights_S.dtype).unbind()
         students = [dict(student.named_parameters()) for student in cohort.students]
-        mixed = {
-            f"students.0.{name}": torch.stack(
-                [share.to(p.dtype) * p for share, p in zip(shares, parts, strict=True)]
-            ).sum(0)
-            for name, *parts in (
-                (name, *(student[name] for student in students)) for name in students[0]
-            )
-        }
+        mixed = {}
+        for name in students[0]:
+            parts = [
+                share.to(student[name].dtype) * student[name]
+                for share, student in zip(shares, students, strict=True)
+            ]
+            mixed[f"students.0.{name}"] = torch.stack(parts).sum(0)
         output: CohortOutput = torch.func.functional_call(self.networks, mixed, (images,))
         return output.logits_SBC
 
@@ -207,9 +206,7 @@ class OKDPH(Method):
         total, ce_R = self.label_loss.losses(
             loss, logits_RBC, labels_B, progress.mixed_with, weight_R
         )
-        return MethodLoss(
-            total, {"ce_S": ce_R[:S], "kd_S": loss.kd_S[:S], "hybrid_ce": ce_R[S]}
-        )
+        return MethodLoss(total, {"ce_S": ce_R[:S], "kd_S": loss.kd_S[:S], "hybrid_ce": ce_R[S]})
 
     def after_step(self, cohort: Cohort, progress: Progress) -> None:
         H = self.companion

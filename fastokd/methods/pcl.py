@@ -28,6 +28,7 @@ from fastokd.cohort import Cohort, CohortOutput, CohortShape
 from fastokd.cohort.companion import Companion, by_dtype, floats
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress
+from fastokd.models import Student
 from fastokd.ops.mixture_distillation import mixture_distillation
 
 RAMPS = ("recipe", "published_code")
@@ -51,12 +52,11 @@ class MeanModel(Companion):
         self.decay = decay
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def renew(self, cohort: Cohort) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def renew(self, cohort: Cohort) -> Iterator[tuple[list[Tensor], ...]]:
         theirs = floats(cohort.state_dict())
         ours = floats(self.networks.state_dict())
         pairs = [(ours[name], theirs[name]) for name in theirs]
-        for written, values in by_dtype(*map(list, zip(*pairs, strict=True))):
-            yield written, values
+        yield from by_dtype(*map(list, zip(*pairs, strict=True)))
 
     def update(self, cohort: Cohort, ensemble: nn.Linear) -> None:
         """After a step: parameters only."""
@@ -123,7 +123,8 @@ class PCL(Method):
 
     def begin(self, cohort: Cohort) -> None:
         if self.equal_heads:
-            first, *others = [student.head_parameters() for student in cohort.students]
+            students = [one for one in cohort.students if isinstance(one, Student)]
+            first, *others = [student.head_parameters() for student in students]
             for head in others:
                 for theirs, ours in zip(head, first, strict=True):
                     theirs.copy_(ours)
@@ -180,5 +181,3 @@ class PCL(Method):
 
     def classifiers(self, out: CohortOutput) -> dict[str, Tensor]:
         return {"ensemble_classifier": self.ensemble_logits(out)}
-
-

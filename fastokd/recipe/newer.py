@@ -30,7 +30,15 @@ def _okdph(base: Recipe) -> Recipe:
     else:
         found = _OKDPH.get(model, _OKDPH["resnet110"])
     options = dict(zip(("omega", "beta", "gamma", "fusion", "gap"), found, strict=True))
-    base = replace(base, nesterov=False, views="student")
+    kinds = ""
+    if base.dataset in ("cifar10", "cifar100"):
+        first = "rotation" if base.dataset == "cifar100" else "plain"
+        published = {
+            2: f"{first}+cutout+randaugment",
+            4: "plain+cutout+randaugment+autoaugment+none",
+        }
+        kinds = published.get(base.students, "")
+    base = replace(base, nesterov=False, views="student", view_kinds=kinds)
     return replace(base, method_options={**base.method_options, "temperature": 4.0, **options})
 
 

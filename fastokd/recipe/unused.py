@@ -104,6 +104,12 @@ NEEDS = (
         "set views to student",
     ),
     Need(
+        ("view_kinds",),
+        lambda recipe: recipe.views == "student",
+        "all networks share one view",
+        "set views to student",
+    ),
+    Need(
         ("final_lr",),
         lambda recipe: recipe.schedule in ENDING,
         "the schedule {schedule} has no final rate",

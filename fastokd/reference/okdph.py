@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -32,8 +29,10 @@ class ReferenceOKDPH(ReferenceCohort):
     shares: list[float] | None = None
     hybrid_gradient = False
 
-    def __init__(self, model: str, num_classes: int, students: int = 2) -> None:
-        super().__init__(model, num_classes, students, sharing="network")
+    def __init__(
+        self, model: str, num_classes: int, students: int = 2, sharing: str = "network"
+    ) -> None:
+        super().__init__(model, num_classes, students, sharing)
         self._hybrid = [create_model(model, num_classes)]  # not part of the state
         self.batch = self.epoch = 0
 
@@ -75,14 +74,10 @@ class ReferenceOKDPH(ReferenceCohort):
             total = total + (1 - self.omega) * self.label_loss(self.hybrid_BC, labels_B)
         return ReferenceLosses(total, ce, kd)
 
-    def step(
-        self, optimizers: Sequence[torch.optim.Optimizer], *args: Any, **options: Any
-    ) -> ReferenceLosses:
-        losses = super().step(optimizers, *args, **options)
+    def after_step(self) -> None:
         if self.fusion == "batch" and self.batch % self.gap == 0:
             self.fuse()
         self.batch += 1
-        return losses
 
     def end_epoch(self) -> None:
         """After an epoch's last step."""

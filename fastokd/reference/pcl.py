@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastokd.models import Student
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
@@ -23,17 +22,18 @@ class ReferencePCL(ReferenceCohort):
 
     decay = 0.999
 
-    def __init__(self, model: str, num_classes: int, students: int = 3) -> None:
-        super().__init__(model, num_classes, students)
-        width = sum(int(student.feature_dim) for student in self.students)  # type: ignore[arg-type]
+    def __init__(
+        self, model: str, num_classes: int, students: int = 3, sharing: str = "branch"
+    ) -> None:
+        super().__init__(model, num_classes, students, sharing)
+        width = sum(s.feature_dim for s in self.students if isinstance(s, Student))
         self.ensemble = nn.Linear(width, num_classes)
         self.steps = 0
-
-    def start(self) -> None:
-        """Copies the mean model, which isn't part of the state."""
-        self.mean = [copy.deepcopy(self)]
+        self.mean: list[ReferencePCL] = []  # not part of the state; copied at the first step
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
+        if not self.mean:
+            self.mean.append(copy.deepcopy(self))
         out = super().outputs(x_BCHW)
         with torch.no_grad():
             self.means = ReferenceCohort.outputs(self.mean[0], x_BCHW).logits
@@ -53,13 +53,9 @@ class ReferencePCL(ReferenceCohort):
         total = summed(ce) + self.label_loss(e_BC, labels_B) + kd_weight * summed(kd)
         return ReferenceLosses(total, ce, kd)
 
-    def step(
-        self, optimizers: Sequence[torch.optim.Optimizer], *args: Any, **options: Any
-    ) -> ReferenceLosses:
-        losses = super().step(optimizers, *args, **options)
+    @torch.no_grad()
+    def after_step(self) -> None:
         d = min(1 - 1 / (self.steps + 1), self.decay)
-        with torch.no_grad():
-            for mean, new in zip(self.mean[0].parameters(), self.parameters(), strict=True):
-                mean.copy_(d * mean + (1 - d) * new)
+        for mean, new in zip(self.mean[0].parameters(), self.parameters(), strict=True):
+            mean.copy_(d * mean + (1 - d) * new)
         self.steps += 1
-        return losses

@@ -73,7 +73,11 @@ def test_pcl_is_the_published_loss(name: str) -> None:
     logits_SBC = g["logits_SBC"].requires_grad_()
     features_SBD = g["features_SBD"].requires_grad_()
     out = CohortOutput(
-        logits_SBC, tuple(features_SBD), ((),) * S, None, None,
+        logits_SBC,
+        tuple(features_SBD),
+        ((),) * S,
+        None,
+        None,
         companion_logits_EBC=g["mean_logits_SBC"],
     )
     loss = method(out, g["labels_B"], Progress.start(ramp=g["kd_weight"].item()))
@@ -126,8 +130,13 @@ def test_okdphs_steps_are_the_published_ones(name: str, engine: str, small: str)
     S, _, C = g["logits_SBC"].shape
     H, D = g["init_fc1.weight"].shape[1:]
     cohort = Cohort(
-        (small, S), C, sharing="network", engine=engine, impl="torch",
-        model_options={"inputs": D, "hidden": H}, image_size=4,
+        (small, S),
+        C,
+        sharing="network",
+        engine=engine,
+        impl="torch",
+        model_options={"inputs": D, "hidden": H},
+        image_size=4,
     ).double()
     fusion = g["fusion"] or "none"
     options = {key: g[key].item() for key in ("temperature", "omega", "beta", "gamma", "gap")}
@@ -142,7 +151,9 @@ def test_okdphs_steps_are_the_published_ones(name: str, engine: str, small: str)
     )
     sums_S = torch.zeros(S).double()
     progress = Progress.start()
-    for step, (x_VBD, labels_B) in enumerate(zip(g["views_KBVD"].transpose(1, 2), g["labels_KB"], strict=True)):
+    for step, (x_VBD, labels_B) in enumerate(
+        zip(g["views_KBVD"].transpose(1, 2), g["labels_KB"], strict=True)
+    ):
         images = torch.zeros(S + 1, x_VBD.shape[1], 48).double()
         images[..., :D] = x_VBD
         out = cohort(images.unflatten(2, (3, 4, 4)))
@@ -153,7 +164,8 @@ def test_okdphs_steps_are_the_published_ones(name: str, engine: str, small: str)
         loss.total.backward()
         parts = loss.parts
         loss_S = (
-            options["omega"] * parts["ce_S"] + options["beta"] * parts["kd_S"]
+            options["omega"] * parts["ce_S"]
+            + options["beta"] * parts["kd_S"]
             + (1 - options["omega"]) * parts["hybrid_ce"]
         )
         if step == 0:

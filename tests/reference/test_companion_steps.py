@@ -29,8 +29,6 @@ def compared(
     with torch.no_grad():
         for key, value in loop.state_dict().items():
             ours[key].copy_(value)
-    if isinstance(loop, ReferencePCL):
-        loop.start()
     trained = [p for p in [*cohort.parameters(), *method.parameters()] if p.requires_grad]
     optimizer, optimizers = torch.optim.SGD(trained, **SGD), loop.optimizers(**SGD)
     progress = Progress.start(ramp=RAMP)
@@ -55,7 +53,10 @@ def compared(
     beside = loop.network if isinstance(loop, ReferenceOKDPH) else loop.mean[0]
     same(cohort.state_dict(), loop.state_dict())
     networks = method.companion.networks
-    same(networks.student_state(0) if isinstance(loop, ReferenceOKDPH) else networks.state_dict(), beside.state_dict())
+    same(
+        networks.student_state(0) if isinstance(loop, ReferenceOKDPH) else networks.state_dict(),
+        beside.state_dict(),
+    )
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
