@@ -2,7 +2,8 @@
 
 A *view* is one augmentation of the batch. Images ``[V, B, H, W, 3]`` hold a view for each student that
 runs in this process, in their order, then one for a companion that reads its own, and a last one for a frozen
-teacher; ``[B, H, W, 3]`` are shared by all. In what follows a list of tensors has one for each student, or a single one that all students read.
+teacher; ``[B, H, W, 3]`` are shared by all. In what follows a list of tensors has one for each student, or a
+single one that all students read.
 """
 
 from __future__ import annotations

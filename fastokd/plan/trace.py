@@ -38,6 +38,7 @@ from fastokd.reference import (
     ReferenceKD,
     ReferenceOKDDipKD,
     ReferenceOKDPH,
+    ReferencePCL,
     ReferenceRandom,
 )
 
@@ -235,6 +236,8 @@ def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bo
             modules += model._teacher
         if isinstance(model, ReferenceOKDPH):
             modules += model._hybrid
+        if isinstance(model, ReferencePCL):
+            modules += model.mean
         for module in modules:
             _materialise(module, torch.contiguous_format)
         if isinstance(model, ReferenceRandom):

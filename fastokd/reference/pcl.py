@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +27,17 @@ class ReferencePCL(ReferenceCohort):
         width = sum(s.feature_dim for s in self.students if isinstance(s, Student))
         self.ensemble = nn.Linear(width, num_classes)
         self.steps = 0
-        self.mean: list[ReferencePCL] = []  # not part of the state; copied at the first step
+        # Not part of the state.
+        self.mean = [ReferenceCohort(model, num_classes, students, sharing)]
 
     def outputs(self, x_BCHW: Tensor) -> ReferenceOutputs:
-        if not self.mean:
-            self.mean.append(copy.deepcopy(self))
+        mean = self.mean[0]
+        if self.steps == 0:
+            own = self.state_dict()
+            mean.to(x_BCHW.dtype).load_state_dict({k: own[k] for k in mean.state_dict()})
         out = super().outputs(x_BCHW)
         with torch.no_grad():
-            self.means = ReferenceCohort.outputs(self.mean[0], x_BCHW).logits
+            self.means = mean.outputs(x_BCHW).logits
         return out
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
@@ -56,6 +57,7 @@ class ReferencePCL(ReferenceCohort):
     @torch.no_grad()
     def after_step(self) -> None:
         d = min(1 - 1 / (self.steps + 1), self.decay)
-        for mean, new in zip(self.mean[0].parameters(), self.parameters(), strict=True):
-            mean.copy_(d * mean + (1 - d) * new)
+        new = dict(self.named_parameters())
+        for name, mean in self.mean[0].named_parameters():
+            mean.copy_(d * mean + (1 - d) * new[name])
         self.steps += 1
