@@ -44,7 +44,11 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "okdph": Picture(
-        "okdph", 2, "all students and the hybrid of their weights", source="hybrid", sharing="network"
+        "okdph",
+        2,
+        "all students and the hybrid of their weights",
+        source="hybrid",
+        sharing="network",
     ),
     "pcl": Picture(
         "pcl",
