@@ -27,7 +27,7 @@ class Picture(NamedTuple):
     """A method's matrix: the labels of its finite cells, and the note below it.
 
     ``peers``, ``leader`` and ``extra`` label the scores between students, in the leader's row, and of
-    the extra sources; ``source`` names the extra source.
+    the extra sources; ``source`` names the extra source. Of several both have commas.
     """
 
     method: str
@@ -43,6 +43,20 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
+    "okdph": Picture(
+        "okdph",
+        2,
+        "all students and the hybrid of their weights",
+        source="hybrid",
+        sharing="network",
+    ),
+    "pcl": Picture(
+        "pcl",
+        3,
+        "weights of the KLs to the ensemble classifier e and to the other peers' means",
+        source="e, mean 1, mean 2, mean 3",
+        extra="½, ¼, ¼, ¼",
+    ),
     "baseline": Picture("baseline", 1, "labels only", sharing="network"),
     "ind": Picture("ind", 4, "labels only; shared trunk"),
     "dml": Picture("dml", 4, "all others", sharing="network"),
@@ -122,6 +136,8 @@ def heard(picture: Picture) -> Tensor:
 
 def scores_of(method: Method, out: object, labels_B: Tensor, progress: Progress) -> Tensor:
     """The scores that the method passes to the loss, with the teacher's column of a second call appended."""
+    if hasattr(method, "scores_RN"):  # other rows listen to nothing
+        return method.scores_RN[: method.shape.students]
     if not hasattr(method, "scores"):
         return method.scores_SS
     scores = method.scores(out, labels_B, progress)
@@ -139,7 +155,8 @@ def draw(picture: Picture) -> str:
     named = [f"{kind} {s + 1}" for s in range(rows)]
     if has_leader:
         named[-1] = "leader"
-    sources = named + [picture.source] * (columns - rows)
+    extras = picture.extra.split(", ") * (columns - rows)
+    sources = named + (picture.source.split(", ") * (columns - rows))[: columns - rows]
     width = max(LEFT + CELL * columns + 60, LEFT + 7 * len(picture.note))
     height = TOP + CELL * rows + 34
     lines = [
@@ -161,7 +178,7 @@ def draw(picture: Picture) -> str:
             if not cells[s, n]:
                 fill, label, ink = "none", "−∞", "#999"
             elif n >= rows:
-                fill, label, ink = EXTRA, picture.extra, "#fff"
+                fill, label, ink = EXTRA, extras[n - rows], "#fff"
             elif has_leader and s == rows - 1:
                 fill, label, ink = FIXED, picture.leader, "#fff"
             else:

@@ -24,7 +24,7 @@ from fastokd.learner.captured import CapturedStep
 from fastokd.learner.norms import BATCHES, recompute
 from fastokd.learner.shared_state import share_state
 from fastokd.methods import Method, create_method
-from fastokd.metrics import Meter
+from fastokd.metrics import Meter, label_rank
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.build import build
 from fastokd.run.facts import RunFacts
@@ -122,7 +122,10 @@ class Scorer:
     def _count(self, images_BHWC: Tensor, labels_B: Tensor) -> None:
         with self.context():
             out = self.cohort(images_BHWC)
-            watched = self.method.diagnostics(out)
+            watched = dict(self.method.diagnostics(out))
+            for name, logits_BC in self.method.classifiers(out).items():
+                right_B = label_rank(logits_BC.float()[None], labels_B)[0] == 0
+                watched[f"{name}_top1"] = right_B.double().mean()
             logits_SBC = out.logits_SBC
             if self.test_flip:
                 mirrored_SBC = self.cohort(images_BHWC.flip(2)).logits_SBC
@@ -218,23 +221,34 @@ class Evaluator:
         self._captured: CapturedStep | None = None
         self._whole: Scorer | None = None
         self._averaged: Scorer | None = None
+        self._beside: Scorer | None = None
 
     def __call__(self, between: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
         """The metrics by split; ``between`` as in :meth:`Scorer.measure`.
 
         Metrics of averages begin with ``ema_``: ``ema_top1`` and ``ema_top5`` are the kept student's;
-        where every student has an average, the cohort's accuracies have that prefix, too.
+        where every student has an average, the cohort's accuracies have that prefix, too. Those of a
+        method's companion begin with ``companion_``.
         """
         learner = self.session.learner
         share_state(learner)
         if self._whole is None or self._captured is not learner.captured:
-            self._captured, self._averaged = learner.captured, None
+            self._captured, self._averaged, self._beside = learner.captured, None, None
             has_leader = self.session.recipe.has_leader
             self._whole = self._scorer(learner.cohort, learner.method, has_leader)
         results = self._score(self._whole, between)
         if learner.average is not None:
             for name, found in self._score_average(learner.average, between).items():
                 results[name] |= found
+        if learner.cohort.companion is not None:
+            networks = learner.cohort.companion.networks
+            if self._beside is None:
+                method = "ind" if len(networks.students) > 1 else "baseline"
+                self._beside = self._scorer(networks, create_method(method, networks.shape), False)
+            for name, found in self._score(self._beside, between).items():
+                kept = found["student_top1"]
+                results[name] |= _of_averages(found, 0, "companion")
+                results[name]["companion_student_top1"] = kept
         return results
 
     def _score_average(
@@ -306,13 +320,13 @@ def _copy_into(cohort: Cohort, states: Sequence[dict[str, Tensor]]) -> None:
         torch._foreach_copy_([live[key] for key in state], list(state.values()))
 
 
-def _of_averages(metrics: dict[str, Any], kept: int) -> dict[str, Any]:
+def _of_averages(metrics: dict[str, Any], kept: int, prefix: str = "ema") -> dict[str, Any]:
     """The accuracies of averages; ``kept``: the place of the kept student among them."""
-    found = {f"ema_{top}": metrics[f"student_{top}"][kept] for top in ("top1", "top5")}
+    found = {f"{prefix}_{top}": metrics[f"student_{top}"][kept] for top in ("top1", "top5")}
     if len(metrics["student_top1"]) == 1:
         return found
     return found | {
-        f"ema_{name}": value
+        f"{prefix}_{name}": value
         for name, value in metrics.items()
         if name.endswith(("_top1", "_top5")) and value is not None
     }

@@ -37,7 +37,9 @@ METHODS = {
     "okddip_no_two_level": "fastokd.methods.okddip_ablations:OKDDipNoTwoLevel",
     "okddip_random": "fastokd.methods.okddip_ablations:OKDDipRandom",
     "okddip_symmetric": "fastokd.methods.okddip_ablations:OKDDipSymmetric",
+    "okdph": "fastokd.methods.okdph:OKDPH",
     "one": "fastokd.methods.one:ONE",
+    "pcl": "fastokd.methods.pcl:PCL",
 }
 # fastokd.data.registry loads them.
 DATASETS = (

@@ -47,13 +47,18 @@ LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "kd": reference.ReferenceKD,
     "okddip_kd": reference.ReferenceOKDDipKD,
     "kdcl": reference.ReferenceKDCL,
+    "okdph": reference.ReferenceOKDPH,
+    "pcl": reference.ReferencePCL,
 }
 # The attributes of a published loop for the options of a method; those in SAME have the same name.
 SPELT: dict[str, dict[Any, dict[str, bool]]] = {
     "detach_targets": {True: {"detach": True}, False: {"detach": False}},
     "mix": {"logits": {}, "probs": {"mix_probs": True}, "pairwise": {"pairwise": True}},
 }
-SAME = ("temperature", "target", "linear_steps")
+SAME = (
+    *("temperature", "target", "linear_steps", "decay", "equal_heads"),
+    *("omega", "beta", "gamma", "fusion", "gap"),
+)
 
 
 class Loop(Protocol):
@@ -143,7 +148,7 @@ class PublishedLoop:
     def __init__(
         self, of: Recipe, model: nn.Module, x_BCHW: Tensor, labels_B: Tensor, precision: str
     ) -> None:
-        """``x_BCHW``: normalised images, on the device of ``model`` (:func:`published_networks`)."""
+        """``x_BCHW``: normalised images, or ``[V, B, 3, H, W]``, on the device of ``model`` (:func:`published_networks`)."""
         self.of = of
         self.precision = precision
         self.device = x_BCHW.device
@@ -151,7 +156,7 @@ class PublishedLoop:
         by_hand = precision == "bf16"
         layout = torch.channels_last if by_hand else torch.contiguous_format
         self.model = model.to(memory_format=layout) if by_hand else model
-        self.x_BCHW = x_BCHW.contiguous(memory_format=layout)
+        self.x_BCHW = x_BCHW.contiguous(memory_format=layout) if x_BCHW.dim() == 4 else x_BCHW
         self.optimizers: list[torch.optim.Optimizer]
         if isinstance(self.model, reference.ReferenceFFSD):
             options = of.method_options.items()
@@ -174,7 +179,7 @@ class PublishedLoop:
         torch.manual_seed(of.seed)
         batch = synthetic.drawn_batch(of)
         model = published_networks(of, synthetic.num_classes(of)).to(device)
-        images = batch.images_NHWC.permute(0, 3, 1, 2).float() / 255
+        images = synthetic.in_views(of, batch.images_NHWC).movedim(-1, -3).float() / 255
         statistics = (synthetic.MEAN, synthetic.STD)
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in statistics)
         x_BCHW = ((images - mean) / std).to(device)
@@ -189,6 +194,8 @@ class PublishedLoop:
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
+        if isinstance(self.model, reference.ReferenceCohort):
+            self.model.after_step()
         return losses[0][0].detach()
 
     def warm_up(self) -> None:
@@ -221,7 +228,8 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     Raises:
         UserError: an option that the published loop doesn't take.
     """
-    foreign = [*of.model_options, *(["views"] if of.views != "shared" else [])]
+    own = of.companion != "none"  # a loop that reads views
+    foreign = [*of.model_options, *(["views"] if of.views != "shared" and not own else [])]
     if of.method != "ffsd":
         foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
     if foreign:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastokd.cohort.companion import Companion
 from fastokd.cohort.grouped import GroupedStudents
 from fastokd.cohort.layers import use_ops
 from fastokd.cohort.loop import LoopStudents
@@ -97,6 +98,7 @@ class Cohort(nn.Module):
         self.image_size = image_size or input_size(self.model_names[0], options)
         # In a list, so that its parameters and buffers aren't the cohort's.
         self._teacher = None if teacher is None else [teacher.eval().requires_grad_(False)]
+        self._companion: list[Companion] = []  # in a list for the same reason
         scale_C, shift_C = scale_and_shift(mean, std)
         self.register_buffer("scale_C", scale_C, persistent=False)
         self.register_buffer("shift_C", shift_C, persistent=False)
@@ -157,6 +159,9 @@ class Cohort(nn.Module):
                     "most as many, or -1 for all"
                 )
         own = [self.students[index] for index in self.own]
+        for companion in self._companion:
+            for part in companion.networks.parts():
+                part.freeze(stages)
         for part in self.parts():
             if part is self.trunk or part in own:  # other ranks train the others
                 for parameter in part.body_parameters(part.frozen):
@@ -206,6 +211,8 @@ class Cohort(nn.Module):
         self._run, self.engine = run, "loop" if engine == "auto" else engine
         self.streams, self._stacks = beside, stacks
         self.join()
+        for companion in self._companion:
+            companion.networks.set_engine(engine)
 
     def join(self) -> None:
         """Moves what the engine stacks into one memory (``stacks.py``); the values don't change."""
@@ -231,6 +238,8 @@ class Cohort(nn.Module):
         """Sets the memory format of weights and maps."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
+        for companion in self._companion:
+            companion.networks.set_memory_format(memory_format)
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets the statistics that images are normalised by, in place."""
@@ -238,6 +247,35 @@ class Cohort(nn.Module):
             (self.scale_C, self.shift_C), scale_and_shift(mean, std), strict=True
         ):
             ours.copy_(value_C)
+        for companion in self._companion:
+            companion.networks.set_statistics(mean, std)
+
+    def like(self, students: int) -> Cohort:
+        """A cohort of this one's first ``students``, with initial weights of its own; a single one is a
+        whole network."""
+        whole = students == len(self.students)
+        made = Cohort(
+            self.model_names[:students],
+            self.num_classes,
+            sharing=self.sharing if whole else "network",
+            engine=self.engine,
+            impl=self.impl,
+            model_options=self.model_options,
+            image_size=self.image_size,
+            trunk_views=self.trunk_views,
+        )
+        for ours, theirs in ((made.scale_C, self.scale_C), (made.shift_C, self.shift_C)):
+            ours.copy_(theirs)
+        made.to(self.scale_C.device, self.scale_C.dtype).set_memory_format(self.memory_format)
+        return made
+
+    def accompany(self, companion: Companion) -> None:
+        """From now on ``companion`` runs beside the students in training; it replaces another one."""
+        self._companion = [companion]
+
+    @property
+    def companion(self) -> Companion | None:
+        return self._companion[0] if self._companion else None
 
     def _new_student(self, index: int, seed: int) -> Student:
         with torch.random.fork_rng(devices=[]):
@@ -254,6 +292,7 @@ class Cohort(nn.Module):
             tuple(student.feature_dim for student in self._members()),
             self._read_shape[0] if self.sharing == "branch" else None,
             self._map_shapes,
+            self,
         )
 
     def _members(self) -> Iterator[Student]:
@@ -277,12 +316,17 @@ class Cohort(nn.Module):
 
         ``images``: uint8 ``[B, H, W, 3]``, normalised and cast here in one pass; or floating point
         ``[B, 3, H, W]``, taken as normalised already. With a first dimension V there is a view for each
-        student that runs here, in their order, and a last one for the teacher.
+        student that runs here, in their order, one for a companion that reads its own, and a last one for
+        the teacher.
 
         Raises:
             UserError: V isn't the number of these networks.
         """
-        V = count_views(images, len(self.own), teacher=self._teacher is not None)
+        companion, S = self.companion, len(self.own)
+        apart = companion is not None and companion.own_view
+        V = count_views(images, S, teacher=self._teacher is not None, companion=apart)
+        if companion is not None and self.training:
+            companion.refresh(self)
         x_NCHW = normalize(
             images if V is None else images.flatten(0, 1),
             self.scale_C,
@@ -305,6 +349,10 @@ class Cohort(nn.Module):
         if self._teacher is not None:
             with torch.no_grad():
                 extra_logits_EBC = self._teacher[0](views[-1])[None]
+        companion_EBC: Tensor | None = None
+        if companion is not None and self.training:
+            seen = x_NCHW if V is None else views[S] if apart else torch.stack(views[:S])
+            companion_EBC = companion(self, seen)
         pairs = zip(for_each(trunk_maps, len(outputs)), outputs, strict=True)
         return CohortOutput(
             torch.stack([output.logits_BC for output in outputs]),
@@ -314,6 +362,7 @@ class Cohort(nn.Module):
             extra_logits_EBC,
             self.own,
             self.streams,
+            companion_EBC,
         )
 
     def student_state(self, index: int) -> dict[str, Tensor]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastokd.cohort.streams import Streams
 
@@ -16,7 +16,8 @@ class CohortShape:
 
     ``feature_dims``: the width of each student's pooled feature. ``trunk_channels``: channels of
     the shared trunk's output, None for a network cohort. ``map_shapes``: (channels, height, width)
-    of the stage maps of each student over images of the cohort's size.
+    of the stage maps of each student over images of the cohort's size. ``cohort``: the cohort itself, for
+    a method with a companion (``companion.py``); None in a shape made by hand.
     """
 
     students: int
@@ -25,6 +26,7 @@ class CohortShape:
     feature_dims: tuple[int, ...]
     trunk_channels: int | None
     map_shapes: tuple[tuple[tuple[int, int, int], ...], ...]
+    cohort: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -37,6 +39,7 @@ class CohortOutput:
     ``extra_logits_EBC``: a frozen teacher's logits, without gradient. ``own``: the students that
     ran in this process, None for all; the others have logits, features and at most the last map,
     without gradient. ``streams``: those on which the students ``own`` ran, side by side.
+    ``companion_logits_EBC``: those of the method's companion, in training only.
     """
 
     logits_SBC: Tensor
@@ -46,6 +49,7 @@ class CohortOutput:
     extra_logits_EBC: Tensor | None
     own: range | None = None
     streams: Streams | None = None
+    companion_logits_EBC: Tensor | None = None
 
     @property
     def features_SBD(self) -> Tensor:  # noqa: N802

@@ -1,8 +1,9 @@
 """What each student reads where each has a view of its own: the images, and the trunk's output.
 
 A *view* is one augmentation of the batch. Images ``[V, B, H, W, 3]`` hold a view for each student that
-runs in this process, in their order, and a last one for a frozen teacher; ``[B, H, W, 3]`` are shared by
-all. In what follows a list of tensors has one for each student, or a single one that all students read.
+runs in this process, in their order, then one for a companion that reads its own, and a last one for a frozen
+teacher; ``[B, H, W, 3]`` are shared by all. In what follows a list of tensors has one for each student, or a
+single one that all students read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def check_trunk_views(trunk_views: str) -> None:
         )
 
 
-def count_views(images: Tensor, students: int, *, teacher: bool) -> int | None:
+def count_views(
+    images: Tensor, students: int, *, teacher: bool, companion: bool = False
+) -> int | None:
     """V of ``images``; None where all networks share them.
 
     Raises:
@@ -38,9 +41,10 @@ def count_views(images: Tensor, students: int, *, teacher: bool) -> int | None:
     """
     if images.dim() != 5:
         return None
-    wanted = students + int(teacher)
+    wanted = students + int(companion) + int(teacher)
     if images.shape[0] != wanted:
-        readers = f"{students} students" + (" and a teacher" if teacher else "")
+        readers = f"{students} students" + (" and a companion" if companion else "")
+        readers += " and a teacher" if teacher else ""
         raise UserError(
             f"images of shape {list(images.shape)} hold {images.shape[0]} views for {readers}: give "
             f"[{wanted}, B, ...], a view for each, or one batch [B, ...] for all"

@@ -61,6 +61,8 @@ def build_cohort(
             label_loss=label_loss_of(recipe, num_classes, class_weight_C),
             **recipe.method_options,
         )
+        with torch.no_grad():
+            method.begin(cohort)
     return cohort, method
 
 

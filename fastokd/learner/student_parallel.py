@@ -45,6 +45,11 @@ class StudentParallel:
                 f"parallel is 'students', but the branches of {name} share a trunk, whose "
                 "gradient needs all of them on one GPU: use --parallel data, or a network form"
             )
+        if method.needs.companion != "none":
+            raise UserError(
+                f"parallel is 'students', but {name} averages the weights of all students in each step, and a "
+                "rank has its own only: use --parallel data"
+            )
         if precision == "fp16":
             raise UserError(
                 "parallel is 'students', but fp16's loss scale follows the overflows of all "

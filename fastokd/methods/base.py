@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ class Needs:
     (``out.own``) and the ranks' losses are summed; else each rank computes the loss of all students.
     ``running_statistics``: it reads its norms' running statistics in training. ``label_loss``: it uses
     :attr:`Method.label_loss`. ``mixed_labels``: it passes ``progress.mixed_with`` to its losses.
+    ``companion``: networks run beside the students and are kept in their place (``cohort/companion.py``):
+    ``"each"``: one for each student, on its view; ``"one"``: one for all, on a view of its own.
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -44,6 +46,7 @@ class Needs:
     running_statistics: bool = False
     label_loss: bool = False
     mixed_labels: bool = False
+    companion: Literal["none", "each", "one"] = "none"
 
     def check(self, method: str, sharing: str, students: int) -> None:
         """Raises UserError if ``method`` lacks this sharing or needs more students."""
@@ -121,7 +124,7 @@ class Method(nn.Module):
 
     def __init__(self, shape: CohortShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape = replace(shape, cohort=None)  # a copy of the method doesn't copy the cohort
         self.label_loss = LabelLoss()
         self.needs.check(type(self).__name__, shape.sharing, shape.students)
 
@@ -136,8 +139,12 @@ class Method(nn.Module):
 
     def optim_groups(self) -> Iterable[OptimGroup]:
         """How the method's own parameters are optimised: by default as the students' are."""
-        parameters = list(self.parameters())
+        parameters = [p for p in self.parameters() if p.requires_grad]
         return [OptimGroup(parameters)] if parameters else []
+
+    def begin(self, cohort: Cohort) -> None:
+        """Sets initial weights of the students that the method needs, once, without gradient, before any
+        weights are loaded. A script without a recipe calls it where it wants them."""
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.
@@ -166,6 +173,11 @@ class Method(nn.Module):
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:
         """Updates the method after an epoch; ``heldout`` are images and labels."""
         del cohort, heldout
+
+    def classifiers(self, out: CohortOutput) -> dict[str, Tensor]:
+        """The logits ``[B, C]``, by name, of classifiers beside the students, which evaluations score."""
+        del out
+        return {}
 
     def diagnostics(self, out: CohortOutput) -> dict[str, Tensor]:
         """Values to log, averaged over the batch; ``attention`` is the mixing matrix."""

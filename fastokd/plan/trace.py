@@ -33,7 +33,14 @@ from fastokd.models.layers import NormAct
 from fastokd.plan.ops import Op, describe
 from fastokd.recipe.names import Recipe
 from fastokd.recipe.names import recipe as named_recipe
-from fastokd.reference import ReferenceKD, ReferenceOKDDipKD, ReferenceRandom
+from fastokd.reference import (
+    ReferenceCohort,
+    ReferenceKD,
+    ReferenceOKDDipKD,
+    ReferenceOKDPH,
+    ReferencePCL,
+    ReferenceRandom,
+)
 
 CHANNELS_LAST = torch.channels_last
 
@@ -177,8 +184,8 @@ def trace_ours(
         cohort.join()
         size = of.image_size
         shape: tuple[int, ...] = (batch, size, size, 3)
-        if of.views == "student":
-            shape = (of.students + int(teacher is not None), *shape)
+        if of.number_of_views is not None:
+            shape = (of.number_of_views, *shape)
         images_BHWC = torch.empty(shape, dtype=torch.uint8)
         labels_B = torch.zeros(batch, dtype=torch.long)
         optimizers = build_optimizers(cohort, method, of, cpu)
@@ -227,11 +234,16 @@ def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bo
         modules = [model]
         if isinstance(model, (ReferenceKD, ReferenceOKDDipKD)):
             modules += model._teacher
+        if isinstance(model, ReferenceOKDPH):
+            modules += model._hybrid
+        if isinstance(model, ReferencePCL):
+            modules += model.mean
         for module in modules:
             _materialise(module, torch.contiguous_format)
         if isinstance(model, ReferenceRandom):
             model.belief_BPP = torch.rand(batch, model.peers, model.peers)
-        x_BCHW = torch.empty(batch, 3, of.image_size, of.image_size)
+        views = () if of.number_of_views is None else (of.number_of_views,)
+        x_BCHW = torch.empty(*views, batch, 3, of.image_size, of.image_size)
         loop = PublishedLoop(of, model, x_BCHW, torch.zeros(batch, dtype=torch.long), precision)
         for group in (group for one in loop.optimizers for group in one.param_groups):
             group["foreach"] = foreach
@@ -241,6 +253,8 @@ def trace_reference(of: Recipe, batch: int, precision: str = "fp32", foreach: bo
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
+            if isinstance(model, ReferenceCohort):
+                model.after_step()
         return _finished(record, modules, loop.optimizers)
 
 

@@ -48,8 +48,8 @@ class AverageSettings:
     ] = "averaged"
     keep: Annotated[
         Literal["average", "raw"],
-        "Which weights are reported, kept and exported where there is an average: the `average`, or the "
-        "`raw` ones.",
+        "Which weights are reported, kept and exported where there is an average (of pcl and okdph the mean "
+        "model or hybrid): the `average`, or the students' `raw` ones.",
     ] = "average"
 
 

@@ -161,11 +161,14 @@ class Recipe(
         return float(metrics[f"{judged}_top1"])
 
     def judged(self, metrics: dict[str, Any]) -> str:
-        """Whose accuracy is reported: that of the averages if they are kept (:func:`judged_average`),
-        else ``reported``; ``"student"`` if there is only one."""
+        """Whose accuracy is reported: that of the averages if they are kept (:func:`judged_average`), of
+        the ``"companion"`` if that is kept, else ``reported``; ``"student"`` if there is only one."""
         average = judged_average(self, metrics)
         if average is not None:
             return average
+        kept = self.companion_of(self.kept_student) is not None and "companion_top1" in metrics
+        if kept and self.reported != "ensemble_logits":
+            return "companion"
         return self.reported if self.students > 1 else "student"
 
     @property
@@ -177,6 +180,19 @@ class Recipe(
         """Whether a student's average is kept in place of its weights."""
         return self.keep == "average" and student in self.averaged
 
+    def companion_of(self, student: int) -> int | None:
+        """The number of the companion (``Needs.companion``) that is kept in a student's place, or None."""
+        if self.companion == "none" or self.keep == "raw" or self.averaged:
+            return None
+        if self.companion == "each":
+            return student
+        return 0 if student == self.kept_student else None
+
+    @property
+    def companion(self) -> str:
+        """The method's ``Needs.companion``."""
+        return str(methods.known_needs(self.method).companion)
+
     @property
     def has_leader(self) -> bool:
         """Whether the last student is a leader, which is kept."""
@@ -184,12 +200,12 @@ class Recipe(
 
     @property
     def number_of_views(self) -> int | None:
-        """Views of a batch: one for each student, and one for a teacher whose logits aren't cached. None
-        where all share one."""
+        """Views of a batch: one for each student, one for a companion of all, and one for a teacher whose
+        logits aren't cached. None where all share one."""
         if self.views == "shared":
             return None
         taught = methods.method_class(self.method).needs.teacher and self.cache_teacher == "no"
-        return self.students + int(taught)
+        return self.students + int(self.companion == "one") + int(taught)
 
     def learning_rate(
         self, epoch: int, *, warm_up: bool = True, step: int = 0, steps: int = 1

@@ -78,9 +78,15 @@ NEEDS = (
     Need(
         (
             *("ema_warmup", "average_start", "average_every", "average_students"),
-            *("average_norms", "keep"),
+            "average_norms",
         ),
         lambda recipe: recipe.ema or recipe.swa,
+        "no weights are averaged",
+        "set ema or swa",
+    ),
+    Need(
+        ("keep",),
+        lambda recipe: recipe.ema or recipe.swa or recipe.companion != "none",
         "no weights are averaged",
         "set ema or swa",
     ),
@@ -95,6 +101,12 @@ NEEDS = (
         ("trunk_views",),
         lambda recipe: recipe.views == "student",
         "the trunk sees one view",
+        "set views to student",
+    ),
+    Need(
+        ("view_kinds",),
+        lambda recipe: recipe.views == "student",
+        "all networks share one view",
         "set views to student",
     ),
     Need(

@@ -21,7 +21,9 @@ from fastokd.reference.okddip_ablations import (
     ReferenceRandom,
     ReferenceSymmetric,
 )
+from fastokd.reference.okdph import ReferenceOKDPH
 from fastokd.reference.one import ReferenceONE
+from fastokd.reference.pcl import ReferencePCL
 
 __all__ = [
     "Lambdas",
@@ -38,7 +40,9 @@ __all__ = [
     "ReferenceNoTwoLevel",
     "ReferenceOKDDip",
     "ReferenceOKDDipKD",
+    "ReferenceOKDPH",
     "ReferenceONE",
+    "ReferencePCL",
     "ReferenceRandom",
     "ReferenceSymmetric",
     "ffsd_losses",

@@ -121,7 +121,11 @@ class ReferenceCohort(nn.Module):
         losses.total.backward()
         for optimizer in optimizers:
             optimizer.step()
+        self.after_step()
         return losses
+
+    def after_step(self) -> None:
+        """What follows the optimizers' steps."""
 
 
 def summed(terms: list[Tensor]) -> Tensor:

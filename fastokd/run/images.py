@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
+from fastokd.data.augment.kinds import with_kinds
 from fastokd.data.order import epoch_length
 from fastokd.device import pick_device
 from fastokd.distributed.launch import device_here
@@ -88,7 +89,11 @@ def augment_of(recipe: Recipe, mean: tuple[float, ...]) -> Augment:
     """The recipe's augmentation of images with this ``mean``, which fills what is empty."""
     crops = recipe.crop_padding, recipe.crop_mode, recipe.flip, recipe.resized_crop
     operations = {name: getattr(recipe, name) for name in OPERATIONS}
-    return Augment(*crops, **operations, fill=tuple(round(255 * channel) for channel in mean))
+    fill = tuple(round(255 * channel) for channel in mean)
+    augment = Augment(*crops, **operations, fill=fill)
+    if not recipe.view_kinds:
+        return augment
+    return with_kinds(augment, recipe.view_kinds.split("+"), recipe.image_size)
 
 
 class RepeatedBatch:

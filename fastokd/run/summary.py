@@ -16,6 +16,7 @@ _WHOSE = {
     "kept": "the kept student",
     "student": "",
     "ensemble_logits": "the peers' mean logits",
+    "companion": "the network beside the students that is kept",
     "average": "the kept student's running average",
     "ema_leader": "the leader's running average",
     "ema_mean": "the mean over the students' running averages",

@@ -54,6 +54,8 @@ def student_of(
     averaged = recipe.keeps_average(student)
     if averaged:
         state = below(tensors, prefix_of(student, recipe.kept_student))
+    elif (companion := recipe.companion_of(student)) is not None:
+        state = state_of_student(tensors, companion, "method.companion.networks.")
     else:
         state = state_of_student(tensors, student, "cohort.")
     try:
@@ -90,6 +92,9 @@ def _measured(rows: list[Row], step: int, recipe: Recipe, student: int) -> dict[
 
 
 def _top1(metrics: dict[str, Any], recipe: Recipe, student: int) -> float | None:
+    companion = recipe.companion_of(student)
+    if companion is not None:
+        return next(iter(metrics.get("companion_student_top1", [])[companion:]), None)
     if not recipe.keeps_average(student):
         return next(iter(metrics["student_top1"][student:]), None)
     if student == recipe.kept_student:

@@ -189,6 +189,10 @@ def student_facts(recipe: Recipe, names: Any, shown: Preprocessing, student: int
 def _role(recipe: Recipe, student: int) -> str:
     """Why this student was kept, in words."""
     S = recipe.students
+    if recipe.companion_of(student) is not None:
+        if recipe.companion == "one":
+            return f"the hybrid of {recipe.method}'s {S} students"
+        return f"the mean over the steps of peer {student} of {recipe.method}"
     if S == 1:
         return "the only student"
     if recipe.has_leader:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fastokd.data import Augment, Split, load_dataset, stream_of
+from fastokd.data.augment.kinds import with_kinds
+from fastokd.data.augment.rows import Uniform, draw_stages
 from fastokd.data.disk import image as image_module
 from fastokd.data.disk import nvjpeg, workers
 from fastokd.data.disk.prepare import prepare
@@ -177,3 +179,28 @@ def test_a_file_is_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     read.clear()
     stream_of(split, 11, views=VIEWS, **TRAIN).batch(0, 0)
     assert (sum(files), len(read)) == (10, 1)
+
+
+def test_each_view_has_its_kind() -> None:
+    """View v is that of a stream whose views all have its augmentation; ``none`` is the images."""
+    split, base = in_memory(), Augment(crop_padding=2, flip=True)
+    kinds = ("rotation", "cutout", "randaugment", "autoaugment", "plain", "none")
+    augment, views = with_kinds(base, kinds, 8), range(len(kinds))
+    assert [(one.flip, one.cutout, one.rotation) for one in augment.views[:3]] == [
+        (True, 0, 15.0),
+        (True, 4, 0.0),
+        (False, 0, 0.0),
+    ]
+
+    def batch(augment: Augment) -> Tensor:
+        return stream_of(split, 7, seed=3, augment=augment, shuffle=True, views=views).batch(2, 1)[
+            0
+        ]
+
+    images_VBHWC, seen = batch(augment), stream_of(split, 7, seed=3, shuffle=True).batch(2, 1)[0]
+    for view in views[:-1]:
+        assert torch.equal(images_VBHWC[view], batch(augment.views[view])[view]), kinds[view]
+    assert torch.equal(images_VBHWC[-1], seen)
+    angle_B = draw_stages(augment.views[0], 1000, (8, 6), Uniform(torch.Generator()))[0][1]
+    assert 14.5 < abs(angle_B).max() <= 15
+    assert abs(angle_B.mean()) < 1

@@ -39,6 +39,7 @@ CUDA_TAKES: dict[str, set[torch.dtype]] = {
     "_foreach_add_": NUMBERS,
     "_foreach_sub": NUMBERS,
     "_foreach_sub_": NUMBERS,
+    "_foreach_mul": NUMBERS,
     "_foreach_mul_": NUMBERS,
     "_foreach_copy_": NUMBERS,
     "_foreach_norm": FLOATS,  # ForeachReduceOp.cu

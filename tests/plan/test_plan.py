@@ -41,7 +41,7 @@ def op(kind: str, phase: str = "forward", **settings: int) -> Op:
     "method", [m for m in list_methods() if m not in ABLATIONS and m != "ffsd"]
 )
 def test_every_method_is_traced(method: str, cpp_ops: None) -> None:
-    form = "" if method in ("baseline", "cl_ilr", "one") else "-network"
+    form = "" if method in ("baseline", "cl_ilr", "one", "pcl") else "-network"
     of = (
         recipe(f"{method}{form}/resnet8/digits")
         if method != "ind"

@@ -19,7 +19,9 @@ from fastokd.recipe.recipe import Recipe
 
 COMMITTED = json.loads((Path(__file__).parent / "recipes_of_the_papers.json").read_text())
 FACTS = json.loads((Path(facts_file).parent / "paper_results.json").read_text())
-CELLS = [cell for table in tables() for cell in cells_of(table)]
+ALL = [cell for table in tables() for cell in cells_of(table)]
+# Those of the two papers; others name their source (tests/recipe/test_newer.py).
+CELLS = [cell for cell in ALL if not cell.source]
 
 
 def resolved(cell: Cell) -> dict[str, object]:

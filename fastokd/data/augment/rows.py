@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastokd.data.augment.settings import Augment
 from fastokd.data.augment.spaces import (
@@ -66,15 +67,23 @@ def batch_rows(
     views: Sequence[int] | None = None,
 ) -> Tensor | None:
     """The rows of batch ``index`` of ``epoch`` on this rank, a function of (seed, epoch, batch), one view
-    after another; None without operations."""
+    after another, with zeros behind a shorter row; None without operations."""
     if augment is None or not augment.operates:
         return None
     rows = []
     for view in views or (0,):
         # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
         generator = order.generator(epoch, index, "operations", view=view)
-        rows.append(draw_rows(augment, order.size(index), size, generator)[order.share(index)])
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+        own = augment.of_view(view)
+        rows.append(draw_rows(own, order.size(index), size, generator)[order.share(index)])
+    most = max(one.shape[1] for one in rows)
+    return torch.cat([F.pad(one, (0, most - one.shape[1])) for one in rows])
+
+
+def columns_of(augment: Augment) -> int:
+    """The columns of a row of its operations."""
+    boxes = int(augment.random_erasing > 0) + int(augment.cutout > 0)
+    return STAGE * len(augment.stages) + BOX * boxes
 
 
 def draw_rows(
@@ -96,7 +105,8 @@ def draw_rows(
         boxes.append(_cut_out(augment.cutout, count, size, draw))
     colour_B3 = np.broadcast_to(np.array(augment.fill, dtype=np.float64), (count, 3))
     parts += [np.concatenate((box_B4, colour_B3), 1) for box_B4 in boxes]
-    return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
+    whole_BL = np.concatenate(parts, 1) if parts else np.zeros((count, 0))
+    return torch.from_numpy(whole_BL.astype(np.float32))
 
 
 def draw_stages(augment: Augment, count: int, size: tuple[int, int], draw: Uniform) -> list[Drawn]:
@@ -104,6 +114,9 @@ def draw_stages(augment: Augment, count: int, size: tuple[int, int], draw: Unifo
     stages = []
     if augment.vertical_flip:
         stages.append((NUMBER["vertical_flip"] * draw.whole(2, count), np.zeros(count)))
+    if augment.rotation > 0:
+        angle_B = (2 * draw(count) - 1) * augment.rotation
+        stages.append((np.full(count, NUMBER["rotate"]), angle_B))
     if augment.auto_augment == "randaugment":
         for _ in range(augment.randaugment_ops):
             op_B = draw.whole(len(SPACE), count)

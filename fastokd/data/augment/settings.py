@@ -16,7 +16,7 @@ from fastokd.errors import UserError
 class Augment:
     """Random crop of the padded image, a horizontal flip with probability 1/2, then the operations.
 
-    The operations come in this order: vertical flip, automatic augmentation, colour jitter, random erasing,
+    The operations come in this order: vertical flip, rotation, automatic augmentation, colour jitter, random erasing,
     cutout.
 
     Attributes:
@@ -38,6 +38,8 @@ class Augment:
         erasing_scale: the smallest and largest area of the box, as fractions of the image's.
         erasing_ratio: the smallest and largest height / width of the box.
         cutout: the side in pixels of a square of one colour around a random pixel; 0 for none.
+        rotation: the largest angle of a rotation in degrees, uniform both ways; nearest pixels, black outside.
+        views: the augmentation of each view by its number; none where all views have this one.
         fill: the colour of both, 0 to 255: the data set's mean. timm's RandAugment fills with it, too.
     """
 
@@ -58,6 +60,8 @@ class Augment:
     erasing_ratio: tuple[float, ...] = (0.3, 3.3)
     cutout: int = 0
     fill: tuple[int, ...] = (0, 0, 0)
+    rotation: float = 0.0
+    views: tuple[Augment, ...] = ()
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
@@ -86,6 +90,8 @@ class Augment:
     def stages(self) -> tuple[frozenset[str], ...]:
         """The names that each operation of an image is drawn from, one after another."""
         stages = [frozenset(["vertical_flip"])] if self.vertical_flip else []
+        if self.rotation > 0:
+            stages.append(frozenset(["rotate"]))
         if self.auto_augment in POLICIES:
             stages += [
                 frozenset(part.name for part in parts)
@@ -100,4 +106,9 @@ class Augment:
     @property
     def operates(self) -> bool:
         """Whether there is more than crop and flip."""
-        return bool(self.stages) or self.random_erasing > 0 or self.cutout > 0
+        own = bool(self.stages) or self.random_erasing > 0 or self.cutout > 0
+        return own or any(view.operates for view in self.views)
+
+    def of_view(self, view: int) -> Augment:
+        """The augmentation of one view."""
+        return self.views[view] if self.views else self

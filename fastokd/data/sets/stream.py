@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.data.augment import Augment, batch_rows, operate
+from fastokd.data.augment import Augment, batch_rows, columns_of, operate
 from fastokd.data.order import BatchOrder
 from fastokd.data.splits import Split
 from fastokd.device import moved
@@ -126,19 +126,33 @@ class BatchStream:
             images_BHWC = self._pixels_M3.index_select(0, pixels_BP.view(-1))
             images_BHWC = images_BHWC.view(-1, *images_NHWC.shape[1:])
             if rows_BL is not None:
-                images_BHWC = operate(self.augment, images_BHWC, rows_BL)
+                images_BHWC = self._operated(self.augment, images_BHWC, rows_BL)
         if self.views is None:
             return images_BHWC, labels_N.index_select(0, row_3B[0])
         images_VBHWC = images_BHWC.unflatten(0, (len(self.views), -1))
         return images_VBHWC, labels_N.index_select(0, row_3B[0, : images_VBHWC.shape[1]])
 
+    def _operated(self, augment: Augment, images_NHWC: Tensor, rows_NL: Tensor) -> Tensor:
+        """The operations of each view on its images."""
+        if not augment.views or self.views is None:
+            return operate(augment.of_view(0), images_NHWC, rows_NL)
+        parts = zip(
+            map(augment.of_view, self.views),
+            images_NHWC.chunk(len(self.views)),
+            rows_NL.chunk(len(self.views)),
+            strict=True,
+        )
+        return torch.cat([operate(own, x, rows[:, : columns_of(own)]) for own, x, rows in parts])
+
     def draws(self, epoch: int, index: int, view: int = 0) -> Draws:
         """The draws of one view of batch ``index`` of ``epoch`` on this rank."""
-        augment = self.augment or Augment(crop_padding=0, flip=False)
+        whole = self.augment or Augment(crop_padding=0, flip=False)
+        augment = whole.of_view(view)
         # Drawn for the whole batch and then sliced, so that W ranks draw as one process.
         B, mine = self.order.size(index), self.order.share(index)
         generator = self.order.generator(epoch, index, view=view)
         corner_2B = torch.randint(2 * augment.crop_padding + 1, (2, B), generator=generator)
+        corner_2B += whole.crop_padding - augment.crop_padding  # of an image that is padded more
         flip_B = augment.draw_flips(B, generator)
         index_B = self.order.samples(epoch, index)
         return Draws(index_B, corner_2B[0, mine], corner_2B[1, mine], flip_B[mine])
