@@ -16,6 +16,10 @@ from fastokd.errors import UserError
 from fastokd.methods.label_loss import LabelLoss
 
 
+# The draw of a step that holds the images' numbers in the training set, int64 ``[B]``.
+INDEX = "index_B"
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method requires of its cohort.
@@ -29,6 +33,8 @@ class Needs:
     (``out.own``) and the ranks' losses are summed; else each rank computes the loss of all students.
     ``running_statistics``: it reads its norms' running statistics in training. ``label_loss``: it uses
     :attr:`Method.label_loss`. ``mixed_labels``: it passes ``progress.mixed_with`` to its losses.
+    ``training_set``: :meth:`Method.start` is called with the training set's labels, and the draws have
+    the images' numbers in it (``INDEX``).
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -44,6 +50,7 @@ class Needs:
     running_statistics: bool = False
     label_loss: bool = False
     mixed_labels: bool = False
+    training_set: bool = False
 
     def check(self, method: str, sharing: str, students: int) -> None:
         """Raises UserError if ``method`` lacks this sharing or needs more students."""
@@ -138,6 +145,10 @@ class Method(nn.Module):
         """How the method's own parameters are optimised: by default as the students' are."""
         parameters = list(self.parameters())
         return [OptimGroup(parameters)] if parameters else []
+
+    def start(self, labels_N: Tensor, generator: Generator) -> None:
+        """Called before a run's first step where ``needs.training_set``, with the class ids of all
+        training images; ``generator`` is on the CPU."""
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.

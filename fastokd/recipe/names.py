@@ -35,8 +35,9 @@ from fastokd.recipe.unused import refuse_unused
 
 # The published form of methods that have two.
 PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
+PUBLISHED_FORM["mcl"] = "network"
 # Methods published without a ramp of the distillation weight.
-UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl")
+UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "mcl")
 TEMPERATURE = 3.0
 
 
@@ -149,7 +150,7 @@ def _published(text: str, name: _Name) -> Recipe:
     students = name.students
     if students is None:
         mixed = name.model.count("+") + 1
-        students = mixed if mixed > 1 else _students(name.method)
+        students = mixed if mixed > 1 else _students(name.method, name.sharing)
     base = _on_dataset(
         Recipe(
             text,
@@ -179,8 +180,10 @@ def _published(text: str, name: _Name) -> Recipe:
     return base if name.style is None else styled(base, name.style)
 
 
-def _students(method: str) -> int:
+def _students(method: str, sharing: str) -> int:
     """The number of networks, leader included: 4 in all of OKDDip's tables."""
+    if (method, sharing) == ("mcl", "network"):
+        return 2
     return {"baseline": 1, "kd": 1, "ffsd": 3}.get(method, 4)
 
 
