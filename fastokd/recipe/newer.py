@@ -29,5 +29,31 @@ def _mcl(base: Recipe) -> Recipe:
     )
 
 
+def _mcl_logits(base: Recipe) -> Recipe:
+    """The README's --logit-distill."""
+    options = {**base.method_options, "logit_distill": True}
+    return dataclasses.replace(base, method_options=options)
+
+
+def _mcl_okd(base: Recipe) -> Recipe:
+    """winycg/MCL-OKD, main_cifar_mcl_okd.py and main_imagenet_mcl_okd.py with the README's commands."""
+    imagenet = base.dataset == "imagenet"
+    options = {**base.method_options, "form": "okd", "negatives": 16384 if imagenet else 256}
+    if imagenet:
+        base = dataclasses.replace(base, epochs=100)
+    return dataclasses.replace(
+        base,
+        lr=0.05,
+        schedule="cosine",
+        batch_size=128 if imagenet else 64,
+        images_per_class=0,
+        method_options=options,
+    )
+
+
 # For each method: from OKDDip's settings on the recipe's data set to its own.
 SETTINGS: dict[str, Callable[[Recipe], Recipe]] = {"mcl": _mcl}
+# For each method its published variants by the word in a recipe's name: from its own settings to theirs.
+VARIANTS: dict[str, dict[str, Callable[[Recipe], Recipe]]] = {
+    "mcl": {"logits": _mcl_logits, "okd": _mcl_okd}
+}
