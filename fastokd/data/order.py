@@ -82,7 +82,9 @@ class BatchOrder:
             check_groups(self._members, batch_size, images_per_class, world_size)
         last = whole % batch_size
         # Samples of an epoch.
-        self.seen = whole - (last if drop_last or images_per_class else last % world_size if shuffle else 0)
+        self.seen = whole - (
+            last if drop_last or images_per_class else last % world_size if shuffle else 0
+        )
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:

@@ -15,7 +15,6 @@ from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
 from fastokd.methods.label_loss import LabelLoss
 
-
 # The draw of a step that holds the images' numbers in the training set, int64 ``[B]``.
 INDEX = "index_B"
 

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from fastokd.errors import UserError
 from fastokd.methods.base import INDEX
 
+
 class Memory(nn.Module):
     """M, ``[S, N, D]``, and which rows of it a sample is contrasted with.
 

@@ -75,7 +75,7 @@ def noise_contrast(
     """MCL-OKD's noise-contrastive loss (the equation of this module), 0-d; arguments as above."""
     check_numbers(tau, 1.0)
     A_SSBK = similarities(embeddings_SBD, memory_SND, index_BK, tau)
-    S, _, B, K = A_SSBK.shape
+    B, K = A_SSBK.shape[2:]
     N = memory_SND.shape[1]
     mean_SS11 = A_SSBK.detach().flatten(2).logsumexp(-1)[..., None, None] - math.log(B * K)
     p_SSBK = (A_SSBK - mean_SS11).exp() / N

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastokd.errors import UserError
 from fastokd.ops.dispatch import choose
 
+
 class Contrasts(NamedTuple):
     """The terms, 0-d and without weights. soft_vcl and soft_icl hold their T^2."""
 
@@ -89,7 +90,7 @@ def check_numbers(tau: float, temperature: float) -> None:
 
 
 def _contrasts(e_SBD: Tensor, labels_B: Tensor, tau: float, temperature: float) -> Contrasts:
-    S, B, _ = e_SBD.shape
+    B = e_SBD.shape[1]
     if B < 2:  # there is nothing to contrast with
         nothing = e_SBD.sum() * 0.0
         return Contrasts(nothing, nothing, nothing, nothing)

@@ -35,7 +35,13 @@ from fastokd.recipe.styles import STYLES, styled
 from fastokd.recipe.unused import refuse_unused
 
 # The published form of methods that have two.
-PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network", "mcl": "network"}
+PUBLISHED_FORM = {
+    "ind": "branch",
+    "dml": "network",
+    "kd": "network",
+    "kdcl": "network",
+    "mcl": "network",
+}
 # Methods published without a ramp of the distillation weight.
 UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "mcl")
 TEMPERATURE = 3.0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastokd.models import Student
 from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
@@ -62,10 +61,10 @@ class ReferenceMCL(ReferenceCohort):
 
     def __init__(self, *args: Any, embedding_dim: int = 128, **options: Any) -> None:
         super().__init__(*args, **options)
-        widths = [student.feature_dim for student in self.students]
+        widths = [s.feature_dim for s in self.students if isinstance(s, Student)]
         self.embeddings = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(int(width), embedding_dim),
+                nn.Linear(width, embedding_dim),
                 nn.ReLU(),
                 nn.Linear(embedding_dim, embedding_dim),
             )

@@ -183,8 +183,12 @@ def test_an_image_is_contrasted_with_its_class_and_with_others() -> None:
     assert (labels_N[rows_BK[:, 2:]] != own_B[:, None]).all()
     for label in (0, 1, 2, 4):  # every image of the class and of the others comes
         of_class = rows_BK[own_B == label]
-        assert set(of_class[:, 2:].unique().tolist()) == set((labels_N != label).nonzero()[:, 0].tolist())
-        assert set(of_class[:, 1].unique().tolist()) == set((labels_N == label).nonzero()[:, 0].tolist())
+        assert set(of_class[:, 2:].unique().tolist()) == set(
+            (labels_N != label).nonzero()[:, 0].tolist()
+        )
+        assert set(of_class[:, 1].unique().tolist()) == set(
+            (labels_N == label).nonzero()[:, 0].tolist()
+        )
 
 
 def test_a_memory_is_refused_where_there_is_none() -> None:
@@ -195,7 +199,9 @@ def test_a_memory_is_refused_where_there_is_none() -> None:
         create_method("mcl", shape, form="memory", memory_momentum=1.0)
     method = create_method("mcl", shape, form="memory")
     out = CohortOutput(torch.randn(2, 4, 10), (torch.randn(4, 8),) * 2, (), None, None)
-    with pytest.raises(UserError, match="form is 'memory', but its memory has no images: call start"):
+    with pytest.raises(
+        UserError, match="form is 'memory', but its memory has no images: call start"
+    ):
         method(out, torch.zeros(4, dtype=torch.long), Progress.start())
     with pytest.raises(UserError, match="all training images are of one: add images"):
         method.start(torch.ones(9, dtype=torch.long), torch.Generator())

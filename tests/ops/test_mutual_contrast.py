@@ -24,10 +24,7 @@ def embedded(g: dict[str, Tensor], students: int) -> Tensor:
         for s in range(students)
     ]
     e_SBE = torch.stack(
-        [
-            F.linear(hidden[s], g["embed_weight2"][s], g["embed_bias2"][s])
-            for s in range(students)
-        ]
+        [F.linear(hidden[s], g["embed_weight2"][s], g["embed_bias2"][s]) for s in range(students)]
     )
     return e_SBE / e_SBE.norm(dim=-1, keepdim=True)
 
@@ -67,7 +64,9 @@ def test_values_and_gradients_are_the_plain_loops(S: int, labels: list[int]) -> 
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
         for term, weight in ((mine, weights[0]), (other, weights[0])):
-            assert torch.isfinite(torch.autograd.grad(term * weight, e_SBD, retain_graph=True)[0]).all()
+            assert torch.isfinite(
+                torch.autograd.grad(term * weight, e_SBD, retain_graph=True)[0]
+            ).all()
     grads = [
         torch.autograd.grad((torch.stack(list(terms)) * weights).sum(), e_SBD)[0]
         for terms in (ours, theirs)
@@ -103,7 +102,10 @@ def test_low_precision_is_computed_in_fp32() -> None:
         ({"impl": "cpp"}, "impl='cpp': its similarities are a few megabytes"),
         ({"impl": "triton"}, "impl='triton': its similarities are a few megabytes"),
         ({"impl": "fast"}, "impl is 'fast': choose auto"),
-        ({"embeddings_SBD": torch.randn(4, 5)}, r"embeddings_SBD is torch.float32 of shape \[4, 5\]"),
+        (
+            {"embeddings_SBD": torch.randn(4, 5)},
+            r"embeddings_SBD is torch.float32 of shape \[4, 5\]",
+        ),
         ({"labels_B": torch.randn(4)}, "labels_B is torch.float32 of shape"),
         ({"labels_B": torch.zeros(3, dtype=torch.long)}, r"it must be integers \[4\]"),
     ],
