@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.errors import UserError
@@ -17,7 +18,7 @@ from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from tests.learner.test_sync_free import NoWaits
-from tests.run.test_one_replay import go, loop_of, same
+from tests.run.test_one_replay import loop_of, same
 
 
 def of_form(form: str, **changes: Any) -> Recipe:
@@ -30,34 +31,43 @@ def session_of(one: Recipe, *, captured: bool = False, **options: Any) -> Sessio
     return loop_of(one, torch.device("cpu"), captured=captured, **options)
 
 
-def test_a_run_with_a_memory_goes_on_with_the_same_bits() -> None:
-    """Also captured, where the draws and the images' numbers come through the graph's inputs."""
-    one = of_form("memory")
-    whole, begun = session_of(one), session_of(one, captured=True, max_steps=7)
-    start_SND = whole.learner.method.state_dict()["memory.memory_SND"].clone()
-    rows = go(whole)
-    go(begun)
-    resumed = session_of(one, captured=True)
-    resumed.load_state(*begun.state())
-    assert go(resumed, epochs=1) == rows[1:]
-    same(resumed, whole)
-    memory_SND = whole.learner.method.state_dict()["memory.memory_SND"]
-    assert not torch.equal(memory_SND, start_SND)
-    torch.testing.assert_close(memory_SND.norm(dim=-1), torch.ones(memory_SND.shape[:2]))
-
-
-def test_a_step_renews_the_rows_of_its_images_alone() -> None:
-    session = session_of(of_form("memory"), accumulate=3)
-    memory = session.learner.method.state_dict()["memory.memory_SND"]
-    before_SND = memory.clone()
+def steps(session: Session, count: int) -> None:
     session.begin_epoch()
     session.learner.train()
     for batch in session.batches(lambda: None):
         training_step(session.learner, *batch, body=session.whole_step)
-        break
+        session.finish_step()
+        count -= 1
+        if count == 0:
+            return
+
+
+def test_a_run_with_a_memory_goes_on_with_the_same_bits() -> None:
+    """Also captured, where the draws and the images' numbers come through the graph's inputs."""
+    one = of_form("memory", batch_size=30)
+    whole, begun, resumed = (session_of(one, captured=captured) for captured in (False, True, True))
+    start_SND = memory_of(whole).clone()
+    steps(whole, 7)
+    steps(begun, 4)
+    resumed.load_state(*begun.state())
+    steps(resumed, 3)
+    same(resumed, whole)
+    assert not torch.equal(memory_of(whole), start_SND)
+
+
+def memory_of(session: Session) -> Tensor:
+    return session.learner.method.state_dict()["memory.memory_SND"]
+
+
+def test_a_step_renews_the_rows_of_its_images_alone() -> None:
+    session = session_of(of_form("memory", batch_size=30), accumulate=3)
+    memory = memory_of(session)
+    before_SND = memory.clone()
+    steps(session, 1)
     rows = session.stream.order.samples(0, 0)  # type: ignore[attr-defined]
     changed_N = (memory != before_SND).any(-1).all(0)
     assert torch.equal(changed_N.nonzero()[:, 0], rows.sort().values)
+    torch.testing.assert_close(memory[:, rows].norm(dim=-1), torch.ones(2, 30))
 
 
 @pytest.mark.parametrize("form", ["memory", "okd"])
