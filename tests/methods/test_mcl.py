@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastokd.cohort import Cohort
 from fastokd.cohort.output import CohortOutput, CohortShape
 from fastokd.errors import UserError
 from fastokd.methods import INDEX, Method, Progress, create_method
@@ -205,3 +206,22 @@ def test_a_memory_is_refused_where_there_is_none() -> None:
         method(out, torch.zeros(4, dtype=torch.long), Progress.start())
     with pytest.raises(UserError, match="all training images are of one: add images"):
         method.start(torch.ones(9, dtype=torch.long), torch.Generator())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2_basic"])
+def test_its_branches_share_one_stage_fewer(name: str) -> None:
+    cohort = Cohort((name, 2), 10, model_options={"branch_from": 2}, image_size=8)
+    usual = Cohort((name, 2), 10, image_size=8)
+    assert cohort.trunk is not None
+    assert usual.trunk is not None
+    shared, more = (
+        {key.split(".")[0] for key in one.trunk.state_dict()} for one in (cohort, usual)
+    )
+    assert more - shared == {"layer2"}
+    assert "layer1" in shared
+    whole = cohort.student(1).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(whole(images), cohort.eval()(images).logits_SBC[1])
+    for value in (4, "2"):
+        with pytest.raises(UserError, match=f"branch_from is {value!r}: it must be a stage after"):
+            Cohort((name, 2), 10, model_options={"branch_from": value})
