@@ -111,6 +111,7 @@ PICTURES = {
         options={"target": "general"},
         sharing="network",
     ),
+    "mcl": Picture("mcl", 2, "logit_distill: the mean logits of all", sharing="network"),
 }
 
 

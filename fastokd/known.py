@@ -30,6 +30,7 @@ METHODS = {
     "ind": "fastokd.methods.ind:Independent",
     "kd": "fastokd.methods.kd:KD",
     "kdcl": "fastokd.methods.kdcl:KDCL",
+    "mcl": "fastokd.methods.mcl:MCL",
     "okddip": "fastokd.methods.okddip:OKDDip",
     "okddip_entropy": "fastokd.methods.okddip_ablations:OKDDipEntropy",
     "okddip_kd": "fastokd.methods.okddip_kd:OKDDipKD",

@@ -25,12 +25,16 @@ class BatchOrder:
         repeats: how often an image of a shuffled epoch comes (:func:`repeated`).
         labels_N: class ids; each sample is then drawn anew, with equal probability for every class
             (:func:`balanced`).
+        images_per_class: with ``labels_N``, each batch has so many images of each of its classes instead,
+            which are drawn anew for every batch (:func:`grouped`); 0: not. A last batch that isn't full is
+            left out.
         rank, world_size: this process and the number of processes. If shuffled, up to
             ``world_size`` - 1 samples are cut from the last batch, so that all ranks' shares are equal.
 
     Raises:
         UserError: there are no samples; a batch is smaller than 1 or, with ``shuffle`` or
-            ``drop_last``, larger than the set; or ``world_size`` doesn't divide a shuffled batch.
+            ``drop_last``, larger than the set; ``world_size`` doesn't divide a shuffled batch; or the
+            classes of a batch are more than there are, or one of them has too few images.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class BatchOrder:
         drop_last: bool,
         repeats: int = 1,
         labels_N: Tensor | None = None,
+        images_per_class: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -71,9 +76,15 @@ class BatchOrder:
         self.repeats = repeats
         self._samples = count
         self._members = None if labels_N is None else members(labels_N)
+        self._per_class = images_per_class
+        if images_per_class:
+            assert self._members is not None
+            check_groups(self._members, batch_size, images_per_class, world_size)
         last = whole % batch_size
         # Samples of an epoch.
-        self.seen = whole - (last if drop_last else last % world_size if shuffle else 0)
+        self.seen = whole - (
+            last if drop_last or images_per_class else last % world_size if shuffle else 0
+        )
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -111,6 +122,10 @@ class BatchOrder:
 
     def _shuffled(self, epoch: int) -> Tensor:
         """The samples of an epoch, int64."""
+        if self._members is not None and self._per_class:
+            generator = keyed_generator(self.seed, epoch, "grouped")
+            groups = self.batch_size // self._per_class
+            return grouped(self._members, len(self), groups, self._per_class, generator)
         if self._members is not None:
             return balanced(self._members, keyed_generator(self.seed, epoch, "balanced"))
         generator = keyed_generator(self.seed, epoch, "order")
@@ -161,3 +176,55 @@ def balanced(of: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> T
     class_N = torch.randint(len(count_C), (N,), generator=generator)
     place_N = torch.rand(N, dtype=torch.float64, generator=generator) * count_C[class_N]
     return sorted_N[first_C[class_N] + place_N.long()]
+
+
+def check_groups(
+    of: tuple[Tensor, Tensor, Tensor], batch_size: int, per_class: int, world_size: int
+) -> None:
+    """Raises UserError where a batch can't have ``per_class`` images of each of its classes."""
+    _, _, count_C = of
+    classes, rest = divmod(batch_size, per_class)
+    if rest:
+        raise UserError(
+            f"images_per_class is {per_class}, but a batch has {batch_size} images: choose a divisor of it"
+        )
+    if classes % world_size:
+        raise UserError(
+            f"a batch has {per_class} images of each of {classes} classes, which {world_size} ranks can't "
+            "share evenly: choose another batch_size or images_per_class"
+        )
+    if classes > len(count_C):
+        raise UserError(
+            f"images_per_class is {per_class}, so that a batch of {batch_size} has {classes} classes, but "
+            f"there are {len(count_C)}: choose a larger images_per_class or a smaller batch_size"
+        )
+    if count_C.min() < per_class:
+        raise UserError(
+            f"images_per_class is {per_class}, but a class has {int(count_C.min())} images: choose at most "
+            "as many"
+        )
+
+
+def grouped(
+    of: tuple[Tensor, Tensor, Tensor],
+    batches: int,
+    classes: int,
+    per_class: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The samples of ``batches``, each of so many different classes, with ``per_class`` different samples of
+    each, one class after another (MCL's batches)."""
+    sorted_N, first_C, count_C = of
+    # The classes of a batch are the first of an order of all.
+    keys = torch.rand(batches, len(count_C), generator=generator)
+    class_M = keys.argsort(1)[:, :classes].reshape(-1)
+    count_M = count_C[class_M]
+    # Floyd's algorithm: the j-th of n - k + j + 1 places, or the last of them where it is taken already.
+    places_Mk = torch.empty(len(class_M), per_class, dtype=torch.long)
+    for j in range(per_class):
+        last_M = count_M - per_class + j
+        u_M = torch.rand(len(class_M), dtype=torch.float64, generator=generator)
+        place_M = (u_M * (last_M + 1)).long()
+        taken_M = (places_Mk[:, :j] == place_M[:, None]).any(1)
+        places_Mk[:, j] = torch.where(taken_M, last_M, place_M)
+    return sorted_N[first_C[class_M][:, None] + places_Mk].reshape(-1)

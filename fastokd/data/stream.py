@@ -28,6 +28,7 @@ def stream_of(
     drop_last: bool = False,
     repeats: int = 1,
     balanced: bool = False,
+    images_per_class: int = 0,
     rank: int = 0,
     world_size: int = 1,
     size: Callable[[int], int] | None = None,
@@ -39,6 +40,7 @@ def stream_of(
         augment: crops and flips, which don't depend on the number of ranks; None for the images as
             in evaluation.
         balanced: draws each class equally often.
+        images_per_class: of each class that a batch has; 0 for a plain shuffle.
         views: numbers of views, each with draws of its own, for images ``[V, B, H, W, 3]``; None for one
             view, ``[B, H, W, 3]``, which is view 0.
 
@@ -52,7 +54,8 @@ def stream_of(
         shuffle=shuffle,
         drop_last=drop_last,
         repeats=repeats,
-        labels_N=split.labels_N if balanced else None,
+        labels_N=split.labels_N if balanced or images_per_class else None,
+        images_per_class=images_per_class,
         rank=rank,
         world_size=world_size,
     )

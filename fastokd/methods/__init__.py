@@ -14,7 +14,7 @@ from typing import Any
 from fastokd.cohort import CohortShape
 from fastokd.errors import UserError, in_one_line, unknown_name, wrong_type
 from fastokd.known import METHODS, list_methods, load
-from fastokd.methods.base import Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
+from fastokd.methods.base import INDEX, Method, MethodLoss, Needs, OptimGroup, Progress, ramp_weight
 from fastokd.methods.label_loss import LabelLoss
 
 # Classes of users, by ``package.module:Class``.
@@ -172,6 +172,7 @@ def create_method(
 
 
 __all__ = [
+    "INDEX",
     "LabelLoss",
     "Method",
     "MethodLoss",

@@ -15,6 +15,9 @@ from fastokd.cohort.sharing import SHARINGS
 from fastokd.errors import UserError
 from fastokd.methods.label_loss import LabelLoss
 
+# The draw of a step that holds the images' numbers in the training set, int64 ``[B]``.
+INDEX = "index_B"
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -31,6 +34,8 @@ class Needs:
     :attr:`Method.label_loss`. ``mixed_labels``: it passes ``progress.mixed_with`` to its losses.
     ``companion``: networks run beside the students and are kept in their place (``cohort/companion.py``):
     ``"each"``: one for each student, on its view; ``"one"``: one for all, on a view of its own.
+    ``training_set``: :meth:`Method.start` is called with the training set's labels, and the draws have
+    the images' numbers in it (``INDEX``).
     """
 
     sharing: tuple[str, ...] = SHARINGS
@@ -47,6 +52,7 @@ class Needs:
     label_loss: bool = False
     mixed_labels: bool = False
     companion: Literal["none", "each", "one"] = "none"
+    training_set: bool = False
 
     def check(self, method: str, sharing: str, students: int) -> None:
         """Raises UserError if ``method`` lacks this sharing or needs more students."""
@@ -145,6 +151,9 @@ class Method(nn.Module):
     def begin(self, cohort: Cohort) -> None:
         """Sets initial weights of the students that the method needs, once, without gradient, before any
         weights are loaded. A script without a recipe calls it where it wants them."""
+    def start(self, labels_N: Tensor, generator: Generator) -> None:
+        """Called before a run's first step where ``needs.training_set``, with the class ids of all
+        training images; ``generator`` is on the CPU."""
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """The random tensors of one step, on the CPU; ``forward`` gets them as ``progress.draws``.

@@ -69,6 +69,7 @@ class ResNet(Student):
             stage's and whose output is 4 times it (OKDDip's ResNet-110 and WRN-20-8).
         imagenet: a 7x7 stem of stride 2 with pooling, and branches of the last two stages; else a 3x3
             stem, and branches of the last stage.
+        branch_from: the first stage that branches don't share, the stem being stage 0; 0: as published.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ResNet(Student):
         base: int = 16,
         widen: int | None = None,
         imagenet: bool = False,
+        branch_from: int = 0,
     ) -> None:
         super().__init__()
         stem: tuple[str, ...] = ("conv1", "bn1")
@@ -108,7 +110,7 @@ class ResNet(Student):
             *((f"layer{index + 1}",) for index in range(len(blocks))),
             head="fc",
             feature_dim=channels,
-            branch_from=-2 if imagenet else -1,
+            branch_from=branch_from or (-2 if imagenet else -1),
         )
         init_kaiming_fan_out(self)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastokd.errors import UserError
 from fastokd.models.layers import GlobalAveragePool
 from fastokd.models.recompute import recomputed
 
@@ -71,11 +72,19 @@ class Student(nn.Module):
         """Declares the stages, the child that classifies, and where a branch begins.
 
         ``map_stages`` defaults to every stage but the stem.
+
+        Raises:
+            UserError: ``branch_from`` is no stage after the first.
         """
         self.stages = stages
         self.map_stages = tuple(range(1, len(stages))) if map_stages is None else map_stages
         self.head_name = head
         self.feature_dim = feature_dim
+        last = len(stages) - 1
+        if not isinstance(branch_from, int) or not 0 < abs(branch_from) <= last:
+            raise UserError(
+                f"branch_from is {branch_from!r}: it must be a stage after the stem, from 1 to {last}"
+            )
         self.branch_from = branch_from % len(stages)
         self.pool = GlobalAveragePool()
 

@@ -54,9 +54,17 @@ class WideResNet(Student):
         num_classes: C.
         depth: convolutions in all; ``widen``: the width over ResNet's.
         canonical: Zagoruyko and Komodakis's form in place of FFSD's.
+        branch_from: the first stage that branches don't share, the stem being stage 0; 0: as published.
     """
 
-    def __init__(self, num_classes: int, depth: int, widen: int, canonical: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        depth: int,
+        widen: int,
+        canonical: bool = False,
+        branch_from: int = 0,
+    ) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
         self.conv1 = conv3x3(3, 16, bias=not canonical)
@@ -78,6 +86,7 @@ class WideResNet(Student):
             ("layer3", "bn1"),
             head="linear",
             feature_dim=channels,
+            branch_from=branch_from or -1,
         )
         init_kaiming_fan_out(self)
 

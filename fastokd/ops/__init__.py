@@ -11,11 +11,13 @@ from fastokd.ops.feature_transfer import feature_transfer
 from fastokd.ops.fused_bn_act import fused_bn_act, norm_act
 from fastokd.ops.fusion_step import fusion_step
 from fastokd.ops.mixture_distillation import MixtureLoss, mixture_distillation
+from fastokd.ops.mutual_contrast import Contrasts, mutual_contrast
 from fastokd.ops.peer_attention_distillation import peer_attention_distillation
 
 settle_threads()
 
 __all__ = [
+    "Contrasts",
     "MixtureLoss",
     "attention_diversity",
     "attention_map",
@@ -24,6 +26,7 @@ __all__ = [
     "fused_bn_act",
     "fusion_step",
     "mixture_distillation",
+    "mutual_contrast",
     "norm_act",
     "peer_attention_distillation",
     "shifted_map",

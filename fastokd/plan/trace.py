@@ -179,6 +179,11 @@ def trace_ours(
     cpu = torch.device("cpu")
     with FakeTensorMode():
         modules = [cohort, method, *([cohort.teacher] if cohort.teacher is not None else [])]
+        if method.needs.training_set:
+            raise UserError(
+                f"{of.method} keeps a memory of all training images, which a plan doesn't have: plan it "
+                "with form='batch', whose students are the same"
+            )
         for module in modules:
             _materialise(module, torch.contiguous_format if module is method else CHANNELS_LAST)
         cohort.join()

@@ -18,6 +18,7 @@ OPERATIONS = (
 UNCROPPED: dict[str, Any] = {
     "repeats": 1,
     "balanced": False,
+    "images_per_class": 0,
     "train_size": 0,
     "first_size": 0,
     "size_epochs": (),

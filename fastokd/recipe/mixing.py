@@ -44,6 +44,12 @@ class MixingSettings:
         bool,
         "Draw every class equally often, with replacement; an epoch has as many images as without.",
     ] = False
+    images_per_class: Annotated[
+        int,
+        "Images of each class in a batch, whose classes are drawn for every batch; 0: images are drawn "
+        "whatever their class. A last batch that isn't full is left out.",
+        at_least(0),
+    ] = 0
 
 
 def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:
@@ -72,4 +78,15 @@ def check_mixing(recipe: Any, *, takes_mixed: bool) -> None:
         raise UserError(
             f"repeats is {recipe.repeats}, but balanced draws each image anew: set repeats to 1, or "
             "balanced to false"
+        )
+    if recipe.images_per_class and (recipe.balanced or recipe.repeats > 1):
+        other = "balanced" if recipe.balanced else "repeats"
+        raise UserError(
+            f"images_per_class is {recipe.images_per_class}, but {other} draws the images of a batch in "
+            "another way: set one of them to its default"
+        )
+    if recipe.images_per_class and recipe.batch_size % recipe.images_per_class:
+        raise UserError(
+            f"images_per_class is {recipe.images_per_class}, but batch_size is {recipe.batch_size}: choose "
+            "a divisor of it, or 0"
         )

@@ -1,11 +1,12 @@
 """The recipe of each name.
 
-A name is ``METHOD[-FORM][-ensemble][@S]/MODEL/DATASET[@STYLE]``:
+A name is ``METHOD[-FORM][-VARIANT][-ensemble][@S]/MODEL/DATASET[@STYLE]``:
 
 - METHOD as in ``fastokd list methods``; an ablation is a method: ``okddip_mean``.
 - FORM is ``branch`` or ``network``. It may be left out if the method has one form or was
   published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
 - ``-ensemble`` reports the accuracy of the peers' mean logits (Table 4).
+- A published variant of a method is another word: ``mcl-logits``, ``mcl-okd``.
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
 - ``@STYLE`` after the data set trains in a published style: ``okddip-network/resnet18/imagenet@a3``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:
@@ -27,16 +28,22 @@ from fastokd.known import DATASETS, METHODS, place_of
 from fastokd.recipe import file
 from fastokd.recipe.cells import published_recipes
 from fastokd.recipe.changes import changed_fields
-from fastokd.recipe.newer import SETTINGS
+from fastokd.recipe.newer import SETTINGS, VARIANTS
 from fastokd.recipe.recipe import Recipe, checked, methods, models
 from fastokd.recipe.recipe import settings as fields
 from fastokd.recipe.styles import STYLES, styled
 from fastokd.recipe.unused import refuse_unused
 
 # The published form of methods that have two.
-PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
+PUBLISHED_FORM = {
+    "ind": "branch",
+    "dml": "network",
+    "kd": "network",
+    "kdcl": "network",
+    "mcl": "network",
+}
 # Methods published without a ramp of the distillation weight.
-UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "okdph")
+UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "mcl", "okdph")
 TEMPERATURE = 3.0
 
 
@@ -50,6 +57,7 @@ class _Name(NamedTuple):
     model: str
     dataset: str
     style: str | None
+    variant: str | None
 
 
 def recipe(name: str, /, **changes: Any) -> Recipe:
@@ -78,7 +86,7 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
         )
     method = changes.pop("method", None)
     if method is not None:
-        parsed = parsed._replace(method=checked("method", method))
+        parsed = parsed._replace(method=checked("method", method), variant=None)
         style = "" if parsed.style is None else f"@{parsed.style}"
         name = f"{method}-{parsed.sharing}/{parsed.model}/{parsed.dataset}{style}"
     return _changed(_published(name, parsed), changes)
@@ -117,14 +125,16 @@ def _parse(name: str) -> _Name:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     ensemble = "ensemble" in words
-    forms = [word for word in words if word != "ensemble"]
+    variant = next((word for word in words if word in VARIANTS.get(method, {})), None)
+    forms = [word for word in words if word not in ("ensemble", variant)]
     if len(forms) > 1 or not {*forms} <= {"branch", "network"}:
         raise UserError(
             f"{method} has no form {'-'.join(forms)!r}: write {method}-branch or {method}-network; add "
             "-ensemble to report the ensemble's accuracy"
         )
     sharing = forms[0] if forms else _only_form(method)
-    return _Name(method, sharing, ensemble, int(count) if at else None, model, dataset, style)
+    number = int(count) if at else None
+    return _Name(method, sharing, ensemble, number, model, dataset, style, variant)
 
 
 def _of_style(dataset: str) -> tuple[str, str | None]:
@@ -149,7 +159,7 @@ def _published(text: str, name: _Name) -> Recipe:
     students = name.students
     if students is None:
         mixed = name.model.count("+") + 1
-        students = mixed if mixed > 1 else _students(name.method)
+        students = mixed if mixed > 1 else _students(name.method, name.sharing)
     base = _on_dataset(
         Recipe(
             text,
@@ -172,6 +182,8 @@ def _published(text: str, name: _Name) -> Recipe:
         base = _ffsd(base)
     if name.method in SETTINGS:
         base = SETTINGS[name.method](base)
+    if name.variant is not None:
+        base = VARIANTS[name.method][name.variant](base)
     if name.method == "okddip_no_two_level":
         base = dataclasses.replace(base, reported="kept")
     if name.ensemble:
@@ -179,8 +191,10 @@ def _published(text: str, name: _Name) -> Recipe:
     return base if name.style is None else styled(base, name.style)
 
 
-def _students(method: str) -> int:
+def _students(method: str, sharing: str) -> int:
     """The number of networks, leader included: 4 in all of OKDDip's tables."""
+    if (method, sharing) == ("mcl", "network"):
+        return 2
     return {"baseline": 1, "kd": 1, "ffsd": 3, "okdph": 2, "pcl": 3}.get(method, 4)
 
 

@@ -13,6 +13,7 @@ from fastokd.reference.ffsd import (
 )
 from fastokd.reference.kd import ReferenceKD, ReferenceOKDDipKD
 from fastokd.reference.kdcl import ReferenceKDCL
+from fastokd.reference.mcl import ReferenceMCL
 from fastokd.reference.okddip import ReferenceOKDDip
 from fastokd.reference.okddip_ablations import (
     ReferenceEntropy,
@@ -36,6 +37,7 @@ __all__ = [
     "ReferenceKD",
     "ReferenceKDCL",
     "ReferenceLosses",
+    "ReferenceMCL",
     "ReferenceMean",
     "ReferenceNoTwoLevel",
     "ReferenceOKDDip",

@@ -39,6 +39,7 @@ from fastokd.run.images import load_splits, training_stream
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from fastokd.run.teachers import teacher_of, teachers_of
+from fastokd.seeds import keyed_generator
 from fastokd.student.init import begin_from, read_files
 from fastokd.student.teacher import check_held_out
 
@@ -85,6 +86,9 @@ def build(
     teachers = teachers_of(recipe, options, data, ranks) if training else ()
     teacher, taught_NC = teacher_of(recipe, options, data, teachers, device)
     cohort, method = _cohort_and_method(recipe, options, data, teacher)
+    if method.needs.training_set:
+        _check_memory(recipe, options, ranks)
+        method.start(data.train.labels_N, keyed_generator(recipe.seed, "training set"))
     contents: dict[str, Any] = {}
     if teachers:
         hashes = [fingerprint(one.state) for one in teachers]
@@ -180,6 +184,20 @@ def _check_fit(recipe: Recipe, options: RunOptions) -> None:
     if options.teacher and not method_class(recipe.method).needs.teacher:
         raise UserError(
             f"the teacher is {'+'.join(options.teacher)}, but {recipe.method} has none: leave --teacher out"
+        )
+
+
+def _check_memory(recipe: Recipe, options: RunOptions, ranks: Ranks) -> None:
+    """Raises UserError where a method can't keep a memory of all training images."""
+    if ranks.size > 1:
+        raise UserError(
+            f"{recipe.method} keeps the embeddings of all training images in a memory, which {ranks.size} "
+            "ranks would each renew by their own images only: train on one rank, or without the memory"
+        )
+    if options.overfit_batch:
+        raise UserError(
+            f"overfit_batch repeats a batch without its images' numbers, by which {recipe.method} keeps a "
+            "memory of them: leave --overfit-batch out, or train without the memory"
         )
 
 

@@ -68,6 +68,7 @@ def training_stream(
         drop_last=0 < rest // ranks.data.size < min_batch,
         repeats=recipe.repeats,
         balanced=recipe.balanced,
+        images_per_class=recipe.images_per_class,
         rank=ranks.data.rank,
         world_size=ranks.data.size,
         size=partial(training_size, recipe) if recipe.resized_crop else None,

@@ -19,7 +19,7 @@ from fastokd.learner.optimizers import set_rate, set_rates
 from fastokd.learner.shared_state import gathered, mine, share_state
 from fastokd.learner.state import State, below, load_state, state_of
 from fastokd.learner.step import step
-from fastokd.methods import MethodLoss, ramp_weight
+from fastokd.methods import INDEX, MethodLoss, ramp_weight
 from fastokd.metrics import Meter
 from fastokd.recipe.recipe import Recipe
 from fastokd.recipe.resolution import training_size
@@ -188,7 +188,7 @@ class Session:
             batch = self.batch + ahead
             if made is not None and made.size(batch) != images:
                 return
-            draws = self._draws(images, self.step + ahead)
+            draws = self._draws(images, self.step + ahead) | self._images_of(batch)
             if isinstance(made, BatchStream):
                 draws[BATCH] = made.row(self.epoch, batch)
             if self.mixing is not None:
@@ -208,6 +208,13 @@ class Session:
         whole = self.learner.method.draw(images * line.size, generator)
         mine = slice(line.rank * images, (line.rank + 1) * images)
         return {name: value[mine] for name, value in whole.items()}
+
+    def _images_of(self, batch: int) -> Draws:
+        """The images' numbers in the training set, where the method reads them."""
+        if not self.learner.method.needs.training_set:
+            return {}
+        assert isinstance(self.stream, BatchStream | DiskStream)
+        return {INDEX: self.stream.order.samples(self.epoch, batch)}
 
     def _mixed_as(self, images: int, batch: int) -> Tensor:
         """The mixing of this rank's ``images`` in batch ``batch`` of this epoch (:meth:`Mixing.draw`)."""
@@ -251,7 +258,7 @@ class Session:
         if images not in self._single:
             self._single[images] = Block(self.learner.device, steps=1)
         block = self._single[images]
-        draws = self._draws(images, self.step)
+        draws = self._draws(images, self.step) | self._images_of(self.batch)
         if self.taught_NC is not None and isinstance(self.stream, BatchStream):
             index_B = self.stream.row(self.epoch, self.batch)[0, :images]  # the first view's
             draws[TAUGHT] = self.taught_NC.cpu().index_select(0, index_B)

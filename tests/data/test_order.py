@@ -137,3 +137,61 @@ def test_balanced_epochs_are_keyed_and_shared(world_size: int) -> None:
         together = torch.cat([rank.batch(1, index)[1] for rank in ranks])
         assert torch.equal(together, one.batch(1, index)[1])
     assert not torch.equal(one.batch(1, 0)[1], one.batch(0, 0)[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_has_so_many_images_of_each_of_its_classes(world_size: int) -> None:
+    """Its classes are drawn anew, ranks share them, and no image comes twice in a batch."""
+    labels_N = torch.arange(130) % 13
+    how: dict[str, Any] = {**TRAIN, "labels_N": labels_N, "images_per_class": 3}
+    one, again = BatchOrder(130, 18, **how), BatchOrder(130, 18, **how)
+    ranks = [BatchOrder(130, 18, **how, rank=r, world_size=world_size) for r in range(world_size)]
+    assert (len(one), one.seen) == (7, 126)
+    assert torch.equal(again.samples(1, 3), one.samples(1, 3))
+    assert not torch.equal(again.samples(2, 3), one.samples(1, 3))
+    classes = set()
+    for index in range(len(one)):
+        samples = one.samples(0, index)
+        assert one.size(index) == len(samples) == len(samples.unique()) == 18
+        classes.add(tuple(sorted(labels_N[samples].unique().tolist())))
+        shares = [rank.samples(0, index) for rank in ranks]
+        assert torch.equal(torch.cat(shares), samples)
+        for share in shares:
+            assert set(torch.bincount(labels_N[share]).tolist()) <= {0, 3}
+    assert len(classes) > 1
+
+
+def test_every_class_and_every_image_of_it_comes_equally_often() -> None:
+    labels_N = torch.tensor([0] * 4 + [1] * 40 + [2] * 7)
+    order = BatchOrder(51, 6, **TRAIN, labels_N=labels_N, images_per_class=3)
+    epochs = [[order.samples(e, i) for i in range(len(order))] for e in range(400)]
+    drawn = torch.cat([samples for epoch in epochs for samples in epoch])
+    count_N = torch.bincount(drawn, minlength=51).double()
+    for label, size in enumerate((4, 40, 7)):
+        of_class, mean = count_N[labels_N == label], len(drawn) / 3 / size
+        assert abs(of_class.sum() / len(drawn) - 1 / 3) < 0.02
+        assert abs(of_class - mean).max() < 6 * mean**0.5
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "per_class", "world_size", "says"),
+    [
+        (10, 3, 1, "images_per_class is 3, but a batch has 10 images: choose a divisor"),
+        (14, 1, 1, "a batch of 14 has 14 classes, but there are 13: choose a larger"),
+        (22, 11, 1, "images_per_class is 11, but a class has 10 images: choose at most"),
+        (6, 2, 2, "2 images of each of 3 classes, which 2 ranks can't share evenly"),
+    ],
+)
+def test_classes_that_no_batch_can_have(
+    batch_size: int, per_class: int, world_size: int, says: str
+) -> None:
+    labels_N = torch.arange(130) % 13
+    with pytest.raises(UserError, match=says):
+        BatchOrder(
+            130,
+            batch_size,
+            **TRAIN,
+            labels_N=labels_N,
+            images_per_class=per_class,
+            world_size=world_size,
+        )

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("all_digits")
 SHARED: dict[str, Any] = {"parallel": "students"}
 
 
-# Attention and its projections, fixed scores, maps with fusion, decoders and a leader's transfusion;
+# Attention and its projections, fixed scores, maps with fusion, decoders and a leader's transfusion, embeddings;
 # three students on two processes: two and one.
-@pytest.mark.parametrize("name", ["okddip-network", "dml", "ffsd"])
+@pytest.mark.parametrize("name", ["okddip-network", "dml", "ffsd", "mcl"])
 def test_two_processes_train_what_one_does(two: Pool, name: str) -> None:
     """In training mode: every student sees the whole batch."""
     assert_same_steps(two, small(name), 2, frozen=False, clip_norm=0.5, **SHARED)

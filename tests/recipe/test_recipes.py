@@ -247,3 +247,36 @@ def test_bad_names_are_refused(name: str, changes: dict[str, object], says: str)
 def test_an_unknown_table_is_refused() -> None:
     with pytest.raises(UserError, match="did you mean table"):
         cells_of("table7")
+
+
+@pytest.mark.parametrize("table", NEWER)
+def test_numbers_of_newer_methods_are_of_recipes(table: str) -> None:
+    """Each is of its method, on its row's student and its column's data set, and is listed."""
+    for cell in cells_of(table):
+        r = recipe(cell.recipe)
+        assert r.name == cell.recipe
+        assert (r.model, r.dataset) == (cell.row, cell.column.split()[-1]), cell
+        assert cell.mean is not None, cell
+        assert cell.source, cell
+        assert cell.recipe in list_recipes(), cell
+
+
+def test_mcl_is_as_published() -> None:
+    two, four = recipe("mcl/resnet32/cifar100"), recipe("mcl-branch/resnet32/cifar100")
+    assert (two.students, four.students, two.sharing) == (2, 4, "network")
+    assert (two.model_options, four.model_options) == ({}, {"branch_from": 2})
+    for r in (two, four):
+        assert (r.schedule, r.schedule_by, r.final_lr, r.epochs) == ("cosine", "epoch", 0.0, 300)
+        assert (r.lr, r.nesterov, r.weight_decay, r.ramp_epochs) == (0.1, True, 5e-4, 0.0)
+        assert (r.batch_size, r.images_per_class) == (128, 2)
+    imagenet = recipe("mcl-branch/resnet18/imagenet")
+    assert (imagenet.epochs, imagenet.milestones, imagenet.batch_size) == (90, (30, 60), 256)
+    assert imagenet.method_options == {"form": "memory", "tau": 0.07, "temperature": 3.0}
+    assert imagenet.model_options == {}
+    assert recipe("mcl-logits/resnet32/cifar100").method_options["logit_distill"] is True
+    okd = recipe("mcl-branch-okd/resnet32/cifar100")
+    assert (okd.lr, okd.batch_size, okd.images_per_class, okd.students) == (0.05, 64, 0, 4)
+    assert okd.method_options == {"form": "okd", "negatives": 256, "temperature": 3.0}
+    assert recipe("mcl/resnet8/digits").images_per_class == 0
+    with pytest.raises(UserError, match="dml has no form 'okd'"):
+        recipe("dml-okd/resnet32/cifar100")

@@ -25,6 +25,7 @@ from fastokd.reference import (
     ReferenceIndependent,
     ReferenceKD,
     ReferenceKDCL,
+    ReferenceMCL,
     ReferenceMean,
     ReferenceNoTwoLevel,
     ReferenceOKDDip,
@@ -90,6 +91,16 @@ CASES = [
     ),
     Case("kdcl", ReferenceKDCL, {"target": "min_logit"}, {"target": "min_logit"}),
     Case("kdcl", ReferenceKDCL, {"target": "general"}, {"target": "general"}),
+    Case("mcl", ReferenceMCL, students=(3,)),
+    Case("mcl", ReferenceMCL, {"logit_distill": True}, {"logit_distill": True}, students=(2,)),
+    Case(
+        "mcl",
+        ReferenceMCL,
+        {"logit_distill": True, "tau": 0.3, "lam": 0.5},
+        {"logit_distill": True, "tau": 0.3, "lam": 0.5},
+        sharing=("network",),
+        students=(4,),
+    ),
 ]
 GRID = [
     pytest.param(case, sharing, students, id=f"{case}-{sharing}-{students}")

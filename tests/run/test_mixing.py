@@ -127,8 +127,9 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_same_bits(overfit_batch:
     same(resumed, whole)
 
 
-def test_a_balanced_run_goes_on_with_the_same_bits() -> None:
-    one = recipe("baseline/resnet8/digits", balanced=True, **{**SMALL, "students": 1})
+@pytest.mark.parametrize("how", [{"balanced": True}, {"images_per_class": 20}])
+def test_a_balanced_run_goes_on_with_the_same_bits(how: dict[str, Any]) -> None:
+    one = recipe("baseline/resnet8/digits", **{**SMALL, "students": 1, **how})
     whole, begun = session_of(one), session_of(one, max_steps=7)
     rows = go(whole)
     go(begun)
@@ -215,6 +216,9 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
         ),
         ({"repeats": 0}, "repeats is 0: it must be at least 1"),
         ({"repeats": 3, "balanced": True}, "repeats is 3, but balanced draws each image anew"),
+        ({"repeats": 3, "images_per_class": 2}, "images_per_class is 2, but repeats draws the"),
+        ({"balanced": True, "images_per_class": 2}, "images_per_class is 2, but balanced draws"),
+        ({"images_per_class": 7}, "images_per_class is 7, but batch_size is 120: choose a divisor"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, Any], says: str) -> None:
