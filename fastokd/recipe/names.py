@@ -34,9 +34,12 @@ from fastokd.recipe.styles import STYLES, styled
 from fastokd.recipe.unused import refuse_unused
 
 # The published form of methods that have two.
-PUBLISHED_FORM = {"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"}
+PUBLISHED_FORM = {
+    **{"ind": "branch", "dml": "network", "kd": "network", "kdcl": "network"},
+    **{"dkd": "network", "dist": "network"},
+}
 # Methods published without a ramp of the distillation weight.
-UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl")
+UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "dkd", "dist")
 TEMPERATURE = 3.0
 
 
@@ -181,7 +184,7 @@ def _published(text: str, name: _Name) -> Recipe:
 
 def _students(method: str) -> int:
     """The number of networks, leader included: 4 in all of OKDDip's tables."""
-    return {"baseline": 1, "kd": 1, "ffsd": 3}.get(method, 4)
+    return {"baseline": 1, "kd": 1, "dkd": 1, "dist": 1, "ffsd": 3}.get(method, 4)
 
 
 def _method_options(method: str) -> dict[str, Any]:
