@@ -77,6 +77,8 @@ PICTURES = {
         "okddip_no_two_level", 4, "four peers and no leader", peers="q·k", learned=True
     ),
     "kd": Picture("kd", 1, "the frozen teacher only", sharing="network"),
+    "dkd": Picture("dkd", 1, "the frozen teacher only", sharing="network"),
+    "dist": Picture("dist", 1, "the frozen teacher only", sharing="network"),
     "okddip_kd": Picture(
         "okddip_kd", 4, "first call: q·k; second call: the teacher", peers="q·k", learned=True
     ),

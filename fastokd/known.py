@@ -19,12 +19,17 @@ _FAMILIES = {
         "wrn_20_8",
     ],
     "vgg": ["vgg16", "vgg19"],
-    "wide_resnet": ["wrn_16_2", "wrn_16_2_basic", "wrn_28_10_basic", "wrn_40_2", "wrn_40_2_basic"],
+    "wide_resnet": [
+        *("wrn_16_2", "wrn_16_2_basic", "wrn_28_10_basic", "wrn_40_1_basic", "wrn_40_2"),
+        "wrn_40_2_basic",
+    ],
 }
 MODELS = {name: f"fastokd.models.{module}" for module, names in _FAMILIES.items() for name in names}
 METHODS = {
     "baseline": "fastokd.methods.baseline:Baseline",
     "cl_ilr": "fastokd.methods.cl_ilr:CLILR",
+    "dist": "fastokd.methods.dist:DIST",
+    "dkd": "fastokd.methods.dkd:DKD",
     "dml": "fastokd.methods.dml:DML",
     "ffsd": "fastokd.methods.ffsd:FFSD",
     "ind": "fastokd.methods.ind:Independent",

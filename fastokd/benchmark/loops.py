@@ -44,6 +44,8 @@ LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "okddip_mean": reference.ReferenceMean,
     "okddip_symmetric": reference.ReferenceSymmetric,
     "okddip_no_two_level": reference.ReferenceNoTwoLevel,
+    "dist": reference.ReferenceDIST,
+    "dkd": reference.ReferenceDKD,
     "kd": reference.ReferenceKD,
     "okddip_kd": reference.ReferenceOKDDipKD,
     "kdcl": reference.ReferenceKDCL,

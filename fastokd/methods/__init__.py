@@ -102,13 +102,17 @@ def method_class(name: str) -> type[Method]:
 
 def option_defaults(name: str) -> dict[str, Any]:
     """The options of a method, those of its base classes included, and their defaults."""
-    defaults: dict[str, Any] = {}
+    return {name: option.default for name, option in _options(name).items()}
+
+
+def _options(name: str) -> dict[str, inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
     for owner in reversed(method_class(name).__mro__):
         if "__init__" in vars(owner):
             parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-            defaults |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    defaults.pop("impl", None)
-    return dict(sorted(defaults.items()))
+            found |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    found.pop("impl", None)
+    return dict(sorted(found.items()))
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -119,7 +123,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """
     if not is_loaded(name):
         return
-    defaults = option_defaults(name)
+    known = _options(name)
+    defaults = {name: option.default for name, option in known.items()}
     for option, value in options.items():
         if not defaults:
             raise UserError(f"{name} has no option {option!r}, nor any other: leave it out")
@@ -132,7 +137,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             fits, what = isinstance(value, bool), "true or false"
         elif isinstance(default, str):
             fits, what = isinstance(value, str), f"a word, such as {default}"
-        elif isinstance(default, float):
+        elif isinstance(default, float) or known[option].annotation == "float | None":
             fits = isinstance(value, numbers.Real) and 0 <= float(value) < math.inf
             what = "a finite number, at least 0"
         else:

@@ -151,6 +151,7 @@ class Method(nn.Module):
     def begin(self, cohort: Cohort) -> None:
         """Sets initial weights of the students that the method needs, once, without gradient, before any
         weights are loaded. A script without a recipe calls it where it wants them."""
+
     def start(self, labels_N: Tensor, generator: Generator) -> None:
         """Called before a run's first step where ``needs.training_set``, with the class ids of all
         training images; ``generator`` is on the CPU."""

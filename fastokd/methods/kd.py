@@ -45,3 +45,15 @@ class KD(ScoredMethod):
 
     def extras(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> Tensor:
         return teacher_logits(out)
+
+    def term_apart(
+        self,
+        logits_SBC: Tensor,
+        extra_EBC: Tensor | None,
+        scores: Tensor,
+        labels_B: Tensor,
+        weight: Tensor | float,
+    ) -> tuple[Tensor, Tensor]:
+        assert extra_EBC is not None
+        inputs = (logits_SBC, extra_EBC, labels_B, self.temperature)
+        return self.divergence.to_target(*inputs, weight)

@@ -64,13 +64,18 @@ class OKDDip(TwoLevel):
             gradient.
 
     Raises:
-        UserError: features too narrow for the default.
+        UserError: features too narrow for the default, a divergence whose targets are detached.
     """
 
     def __init__(
         self, shape: CohortShape, *, attention_dim: int | None = None, **options: Any
     ) -> None:
         super().__init__(shape, **options)
+        if not self.divergence.fused:
+            raise UserError(
+                "the attention learns through the KL's targets, which are detached for divergence dkd and "
+                "dist and for standardise_logits: leave these out, or use okddip_mean or okddip_kd"
+            )
         widths = shape.feature_dims[: self.peers]
         dim = attention_dim or min(widths) // 8
         if not dim:

@@ -7,6 +7,8 @@ from fastokd.ops.attention import (
     attention_transfer,
     shifted_map,
 )
+from fastokd.ops.correlation_distillation import correlation_distillation
+from fastokd.ops.decoupled_distillation import decoupled_distillation
 from fastokd.ops.feature_transfer import feature_transfer
 from fastokd.ops.fused_bn_act import fused_bn_act, norm_act
 from fastokd.ops.fusion_step import fusion_step
@@ -22,6 +24,8 @@ __all__ = [
     "attention_diversity",
     "attention_map",
     "attention_transfer",
+    "correlation_distillation",
+    "decoupled_distillation",
     "feature_transfer",
     "fused_bn_act",
     "fusion_step",

@@ -37,13 +37,10 @@ from fastokd.recipe.unused import refuse_unused
 # The published form of methods that have two.
 PUBLISHED_FORM = {
     "ind": "branch",
-    "dml": "network",
-    "kd": "network",
-    "kdcl": "network",
-    "mcl": "network",
+    **dict.fromkeys(("dml", "kd", "kdcl", "mcl", "dkd", "dist"), "network"),
 }
 # Methods published without a ramp of the distillation weight.
-UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "mcl", "okdph")
+UNRAMPED = ("baseline", "ind", "dml", "kd", "kdcl", "mcl", "okdph", "dkd", "dist")
 TEMPERATURE = 3.0
 
 
@@ -195,7 +192,8 @@ def _students(method: str, sharing: str) -> int:
     """The number of networks, leader included: 4 in all of OKDDip's tables."""
     if (method, sharing) == ("mcl", "network"):
         return 2
-    return {"baseline": 1, "kd": 1, "ffsd": 3, "okdph": 2, "pcl": 3}.get(method, 4)
+    alone = dict.fromkeys(("baseline", "kd", "dkd", "dist"), 1)
+    return {**alone, "okdph": 2, "ffsd": 3, "pcl": 3}.get(method, 4)
 
 
 def _method_options(method: str) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class Recipe(
                 "recipe and the data say"
             )
         check_views(self, reads_maps=needs.maps)
-        check_mixing(self, takes_mixed=needs.mixed_labels)
+        takes_mixed = needs.mixed_labels and self.method_options.get("divergence") != "dkd"
+        check_mixing(self, takes_mixed=takes_mixed)
         check_teaching(self, has_teacher=needs.teacher)
         methods.check_options(self.method, self.method_options)
         for name in dict.fromkeys(self.models):
@@ -224,13 +225,17 @@ class Recipe(
         return self.frozen_stages if epoch < self.frozen_epochs else 0
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same schedule over ``epochs``: every setting that counts epochs is scaled.
+        """The same schedule over ``epochs``: every setting that counts epochs is scaled, a method's ``warmup``
+        too.
 
         Milestones and ``mix_epochs`` are rounded to whole epochs, and to 1 at least. Milestones that then
         coincide count once, and those after the last epoch are left out, so that a short run may have
         fewer of them.
         """
         scale = epochs / self.epochs
+        options = dict(self.method_options)
+        if "warmup" in options:
+            options["warmup"] = options["warmup"] * scale
         milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
         return dataclasses.replace(
             self,
@@ -242,6 +247,7 @@ class Recipe(
             frozen_epochs=max(min(self.frozen_epochs, 1), round(self.frozen_epochs * scale)),
             mix_epochs=max(1, round(self.mix_epochs * scale)) if self.mix_epochs else 0,
             size_epochs=scaled_size_epochs(self, epochs),
+            method_options=options,
         )
 
     def to_json(self) -> dict[str, Any]:

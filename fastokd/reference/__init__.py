@@ -3,6 +3,7 @@
 from fastokd.reference.baseline import ReferenceIndependent
 from fastokd.reference.cl_ilr import ReferenceCLILR
 from fastokd.reference.common import ReferenceCohort, ReferenceLosses
+from fastokd.reference.divergences import ReferenceDIST, ReferenceDKD
 from fastokd.reference.dml import ReferenceDML
 from fastokd.reference.ffsd import (
     Lambdas,
@@ -30,6 +31,8 @@ __all__ = [
     "Lambdas",
     "ReferenceCLILR",
     "ReferenceCohort",
+    "ReferenceDIST",
+    "ReferenceDKD",
     "ReferenceDML",
     "ReferenceEntropy",
     "ReferenceFFSD",

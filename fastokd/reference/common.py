@@ -31,11 +31,32 @@ class ReferenceOutputs(NamedTuple):
     trunk_BCHW: Tensor | None
 
 
+def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(target || student), the target as probabilities."""
+    log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
+    kl_B = F.kl_div(log_q_BC, target_BC, reduction="none").sum(1)
+    return kl_B.mean() * temperature**2
+
+
+def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(target || student), Eq. 3 and 4, the target as logits, not detached."""
+    return kl_to_probs(student_BC, F.softmax(target_BC / temperature, dim=1), temperature)
+
+
+def _kl_divergence(
+    student_BC: Tensor, target_BC: Tensor, labels_B: Tensor, temperature: float
+) -> Tensor:
+    del labels_B
+    return kl_divergence(student_BC, target_BC, temperature)
+
+
 class ReferenceCohort(nn.Module):
     """Several students, and a loss that a subclass defines in :meth:`losses`.
 
     ``apart``: students who share nothing are trained by optimizers of their own; ``label_loss``: of logits
-    and class ids, may be replaced by :func:`fastokd.reference.label_loss.label_loss` with settings.
+    and class ids, may be replaced by :func:`fastokd.reference.label_loss.label_loss` with settings;
+    ``divergence``: of a student's logits, a target's, class ids and a temperature, may be replaced by one
+    of :mod:`fastokd.reference.divergences` where the target is a teacher, or DML's.
 
     Args:
         model: one name for all, or a name for each student (network sharing).
@@ -47,6 +68,7 @@ class ReferenceCohort(nn.Module):
     temperature = 3.0
     apart = False
     label_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.cross_entropy)
+    divergence: Callable[[Tensor, Tensor, Tensor, float], Tensor] = staticmethod(_kl_divergence)
 
     def __init__(
         self,
@@ -131,18 +153,6 @@ class ReferenceCohort(nn.Module):
 def summed(terms: list[Tensor]) -> Tensor:
     """The sum of the terms."""
     return sum(terms[1:], terms[0])
-
-
-def kl_to_probs(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(target || student), the target as probabilities."""
-    log_q_BC = F.log_softmax(student_BC / temperature, dim=1)
-    kl_B = F.kl_div(log_q_BC, target_BC, reduction="none").sum(1)
-    return kl_B.mean() * temperature**2
-
-
-def kl_divergence(student_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(target || student), Eq. 3 and 4, the target as logits, not detached."""
-    return kl_to_probs(student_BC, F.softmax(target_BC / temperature, dim=1), temperature)
 
 
 def mean_of_others(logits: list[Tensor], student: int) -> Tensor:

@@ -11,14 +11,13 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    kl_divergence,
     mean_of_others,
     summed,
 )
 
 
 class ReferenceDML(ReferenceCohort):
-    """CE + T^2 KL to the mean of the others' logits, or the mean of the KLs to each.
+    """CE + T^2 KL (or another ``divergence``) to the mean of the others' logits, or the mean of the KLs to each.
 
     Published without a ramp: ``kd_weight`` isn't read. Where targets are detached, each network has a
     backward of its own.
@@ -36,14 +35,14 @@ class ReferenceDML(ReferenceCohort):
         for index, logits_BC in enumerate(out.logits):
             if self.pairwise:
                 pairs = [
-                    kl_divergence(logits_BC, self._target(other_BC), self.temperature)
+                    self.divergence(logits_BC, self._target(other_BC), labels_B, self.temperature)
                     for other, other_BC in enumerate(out.logits)
                     if other != index
                 ]
                 kd.append(summed(pairs) / len(pairs))
             else:
                 mean_BC = self._target(mean_of_others(out.logits, index))
-                kd.append(kl_divergence(logits_BC, mean_BC, self.temperature))
+                kd.append(self.divergence(logits_BC, mean_BC, labels_B, self.temperature))
         return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 
     def step(

@@ -10,7 +10,6 @@ from fastokd.reference.common import (
     ReferenceCohort,
     ReferenceLosses,
     ReferenceOutputs,
-    kl_divergence,
     summed,
 )
 from fastokd.reference.okddip import ReferenceOKDDip
@@ -30,9 +29,12 @@ class _Taught(ReferenceCohort):
             self.teacher_BC: Tensor = self._teacher[0](x_BCHW[-1] if with_views else x_BCHW)
         return super().outputs(x_BCHW[:-1] if with_views else x_BCHW)
 
-    def taught(self, out: ReferenceOutputs) -> list[Tensor]:
-        """T^2 KL(teacher || student) of every student, without a ramp."""
-        return [kl_divergence(z_BC, self.teacher_BC, self.temperature) for z_BC in out.logits]
+    def taught(self, out: ReferenceOutputs, labels_B: Tensor) -> list[Tensor]:
+        """T^2 KL(teacher || student), or another ``divergence``, of every student, without a ramp."""
+        return [
+            self.divergence(z_BC, self.teacher_BC, labels_B, self.temperature)
+            for z_BC in out.logits
+        ]
 
 
 class ReferenceKD(_Taught, ReferenceIndependent):
@@ -40,7 +42,7 @@ class ReferenceKD(_Taught, ReferenceIndependent):
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         ce = self.cross_entropies(out, labels_B)
-        kd = self.taught(out)
+        kd = self.taught(out, labels_B)
         return ReferenceLosses(summed(ce) + summed(kd), ce, kd)
 
 
@@ -49,5 +51,5 @@ class ReferenceOKDDipKD(_Taught, ReferenceOKDDip):
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         group = super().losses(out, labels_B, kd_weight)
-        taught = self.taught(out)
+        taught = self.taught(out, labels_B)
         return group._replace(total=group.total + summed(taught))

@@ -58,7 +58,8 @@ def test_every_method_is_its_loop(case: Case, name: str) -> None:
     settings, students = SETTINGS[name], max(case.students[0], min(3, case.students[-1]))
     labels_B, mixed_with = labels_of()
     sharing = case.sharing[0]
-    teacher = create_model("resnet8", CLASSES).double() if "kd" in case.method.split("_") else None
+    taught = method_class(case.method).needs.teacher
+    teacher = create_model("resnet8", CLASSES).double() if taught else None
     loop = case.loop("resnet8", CLASSES, students, sharing).double()
     for attribute, value in case.attributes.items():
         setattr(loop, attribute, value)

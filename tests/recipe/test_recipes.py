@@ -139,7 +139,7 @@ def test_no_two_cells_resolve_alike_but_those_that_the_papers_repeat() -> None:
 def test_all_cells_are_listed() -> None:
     names = list_recipes()
     assert len(names) == len(set(names))
-    assert {cell.recipe for cell in CELLS} <= set(names)
+    assert {cell.recipe for cell in ALL} <= set(names)
     for name in names:
         assert recipe(name).name == name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Cohort
-from fastokd.methods import Method, Progress, create_method, list_methods
+from fastokd.methods import Method, Progress, create_method, list_methods, method_class
 from fastokd.models import create_model
 from fastokd.reference import (
     ReferenceCLILR,
     ReferenceCohort,
+    ReferenceDIST,
+    ReferenceDKD,
     ReferenceDML,
     ReferenceEntropy,
     ReferenceIndependent,
@@ -34,6 +37,7 @@ from fastokd.reference import (
     ReferenceRandom,
     ReferenceSymmetric,
 )
+from fastokd.reference.divergences import correlated, decoupled, standardised_kl
 
 SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 CLASSES, BATCH, SIZE, STEPS = 10, 6, 8, 3
@@ -81,6 +85,44 @@ CASES = [
     Case("okddip_no_two_level", ReferenceNoTwoLevel),
     Case("kd", ReferenceKD, students=(1, 2)),
     Case("okddip_kd", ReferenceOKDDipKD),
+    Case("dkd", ReferenceDKD, students=(1, 2)),
+    Case(
+        "dkd",
+        ReferenceDKD,
+        {"alpha": 0.5, "beta": 2.0, "temperature": 1.0, "warmup": 0.5},
+        {"divergence": partial(decoupled, alpha=0.5, beta=2.0), "temperature": 1.0, "warmup": 0.5},
+        sharing=("network",),
+        students=(2,),
+    ),
+    Case("dist", ReferenceDIST, students=(1, 2)),
+    *(
+        Case(method, loop, options, {"divergence": divergence}, sharing=sharing, students=(2,))
+        for method, loop, sharing in (
+            ("kd", ReferenceKD, ("network",)),
+            ("okddip_kd", ReferenceOKDDipKD, ("branch",)),
+        )
+        for options, divergence in (
+            ({"divergence": "dkd"}, decoupled),
+            ({"divergence": "dist"}, correlated),
+            ({"standardise_logits": True}, standardised_kl),
+        )
+    ),
+    *(
+        Case(
+            "dml",
+            ReferenceDML,
+            {**options, **more},
+            {"divergence": divergence, "detach": True, "pairwise": "mix" in more},
+            sharing=("branch",),
+            students=(3,),
+        )
+        for options, divergence in (
+            ({"divergence": "dkd"}, decoupled),
+            ({"divergence": "dist"}, correlated),
+            ({"standardise_logits": True}, standardised_kl),
+        )
+        for more in ({}, {"mix": "pairwise"})
+    ),
     Case("kdcl", ReferenceKDCL, {"target": "naive"}, {"target": "naive"}),
     # Far from the solution's last digits, where two ways of summing would part.
     Case(
@@ -201,7 +243,8 @@ def assert_same_steps(
     case: Case, sharing: str, students: int, engine: str = "loop", *, views: bool = False
 ) -> None:
     """``views``: each student has images of its own, and so has a teacher."""
-    teacher = create_model("resnet8", CLASSES).double() if "kd" in case.method.split("_") else None
+    taught = method_class(case.method).needs.teacher
+    teacher = create_model("resnet8", CLASSES).double() if taught else None
     loop = case.loop("resnet8", CLASSES, students, sharing).double()
     for name, value in case.attributes.items():
         setattr(loop, name, value)

@@ -1,0 +1,69 @@
+"""What the divergences of students from a target share: checks, and the arithmetic's dtype.
+
+They take a stack of students ``[S, B, C]`` and a target ``[1, B, C]`` for all of them or ``[S, B, C]``, and return
+the batch mean of each student, ``[S]``, in fp32 (float64 where an input is). Targets carry no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.errors import UserError
+from fastokd.ops.dispatch import choose
+
+
+def target_loss(
+    op: str,
+    impl: str,
+    reference: Callable[..., Tensor],
+    logits_SBC: Tensor,
+    target_SBC: Tensor,
+    *args: Any,
+) -> Tensor:
+    """Each student's loss ``[S]`` of ``op`` by ``reference``, which takes ``args`` too."""
+    choose(op, impl, logits_SBC.device, {})
+    target_SBC = target_SBC.detach()
+    double = torch.float64 in (logits_SBC.dtype, target_SBC.dtype)
+    dtype = torch.float64 if double else torch.float32
+    with torch.autocast(logits_SBC.device.type, enabled=False):
+        return reference(logits_SBC.to(dtype), target_SBC.to(dtype), *args)
+
+
+def stacked(logits_BC: Tensor, target_logits_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as stacks of one; raises where they aren't ``[batch, classes]``."""
+    for name, x in (("logits_BC", logits_BC), ("target_logits_BC", target_logits_BC)):
+        if x.dim() != 2:
+            raise UserError(f"{name} has shape {list(x.shape)}: it must be [batch, classes]")
+    return logits_BC[None], target_logits_BC[None]
+
+
+def check(logits_SBC: Tensor, target_SBC: Tensor, classes: int, **numbers: float) -> None:
+    """Raises where the arguments don't fit; reads no tensor's values. ``classes``: at least as many."""
+    given, shape = logits_SBC.shape, target_SBC.shape
+    if len(given) != 3 or not logits_SBC.is_floating_point() or not given[0] or given[2] < classes:
+        raise UserError(
+            f"the logits are {logits_SBC.dtype} of shape {list(given)}: they must be floating point, "
+            f"[batch, classes], of at least {classes} class{'es' if classes > 1 else ''}"
+        )
+    if shape not in (given, (1, *given[1:])) or not target_SBC.is_floating_point():
+        raise UserError(
+            f"the target's logits are {target_SBC.dtype} of shape {list(shape[1:])}: they must be "
+            f"floating point, {list(given[1:])}, as the student's logits"
+        )
+    if target_SBC.device != logits_SBC.device:
+        raise UserError(
+            f"the target's logits are on {target_SBC.device} and the student's on {logits_SBC.device}: "
+            "move one to the other's device"
+        )
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) or not math.isfinite(value):
+            raise UserError(f"{name} is {value}: it must be a finite number")
+    if numbers["temperature"] <= 0:
+        raise UserError(
+            f"temperature is {numbers['temperature']}: it must be a finite number above 0"
+        )
