@@ -210,7 +210,10 @@ def _run(arguments: Sequence[str]) -> int:
         from fastokd.distributed.launch import of_the_first_rank
 
         if of_the_first_rank():
-            _complain(f"stopped by {stop.signal}; `fastokd train --resume DIR` continues the run")
+            how = "`fastokd train --resume DIR` continues the run"
+            if _called(arguments) in ("compare", "reproduce"):
+                how = "the same command continues"
+            _complain(f"stopped by {stop.signal}; {how}")
         return stop.code
     except OSError as error:
         if debug or error.errno not in DISK:

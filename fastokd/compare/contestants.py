@@ -16,6 +16,7 @@ from fastokd.methods import method_class
 from fastokd.methods import option_defaults as method_options
 from fastokd.models import option_defaults as model_options
 from fastokd.recipe.augmentation import AugmentationSettings
+from fastokd.recipe.cells import DEFAULT_SIZE
 from fastokd.recipe.changes import NAMED
 from fastokd.recipe.names import PUBLISHED_FORM, Recipe, recipe
 from fastokd.recipe.optimization import OptimizerSettings
@@ -54,7 +55,7 @@ class Request:
     Attributes:
         methods: names, ``method[-form]``, joined by commas, or ``all``.
         settings: of every recipe; options of a method go to the methods that have them.
-        students: of each cohort; None for the recipes' number.
+        students: of each cohort, the leader included; None for 4.
         label_noise, fraction: further conditions beside the whole training set with its own labels.
         published: each method trains with its own published optimizer, schedule and augmentation.
         budgets: ``"images"`` (equal images seen), ``"macs"`` (equal multiply-accumulates, too).
@@ -250,8 +251,8 @@ def _method(name: str, asked: Request, base: Recipe, data: DatasetSplits) -> Rec
     method = name.partition("-")[0]
     full = f"{name}/{asked.model}/{asked.dataset}"
     given = {**_for(method, asked), "epochs": base.epochs}
-    if asked.students is not None and recipe(full).students > 1:
-        given["students"] = asked.students
+    if recipe(full).students > 1:
+        given["students"] = DEFAULT_SIZE if asked.students is None else asked.students
     made = recipe(full, **given)
     if method_class(method).needs.heldout and data.val is None:
         raise UserError(
