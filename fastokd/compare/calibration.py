@@ -101,12 +101,10 @@ def _from(facts: dict[str, Any]) -> Calibration:
 
 def pooled(found: Sequence[Calibration]) -> list[tuple[float, float, int]]:
     """Mean confidence, accuracy and number of images of each bin that has some, over several runs."""
-    bins = zip(
-        *(map(sum, zip(*lists, strict=True)) for lists in (
-            [one.confidence for one in found],
-            [one.correct for one in found],
-            [one.count for one in found],
-        )),
-        strict=True,
-    )  # fmt: skip
-    return [(conf / n, right / n, int(n)) for conf, right, n in bins if n]
+    points = []
+    for index in range(BINS):
+        if count := sum(one.count[index] for one in found):
+            confidence = sum(one.confidence[index] for one in found)
+            correct = sum(one.correct[index] for one in found)
+            points.append((confidence / count, correct / count, count))
+    return points

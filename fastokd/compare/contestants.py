@@ -121,7 +121,8 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
         UserError: an unknown method, a form that it lacks, a setting that nobody has, images held out
             that a method needs and the data lack; errors of :func:`fastokd.recipe`.
     """
-    classes, notes = data.num_classes, []
+    classes = data.num_classes
+    notes: list[str] = []
     of_all = {name: value for name, value in asked.settings.items() if name in recipe_settings()}
     base = recipe(f"baseline/{asked.model}/{asked.dataset}", **_for("baseline", asked))
     alone = Contestant(ALONE, "alone", base, training_macs(base, classes))

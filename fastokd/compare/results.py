@@ -74,19 +74,21 @@ class Section:
 
 def sections(rows: Sequence[Contestant], outcomes: Sequence[Outcome]) -> list[Section]:
     """One section for each condition that has an outcome, in the order of the runs."""
+    larger = next((row.label for row in rows if row.kind == "larger"), None)
+    others: dict[str, Callable[[Contestant], str | None]] = {
+        "images": lambda row: ALONE,
+        "macs": lambda row: row.equal,
+        "larger": lambda row: larger,
+    }
     found = []
     for condition in dict.fromkeys(one.entry.condition for one in outcomes):
         of_it = [one for one in outcomes if one.entry.condition == condition]
-        by_row = {
-            row: tuple(one for one in of_it if one.entry.contestant.label == row.label)
-            for row in rows
-        }
-        made = [Row(row, its, {}) for row, its in by_row.items() if its]
-        for against, other_of in (
-            ("images", lambda row: ALONE),
-            ("macs", lambda row: row.equal),
-            ("larger", lambda row: next((r.label for r in rows if r.kind == "larger"), None)),
-        ):
+        made = []
+        for row in rows:
+            its = tuple(one for one in of_it if one.entry.contestant.label == row.label)
+            if its:
+                made.append(Row(row, its, {}))
+        for against, other_of in others.items():
             made = _compared(made, against, other_of)
         found.append(Section(condition, tuple(made)))
     return found
