@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from torch import nn
+
 from fastokd.compare.cost import larger_student, training_macs
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError, unknown_name
@@ -58,7 +60,7 @@ class Request:
         students: of each cohort, the leader included; None for 4.
         label_noise, fraction: further conditions beside the whole training set with its own labels.
         published: each method trains with its own published optimizer, schedule and augmentation.
-        budgets: ``"images"`` (equal images seen), ``"macs"`` (equal multiply-accumulates, too).
+        budget: ``"images"`` (equal images seen), ``"macs"`` (equal multiply-accumulates, too).
         teacher: trained teachers; else the comparison trains the recipe's.
     """
 
@@ -123,7 +125,6 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
     """
     classes = data.num_classes
     notes: list[str] = []
-    of_all = {name: value for name, value in asked.settings.items() if name in recipe_settings()}
     base = recipe(f"baseline/{asked.model}/{asked.dataset}", **_for("baseline", asked))
     alone = Contestant(ALONE, "alone", base, training_macs(base, classes))
     found: list[Contestant] = []
@@ -131,28 +132,19 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
     for name, explicit in _names(asked):
         try:
             made = _method(name, asked, base, data)
+            given, teacher = _teachers(made, asked, base, data)
+            macs = training_macs(made, classes, given)
         except UserError as error:
             if explicit:
                 raise
             notes.append(f"{name} is left out: {error}.")
             continue
-        given = None
-        if method_class(made.method).needs.teacher:
-            if asked.teacher:
-                _refuse_given(asked)
-                given = build_teachers(find_teachers(made, asked.teacher, None), data)
-            else:
-                taught_by = _like(teacher_recipe(made, epochs=base.epochs), base, asked, of_all)
-                label = f"teacher {taught_by.model}"
-                if label not in teachers:
-                    macs = training_macs(taught_by, classes)
-                    teachers[label] = Contestant(label, "teacher", taught_by, macs)
-        macs = training_macs(made, classes, given)
-        needs_one = method_class(made.method).needs.teacher and not asked.teacher
-        taught = f"teacher {recipe(made.teacher).model}" if needs_one else None
-        found.append(Contestant(name, "method", made, macs, taught_by=taught))
+        if teacher is not None:
+            teachers.setdefault(teacher.label, teacher)
+        label = None if teacher is None else teacher.label
+        found.append(Contestant(name, "method", made, macs, taught_by=label))
     if not found:
-        raise UserError("--methods names no method beside the baseline: name at least one")
+        raise UserError("METHODS names no method beside the baseline: name at least one")
     _refuse_unknown(asked, [one.recipe for one in found])
     extra: list[Contestant] = []
     if asked.budget == "macs":
@@ -171,15 +163,6 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
                 f"{asked.model} (within a factor of 1.5), so none is compared."
             )
     return [alone, *found, *extra, *teachers.values()], notes
-
-
-def _refuse_given(asked: Request) -> None:
-    """Raises if a given teacher would have seen other images or labels than its students."""
-    if any(asked.label_noise) or any(share != 1 for share in asked.fraction):
-        raise UserError(
-            "--teacher names a trained teacher, which has seen other images or labels than those of "
-            "--label-noise and --fraction: leave --teacher out, and one is trained for each of them"
-        )
 
 
 def _names(asked: Request) -> list[tuple[str, bool]]:
@@ -265,12 +248,26 @@ def _method(name: str, asked: Request, base: Recipe, data: DatasetSplits) -> Rec
     return dataclasses.replace(made, **{setting: getattr(base, setting) for setting in SHARED})
 
 
-def _like(taught_by: Recipe, base: Recipe, asked: Request, settings: Mapping[str, Any]) -> Recipe:
-    """A teacher's recipe, with the settings that all share."""
-    made = recipe(taught_by.name, **{**settings, "epochs": base.epochs})
+def _teachers(
+    made: Recipe, asked: Request, base: Recipe, data: DatasetSplits
+) -> tuple[nn.Module | None, Contestant | None]:
+    """The given teacher of a method, or the one that the comparison trains, with the shared settings."""
+    if not method_class(made.method).needs.teacher:
+        return None, None
+    if asked.teacher:
+        if any(asked.label_noise) or any(share != 1 for share in asked.fraction):
+            raise UserError(
+                "--teacher names a trained teacher, which has seen other images or labels than those of "
+                "--label-noise and --fraction: leave --teacher out, and one is trained for each of them"
+            )
+        return build_teachers(find_teachers(made, asked.teacher, None), data), None
+    settings = {name: value for name, value in asked.settings.items() if name in recipe_settings()}
+    taught_by = recipe(teacher_recipe(made).name, **{**settings, "epochs": base.epochs})
     if not asked.published:
-        made = dataclasses.replace(made, **{name: getattr(base, name) for name in SHARED})
-    return made
+        shared = {name: getattr(base, name) for name in SHARED}
+        taught_by = dataclasses.replace(taught_by, **shared)
+    macs = training_macs(taught_by, data.num_classes)
+    return None, Contestant(f"teacher {taught_by.model}", "teacher", taught_by, macs)
 
 
 def _of_equal_cost(
