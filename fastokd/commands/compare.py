@@ -89,10 +89,15 @@ def compare(
     from fastokd.compare.comparison import compare as run
     from fastokd.compare.comparison import prepare
     from fastokd.compare.contestants import Request
+    from fastokd.distributed.launch import launched
     from fastokd.host.console import console
     from fastokd.report.tables import as_rich
     from fastokd.train import train
 
+    if launched() > 1:
+        raise UserError(
+            "a comparison starts several runs, and torchrun starts one: start it without torchrun"
+        )
     settings = {name: value for name, value in flags.items() if value is not None}
     students = settings.pop("students", None)
     for name, values in parse_settings(set_ or []).items():

@@ -132,12 +132,13 @@ def test_a_rerun_trains_only_what_failed(made: Made) -> None:
 
 
 def test_rows_share_all_but_the_method() -> None:
-    prepared = prepare(replace(REQUEST, methods="ffsd,dml,okddip-network"), Path("none"), OPTIONS)
+    asked = replace(REQUEST, methods="ffsd,dml,okddip-network", students=3, budget="images")
+    prepared = prepare(asked, Path("none"), OPTIONS)
+    assert [row.kind for row in prepared.rows] == ["alone", "method", "method", "method"]
     base = prepared.rows[0].recipe
-    for row in prepared.rows:
-        if row.kind == "method":
-            assert row.recipe.students == 2
-            assert all(getattr(row.recipe, name) == getattr(base, name) for name in SHARED)
+    for row in prepared.rows[1:]:
+        assert row.recipe.students == 3
+        assert all(getattr(row.recipe, name) == getattr(base, name) for name in SHARED)
     assert prepared.rows[1].recipe.ramp_epochs != base.ramp_epochs  # FFSD's own
     assert not prepared.out.exists()
 
