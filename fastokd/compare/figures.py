@@ -7,6 +7,7 @@ from typing import Any
 
 from fastokd.compare.calibration import BINS, pooled
 from fastokd.compare.results import Row, Section
+from fastokd.compare.tables import in_prefix
 from fastokd.host.names import in_plot
 from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.plots import CYCLE, HEIGHT, LINES, WIDTH
@@ -77,6 +78,18 @@ def _legend(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside lower left", ncols=1, fontsize="small")
 
 
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic x axis, its numbers as plain text: formulas aren't drawn."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)),
+        major_formatter=lambda value, _: in_prefix(value),
+        minor_formatter=NullFormatter(),
+    )
+
+
 def _cost(section: Section) -> Any:
     rows = _shown(section)
     figure, axes = _legended(len(rows))
@@ -84,7 +97,7 @@ def _cost(section: Section) -> Any:
         style = {**_style(index), "linestyle": "none"}
         label = in_plot(row.contestant.label)
         axes.errorbar(row.macs, row.kept.mean, yerr=_half(row), capsize=3, label=label, **style)
-    axes.set_xscale("log")
+    _logarithmic(axes)
     axes.set(title="kept student, test top-1 (%)", xlabel="multiply-accumulates spent by a run")
     _legend(figure, axes)
     return figure
@@ -125,7 +138,7 @@ def _curves(found: Sequence[Section], value: Callable[[Section], float], title: 
             x, y, yerr=half, capsize=3, label=in_plot(row.contestant.label), **_style(index)
         )
     if value(whole) == 100:
-        axes.set_xscale("log")
+        _logarithmic(axes)
     axes.set(title="kept student, test top-1 (%)", xlabel=title)
     _legend(figure, axes)
     return figure

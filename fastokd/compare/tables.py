@@ -138,4 +138,4 @@ def in_prefix(count: float) -> str:
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if count >= 10**power:
             return f"{count / 10**power:.3g} {prefix}"
-    return f"{count:.0f}"
+    return f"{count:.3g}"

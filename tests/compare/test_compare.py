@@ -251,6 +251,7 @@ def test_a_browser_shows_the_page(made: Made, tmp_path: Path) -> None:
     probed = tmp_path / "probed.html"
     page = (prepared.out / "comparison.html").read_text()
     assert not re.search(r'(src|href)="(?!#)', page)  # all is in the page
+    assert "mathdefault" not in page  # formulas aren't drawn
     probed.write_text(page.replace("</body>", probe))
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
