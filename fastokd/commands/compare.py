@@ -128,7 +128,7 @@ def compare(
     if json_:
         print(json.dumps(done.to_json()))
     else:
-        shown = console(width=None if sys.stdout.isatty() else 160)
+        shown = console(width=None if sys.stdout.isatty() else 200)
         for table in done.tables:
             shown.print(as_rich(table))
         print(on_a_line(f"the comparison is in {out}/comparison.html, .md, .csv and .json"))
