@@ -29,7 +29,13 @@ from fastokd.train import train
 
 OPTIONS = RunOptions(device="cpu", precision="fp32", engine="loop", impl="torch", quiet=True)
 REQUEST = Request(
-    "okddip-branch,dml", "resnet8", "digits", (0, 1), {"epochs": 1}, students=2, budget="macs"
+    "okddip-branch,dml",
+    "resnet8",
+    "digits",
+    (0, 1),
+    {"epochs": 1, "batch_size": 128},
+    students=2,
+    budget="macs",
 )
 
 
@@ -128,7 +134,7 @@ def test_a_rerun_trains_only_what_failed(made: Made) -> None:
     states = {run["folder"]: run["state"] for run in prepared.to_json()["runs"]}
     assert [name for name, state in states.items() if state != "done"] == ["dml-network-seed1"]
     with pytest.raises(UserError, match="holds another run: it differs in epochs"):
-        prepare(replace(REQUEST, settings={"epochs": 2}), prepared.out, OPTIONS)
+        prepare(replace(REQUEST, settings={**REQUEST.settings, "epochs": 2}), prepared.out, OPTIONS)
 
 
 def test_rows_share_all_but_the_method() -> None:
@@ -150,10 +156,10 @@ def test_conditions_have_the_same_budget() -> None:
     prepared = prepare(asked, Path("none"), OPTIONS)
     by_folder = {entry.run.folder: entry for entry in prepared.entries}
     few = by_folder["okddip_kd-branch-fraction0.1-seed1"]
-    assert few.images == by_folder["okddip_kd-branch-seed1"].images == 100
+    assert few.images == by_folder["okddip_kd-branch-seed1"].images == 500
     of = few.run.recipe
-    assert (of.fraction, of.epochs, of.batch_size, of.seed) == (0.1, 10, 10, 1)
-    assert of.lr == pytest.approx(0.1 * 10 / 64)
+    assert (of.fraction, of.epochs, of.batch_size, of.seed) == (0.1, 10, 50, 1)
+    assert of.lr == pytest.approx(0.1 * 50 / 128)
     assert by_folder["okddip_kd-branch-noise0.4-seed1"].run.recipe.label_noise == 0.4
     # One teacher for all seeds, and one for each where the seed decides on its images and labels.
     assert by_folder["okddip_kd-branch-seed1"].taught_by == "teacher-resnet110-seed0"
