@@ -23,7 +23,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("demo", "authors"),
+    ("demo", "authors", "compare"),
     ("train", "plan"),
     ("result",),
     ("benchmark", "report", "evaluate", "export", "doctor"),

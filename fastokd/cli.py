@@ -17,6 +17,7 @@ import typer
 import fastokd
 from fastokd.commands import facts, student
 from fastokd.commands.bench import bench, plan
+from fastokd.commands.compare import compare
 from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
@@ -29,6 +30,9 @@ from fastokd.run.loggers import still_busy
 # Exit codes as shells define them: after ^C, and after a write to a closed pipe.
 INTERRUPTED = 130
 UNREAD = 128 + signal.SIGPIPE
+
+# Options of `compare` that take several numbers.
+LISTS = ("--label-noise", "--fraction", "--seeds")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +53,7 @@ for _command, _example in (
     (plan, "plan okddip-branch/resnet32/cifar100 --device h100"),
     (prepare, "prepare imagenet --data-root /data/imagenet"),
     (train, "train okddip-branch/resnet32/cifar100 --data-root data"),
+    (compare, "compare okddip-branch,dml --model resnet32 --dataset cifar100 --seeds 0,1,2,3,4"),
     (reproduce, "reproduce table2 --only resnet32 --epochs 30 --seeds 0,1"),
     (facts.list_, "list recipes --json"),
     (facts.model_info, "model-info resnet32 --num-classes 100"),
@@ -120,6 +125,22 @@ def _with_format(arguments: list[str]) -> list[str]:
     ]
 
 
+def _with_lists(arguments: list[str]) -> list[str]:
+    """Lists of numbers after ``compare``'s switches may have spaces: ``--fraction 0.01 0.1``."""
+    if _called(arguments) != "compare":
+        return arguments
+    joined: list[str] = []
+    option = ""
+    for word in arguments:
+        number = word.replace(",", "").replace(".", "").isdecimal()
+        if number and option in LISTS and joined[-1] != option:
+            joined[-1] += f",{word}"
+        else:
+            joined.append(word)
+            option = option if number else word
+    return joined
+
+
 def _called(arguments: Sequence[str]) -> str | None:
     """The first word that is no option; those before it have no values once --method is read."""
     return next((word for word in arguments if not word.startswith("-")), None)
@@ -178,7 +199,7 @@ def _run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        arguments = _with_format(_own_methods(arguments))
+        arguments = _with_lists(_with_format(_own_methods(arguments)))
         code = app(list(arguments) or ["--help"], prog_name="fastokd", standalone_mode=False)
     except UserError as error:
         if debug:
@@ -189,7 +210,10 @@ def _run(arguments: Sequence[str]) -> int:
         from fastokd.distributed.launch import of_the_first_rank
 
         if of_the_first_rank():
-            _complain(f"stopped by {stop.signal}; `fastokd train --resume DIR` continues the run")
+            how = "`fastokd train --resume DIR` continues the run"
+            if _called(arguments) in ("compare", "reproduce"):
+                how = "the same command continues"
+            _complain(f"stopped by {stop.signal}; {how}")
         return stop.code
     except OSError as error:
         if debug or error.errno not in DISK:

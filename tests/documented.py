@@ -112,6 +112,8 @@ def small(words: tuple[str, ...]) -> list[str]:
         taken.append("--quiet")
     if verb in ("plan", "train"):
         taken[1] = taken[1].replace("resnet34", "resnet18")
+    if verb == "compare" and "--dry-run" not in taken:
+        taken.append("--dry-run")
     if taken[:2] == ["bench", "step"]:
         taken += ["--batch-size", "4", "--steps", "1", "--device", "cpu", "--precision", "fp32"]
         taken += [] if "--reference" in taken else ["--engine", "loop"]

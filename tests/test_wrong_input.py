@@ -45,8 +45,8 @@ def test_there_are_enough() -> None:
     """At least 80 were promised, of every command."""
     words = [shlex.split(row.split(" | ")[0]) for row in ROWS]
     assert len(ROWS) >= 80
-    commands = "bench convert diff doctor evaluate export list model-info plan predict prepare "
-    commands += "report reproduce train"
+    commands = "bench compare convert diff doctor evaluate export list model-info plan predict "
+    commands += "prepare report reproduce train"
     assert {word[0] for word in words} >= set(commands.split())
 
 

@@ -122,7 +122,10 @@ def listed(splits: DatasetSplits) -> dict[str, Any]:
     if splits.held_out and splits.train.paths_N is not None:
         facts["held_out"] = dict(splits.held_out)
         for name in ("train", *splits.held_out):
-            facts[name] = [os.fsdecode(path) for path in getattr(splits, name).paths_N]
+            split = getattr(splits, name)
+            if name == "train" and splits.whole_train is not None:  # a resumed run draws again
+                split = splits.whole_train
+            facts[name] = [os.fsdecode(path) for path in split.paths_N]
     if splits.left_out:
         facts["left_out"] = [{"path": path, "fault": fault} for path, fault in splits.left_out]
     if counts := imbalanced(splits):

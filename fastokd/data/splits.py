@@ -68,6 +68,8 @@ class DatasetSplits:
         held_out: what was asked for of each split, ``"val"`` or ``"test"``, that is drawn from train
             (:func:`fastokd.data.held_out.hold_out`): a number of images or a fraction.
         left_out: path and fault of each file that can't be used.
+        whole_train: the training split of which ``train`` is a part or has other labels
+            (:func:`fastokd.data.reduced.reduced`); else None.
         with_held_out: mean and deviation with the held-out images, if measured without them; earlier
             versions trained with these.
     """
@@ -83,6 +85,7 @@ class DatasetSplits:
     with_held_out: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     held_out: Mapping[str, int | float] = field(default_factory=dict)
     left_out: tuple[tuple[str, str], ...] = ()
+    whole_train: Split | DiskSplit | None = None
 
     @property
     def mean(self) -> tuple[float, ...]:

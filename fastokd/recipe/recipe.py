@@ -27,6 +27,7 @@ from fastokd.recipe.paper_settings import PaperSettings
 from fastokd.recipe.resolution import SizeSettings, check_sizes, scaled_size_epochs
 from fastokd.recipe.schedule import ScheduleSettings, check_schedule, rate
 from fastokd.recipe.teaching import TeachingSettings, check_teaching
+from fastokd.recipe.training_set import TrainingSetSettings
 from fastokd.recipe.unused import check_needs
 from fastokd.recipe.views import ViewSettings, check_views
 
@@ -52,6 +53,7 @@ def checked(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Recipe(
+    TrainingSetSettings,
     TeachingSettings,
     ViewSettings,
     AverageSettings,

@@ -1,4 +1,4 @@
-"""Means, deviations, and the difference of two means."""
+"""Means, deviations, the difference of two means, and paired tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,51 @@ def welch(ours: Sample, theirs: Sample) -> Difference:
     freedom = variance**2 / (a**2 / (ours.runs - 1) + b**2 / (theirs.runs - 1))
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return Difference(value, (value - half, value + half))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean of paired differences and Student's t test of it, two-sided.
+
+    ``p`` is None for fewer than two pairs, and so is the interval.
+    """
+
+    difference: Difference
+    p: float | None
+    pairs: int
+
+
+def interval_of(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean by Student's t; None for fewer than two values."""
+    sample = Sample.of(values)
+    if sample.std is None:
+        return None
+    half = float(stdtrit(sample.runs - 1, 0.975)) * sample.std / math.sqrt(sample.runs)
+    return sample.mean - half, sample.mean + half
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+    """ours - theirs, pair by pair (at least one).
+
+    Equal differences have no deviation: p is then 1 where they are 0, and else 0.
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    sample = Sample.of(differences)
+    if sample.std is None:
+        return Paired(Difference(sample.mean, None), None, 1)
+    if sample.std == 0:
+        p = float(sample.mean == 0)
+    else:
+        t = sample.mean / (sample.std / math.sqrt(sample.runs))
+        p = 2 * float(stdtr(sample.runs - 1, -abs(t)))
+    return Paired(Difference(sample.mean, interval_of(differences)), p, sample.runs)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction for the number of tests (Holm, 1979), in the given order."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastokd.data import Augment, DatasetSplits, load_dataset, stream_of
 from fastokd.data.augment.kinds import with_kinds
 from fastokd.data.order import epoch_length
+from fastokd.data.reduced import reduced
 from fastokd.device import pick_device
 from fastokd.distributed.launch import device_here
 from fastokd.distributed.ranks import Ranks
@@ -46,6 +47,9 @@ def load_splits(
         begun=begun,
         device=pick_device(device_here(options.device)),
         kept=kept,
+    )
+    data = reduced(
+        data, fraction=recipe.fraction, label_noise=recipe.label_noise, seed=recipe.seed
     )
     if recipe.normalise_by == "data":
         return data

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastokd.report.statistics import Sample, welch
+from fastokd.report.statistics import Sample, holm, interval_of, paired, welch
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (2, 3), (5, 3), (3, 10)])
@@ -40,3 +40,41 @@ def test_runs_without_spread() -> None:
     one_sided = welch(Sample(1.0, 0.0, 3), Sample(2.0, 0.1, 3)).interval
     assert one_sided is not None
     assert one_sided[0] < -1 < one_sided[1]
+
+
+def test_paired_differences_are_tested_as_scipy_does() -> None:
+    generator = np.random.default_rng(3)
+    a = generator.normal(70, 1, 5)
+    b = a - generator.normal(0.5, 0.3, 5)
+    found = paired(a.tolist(), b.tolist())
+    expected = stats.ttest_rel(a, b)
+    bounds = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.pairs == 5
+    assert found.difference.value == pytest.approx((a - b).mean())
+    assert found.difference.interval == pytest.approx((bounds.low, bounds.high))
+    assert interval_of(a.tolist()) == pytest.approx(
+        stats.t.interval(0.95, 4, a.mean(), stats.sem(a))
+    )
+
+
+def test_a_pair_by_hand() -> None:
+    """Differences 1 and 3: mean 2, deviation sqrt 2, t = 2; of one degree of freedom p = 1 - 2 atan(2) / pi."""
+    found = paired([11.0, 23.0], [10.0, 20.0])
+    assert found.p == pytest.approx(1 - 2 * np.arctan(2) / np.pi)
+    assert found.difference.interval == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-4)
+
+
+def test_one_pair_and_equal_differences() -> None:
+    one = paired([2.0], [1.0])
+    assert (one.difference.value, one.difference.interval, one.p, one.pairs) == (1.0, None, None, 1)
+    assert interval_of([1.0]) is None
+    assert paired([2.0, 3.0], [1.0, 2.0]).p == 0
+    assert paired([2.0, 3.0], [2.0, 3.0]).p == 1
+
+
+def test_holms_correction_by_hand() -> None:
+    """Sorted .01, .02, .03, .04 times 4, 3, 2, 1 gives .04, .06, .06, .06; none sinks or exceeds 1."""
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

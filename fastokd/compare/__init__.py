@@ -1,0 +1,1 @@
+"""``fastokd compare``: methods trained alike, at equal images seen and at equal multiply-accumulates."""
