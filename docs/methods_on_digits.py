@@ -48,6 +48,11 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("kdcl", {"target": "min_logit"}),
     ("kdcl", {"target": "general"}),
     ("ffsd", {}),
+    ("dkd", {}),
+    ("dist", {}),
+    ("mcl", {}),
+    ("okdph", {}),
+    ("pcl", {}),
 ]
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "average_norms": ("recomputed", {"swa": True}),
     "keep": ("raw", {"ema": 0.9}),
     "trunk_views": ("all", {"views": "student"}),
+    "view_kinds": ("plain+cutout", {"views": "student"}),
     "final_lr": (1e-3, {"schedule": "cosine"}),
     "warmup_lr": (1e-3, {"warmup": "over", "warmup_epochs": 2}),
     "frozen_stages": (1, {"frozen_epochs": 2}),
