@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.device import environment, pick_device
+from fastokd.methods import method_class
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.statistics import Sample, welch
@@ -76,7 +77,8 @@ def main() -> None:
         resolved = recipe(
             f"{name}/resnet8/digits", epochs=EPOCHS, seed=seed, method_options=options
         )
-        teacher = arguments.out / "baseline-seed0"
+        needs = method_class(resolved.method).needs
+        teacher = arguments.out / "baseline-seed0" if needs.teacher else None
         started = time.process_time()
         run = run_or_resume(resolved, replace(OPTIONS, out=folder, teacher=teacher), train)
         test = run.last["test"]
