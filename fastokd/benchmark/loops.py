@@ -47,13 +47,17 @@ LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "kd": reference.ReferenceKD,
     "okddip_kd": reference.ReferenceOKDDipKD,
     "kdcl": reference.ReferenceKDCL,
+    "mcl": reference.ReferenceMCL,
 }
 # The attributes of a published loop for the options of a method; those in SAME have the same name.
 SPELT: dict[str, dict[Any, dict[str, bool]]] = {
     "detach_targets": {True: {"detach": True}, False: {"detach": False}},
     "mix": {"logits": {}, "probs": {"mix_probs": True}, "pairwise": {"pairwise": True}},
 }
-SAME = ("temperature", "target", "linear_steps")
+SAME = (
+    *("temperature", "target", "linear_steps"),
+    *("tau", "alpha", "gamma", "beta", "lam", "logit_distill"),
+)
 
 
 class Loop(Protocol):
