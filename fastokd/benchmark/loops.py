@@ -49,6 +49,7 @@ LOOPS: dict[str, type[reference.ReferenceCohort]] = {
     "kd": reference.ReferenceKD,
     "okddip_kd": reference.ReferenceOKDDipKD,
     "kdcl": reference.ReferenceKDCL,
+    "mcl": reference.ReferenceMCL,
     "okdph": reference.ReferenceOKDPH,
     "pcl": reference.ReferencePCL,
 }
@@ -59,7 +60,7 @@ SPELT: dict[str, dict[Any, dict[str, bool]]] = {
 }
 SAME = (
     *("temperature", "target", "linear_steps", "decay", "equal_heads"),
-    *("omega", "beta", "gamma", "fusion", "gap"),
+    *("omega", "beta", "gamma", "fusion", "gap", "tau", "alpha", "lam", "logit_distill"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastokd.models import Student
@@ -18,15 +19,13 @@ from fastokd.reference.common import (
 
 def supervised(similarity_BB: Tensor, labels_B: Tensor) -> Tensor:
     """Each anchor's positives against all other samples; anchors without a positive are left out."""
-    B = len(labels_B)
-    losses = []
-    for i in range(B):
-        others = [k for k in range(B) if k != i]
-        positives = [k for k in others if labels_B[k] == labels_B[i]]
-        if positives:
-            row_B = similarity_BB[i]
-            losses.append(row_B[others].logsumexp(0) - row_B[positives].mean())
-    return summed(losses) / len(losses) if losses else similarity_BB.sum() * 0.0
+    itself_BB = torch.eye(len(labels_B), dtype=torch.bool, device=labels_B.device)
+    positive_BB = (labels_B[:, None] == labels_B[None, :]) & ~itself_BB
+    others_BB = similarity_BB.masked_fill(itself_BB, -torch.inf)
+    log_p_BB = similarity_BB - others_BB.logsumexp(1, keepdim=True)
+    count_B = positive_BB.sum(1)
+    loss_B = -(positive_BB * log_p_BB).sum(1) / count_B.clamp(min=1)
+    return (loss_B * (count_B > 0)).sum() / (count_B > 0).sum().clamp(min=1)
 
 
 def contrasts(

@@ -48,9 +48,7 @@ def load_splits(
         device=pick_device(device_here(options.device)),
         kept=kept,
     )
-    data = reduced(
-        data, fraction=recipe.fraction, label_noise=recipe.label_noise, seed=recipe.seed
-    )
+    data = reduced(data, fraction=recipe.fraction, label_noise=recipe.label_noise, seed=recipe.seed)
     if recipe.normalise_by == "data":
         return data
     mean, std = normalisation_of(recipe.models)
