@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastokd.compare.contestants import Contestant, Request
 from fastokd.data import DatasetSplits
@@ -110,7 +111,10 @@ def entries(asked: Request, rows: Sequence[Contestant], data: DatasetSplits) -> 
 def _entry(
     row: Contestant, condition: Condition, seed: int, data: DatasetSplits, taught_by: str | None
 ) -> Entry:
-    settings = {"fraction": condition.fraction, "label_noise": condition.label_noise}
+    settings: dict[str, Any] = {
+        "fraction": condition.fraction,
+        "label_noise": condition.label_noise,
+    }
     changed = dataclasses.replace(row.recipe, seed=seed, **settings)
     images = len(data.train)
     if condition.fraction < 1:
