@@ -245,10 +245,11 @@ class Evaluator:
             if self._beside is None:
                 method = "ind" if len(networks.students) > 1 else "baseline"
                 self._beside = self._scorer(networks, create_method(method, networks.shape), False)
+            recipe = self.session.recipe
+            place = recipe.companion_of(recipe.kept_student) or 0
             for name, found in self._score(self._beside, between).items():
-                kept = found["student_top1"]
-                results[name] |= _of_averages(found, 0, "companion")
-                results[name]["companion_student_top1"] = kept
+                results[name] |= _of_averages(found, place, "companion")
+                results[name]["companion_student_top1"] = found["student_top1"]
         return results
 
     def _score_average(

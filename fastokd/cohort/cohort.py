@@ -373,6 +373,8 @@ class Cohort(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        for companion in self._companion:
+            companion.due.fill_(1.0)
         return super().load_state_dict(with_versions(self, state_dict), strict, assign)
 
     def student(self, index: int) -> Student:

@@ -83,7 +83,10 @@ def floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_dtype(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Lists of as many tensors, divided by the dtype of the first one's."""
+    """Lists of as many tensors, divided by the dtype of the first one's; a tied tensor, which has several
+    names, is there once."""
+    place = {(x.untyped_storage()._cdata, x.storage_offset()): i for i, x in enumerate(lists[0])}
+    lists = tuple([one[i] for i in place.values()] for one in lists)
     for dtype in dict.fromkeys(x.dtype for x in lists[0]):
         at = [i for i, x in enumerate(lists[0]) if x.dtype == dtype]
         yield tuple([one[i] for i in at] for one in lists)

@@ -58,7 +58,8 @@ def measure_bins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     bin_B = (confidence_B * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
     correct_B = label_rank(logits_BC[None], labels_B)[0] == 0
     weights_3B = torch.stack([torch.ones_like(confidence_B), confidence_B, correct_B.double()])
-    return torch.stack([torch.bincount(bin_B, w_B, minlength=BINS) for w_B in weights_3B])
+    is_bin_BK = bin_B[:, None] == torch.arange(BINS, device=bin_B.device)
+    return weights_3B @ is_bin_BK.double()
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def rules_of(made: Prepared, failures: Sequence[Failure], *, measured: bool) -> 
         )
     if "teacher" in kinds:
         said.append(
-            f"A teacher is trained once, with the settings of the row one student and seed {seeds[0]}; under "
+            f"A teacher is trained once, with the settings of the row one student and seed {rows[0].recipe.seed}; under "
             "label noise and few images once for each seed, on its students' images and labels."
         )
     elif made.options.teacher:

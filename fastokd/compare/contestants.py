@@ -145,6 +145,8 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
         found.append(Contestant(name, "method", made, macs, taught_by=label))
     if not found:
         raise UserError("METHODS names no method beside the baseline: name at least one")
+    if asked.teacher and not any(method_class(one.recipe.method).needs.teacher for one in found):
+        raise UserError("--teacher is given, but no method here learns from one: leave it out")
     _refuse_unknown(asked, [one.recipe for one in found])
     extra: list[Contestant] = []
     if asked.budget == "macs":
@@ -175,6 +177,8 @@ def _names(asked: Request) -> list[tuple[str, bool]]:
             if method != "baseline"
             for form in _forms(method)
         ]
+    if "all" in words:
+        raise UserError("METHODS is all and more: write all, or name methods")
     found = []
     for word in words:
         method, _, form = word.partition("-")
@@ -236,7 +240,9 @@ def _method(name: str, asked: Request, base: Recipe, data: DatasetSplits) -> Rec
     full = f"{name}/{asked.model}/{asked.dataset}"
     given = {**_for(method, asked), "epochs": base.epochs}
     if recipe(full).students > 1:
-        given["students"] = DEFAULT_SIZE if asked.students is None else asked.students
+        # By the name: a method's published settings may depend on it.
+        count = DEFAULT_SIZE if asked.students is None else asked.students
+        full = f"{name}@{count}/{asked.model}/{asked.dataset}"
     made = recipe(full, **given)
     if method_class(method).needs.heldout and data.val is None:
         raise UserError(
@@ -278,7 +284,9 @@ def _of_equal_cost(
     longer: dict[int, Contestant] = {alone.recipe.epochs: alone}
     found = []
     for one in methods:
-        epochs = max(1, round(one.spent / alone.macs))
+        # To three digits, as the label says: budgets nearer than that share one student.
+        times = float(f"{one.spent / alone.spent:.3g}")
+        epochs = max(1, round(times * alone.recipe.epochs))
         if epochs not in longer:
             more = alone.recipe.with_epochs(epochs)
             label = f"{ALONE}, {epochs / alone.recipe.epochs:.3g} times the epochs"

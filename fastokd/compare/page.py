@@ -10,7 +10,7 @@ from typing import Any
 
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
-from fastokd.host.names import in_html
+from fastokd.host.names import in_html, in_markdown
 from fastokd.report.plots import as_svg, in_page
 from fastokd.report.style import STYLE
 from fastokd.report.tables import Table, as_csv, as_html, as_markdown
@@ -68,8 +68,10 @@ def write_files(
     Raises:
         DiskError: one can't be written.
     """
-    listed = "\n".join(f"- {rule}" for rule in rules)
-    markdown = f"# {title}\n\n{listed}\n\n" + "\n".join(as_markdown(table) for table in tables)
+    listed = "\n".join(f"- {in_markdown(rule)}" for rule in rules)
+    markdown = f"# {in_markdown(title)}\n\n{listed}\n\n" + "\n".join(
+        as_markdown(table) for table in tables
+    )
     csv = "\n".join(f"{table.title}\n{as_csv(table)}" for table in tables)
     texts = {"html": page, "json": json.dumps(facts, indent=1) + "\n", "md": markdown, "csv": csv}
     try:

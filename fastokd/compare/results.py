@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastokd.compare.calibration import pooled
 from fastokd.compare.contestants import ALONE, Contestant
+from fastokd.compare.cost import NEAR
 from fastokd.compare.runs import Failure, Outcome, entry_json, outcome_json
 from fastokd.compare.wanted import Condition
 from fastokd.report.published import differences
@@ -41,7 +43,11 @@ class Row:
 
     def sample(self, value: Callable[[Outcome], float | None]) -> Sample | None:
         """The mean over the seeds; None if one has no value."""
-        values = [number for one in self.outcomes if (number := value(one)) is not None]
+        values = [
+            number
+            for one in self.outcomes
+            if (number := value(one)) is not None and math.isfinite(number)
+        ]
         return Sample.of(values) if values and len(values) == len(self.outcomes) else None
 
     @property
@@ -74,11 +80,11 @@ class Section:
 
 def sections(rows: Sequence[Contestant], outcomes: Sequence[Outcome]) -> list[Section]:
     """One section for each condition that has an outcome, in the order of the runs."""
-    larger = next((row.label for row in rows if row.kind == "larger"), None)
+    larger = next((row for row in rows if row.kind == "larger"), None)
     others: dict[str, Callable[[Contestant], str | None]] = {
         "images": lambda row: ALONE,
         "macs": lambda row: row.equal,
-        "larger": lambda row: larger,
+        "larger": lambda row: larger.label if larger and _costs_alike(row, larger) else None,
     }
     found = []
     for condition in dict.fromkeys(one.entry.condition for one in outcomes):
@@ -92,6 +98,10 @@ def sections(rows: Sequence[Contestant], outcomes: Sequence[Outcome]) -> list[Se
             made = _compared(made, against, other_of)
         found.append(Section(condition, tuple(made)))
     return found
+
+
+def _costs_alike(one: Contestant, other: Contestant) -> bool:
+    return 1 / NEAR <= one.spent / other.spent <= NEAR
 
 
 def _compared(

@@ -39,8 +39,8 @@ class Condition:
     def word(self) -> str:
         """In a folder's name."""
         if self.label_noise:
-            return f"-noise{self.label_noise:g}"
-        return "" if self.fraction == 1 else f"-fraction{self.fraction:g}"
+            return f"-noise{self.label_noise!r}"
+        return "" if self.fraction == 1 else f"-fraction{self.fraction!r}"
 
 
 WHOLE = Condition()
@@ -97,7 +97,7 @@ def entries(asked: Request, rows: Sequence[Contestant], data: DatasetSplits) -> 
     for seed in asked.seeds:
         for condition in conditions:
             # One teacher serves all seeds, unless the seed decides on what it is trained.
-            of_teacher = asked.seeds[0] if condition == WHOLE else seed
+            of_teacher = others[0].recipe.seed if condition == WHOLE else seed
             made = {row.label: _entry(row, condition, of_teacher, data, None) for row in teachers}
             for entry in made.values():
                 found.setdefault(entry.run.folder, entry)
@@ -120,7 +120,9 @@ def _entry(
     if condition.fraction < 1:
         images = len(chosen(data.train.labels_N.cpu(), condition.fraction, seed))
         changed = _on_few_images(changed, images, len(data.train))
-    seen = changed.epochs * images
+    # Batches of whole classes leave out an epoch's last part.
+    left = images % changed.batch_size if changed.images_per_class else 0
+    seen = changed.epochs * (images - left)
     folder = f"{_slug(row)}{condition.word}-seed{seed}"
     run = WantedRun(folder, changed, {**settings, "seed": seed})
     return Entry(row, condition, seed, run, seen, row.macs * seen, taught_by)

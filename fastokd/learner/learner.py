@@ -232,7 +232,8 @@ class Before:
             rest += learner.average.tensors()
         for optimizer in learner.optimizers:
             rest += made_ready(optimizer)
-        if type(learner.method).after_step is not Method.after_step:
+        self.written_after = type(learner.method).after_step is not Method.after_step
+        if self.written_after:
             rest += [p for module in modules for p in module.parameters()]
         rest = list({id(x): x for x in rest}.values())
         known = {id(x) for x in statistics}
@@ -250,6 +251,8 @@ class Before:
 
     def put_back(self, untaken: Tensor) -> None:
         """Restores the copies where the 0-d ``untaken`` isn't 0."""
+        if self.written_after:
+            self.statistics.look()  # after_step may have written them, too
         self.statistics.put_back(untaken)
         self.rest.put_back(untaken)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastokd.learner.guard import random_state, set_random_state
 from fastokd.learner.learner import Learner
 from fastokd.learner.optimizers import as_state
+from fastokd.models.student import with_versions
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -48,7 +49,7 @@ def load_state(learner: Learner, tensors: dict[str, Tensor], facts: dict[str, An
         KeyError, TypeError, ValueError, RuntimeError: the state is another learner's.
     """
     learner.cohort.load_state_dict(below(tensors, "cohort."))
-    learner.method.load_state_dict(below(tensors, "method."))
+    learner.method.load_state_dict(with_versions(learner.method, below(tensors, "method.")))
     parameters = _named_parameters(learner)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in below(tensors, "optim.").items():

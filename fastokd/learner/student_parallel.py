@@ -16,6 +16,7 @@ the row, with averaged gradients.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,7 @@ class Exchange:
 
     def __init__(self, line: Line, cohort: Cohort, method: Method) -> None:
         self.line = line
-        self.shape = cohort.shape
+        self.shape = replace(cohort.shape, cohort=None)
         self.maps = method.needs.maps
         count = self.shape.students
         self.shares = [Ranks(students=Line(r, line.size)).share(count) for r in range(line.size)]

@@ -96,6 +96,7 @@ class MCL(ScoredMethod):
     def start(self, labels_N: Tensor, generator: Generator) -> None:
         if self.memory is not None:
             self.memory.start(labels_N, generator)
+            self.memory.to(next(self.embeddings.parameters()))
 
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         return {} if self.memory is None else self.memory.draw(batch, generator)

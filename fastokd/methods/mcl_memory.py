@@ -72,6 +72,11 @@ class Memory(nn.Module):
 
     def rows(self, draws: dict[str, Tensor], labels_B: Tensor) -> Tensor:
         """The rows of each image of the batch, int64 ``[B, 2 + negatives]``."""
+        if INDEX not in draws:
+            raise UserError(
+                "progress has no draws for the memory: set progress.draws to method.draw(B, generator) and "
+                f"its {INDEX!r} to the images' numbers in the training set"
+            )
         index_B = draws[INDEX]
         first_B, count_B = self.first_C[labels_B], self.count_C[labels_B]
         # Its place among those of its class, then a step of 1 to count - 1 around them.

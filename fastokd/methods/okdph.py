@@ -81,7 +81,7 @@ class Hybrid(Companion):
     def forward(self, cohort: Cohort, images: Tensor) -> Tensor:
         if not self.gradient:
             return super().forward(cohort, images)
-        shares = self.shares(self.weights_S.dtype).unbind()
+        shares = self.shares(cohort.scale_C.dtype).unbind()
         students = [dict(student.named_parameters()) for student in cohort.students]
         mixed = {}
         for name in students[0]:
@@ -103,7 +103,8 @@ class OKDPH(Method):
         beta: the weight of the KL.
         gamma: in [0, 1], H's share in a fusion.
         fusion: ``"batch"``: after the steps of batches 0, ``gap``, 2 ``gap``, ... of an epoch, with the H
-            from before the step; ``"epoch"``: after epochs 0, ``gap``, ...; ``"none"``.
+            from before the step; ``"epoch"``: after epochs 0, ``gap``, ...; ``"none"``. The published
+            code's ``"5_batch"`` is ``"batch"`` with gap 5, its ``""`` is ``"none"``.
         gap: batches or epochs from one fusion to the next.
         hybrid: ``"mean"``: r_s = 1 / S; ``"dirichlet"``: r ~ Dir(1, ..., 1), drawn for each step.
         hybrid_gradient: (1 - omega) CE(z_H) is added once, and its gradient with respect to H's weights
@@ -143,6 +144,10 @@ class OKDPH(Method):
         impl: str = "auto",
     ) -> None:
         super().__init__(shape)
+        every, _, level = fusion.rpartition("_")  # the published words: "", "5_batch"
+        if every.isdecimal() and int(every):
+            fusion, gap = level, int(every)
+        fusion = fusion or "none"
         for name, word, words in (
             ("fusion", fusion, ("batch", "epoch", "none")),
             ("hybrid", hybrid, ("mean", "dirichlet")),
@@ -191,7 +196,8 @@ class OKDPH(Method):
         hybrid_1BC = out.companion_logits_EBC.to(out.logits_SBC.dtype)
         logits_RBC = torch.cat([out.logits_SBC, hybrid_1BC])
         of_hybrid = 1.0 - self.omega if self.hybrid_gradient else 0.0
-        weight_R = self.is_hybrid_R * of_hybrid + (1 - self.is_hybrid_R) * self.omega
+        is_hybrid_R = self.is_hybrid_R.to(torch.promote_types(logits_RBC.dtype, torch.float32))
+        weight_R = is_hybrid_R * of_hybrid + (1 - is_hybrid_R) * self.omega
         loss = mixture_distillation(
             logits_RBC,
             labels_B,
@@ -216,7 +222,12 @@ class OKDPH(Method):
             H.fuse(cohort, self.gamma, H.batch % self.gap == 0)
         H.batch.add_(1)
         H.due.fill_(1.0)
-        if DRAWN in progress.draws:
+        if self.hybrid == "dirichlet":
+            if DRAWN not in progress.draws:
+                raise UserError(
+                    "hybrid is 'dirichlet', but progress has no draws: set progress.draws to "
+                    "method.draw(B, generator) before each step"
+                )
             H.weights_S.copy_(progress.draws[DRAWN][0])
 
     @torch.no_grad()

@@ -121,6 +121,7 @@ class PCL(Method):
         if shape.cohort is not None:
             self.companion = MeanModel(shape.cohort, self.ensemble, decay)
 
+    @torch.no_grad()
     def begin(self, cohort: Cohort) -> None:
         if self.equal_heads:
             students = [one for one in cohort.students if isinstance(one, Student)]

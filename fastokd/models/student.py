@@ -81,7 +81,7 @@ class Student(nn.Module):
         self.head_name = head
         self.feature_dim = feature_dim
         last = len(stages) - 1
-        if not isinstance(branch_from, int) or not 0 < abs(branch_from) <= last:
+        if not isinstance(branch_from, int) or not 0 < abs(branch_from) <= max(last, 1):
             raise UserError(
                 f"branch_from is {branch_from!r}: it must be a stage after the stem, from 1 to {last}"
             )

@@ -51,7 +51,7 @@ def memory_contrast(
     Raises:
         UserError: shapes or numbers that don't fit.
     """
-    check_numbers(tau, temperature)
+    tau, temperature = check_numbers(tau, temperature)
     if not 1 <= positives < index_BK.shape[-1] - 1:
         raise UserError(
             f"positives is {positives}, but a sample has {index_BK.shape[-1]} rows, its own among them: "
@@ -73,7 +73,7 @@ def noise_contrast(
     embeddings_SBD: Tensor, memory_SND: Tensor, index_BK: Tensor, *, tau: float = 0.1
 ) -> Tensor:
     """MCL-OKD's noise-contrastive loss (the equation of this module), 0-d; arguments as above."""
-    check_numbers(tau, 1.0)
+    tau, _ = check_numbers(tau, 1.0)
     A_SSBK = similarities(embeddings_SBD, memory_SND, index_BK, tau)
     B, K = A_SSBK.shape[2:]
     N = memory_SND.shape[1]

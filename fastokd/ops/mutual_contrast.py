@@ -70,7 +70,7 @@ def mutual_contrast(
             f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: it must be integers "
             f"[{given[1]}]"
         )
-    check_numbers(tau, temperature)
+    tau, temperature = check_numbers(tau, temperature)
     if impl in ("cpp", "triton"):
         raise UserError(
             f"mutual_contrast can't run as impl={impl!r}: its similarities are a few megabytes, which "
@@ -82,11 +82,12 @@ def mutual_contrast(
         return _contrasts(embeddings_SBD.to(dtype), labels_B, tau, temperature)
 
 
-def check_numbers(tau: float, temperature: float) -> None:
-    """Raises UserError unless both are finite and above 0."""
+def check_numbers(tau: float, temperature: float) -> tuple[float, float]:
+    """Both as floats; raises UserError unless they are finite and above 0."""
     for name, value in (("tau", tau), ("temperature", temperature)):
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{name} is {value}: it must be a finite number above 0")
+    return float(tau), float(temperature)
 
 
 def _contrasts(e_SBD: Tensor, labels_B: Tensor, tau: float, temperature: float) -> Contrasts:

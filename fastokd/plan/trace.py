@@ -208,7 +208,9 @@ def trace_ours(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record = _Record(_names(cohort, method), [*cohort.parameters(), *cohort.buffers()])
+        modules_there = [cohort, *([] if cohort.companion is None else [cohort.companion])]
+        there = [x for one in modules_there for x in (*one.parameters(), *one.buffers())]
+        record = _Record(_names(cohort, method), there)
         with record, record.named_layers():
             step(learner, images_BHWC, labels_B)
         return _finished(record, modules, optimizers)

@@ -39,7 +39,8 @@ def _mcl_logits(base: Recipe) -> Recipe:
 def _mcl_okd(base: Recipe) -> Recipe:
     """winycg/MCL-OKD, main_cifar_mcl_okd.py and main_imagenet_mcl_okd.py with the README's commands."""
     imagenet = base.dataset == "imagenet"
-    options = {**base.method_options, "form": "okd", "negatives": 16384 if imagenet else 256}
+    many = imagenet or base.model.startswith("vgg")
+    options = {**base.method_options, "form": "okd", "negatives": 16384 if many else 256}
     if imagenet:
         base = replace(base, epochs=100)
     return replace(

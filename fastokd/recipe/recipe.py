@@ -236,7 +236,7 @@ class Recipe(
         """
         scale = epochs / self.epochs
         options = dict(self.method_options)
-        if "warmup" in options:
+        if self.method == "dkd" and "warmup" in options:
             options["warmup"] = options["warmup"] * scale
         milestones = (max(1, round(milestone * scale)) for milestone in self.milestones)
         return dataclasses.replace(

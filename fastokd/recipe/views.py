@@ -34,7 +34,7 @@ class ViewSettings:
         str,
         "Views of images in memory with augmentations of their own, a word each joined by `+`: `plain` as "
         "the recipe says, with a `rotation` of up to 15 degrees, a black `cutout` of half the side, "
-        "`randaugment` without flips, `autoaugment`, or `none` at all.",
+        "`randaugment` and `autoaugment` without flips, or `none` at all.",
         WORDS,
     ] = ""
 

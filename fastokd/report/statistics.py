@@ -69,7 +69,7 @@ def welch(ours: Sample, theirs: Sample) -> Difference:
 class Paired:
     """The mean of paired differences and Student's t test of it, two-sided.
 
-    ``p`` is None for fewer than two pairs, and so is the interval.
+    ``p`` is None for fewer than two pairs and for equal differences that aren't 0, and so is the interval.
     """
 
     difference: Difference
@@ -89,17 +89,19 @@ def interval_of(values: Sequence[float]) -> tuple[float, float] | None:
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     """ours - theirs, pair by pair (at least one).
 
-    Equal differences have no deviation: p is then 1 where they are 0, and else 0.
+    Equal differences have no deviation to test with: p is then 1 where they are 0, and else unknown, as is
+    the interval.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     sample = Sample.of(differences)
     if sample.std is None:
         return Paired(Difference(sample.mean, None), None, 1)
-    if sample.std == 0:
-        p = float(sample.mean == 0)
-    else:
-        t = sample.mean / (sample.std / math.sqrt(sample.runs))
-        p = 2 * float(stdtr(sample.runs - 1, -abs(t)))
+    if sample.std <= 1e-9 * max(1.0, abs(sample.mean)):
+        zero = abs(sample.mean) < 1e-9
+        known = (0.0, 0.0) if zero else None
+        return Paired(Difference(sample.mean, known), 1.0 if zero else None, sample.runs)
+    t = sample.mean / (sample.std / math.sqrt(sample.runs))
+    p = 2 * float(stdtr(sample.runs - 1, -abs(t)))
     return Paired(Difference(sample.mean, interval_of(differences)), p, sample.runs)
 
 

@@ -97,6 +97,9 @@ def build(
     if training:
         notes, begun_from = _begin_from(recipe, options, data, cohort)
         contents |= begun_from
+        if begun_from and len(options.init) == 1 and recipe.kept_student == 0:
+            with torch.no_grad():
+                method.begin(cohort)  # what it makes equal stays so
     if training and method.needs.heldout and data.val is None:
         raise UserError(
             f"{recipe.method} measures the students on held-out images, and {recipe.dataset} "
@@ -198,6 +201,11 @@ def _check_memory(recipe: Recipe, options: RunOptions, ranks: Ranks) -> None:
         raise UserError(
             f"overfit_batch repeats a batch without its images' numbers, by which {recipe.method} keeps a "
             "memory of them: leave --overfit-batch out, or train without the memory"
+        )
+    if recipe.repeats > 1 or recipe.balanced:
+        raise UserError(
+            f"{recipe.method} renews an image's row of its memory once a step, but repeats or balanced shows "
+            "an image twice in a batch: set them to 1 and false"
         )
 
 

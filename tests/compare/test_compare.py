@@ -33,7 +33,7 @@ REQUEST = Request(
     "resnet8",
     "digits",
     (0, 1),
-    {"epochs": 1, "batch_size": 128},
+    {"epochs": 1, "batch_size": 25},
     students=2,
     budget="macs",
 )
@@ -156,10 +156,10 @@ def test_conditions_have_the_same_budget() -> None:
     prepared = prepare(asked, Path("none"), OPTIONS)
     by_folder = {entry.run.folder: entry for entry in prepared.entries}
     few = by_folder["okddip_kd-branch-fraction0.1-seed1"]
-    assert few.images == by_folder["okddip_kd-branch-seed1"].images == 500
+    assert few.images == by_folder["okddip_kd-branch-seed1"].images == 100
     of = few.run.recipe
-    assert (of.fraction, of.epochs, of.batch_size, of.seed) == (0.1, 10, 50, 1)
-    assert of.lr == pytest.approx(0.1 * 50 / 128)
+    assert (of.fraction, of.epochs, of.batch_size, of.seed) == (0.1, 10, 10, 1)
+    assert of.lr == pytest.approx(0.1 * 10 / 25)
     assert by_folder["okddip_kd-branch-noise0.4-seed1"].run.recipe.label_noise == 0.4
     # One teacher for all seeds, and one for each where the seed decides on its images and labels.
     assert by_folder["okddip_kd-branch-seed1"].taught_by == "teacher-resnet110-seed0"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.cohort import Cohort
+from fastokd.cohort.companion import by_dtype
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
 from fastokd.learner.captured import CapturedStep
@@ -168,3 +169,18 @@ def test_what_cannot_work_is_refused() -> None:
         small("okdph", view_kinds="plain+none")
     with pytest.raises(UserError, match="words of plain"):
         small("okdph", view_kinds="sharp")
+
+
+def test_a_fusion_in_a_run_makes_students_equal() -> None:
+    """Their running statistics, too, which the guard of a step holds."""
+    session = session_of(small("okdph", students=2, hybrid="mean", gamma=1.0, gap=1))
+    go(session, steps=3)
+    one, other = (session.learner.cohort.student_state(s) for s in (0, 1))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_tied_weight_is_averaged_once() -> None:
+    x, y = torch.full((2,), 3.0), torch.full((2,), 5.0)
+    (pairs,) = by_dtype([x, x], [y, y])
+    assert [len(one) for one in pairs] == [1, 1]

@@ -13,8 +13,8 @@ DEGREES = 15.0
 
 
 def with_kinds(augment: Augment, kinds: Sequence[str], size: int) -> Augment:
-    """``augment`` with a view of each kind: ``plain``, ``rotation``, ``cutout``, ``randaugment`` (which isn't
-    mirrored), ``autoaugment`` (ImageNet's policy) or ``none``. ``size``: of the images."""
+    """``augment`` with a view of each kind: ``plain``, ``rotation``, ``cutout``, ``randaugment`` and
+    ``autoaugment`` (ImageNet's policy), which aren't mirrored, or ``none``. ``size``: of the images."""
     changes: dict[str, dict[str, Any]] = {
         "plain": {},
         "rotation": {"rotation": DEGREES},
@@ -25,7 +25,7 @@ def with_kinds(augment: Augment, kinds: Sequence[str], size: int) -> Augment:
             "randaugment_magnitude": 9,
             "flip": False,
         },
-        "autoaugment": {"auto_augment": "imagenet"},
+        "autoaugment": {"auto_augment": "imagenet", "flip": False},
         "none": {"crop_padding": 0, "flip": False},
     }
     return replace(augment, views=tuple(replace(augment, **changes[kind]) for kind in kinds))
