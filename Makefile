@@ -45,8 +45,9 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	-$(OLDEST)/bin/python -m fastokd.ops
 	touch $@
 
+# PROOFS="sm_90 or gfx942" chooses by name.
 proofs: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m proof tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m proof -k "$(PROOFS)" tests
 
 # The site, in build/docs; a warning is an error.
 docs: install

@@ -87,7 +87,7 @@ TORN = [b'{"epoch": 1, "st', b'{"epoch": 1}', b"{", b"\xff\xfe", b'{"epoch": 1, 
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch of two."""
     out = tmp_path_factory.mktemp("torn") / "run"
-    small = dataclasses.replace(SMALL, epochs=2, batch_size=250)
+    small = dataclasses.replace(SMALL, epochs=2, batch_size=50)
     loop.train(small, RunOptions(**QUICK), out=out, max_steps=2)
     return out
 
