@@ -134,6 +134,7 @@ def test_epochs_scale_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
 
 COMMANDS = [
     "bench",
+    "compare",
     "convert",
     "diff",
     "doctor",

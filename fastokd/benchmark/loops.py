@@ -234,7 +234,8 @@ def published_networks(of: Recipe, classes: int) -> nn.Module:
     own = of.companion != "none"  # a loop that reads views
     foreign = [*of.model_options, *(["views"] if of.views != "shared" and not own else [])]
     if of.method != "ffsd":
-        foreign += [option for option in of.method_options if option not in (*SPELT, *SAME)]
+        known = [*SPELT, *SAME, *vars(LOOPS[of.method])]
+        foreign += [option for option in of.method_options if option not in known]
     if foreign:
         raise UserError(
             f"{of.name} sets {foreign[0]}, which the published loop doesn't take: time another recipe "

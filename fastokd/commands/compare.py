@@ -81,7 +81,7 @@ def compare(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Compare methods at equal images seen, and at equal multiply-accumulates.
+    """Compare methods at equal images and at equal cost.
 
     Rerun the same command to finish missing runs. --out then has comparison.html, .md, .csv and .json
     beside the runs.

@@ -169,7 +169,7 @@ class Recipe(
         average = judged_average(self, metrics)
         if average is not None:
             return average
-        kept = self.companion_of(self.kept_student) is not None and "companion_top1" in metrics
+        kept = "companion_top1" in metrics and self.companion_of(self.kept_student) is not None
         if kept and self.reported != "ensemble_logits":
             return "companion"
         return self.reported if self.students > 1 else "student"

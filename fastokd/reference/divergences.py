@@ -24,20 +24,22 @@ def decoupled(
     beta: float = 8.0,
 ) -> Tensor:
     """alpha TCKD + beta NCKD, T^2 included."""
-    terms = []
-    for student_C, target_C, label in zip(student_BC, target_BC.detach(), labels_B, strict=True):
-        z_C, t_C = student_C / temperature, target_C / temperature
-        others = torch.arange(len(z_C), device=labels_B.device) != label
-        rest, t_rest = z_C[others], t_C[others]
-        binary = torch.stack([z_C[label], rest.logsumexp(0)])
-        t_binary = torch.stack([t_C[label], t_rest.logsumexp(0)])
-        terms.append(alpha * _kl(t_binary, binary) + beta * _kl(t_rest, rest))
-    return torch.stack(terms).mean() * temperature**2
+    is_label_BC = labels_B[:, None] == torch.arange(student_BC.shape[1], device=labels_B.device)
+    binary, others = _parts(student_BC / temperature, is_label_BC)
+    t_binary, t_others = _parts(target_BC.detach() / temperature, is_label_BC)
+    tckd = F.kl_div(binary, t_binary, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(others, t_others, reduction="batchmean", log_target=True)
+    return (alpha * tckd + beta * nckd) * temperature**2
 
 
-def _kl(target: Tensor, student: Tensor) -> Tensor:
-    log_q, log_p = student.log_softmax(0), target.log_softmax(0)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+def _parts(z_BC: Tensor, is_label_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of the label and the rest, ``[B, 2]``, and of the others among themselves, 0 at the
+    label."""
+    rest_B1 = z_BC.masked_fill(is_label_BC, -torch.inf).logsumexp(1, keepdim=True)
+    label_B1 = z_BC.masked_fill(~is_label_BC, 0.0).sum(1, keepdim=True)
+    others_BC = (z_BC - rest_B1).masked_fill(is_label_BC, -torch.inf)
+    binary_B2 = torch.cat([label_B1, rest_B1], dim=1).log_softmax(1)
+    return binary_B2, others_BC.masked_fill(is_label_BC, 0.0)
 
 
 def correlated(
@@ -82,7 +84,12 @@ class ReferenceDKD(ReferenceKD):
 
     temperature = 4.0
     epoch, warmup = 0.0, 20.0
-    divergence = staticmethod(decoupled)
+    alpha, beta = 1.0, 8.0
+
+    def divergence(
+        self, student_BC: Tensor, target_BC: Tensor, labels_B: Tensor, temperature: float
+    ) -> Tensor:
+        return decoupled(student_BC, target_BC, labels_B, temperature, self.alpha, self.beta)
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         ce, kd = self.cross_entropies(out, labels_B), self.taught(out, labels_B)
@@ -91,11 +98,16 @@ class ReferenceDKD(ReferenceKD):
 
 
 class ReferenceDIST(ReferenceKD):
-    """CE + 2 (inter + intra)."""
+    """CE + 2 (beta inter + gamma intra)."""
 
     temperature = 1.0
-    divergence = staticmethod(correlated)
+    kd_weight, beta, gamma = 2.0, 1.0, 1.0
+
+    def divergence(
+        self, student_BC: Tensor, target_BC: Tensor, labels_B: Tensor, temperature: float
+    ) -> Tensor:
+        return correlated(student_BC, target_BC, labels_B, temperature, self.beta, self.gamma)
 
     def losses(self, out: ReferenceOutputs, labels_B: Tensor, kd_weight: float) -> ReferenceLosses:
         ce, kd = self.cross_entropies(out, labels_B), self.taught(out, labels_B)
-        return ReferenceLosses(summed(ce) + 2.0 * summed(kd), ce, kd)
+        return ReferenceLosses(summed(ce) + self.kd_weight * summed(kd), ce, kd)

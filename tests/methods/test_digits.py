@@ -69,7 +69,7 @@ def test_it_trains(name: str, teacher: Run, tmp_path: Path) -> None:
     check(done)
     if students > 1:
         assert done.last["test"]["diversity"] > 0
-    if name not in ("ind", "dml", "mcl", "okdph", "okddip_random", *TAUGHT):
+    if name not in ("ind", "dml", "mcl", "okdph", "pcl", "okddip_random", *TAUGHT):
         attention = done.last["test"].get("attention")
         assert (attention is not None) == (name != "cl_ilr")
         for row in attention or []:

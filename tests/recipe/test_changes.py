@@ -107,13 +107,15 @@ def test_the_options_of_a_run_are_known_by_name() -> None:
 def test_milestones_are_distinct_and_within_the_run(epochs: int) -> None:
     for name in (*list_recipes(), "dml/resnet8/digits", "dml/resnet8/fashion_mnist"):
         full, made = recipe(name), recipe(name, epochs=epochs)
+        if full.schedule != "step":
+            continue
         scaled = [max(1, round(m * epochs / full.epochs)) for m in full.milestones]
         assert list(made.milestones) == sorted({m for m in scaled if m < epochs}), name
         rates = [made.learning_rate(epoch, warm_up=False) for epoch in range(epochs)]
         assert rates[0] == made.lr
         falls = [after / before for before, after in itertools.pairwise(rates)]
         assert all(fall == pytest.approx(1) or fall == pytest.approx(0.1) for fall in falls)
-        if epochs >= 6:
+        if epochs >= 6 and len({*scaled}) == len(scaled):
             assert list(made.milestones) == scaled, name
 
 

@@ -127,7 +127,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_same_bits(overfit_batch:
     same(resumed, whole)
 
 
-@pytest.mark.parametrize("how", [{"balanced": True}, {"images_per_class": 20}])
+@pytest.mark.parametrize("how", [{"balanced": True}, {"images_per_class": 4}])
 def test_a_balanced_run_goes_on_with_the_same_bits(how: dict[str, Any]) -> None:
     one = recipe("baseline/resnet8/digits", **{**SMALL, "students": 1, **how})
     whole, begun = session_of(one), session_of(one, max_steps=7)
@@ -218,7 +218,7 @@ def test_default_recipes_draw_and_mix_nothing() -> None:
         ({"repeats": 3, "balanced": True}, "repeats is 3, but balanced draws each image anew"),
         ({"repeats": 3, "images_per_class": 2}, "images_per_class is 2, but repeats draws the"),
         ({"balanced": True, "images_per_class": 2}, "images_per_class is 2, but balanced draws"),
-        ({"images_per_class": 7}, "images_per_class is 7, but batch_size is 120: choose a divisor"),
+        ({"images_per_class": 7}, "images_per_class is 7, but batch_size is 24: choose a divisor"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, Any], says: str) -> None:
