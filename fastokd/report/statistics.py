@@ -52,9 +52,12 @@ class Difference:
 
 
 def welch(ours: Sample, theirs: Sample) -> Difference:
-    """ours - theirs, with Welch's interval: unequal variances, Satterthwaite's degrees of freedom."""
+    """ours - theirs, with Welch's interval: unequal variances, Satterthwaite's degrees of freedom.
+
+    None where a deviation or a number of runs (0) isn't known.
+    """
     value = ours.mean - theirs.mean
-    if ours.std is None or theirs.std is None:
+    if ours.std is None or theirs.std is None or not ours.runs * theirs.runs:
         return Difference(value, None)
     a, b = ours.std**2 / ours.runs, theirs.std**2 / theirs.runs
     variance = a + b

@@ -41,7 +41,7 @@ def check(done: Run) -> None:
         terms = [row["train"]["loss"], *row["train"]["ce_S"], *row["train"].get("kd_S", [])]
         assert all(math.isfinite(term) and term >= -1e-6 for term in terms)
     # Of training: 16 steps are too few for running statistics to serve the test images.
-    assert second["mean_top1"] > max(first["mean_top1"], 0.2)
+    assert second["mean_top1"] > max(first["mean_top1"], 0.15)
     assert (done.last["test"]["leader_top1"] is not None) == done.recipe.has_leader
     assert (done.folder / "student.safetensors").is_file()
     assert (done.folder / "report.html").is_file()
@@ -60,7 +60,7 @@ def test_the_baseline_trains(teacher: Run) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "kdcl"])
 def test_it_trains(name: str, teacher: Run, tmp_path: Path) -> None:
     needs = method_class(name).needs
-    form = "" if name in ("ind", "cl_ilr", "one", "dml", *TAUGHT) else "-branch"
+    form = "" if name in ("ind", "cl_ilr", "one", "dml", "okdph", *TAUGHT) else "-branch"
     students = 1 if name in TAUGHT else 3
     taught = teacher.folder if needs.teacher else None
     # The teacher has learnt for two epochs, too, and these weigh it more than the labels.

@@ -23,7 +23,7 @@ from tests.run.test_one_replay import loop_of, same
 
 def of_form(form: str, **changes: Any) -> Recipe:
     options = {"form": form, "negatives": 12}
-    settings = {"epochs": 4, "batch_size": 120, "students": 2, **changes}
+    settings = {"epochs": 4, "batch_size": 24, "students": 2, **changes}
     return recipe("mcl/resnet8/digits", method_options=options, **settings)
 
 
