@@ -69,7 +69,7 @@ def test_one_pair_and_equal_differences() -> None:
     one = paired([2.0], [1.0])
     assert (one.difference.value, one.difference.interval, one.p, one.pairs) == (1.0, None, None, 1)
     assert interval_of([1.0]) is None
-    equal = paired([2.1, 3.1], [2.0, 3.0])  # but for rounding
+    equal = paired([1.1, 1.2], [1.0, 1.1])  # but for rounding
     assert (equal.difference.interval, equal.p) == (None, None)
     assert paired([2.0, 3.0], [2.0, 3.0]).p == 1
 

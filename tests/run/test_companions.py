@@ -14,6 +14,7 @@ from fastokd.cohort import Cohort
 from fastokd.cohort.companion import by_dtype
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
+from fastokd.evaluate import Evaluator
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.step import step, training_step
 from fastokd.learner.student_parallel import StudentParallel
@@ -184,3 +185,13 @@ def test_a_tied_weight_is_averaged_once() -> None:
     x, y = torch.full((2,), 3.0), torch.full((2,), 5.0)
     (pairs,) = by_dtype([x, x], [y, y])
     assert [len(one) for one in pairs] == [1, 1]
+
+
+def test_the_score_is_of_the_kept_companion(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(small("pcl", reported="kept", seed=3))
+    top1, kept = [0.1, 0.2, 0.3], session.recipe.kept_student
+    assert kept != 0
+    evaluator = Evaluator(session)
+    scores = {"student_top1": top1, "student_top5": [0.4, 0.5, 0.6]}
+    monkeypatch.setattr(evaluator, "_score", lambda scorer, between: {"test": dict(scores)})
+    assert evaluator()["test"]["companion_top1"] == top1[kept]
