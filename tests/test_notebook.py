@@ -32,6 +32,7 @@ def test_it_is_kept_without_outputs() -> None:
 
 
 @pytest.mark.proof
+@pytest.mark.usefixtures("all_digits")
 def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice: a reader runs cells again."""
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from fastokd.host.cpus import usable_cpus
 FOLDER = Path("tests/gpu")
 SHARES = 12
 # A dry run takes every n-th of a section's tests.
-SAMPLES = {"step": 6, "capture": 6, "ops": 60, "rest": 8}
+SAMPLES = {"step": 6, "capture": 12, "ops": 60, "rest": 8}
 TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 ERRORS = 30
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastokd.data import DatasetSplits, Split
 from fastokd.data.preprocessing import preprocessing_of
@@ -65,6 +65,7 @@ def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
         return None
     teacher = recipe(of.teacher)
     network = create_model(teacher.model, len(data.class_names), **teacher.model_options)
+    _normalise(network, of.image_size)
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     facts = {
         "model": teacher.model,
@@ -74,3 +75,13 @@ def drawn_teacher(of: Recipe, data: DatasetSplits, folder: Path) -> Path | None:
     }
     save_file(state, folder / STUDENT, facts)
     return folder / STUDENT
+
+
+def _normalise(network: nn.Module, size: int) -> None:
+    """Takes the norms' running statistics from noise: with those of a new network each block doubles the
+    variance, and a deep one's logits overflow fp16."""
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)))

@@ -31,6 +31,8 @@ METHODS = [
 def small(method: str, sharing: str, **changes: Any) -> Recipe:
     """``method`` over three ResNet-8 and drawn or real digits."""
     changes = {"students": 3, "batch_size": 6, "epochs": 300, **changes}
+    if method_class(method).needs.teacher:
+        changes = {"teacher": "baseline/resnet8/digits", **changes}
     for name in (f"{method}-{sharing}/resnet8/digits", f"{method}/resnet8/digits"):
         try:
             made = recipe(name, **changes)
