@@ -25,24 +25,26 @@ def test_it_is_the_plain_loop() -> None:
         torch.autograd.grad(correlation_distillation(z_BC.detach(), t_BC), t_BC)
 
 
-def test_what_is_constant_correlates_with_nothing() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_what_is_constant_correlates_with_nothing(impl: str, cpp_ops: None) -> None:
     """One sample: every class is constant over the batch. One class: every sample is."""
     for B, C in ((1, 6), (4, 1)):
         drawn = draw(2, B, C)
         loss_S, gradient_SBC = outcome(
-            "correlation", drawn, "torch", beta=0.0 if B == 1 else 1.0, gamma=1.0 if B == 1 else 0.0
+            "correlation", drawn, impl, beta=0.0 if B == 1 else 1.0, gamma=1.0 if B == 1 else 0.0
         )
         torch.testing.assert_close(loss_S, torch.full((2,), 4.0))
         assert not gradient_SBC.any()
-    loss_S, gradient_SBC = outcome("correlation", draw(2, 0, 4), "torch")
+    loss_S, gradient_SBC = outcome("correlation", draw(2, 0, 4), impl)
     assert (loss_S == 0).all()
     assert gradient_SBC.shape == (2, 0, 4)
 
 
-def test_equal_probabilities_correlate_wholly() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_equal_probabilities_correlate_wholly(impl: str, cpp_ops: None) -> None:
     drawn = draw(1, 6, 5)
     drawn = drawn._replace(logits_SBC=drawn.target_SBC)
-    loss_S, _ = outcome("correlation", drawn, "torch")
+    loss_S, _ = outcome("correlation", drawn, impl)
     torch.testing.assert_close(loss_S, torch.zeros(1), atol=1e-5, rtol=0.0)
 
 

@@ -52,30 +52,35 @@ def test_half_precision_is_computed_in_fp32() -> None:
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_no_log_of_nothing() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_no_log_of_nothing(impl: str, cpp_ops: None) -> None:
     """The label's logit is 200 above or below the others, of the student or of the target."""
     z_SBC, t_SBC = torch.zeros(1, 4, 5), torch.zeros(1, 4, 5)
     z_SBC[0, 0, 0], z_SBC[0, 1, 0] = 200.0, -200.0
     t_SBC[0, 2, 0], t_SBC[0, 3, 0] = 200.0, -200.0
     z_SBC[..., 1] = 1.0
     drawn = Drawn(z_SBC, t_SBC, torch.zeros(4, dtype=torch.long))
-    loss_S, gradient_SBC = outcome("decoupled", drawn, "torch", temperature=1.0)
+    loss_S, gradient_SBC = outcome("decoupled", drawn, impl, temperature=1.0)
     assert loss_S.isfinite().all()
     assert gradient_SBC.isfinite().all()
     assert gradient_SBC.abs().amax(-1).min() > 0
+    wanted = outcome("decoupled", drawn, "torch", temperature=1.0)
+    torch.testing.assert_close((loss_S, gradient_SBC), wanted)
 
 
-def test_labels_out_of_range_are_nan_for_their_sample() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_labels_out_of_range_are_nan_for_their_sample(impl: str, cpp_ops: None) -> None:
     z_SBC, t_SBC, labels_B = draw(2, 4, 6)
     labels_B[1], labels_B[2] = 6, -1
-    loss_S, gradient_SBC = outcome("decoupled", Drawn(z_SBC, t_SBC, labels_B), "torch")
+    loss_S, gradient_SBC = outcome("decoupled", Drawn(z_SBC, t_SBC, labels_B), impl)
     assert loss_S.isnan().all()
     assert gradient_SBC[:, 1:3].isnan().all()
     assert gradient_SBC[:, [0, 3]].isfinite().all()
 
 
-def test_no_samples() -> None:
-    loss_S, gradient_SBC = outcome("decoupled", draw(2, 0, 4), "torch")
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_no_samples(impl: str, cpp_ops: None) -> None:
+    loss_S, gradient_SBC = outcome("decoupled", draw(2, 0, 4), impl)
     assert (loss_S == 0).all()
     assert gradient_SBC.shape == (2, 0, 4)
 
@@ -92,7 +97,7 @@ def test_what_is_wrong_is_named() -> None:
         ((z_BC, t_BC, labels_B), {"temperature": 0.0}, "above 0"),
         ((z_BC, t_BC, labels_B), {"alpha": math.nan}, "alpha is nan"),
         ((z_BC, t_BC, labels_B), {"impl": "cuda"}, "choose auto"),
-        ((z_BC, t_BC, labels_B), {"impl": "cpp"}, "impl='auto' would run"),
+        ((z_BC, t_BC, labels_B), {"impl": "triton"}, "impl='auto' would run"),
     ]
     for arguments, options, said in wrong:
         with pytest.raises(UserError, match=said):
