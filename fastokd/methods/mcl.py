@@ -152,7 +152,9 @@ class MCL(ScoredMethod):
         rows_BK = memory.rows(progress.draws, labels_B)
         if self.form == "okd":
             own_BK = torch.cat([rows_BK[:, :1], rows_BK[:, 2:]], dim=1)
-            nce = noise_contrast(embeddings_SBE, memory.memory_SND, own_BK, tau=self.tau)
+            nce = noise_contrast(
+                embeddings_SBE, memory.memory_SND, own_BK, tau=self.tau, impl=self.impl
+            )
             terms = {"nce": (self.nce, nce)}
         else:
             terms = self._weighed(
@@ -162,6 +164,7 @@ class MCL(ScoredMethod):
                     rows_BK,
                     tau=self.tau,
                     temperature=self.temperature,
+                    impl=self.impl,
                 )
             )
         return terms

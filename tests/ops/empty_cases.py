@@ -12,6 +12,7 @@ from fastokd import ops
 from fastokd.errors import UserError
 from fastokd.ops.conv import conv2d, conv_transpose2d
 from fastokd.ops.max_pool import max_pool
+from fastokd.ops.memory_contrast import noise_contrast
 
 Call = Callable[[str], tuple[Tensor, list[Tensor]]]
 """By an implementation's name: what is differentiated, and in what."""
@@ -67,6 +68,12 @@ def of_maps(op: Callable[..., Tensor], count: int) -> Callable[[dict[str, int]],
     return made
 
 
+def memory(n: dict[str, int]) -> Call:
+    x_SBD, memory_SND = leaf(n["S"], n["B"], n["d"]), torch.randn(n["S"], n["M"], n["d"])
+    index_BK = torch.zeros(n["B"], n["C"], dtype=torch.long)
+    return lambda impl: (noise_contrast(x_SBD, memory_SND, index_BK, impl=impl), [x_SBD])
+
+
 def fusion(n: dict[str, int]) -> Call:
     given, channels = [maps(n), maps(n)], 2 * n["M"]
     weight = leaf(channels, 1, 3, 3)
@@ -107,6 +114,7 @@ OPS: dict[str, tuple[str, Callable[[dict[str, int]], Call]]] = {
     "mixture, one score for all": ("SBCE", lambda n: mixture(n, batched=False)),
     "peers": ("SBCd", peers),
     "peers without a leader": ("SBCd", lambda n: peers(n, leader=False)),
+    "noise_contrast": ("SBCd", memory),
     "attention_map": ("BMHW", of_maps(ops.attention_map, 1)),
     "attention_transfer": ("BMHW", of_maps(ops.attention_transfer, 2)),
     "attention_diversity": ("BMHW", of_maps(ops.attention_diversity, 2)),
