@@ -142,7 +142,6 @@ def gathered_similarities(
     embeddings_SBD: Tensor, memory_SND: Tensor, index_BK: Tensor, tau: float
 ) -> Tensor:
     """The reference of A; it gathers ``[B, K, D]`` for each student's memory."""
-    B = embeddings_SBD.shape[1]
     dtype = torch.promote_types(embeddings_SBD.dtype, torch.float32)
     with torch.autocast(embeddings_SBD.device.type, enabled=False):
         x_SBD = embeddings_SBD.to(dtype)
