@@ -19,7 +19,7 @@ from fastokd.ops.fusion_step import ON_A_CPU
 OPS = (
     *("mixture_distillation", "peer_attention_distillation"),
     *("attention_map", "attention_transfer", "attention_diversity", "feature_transfer"),
-    *("shifted_map", "fusion_step", "fused_bn_act"),
+    *("shifted_map", "fusion_step", "fused_bn_act", "memory_contrast"),
 )
 
 # The optional packages, by their names on PyPI, and how each is installed.

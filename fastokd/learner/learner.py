@@ -220,7 +220,7 @@ class Learner:
 class Before:
     """What a step writes in place and no optimizer skips: running statistics, and the rest.
 
-    The rest: other buffers, the average, what an optimizer without a flag writes, and all parameters
+    The rest: other buffers but for the method's unguarded ones, the average, what an optimizer without a flag writes, and all parameters
     where the method has an ``after_step``.
     """
 
@@ -236,7 +236,7 @@ class Before:
         if self.written_after:
             rest += [p for module in modules for p in module.parameters()]
         rest = list({id(x): x for x in rest}.values())
-        known = {id(x) for x in statistics}
+        known = {id(x) for x in (*statistics, *learner.method.unguarded())}
         self.statistics = Held(statistics)
         self.rest = Held(x for x in rest if id(x) not in known)
         # The parts of an accumulated batch each start from these, where the method reads them.

@@ -40,6 +40,8 @@ def step(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tenso
         optimizer.zero_grad()
     with torch.no_grad():
         learner.method.after_step(learner.cohort, learner.progress)
+        if loss.kept is not None:
+            learner.method.keep(loss.kept, learner.progress, untaken)
     if learner.average is not None:
         learner.average.update(learner.progress.epoch)
     learner.before.put_back(untaken)
@@ -82,12 +84,13 @@ def gradients(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[
     shared = learner.before.read
     if shared is not None:
         shared.take()
-    logits, losses = [], []
+    logits, losses, kept = [], [], []
     for i, (images, labels, progress) in enumerate(parts(learner, images_BHWC, labels_B)):
         share = labels.shape[0] / B
         part_SBC, loss = _part(learner, images, labels, progress, share, last=i + 1 == count)
         logits.append(part_SBC.detach())
         losses.append((loss, share))
+        kept += [] if loss.kept is None else [loss.kept]
         if shared is not None:
             shared.part(share)
     if shared is not None:
@@ -97,7 +100,8 @@ def gradients(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[
         name: torch.stack([loss.parts[name] * share for loss, share in losses]).sum(0)
         for name in losses[0][0].parts
     }
-    return torch.cat(logits, dim=1), MethodLoss(total, terms)
+    whole = torch.cat(kept, dim=-2) if kept else None
+    return torch.cat(logits, dim=1), MethodLoss(total, terms, whole)
 
 
 def parts(

@@ -66,10 +66,14 @@ class Needs:
 
 
 class MethodLoss(NamedTuple):
-    """``total`` is differentiated; ``parts``, its terms by name, are detached and stay on the device."""
+    """``total`` is differentiated; ``parts``, its terms by name, are detached and stay on the device.
+
+    ``kept``, detached, of any shape ``[..., B, D]``, is what :meth:`Method.keep` gets after the step.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -178,6 +182,17 @@ class Method(nn.Module):
 
         It may be captured in a CUDA graph, so its conditions are device tensors. What it writes in
         cohort and method is restored if the step is skipped; checkpoints contain their state dicts.
+        """
+
+    def unguarded(self) -> Iterable[Tensor]:
+        """Buffers that are too large for a copy in every step: only :meth:`keep` may write them."""
+        return []
+
+    def keep(self, kept: Tensor, progress: Progress, untaken: Tensor) -> None:
+        """Runs at the end of every step, without gradient, with the losses' ``kept`` of the whole batch.
+
+        Where the 0-d ``untaken`` isn't 0 the step is skipped, and it must change nothing: what it writes
+        in :meth:`unguarded` isn't restored. It may be captured in a CUDA graph.
         """
 
     def end_epoch(self, cohort: Cohort, heldout: tuple[Tensor, Tensor] | None) -> None:

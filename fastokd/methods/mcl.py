@@ -10,6 +10,7 @@ two students, else of the last student alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -128,12 +129,21 @@ class MCL(ScoredMethod):
             terms = self._with_memory(self.memory, embeddings_SBE, labels_B, progress)
         total = loss.total + sum(weight * term for weight, term in terms.values())
         named = {name: term.detach() for name, (_, term) in terms.items()}
-        return MethodLoss(total, {**loss.parts, **named})
+        kept = None if self.memory is None else embeddings_SBE.detach()
+        return MethodLoss(total, {**loss.parts, **named}, kept)
+
+    def unguarded(self) -> Iterable[Tensor]:
+        memory = self.memory
+        return [] if memory is None or not memory.started else [memory.memory_SND]
+
+    def keep(self, kept: Tensor, progress: Progress, untaken: Tensor) -> None:
+        assert self.memory is not None
+        self.memory.renew(progress.draws[INDEX], kept, untaken)
 
     def _with_memory(
         self, memory: Memory, embeddings_SBE: Tensor, labels_B: Tensor, progress: Progress
     ) -> dict[str, tuple[float, Tensor]]:
-        """The weighed terms with rows of the memory, whose rows of this batch are then renewed."""
+        """The weighed terms with rows of the memory, which :meth:`keep` renews after the step."""
         if not memory.started:
             raise UserError(
                 f"form is {self.form!r}, but its memory has no images: call start with the training "
@@ -142,7 +152,9 @@ class MCL(ScoredMethod):
         rows_BK = memory.rows(progress.draws, labels_B)
         if self.form == "okd":
             own_BK = torch.cat([rows_BK[:, :1], rows_BK[:, 2:]], dim=1)
-            nce = noise_contrast(embeddings_SBE, memory.memory_SND, own_BK, tau=self.tau)
+            nce = noise_contrast(
+                embeddings_SBE, memory.memory_SND, own_BK, tau=self.tau, impl=self.impl
+            )
             terms = {"nce": (self.nce, nce)}
         else:
             terms = self._weighed(
@@ -152,10 +164,9 @@ class MCL(ScoredMethod):
                     rows_BK,
                     tau=self.tau,
                     temperature=self.temperature,
+                    impl=self.impl,
                 )
             )
-        if self.training:
-            memory.renew(progress.draws[INDEX], embeddings_SBE)
         return terms
 
     def _weighed(self, terms: Contrasts) -> dict[str, tuple[float, Tensor]]:

@@ -15,7 +15,7 @@ class Memory(nn.Module):
     """M, ``[S, N, D]``, and which rows of it a sample is contrasted with.
 
     An image's rows are its own, one other of its class, and ``negatives`` of other classes, drawn with
-    replacement. After a step's losses its own rows become normalised(momentum M + (1 - momentum) e).
+    replacement. After a step that is taken its own row becomes normalised(momentum M + (1 - momentum) e).
 
     Args:
         students: S.
@@ -92,8 +92,10 @@ class Memory(nn.Module):
         return torch.cat([index_B[:, None], self.sorted_N[places_BK]], dim=1)
 
     @torch.no_grad()
-    def renew(self, index_B: Tensor, embeddings_SBD: Tensor) -> None:
-        """Moves the rows of the batch's images to their embeddings."""
-        new_SBD = self.momentum * self.memory_SND.index_select(1, index_B)
+    def renew(self, index_B: Tensor, embeddings_SBD: Tensor, untaken: Tensor) -> None:
+        """Moves the rows of the batch's images to their embeddings where the 0-d ``untaken`` is 0."""
+        old_SBD = self.memory_SND.index_select(1, index_B)
+        new_SBD = self.momentum * old_SBD
         new_SBD += (1.0 - self.momentum) * embeddings_SBD.to(new_SBD.dtype)
-        self.memory_SND.index_copy_(1, index_B, new_SBD / new_SBD.norm(dim=-1, keepdim=True))
+        new_SBD /= new_SBD.norm(dim=-1, keepdim=True)
+        self.memory_SND.index_copy_(1, index_B, torch.where(untaken != 0, old_SBD, new_SBD))

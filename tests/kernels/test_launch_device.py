@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastokd import kernels
-from fastokd.ops import max_pool  # noqa: F401  # defines its operators
+from fastokd.ops import max_pool, memory_contrast  # noqa: F401  # define their operators
 from fastokd.ops._library import LAUNCHERS
 from tests.proofs.offline import _Driver
 
@@ -60,6 +60,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
         ),
         "max_pool": (x, 2),
         "max_pool_backward": (x, x.to(torch.uint8), 2, 6, 5),
+        "memory_similarities": (query, torch.zeros(2, 7, 4), labels[:, None].expand(2, 5), 2.0),
+        "memory_similarities_backward": (
+            torch.zeros(2, 2, 2, 5), torch.zeros(2, 7, 4), labels[:, None].expand(2, 5), 2.0
+        ),
         "mixture_distillation": (
             logits, None, labels, scores, None, *weights, True, False, True, False
         ),

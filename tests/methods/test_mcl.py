@@ -107,6 +107,8 @@ def test_the_memory_form_is_the_published_codes(monkeypatch: pytest.MonkeyPatch)
     grads = {n: p.grad for n, p in method.named_parameters()} | {"features": g["features_SBD"].grad}
     for key, value in (expected | {"features": g["grad_features"]}).items():
         torch.testing.assert_close(grads[key], value, rtol=1e-9, atol=1e-12, msg=key)
+    assert torch.equal(method.memory.memory_SND, g["memory_SNE"])
+    method.keep(loss.kept, progress, torch.zeros(()))
     new_SNE = method.state_dict()["memory.memory_SND"]
     torch.testing.assert_close(new_SNE, g["new_memory_SNE"], rtol=1e-9, atol=1e-12)
 
@@ -144,6 +146,8 @@ def test_mcl_okd_is_the_published_codes(monkeypatch: pytest.MonkeyPatch) -> None
     for kind in ("weight", "bias"):
         mine = torch.stack([getattr(embed[0], kind).grad for embed in method.embeddings])
         torch.testing.assert_close(mine, g[f"grad_embed_{kind}"], rtol=1e-9, atol=1e-12)
+    assert torch.equal(method.memory.memory_SND, g["memory_SNE"])
+    method.keep(loss.kept, progress, torch.zeros(()))
     new_SNE = method.state_dict()["memory.memory_SND"]
     torch.testing.assert_close(new_SNE, g["new_memory_SNE"], rtol=1e-9, atol=1e-12)
 

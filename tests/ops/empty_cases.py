@@ -14,6 +14,7 @@ from fastokd.ops.conv import conv2d, conv_transpose2d
 from fastokd.ops.correlation_distillation import correlation_losses
 from fastokd.ops.decoupled_distillation import decoupled_losses
 from fastokd.ops.max_pool import max_pool
+from fastokd.ops.memory_contrast import noise_contrast
 
 Call = Callable[[str], tuple[Tensor, list[Tensor]]]
 """By an implementation's name: what is differentiated, and in what."""
@@ -83,6 +84,12 @@ def of_maps(op: Callable[..., Tensor], count: int) -> Callable[[dict[str, int]],
     return made
 
 
+def memory(n: dict[str, int]) -> Call:
+    x_SBD, memory_SND = leaf(n["S"], n["B"], n["d"]), torch.randn(n["S"], n["M"], n["d"])
+    index_BK = torch.zeros(n["B"], n["C"], dtype=torch.long)
+    return lambda impl: (noise_contrast(x_SBD, memory_SND, index_BK, impl=impl), [x_SBD])
+
+
 def fusion(n: dict[str, int]) -> Call:
     given, channels = [maps(n), maps(n)], 2 * n["M"]
     weight = leaf(channels, 1, 3, 3)
@@ -125,6 +132,7 @@ OPS: dict[str, tuple[str, Callable[[dict[str, int]], Call]]] = {
     "peers without a leader": ("SBCd", lambda n: peers(n, leader=False)),
     "decoupled": ("SBC", lambda n: to_target(n, decoupled=True)),
     "correlation": ("SBC", lambda n: to_target(n, decoupled=False)),
+    "noise_contrast": ("SBCd", memory),
     "attention_map": ("BMHW", of_maps(ops.attention_map, 1)),
     "attention_transfer": ("BMHW", of_maps(ops.attention_transfer, 2)),
     "attention_diversity": ("BMHW", of_maps(ops.attention_diversity, 2)),

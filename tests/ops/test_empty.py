@@ -29,7 +29,7 @@ def test_an_operator_called_by_its_name_survives(
 ) -> None:
     for name in [names] if hasattr(wrong_calls, names) else names:
         monkeypatch.setattr(wrong_calls, name, 0)
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, IndexError):
         used(getattr(torch.ops.fastokd, op)(*CALLS[op]()))
 
 

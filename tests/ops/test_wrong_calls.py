@@ -63,6 +63,8 @@ def test_what_is_wrong_raises(op: str, ended: dict[str, dict[str, Any]]) -> None
             must = [name for name in must if name not in ("a dimension more", "two more")]
         if x.dim() > 1 and op not in ALONE:
             must += SIZES
+        if (op, place) == ("memory_similarities_backward", "1"):
+            must.remove("fake sizes")  # a memory of any width has a gradient as wide
         for name in must:
             row = ended.get(f"{op}: {place} {name}")
             if row is not None and row["ended"] == "returned":

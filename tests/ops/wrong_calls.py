@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastokd.ops import conv, cpp, max_pool  # noqa: F401  # define their operators
+from fastokd.ops import conv, cpp, max_pool, memory_contrast  # noqa: F401  # define their operators
 
 OPS = torch.ops.fastokd
 # Students, samples, classes, peers and their width, pixels a side; channels of a map, of another, of
@@ -91,6 +91,12 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "max_pool": lambda: (_wide(), 2),
     "max_pool_backward": lambda: (_wide(), _wide().byte(), 1, H, H),
+    "memory_similarities": lambda: (
+        *(torch.randn(S, B, D), torch.randn(S, N, D), torch.randint(max(N, 1), (B, C)), 2.0),
+    ),
+    "memory_similarities_backward": lambda: (
+        *(torch.randn(S, S, B, C), torch.randn(S, N, D), torch.randint(max(N, 1), (B, C)), 2.0),
+    ),
     "conv2d": lambda: (_wide(), torch.randn(16, WIDE, 3, 3), 1, 1),
     "conv_transpose2d": lambda: (_wide(), torch.randn(WIDE, 16, 3, 3)),
     "conv_weight_grad": lambda: (_wide(), _wide(), 3, 1, 1),

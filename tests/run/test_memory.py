@@ -70,6 +70,20 @@ def test_a_step_renews_the_rows_of_its_images_alone() -> None:
     torch.testing.assert_close(memory[:, rows].norm(dim=-1), torch.ones(2, 30))
 
 
+def test_a_step_that_is_not_taken_leaves_it_and_no_step_copies_it() -> None:
+    session = session_of(of_form("memory", batch_size=30))
+    learner, memory = session.learner, memory_of(session)
+    start_SND = memory.clone()
+    learner.guard.fault.fill_(1.0)
+    steps(session, 1)
+    assert torch.equal(memory, start_SND)
+    groups = [*learner.before.statistics.groups, *learner.before.rest.groups]
+    assert memory.data_ptr() not in {x.data_ptr() for group in groups for x in group}
+    learner.guard.forget()
+    steps(session, 1)
+    assert not torch.equal(memory, start_SND)
+
+
 @pytest.mark.parametrize("form", ["memory", "okd"])
 def test_it_reads_nothing_back(form: str) -> None:
     how = RunOptions(device="cpu", precision="bf16", engine="loop", impl="torch", accumulate=2)
