@@ -269,9 +269,10 @@ class Cohort(nn.Module):
         made.to(self.scale_C.device, self.scale_C.dtype).set_memory_format(self.memory_format)
         return made
 
-    def accompany(self, companion: Companion) -> None:
-        """From now on ``companion`` runs beside the students in training; it replaces another one."""
-        self._companion = [companion]
+    def accompany(self, companion: Companion | None) -> None:
+        """From now on ``companion`` runs beside the students in training in place of another one; None: none
+        does."""
+        self._companion = [] if companion is None else [companion]
 
     @property
     def companion(self) -> Companion | None:

@@ -18,7 +18,7 @@ from fastokd.evaluate import Evaluator
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.step import step, training_step
 from fastokd.learner.student_parallel import StudentParallel
-from fastokd.methods import create_method
+from fastokd.methods import Progress, create_method
 from fastokd.methods.okdph import DRAWN
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.session import Session
@@ -195,3 +195,15 @@ def test_the_score_is_of_the_kept_companion(monkeypatch: pytest.MonkeyPatch) -> 
     scores = {"student_top1": top1, "student_top5": [0.4, 0.5, 0.6]}
     monkeypatch.setattr(evaluator, "_score", lambda scorer, between: {"test": dict(scores)})
     assert evaluator()["test"]["companion_top1"] == top1[kept]
+
+
+def test_another_method_removes_the_companion() -> None:
+    cohort = Cohort(("resnet8", 2), 10, sharing="network")
+    okdph = create_method("okdph", cohort.shape)
+    assert cohort.companion is not None
+    method = create_method("dml", cohort.shape)
+    assert cohort.companion is None
+    out, labels_B = cohort(torch.zeros(4, 3, 8, 8)), torch.arange(4)
+    method(out, labels_B, Progress.start()).total.backward()
+    with pytest.raises(UserError, match="no other method after it"):
+        okdph(out, labels_B, Progress.start())
