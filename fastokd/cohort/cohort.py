@@ -326,7 +326,7 @@ class Cohort(nn.Module):
         companion, S = self.companion, len(self.own)
         apart = companion is not None and companion.own_view
         V = count_views(images, S, teacher=self._teacher is not None, companion=apart)
-        if companion is not None and self.training:
+        if companion is not None and self.training and not companion.refreshed_apart:
             companion.refresh(self)
         x_NCHW = normalize(
             images if V is None else images.flatten(0, 1),

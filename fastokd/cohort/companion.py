@@ -33,6 +33,7 @@ class Companion(nn.Module):
 
     Attributes:
         networks: its networks, a cohort with the names of states that a cohort has.
+        refreshed_apart: the forward leaves :meth:`refresh` to its caller.
         due: 1 where the next forward calls :meth:`renew`: at the start, and as the method sets it.
     """
 
@@ -41,6 +42,7 @@ class Companion(nn.Module):
     def __init__(self, cohort: Any, students: int, *, own_view: bool = False) -> None:
         super().__init__()
         self.own_view = own_view
+        self.refreshed_apart = False
         self.networks = cohort.like(students)
         self.networks.requires_grad_(False)
         self.register_buffer("due", torch.ones(()))

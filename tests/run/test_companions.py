@@ -79,6 +79,26 @@ def test_it_is_part_of_a_captured_step(method: str) -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, which runs as it was traced, without code generation."""
+    torch._dynamo.reset()
+    graphs, real = [], torch.compile
+
+    def traced(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda body, **how: real(body, backend=traced, **how))
+    eager = session_of(small(method, students=2))
+    compiled = session_of(small(method, students=2), compile=True)
+    for session in (eager, compiled):
+        go(session, steps=3)
+    assert len(graphs) == 1
+    ours, theirs = (x.state()[0] for x in (compiled, eager))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_parts_of_a_batch_share_one_hybrid() -> None:
     """Its weights are the drawn means of the students before the step, not of those after it."""
     session = session_of(small("okdph", fusion="none"), accumulate=2)
