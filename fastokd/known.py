@@ -20,8 +20,8 @@ _FAMILIES = {
     ],
     "vgg": ["vgg16", "vgg19"],
     "wide_resnet": [
-        *("wrn_16_2", "wrn_16_2_basic", "wrn_28_10_basic", "wrn_40_1_basic", "wrn_40_2"),
-        "wrn_40_2_basic",
+        *("wrn_16_2", "wrn_16_2_basic", "wrn_28_4_basic", "wrn_28_10_basic", "wrn_40_1_basic"),
+        *("wrn_40_2", "wrn_40_2_basic"),
     ],
 }
 MODELS = {name: f"fastokd.models.{module}" for module, names in _FAMILIES.items() for name in names}

@@ -269,9 +269,10 @@ class Cohort(nn.Module):
         made.to(self.scale_C.device, self.scale_C.dtype).set_memory_format(self.memory_format)
         return made
 
-    def accompany(self, companion: Companion) -> None:
-        """From now on ``companion`` runs beside the students in training; it replaces another one."""
-        self._companion = [companion]
+    def accompany(self, companion: Companion | None) -> None:
+        """From now on ``companion`` runs beside the students in training in place of another one; None: none
+        does."""
+        self._companion = [] if companion is None else [companion]
 
     @property
     def companion(self) -> Companion | None:
@@ -325,7 +326,7 @@ class Cohort(nn.Module):
         companion, S = self.companion, len(self.own)
         apart = companion is not None and companion.own_view
         V = count_views(images, S, teacher=self._teacher is not None, companion=apart)
-        if companion is not None and self.training:
+        if companion is not None and self.training and not companion.refreshed_apart:
             companion.refresh(self)
         x_NCHW = normalize(
             images if V is None else images.flatten(0, 1),

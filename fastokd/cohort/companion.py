@@ -2,7 +2,8 @@
 
 A companion is a submodule of its method, so checkpoints, restored steps and ``.to()`` include it. Its
 parameters require no gradient. It attaches itself to the cohort of the shape that the method is built from
-(``create_method(name, cohort.shape)``), which then runs it in every forward in training mode:
+(``create_method(name, cohort.shape)``), which then runs it in every forward in training mode, until another
+method is built from its shape:
 
     companion.refresh(cohort)         before the students, once a step
     out.companion_logits_EBC = ...    after the students, on the same images or on a view of its own
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastokd.cohort.output import CohortOutput
+from fastokd.errors import UserError
+
 
 class Companion(nn.Module):
     """The base of companions.
@@ -29,6 +33,7 @@ class Companion(nn.Module):
 
     Attributes:
         networks: its networks, a cohort with the names of states that a cohort has.
+        refreshed_apart: the forward leaves :meth:`refresh` to its caller.
         due: 1 where the next forward calls :meth:`renew`: at the start, and as the method sets it.
     """
 
@@ -37,6 +42,7 @@ class Companion(nn.Module):
     def __init__(self, cohort: Any, students: int, *, own_view: bool = False) -> None:
         super().__init__()
         self.own_view = own_view
+        self.refreshed_apart = False
         self.networks = cohort.like(students)
         self.networks.requires_grad_(False)
         self.register_buffer("due", torch.ones(()))
@@ -67,6 +73,16 @@ class Companion(nn.Module):
         with torch.no_grad():
             logits_EBC: Tensor = self.networks(images).logits_SBC
         return logits_EBC
+
+
+def companion_logits(out: CohortOutput, method: str) -> Tensor:
+    """``out.companion_logits_EBC`` in the dtype of the students' logits; raises where there are none."""
+    if out.companion_logits_EBC is None:
+        raise UserError(
+            f"the cohort's output has no logits of {method}'s companion: create {method} from cohort.shape "
+            "before the forward, and no other method after it, in training mode"
+        )
+    return out.companion_logits_EBC.to(out.logits_SBC.dtype)
 
 
 def counts(networks: nn.Module, cohort: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -61,6 +61,13 @@ def compare(
             "methods' multiply-accumulates."
         ),
     ] = "macs",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe or FILE.toml whose schedule, optimizer, augmentation and mixing all have; by "
+            "default the data set's.",
+        ),
+    ] = None,
     published: Annotated[
         bool,
         typer.Option(
@@ -117,6 +124,7 @@ def compare(
         label_noise=_numbers("label-noise", label_noise, float, "shares, such as 0.2,0.4"),
         fraction=_numbers("fraction", fraction, float, "shares, such as 0.01,0.1"),
         published=published,
+        recipe=recipe,
         budget=budget,
     )
     out = out or Path("runs") / f"compare-{model}-{dataset}".replace("/", "-").replace(":", "-")

@@ -132,9 +132,10 @@ def rules_of(made: Prepared, failures: Sequence[Failure], *, measured: bool) -> 
             "augmentation are each method's published ones"
         )
     else:
+        whose = "the data set's recipe for one student"
         same = (
             "Same for every row: students, data, preprocessing, epochs, batch, optimizer, schedule and "
-            "augmentation, those of the data set's recipe for one student"
+            f"augmentation, those of {whose if request.recipe is None else request.recipe}"
         )
     said = [
         f"{same}. The last table lists what else differs. Nothing was tuned here.",

@@ -11,41 +11,19 @@ from typing import Any, Literal
 from torch import nn
 
 from fastokd.compare.cost import larger_student, training_macs
+from fastokd.compare.shared import SHARED, settings_of
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import METHODS, list_methods
 from fastokd.methods import method_class
 from fastokd.methods import option_defaults as method_options
 from fastokd.models import option_defaults as model_options
-from fastokd.recipe.augmentation import AugmentationSettings
 from fastokd.recipe.cells import DEFAULT_SIZE
 from fastokd.recipe.changes import NAMED
 from fastokd.recipe.names import PUBLISHED_FORM, Recipe, recipe
-from fastokd.recipe.optimization import OptimizerSettings
 from fastokd.recipe.recipe import settings as recipe_settings
-from fastokd.recipe.resolution import SizeSettings
-from fastokd.recipe.schedule import ScheduleSettings
 from fastokd.student.teacher import build_teachers, find_teachers, teacher_recipe
 
-# The settings that all share by default: those of the data set's recipe for one student.
-SHARED = (
-    *(
-        "epochs",
-        "batch_size",
-        "lr",
-        "momentum",
-        "nesterov",
-        "weight_decay",
-        "milestones",
-        "lr_decay",
-    ),
-    *("warmup_epochs", "crop_padding", "crop_mode", "resized_crop", "flip"),
-    *(
-        f.name
-        for part in (OptimizerSettings, ScheduleSettings, AugmentationSettings, SizeSettings)
-        for f in dataclasses.fields(part)
-    ),
-)
 ALONE = "one student"
 Kind = Literal["alone", "method", "longer", "larger", "teacher"]
 
@@ -60,6 +38,8 @@ class Request:
         students: of each cohort, the leader included; None for 4.
         label_noise, fraction: further conditions beside the whole training set with its own labels.
         published: each method trains with its own published optimizer, schedule and augmentation.
+        recipe: name or file of a recipe whose shared settings are those of all (``shared.py``); None for the
+            data set's.
         budget: ``"images"`` (equal images seen), ``"macs"`` (equal multiply-accumulates, too).
         teacher: trained teachers; else the comparison trains the recipe's.
     """
@@ -73,6 +53,7 @@ class Request:
     label_noise: tuple[float, ...] = ()
     fraction: tuple[float, ...] = ()
     published: bool = False
+    recipe: str | None = None
     budget: str = "macs"
     teacher: tuple[str, ...] = ()
 
@@ -86,6 +67,10 @@ class Request:
         if "+" in self.model:
             raise UserError(
                 f"--model is {self.model}, a mixed cohort: a comparison has equal students, name one"
+            )
+        if self.recipe is not None and self.published:
+            raise UserError(
+                "--recipe gives all methods the same settings, and --published each its own: leave one out"
             )
         if self.budget not in ("images", "macs"):
             raise UserError(f"--budget is {self.budget!r}: choose images or macs")
@@ -125,14 +110,16 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
     """
     classes = data.num_classes
     notes: list[str] = []
+    shared = settings_of(asked.recipe, asked.settings)
     base = recipe(f"baseline/{asked.model}/{asked.dataset}", **_for("baseline", asked))
+    base = dataclasses.replace(base, **shared)
     alone = Contestant(ALONE, "alone", base, training_macs(base, classes))
     found: list[Contestant] = []
     teachers: dict[str, Contestant] = {}
     for name, explicit in _names(asked):
         try:
-            made = _method(name, asked, base, data)
-            given, teacher = _teachers(made, asked, base, data)
+            made = dataclasses.replace(_method(name, asked, base, data), **shared)
+            given, teacher = _teachers(made, asked, base, data, shared)
             macs = training_macs(made, classes, given)
         except UserError as error:
             if explicit:
@@ -157,6 +144,7 @@ def contestants(asked: Request, data: DatasetSplits) -> tuple[list[Contestant], 
             wide = recipe(
                 f"baseline/{larger.model}/{asked.dataset}", **_for("baseline", asked, larger.model)
             )
+            wide = dataclasses.replace(wide, **shared)
             label = f"one {larger.model}, {larger.ratio:.2g} times the MACs"
             extra.append(Contestant(label, "larger", wide, training_macs(wide, classes)))
         elif times > 1:
@@ -255,7 +243,7 @@ def _method(name: str, asked: Request, base: Recipe, data: DatasetSplits) -> Rec
 
 
 def _teachers(
-    made: Recipe, asked: Request, base: Recipe, data: DatasetSplits
+    made: Recipe, asked: Request, base: Recipe, data: DatasetSplits, shared: Mapping[str, Any]
 ) -> tuple[nn.Module | None, Contestant | None]:
     """The given teacher of a method, or the one that the comparison trains, with the shared settings."""
     if not method_class(made.method).needs.teacher:
@@ -270,8 +258,8 @@ def _teachers(
     settings = {name: value for name, value in asked.settings.items() if name in recipe_settings()}
     taught_by = recipe(teacher_recipe(made).name, **{**settings, "epochs": base.epochs})
     if not asked.published:
-        shared = {name: getattr(base, name) for name in SHARED}
-        taught_by = dataclasses.replace(taught_by, **shared)
+        same = {name: getattr(base, name) for name in SHARED}
+        taught_by = dataclasses.replace(taught_by, **{**same, **shared})
     macs = training_macs(taught_by, data.num_classes)
     return None, Contestant(f"teacher {taught_by.model}", "teacher", taught_by, macs)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Choice, Cohort
+from fastokd.cohort.companion import Companion
 from fastokd.device import autocast, gradient_scaler, release_memory
 from fastokd.distributed.ranks import Ranks
 from fastokd.errors import UserError
@@ -118,6 +120,11 @@ class Learner:
         self.forward: Forward = self.eager
         if choice.compile:
             self.forward = torch.compile(self.eager, dynamic=False)
+        companion = self.cohort.companion
+        if companion is not None:
+            companion.refreshed_apart = choice.compile
+            if choice.compile:
+                self.forward = partial(self._refreshed, companion, self.forward)
         self.replicas: Replicas | None = None
         if self.ranks.data.size > 1 and not alone:
             # DDP's accumulators of gradients are on the step's own stream.
@@ -188,6 +195,19 @@ class Learner:
             if self.student_parallel is not None:
                 loss = self.student_parallel.whole(loss)
         return out.logits_SBC, out.extra_logits_EBC, loss
+
+    def _refreshed(
+        self,
+        companion: Companion,
+        forward: Forward,
+        images_BHWC: Tensor,
+        labels_B: Tensor,
+        progress: Progress,
+    ) -> tuple[Tensor, Tensor | None, MethodLoss]:
+        """``forward`` with a companion that is refreshed before: a compiler can't follow how."""
+        if self.cohort.training:
+            companion.refresh(self.cohort)
+        return forward(images_BHWC, labels_B, progress)
 
     def autocast(self) -> Any:
         """The context of the forward pass."""

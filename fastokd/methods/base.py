@@ -137,6 +137,8 @@ class Method(nn.Module):
         self.shape = replace(shape, cohort=None)  # a copy of the method doesn't copy the cohort
         self.label_loss = LabelLoss()
         self.needs.check(type(self).__name__, shape.sharing, shape.students)
+        if isinstance(shape.cohort, Cohort):
+            shape.cohort.accompany(None)  # another method's
 
     @property
     def peers(self) -> int:

@@ -133,16 +133,16 @@ class Divergence:
         temperature: float,
         weight: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`to_target` where ``scores`` mix the sources, students and then extras; a row of -inf alone
-        has no target, and its term is 0."""
+        """:meth:`to_target` where ``scores`` mix the sources, students and then extras. A source at -inf
+        contributes nothing, even where it is NaN; a row of -inf alone has no target, and its term is 0."""
         sources_NBC = logits_SBC.detach()
         if extra_EBC is not None:
             sources_NBC = torch.cat([sources_NBC, extra_EBC.detach().to(sources_NBC.dtype)])
         dtype = torch.promote_types(logits_SBC.dtype, torch.float32)
         scores = scores.detach().to(dtype)
         listens_S = (scores != -math.inf).any(-1).reshape(-1, len(logits_SBC)).any(0)
-        # A row of -inf alone is any mixture, of weight 0.
-        shares = torch.where(listens_S[:, None], scores, 0.0).softmax(-1)
+        # A row of -inf alone has no share in any source: its target is 0, its weight, too.
+        shares = torch.where(listens_S[:, None], scores, 0.0).softmax(-1) * listens_S[:, None]
         weight = listens_S.to(dtype) * weight
         if self.mix == "pairwise":
             total, kd_S = self._pairwise(
@@ -167,10 +167,11 @@ class Divergence:
                 f"mix is 'pairwise', but the scores differ between samples, and divergence {self.name!r} "
                 "couples a batch or has one weight a source: set mix to logits"
             )
-        parts = [
-            self.to_target(logits_SBC, source_BC[None], labels_B, temperature, share_S * weight_S)
-            for source_BC, share_S in zip(sources_NBC, shares_SN.unbind(1), strict=True)
-        ]
+        parts = []
+        for source_BC, share_S in zip(sources_NBC, shares_SN.unbind(1), strict=True):
+            target_SBC = torch.where(share_S[:, None, None] == 0, 0.0, source_BC)
+            weight = share_S * weight_S
+            parts.append(self.to_target(logits_SBC, target_SBC, labels_B, temperature, weight))
         total = torch.stack([part for part, _ in parts]).sum()
         kd_NS = torch.stack([kd_S for _, kd_S in parts])
         return total, (kd_NS * shares_SN.T).sum(0)
@@ -196,7 +197,11 @@ def _one_source_each(logits_SBC: Tensor, target_SBC: Tensor) -> Tensor:
 
 def _mixed(shares: Tensor, sources_NBC: Tensor) -> Tensor:
     """The mixed logits, ``[S, B, C]``, of ``shares [S, N]`` or ``[B, S, N]``."""
-    with torch.autocast(sources_NBC.device.type, enabled=False):
-        dtype = torch.promote_types(shares.dtype, sources_NBC.dtype)
-        equation = "sn,nbc->sbc" if shares.dim() == 2 else "bsn,nbc->sbc"
-        return torch.einsum(equation, shares.to(dtype), sources_NBC.to(dtype))
+    dtype = torch.promote_types(shares.dtype, sources_NBC.dtype)
+    shares_SNB1 = (shares.permute(1, 2, 0) if shares.dim() == 3 else shares[..., None])[..., None]
+    # Selected, not multiplied: 0 * NaN is NaN.
+    parts = [
+        torch.where(share_SB1 == 0, 0.0, share_SB1 * source_BC)
+        for share_SB1, source_BC in zip(shares_SNB1.to(dtype).unbind(1), sources_NBC, strict=True)
+    ]
+    return torch.stack(parts).sum(0)

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
-from fastokd.cohort.companion import Companion, by_dtype, floats
+from fastokd.cohort.companion import Companion, by_dtype, companion_logits, floats
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress
 from fastokd.ops.mixture_distillation import mixture_distillation
@@ -187,14 +187,8 @@ class OKDPH(Method):
         return {DRAWN: _drawn(self.shape.students, generator).float().expand(batch, -1).clone()}
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
-        if out.companion_logits_EBC is None:
-            raise UserError(
-                "the cohort's output has no hybrid's logits: create okdph from cohort.shape before the "
-                "forward, in training mode"
-            )
         S = self.shape.students
-        hybrid_1BC = out.companion_logits_EBC.to(out.logits_SBC.dtype)
-        logits_RBC = torch.cat([out.logits_SBC, hybrid_1BC])
+        logits_RBC = torch.cat([out.logits_SBC, companion_logits(out, "okdph")])
         of_hybrid = 1.0 - self.omega if self.hybrid_gradient else 0.0
         is_hybrid_R = self.is_hybrid_R.to(torch.promote_types(logits_RBC.dtype, torch.float32))
         weight_R = is_hybrid_R * of_hybrid + (1 - is_hybrid_R) * self.omega

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.cohort import Cohort, CohortOutput, CohortShape
-from fastokd.cohort.companion import Companion, by_dtype, floats
+from fastokd.cohort.companion import Companion, by_dtype, companion_logits, floats
 from fastokd.errors import UserError
 from fastokd.methods.base import Method, MethodLoss, Needs, Progress
 from fastokd.models import Student
@@ -144,11 +144,7 @@ class PCL(Method):
         return e_BC
 
     def forward(self, out: CohortOutput, labels_B: Tensor, progress: Progress) -> MethodLoss:
-        if out.companion_logits_EBC is None:
-            raise UserError(
-                "the cohort's output has no mean model's logits: create pcl from cohort.shape before the "
-                "forward, in training mode"
-            )
+        means_SBC = companion_logits(out, "pcl")
         S = self.shape.students
         e_BC = self.ensemble_logits(out)
         logits_RBC = torch.cat([out.logits_SBC, e_BC[None].to(out.logits_SBC.dtype)])
@@ -162,7 +158,7 @@ class PCL(Method):
             logits_RBC,
             labels_B,
             scores_RN,
-            extra_logits_EBC=out.companion_logits_EBC.to(logits_RBC.dtype),
+            extra_logits_EBC=means_SBC,
             kd_weight=2.0 * self.weight(progress),
             temperature=self.temperature,
             mix="pairwise",

@@ -98,6 +98,6 @@ def _register(name: str, about: str, **form: Any) -> None:
 for _depth, _widen in ((16, 2), (40, 2)):
     _about = f"FFSD's WRN-{_depth}-{_widen}: biased convolutions, stride on the second"
     _register(f"wrn_{_depth}_{_widen}", _about, depth=_depth, widen=_widen)
-for _depth, _widen in ((16, 2), (40, 1), (40, 2), (28, 10)):
+for _depth, _widen in ((16, 2), (40, 1), (40, 2), (28, 4), (28, 10)):
     _about = f"WRN-{_depth}-{_widen} of Zagoruyko and Komodakis"
     _register(f"wrn_{_depth}_{_widen}_basic", _about, depth=_depth, widen=_widen, canonical=True)

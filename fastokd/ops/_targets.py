@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -70,7 +71,10 @@ def check(logits_SBC: Tensor, target_SBC: Tensor, classes: int, **numbers: float
             "move one to the other's device"
         )
     for name, value in numbers.items():
-        if isinstance(value, Tensor) or not math.isfinite(value):
+        if not isinstance(value, Real):
+            what = "tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name} is a {what}: give a Python number, such as 2.0")
+        if not math.isfinite(value):
             raise UserError(f"{name} is {value}: it must be a finite number")
     if numbers["temperature"] <= 0:
         raise UserError(

@@ -6,7 +6,8 @@ A name is ``METHOD[-FORM][-VARIANT][-ensemble][@S]/MODEL/DATASET[@STYLE]``:
 - FORM is ``branch`` or ``network``. It may be left out if the method has one form or was
   published in one: ``ind`` and ``cl_ilr`` are branches, ``dml``, ``kd`` and ``kdcl`` networks.
 - ``-ensemble`` reports the accuracy of the peers' mean logits (Table 4).
-- A published variant of a method is another word: ``mcl-logits``, ``mcl-okd``.
+- A published variant of a method is another word: ``mcl-logits``, ``mcl-okd``, and ``dist``'s teachers on
+  ImageNet, ``dist-resnet50``, ``dist-resnet101``, ``dist-resnet152``.
 - ``@S`` trains S networks, leader included (Figure 3): ``okddip-branch@8/resnet32/cifar100``.
 - ``@STYLE`` after the data set trains in a published style: ``okddip-network/resnet18/imagenet@a3``.
 - MODEL is a student, or one for each of a mixed cohort, the leader's last:

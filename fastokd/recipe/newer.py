@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastokd.recipe.recipe import Recipe, models
@@ -151,6 +152,11 @@ def _dist(base: Recipe) -> Recipe:
     return _taught(base, options, _CIFAR, {**schedule, "decay_norms": False})
 
 
+def _dist_from(teacher: str, base: Recipe) -> Recipe:
+    """The README's stronger teachers on ImageNet: torchvision's."""
+    return replace(base, teacher=f"baseline/torchvision:{teacher}/{base.dataset}")
+
+
 # For each method: from OKDDip's settings on the recipe's data set to its own.
 SETTINGS: dict[str, Callable[[Recipe], Recipe]] = {
     "dist": _dist,
@@ -161,5 +167,6 @@ SETTINGS: dict[str, Callable[[Recipe], Recipe]] = {
 }
 # For each method its published variants by the word in a recipe's name: from its own settings to theirs.
 VARIANTS: dict[str, dict[str, Callable[[Recipe], Recipe]]] = {
-    "mcl": {"logits": _mcl_logits, "okd": _mcl_okd}
+    "dist": {name: partial(_dist_from, name) for name in ("resnet50", "resnet101", "resnet152")},
+    "mcl": {"logits": _mcl_logits, "okd": _mcl_okd},
 }

@@ -17,8 +17,9 @@ from fastokd.cli import run_command
 from fastokd.compare import comparison
 from fastokd.compare.calibration import BINS, Calibration, measure_bins
 from fastokd.compare.comparison import Comparison, Prepared, compare, prepare
-from fastokd.compare.contestants import ALONE, SHARED, Request
+from fastokd.compare.contestants import ALONE, Request
 from fastokd.compare.cost import larger_student, training_macs
+from fastokd.compare.shared import SHARED
 from fastokd.errors import UserError
 from fastokd.models import model_info
 from fastokd.recipe.names import Recipe, recipe
@@ -147,6 +148,25 @@ def test_rows_share_all_but_the_method() -> None:
         assert all(getattr(row.recipe, name) == getattr(base, name) for name in SHARED)
     assert prepared.rows[1].recipe.ramp_epochs != base.ramp_epochs  # FFSD's own
     assert not prepared.out.exists()
+
+
+def test_a_named_recipe_is_that_of_all_rows(tmp_path: Path) -> None:
+    """With its epochs scaled and the user's settings on top; a method keeps what is its own."""
+    file = tmp_path / "hot.toml"
+    file.write_text(
+        'recipe = "dml/resnet20/cifar100"\nschedule = "cosine"\nlabel_smoothing = 0.1\nepochs = 200\n'
+    )
+    settings = {"epochs": 2, "lr": 0.3}
+    asked = replace(REQUEST, methods="kd,okdph", recipe=str(file), settings=settings)
+    prepared = prepare(asked, Path("none"), OPTIONS)
+    assert {row.kind for row in prepared.rows} == {"alone", "method", "longer", "larger", "teacher"}
+    for row in prepared.rows:
+        of = row.recipe
+        assert (of.schedule, of.label_smoothing, of.lr) == ("cosine", 0.1, 0.3), row.label
+        assert (of.batch_size, of.crop_padding, of.flip) == (128, 4, True), row.label
+        assert (of.dataset, of.epochs) == ("digits", 2) or row.kind == "longer"
+    with pytest.raises(UserError, match="and --published each its own"):
+        replace(asked, published=True)
 
 
 def test_conditions_have_the_same_budget() -> None:

@@ -272,6 +272,7 @@ def test_a_compiled_step_is_the_eager_one_across_ramp_and_rate() -> None:
         *[("okddip-branch/resnet8", engine) for engine in ("loop", "grouped", "vmap")],
         ("ffsd/resnet8", "grouped"),
         ("dml/vgg16", "vmap"),
+        ("mcl/resnet8", "loop"),
     ],
 )
 def test_a_step_is_compiled_once(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,25 @@ def test_a_student_without_a_target_has_no_term(name: str) -> None:
         assert not gradient_SBC[1].any()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["dkd", "dist", "kl"])
+def test_a_source_to_which_nobody_listens_may_be_nan(name: str, bad: float) -> None:
+    """As if it weren't there: for both students, and for a row of scores a sample."""
+    z_SBC, labels_B = torch.randn(2, 4, 10).double().requires_grad_(), torch.arange(4)
+    scores_SN = torch.tensor([[-torch.inf, 1.0, 0.0], [2.0, -torch.inf, 0.0]]).double()
+    hidden_SN = torch.cat([scores_SN, torch.full((2, 1), -torch.inf)], 1)
+    extra_EBC = torch.stack([torch.randn(4, 10), torch.full((4, 10), bad)]).double()
+    for mix in ("logits", "pairwise"):
+        divergence = Divergence(name, mix=mix, standardise=name == "kl")
+        found = []
+        for scores, extras in ((scores_SN, extra_EBC[:1]), (hidden_SN, extra_EBC)):
+            for given in (scores, scores.expand(4, -1, -1)) if mix == "logits" else (scores,):
+                total, _ = divergence.by_scores(z_SBC, extras, given, labels_B, 2.0)
+                found.append((total.detach(), *torch.autograd.grad(total, z_SBC)))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{"divergence": "dkd"}, {"standardise_logits": True}])
 def test_a_term_apart_obeys_the_ramp(options: dict[str, Any]) -> None:
     cohort = Cohort(("resnet8", 2), 10)

@@ -58,6 +58,7 @@ def test_branch_cohort_facts(name: str) -> None:
         # shortcuts.
         ("wrn_16_2_basic", 100, 703_284),
         ("wrn_40_2_basic", 100, 2_255_156),
+        ("wrn_28_4_basic", 100, 5_872_180),
         ("wrn_28_10_basic", 10, 36_479_194),
         ("resnet110_basic", 100, 1_736_564),
     ],

@@ -96,6 +96,7 @@ def test_what_is_wrong_is_named() -> None:
         ((z_BC, t_BC, t_BC), {}, "integers"),
         ((z_BC, t_BC, labels_B), {"temperature": 0.0}, "above 0"),
         ((z_BC, t_BC, labels_B), {"alpha": math.nan}, "alpha is nan"),
+        ((z_BC, t_BC, labels_B), {"beta": torch.tensor(8.0)}, "beta is a tensor: give a Python n"),
         ((z_BC, t_BC, labels_B), {"impl": "cuda"}, "choose auto"),
         ((z_BC, t_BC, labels_B), {"impl": "triton"}, "impl='auto' would run"),
     ]

@@ -1,4 +1,4 @@
-"""The recipes of PCL and OKDPH, read off what is published once more."""
+"""The recipes of the newer methods, read off what is published once more."""
 
 from __future__ import annotations
 
@@ -42,3 +42,32 @@ def test_okdphs_settings(name: str, options: tuple[object, ...], kinds: str) -> 
 def test_pcls_heads_are_equal_but_for_vgg() -> None:
     assert "equal_heads" not in recipe("pcl/resnet32/cifar100").method_options
     assert recipe("pcl/vgg16/cifar100").method_options["equal_heads"] is False
+
+
+def test_mcls_numbers() -> None:
+    """Students by the name's count, logits and memory by the column; ensembles are the same runs."""
+    for cell in cells_of("mcl"):
+        r = recipe(cell.recipe)
+        okd, imagenet = "MCL-OKD" in cell.column, r.dataset == "imagenet"
+        assert (r.method, r.model) == ("mcl", cell.row), cell
+        assert r.dataset == cell.column.split(", ")[-1], cell
+        assert r.students == (2 if "x2" in cell.column else 4), cell
+        assert r.method_options.get("logit_distill", False) == ("logits" in cell.column), cell
+        assert (r.reported == "ensemble_logits") == ("ensemble" in cell.column), cell
+        assert cell.unit == ("error" if okd else "accuracy"), cell
+        assert r.method_options.get("tau", 0.1) == (0.07 if imagenet else 0.1), cell
+    shared = recipe("mcl-branch-okd-ensemble@4/resnet34/imagenet")
+    assert (shared.epochs, shared.batch_size, shared.lr) == (100, 128, 0.05)
+    assert (shared.weight_decay, shared.schedule) == (1e-4, "cosine")
+    assert shared.method_options["negatives"] == 16384
+
+
+def test_dists_teachers() -> None:
+    for cell in cells_of("dist"):
+        r = recipe(cell.recipe)
+        teacher = cell.column.split(", ")[0]
+        assert (r.model, r.teacher) == (cell.row, f"baseline/{teacher}/{r.dataset}"), cell
+    assert (
+        recipe("dist-resnet50/resnet18/imagenet").method_options
+        == recipe("dist/resnet18/imagenet").method_options
+    )

@@ -18,7 +18,7 @@ from fastokd.evaluate import Evaluator
 from fastokd.learner.captured import CapturedStep
 from fastokd.learner.step import step, training_step
 from fastokd.learner.student_parallel import StudentParallel
-from fastokd.methods import create_method
+from fastokd.methods import Progress, create_method
 from fastokd.methods.okdph import DRAWN
 from fastokd.recipe.names import Recipe, recipe
 from fastokd.run.session import Session
@@ -76,6 +76,26 @@ def test_it_is_part_of_a_captured_step(method: str) -> None:
             run(images, labels)
             session.finish_step()
     ours, theirs = (x.learner.method.state_dict() for x in (captured, plain))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, which runs as it was traced, without code generation."""
+    torch._dynamo.reset()
+    graphs, real = [], torch.compile
+
+    def traced(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda body, **how: real(body, backend=traced, **how))
+    eager = session_of(small(method, students=2))
+    compiled = session_of(small(method, students=2), compile=True)
+    for session in (eager, compiled):
+        go(session, steps=3)
+    assert len(graphs) == 1
+    ours, theirs = (x.state()[0] for x in (compiled, eager))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
@@ -195,3 +215,15 @@ def test_the_score_is_of_the_kept_companion(monkeypatch: pytest.MonkeyPatch) -> 
     scores = {"student_top1": top1, "student_top5": [0.4, 0.5, 0.6]}
     monkeypatch.setattr(evaluator, "_score", lambda scorer, between: {"test": dict(scores)})
     assert evaluator()["test"]["companion_top1"] == top1[kept]
+
+
+def test_another_method_removes_the_companion() -> None:
+    cohort = Cohort(("resnet8", 2), 10, sharing="network")
+    okdph = create_method("okdph", cohort.shape)
+    assert cohort.companion is not None
+    method = create_method("dml", cohort.shape)
+    assert cohort.companion is None
+    out, labels_B = cohort(torch.zeros(4, 3, 8, 8)), torch.arange(4)
+    method(out, labels_B, Progress.start()).total.backward()
+    with pytest.raises(UserError, match="no other method after it"):
+        okdph(out, labels_B, Progress.start())
