@@ -1,7 +1,9 @@
-"""What the divergences of students from a target share: checks, and the arithmetic's dtype.
+"""What the divergences of students from a target share: checks, refusals, the autograd formula.
 
-They take a stack of students ``[S, B, C]`` and a target ``[1, B, C]`` for all of them or ``[S, B, C]``, and return
-the batch mean of each student, ``[S]``, in fp32 (float64 where an input is). Targets carry no gradient.
+Their operators take a stack of students ``[S, B, C]`` and a target ``[1, B, C]`` for all of them or
+``[S, B, C]``, and return the batch mean of each student, ``[S]``, with the gradient for an incoming
+gradient of 1. Targets carry no gradient. Loss, arithmetic and that gradient are fp32: the backward multiplies
+it by each student's incoming one and rounds once.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastokd.errors import UserError
+from fastokd.ops._library import LAUNCHERS, operator
 from fastokd.ops.dispatch import choose
 
 
@@ -25,9 +29,14 @@ def target_loss(
     target_SBC: Tensor,
     *args: Any,
 ) -> Tensor:
-    """Each student's loss ``[S]`` of ``op`` by ``reference``, which takes ``args`` too."""
-    choose(op, impl, logits_SBC.device, {})
+    """Each student's loss ``[S]`` by the operator ``op`` or by ``reference``, which take ``args`` too."""
     target_SBC = target_SBC.detach()
+    reason = _refusal(logits_SBC, target_SBC)
+    refusals = {"cpp": reason, "triton": reason} if op in LAUNCHERS else {"cpp": reason}
+    impl = choose(op, impl, logits_SBC.device, refusals)
+    if impl != "torch":
+        loss_S: Tensor = TargetLoss.apply(op, impl, logits_SBC, target_SBC, *args)
+        return loss_S
     double = torch.float64 in (logits_SBC.dtype, target_SBC.dtype)
     dtype = torch.float64 if double else torch.float32
     with torch.autocast(logits_SBC.device.type, enabled=False):
@@ -67,3 +76,41 @@ def check(logits_SBC: Tensor, target_SBC: Tensor, classes: int, **numbers: float
         raise UserError(
             f"temperature is {numbers['temperature']}: it must be a finite number above 0"
         )
+
+
+def _refusal(logits_SBC: Tensor, target_SBC: Tensor) -> str | None:
+    """Why the fused forms can't read these logits, or None."""
+    for x_SBC in (logits_SBC, target_SBC):
+        if x_SBC.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{str(x_SBC.dtype).removeprefix('torch.')} is for impl='torch'"
+        if x_SBC.stride(2) != 1 and x_SBC.shape[2] > 1:
+            return f"neighbouring classes are {x_SBC.stride(2)} elements apart, not 1"
+    return None
+
+
+def fake(logits_SBC: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The results on fake tensors; ``args`` end in whether the gradient is asked for."""
+    shape = logits_SBC.shape if args[-1] else (0,)
+    return (
+        logits_SBC.new_empty(logits_SBC.shape[0], dtype=torch.float32),
+        logits_SBC.new_empty(shape, dtype=torch.float32),
+    )
+
+
+class TargetLoss(torch.autograd.Function):
+    """``(op, impl, logits, target, arguments...) -> loss_S``."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, impl: str, logits_SBC: Tensor, *args: Any) -> Tensor:
+        call = operator(op, impl, logits_SBC)
+        loss_S, gradient_SBC = call(logits_SBC, *args, ctx.needs_input_grad[2])
+        ctx.save_for_backward(gradient_SBC)
+        ctx.dtype, ctx.arguments = logits_SBC.dtype, len(args)
+        result: Tensor = loss_S
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming_S: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_SBC = (ctx.saved_tensors[0] * incoming_S[:, None, None]).to(ctx.dtype)
+        return None, None, gradient_SBC, *(None,) * ctx.arguments

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastokd.ops._targets import check, stacked, target_loss
+from fastokd.ops._library import define
+from fastokd.ops._targets import check, fake, stacked, target_loss
 
 EPS = 1e-8
 
@@ -32,14 +33,14 @@ def correlation_distillation(
 ) -> Tensor:
     """beta inter + gamma intra (the equations of this module), a scalar in fp32 (float64 for float64).
 
-    Differentiable in the student's logits.
+    Differentiable once in the student's logits (``impl="torch"``: any number of times).
 
     Args:
         logits_BC: the student's logits, floating point.
         target_logits_BC: the teacher's; detached.
         beta, gamma: weights of inter and intra, numbers.
         temperature: T > 0, a number. Both terms hold T^2.
-        impl: ``"auto"`` or ``"torch"``, the only implementation.
+        impl: ``"auto"``, ``"torch"`` or ``"cpp"``; a GPU's is ``"torch"``.
 
     Raises:
         UserError: a shape, dtype or number that doesn't fit, an ``impl`` that can't serve the call.
@@ -85,3 +86,10 @@ def _correlation(a_SBC: Tensor, b_SBC: Tensor, dim: int) -> Tensor:
     b_SBC = b_SBC - b_SBC.mean(dim, keepdim=True)
     norms = a_SBC.norm(dim=dim) * b_SBC.norm(dim=dim)
     return (a_SBC * b_SBC).sum(dim) / (norms + EPS)
+
+
+define(
+    "correlation_distillation(Tensor logits_SBC, Tensor target_SBC, float beta, float gamma,"
+    " float temperature, bool ask) -> (Tensor loss_S, Tensor gradient_SBC)",
+    fake,
+)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.ops._targets import check, stacked, target_loss
+from fastokd.ops._library import define
+from fastokd.ops._targets import check, fake, stacked, target_loss
 
 
 def decoupled_distillation(
@@ -34,7 +35,7 @@ def decoupled_distillation(
 ) -> Tensor:
     """alpha TCKD + beta NCKD (the equations of this module), a scalar in fp32 (float64 for float64).
 
-    Differentiable in the student's logits.
+    Differentiable once in the student's logits (``impl="torch"``: any number of times).
 
     Args:
         logits_BC: the student's logits, floating point.
@@ -42,7 +43,7 @@ def decoupled_distillation(
         labels_B: class ids, integers. An id out of range gives NaN for its sample.
         alpha, beta: weights of TCKD and NCKD, numbers.
         temperature: T > 0, a number. Both terms hold T^2.
-        impl: ``"auto"`` or ``"torch"``, the only implementation.
+        impl: ``"auto"``, ``"torch"`` or ``"cpp"``; a GPU's is ``"torch"``.
 
     Raises:
         UserError: a shape, dtype or number that doesn't fit, fewer than 2 classes, an ``impl`` that
@@ -101,3 +102,10 @@ def _reference(
     poison_B = torch.where(valid_B, temperature**2, math.nan).to(z_SBC.dtype)
     loss_SB = (alpha * tckd_SB + beta * nckd_SB) * poison_B
     return loss_SB.sum(1) / max(len(labels_B), 1)
+
+
+define(
+    "decoupled_distillation(Tensor logits_SBC, Tensor target_SBC, Tensor labels_B, float alpha,"
+    " float beta, float temperature, bool ask) -> (Tensor loss_S, Tensor gradient_SBC)",
+    fake,
+)

@@ -1,7 +1,8 @@
-"""Calls of the divergences from a target."""
+"""Calls of the divergences from a target, and the budget that a fast implementation's errors have."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,3 +60,24 @@ def outcome(op: str, drawn: Drawn, impl: str, incoming: float = 1.0, **options: 
     (gradient,) = torch.autograd.grad((loss_S * weight_S * incoming).sum(), z_SBC)
     assert gradient.dtype == z_SBC.dtype
     return loss_S.detach(), gradient
+
+
+def assert_within_budget(op: str, drawn: Drawn, impl: str, **options: Any) -> None:
+    """No further from float64 than plain PyTorch in the same dtype, plus a few roundings."""
+    exact_drawn = Drawn(drawn.logits_SBC.double(), drawn.target_SBC.double(), drawn.labels_B)
+    ours = outcome(op, drawn, impl, **options)
+    plain = outcome(op, drawn, "torch", **options)
+    exact = outcome(op, exact_drawn, "torch", **options)
+    fp32 = torch.finfo(torch.float32).eps
+    for name, a, b, c in zip(("loss", "gradient"), ours, plain, exact, strict=True):
+        assert a.dtype == b.dtype
+        error, budget = (a.double() - c).abs(), (b.double() - c).abs()
+        rounding = torch.finfo(a.dtype).eps * c.abs()
+        # DIST's losses are T^2 less a correlation, DKD's T^2 beta times differences of logs.
+        largest = c.abs().max() if name == "gradient" else 16.0
+        worst = (error - budget.max() - rounding - 8 * fp32 * largest).max().item()
+        assert worst <= 0, f"{op} {name}: {worst:.3g} beyond the budget of {budget.max():.3g}"
+        # Triton's interpreter, unlike a GPU, cuts a float32 off where it stores a bfloat16.
+        share = 2.0 if impl == "triton" else 1.0
+        rms, allowed = error.square().mean().sqrt(), budget.square().mean().sqrt()
+        assert rms <= share * allowed + 2 * fp32 * largest, f"{op} {name}: {rms} of {allowed}"

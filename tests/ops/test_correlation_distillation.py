@@ -1,4 +1,4 @@
-"""``correlation_distillation``: the equation, its edges, and what it refuses."""
+"""``correlation_distillation``: the equation, its C++ by error budget, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from fastokd.errors import UserError
-from fastokd.ops import correlation_distillation
+from fastokd.ops import correlation_distillation, cpp
 from fastokd.reference.divergences import correlated
-from tests.ops.target_cases import draw, outcome
+from tests.ops.target_cases import Drawn, assert_within_budget, draw, outcome
+
+SHAPES = [(3, 5, 10, 1), (2, 4, 100, 2), (1, 40, 17, 1), (2, 3, 1000, 1), (2, 70, 33, 2)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_it_is_the_plain_loop() -> None:
@@ -25,25 +28,53 @@ def test_it_is_the_plain_loop() -> None:
         torch.autograd.grad(correlation_distillation(z_BC.detach(), t_BC), t_BC)
 
 
-def test_what_is_constant_correlates_with_nothing() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cpp(shape: tuple[int, ...], dtype: torch.dtype, cpp_ops: None) -> None:
+    S, B, C, targets = shape
+    drawn = draw(S, B, C, targets=targets, dtype=dtype)
+    # In fp16 small gradients would round to 0.
+    incoming = 256.0 if dtype == DTYPES[2] else 1.0
+    assert_within_budget("correlation", drawn, "cpp", incoming=incoming)
+
+
+@pytest.mark.parametrize("name", cpp.CAPABILITIES)
+def test_every_instruction_set(name: str, cpp_ops: None) -> None:
+    before = cpp.capability()
+    try:
+        if cpp.set_capability(name):
+            assert_within_budget("correlation", draw(2, 7, 53), "cpp")
+    finally:
+        cpp.set_capability(before)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_what_is_constant_correlates_with_nothing(impl: str, cpp_ops: None) -> None:
     """One sample: every class is constant over the batch. One class: every sample is."""
     for B, C in ((1, 6), (4, 1)):
         drawn = draw(2, B, C)
         loss_S, gradient_SBC = outcome(
-            "correlation", drawn, "torch", beta=0.0 if B == 1 else 1.0, gamma=1.0 if B == 1 else 0.0
+            "correlation", drawn, impl, beta=0.0 if B == 1 else 1.0, gamma=1.0 if B == 1 else 0.0
         )
         torch.testing.assert_close(loss_S, torch.full((2,), 4.0))
         assert not gradient_SBC.any()
-    loss_S, gradient_SBC = outcome("correlation", draw(2, 0, 4), "torch")
+    loss_S, gradient_SBC = outcome("correlation", draw(2, 0, 4), impl)
     assert (loss_S == 0).all()
     assert gradient_SBC.shape == (2, 0, 4)
 
 
-def test_equal_probabilities_correlate_wholly() -> None:
+def test_equal_probabilities_correlate_wholly(cpp_ops: None) -> None:
     drawn = draw(1, 6, 5)
     drawn = drawn._replace(logits_SBC=drawn.target_SBC)
-    loss_S, _ = outcome("correlation", drawn, "torch")
-    torch.testing.assert_close(loss_S, torch.zeros(1), atol=1e-5, rtol=0.0)
+    for impl in ("torch", "cpp"):
+        loss_S, _ = outcome("correlation", drawn, impl)
+        torch.testing.assert_close(loss_S, torch.zeros(1), atol=1e-5, rtol=0.0)
+
+
+def test_rows_of_wider_memory(cpp_ops: None) -> None:
+    z_SBC, t_SBC, labels_B = draw(2, 5, 12)
+    drawn = Drawn(z_SBC[..., 1:11], t_SBC[..., :10].expand(2, -1, -1), labels_B)
+    assert_within_budget("correlation", drawn, "cpp")
 
 
 def test_what_is_wrong_is_named() -> None:
@@ -53,7 +84,7 @@ def test_what_is_wrong_is_named() -> None:
         ((z_BC, t_BC[1:]), {}, "target's logits are"),
         ((z_BC, t_BC), {"temperature": -1.0}, "above 0"),
         ((z_BC, t_BC), {"gamma": float("inf")}, "gamma is inf"),
-        ((z_BC, t_BC), {"impl": "triton"}, "can't run as impl='triton'"),
+        ((z_BC.T.contiguous().T, t_BC), {"impl": "cpp"}, "elements apart"),
     ]
     for arguments, options, said in wrong:
         with pytest.raises(UserError, match=said):
