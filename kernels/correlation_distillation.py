@@ -10,7 +10,8 @@ b', their correlation and its gradient
 ``samples_kernel``, a program a sample of a student, takes the softmaxes' sums and rho, v and w over the
 classes, whose mean probability is 1 / C. ``classes_kernel``, a program a few classes of a student, takes
 means, rho, v and w over the batch, tile by tile: sums of centred products, merged as those of two sets
-of samples are (Chan et al., 1979). ``gradient_kernel``, a program a sample, has then
+of samples are (Chan et al., 1979). What a mean's rounding to fp32 adds to each centred value is taken from
+the class's gradient: v and w may be large. ``gradient_kernel``, a program a sample, has then
 
     g  = -T^2 (beta / B (d rho_b / d y) + gamma / C (d rho_c / d y)),   dz = y (g - y . g) / T
 
@@ -31,8 +32,8 @@ from fastokd.kernels.layout import row_layout
 from torch import Tensor
 
 # What is kept of each sample: of student and of target the maximum and the sum of exp; v, w and rho. Of
-# each class: the means of student and target; v, w and rho.
-OF_SAMPLE, OF_CLASS = tl.constexpr(7), tl.constexpr(5)
+# each class: the means of student and target; v, w, what is added to v b' - w a', and rho.
+OF_SAMPLE, OF_CLASS = tl.constexpr(7), tl.constexpr(6)
 SAMPLES, CLASSES = 128, 16  # of a tile of classes_kernel
 EPS = tl.constexpr(1e-8)
 
@@ -138,8 +139,9 @@ def classes_kernel(
     z, t = (z_ptr + s * z_s * Z_VEC, z_b), (t_ptr + s * t_s * T_VEC, t_b)
     step = tl.num_programs(1).to(tl.int64) * B
     sample_ptr += s * B
-    y_mean = tl.zeros([CLASSES], tl.float32)
-    u_mean, yy, uu, yu = y_mean, y_mean, y_mean, y_mean
+    y_mean = tl.zeros([CLASSES], tl.float64)
+    yy = tl.zeros([CLASSES], tl.float32)
+    u_mean, uu, yu = y_mean, yy, yy
     for start in range(0, B, SAMPLES):
         b = start + tl.arange(0, SAMPLES)
         listed = (b < B)[:, None] & (c < C)[None, :]
@@ -153,16 +155,21 @@ def classes_kernel(
         y_more, u_more = tl.div_rn(tl.sum(y, 0), more), tl.div_rn(tl.sum(u, 0), more)
         y = tl.where(listed, y - y_more[None, :], 0.0)
         u = tl.where(listed, u - u_more[None, :], 0.0)
+        # The tile's means as they are without rounding, less the means of the samples before.
+        y_step = y_more + tl.div_rn(tl.sum(y, 0), more).to(tl.float64) - y_mean
+        u_step = u_more + tl.div_rn(tl.sum(u, 0), more).to(tl.float64) - u_mean
         share = more / (start + more)
-        y_step, u_step = y_more - y_mean, u_more - u_mean
-        yy += tl.sum(y * y, 0) + y_step * y_step * (start * share)
-        uu += tl.sum(u * u, 0) + u_step * u_step * (start * share)
-        yu += tl.sum(y * u, 0) + y_step * u_step * (start * share)
+        y_apart, u_apart, before = y_step.to(tl.float32), u_step.to(tl.float32), start * share
+        yy += tl.sum(y * y, 0) + y_apart * y_apart * before
+        uu += tl.sum(u * u, 0) + u_apart * u_apart * before
+        yu += tl.sum(y * u, 0) + y_apart * u_apart * before
         y_mean += y_step * share
         u_mean += u_step * share
     v, w, rho = _correlation(yy, uu, yu)
     class_ptr += s * OF_CLASS * C + c
-    kept = (y_mean, u_mean, v, w, rho)
+    y_near, u_near = y_mean.to(tl.float32), u_mean.to(tl.float32)
+    added = w * (y_mean - y_near).to(tl.float32) - v * (u_mean - u_near).to(tl.float32)
+    kept = (y_near, u_near, v, w, added, rho)
     for i in tl.static_range(OF_CLASS):
         tl.store(class_ptr + i * C, kept[i], mask=c < C)
 
@@ -178,7 +185,8 @@ def _gradient(rows, sample, class_ptr, c, k, by_sample, by_class, C: tl.constexp
     u_mean = tl.load(class_ptr + C + c, mask=listed, other=0.0)
     v = tl.load(class_ptr + 2 * C + c, mask=listed, other=0.0)
     w = tl.load(class_ptr + 3 * C + c, mask=listed, other=0.0)
-    return y, g + by_class * (v * (u - u_mean) - w * (y - y_mean))
+    added = tl.load(class_ptr + 4 * C + c, mask=listed, other=0.0)
+    return y, g + by_class * (v * (u - u_mean) - w * (y - y_mean) + added)
 
 
 @triton.jit

@@ -60,6 +60,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         ),
         "max_pool": (x, 2),
         "max_pool_backward": (x, x.to(torch.uint8), 2, 6, 5),
+        "decoupled_distillation": (logits, logits[:1], labels, 1.0, 8.0, 4.0, True),
+        "correlation_distillation": (logits, logits[:1], 1.0, 1.0, 4.0, True),
         "mixture_distillation": (
             logits, None, labels, scores, None, *weights, True, False, True, False
         ),
