@@ -18,15 +18,16 @@ inline Correlation correlation(double aa, double bb, double ab) {
 
 void FASTOKD_KERNEL(softmax_row)(int64_t classes, Type type, const void* logits, float inverse,
                                  float* to) {
-  scale_row(to, type, logits, classes, inverse);
-  const float top = row_max(to, classes);
+  typed(type, logits, [&](const auto* row) {
+    scale_row(to, row, classes, row_max(row, classes), inverse);
+  });
   Total total;
   for (int64_t i = 0; i < padded(classes); i += kLanes) {
-    const Vec e = exp(load(to + i) - top);
+    const Vec e = exp(load(to + i));
     total.add(e);
     store(to + i, e);
   }
-  const float by = 1.0f / total.sum();
+  const float by = float(1.0 / whole(total));
   for (int64_t i = 0; i < padded(classes); i += kLanes) store(to + i, load(to + i) * by);
 }
 
@@ -39,7 +40,7 @@ Correlation FASTOKD_KERNEL(correlate_row)(int64_t classes, const float* y, const
     uu.add(b * b);
     yu.add(a * b);
   });
-  return correlation(yy.sum(), uu.sum(), yu.sum());
+  return correlation(whole(yy), whole(uu), whole(yu));
 }
 
 double FASTOKD_KERNEL(correlate_columns)(int64_t classes, int64_t samples, const float* y,
@@ -91,7 +92,7 @@ void FASTOKD_KERNEL(correlation_gradient)(const CorrelationOptions& o, const flo
     inner.add(p * g);
     store(scratch + i, g);
   }
-  const float along = inner.sum();
+  const float along = float(whole(inner));
   for (int64_t i = 0; i < width; i += kLanes) {
     store(scratch + i, load(y + i) * (load(scratch + i) - along));
   }

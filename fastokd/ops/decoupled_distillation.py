@@ -68,7 +68,7 @@ def decoupled_losses(
     ``[S, B, C]``."""
     check(logits_SBC, target_SBC, 2, alpha=alpha, beta=beta, temperature=temperature)
     B = logits_SBC.shape[1]
-    if labels_B.shape != (B,) or labels_B.is_floating_point():
+    if labels_B.shape != (B,) or labels_B.is_floating_point() or labels_B.dtype == torch.bool:
         raise UserError(
             f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: it must be integers [{B}], "
             "since one class is told from the others"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastokd import ops
 from fastokd.errors import UserError
 from fastokd.ops.conv import conv2d, conv_transpose2d
+from fastokd.ops.correlation_distillation import correlation_losses
+from fastokd.ops.decoupled_distillation import decoupled_losses
 from fastokd.ops.max_pool import max_pool
 
 Call = Callable[[str], tuple[Tensor, list[Tensor]]]
@@ -56,6 +58,20 @@ def peers(n: dict[str, int], leader: bool = True) -> Call:
     return lambda impl: (
         ops.peer_attention_distillation(logits_SBC, labels_B, query, key, impl=impl).total,
         [logits_SBC, query, key],
+    )
+
+
+def to_target(n: dict[str, int], decoupled: bool) -> Call:
+    logits_SBC, labels_B = logits_and_labels(n, soft=False)
+    target_SBC = torch.randn(1, n["B"], n["C"])
+    if decoupled:
+        return lambda impl: (
+            decoupled_losses(logits_SBC, target_SBC, labels_B, impl=impl).sum(),
+            [logits_SBC],
+        )
+    return lambda impl: (
+        correlation_losses(logits_SBC, target_SBC, impl=impl).sum(),
+        [logits_SBC],
     )
 
 
@@ -107,6 +123,8 @@ OPS: dict[str, tuple[str, Callable[[dict[str, int]], Call]]] = {
     "mixture, one score for all": ("SBCE", lambda n: mixture(n, batched=False)),
     "peers": ("SBCd", peers),
     "peers without a leader": ("SBCd", lambda n: peers(n, leader=False)),
+    "decoupled": ("SBC", lambda n: to_target(n, decoupled=True)),
+    "correlation": ("SBC", lambda n: to_target(n, decoupled=False)),
     "attention_map": ("BMHW", of_maps(ops.attention_map, 1)),
     "attention_transfer": ("BMHW", of_maps(ops.attention_transfer, 2)),
     "attention_diversity": ("BMHW", of_maps(ops.attention_diversity, 2)),

@@ -1,4 +1,4 @@
-"""``decoupled_distillation``: the equation, its C++ by error budget, and what it refuses."""
+"""``decoupled_distillation``: the equation, its edges, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from fastokd.errors import UserError
-from fastokd.ops import cpp, decoupled_distillation
+from fastokd.ops import decoupled_distillation
 from fastokd.reference.divergences import decoupled
-from tests.ops.target_cases import Drawn, assert_within_budget, draw, outcome
-
-SHAPES = [(3, 5, 10, 1), (2, 4, 100, 2), (1, 3, 2, 1), (2, 3, 1000, 1), (2, 2, 37, 2)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests.ops.target_cases import Drawn, draw, outcome
 
 
 def test_it_is_the_plain_loop() -> None:
@@ -48,26 +44,16 @@ def test_the_kl_is_its_two_parts() -> None:
     torch.testing.assert_close(kl, tckd + rest * nckd, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cpp(shape: tuple[int, ...], dtype: torch.dtype, cpp_ops: None) -> None:
-    S, B, C, targets = shape
-    drawn = draw(S, B, C, targets=targets, dtype=dtype)
-    # In fp16 small gradients would round to 0.
-    assert_within_budget("decoupled", drawn, "cpp", incoming=256.0 if dtype == DTYPES[2] else 1.0)
+def test_half_precision_is_computed_in_fp32() -> None:
+    z_SBC, t_SBC, labels_B = draw(1, 4, 9, dtype=torch.bfloat16)
+    ours = decoupled_distillation(z_SBC[0], t_SBC[0], labels_B)
+    wanted = decoupled_distillation(z_SBC[0].double(), t_SBC[0].double(), labels_B)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", cpp.CAPABILITIES)
-def test_every_instruction_set(name: str, cpp_ops: None) -> None:
-    before = cpp.capability()
-    try:
-        if cpp.set_capability(name):
-            assert_within_budget("decoupled", draw(2, 7, 53), "cpp")
-    finally:
-        cpp.set_capability(before)
-
-
-def confident(impl: str) -> tuple[Tensor, Tensor]:
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_no_log_of_nothing(impl: str, cpp_ops: None) -> None:
     """The label's logit is 200 above or below the others, of the student or of the target."""
     z_SBC, t_SBC = torch.zeros(1, 4, 5), torch.zeros(1, 4, 5)
     z_SBC[0, 0, 0], z_SBC[0, 1, 0] = 200.0, -200.0
@@ -75,16 +61,11 @@ def confident(impl: str) -> tuple[Tensor, Tensor]:
     z_SBC[..., 1] = 1.0
     drawn = Drawn(z_SBC, t_SBC, torch.zeros(4, dtype=torch.long))
     loss_S, gradient_SBC = outcome("decoupled", drawn, impl, temperature=1.0)
-    return loss_S, gradient_SBC
-
-
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
-def test_no_log_of_nothing(impl: str, cpp_ops: None) -> None:
-    loss_S, gradient_SBC = confident(impl)
     assert loss_S.isfinite().all()
     assert gradient_SBC.isfinite().all()
-    torch.testing.assert_close((loss_S, gradient_SBC), confident("torch"))
-    assert (gradient_SBC[0, 1].abs().max(), loss_S > 0) != (0, False)
+    assert gradient_SBC.abs().amax(-1).min() > 0
+    wanted = outcome("decoupled", drawn, "torch", temperature=1.0)
+    torch.testing.assert_close((loss_S, gradient_SBC), wanted)
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
@@ -104,12 +85,6 @@ def test_no_samples(impl: str, cpp_ops: None) -> None:
     assert gradient_SBC.shape == (2, 0, 4)
 
 
-def test_rows_of_wider_memory(cpp_ops: None) -> None:
-    z_SBC, t_SBC, labels_B = draw(2, 5, 12)
-    drawn = Drawn(z_SBC[..., 1:11], t_SBC[..., :10].expand(2, -1, -1), labels_B.clamp(max=9))
-    assert_within_budget("decoupled", drawn, "cpp")
-
-
 def test_what_is_wrong_is_named() -> None:
     z_BC, t_BC, labels_B = (x[0] if x.dim() == 3 else x for x in draw(1, 4, 5))
     wrong = [
@@ -122,7 +97,7 @@ def test_what_is_wrong_is_named() -> None:
         ((z_BC, t_BC, labels_B), {"temperature": 0.0}, "above 0"),
         ((z_BC, t_BC, labels_B), {"alpha": math.nan}, "alpha is nan"),
         ((z_BC, t_BC, labels_B), {"impl": "cuda"}, "choose auto"),
-        ((z_BC.double(), t_BC, labels_B), {"impl": "cpp"}, "float64"),
+        ((z_BC, t_BC, labels_B), {"impl": "triton"}, "impl='auto' would run"),
     ]
     for arguments, options, said in wrong:
         with pytest.raises(UserError, match=said):

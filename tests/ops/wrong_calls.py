@@ -67,6 +67,13 @@ def _wide() -> Tensor:
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "mixture_distillation": _mixture,
     "peer_attention_distillation": _peers,
+    "decoupled_distillation": lambda: (
+        *(torch.randn(S, B, C), torch.randn(S, B, C), torch.randint(max(C, 1), (B,))),
+        *(1.0, 8.0, 4.0, True),
+    ),
+    "correlation_distillation": lambda: (
+        *(torch.randn(S, B, C), torch.randn(S, B, C), 1.0, 1.0, 4.0, True),
+    ),
     "attention_map": lambda: (_maps(),),
     "attention_map_backward": lambda: (
         *(_maps(), torch.rand(B, H * H), torch.rand(B), torch.rand(B, H * H)),
