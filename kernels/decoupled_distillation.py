@@ -41,6 +41,12 @@ def _block(
 
 
 @triton.jit
+def _exp(row, top, is_other, k):
+    """exp((z - top) / T) of other classes than the label's, 0 elsewhere."""
+    return tl.exp2(tl.where(is_other, (row - top) * k, PAD))
+
+
+@triton.jit
 def _rest_sums(rows, is_label, is_other, k):
     """Of each row the others' maximum and sum of exp, and the label's logit."""
     others, terms = (), ()
@@ -48,7 +54,7 @@ def _rest_sums(rows, is_label, is_other, k):
         others += (tl.where(is_other, rows[n], PAD),)
     tops = maxima(others)
     for n in tl.static_range(len(rows)):
-        terms += (tl.where(is_other, tl.exp2((rows[n] - tops[n]) * k), 0.0),)
+        terms += (_exp(rows[n], tops[n], is_other, k),)
         terms += (tl.where(is_label, rows[n], 0.0),)
     found = sums(terms)
     totals, labels = (), ()
@@ -84,7 +90,7 @@ def _compared(rows, found, is_label, is_other, alpha, beta, T):
     """Of each student the tile whose sum is KL(p^ || q^), and the gradient."""
     inv_T = 1.0 / T
     k = inv_T * LOG2E
-    p = tl.where(is_other, tl.exp2((rows[0] - found[0][0]) * k), 0.0) / found[1][0]
+    p = _exp(rows[0], found[0][0], is_other, k) / found[1][0]
     p_label, _ = _of_label(found, 0, inv_T)
     p_label = tl.exp2(p_label * LOG2E)
     terms, grads = (), ()
@@ -92,7 +98,7 @@ def _compared(rows, found, is_label, is_other, alpha, beta, T):
         ratio = (rows[0] - found[0][0]) - (rows[n] - found[0][n])
         ratio = ratio * inv_T - (tl.log(found[1][0]) - tl.log(found[1][n]))
         terms += (tl.where(is_other, p * ratio, 0.0),)
-        q = tl.exp2((rows[n] - found[0][n]) * k) / found[1][n]
+        q = _exp(rows[n], found[0][n], is_other, k) / found[1][n]
         q_label, _ = _of_label(found, n, inv_T)
         apart = alpha * (tl.exp2(q_label * LOG2E) - p_label)
         grads += (T * tl.where(is_label, apart, q * (beta - apart) - beta * p),)

@@ -91,7 +91,7 @@ def test_labels_out_of_range_are_nan_for_their_sample(draw: Draw) -> None:
     assert gradient_SBC[:, [0, 3]].isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered")  # numpy
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")  # numpy
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("value", [200.0, -200.0, -math.inf, math.nan])
 def test_edges(op: str, value: float, draw: Draw) -> None:
