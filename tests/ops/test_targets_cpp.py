@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
+from fastokd.methods.divergence import Divergence
 from fastokd.ops import cpp
 from tests.ops.target_cases import OPTIONS, Drawn, assert_within_budget, draw, losses, outcome
 
@@ -135,6 +136,25 @@ def test_auto_takes_the_cpp(op: str) -> None:
     losses(op, apart, "auto")
     with pytest.raises(UserError, match="can't run as impl='cpp': it runs on the CPU only"):
         losses(op, Drawn(*(x.to("meta") for x in (z_SBC, t_SBC, labels_B))), "cpp")
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist"])
+def test_methods_take_the_cpp(name: str) -> None:
+    z_SBC, t_SBC, labels_B = draw()
+    z_SBC.requires_grad_()
+    totals = []
+    for impl, taken in (("auto", True), ("cpp", True), ("torch", False)):
+        total, _ = Divergence(name, impl=impl).to_target(z_SBC, t_SBC, labels_B, 4.0, weight=0.5)
+        assert reaches("TargetLossBackward", total.grad_fn) == taken
+        totals.append((total, *torch.autograd.grad(total, z_SBC)))
+    torch.testing.assert_close(totals[0], totals[2])
+
+
+def reaches(name: str, node: Any) -> bool:
+    """Whether a graph has a node of this name."""
+    if node is None or type(node).__name__ == name:
+        return node is not None
+    return any(reaches(name, before) for before, _ in node.next_functions)
 
 
 def test_fp16_gradients_under_a_scaled_loss() -> None:
