@@ -17,6 +17,8 @@ from bench.gpu.child import Result
 from bench.gpu.machine import call_ms, the_device
 from fastokd import ops
 from fastokd.models.layers import NormAct
+from fastokd.ops.correlation_distillation import correlation_losses
+from fastokd.ops.decoupled_distillation import decoupled_losses
 from fastokd.ops.max_pool import max_pool
 
 ROTATED_BYTES, MOST_SETS = 160 << 20, 64
@@ -99,6 +101,27 @@ def _losses(device: torch.device, B: int, C: int, d: int) -> list[Case]:
             lambda impl, x: (
                 ops.peer_attention_distillation(x[0], labels_B, x[1], x[2], impl=impl).total
             ),
+        ),
+        *_from_a_target(device, labels_B, B, C),
+    ]
+
+
+def _from_a_target(device: torch.device, labels_B: Tensor, B: int, C: int) -> list[Case]:
+    """DKD and DIST of S students from one target."""
+
+    def inputs() -> list[Tensor]:
+        return [_draw(device, S, B, C), _draw(device, 1, B, C)]
+
+    return [
+        Case(
+            f"decoupled_distillation S {S} B {B} C {C}",
+            inputs,
+            lambda impl, x: decoupled_losses(x[0], x[1], labels_B, impl=impl),
+        ),
+        Case(
+            f"correlation_distillation S {S} B {B} C {C}",
+            inputs,
+            lambda impl, x: correlation_losses(x[0], x[1], impl=impl),
         ),
     ]
 

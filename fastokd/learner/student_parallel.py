@@ -78,6 +78,7 @@ class StudentParallel:
         return MethodLoss(
             loss.total + (total[0] - loss.total.detach()),
             {k: new.view_as(v) for (k, v), new in zip(loss.parts.items(), parts, strict=True)},
+            loss.kept,
         )
 
     @torch.no_grad()

@@ -117,11 +117,10 @@ class Divergence:
             )
             return loss.total, loss.kd_S
         weights = {**self.weights, "temperature": temperature}
-        impl = "auto" if self.impl == "triton" else self.impl  # the ops have no Triton form
         if self.name == "dkd":
-            loss_S = decoupled_losses(logits_SBC, target_SBC, labels_B, impl=impl, **weights)
+            loss_S = decoupled_losses(logits_SBC, target_SBC, labels_B, impl=self.impl, **weights)
         else:
-            loss_S = correlation_losses(logits_SBC, target_SBC, impl=impl, **weights)
+            loss_S = correlation_losses(logits_SBC, target_SBC, impl=self.impl, **weights)
         return (loss_S * weight).sum(), loss_S.detach()
 
     def by_scores(

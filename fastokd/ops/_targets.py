@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastokd.errors import UserError
-from fastokd.ops._library import LAUNCHERS, operator
+from fastokd.ops._library import operator
 from fastokd.ops.dispatch import choose
 
 
@@ -33,8 +33,7 @@ def target_loss(
     """Each student's loss ``[S]`` by the operator ``op`` or by ``reference``, which take ``args`` too."""
     target_SBC = target_SBC.detach()
     reason = _refusal(logits_SBC, target_SBC)
-    refusals = {"cpp": reason, "triton": reason} if op in LAUNCHERS else {"cpp": reason}
-    impl = choose(op, impl, logits_SBC.device, refusals)
+    impl = choose(op, impl, logits_SBC.device, {"cpp": reason, "triton": reason})
     if impl != "torch":
         loss_S: Tensor = TargetLoss.apply(op, impl, logits_SBC, target_SBC, *args)
         return loss_S
@@ -116,5 +115,10 @@ class TargetLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming_S: Tensor) -> tuple[Tensor | None, ...]:
-        gradient_SBC = (ctx.saved_tensors[0] * incoming_S[:, None, None]).to(ctx.dtype)
+        saved_SBC, incoming_SBC = ctx.saved_tensors[0], incoming_S[:, None, None]
+        if torch.compiler.is_compiling():
+            gradient_SBC = (saved_SBC * incoming_SBC).to(ctx.dtype)
+        else:  # one launch
+            gradient_SBC = torch.empty_like(saved_SBC, dtype=ctx.dtype)
+            torch.mul(saved_SBC, incoming_SBC, out=gradient_SBC)
         return None, None, gradient_SBC, *(None,) * ctx.arguments

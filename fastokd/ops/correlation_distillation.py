@@ -40,7 +40,7 @@ def correlation_distillation(
         target_logits_BC: the teacher's; detached.
         beta, gamma: weights of inter and intra, numbers.
         temperature: T > 0, a number. Both terms hold T^2.
-        impl: ``"auto"``, ``"torch"`` or ``"cpp"``; a GPU's is ``"torch"``.
+        impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
 
     Raises:
         UserError: a shape, dtype or number that doesn't fit, an ``impl`` that can't serve the call.
@@ -92,4 +92,5 @@ define(
     "correlation_distillation(Tensor logits_SBC, Tensor target_SBC, float beta, float gamma,"
     " float temperature, bool ask) -> (Tensor loss_S, Tensor gradient_SBC)",
     fake,
+    "correlation_distillation.correlation_distillation",
 )

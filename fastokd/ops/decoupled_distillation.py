@@ -43,7 +43,7 @@ def decoupled_distillation(
         labels_B: class ids, integers. An id out of range gives NaN for its sample.
         alpha, beta: weights of TCKD and NCKD, numbers.
         temperature: T > 0, a number. Both terms hold T^2.
-        impl: ``"auto"``, ``"torch"`` or ``"cpp"``; a GPU's is ``"torch"``.
+        impl: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
 
     Raises:
         UserError: a shape, dtype or number that doesn't fit, fewer than 2 classes, an ``impl`` that
@@ -108,4 +108,5 @@ define(
     "decoupled_distillation(Tensor logits_SBC, Tensor target_SBC, Tensor labels_B, float alpha,"
     " float beta, float temperature, bool ask) -> (Tensor loss_S, Tensor gradient_SBC)",
     fake,
+    "decoupled_distillation.decoupled_distillation",
 )

@@ -31,13 +31,14 @@ NORMS = {name for name in READ_TWICE if "softmax" not in name}
 # the statistics, their update and the normalisation, then sums and gradient; each pass over the
 # batch also clears its counters (seen by a profiler on an H200). Its pooling's backward clears the
 # gradient first. Our norm has partial sums and the normalisation, and as many backward. Our losses:
-# every sample or map, then the sum.
+# every sample or map, then the sum; DIST's samples, classes and gradient.
 KERNELS = {
     **{"native_batch_norm": 4, "native_batch_norm_backward": 3},
     "max_pool2d_with_indices_backward": 2,
     **dict.fromkeys(("fused_bn_act", "fused_bn_act_backward"), 2),
     **dict.fromkeys(("mixture_distillation", "peer_attention_distillation"), 2),
     **dict.fromkeys(("attention_pair", "feature_pair"), 2),
+    **{"decoupled_distillation": 2, "correlation_distillation": 3},
 }
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "argmin", "argmax", "topk"),

@@ -64,6 +64,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "memory_similarities_backward": (
             torch.zeros(2, 2, 2, 5), torch.zeros(2, 7, 4), labels[:, None].expand(2, 5), 2.0
         ),
+        "decoupled_distillation": (logits, logits[:1], labels, 1.0, 8.0, 4.0, True),
+        "correlation_distillation": (logits, logits[:1], 1.0, 1.0, 4.0, True),
         "mixture_distillation": (
             logits, None, labels, scores, None, *weights, True, False, True, False
         ),

@@ -68,15 +68,17 @@ def assert_within_budget(op: str, drawn: Drawn, impl: str, **options: Any) -> No
     plain = outcome(op, drawn, "torch", **options)
     exact = outcome(op, exact_drawn, "torch", **options)
     fp32 = torch.finfo(torch.float32).eps
+    # Triton's interpreter, unlike a GPU, adds up a row of classes one after another and cuts a float32 off
+    # where it stores a bfloat16.
+    interpreted = impl == "triton" and drawn.logits_SBC.device.type == "cpu"
+    terms, share = (max(drawn.logits_SBC.shape[2] / 16, 1.0), 2.0) if interpreted else (1.0, 1.0)
     for name, a, b, c in zip(("loss", "gradient"), ours, plain, exact, strict=True):
         assert a.dtype == b.dtype
         error, budget = (a.double() - c).abs(), (b.double() - c).abs()
         rounding = torch.finfo(a.dtype).eps * c.abs()
         # DIST's losses are T^2 less a correlation, DKD's T^2 beta times differences of logs.
-        largest = c.abs().max() if name == "gradient" else 16.0
+        largest = terms * (c.abs().max() if name == "gradient" else 16.0)
         worst = (error - budget.max() - rounding - 8 * fp32 * largest).max().item()
         assert worst <= 0, f"{op} {name}: {worst:.3g} beyond the budget of {budget.max():.3g}"
-        # Triton's interpreter, unlike a GPU, cuts a float32 off where it stores a bfloat16.
-        share = 2.0 if impl == "triton" else 1.0
         rms, allowed = error.square().mean().sqrt(), budget.square().mean().sqrt()
         assert rms <= share * allowed + 2 * fp32 * largest, f"{op} {name}: {rms} of {allowed}"

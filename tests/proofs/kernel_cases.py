@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,20 @@ def peers(S: int, C: int, width: int) -> None:
     )  # fmt: skip
 
 
+def target(op: str, S: int, C: int, *, targets: int = 1, B: int = 3, **kind: Any) -> None:
+    """DKD or DIST of S students, with the gradient; ``kind``: of :func:`rows`, fp32 where it isn't said."""
+    from fastokd.kernels.correlation_distillation import correlation_distillation
+    from fastokd.kernels.decoupled_distillation import decoupled_distillation
+
+    kind = {"dtype": torch.float32, "pitch": C, **kind}
+    logits_SBC, target_SBC = rows(S, B, C, **kind), rows(targets, B, C, **kind)
+    if op == "decoupled":
+        labels_B = torch.zeros(B, dtype=torch.long)
+        decoupled_distillation(logits_SBC, target_SBC, labels_B, 1.0, 8.0, 4.0, True)
+    else:
+        correlation_distillation(logits_SBC, target_SBC, 1.0, 1.0, 4.0, True)
+
+
 TWO = ("sm_90", "gfx942")
 CASES: dict[str, Case] = {}
 for C in (10, 100, 1000):
@@ -117,3 +132,18 @@ for C, pitch in ((10, 16), (100, 104), (1000, 1000)):
 # Two sweeps over many classes, and three where probabilities are mixed.
 for mix, S in (("logits", 4), ("logits", 16), ("probs", 4), ("pairwise", 4)):
     CASES[f"{mix} S{S} C22000"] = Case(partial(mixture, S, 0, 22000, mix=mix), S, TWO)
+# DKD of students that share a target, which is one more row, and of students with one each; DIST.
+TARGET_CASES = {
+    "decoupled S3 C1000": Case(partial(target, "decoupled", 3, 1000), 4),
+    "decoupled S8 C1000": Case(partial(target, "decoupled", 8, 1000), 9, TWO),
+    "decoupled S4 C100 bf16 in rows of 104, as many targets": Case(
+        partial(target, "decoupled", 4, 100, targets=4, dtype=torch.bfloat16, pitch=104), 2, TWO
+    ),
+    "decoupled S4 C22000": Case(partial(target, "decoupled", 4, 22000), 2, TWO),
+    "correlation S4 C1000": Case(partial(target, "correlation", 4, 1000)),
+    "correlation S4 C100 bf16 in rows of 104": Case(
+        partial(target, "correlation", 4, 100, dtype=torch.bfloat16, pitch=104), None, TWO
+    ),
+    "correlation S4 C22000": Case(partial(target, "correlation", 4, 22000), None, TWO),
+}
+CASES |= TARGET_CASES

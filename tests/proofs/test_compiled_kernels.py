@@ -1,19 +1,21 @@
 """Machine code of every kernel, for GPUs that aren't here: no spills, wide accesses, no atomics.
 
-``python -m tests.proofs.test_compiled_kernels`` prints the table of docs/kernels.md.
+``python -m tests.proofs.test_compiled_kernels`` prints the tables of docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import pytest
 
-from tests.proofs.kernel_cases import CASES, mixture
+from tests.proofs.kernel_cases import CASES, TARGET_CASES, mixture, target
 from tests.proofs.offline import TARGETS, Facts, compiling_for, facts, skip_where_triton_spills
+from tests.proofs.test_compiled_map_kernels import print_table
 
 JOBS = [(name, target) for name, case in CASES.items() for target in case.targets]
 Compiled = dict[tuple[str, str], "Future[list[Facts]]"]
@@ -61,12 +63,20 @@ def test_machine_code(name: str, target: str, compiled: Compiled) -> None:
 
 
 @pytest.mark.proof
-def test_another_batch_does_not_recompile() -> None:
+@pytest.mark.parametrize(
+    ("launch", "count"),
+    [
+        (partial(mixture, 2, 1, 10, pitch=12), 2),
+        (partial(target, "decoupled", 2, 10), 1),
+        (partial(target, "correlation", 2, 10), 3),
+    ],
+)
+def test_another_batch_does_not_recompile(launch: Callable[..., None], count: int) -> None:
     with compiling_for("sm_90") as kernels:
         for B in (1, 2, 16, 17, 256):
-            mixture(2, 1, 10, B=B, pitch=12)
-    assert len(kernels) == 10
-    assert len({id(kernel) for kernel in kernels}) == 2
+            launch(B=B)
+    assert len(kernels) == 5 * count
+    assert len({id(kernel) for kernel in kernels}) == count
 
 
 def _table() -> None:
@@ -74,6 +84,8 @@ def _table() -> None:
     print(f"| launch | warps | registers on {', '.join(TARGETS)} | spills | loads | stores |")
     print("|---|---|---|---|---|---|")
     for name, case in CASES.items():
+        if name in TARGET_CASES:
+            continue
         of = {target: found[name, target].result()[0] for target in case.targets}
         registers = ", ".join(str(of[t].registers) if t in of else "-" for t in TARGETS)
         warps, spills, loads, stores = (
@@ -91,3 +103,4 @@ def _table() -> None:
 
 if __name__ == "__main__":
     _table()
+    print_table({name: case.launch for name, case in TARGET_CASES.items()})

@@ -45,7 +45,7 @@ def test_the_dry_run(tmp_path: Path) -> None:
         assert len(rows) == programs
         assert {row["needs"] for row in rows if "ms" not in row} == {"a GPU"}
         assert {row["tflop"] for row in rows if row["name"].startswith("branch")} != {0.0}
-    assert len(found["op_times"]["rows"]) == 23
+    assert len(found["op_times"]["rows"]) == 27
     assert len(found["profile"]["rows"][0]["longest"]) == 30
     begun, resumed = found["train"]["rows"]
     assert begun["lines"][-1]["step"] == 6
