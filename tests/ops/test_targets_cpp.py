@@ -52,7 +52,7 @@ def test_within_budget(capability: str, op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", OPTIONS)
 @pytest.mark.usefixtures("capability")
 def test_other_weights_and_temperatures(op: str) -> None:
-    for options in ({"temperature": 1.0, "beta": 0.0}, {"temperature": 0.7}, {"beta": -1.0}):
+    for options in ({"temperature": 1.0, "beta": 0.0}, {"temperature": 0.02}, {"beta": -1.0}):
         assert_within_budget(op, draw(2, 6, 21), "cpp", **options)
     assert_within_budget(op, draw(2, 6, 21, scale=40.0), "cpp")
 
