@@ -139,6 +139,19 @@ def test_an_empty_batch_has_losses_of_0() -> None:
         assert torch.autograd.grad(term, x_SBD, retain_graph=True)[0].shape == (2, 0, 16)
 
 
+def test_it_compiles_in_one_graph() -> None:
+    x_SBD, memory_SND, index_BK = draw(2, 3, 20, 16, 12)
+
+    def vcl(x_SBD: Tensor) -> Tensor:
+        return memory_contrast(x_SBD, memory_SND, index_BK).vcl
+
+    found, wanted = (
+        torch.autograd.grad(f(x_SBD.requires_grad_()), x_SBD)[0]
+        for f in (torch.compile(vcl, backend="aot_eager", fullgraph=True), vcl)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_opcheck() -> None:
     x_SBD, memory_SND, index_BK = draw(2, 3, 20, 16, 12)
     torch.library.opcheck(OPS.memory_similarities.default, (x_SBD, memory_SND, index_BK, 2.0))

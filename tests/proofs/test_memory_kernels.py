@@ -66,6 +66,7 @@ def test_another_batch_or_number_of_rows_does_not_recompile() -> None:
     assert len({id(kernel) for kernel in kernels}) == 2
 
 
+@pytest.mark.proof
 def test_launches_and_bytes() -> None:
     with compiling_for("sm_90") as kernels, Count() as count:
         ours = contrast(2, 128, FP32)
