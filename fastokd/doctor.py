@@ -18,6 +18,7 @@ from fastokd.ops.fusion_step import ON_A_CPU
 
 OPS = (
     *("mixture_distillation", "peer_attention_distillation"),
+    *("decoupled_distillation", "correlation_distillation"),
     *("attention_map", "attention_transfer", "attention_diversity", "feature_transfer"),
     *("shifted_map", "fusion_step", "fused_bn_act", "memory_contrast"),
 )

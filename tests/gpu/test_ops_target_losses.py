@@ -19,6 +19,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Draw = Callable[..., Drawn]
 
 
+@pytest.fixture(autouse=True)
+def few_tiles(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time is that of the operations, not of their sizes."""
+    if triton_device.type == "cpu":
+        monkeypatch.setattr(correlation_distillation, "CLASSES", 256)
+
+
 @pytest.fixture
 def draw(poisoned_device: torch.device) -> Draw:
     """Draws a call where the kernels run."""
@@ -27,7 +34,7 @@ def draw(poisoned_device: torch.device) -> Draw:
 
 # Two classes; ragged rows of ten, of 101 for students with targets of their own.
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", [(2, 3, 2, 1), (3, 2, 10, 1), (2, 3, 101, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 1), (3, 2, 10, 1), (2, 2, 101, 2)])
 def test_shapes(op: str, shape: tuple[int, int, int, int], draw: Draw) -> None:
     S, B, C, targets = shape
     assert_within_budget(op, draw(S, B, C, targets=targets), "triton")
@@ -51,11 +58,11 @@ def test_training_shapes(
 
 @pytest.mark.parametrize("op", OPS)
 def test_sweeps(op: str, monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
-    """Classes in three full blocks and a ragged one; samples in two tiles and a ragged one."""
+    """Classes in two full blocks and a ragged one; samples in a full tile and a ragged one."""
     for module in (decoupled_distillation, correlation_distillation):
         monkeypatch.setattr(module, "block_and_warps", lambda *_: (32, 1))
     monkeypatch.setattr(correlation_distillation, "SAMPLES", 2)
-    assert_within_budget(op, draw(1, 5, 101), "triton")
+    assert_within_budget(op, draw(1, 3, 70), "triton")
 
 
 def test_more_students_than_share_a_program(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
@@ -97,10 +104,10 @@ def test_labels_out_of_range_are_nan_for_their_sample(draw: Draw) -> None:
 def test_edges(op: str, value: float, draw: Draw) -> None:
     """A label's logit, and another one: losses and gradients are as the reference's, NaN included."""
     for whose in range(2):
-        z_SBC, t_SBC, labels_B = draw(2, 3, 6)
+        z_SBC, t_SBC, labels_B = draw(1, 3, 6)
         labels_B[:] = 1
-        for x in (z_SBC, t_SBC)[whose]:
-            x[0, 1] = x[1, 3] = value
+        x_BC = (z_SBC, t_SBC)[whose][0]
+        x_BC[0, 1] = x_BC[1, 3] = value
         exact = Drawn(z_SBC.double(), t_SBC.double(), labels_B)
         ours = outcome(op, Drawn(z_SBC, t_SBC, labels_B), "triton", temperature=1.0)
         theirs = [x.float() for x in outcome(op, exact, "torch", temperature=1.0)]

@@ -100,6 +100,8 @@ def test_a_step_on_a_gpu_touches_no_tensor_of_the_host(
     assert seen.on_the_host == set()
     losses = seen.ops["mixture_distillation"] + seen.ops["peer_attention_distillation"]
     assert losses >= 1
+    assert (seen.ops["decoupled_distillation"] > 0) == (method == "dkd")
+    assert (seen.ops["correlation_distillation"] > 0) == (method == "dist")
     if method == "ffsd":
         assert seen.ops["feature_pair"] == 4
         assert seen.ops["fusion_step"] == 2
