@@ -33,7 +33,7 @@ class Companion(nn.Module):
 
     Attributes:
         networks: its networks, a cohort with the names of states that a cohort has.
-        refreshed_apart: the forward leaves :meth:`refresh` to its caller.
+        refreshed_apart: a compiled forward leaves :meth:`refresh` to its caller.
         due: 1 where the next forward calls :meth:`renew`: at the start, and as the method sets it.
     """
 

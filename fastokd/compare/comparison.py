@@ -14,6 +14,7 @@ from fastokd.compare.cost import counted_peak
 from fastokd.compare.figures import figures_of
 from fastokd.compare.page import page_of, write_files
 from fastokd.compare.runs import Failure, check_folder, entry_json, run_everything, state_of
+from fastokd.compare.shared import own_settings, settings_of
 from fastokd.compare.tables import tables_of
 from fastokd.compare.wanted import Entry, entries
 from fastokd.data import DatasetSplits
@@ -75,7 +76,9 @@ def prepare(request: Request, out: Path, options: RunOptions) -> Prepared:
     """
     named = f"baseline/{request.model}/{request.dataset}"
     fields = recipe(named).to_json().keys()
-    base = recipe(named, **{k: v for k, v in request.settings.items() if k in fields})
+    own = own_settings(request.recipe, request.settings)
+    base = recipe(named, **{k: v for k, v in own.items() if k in fields})
+    base = replace(base, **settings_of(request.recipe, request.settings))
     # Each run learns from its own teacher; the others take none.
     request = replace(request, teacher=options.teacher)
     data = load_splits(base, options)

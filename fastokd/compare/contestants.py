@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastokd.compare.cost import larger_student, training_macs
-from fastokd.compare.shared import SHARED, settings_of
+from fastokd.compare.shared import SHARED, own_settings, settings_of
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError, unknown_name
 from fastokd.known import METHODS, list_methods
@@ -200,7 +200,7 @@ def _for(method: str, asked: Request, model: str | None = None) -> dict[str, Any
     own = method_options(method)
     return {
         name: value
-        for name, value in asked.settings.items()
+        for name, value in own_settings(asked.recipe, asked.settings).items()
         if name in recipe_settings() or name in own or name in others
     }
 
@@ -212,7 +212,7 @@ def _model_options(model: str) -> frozenset[str]:
 
 def _refuse_unknown(asked: Request, recipes: list[Recipe]) -> None:
     """Raises for a setting that none of the recipes has; those of the name can't be set."""
-    for name in asked.settings:
+    for name in own_settings(asked.recipe, asked.settings):
         if name in NAMED or name in ("seed", "label_noise", "fraction", "students"):
             raise UserError(
                 f"--set can't change {name} in a comparison: it has an option or a name"
@@ -255,7 +255,8 @@ def _teachers(
                 "--label-noise and --fraction: leave --teacher out, and one is trained for each of them"
             )
         return build_teachers(find_teachers(made, asked.teacher, None), data), None
-    settings = {name: value for name, value in asked.settings.items() if name in recipe_settings()}
+    own = own_settings(asked.recipe, asked.settings)
+    settings = {name: value for name, value in own.items() if name in recipe_settings()}
     taught_by = recipe(teacher_recipe(made).name, **{**settings, "epochs": base.epochs})
     if not asked.published:
         same = {name: getattr(base, name) for name in SHARED}

@@ -34,8 +34,19 @@ SHARED = (
     *("warmup_epochs", "crop_padding", "crop_mode", "resized_crop", "flip"),
     *_fields(OptimizerSettings, ScheduleSettings, AugmentationSettings, SizeSettings),
 )
-# Of a recipe that the user names, those that it sets.
-_WHERE_SET = _fields(MixingSettings, LabelLossSettings)
+# Of a recipe that the user names, those that it sets; MCL's batches are a method's own.
+_WHERE_SET = tuple(
+    name for name in _fields(MixingSettings, LabelLossSettings) if name != "images_per_class"
+)
+
+
+def own_settings(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the user's settings those that each row's own recipe takes: all, or with a recipe that the user
+    names those that it doesn't share. Epochs scale what belongs to a method, too."""
+    if name is None:
+        return dict(given)
+    shared = {*SHARED, *_WHERE_SET} - {"epochs"}
+    return {key: value for key, value in given.items() if key not in shared}
 
 
 def settings_of(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,5 +60,7 @@ def settings_of(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     shareable = {*SHARED, *_WHERE_SET}
     found = recipe(name, **{key: value for key, value in given.items() if key in shareable})
     default = {f.name: f.default for f in dataclasses.fields(found)}
-    where_set = [key for key in _WHERE_SET if getattr(found, key) != default[key]]
+    where_set = [
+        key for key in _WHERE_SET if key in given or getattr(found, key) != default[key]
+    ]
     return {key: getattr(found, key) for key in (*SHARED, *where_set)}

@@ -240,8 +240,8 @@ class Learner:
 class Before:
     """What a step writes in place and no optimizer skips: running statistics, and the rest.
 
-    The rest: other buffers but for the method's unguarded ones, the average, what an optimizer without a flag writes, and all parameters
-    where the method has an ``after_step``.
+    The rest: other buffers but for the method's unguarded ones, the average, what an optimizer without a
+    flag writes, and all parameters where the method has an ``after_step``.
     """
 
     def __init__(self, learner: Learner) -> None:

@@ -191,7 +191,7 @@ class Method(nn.Module):
         return []
 
     def keep(self, kept: Tensor, progress: Progress, untaken: Tensor) -> None:
-        """Runs at the end of every step, without gradient, with the losses' ``kept`` of the whole batch.
+        """Runs at the end of every step whose losses have ``kept``, without gradient, with the losses' ``kept`` of the whole batch.
 
         Where the 0-d ``untaken`` isn't 0 the step is skipped, and it must change nothing: what it writes
         in :meth:`unguarded` isn't restored. It may be captured in a CUDA graph.

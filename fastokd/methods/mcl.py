@@ -46,6 +46,9 @@ class MCL(ScoredMethod):
         negatives: rows of the memory, of other classes, for each image.
         memory_momentum: share of an image's old row of the memory in its new one.
         detach_targets: keeps the logit term's target out of the gradient; contrasts detach theirs always.
+
+    With a memory, a loop of your own calls ``keep(loss.kept, progress, torch.zeros(()))`` after each optimizer
+    step, which renews it.
     """
 
     needs = replace(ScoredMethod.needs, mixed_labels=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from fastokd.errors import UserError
 from fastokd.recipe.recipe import Recipe, models
 
 # Sets of at least 64 classes, of which MCL's batches have two images each.
@@ -154,6 +155,11 @@ def _dist(base: Recipe) -> Recipe:
 
 def _dist_from(teacher: str, base: Recipe) -> Recipe:
     """The README's stronger teachers on ImageNet: torchvision's."""
+    if base.dataset != "imagenet":
+        raise UserError(
+            f"dist-{teacher} names a teacher on ImageNet, but the data set is {base.dataset}: leave "
+            f"-{teacher} out, or set teacher"
+        )
     return replace(base, teacher=f"baseline/torchvision:{teacher}/{base.dataset}")
 
 

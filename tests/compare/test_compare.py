@@ -156,15 +156,20 @@ def test_a_named_recipe_is_that_of_all_rows(tmp_path: Path) -> None:
     file.write_text(
         'recipe = "dml/resnet20/cifar100"\nschedule = "cosine"\nlabel_smoothing = 0.1\nepochs = 200\n'
     )
-    settings = {"epochs": 2, "lr": 0.3}
+    settings = {"epochs": 2, "lr": 0.3, "final_lr": 0.01, "mixup": 0.2, "mix_prob": 0.5}
     asked = replace(REQUEST, methods="kd,okdph", recipe=str(file), settings=settings)
     prepared = prepare(asked, Path("none"), OPTIONS)
     assert {row.kind for row in prepared.rows} == {"alone", "method", "longer", "larger", "teacher"}
     for row in prepared.rows:
         of = row.recipe
         assert (of.schedule, of.label_smoothing, of.lr) == ("cosine", 0.1, 0.3), row.label
+        assert (of.final_lr, of.mix_prob) == (0.01, 0.5), row.label
         assert (of.batch_size, of.crop_padding, of.flip) == (128, 4, True), row.label
         assert (of.dataset, of.epochs) == ("digits", 2) or row.kind == "longer"
+    mcl = prepare(replace(asked, recipe="mcl/resnet32/cifar100"), Path("none"), OPTIONS)
+    assert {row.recipe.images_per_class for row in mcl.rows} == {0}
+    with pytest.raises(UserError, match="schedule step has no final rate"):
+        prepare(replace(asked, recipe="dml/resnet20/cifar100"), Path("none"), OPTIONS)
     with pytest.raises(UserError, match="and --published each its own"):
         replace(asked, published=True)
 

@@ -63,6 +63,8 @@ def test_mcls_numbers() -> None:
 
 
 def test_dists_teachers() -> None:
+    with pytest.raises(UserError, match="names a teacher on ImageNet, but the data set is cifar100"):
+        recipe("dist-resnet50/resnet20/cifar100")
     for cell in cells_of("dist"):
         r = recipe(cell.recipe)
         teacher = cell.column.split(", ")[0]

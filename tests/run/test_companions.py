@@ -97,6 +97,11 @@ def test_a_compiled_step_is_the_eager_one(method: str, monkeypatch: pytest.Monke
     assert len(graphs) == 1
     ours, theirs = (x.state()[0] for x in (compiled, eager))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    cohort = compiled.learner.cohort
+    assert cohort.companion is not None
+    cohort.companion.due.fill_(1)
+    cohort(torch.zeros(2, 3, 8, 8))
+    assert cohort.companion.due == 0  # one that isn't compiled refreshes it itself
 
 
 def test_parts_of_a_batch_share_one_hybrid() -> None:
