@@ -39,15 +39,15 @@ std::tuple<Tensor, Tensor> correlation_distillation(const Tensor& logits, const 
     }
   });
   const int64_t blocks = width / kColumns;
-  const Tensor saved = new_float({S, 4, width});
-  float* const saved_S4C = saved.mutable_data_ptr<float>();
+  const Tensor saved = new_float({S, 5, width});
+  float* const saved_S5C = saved.mutable_data_ptr<float>();
   std::vector<double> rho_SK(S * blocks);
   parallel(S * blocks, std::max<int64_t>(1, 256 / B), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t s = n / blocks, first = n % blocks * kColumns;
       rho_SK[n] = FASTOKD_DISPATCH(correlate_columns)(C, B, y_SBC + s * B * width, u_TBC + s * next,
                                                       first, first + kColumns,
-                                                      saved_S4C + s * 4 * width);
+                                                      saved_S5C + s * 5 * width);
     }
   });
   if (ask) {
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> correlation_distillation(const Tensor& logits, const 
         const int64_t s = n / B;
         FASTOKD_DISPATCH(correlation_gradient)(options, y_SBC + n * width,
                                                u_TBC + s * next + n % B * width, row_SB[n],
-                                               saved_S4C + s * 4 * width, scratch.data(),
+                                               saved_S5C + s * 5 * width, scratch.data(),
                                                gradient(n));
       }
     });

@@ -57,9 +57,11 @@ double FASTOKD_KERNEL(correlate_columns)(int64_t classes, int64_t samples, const
     }
     const Vec y_mean = (y_total.high + y_total.low) * by;
     const Vec u_mean = (u_total.high + u_total.low) * by;
-    Total yy, uu, yu;
+    Total yy, uu, yu, y_rest, u_rest;
     for (int64_t b = 0; b < samples; ++b) {
       const Vec p = load(y + b * width + i) - y_mean, q = load(u + b * width + i) - u_mean;
+      y_rest.add(p);
+      u_rest.add(q);
       yy.add(p * p);
       uu.add(q * q);
       yu.add(p * q);
@@ -67,10 +69,13 @@ double FASTOKD_KERNEL(correlate_columns)(int64_t classes, int64_t samples, const
     store(saved + i, y_mean);
     store(saved + width + i, u_mean);
     const Vec yy_all = yy.high + yy.low, uu_all = uu.high + uu.low, yu_all = yu.high + yu.low;
+    // What the means lack by their rounding: 1 / D and `along` may be large.
+    const Vec y_more = (y_rest.high + y_rest.low) * by, u_more = (u_rest.high + u_rest.low) * by;
     for (int k = 0; k < kLanes; ++k) {
       const Correlation c = correlation(yy_all[k], uu_all[k], yu_all[k]);
       saved[2 * width + i + k] = c.inverse;
       saved[3 * width + i + k] = c.along;
+      saved[4 * width + i + k] = c.along * y_more[k] - c.inverse * u_more[k];
       if (i + k < classes) sum += c.rho;
     }
   }
@@ -87,7 +92,8 @@ void FASTOKD_KERNEL(correlation_gradient)(const CorrelationOptions& o, const flo
     const Vec p = load(y + i), q = load(u + i);
     const Vec in_row = (q - mean) * row.inverse - (p - mean) * row.along;
     const Vec in_column = (q - load(saved + width + i)) * load(saved + 2 * width + i) -
-                          (p - load(saved + i)) * load(saved + 3 * width + i);
+                          (p - load(saved + i)) * load(saved + 3 * width + i) +
+                          load(saved + 4 * width + i);
     const Vec g = in_row * o.by_row + in_column * o.by_column;
     inner.add(p * g);
     store(scratch + i, g);

@@ -24,7 +24,8 @@ FASTOKD_DECLARE(void, softmax_row, int64_t classes, Type type, const void* logit
 FASTOKD_DECLARE(Correlation, correlate_row, int64_t classes, const float* y, const float* u);
 
 // Of the columns begin to end of `samples` padded rows: the sum of rho over those before `classes`. Of
-// each column `saved` gets both means, 1 / D and `along`, in rows of the padded width.
+// each column `saved` gets both means, 1 / D, `along` and what the means' rounding takes from the gradient, in
+// rows of the padded width.
 FASTOKD_DECLARE(double, correlate_columns, int64_t classes, int64_t samples, const float* y,
                 const float* u, int64_t begin, int64_t end, float* saved);
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from fastokd.kernels._launch import block_and_warps, compiler_options, on_device, warp_size
 from fastokd.kernels._mixture_sums import LOG2E
-from fastokd.kernels._tiles import load_rows, maxima, store_rows, sums
+from fastokd.kernels._tiles import PAD, load_rows, maxima, store_rows, sums
 from fastokd.kernels.layout import row_layout
 from torch import Tensor
 
@@ -58,6 +58,8 @@ def _probabilities(x, top, total, k, listed):
 def _block_sums(rows, c, k, C: tl.constexpr):
     """The maximum and the sum of exp of both rows."""
     tops = maxima(rows)
+    # Where a block is -inf alone, its sum is 0, not NaN.
+    tops = (tl.maximum(tops[0], PAD), tl.maximum(tops[1], PAD))
     totals = sums(
         (
             tl.where(c < C, tl.exp2((rows[0] - tops[0]) * k), 0.0),

@@ -52,8 +52,10 @@ def _rest_sums(rows, is_label, is_other, k):
     others, terms = (), ()
     for n in tl.static_range(len(rows)):
         others += (tl.where(is_other, rows[n], PAD),)
-    tops = maxima(others)
+    found_tops, tops = maxima(others), ()
     for n in tl.static_range(len(rows)):
+        # Where a block is -inf alone, its sum is 0, not NaN.
+        tops += (tl.maximum(found_tops[n], PAD),)
         terms += (_exp(rows[n], tops[n], is_other, k),)
         terms += (tl.where(is_label, rows[n], 0.0),)
     found = sums(terms)
@@ -80,7 +82,8 @@ def _merged(one, two, k):
 @triton.jit
 def _of_label(found, n: tl.constexpr, inv_T):
     """Log probabilities of the label and of all other classes."""
-    d = (found[2][n] - found[0][n]) * inv_T - tl.log(found[1][n])
+    label = tl.where(found[2][n] == float("inf"), float("nan"), found[2][n])  # as the softmax's
+    d = (label - found[0][n]) * inv_T - tl.log(found[1][n])
     soft = tl.log(1.0 + tl.exp2(-tl.abs(d) * LOG2E))
     return tl.minimum(d, 0.0) - soft, tl.minimum(-d, 0.0) - soft
 

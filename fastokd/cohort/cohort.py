@@ -326,9 +326,12 @@ class Cohort(nn.Module):
         companion, S = self.companion, len(self.own)
         apart = companion is not None and companion.own_view
         V = count_views(images, S, teacher=self._teacher is not None, companion=apart)
-        if companion is not None and self.training:
-            if not (companion.refreshed_apart and torch.compiler.is_compiling()):
-                companion.refresh(self)
+        if (
+            companion is not None
+            and self.training
+            and not (companion.refreshed_apart and torch.compiler.is_compiling())
+        ):
+            companion.refresh(self)
         x_NCHW = normalize(
             images if V is None else images.flatten(0, 1),
             self.scale_C,

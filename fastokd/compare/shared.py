@@ -60,7 +60,5 @@ def settings_of(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     shareable = {*SHARED, *_WHERE_SET}
     found = recipe(name, **{key: value for key, value in given.items() if key in shareable})
     default = {f.name: f.default for f in dataclasses.fields(found)}
-    where_set = [
-        key for key in _WHERE_SET if key in given or getattr(found, key) != default[key]
-    ]
+    where_set = [key for key in _WHERE_SET if key in given or getattr(found, key) != default[key]]
     return {key: getattr(found, key) for key in (*SHARED, *where_set)}

@@ -73,6 +73,11 @@ def decoupled_losses(
             f"labels_B is {labels_B.dtype} of shape {list(labels_B.shape)}: it must be integers [{B}], "
             "since one class is told from the others"
         )
+    if labels_B.device != logits_SBC.device:
+        raise UserError(
+            f"labels_B is on {labels_B.device} and the logits on {logits_SBC.device}: move one to the "
+            "other's device"
+        )
     numbers = (float(alpha), float(beta), float(temperature))
     return target_loss(
         "decoupled_distillation", impl, _reference, logits_SBC, target_SBC, labels_B, *numbers

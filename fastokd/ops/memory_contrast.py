@@ -52,6 +52,8 @@ def memory_contrast(
 ) -> Contrasts:
     """MCL's contrasts with rows of the memory (the equations of this module).
 
+    Differentiable once in the embeddings (``impl="torch"``: any number of times).
+
     Args:
         embeddings_SBD: floating point, of length 1 along D, with gradient.
         memory_SND: the embeddings of all N images by each student, floating point, without gradient. It

@@ -100,7 +100,7 @@ def test_labels_out_of_range_are_nan_for_their_sample(draw: Draw) -> None:
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")  # numpy
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("value", [200.0, -200.0, -math.inf, math.nan])
+@pytest.mark.parametrize("value", [200.0, -200.0, math.inf, -math.inf, math.nan])
 def test_edges(op: str, value: float, draw: Draw) -> None:
     """A label's logit, and another one: losses and gradients are as the reference's, NaN included."""
     for whose in range(2):
@@ -112,6 +112,19 @@ def test_edges(op: str, value: float, draw: Draw) -> None:
         ours = outcome(op, Drawn(z_SBC, t_SBC, labels_B), "triton", temperature=1.0)
         theirs = [x.float() for x in outcome(op, exact, "torch", temperature=1.0)]
         torch.testing.assert_close([*ours], theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")  # numpy
+@pytest.mark.parametrize("op", OPS)
+def test_a_block_of_classes_at_minus_infinity(op: str, draw: Draw) -> None:
+    """Read in blocks of 1,024 classes, whose sums are merged."""
+    z_SBC, t_SBC, labels_B = draw(1, 2, 3100)
+    z_SBC[..., 1024:2048] = -math.inf
+    labels_B[:] = 1
+    exact = Drawn(z_SBC.double(), t_SBC.double(), labels_B)
+    ours = outcome(op, Drawn(z_SBC, t_SBC, labels_B), "triton")
+    theirs = [x.float() for x in outcome(op, exact, "torch")]
+    torch.testing.assert_close([*ours], theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_what_is_constant_correlates_with_nothing(draw: Draw) -> None:

@@ -65,6 +65,14 @@ def test_dtypes_and_labels_may_differ(op: str) -> None:
         assert_within_budget(op, drawn, "cpp")
 
 
+@pytest.mark.usefixtures("capability")
+def test_a_target_that_is_constant_over_the_batch() -> None:
+    """Its columns' rho is 0, whatever their means' rounding."""
+    z_SBC, t_SBC, labels_B = draw(2, 13, 16)
+    drawn = Drawn(z_SBC, t_SBC[:, :1].expand(1, 13, 16), labels_B)
+    assert_within_budget("correlation", drawn, "cpp", temperature=1.0)
+
+
 @pytest.mark.parametrize("op", OPTIONS)
 @pytest.mark.usefixtures("capability")
 def test_strides(op: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastokd.errors import UserError
 from fastokd.recipe.cells import cells_of
 from fastokd.recipe.names import recipe
 
@@ -63,7 +64,9 @@ def test_mcls_numbers() -> None:
 
 
 def test_dists_teachers() -> None:
-    with pytest.raises(UserError, match="names a teacher on ImageNet, but the data set is cifar100"):
+    with pytest.raises(
+        UserError, match="names a teacher on ImageNet, but the data set is cifar100"
+    ):
         recipe("dist-resnet50/resnet20/cifar100")
     for cell in cells_of("dist"):
         r = recipe(cell.recipe)
