@@ -149,7 +149,7 @@ def settings_of(rows: Sequence[Contestant]) -> list[tuple[str, str]]:
         changes = {name: ours for name, (ours, _) in differences(row.recipe, base).items()}
         options = {**row.recipe.method_options, **changes}
         words = [
-            f"{name}={value}"
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in options.items()
             if name not in ("method", "reported")
         ]

@@ -21,15 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("cpp_ops", "_poisoned")
 
 
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[str]:
-    before = cpp.capability()
-    if not cpp.set_capability(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    cpp.set_capability(before)
-
-
 @pytest.fixture
 def _poisoned() -> Iterator[None]:
     """torch.empty holds NaN: what isn't written shows."""

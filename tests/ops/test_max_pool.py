@@ -12,18 +12,12 @@ from torch.nn import functional as F
 from fastokd.cohort import Cohort
 from fastokd.cohort.layers import OpMaxPool2d
 from fastokd.errors import UserError
-from fastokd.ops import cpp
 from fastokd.ops.max_pool import max_pool, suits
 
+pytestmark = pytest.mark.usefixtures("cpp_ops", "capability")
 LAST = torch.channels_last
 # (B, C, H, W): even and odd sides, one row, one place, several registers.
 SHAPES = [(3, 16, 8, 8), (2, 48, 7, 5), (1, 64, 1, 6), (2, 16, 1, 1), (1, 32, 2, 3), (5, 16, 3, 2)]
-
-
-@pytest.fixture(autouse=True, params=["default", "avx2", "avx512"])
-def capability(request: pytest.FixtureRequest, cpp_ops: None) -> None:
-    if not cpp.set_capability(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
 
 
 def both(x: Tensor, stride: int) -> list[tuple[Tensor, Tensor]]:

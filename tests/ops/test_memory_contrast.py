@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastokd.errors import UserError
-from fastokd.ops import cpp
 from fastokd.ops.memory_contrast import gathered_similarities, memory_contrast, similarities
 from tests.ops.memory_cases import SHAPES, assert_within_budget, draw, run
 
@@ -28,16 +27,10 @@ def test_it_is_no_further_from_float64_than_pytorch(
     assert_within_budget(draw(*shape, dtype=dtype), "cpp")
 
 
-@pytest.mark.parametrize("capability", cpp.CAPABILITIES)
-def test_every_instruction_set(capability: str) -> None:
-    before = cpp.capability()
-    if not cpp.set_capability(capability):
-        pytest.skip(f"this CPU has no {capability}")
-    try:
-        for dtype in (torch.float32, torch.float16):
-            assert_within_budget(draw(6, 2, 11, 37, 9, dtype=dtype), "cpp")
-    finally:
-        cpp.set_capability(before)
+@pytest.mark.usefixtures("capability")
+def test_every_instruction_set() -> None:
+    for dtype in (torch.float32, torch.float16):
+        assert_within_budget(draw(6, 2, 11, 37, 9, dtype=dtype), "cpp")
 
 
 def test_embeddings_of_any_layout_and_half_precision() -> None:

@@ -24,15 +24,6 @@ INF = math.inf
 pytestmark = pytest.mark.usefixtures("cpp_ops", "_poisoned")
 
 
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[str]:
-    before = cpp.capability()
-    if not cpp.set_capability(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    cpp.set_capability(before)
-
-
 @pytest.fixture
 def _poisoned(cpp_ops: None) -> Iterator[None]:
     """torch.empty holds NaN, and so does the ops' scratch memory: what isn't written shows."""

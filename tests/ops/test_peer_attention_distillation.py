@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastokd.errors import UserError
-from fastokd.ops import cpp, mixture_distillation, peer_attention_distillation
+from fastokd.ops import mixture_distillation, peer_attention_distillation
 from fastokd.ops.peer_attention_distillation import peer_scores
 from tests.conftest import golden
 
@@ -61,17 +60,8 @@ def draw(
     return logits_SBC, torch.randint(C, (B,), generator=g), query_BPd, key_BPd
 
 
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def _capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[None]:
-    before = cpp.capability()
-    if not cpp.set_capability(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield
-    cpp.set_capability(before)
-
-
 # A lone peer, OKDDip's four and eight students; widths of a part of a vector, of one and of more.
-@pytest.mark.usefixtures("_capability")
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize(("S", "P"), [(1, 1), (2, 1), (4, 3), (4, 4), (8, 7), (16, 15)])
 @pytest.mark.parametrize("width", [1, 8, 16, 67])
 def test_cpp_is_the_loss_from_the_scores(S: int, P: int, width: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,15 +27,6 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("cpp_ops")
-
-
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def capability(request: pytest.FixtureRequest, cpp_ops: None) -> Iterator[str]:
-    before = cpp.capability()
-    if not cpp.set_capability(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    cpp.set_capability(before)
 
 
 @pytest.mark.parametrize("op", OPTIONS)
