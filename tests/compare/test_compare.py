@@ -19,7 +19,7 @@ from fastokd.compare.calibration import BINS, Calibration, measure_bins
 from fastokd.compare.comparison import Comparison, Prepared, compare, prepare
 from fastokd.compare.contestants import ALONE, Request
 from fastokd.compare.cost import larger_student, training_macs
-from fastokd.compare.shared import SHARED
+from fastokd.compare.shared import SHARED, settings_of
 from fastokd.errors import UserError
 from fastokd.models import model_info
 from fastokd.recipe.names import Recipe, recipe
@@ -172,6 +172,7 @@ def test_a_named_recipe_is_that_of_all_rows(tmp_path: Path) -> None:
         OPTIONS,
     )
     assert {row.recipe.images_per_class for row in mcl.rows} == {0}
+    assert settings_of(str(file), {"mixup": 0})["mixup"] == 0  # of a style of the data set, too
     with pytest.raises(UserError, match="schedule step has no final rate"):
         prepare(replace(asked, recipe="dml/resnet20/cifar100"), Path("none"), OPTIONS)
     with pytest.raises(UserError, match="and --published each its own"):
