@@ -37,20 +37,26 @@ def test_the_ops_are_clean_under_sanitizers(tmp_path: Path, cpp_ops: None) -> No
     assert tests
     # Its compiler and its fake tensors are not what is tested here, and are slow under it.
     deselected = "not opcheck and not compile and not interpreter"
+    environment = {
+        **os.environ,
+        "FASTOKD_CACHE": str(tmp_path / "cache"),
+        "FASTOKD_CXXFLAGS": FLAGS,
+        "OMP_NUM_THREADS": "2",
+    }
+    # Apart, since the sanitizer would run in the compiler, too.
+    build = [sys.executable, "-c", "from fastokd.ops import cpp; cpp.build()"]
+    subprocess.run(build, check=True, env=environment)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", deselected, *tests],
         capture_output=True,
         text=True,
         check=False,
         env={
-            **os.environ,
-            "FASTOKD_CACHE": str(tmp_path / "cache"),
-            "FASTOKD_CXXFLAGS": FLAGS,
+            **environment,
             "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
             # Into files, since pytest captures what a process says before it dies.
             "ASAN_OPTIONS": f"detect_leaks=0,abort_on_error=0,log_path={tmp_path}/said",
             "UBSAN_OPTIONS": f"print_stacktrace=1,log_path={tmp_path}/said",
-            "OMP_NUM_THREADS": "2",
         },
     )
     reports = [path.read_text() for path in tmp_path.glob("said*")]
