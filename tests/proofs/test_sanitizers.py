@@ -55,11 +55,14 @@ def test_the_ops_are_clean_under_sanitizers(tmp_path: Path, cpp_ops: None) -> No
             **environment,
             "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
             # Into files, since pytest captures what a process says before it dies.
-            "ASAN_OPTIONS": f"detect_leaks=0,abort_on_error=0,log_path={tmp_path}/said",
+            "ASAN_OPTIONS": f"detect_leaks=0,abort_on_error=0,allocator_may_return_null=1,"
+            f"log_path={tmp_path}/said",
             "UBSAN_OPTIONS": f"print_stacktrace=1,log_path={tmp_path}/said",
         },
     )
     reports = [path.read_text() for path in tmp_path.glob("said*")]
+    # A wrong call may ask for too much memory: the allocator refuses with a warning, and torch with an error.
+    reports = [text for text in reports if "ERROR" in text or "runtime error" in text]
     said = run.stdout[-4000:] + run.stderr[-4000:] + "".join(reports)
     assert not reports, said
     assert run.returncode == 0, said
