@@ -49,7 +49,7 @@ METHODS = {
 }
 # fastokd.data.registry loads them.
 DATASETS = (
-    *("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "imagenet"),
+    *("cifar10", "cifar100", "digits", "fashion_mnist", "glyphs", "imagefolder", "imagenet"),
     *("stl10", "svhn", "tiny_imagenet", "hf", "wds"),
 )
 # Of these a name may say where the set is: hf:PATH.

@@ -18,7 +18,7 @@ from fastokd.student.teacher import STUDENT
 
 CLASSES = {
     **dict.fromkeys(("cifar10", "digits", "fashion_mnist", "stl10", "svhn"), 10),
-    **{"cifar100": 100, "imagenet": 1000, "tiny_imagenet": 200},
+    **{"cifar100": 100, "glyphs": 62, "imagenet": 1000, "tiny_imagenet": 200},
 }
 # An image folder is taken to have as many classes as ImageNet.
 FOLDER_CLASSES = 1000

@@ -16,7 +16,7 @@ def prepare(
     folder: Annotated[
         str,
         typer.Argument(
-            help="The folder that holds train/ or the classes; or imagenet, in --data-root."
+            help="The folder that holds train/ or the classes; imagenet, in --data-root; or glyphs."
         ),
     ],
     data_root: Annotated[Path | None, typer.Option(help="ImageNet's folder.")] = None,
@@ -24,16 +24,29 @@ def prepare(
         Path | None, typer.Option(help="Labels of a flat val/; by default searched for.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the manifest; by default the image folder.")
+        Path | None,
+        typer.Option(
+            help="Folder of the manifest, by default the image folder; of glyphs data/glyphs."
+        ),
+    ] = None,
+    fonts: Annotated[
+        Path | None,
+        typer.Option(help="Fonts of glyphs, at any depth; by default those of Debian's TeX Live."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Number of threads; 0: one per core.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every image of a folder before training.
 
+    glyphs is a data set that this command draws from installed fonts: 62 letters and digits.
     Files that can't be decoded are quarantined and listed. Mean and deviation are measured.
     imagenet means the data set, unless --data-root is missing and a folder imagenet contains train/.
     """
+    if folder == "glyphs":
+        _draw(fonts, out, workers, json_)
+        return
+    if fonts is not None:
+        raise UserError(f"--fonts is for the data set glyphs, not for {folder}: leave it out")
     from fastokd.data.disk.prepare import prepare as run
 
     imagenet, here = folder == "imagenet", Path(folder) / "train"
@@ -56,3 +69,25 @@ def prepare(
         quiet=json_,
     )
     print(json.dumps(done.to_json()) if json_ else "\n".join(map(on_a_line, done.lines())))
+
+
+def _draw(fonts: Path | None, out: Path | None, workers: int, json_: bool) -> None:
+    from fastokd.data.sets.draw_glyphs import TEXLIVE, draw_glyphs
+
+    made, rejected = draw_glyphs(fonts or TEXLIVE, workers)
+    path = made.write(out or Path("data/glyphs"))
+    counts = {split: made.count(split) for split in ("train", "val", "test")}
+    facts = {
+        "path": str(path),
+        "fonts": counts,
+        "families": len(set(made.families)),
+        "sha256": made.sha256,
+        "rejected": [{"path": str(font.path), "why": font.why} for font in rejected],
+    }
+    if json_:
+        print(json.dumps(facts))
+        return
+    fonts_of = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"{len(set(made.families)):,} families; fonts: {fonts_of}; 62 images each")
+    print(f"{len(rejected):,} fonts aren't usable (--json lists them and says why)")
+    print(on_a_line(f"written to {path}, sha256 {made.sha256}"))

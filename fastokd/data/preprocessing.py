@@ -151,6 +151,10 @@ KNOWN: dict[str, Preprocessing] = {
     "fashion_mnist": Preprocessing(
         32, (0.2190,) * 3, (0.3318,) * 3, native_size=28, border=True, grey=True, background=0
     ),
+    # Mean and deviation of the training fonts of Debian 12's texlive-fonts-extra.
+    "glyphs": Preprocessing(
+        32, (0.0821,) * 3, (0.2524,) * 3, native_size=32, grey=True, background=0
+    ),
     # Mean and deviation of the 73,257 training images, the usual values.
     "svhn": Preprocessing(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     # Of the 5,000 labelled training images, the usual values.

@@ -18,6 +18,7 @@ from fastokd.data.sets.cifar import load_cifar
 from fastokd.data.sets.digits import load_digits_splits
 from fastokd.data.sets.fashion_mnist import load_fashion_mnist
 from fastokd.data.sets.folder import channel_statistics, load_folder
+from fastokd.data.sets.glyphs import load_glyphs
 from fastokd.data.sets.stl10 import load_stl10
 from fastokd.data.sets.svhn import load_svhn
 from fastokd.data.sets.tiny_imagenet import load_tiny_imagenet
@@ -46,6 +47,7 @@ _LOADERS: dict[str, Callable[[_Request], DatasetSplits]] = {
     "cifar100": lambda ask: load_cifar("cifar100", ask.root, download=ask.download),
     "digits": lambda ask: load_digits_splits(),
     "fashion_mnist": lambda ask: load_fashion_mnist(ask.root, download=ask.download),
+    "glyphs": lambda ask: load_glyphs(ask.root),
     "hf": lambda ask: _packed("hf", ask),
     "imagefolder": lambda ask: (
         _prepared("imagefolder", ask)

@@ -27,6 +27,7 @@ TRAIN_IMAGES = {
     "cifar100": 50_000,
     "digits": 500,
     "fashion_mnist": 60_000,
+    "glyphs": 38_068,
     "imagenet": 1_281_167,
     "stl10": 5_000,
     "svhn": 73_257,

@@ -257,6 +257,16 @@ def _on_dataset(cifar: Recipe) -> Recipe:
             crop_padding=2,
             flip=False,
         )
+    if cifar.dataset == "glyphs":
+        # A mirrored letter is not that letter.
+        return dataclasses.replace(
+            cifar,
+            epochs=40,
+            milestones=(20, 30),
+            ramp_epochs=40 * 80 / 300,
+            crop_padding=2,
+            flip=False,
+        )
     if cifar.dataset == "svhn":
         # Cutout's code (uoguelph-mlrg/Cutout, train.py, for SVHN), without cutout and the extra images.
         return dataclasses.replace(
