@@ -42,3 +42,41 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .85r
 @media print { body { max-width: none; } .scroll { overflow: visible; } table { font-size: .65rem; }
   details > * { display: block; } }
 """
+
+# Of pages with charts.
+CHARTS = """
+main { display: block; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
+a, summary, button { color: inherit; }
+:focus-visible { outline: 3px solid var(--c0); outline-offset: 2px; }
+.skip { position: absolute; left: -100vw; }
+.skip:focus { left: 1rem; top: 0; z-index: 2; padding: .5rem 1rem; background: var(--page); }
+figure.wide { grid-column: 1 / -1; }
+figcaption { margin-top: .5rem; }
+.live { width: 100%; min-width: 0; }
+.live .vega-embed { width: 100%; display: block; }
+.live svg { overflow: visible; }
+figure:not(.drawn) .live, figure:not(.drawn) .legend, figure.drawn .static { display: none; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem .5rem; }
+.legend button { font: inherit; font-size: .85rem; line-height: 1.4; display: flex; align-items: center;
+  gap: .4rem; max-width: 100%; min-height: 1.75rem; padding: .1rem .5rem; text-align: left; cursor: pointer;
+  background: none; border: 1px solid var(--line); border-radius: .3rem; overflow-wrap: anywhere; }
+.legend button[aria-pressed=false] { text-decoration: line-through; border-style: dashed; }
+.legend button[aria-pressed=false] .swatch { visibility: hidden; }
+.swatch { flex: none; width: 1.5rem; }
+#vg-tooltip-element { visibility: hidden; position: fixed; z-index: 3; padding: .4rem .6rem; max-width: 90vw;
+  pointer-events: none; font-size: .8rem; background: var(--page); border: 1px solid currentColor;
+  border-radius: .3rem; font-variant-numeric: tabular-nums; }
+#vg-tooltip-element.visible { visibility: visible; }
+#vg-tooltip-element td { border: 0; padding: 0 .3rem; min-width: 0; overflow: hidden; text-overflow: ellipsis;
+  max-width: 60vw; }
+#vg-tooltip-element td.key { text-align: left; }
+details.data { margin-top: .25rem; font-size: .9rem; }
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
+@media print {
+  figure.drawn .static { display: block; }
+  .live, .legend, .skip, details.data, button { display: none !important; }
+  figure.chart:not(:has(.static)) .live { display: block !important; }
+  tr, figure, pre { break-inside: avoid; } thead { display: table-header-group; }
+  h1, h2, h3 { break-after: avoid; } }
+"""
