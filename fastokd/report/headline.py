@@ -25,6 +25,11 @@ from fastokd.run.summary import summarise
 from fastokd.student.file import read_weights
 
 NOT_KNOWN = "not known"
+AT_A_GLANCE = (
+    "Accuracy after the last epoch, in brackets its 95% interval: over seeds by Student's t, of a single run by "
+    "Wilson over the test images, if their number is known. Difference in points, by Welch. Speed and time are "
+    "measured (median of epochs, sum over epochs); parameters and MACs are counted."
+)
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,14 @@ def as_facts(facts: Sequence[Fact]) -> str:
 
 
 def headline_table(pools: Sequence[Pool], found: Sequence[Sequence[Fact]]) -> Table:
-    """The headlines of several pools, one a row."""
-    columns = [Column("recipe", text=True), *(Column(fact.name, text=True) for fact in found[0])]
+    """The headlines of several pools, one a row, without the machine."""
+    heads = ["test top-1", *(fact.name for fact in found[0][1:-1])]
     rows = tuple(
-        (pool.label, *(fact.value for fact in facts))
+        (pool.label, *(fact.value for fact in facts[:-1]))
         for pool, facts in zip(pools, found, strict=True)
     )
-    notes = dict.fromkeys(f"{fact.name}: {fact.how}." for facts in found for fact in facts if fact.how)
-    return Table("headline", "The runs at a glance", tuple(columns), rows, tuple(notes))
+    columns = (Column("recipe", text=True), *(Column(head, text=True) for head in heads))
+    return Table("headline", "The runs at a glance", columns, rows, (AT_A_GLANCE,))
 
 
 def _accuracy(pool: Pool, test_images: int | None) -> Fact:
@@ -84,7 +89,11 @@ def _accuracy(pool: Pool, test_images: int | None) -> Fact:
         how = f"mean of {len(values)} seeds, 95% interval by Student's t over seeds"
         return Fact(name, _within(sample.mean, interval_of(values)), how)
     if test_images is None:
-        return Fact(name, f"{sample.mean:.2f}%", "no interval: a single run, number of test images not known")
+        return Fact(
+            name,
+            f"{sample.mean:.2f}%",
+            "no interval: a single run, number of test images not known",
+        )
     low, high = wilson(summary.last, test_images)
     how = f"95% interval by Wilson over {counted(test_images, 'test image')}, one run"
     return Fact(name, _within(sample.mean, (100 * low, 100 * high)), how)
@@ -142,7 +151,7 @@ def _date(pool: Pool) -> str:
     if not times:
         return ""
     last = datetime.fromtimestamp(max(times), timezone.utc)
-    return f"last epoch written {last:%Y-%m-%d %H:%M} UTC"
+    return f"metrics.jsonl last written {last:%Y-%m-%d %H:%M} UTC"
 
 
 def _speed(pool: Pool) -> Fact:

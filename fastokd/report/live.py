@@ -78,7 +78,12 @@ def _spec(panel: Panel) -> dict[str, Any]:
         )
     )
     line = base.mark_line(aria=False, point=len(_epochs(panel)) < 3).encode(
-        y=alt.Y("mean:Q", title=None, scale=scale, axis=alt.Axis(format="~g", tickCount=6)),
+        y=alt.Y(
+            "mean:Q",
+            title=None,
+            scale=scale,
+            axis=alt.Axis(format="~g", tickCount=6, values=_ticks(panel)),
+        ),
         strokeDash=alt.StrokeDash(
             "curve:N", scale=alt.Scale(domain=keys, range=dashes), legend=None
         ),
@@ -94,6 +99,18 @@ def _spec(panel: Panel) -> dict[str, Any]:
     drawn = alt.layer(*layers, data=alt.Data(values=_rows(panel)), description=panel.title)
     spec: dict[str, Any] = drawn.add_params(alt.param(name="hidden", value=[])).to_dict()
     return spec
+
+
+def _ticks(panel: Panel) -> Any:
+    """1, 2 and 5 times the powers of ten of a logarithmic axis; others choose their own."""
+    import altair as alt
+
+    if not panel.logarithmic:
+        return alt.Undefined
+    means = [mean for curve in panel.curves for mean in curve.means if math.isfinite(mean)]
+    low, high = (math.floor(math.log10(bound)) for bound in (min(means), max(means)))
+    ticks = [float(f"{step}e{power}") for power in range(low, high + 1) for step in (1, 2, 5)]
+    return [tick for tick in ticks if min(means) / 2 <= tick <= 2 * max(means)]
 
 
 def _epochs(panel: Panel) -> list[int]:
