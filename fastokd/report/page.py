@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastokd.checkpoint import write_durably
+from fastokd.data import DatasetSplits
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html
+from fastokd.measured.measure import measure
 from fastokd.report.find import find_runs
 from fastokd.report.plots import as_svg, draw_all, in_page, save
 from fastokd.report.pools import Pool, pool_runs
@@ -17,6 +19,7 @@ from fastokd.report.results import published_table, results_table
 from fastokd.report.style import STYLE
 from fastokd.report.tables import Table, as_html, save_table
 from fastokd.run.facts import RunFacts
+from fastokd.run.options import RunOptions
 
 CAPTIONS = {
     "loss": "The training loss on the train split, of all students of a cohort together: mean over "
@@ -37,7 +40,13 @@ OVER_SEEDS = {
 }
 
 
-def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    data: DatasetSplits | None = None,
+    options: RunOptions | None = None,
+) -> Path:
     """Writes a page about the runs and, beside it, each figure as PNG and SVG, and each table as
     Markdown, LaTeX and CSV (``report-results.tex`` beside ``report.html``).
 
@@ -47,6 +56,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         runs: run folders, also unfinished ones, or folders with runs at any depth.
         out: the page; by default ``report.html`` in the folder of a single run, else in the working
             directory. An existing page is replaced.
+        data, options: of a single run, whose answers and cost are measured if its folder lacks them, as for
+            :func:`fastokd.measured.measure.measure`.
 
     Raises:
         UserError: no run, a run without a measured epoch, or ``out`` can't be written.
@@ -55,6 +66,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     if out is None:
         out = loaded[0].folder / "report.html" if len(loaded) == 1 else Path("report.html")
     out = Path(out)
+    if len(loaded) == 1:
+        measure(loaded[0], data, options)
     pools = pool_runs(loaded)
     figures = draw_all(pools)
     found = [results_table(pools), published_table(pools)]
