@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.compare import results
-from fastokd.compare.calibration import BINS
 from fastokd.compare.contestants import Contestant, Request, contestants
 from fastokd.compare.cost import counted_peak
 from fastokd.compare.figures import figures_of
@@ -20,6 +19,7 @@ from fastokd.compare.wanted import Entry, entries
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError
 from fastokd.host.names import counted
+from fastokd.measured.answers import BINS
 from fastokd.recipe.names import recipe
 from fastokd.report.tables import Table
 from fastokd.run.facts import RunFacts
