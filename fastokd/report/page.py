@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fastokd.measured.cost import read_cost
 from fastokd.measured.measure import measure
 from fastokd.report.charts import Chart, as_figure, page_of
 from fastokd.report.classes import classes_sections
+from fastokd.report.cohorts import mixing_table, sizes_table
 from fastokd.report.command import command_of
 from fastokd.report.curves import panels_of
 from fastokd.report.find import find_runs
@@ -42,9 +43,10 @@ CAPTIONS = {
     "(Figure 3 of the OKDDip paper).",
     "attention": "Mean mixing weights on the test split. A row is a receiver and its source.",
 }
-TITLES = {
-    "group_size": "error against the number of networks",
-    "attention": "mixing weights",
+# Figures that are only static: title, and the table of their numbers.
+STATIC: dict[str, tuple[str, Callable[[Sequence[Pool]], Table]]] = {
+    "group_size": ("error against the number of networks", sizes_table),
+    "attention": ("mixing weights", mixing_table),
 }
 OVER_SEEDS = {
     **dict.fromkeys(
@@ -125,8 +127,8 @@ def _page(shown: Shown) -> str:
         f"<h3>{in_html(table.title)}</h3>{as_html(table)}" for table in shown.tables.values()
     ]
     charts = _charts(shown)
-    curves = [chart for name, chart in charts.items() if name not in TITLES]
-    cohort = [chart for name, chart in charts.items() if name in TITLES]
+    curves = [chart for name, chart in charts.items() if name not in STATIC]
+    cohort = [chart for name, chart in charts.items() if name in STATIC]
     answers = shown.answers[0] if len(pools) == 1 else None
     sections = {
         "Result": _headline(shown) + results,
@@ -168,9 +170,10 @@ def _charts(shown: Shown) -> dict[str, Chart]:
         panel.name: chart_of(panel, captions[panel.name], shown.figures[panel.name])
         for panel in (panels_of(shown.pools) if shown.figures else [])
     }
-    for name, title in TITLES.items():
+    for name, (title, table_of) in STATIC.items():
         if name in shown.figures:
-            charts[name] = Chart(name, title, captions[name], static=shown.figures[name])
+            table, figure = table_of(shown.pools), shown.figures[name]
+            charts[name] = Chart(name, title, captions[name], static=figure, table=table)
     return charts
 
 

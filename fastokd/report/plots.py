@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastokd.checkpoint import write_durably
 from fastokd.host.names import in_plot
 from fastokd.report.canvas import INK, canvas, plainly
-from fastokd.report.curves import Panel, panels_of, who
+from fastokd.report.cohorts import mixing_of, sizes_of
+from fastokd.report.curves import Panel, panels_of
 from fastokd.report.pools import Pool
 
 if TYPE_CHECKING:
@@ -138,28 +137,15 @@ def _logarithmic(axes: Any) -> None:
 
 def _group_size(pools: Sequence[Pool]) -> Figure | None:
     """Error of the last epoch over the number of networks, for methods with at least two sizes."""
-    by_method: dict[str, list[Pool]] = {}
-    for pool in pools:
-        recipe = pool.recipe
-        key = f"{recipe.method}-{recipe.sharing}, {recipe.model}, {recipe.dataset}"
-        other = pool.label.removeprefix(recipe.name).replace(f" students={recipe.students}", "")
-        by_method.setdefault(key + other, []).append(pool)
-    by_method = {
-        label: members
-        for label, members in by_method.items()
-        if len({pool.recipe.students for pool in members}) > 1
-    }
-    if not by_method:
+    found = sizes_of(pools)
+    if not found:
         return None
-    figure, axes = _axes([in_plot(label) for label in by_method])
-    for index, (label, members) in enumerate(by_method.items()):
-        by_size = {pool.recipe.students: pool for pool in members}
-        sizes = sorted(by_size)
-        samples = [by_size[size].last() for size in sizes]
+    figure, axes = _axes([in_plot(sizes.label) for sizes in found])
+    for index, (label, errors) in enumerate(found):
         axes.errorbar(
-            sizes,
-            [100 - sample.mean for sample in samples],
-            yerr=[sample.std or 0.0 for sample in samples],
+            list(errors),
+            [error.mean for error in errors.values()],
+            yerr=[error.std or 0.0 for error in errors.values()],
             marker="o",
             capsize=3,
             label=in_plot(label),
@@ -172,29 +158,16 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
 
 def _attention(pools: Sequence[Pool]) -> Figure | None:
     """Mean mixing weights on the test set over the epochs: a row for each receiver and source."""
-    shown = []
-    for pool in pools:
-        found: dict[int, list[Any]] = {}
-        for row in (row for run in pool.runs for row in run.metrics):
-            if "attention" in row.get("test", {}):
-                found.setdefault(row["epoch"] + 1, []).append(row["test"]["attention"])
-        if found:
-            epochs = sorted(found)
-            shown.append((pool, epochs, np.stack([np.mean(found[e], axis=0) for e in epochs])))
-    if not shown:
+    found = mixing_of(pools)
+    if not found:
         return None
-    # Inches; peers have no weight for the leader.
-    heights = [0.8 + 0.19 * weights_ESN.any(0).sum() for _, _, weights_ESN in shown]
-    figure = canvas(WIDTH, sum(heights) + 0.3 * len(shown))
-    panels = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (pool, epochs, weights_ESN) in zip(panels, shown, strict=True):
-        heard_SN = weights_ESN.any(0)
-        picture = axes.imshow(
-            weights_ESN[:, heard_SN].T, aspect="auto", vmin=0, vmax=1, interpolation="nearest"
-        )
+    heights = [0.8 + 0.19 * len(mixing.names) for mixing in found]  # inches
+    figure = canvas(WIDTH, sum(heights) + 0.3 * len(found))
+    panels = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (pool, epochs, names, weights_ER) in zip(panels, found, strict=True):
+        picture = axes.imshow(weights_ER.T, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
         ticks = _round_epochs(epochs)
         axes.set_xticks([epochs.index(epoch) for epoch in ticks], map(str, ticks))
-        names = [f"{who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_title(f"mixing weights on test\n{in_plot(pool.label)}", fontsize=9)
         axes.set_xlabel("epoch")

@@ -112,7 +112,9 @@ html:not(:has(figure.drawn)) .hint { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media print {
   figure.drawn .static { display: block; }
-  .live, .legend, .skip, details.data, button { display: none !important; }
+  .figures, .columns { grid-template-columns: 1fr 1fr; }
+  details:not(.data)::details-content { content-visibility: visible; display: block; }
+  .live, .legend, .skip, .hint, details.data, button { display: none !important; }
   figure.chart:not(:has(.static)) .live { display: block !important; }
   tr, figure, pre { break-inside: avoid; } thead { display: table-header-group; }
   h1, h2, h3 { break-after: avoid; } }

@@ -274,6 +274,14 @@ def test_a_browser_shows_each_figure(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "const paths = () => document.querySelectorAll('#loss .live .mark-line path').length;"
         "const found = { shown: shown(), wide: document.documentElement.scrollWidth > innerWidth,"
         "buttons: document.querySelectorAll('#loss button').length, before: paths() };"
+        "document.querySelector('#loss').scrollIntoView();"
+        "const at = document.querySelector('#loss .live svg').getBoundingClientRect();"
+        "const point = { clientX: at.x + at.width / 2, clientY: at.y + at.height / 2, bubbles: true };"
+        "const under = document.elementFromPoint(point.clientX, point.clientY);"
+        "for (const kind of ['pointerover', 'pointermove']) "
+        "under.dispatchEvent(new PointerEvent(kind, point));"
+        "await new Promise(done => setTimeout(done, 300));"
+        "found.tip = document.querySelector('#vg-tooltip-element.visible')?.innerText;"
         "const button = document.querySelector('#loss button'); button.click();"
         "await document.querySelector('#loss').view.runAsync();"
         "Object.assign(found, { after: paths(), pressed: button.getAttribute('aria-pressed') });"
@@ -305,5 +313,6 @@ def test_a_browser_shows_each_figure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not found["wide"]
     assert (found["buttons"], found["before"], found["after"]) == (3, 3, 2)
     assert found["pressed"] == "false"
+    assert re.findall(r"[\d.]+$", found["tip"], re.M) == ["2", "1 ± 0", "1 ± 0", "1 ± 0"]
     assert found["narrow"] <= 368
     assert found["hidden"] > 100
