@@ -28,6 +28,14 @@ class Curve:
     deviations: Sequence[float]
     kind: Literal["", "leader", "ensemble"] = ""
 
+    def cells(self, digits: int) -> dict[int, str]:
+        """The numbers of each epoch as text, with so many significant digits."""
+        spread = any(self.deviations)
+        return {
+            epoch: f"{mean:.{digits}g} ± {deviation:.{digits}g}" if spread else f"{mean:.{digits}g}"
+            for epoch, mean, deviation in zip(self.epochs, self.means, self.deviations, strict=True)
+        }
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -46,24 +54,19 @@ class Panel:
 
     def table(self) -> Table:
         """A row an epoch, a column a curve."""
-        spread = any(any(curve.deviations) for curve in self.curves)
-        found = [
-            dict(zip(c.epochs, zip(c.means, c.deviations, strict=True), strict=True))
-            for c in self.curves
-        ]
+        found = [curve.cells(self.digits) for curve in self.curves]
         rows = tuple(
-            (epoch, *(self._cell(of.get(epoch), spread) for of in found))
-            for epoch in sorted({epoch for of in found for epoch in of})
+            (epoch, *(cells.get(epoch, "") for cells in found))
+            for epoch in sorted({epoch for cells in found for epoch in cells})
         )
         columns = (Column("epoch"), *(Column(curve.label) for curve in self.curves))
-        notes = ("Mean ± standard deviation over runs.",) if spread else ()
+        spread = any(any(curve.deviations) for curve in self.curves)
+        notes = (
+            ("Mean ± standard deviation, where the runs of several seeds differ.",)
+            if spread
+            else ()
+        )
         return Table(f"{self.name}-numbers", self.title, columns, rows, notes)
-
-    def _cell(self, value: tuple[float, float] | None, spread: bool) -> str:
-        if value is None:
-            return ""
-        mean, deviation = (f"{number:.{self.digits}g}" for number in value)
-        return f"{mean} ± {deviation}" if spread else mean
 
 
 def panels_of(pools: Sequence[Pool]) -> list[Panel]:
