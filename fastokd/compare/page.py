@@ -11,9 +11,10 @@ from typing import Any
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
+from fastokd.report.html_tables import as_html
 from fastokd.report.plots import as_svg, in_page
 from fastokd.report.style import STYLE
-from fastokd.report.tables import Table, as_csv, as_html, as_markdown
+from fastokd.report.tables import Table, as_csv, as_markdown
 
 CAPTIONS = {
     "accuracy": "Test top-1 of the kept student after the last epoch: the mean over seeds with its 95% "

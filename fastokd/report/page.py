@@ -11,11 +11,12 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html
 from fastokd.report.find import find_runs
+from fastokd.report.html_tables import as_html
 from fastokd.report.plots import as_svg, draw_all, in_page, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.style import STYLE
-from fastokd.report.tables import Table, as_html, save_table
+from fastokd.report.tables import Table, save_table
 from fastokd.run.facts import RunFacts
 
 CAPTIONS = {
