@@ -141,16 +141,17 @@ def _finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def page_of(title: str, body: str, *, scripts: Sequence[str] = ()) -> str:
+def page_of(title: str, body: str, *, scripts: Sequence[str] = (), last: Sequence[str] = ()) -> str:
     """The whole page. ``body`` is HTML; the libraries are in it where it has a chart.
 
     Args:
         scripts: further JavaScript, which runs before the charts are drawn, as does that of tables.
+        last: and after; ``await drawn`` in it waits for the charts.
     """
     drawn = 'class="chart' in body
     own = files("fastokd.report").joinpath("charts.js")
     scripts = [*scripts, *([SCRIPT] if "<table" in body else [])]
-    run = [*scripts, *([libraries(), own.read_text("utf-8")] if drawn else [])]
+    run = [*scripts, *([libraries(), own.read_text("utf-8")] if drawn else []), *last]
     allowed = " ".join(f"'sha256-{_digest(text)}'" for text in run) or "'none'"
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastokd.host.names import in_html
 from fastokd.report.statistics import Difference, Sample
-from fastokd.report.tables import Cell, Column, Shown, Table
+from fastokd.report.tables import Cell, Column, Table, Written
 
 # Inlined once into each page with tables, which are plain without it.
 SCRIPT = Path(__file__).with_name("tables.js").read_text("utf-8")
@@ -76,7 +76,7 @@ def sort_value(cell: Cell) -> float | None:
     value: float | None
     if isinstance(cell, Sample):
         value = cell.mean
-    elif isinstance(cell, (Shown, Difference)):
+    elif isinstance(cell, (Written, Difference)):
         value = cell.value
     elif isinstance(cell, str):
         found = _NUMBER.match(cell)

@@ -70,7 +70,8 @@ a, summary, button { color: inherit; }
 :focus-visible { outline: 3px solid var(--c0); outline-offset: 2px; }
 .skip { position: absolute; left: -100vw; }
 .skip:focus { left: 1rem; top: 0; z-index: 2; padding: .5rem 1rem; background: var(--page); }
-figure.wide { grid-column: 1 / -1; }
+figure.chart, figure:has(.static) { max-width: 40rem; }
+figure.wide { grid-column: 1 / -1; max-width: none; }
 figcaption { margin-top: .5rem; }
 .live { width: 100%; min-width: 0; }
 .live .vega-embed { width: 100%; display: block; }
@@ -91,6 +92,38 @@ figure:not(.drawn) .live, figure:not(.drawn) .legend, figure.drawn .static { dis
   max-width: 60vw; }
 #vg-tooltip-element td.key { text-align: left; }
 details.data { margin-top: .25rem; font-size: .9rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: 1rem 2rem;
+  margin: 1rem 0; }
+.facts div { border-top: 2px solid var(--line); padding-top: .4rem; }
+.facts div:first-child { grid-column: 1 / -1; border-top-color: var(--c0); }
+.facts dt { font-size: .9rem; opacity: .8; }
+.facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.facts div:first-child dd { font-size: 2rem; line-height: 1.3; }
+.facts small { display: block; font-size: .8rem; font-weight: normal; opacity: .8; line-height: 1.4; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 2rem; }
+.columns > div { min-width: 0; }
+caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
+th[scope=row] { text-align: left; vertical-align: top; font-weight: normal; }
+.matrix td, .matrix th { padding: .25rem; min-width: 1.6rem; text-align: center; }
+.matrix th[scope=row] { text-align: right; overflow-wrap: normal; }
+.matrix td { print-color-adjust: exact;
+  background: color-mix(in srgb, var(--hue) calc(var(--share) * 60%), transparent); }
+.matrix .right { --hue: var(--c0); } .matrix .wrong { --hue: var(--c1); }
+.matrix .none { opacity: .45; }
+.upright { writing-mode: vertical-rl; max-height: 10rem; overflow: hidden; }
+.bar { print-color-adjust: exact; min-width: 8rem; background: linear-gradient(to right,
+  color-mix(in srgb, var(--c0) 35%, transparent) calc(var(--share) * 100%), transparent 0); }
+.mistakes { list-style: none; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 100%), 1fr)); }
+.mistakes li { break-inside: avoid; min-width: 0; }
+.mistakes img { image-rendering: pixelated; object-fit: contain; display: block; background: var(--soft); }
+.mistakes table { font-size: .8rem; } .mistakes td, .mistakes th { padding: .1rem .4rem .1rem 0; min-width: 0; }
+.mistakes td.text { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
+.mistakes .kept { font-weight: 600; } .mistakes .kept th { font-weight: 600; }
+button[data-copies] { font: inherit; font-size: .85rem; padding: .2rem .7rem; background: none; cursor: pointer;
+  border: 1px solid var(--line); border-radius: .3rem; }
+section > pre, section pre[id] { white-space: pre-wrap; }
+html:not(:has(figure.drawn)) .hint { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media print {
   figure.drawn .static { display: block; }

@@ -20,14 +20,14 @@ from fastokd.report.statistics import Difference, Sample
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A number that is shown as ``text``; a CSV has its ``value``, by which a page sorts."""
+class Written:
+    """A number written as ``text``; a CSV has its ``value``, by which a page sorts."""
 
     text: str
     value: float
 
 
-Cell = str | int | Shown | Sample | Difference | None
+Cell = str | int | Written | Sample | Difference | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Column:
         """The cell as text; None is empty."""
         if isinstance(cell, (Sample, Difference)):
             return cell.text(self.digits)
-        if isinstance(cell, Shown):
+        if isinstance(cell, Written):
             return cell.text
         return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
 
@@ -195,7 +195,7 @@ def _split(
 
 
 def _plain(cell: Cell) -> object:
-    if isinstance(cell, Shown):
+    if isinstance(cell, Written):
         return f"{cell.value:.12g}"
     return "" if cell is None else cell if isinstance(cell, int) else on_a_line(cell)
 

@@ -39,10 +39,14 @@ class Summary:
     best_on: str
     reported: str
 
+    @property
+    def whose(self) -> str:
+        """In words, whose accuracy; empty for a lone student."""
+        return _WHOSE[self.reported]
+
     def __str__(self) -> str:
-        whose = _WHOSE[self.reported]
         return (
-            f"test top-1{whose and f' of {whose}'}: {self.last:.4f} last (epoch {self.last_epoch}), "
+            f"test top-1{self.whose and f' of {self.whose}'}: {self.last:.4f} last (epoch {self.last_epoch}), "
             f"{self.best:.4f} best (epoch {self.best_epoch}, chosen on {self.best_on})"
         )
 

@@ -13,13 +13,13 @@ from fastokd.recipe.names import recipe
 from fastokd.report.charts import page_of
 from fastokd.report.fields import filter_form, ordered, varying
 from fastokd.report.html_tables import as_html, sort_value
-from fastokd.report.many import many_runs, parallel_chart, runs_table
-from fastokd.report.parallel import axes_of
+from fastokd.report.many import Many, many_of
+from fastokd.report.parallel import axes_of, parallel_spec
+from fastokd.report.pools import numbers_of, pool_runs
 from fastokd.report.statistics import Difference, Sample
-from fastokd.report.tables import Column, Shown, Table, as_csv
+from fastokd.report.tables import Column, Table, Written, as_csv
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
-from fastokd.run.summary import summarise
 from tests.browser import CHROMIUM, asked
 from tests.report.fake import FakeTrain
 
@@ -28,10 +28,10 @@ MIXED = Table(
     "Mixed",
     (Column("name", text=True), Column("value"), Column("p"), Column("where", text=True)),
     (
-        ("resnet20", Sample(9.5, 0.1, 2), Shown("1 G", 1e9), "b"),
-        ("resnet8", None, Shown("2 M", 2e6), ""),
+        ("resnet20", Sample(9.5, 0.1, 2), Written("1 G", 1e9), "b"),
+        ("resnet8", None, Written("2 M", 2e6), ""),
         ("resnet110", Difference(10.25, None), "unknown", "b"),
-        ("<b>&", "-3 of 300", Shown("<0.0001", 1e-7), "a"),
+        ("<b>&", "-3 of 300", Written("<0.0001", 1e-7), "a"),
     ),
 )
 
@@ -49,15 +49,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     return made
 
 
-def page(runs: list[Run]) -> str:
-    """The section of a report on these runs."""
-    fields, names = varying(runs), [run.folder.name for run in runs]
-    last = [100 * summarise(run).last for run in runs]
-    top1 = [Shown(f"{value:.2f}", value) for value in last]
-    table = as_html(runs_table(names, fields, [(Column("top-1"), top1)]))
-    return page_of(
-        "t", many_runs(names, fields, [table], parallel_chart(names, fields, "top-1", last))
-    )
+def numbers(runs: list[Run]) -> Many:
+    found = many_of(pool_runs(runs))
+    assert found is not None
+    return found
 
 
 def test_a_number_is_sorted_by_its_value() -> None:
@@ -92,23 +87,20 @@ def test_the_fields_are_those_in_which_runs_differ(runs: list[Run]) -> None:
     assert fields["method"] == [run.recipe.method for run in runs]
     assert varying(runs[:1]) == {}
     assert ordered([0.3, None, 0.1, 0.3]) == [0.1, 0.3, None]
-    assert '<output aria-live="polite">12 of 12 runs<' in page(runs)
     form = filter_form({"<i>": ["</script>", "&"]}, ["a", "b"])
     assert "<i>" not in form
     assert form.count("</script>") == 1
 
 
-def test_the_chart_has_the_runs_numbers(runs: list[Run]) -> None:
-    fields, names = varying(runs), [run.folder.name for run in runs]
-    last = [100 * summarise(run).last for run in runs]
-    chart = parallel_chart(names, fields, "top-1 (%)", last)
-    assert chart is not None
-    assert chart.spec is not None
-    assert "<svg" in chart.static
-    rows = chart.spec["data"]["values"]
-    for row, run in zip(rows, runs, strict=True):
-        assert row["name"] == run.folder.name
+def test_every_run_has_a_row_and_a_line(runs: list[Run]) -> None:
+    many = numbers(runs)
+    runs = [run for pool in pool_runs(runs) for run in pool.runs]
+    assert [n for of in numbers_of(pool_runs(runs)) for n in of] == [*range(12)]
+    rows = parallel_spec(many.axes, many.names)["data"]["values"]
+    for row, cells, run in zip(rows, many.table.rows, runs, strict=True):
+        assert row["name"] == cells[0] == str(run.folder)
         test = run.metrics[-1]["test"]["mean_top1"]
+        assert cells[-5] == Sample(100 * test, None, 1)
         assert float(row["t5"]) == pytest.approx(100 * test)
         assert (row["t0"], float(row["t4"])) == (run.recipe.method, run.recipe.lr)
     # The best run is on top of the result's axis and the worst at its foot; 0.3 lies above 0.1.
@@ -118,7 +110,11 @@ def test_the_chart_has_the_runs_numbers(runs: list[Run]) -> None:
     assert max(r["h4"] for r in rows if r["t4"] == "0.1") < min(
         r["h4"] for r in rows if r["t4"] == "0.3"
     )
-    assert parallel_chart(names, {"lr": fields["lr"], "seed": fields["seed"]}, "x", last) is None
+    some = {name: many.fields[name] for name in ("lr", "seed")}
+    assert (
+        dataclasses.replace(many, fields=some).axes == []
+    )  # the chart would say no more than the table
+    assert many_of(pool_runs(runs[:4])) is None
 
 
 def test_many_numbers_lie_on_a_scale() -> None:
@@ -150,7 +146,7 @@ def seen(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str,
       const form = document.querySelector('form.filter'), words = form.querySelector('input');
       const figure = document.querySelector('figure.chart');
       const rows = [...document.querySelectorAll('#runs tbody tr')];
-      const named = rows => rows.map(r => r.cells[0].textContent);
+      const named = rows => rows.map(r => r.cells[0].textContent.split('/').at(-1));
       const lines = layer => [...figure.querySelectorAll(`g.layer_${layer}_marks path`)];
       const state = async () => {
         await new Promise(done => setTimeout(done, 100));
@@ -170,7 +166,8 @@ def seen(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str,
       return {sorted, filtered, buttons: heads.map(h => [h.type, h.tabIndex]),
               chosen: named(rows.filter(r => r.matches('.chosen')))};
     """
-    text = page(runs).replace("<section>", f"{as_html(MIXED)}<section>", 1)
+    many = numbers(runs)
+    text = page_of("t", f"{as_html(MIXED)}<section>{many.section('', '<svg></svg>')}</section>")
     found: dict[str, Any] = asked(text, tmp_path_factory.mktemp("browser"), script)
     return found
 
