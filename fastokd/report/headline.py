@@ -16,7 +16,7 @@ from fastokd.errors import UserError
 from fastokd.host.names import counted, in_html
 from fastokd.models.info import count_macs
 from fastokd.report.find import find_beside
-from fastokd.report.pools import Pool, pool_runs
+from fastokd.report.pools import Pool, numbers_of, pool_runs
 from fastokd.report.results import baseline_of
 from fastokd.report.statistics import interval_of, welch, wilson
 from fastokd.report.tables import Column, Table

@@ -24,7 +24,7 @@ MANY = 5
 BROAD = 6
 CAPTION = (
     "A line is a run, an axis a setting in which the runs differ. The last axis, and the line's colour from "
-    "orange (lowest) to blue (highest), is the {result}. Lines through the same value are ordered by that result. "
+    "orange (lowest) to blue (highest), is the {result} of its last epoch. Lines through the same value are ordered by that result. "
     "Point at a line for its run; click to mark it, with Shift several, here and in the tables. The table "
     "“Every run” has the same numbers."
 )
@@ -40,12 +40,12 @@ class Many:
     values: Sequence[float]
     table: Table
 
-    def section(self, tables: str, static: str) -> str:
-        """The filter, HTML with tables whose rows it hides, the chart with its ``static`` form (SVG, "" for no
-        chart), and the table of every run."""
+    def section(self, first: str, others: str, static: str) -> str:
+        """The filter and what it filters: HTML with the ``first`` tables, the chart with its ``static`` form
+        (SVG, "" for no chart), the ``others``, and the table of every run."""
         form = filter_form(self.fields, self.names) if self.fields else ""
         every = f"<h3>{self.table.title}</h3>{as_html(self.table)}"
-        return f"{form}{tables}{self._figure(static)}{every}"
+        return f"{form}{first}{self._figure(static)}{others}{every}"
 
     def _figure(self, static: str) -> str:
         axes = self.axes
@@ -89,9 +89,7 @@ def many_of(pools: Sequence[Pool]) -> Many | None:
     }
     notes = ("Top-1 on the test split as reported, from each run's metrics.jsonl.",)
     table = runs_table(names, fields, results, notes)
-    return Many(
-        names, fields, "test top-1 (%), last epoch", [100 * one.last for one in found], table
-    )
+    return Many(names, fields, "test top-1 (%)", [100 * one.last for one in found], table)
 
 
 def _one(value: float) -> Sample:

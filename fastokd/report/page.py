@@ -131,15 +131,15 @@ def _page(shown: Shown) -> str:
         for name, table in shown.tables.items()
         if name != "runs"
     ]
-    result = _headline(shown) + results
+    result = _headline(shown), results
     if shown.many is not None:
-        result = shown.many.section(result, shown.figures.get("parallel", ""))
+        result = (shown.many.section(*result, shown.figures.get("parallel", "")), "")
     charts = _charts(shown)
     curves = [chart for name, chart in charts.items() if name not in TITLES]
     cohort = [chart for name, chart in charts.items() if name in TITLES]
     answers = shown.answers[0] if len(pools) == 1 else None
     sections = {
-        "Result": result,
+        "Result": "".join(result),
         "Curves": _figures(curves, _origin(pools)),
         "Kept network on the test images": "" if answers is None else _classes(pools[0], answers),
         "Cohort": _figures(cohort, ""),

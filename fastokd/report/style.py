@@ -36,7 +36,9 @@ td.text:last-child { white-space: normal; overflow-wrap: break-word; min-width: 
 /* The row's name stays in sight. */
 .scroll tr > :first-child { position: sticky; left: 0; z-index: 1; background: var(--page); }
 .scroll thead tr > :first-child { background: linear-gradient(var(--soft) 0 0) var(--page); }
-tbody th { min-width: 12rem; font-weight: 400; line-height: inherit; vertical-align: top; overflow-wrap: break-word; }
+/* Whole pixels: a background that stays in sight would cover the line of the row above. */
+tbody td, tbody th { line-height: 1.25rem; }
+tbody th { min-width: 12rem; font-weight: 400; vertical-align: top; overflow-wrap: break-word; }
 /* Of charts with many axes. */
 .broad > figure { overflow-x: auto; } .broad .live { min-width: 38rem; }
 tr.chosen > * { background: linear-gradient(var(--soft) 0 0) var(--page); font-weight: 600; }

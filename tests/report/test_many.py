@@ -167,7 +167,7 @@ def seen(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str,
               chosen: named(rows.filter(r => r.matches('.chosen')))};
     """
     many = numbers(runs)
-    text = page_of("t", f"{as_html(MIXED)}<section>{many.section('', '<svg></svg>')}</section>")
+    text = page_of("t", f"{as_html(MIXED)}<section>{many.section('', '', '<svg></svg>')}</section>")
     found: dict[str, Any] = asked(text, tmp_path_factory.mktemp("browser"), script)
     return found
 
