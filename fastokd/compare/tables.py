@@ -119,10 +119,11 @@ def _equal(row: Row, section: Section) -> tuple[Cell, ...]:
 def _difference(against: Against | None) -> tuple[Difference | None, Cell]:
     if against is None:
         return None, None
-    return against.paired.difference, _p(against)
+    return against.paired.difference, in_p(against)
 
 
-def _p(against: Against) -> Cell:
+def in_p(against: Against) -> Written | str | None:
+    """The corrected p of a difference; None where it isn't tested."""
     if against.p is None:
         return UNKNOWN if against.paired.p is None else None
     return Written("<0.0001" if against.p < 1e-4 else f"{against.p:.4f}", against.p)

@@ -13,7 +13,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 figure { margin: 1rem 0; min-width: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
-.note p { margin: .25rem 0; }
+.note p { margin: .25rem 0; } .note + h3 { margin-top: 1.5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem 2rem; align-items: start; }
 /* A shadow at each edge beyond which the table goes on. */
@@ -25,7 +25,7 @@ figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
 .scroll::-webkit-scrollbar { height: .6rem; background: var(--soft); }
 .scroll::-webkit-scrollbar-thumb { background: #888c; border-radius: .3rem; }
 table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: 5px .5rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; overflow-wrap: normal; }
 th { vertical-align: bottom; font-weight: 600; line-height: 1.25; }
 td { white-space: nowrap; }
@@ -44,7 +44,7 @@ tbody th { min-width: 12rem; font-weight: 400; vertical-align: top; overflow-wra
 tr.chosen > * { background: linear-gradient(var(--soft) 0 0) var(--page); font-weight: 600; }
 th:has(> button) { padding: 0; }
 th > button { font: inherit; color: inherit; background: none; border: 0; width: 100%; min-height: 1.75rem;
-  padding: .3rem .65rem .3rem .5rem; text-align: inherit; position: relative; cursor: pointer; }
+  padding: 5px .65rem 5px .5rem; text-align: inherit; position: relative; cursor: pointer; }
 th > button::after { content: "↕"; position: absolute; right: 0; bottom: .3rem; font-size: .7em;
   opacity: .5; }
 th[aria-sort] > button::after { content: "▲"; opacity: 1; }
