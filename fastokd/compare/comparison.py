@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.compare import results
-from fastokd.compare.calibration import BINS
 from fastokd.compare.charts import charts_of
 from fastokd.compare.contestants import Contestant, Request, contestants
 from fastokd.compare.cost import counted_peak
@@ -23,6 +22,7 @@ from fastokd.compare.wanted import Entry, entries
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError
 from fastokd.host.names import counted
+from fastokd.measured.answers import BINS
 from fastokd.recipe.names import recipe
 from fastokd.report.plots import as_svg, in_page
 from fastokd.report.tables import Table

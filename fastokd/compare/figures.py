@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastokd.compare.calibration import BINS, pooled
 from fastokd.compare.results import Row, Section
 from fastokd.compare.tables import in_prefix
 from fastokd.host.names import in_plot
+from fastokd.measured.answers import BINS, pooled
 from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.plots import CYCLE, HEIGHT, LINES, WIDTH
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fastokd.compare.calibration import pooled
 from fastokd.compare.figures import conditions_by, shown_rows
 from fastokd.compare.marks import (
     TIPS,
@@ -18,6 +17,7 @@ from fastokd.compare.marks import (
     top1,
 )
 from fastokd.compare.results import Row, Section
+from fastokd.measured.answers import pooled
 from fastokd.report.charts import responsive
 from fastokd.report.tables import Column, Table
 

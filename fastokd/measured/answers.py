@@ -182,7 +182,7 @@ def _from_file(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Answers:
         all(x.shape == (M, N) for x in in_MN)
         and N > 0
         and 0 <= found.kept < M
-        and 0 <= int(found.labels_N.min())
+        and int(found.labels_N.min()) >= 0
         and -1 <= int(ids_N.min()) <= int(ids_N.max()) < C
         and images_KHWC.dim() == 4
         and images_KHWC.shape[::3] == (*found.pictured_K.shape, 3)

@@ -15,8 +15,8 @@ from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
 from fastokd.run.identity import deciding
 
-# Fields of a recipe that have an option of their own.
-FLAGS = ("epochs", "method")
+# Options of the run that the command names, beside those that change its numbers.
+OF_THE_RUN = ("precision", "data_root")
 
 
 def command_of(run: Run) -> str | None:
@@ -27,7 +27,8 @@ def command_of(run: Run) -> str | None:
         again = wanted_runs(run.recipe.name, flags, parse_settings(settings))
         if [wanted.recipe for wanted in again] != [run.recipe]:
             return None
-        options = {**deciding(run.folder), "precision": _precision(run)}
+        begun = RunFacts(run.folder).environment()
+        options = {**deciding(run.folder), **{name: begun.get(name) for name in OF_THE_RUN}}
     except (UserError, TypeError, ValueError):
         return None
     words = ["fastokd", "train", run.recipe.name]
@@ -59,10 +60,6 @@ def _changes(of: Recipe) -> tuple[dict[str, Any], list[str]]:
             parts = {k: v for k, v in value.items() if v != theirs[name].get(k)}
         settings += [f"{key}={json.dumps(part)}" for key, part in parts.items()]
     return flags, settings
-
-
-def _precision(run: Run) -> Any:
-    return RunFacts(run.folder).environment().get("precision")
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from fastokd.report.charts import Chart, Series, responsive
@@ -82,7 +81,7 @@ def _spec(panel: Panel) -> dict[str, Any]:
             "mean:Q",
             title=None,
             scale=scale,
-            axis=alt.Axis(format="~g", tickCount=6, values=_ticks(panel)),
+            axis=_axis(panel),
         ),
         strokeDash=alt.StrokeDash(
             "curve:N", scale=alt.Scale(domain=keys, range=dashes), legend=None
@@ -96,21 +95,23 @@ def _spec(panel: Panel) -> dict[str, Any]:
     if any(any(curve.deviations) for curve in panel.curves):
         band = base.mark_area(opacity=0.2, aria=False, clip=True)
         layers.insert(0, band.encode(y=alt.Y("low:Q"), y2="high:Q"))
-    drawn = alt.layer(*layers, data=alt.Data(values=_rows(panel)), description=panel.title)
+    drawn = alt.layer(*layers, data=alt.NamedData("curves"), description=panel.title)
     spec: dict[str, Any] = drawn.add_params(alt.param(name="hidden", value=[])).to_dict()
-    return spec
+    # Altair would check every row.
+    return {**spec, "datasets": {"curves": _rows(panel), "epochs": _hover_rows(panel)}}
 
 
-def _ticks(panel: Panel) -> Any:
-    """1, 2 and 5 times the powers of ten of a logarithmic axis; others choose their own."""
+def _axis(panel: Panel) -> Any:
+    """A logarithmic axis has ticks at 1, 2 and 5 times the powers of ten."""
     import altair as alt
 
     if not panel.logarithmic:
-        return alt.Undefined
+        return alt.Axis(tickCount=6)
     means = [mean for curve in panel.curves for mean in curve.means if math.isfinite(mean)]
-    low, high = (math.floor(math.log10(bound)) for bound in (min(means), max(means)))
-    ticks = [float(f"{step}e{power}") for power in range(low, high + 1) for step in (1, 2, 5)]
-    return [tick for tick in ticks if min(means) / 2 <= tick <= 2 * max(means)]
+    least, most = min(means) / 2, max(means) * 2
+    powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    ticks = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
+    return alt.Axis(format="~g", values=[tick for tick in ticks if least <= tick <= most])
 
 
 def _epochs(panel: Panel) -> list[int]:
@@ -146,14 +147,12 @@ def _hover(panel: Panel) -> Any:
         empty=False,
         clear="pointerout",
     )
-    shown = panel.curves[:NAMED]
-    rows = [
-        {"epoch": row[0], **{_key(index): row[index + 1] for index in range(len(shown))}}
-        for row in panel.table().rows
+    tips = [
+        alt.Tooltip("epoch:Q", title="epoch"),
+        *(alt.Tooltip(f"{_key(i)}:N", title=c.label) for i, c in enumerate(panel.curves[:NAMED])),
     ]
-    tips = [alt.Tooltip("epoch:Q", title="epoch"), *_tips(shown)]
     return (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(alt.NamedData("epochs"))
         .mark_rule(color="currentColor", aria=False)
         .encode(
             x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0)), tooltip=tips
@@ -162,7 +161,8 @@ def _hover(panel: Panel) -> Any:
     )
 
 
-def _tips(curves: Sequence[Curve]) -> list[Any]:
-    import altair as alt
-
-    return [alt.Tooltip(f"{_key(i)}:N", title=curve.label) for i, curve in enumerate(curves)]
+def _hover_rows(panel: Panel) -> list[dict[str, Any]]:
+    return [
+        {"epoch": epoch, **{_key(index): cell for index, cell in enumerate(cells[:NAMED])}}
+        for epoch, *cells in panel.table().rows
+    ]

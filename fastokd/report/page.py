@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastokd.checkpoint import write_durably
-from fastokd.errors import DiskError, UserError, in_one_line, warn
+from fastokd.data import DatasetSplits
+from fastokd.errors import DiskError
 from fastokd.host.names import in_html
-from fastokd.measured.answering import answers_of
 from fastokd.measured.answers import Answers, read_answers
+from fastokd.measured.cost import read_cost
+from fastokd.measured.measure import measure
 from fastokd.report.charts import Chart, as_figure, page_of
 from fastokd.report.classes import classes_sections
 from fastokd.report.command import command_of
@@ -25,8 +27,10 @@ from fastokd.report.many import Many, many_of
 from fastokd.report.plots import as_svg, draw_all, in_page, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.results import published_table, results_table
+from fastokd.report.steps import cost_section
 from fastokd.report.tables import Table, save_table
 from fastokd.run.facts import RunFacts
+from fastokd.run.options import RunOptions
 
 CAPTIONS = {
     "loss": "The training loss on the train split, of all students of a cohort together: mean over "
@@ -54,7 +58,13 @@ OVER_SEEDS = {
 }
 
 
-def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    data: DatasetSplits | None = None,
+    options: RunOptions | None = None,
+) -> Path:
     """Writes a page about the runs and, beside it, each figure as PNG and SVG, and each table as
     Markdown, LaTeX and CSV (``report-results.tex`` beside ``report.html``).
 
@@ -64,6 +74,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         runs: run folders, also unfinished ones, or folders with runs at any depth.
         out: the page; by default ``report.html`` in the folder of a single run, else in the working
             directory. An existing page is replaced.
+        data, options: of a single run, whose answers and cost are measured if its folder lacks them, as for
+            :func:`fastokd.measured.measure.measure`.
 
     Raises:
         UserError: no run, a run without a measured epoch, or ``out`` can't be written.
@@ -72,6 +84,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     if out is None:
         out = loaded[0].folder / "report.html" if len(loaded) == 1 else Path("report.html")
     out = Path(out)
+    if len(loaded) == 1:
+        measure(loaded[0], data, options)
     pools = pool_runs(loaded)
     figures = draw_all(pools)
     found = [results_table(pools), published_table(pools)]
@@ -85,8 +99,6 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     shown = Shown(
         pools, tables, {name: in_page(svg) for name, svg in drawn.items()}, _answers(pools), many
     )
-    if len(pools) == 1 and figures:
-        shown.answers[0] = shown.answers[0] or _measured(pools[0])
     page = _page(shown)
     try:
         write_durably(out, page.encode())
@@ -114,15 +126,6 @@ def _answers(pools: Sequence[Pool]) -> list[Answers | None]:
     return [read_answers(pool.runs[0]) for pool in pools]
 
 
-def _measured(pool: Pool) -> Answers | None:
-    """The answers of a run that has none; None, with a warning, where its data or weights aren't at hand."""
-    try:
-        return answers_of(pool.runs[0])
-    except UserError as error:
-        warn(f"the page has no classes, calibration and mistakes: {in_one_line(error)}")
-        return None
-
-
 def _page(shown: Shown) -> str:
     pools = shown.pools
     title = pools[0].label if len(pools) == 1 else f"{len(pools)} recipes compared"
@@ -143,6 +146,7 @@ def _page(shown: Shown) -> str:
         "Curves": _figures(curves, _origin(pools)),
         "Kept network on the test images": "" if answers is None else _classes(pools[0], answers),
         "Cohort": _figures(cohort, ""),
+        "Cost of a training step": _cost(pools),
         "Papers": "".join(others),
         "How it was made": "".join(map(_details, range(len(pools)), pools)),
     }
@@ -193,6 +197,11 @@ def _figures(charts: Sequence[Chart], note: str) -> str:
     if not charts:
         return ""
     return f'{note}<div class="figures">{"".join(map(as_figure, charts))}</div>'
+
+
+def _cost(pools: Sequence[Pool]) -> str:
+    cost = read_cost(pools[0].runs[0]) if len(pools) == 1 else None
+    return "" if cost is None else cost_section(cost, pools[0].runs[0])
 
 
 def _classes(pool: Pool, answers: Answers) -> str:

@@ -115,6 +115,10 @@ th[scope=row] { text-align: left; vertical-align: top; font-weight: normal; }
 .upright { writing-mode: vertical-rl; max-height: 10rem; overflow: hidden; }
 .bar { print-color-adjust: exact; min-width: 8rem; background: linear-gradient(to right,
   color-mix(in srgb, var(--c0) 35%, transparent) calc(var(--share) * 100%), transparent 0); }
+.stack { display: flex; height: 2.2rem; margin: .5rem 0; border-radius: .3rem; overflow: hidden; }
+.part { flex-basis: 0; min-width: 2px; overflow: hidden; padding: .35rem .4rem; font-size: .85rem;
+  white-space: nowrap; box-sizing: border-box; print-color-adjust: exact;
+  background: color-mix(in srgb, var(--hue) 45%, transparent); border-left: 3px solid var(--hue); }
 .mistakes { list-style: none; padding: 0; display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 100%), 1fr)); }
 .mistakes li { break-inside: avoid; min-width: 0; }

@@ -32,7 +32,8 @@ def beside(
     Args:
         data: the run's data, if they are loaded already.
         options: where the data and the device are, unless where the run had them.
-        training: whether steps are taken; see :func:`fastokd.run.build.build`.
+        training: whether steps are taken (:func:`fastokd.run.build.build`); of a run on several ranks, over
+            one rank's share of a batch.
 
     Raises:
         UserError: the run has no checkpoint, or its data or its device can't be used.
@@ -41,6 +42,10 @@ def beside(
         _, tensors, facts = run_checkpoint(run.folder)
         recipe = Recipe.from_json(facts.get("recipe"))
         its = _options(run, options or RunOptions())
+        if training:
+            ranks = max(1, int(RunFacts(run.folder).environment().get("ranks", 1)))
+            recipe = replace(recipe, batch_size=max(1, recipe.batch_size // ranks))
+            facts["recipe"] = recipe.to_json()
         device = pick_device(its.device)
         release_memory(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -63,7 +63,8 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
         raise UserError(f"{run.folder} has no measured epoch yet: train it on with --resume")
     chosen_on = choosing_split(rows)
     # As for the best checkpoint, an incomplete epoch counts only if there is no other.
-    whole = [row for row in rows if row["epoch"] < run.standing.epochs]
+    epochs = run.standing.epochs  # read from a file
+    whole = [row for row in rows if row["epoch"] < epochs]
     best = max(whole or rows, key=lambda row: recipe.score(row[chosen_on]))
     return Summary(
         last=recipe.score(rows[-1]["test"]),

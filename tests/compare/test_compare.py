@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastokd.cli import run_command
 from fastokd.compare import comparison
-from fastokd.compare.calibration import BINS, Calibration, measure_bins
 from fastokd.compare.comparison import Comparison, Prepared, compare, prepare
 from fastokd.compare.contestants import ALONE, Request
 from fastokd.compare.cost import larger_student, training_macs
@@ -215,19 +213,6 @@ def test_macs_by_hand() -> None:
     assert larger is not None
     assert larger.ratio == model_info(larger.model, 10).macs / macs
     assert larger_student("wrn_28_10_basic", 4, 10, 32) is None
-
-
-def test_the_calibration_error_by_hand() -> None:
-    """Confidences 0.9, 0.9 (one right) and 0.5 (right): (2 |1/2 - 0.9| + |1 - 0.5|) / 3."""
-    probs = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]], dtype=torch.float64)
-    bins_3K = measure_bins(probs.log(), torch.tensor([0, 0, 0]))
-    count, confidence, correct = (tuple(row) for row in bins_3K.tolist())
-    found = Calibration(2 / 3, count, confidence, correct)
-    assert found.ece == pytest.approx((2 * 0.4 + 0.5) / 3)
-    assert len(count) == BINS
-    assert (count[13], count[7]) == (2, 1)
-    nan = measure_bins(torch.full((1, 2), torch.nan), torch.tensor([0]))
-    assert nan[2].sum() == 0
 
 
 @pytest.mark.parametrize(
