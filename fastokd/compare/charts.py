@@ -10,7 +10,7 @@ from fastokd.compare.intervals import accuracy_spec, difference_spec
 from fastokd.compare.marks import Spec, series_of
 from fastokd.compare.points import cost_spec, curves_spec, reliability_spec, reliability_table
 from fastokd.compare.results import Section
-from fastokd.report.charts import Chart
+from fastokd.report.charts import Chart, quiet
 from fastokd.report.plots import as_svg, in_page
 
 TITLES = {
@@ -60,7 +60,7 @@ def charts_of(found: Sequence[Section], figures: Mapping[str, Any]) -> list[Char
             name,
             TITLES[name],
             CAPTIONS[name],
-            SPECS[name](found),
+            {**SPECS[name](found), **quiet(TITLES[name])},
             in_page(as_svg(figure)),
             () if name in ("accuracy", "difference") else series,
             reliability_table(found[0]) if name == "reliability" else None,

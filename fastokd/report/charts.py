@@ -92,6 +92,11 @@ def responsive(spec: Mapping[str, Any], height: int) -> dict[str, Any]:
     return {**spec, "width": "container", "height": height, "autosize": fit, "background": None}
 
 
+def quiet(description: str) -> dict[str, Any]:
+    """The part of a specification by which a screen reader reads one sentence instead of every mark."""
+    return {"description": description, "config": {"mark": {"aria": False}}}
+
+
 def as_figure(chart: Chart) -> str:
     """The chart as a ``<figure>`` with its heading, buttons, caption and numbers."""
     name, caption = in_html(chart.name), in_html(chart.caption)

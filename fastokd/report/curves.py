@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from fastokd.report.pools import EpochMetrics, Pool
-from fastokd.report.tables import Column, Table
+from fastokd.report.tables import Cell, Column, Table
 
 Value = Callable[[Pool, EpochMetrics], float | None]
 
@@ -51,7 +51,7 @@ class Panel:
             dict(zip(c.epochs, zip(c.means, c.deviations, strict=True), strict=True))
             for c in self.curves
         ]
-        rows = tuple(
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
             (epoch, *(self._cell(of.get(epoch), spread) for of in found))
             for epoch in sorted({epoch for of in found for epoch in of})
         )

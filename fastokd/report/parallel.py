@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastokd.host.names import in_plot, on_a_line
 from fastokd.report.canvas import INK, canvas, plainly
-from fastokd.report.charts import responsive
+from fastokd.report.charts import quiet, responsive
 from fastokd.report.fields import Fields, ordered, said
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def parallel_spec(axes: Sequence[Axis], names: Sequence[str]) -> dict[str, Any]:
         "params": [{"name": "shown", "value": [*range(len(names))]}],
         "data": {"values": runs},
         "layer": layers,
+        **quiet("parallel coordinates of the runs, whose numbers are in the table of every run"),
     }
     return responsive(spec, HEIGHT)
 
