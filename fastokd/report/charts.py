@@ -22,8 +22,9 @@ from typing import Any
 from fastokd.checkpoint import write_durably
 from fastokd.host.caches import cache_root
 from fastokd.host.names import in_html
+from fastokd.report.html_tables import SCRIPT, as_html
 from fastokd.report.style import CHARTS, STYLE
-from fastokd.report.tables import Table, as_html
+from fastokd.report.tables import Table
 
 # Colours are the page's variables and its text's colour, so that they follow its scheme.
 _FAINT = {"gridColor": "currentColor", "gridOpacity": 0.12, "domainColor": "currentColor"}
@@ -91,6 +92,11 @@ def responsive(spec: Mapping[str, Any], height: int) -> dict[str, Any]:
     return {**spec, "width": "container", "height": height, "autosize": fit, "background": None}
 
 
+def quiet(description: str) -> dict[str, Any]:
+    """The part of a specification by which a screen reader reads one sentence instead of every mark."""
+    return {"description": description, "config": {"mark": {"aria": False}}}
+
+
 def as_figure(chart: Chart) -> str:
     """The chart as a ``<figure>`` with its heading, buttons, caption and numbers."""
     name, caption = in_html(chart.name), in_html(chart.caption)
@@ -144,11 +150,12 @@ def page_of(title: str, body: str, *, scripts: Sequence[str] = (), last: Sequenc
     """The whole page. ``body`` is HTML; the libraries are in it where it has a chart.
 
     Args:
-        scripts: further JavaScript, which runs before the charts are drawn.
+        scripts: further JavaScript, which runs before the charts are drawn, as does that of tables.
         last: and after; ``await drawn`` in it waits for the charts.
     """
     drawn = 'class="chart' in body
     own = files("fastokd.report").joinpath("charts.js")
+    scripts = [*scripts, *([SCRIPT] if "<table" in body else [])]
     run = [*scripts, *([libraries(), own.read_text("utf-8")] if drawn else []), *last]
     allowed = " ".join(f"'sha256-{_digest(text)}'" for text in run) or "'none'"
     policy = (

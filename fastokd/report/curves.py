@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from fastokd.report.pools import EpochMetrics, Pool
-from fastokd.report.tables import Column, Table
+from fastokd.report.tables import Cell, Column, Table
 
 Value = Callable[[Pool, EpochMetrics], float | None]
 
@@ -55,7 +55,7 @@ class Panel:
     def table(self) -> Table:
         """A row an epoch, a column a curve."""
         found = [curve.cells(self.digits) for curve in self.curves]
-        rows = tuple(
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
             (epoch, *(cells.get(epoch, "") for cells in found))
             for epoch in sorted({epoch for cells in found for epoch in cells})
         )

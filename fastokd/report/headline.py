@@ -16,7 +16,7 @@ from fastokd.errors import UserError
 from fastokd.host.names import counted, in_html
 from fastokd.models.info import count_macs
 from fastokd.report.find import find_beside
-from fastokd.report.pools import Pool, pool_runs
+from fastokd.report.pools import Pool, numbers_of, pool_runs
 from fastokd.report.results import baseline_of
 from fastokd.report.statistics import interval_of, welch, wilson
 from fastokd.report.tables import Column, Table
@@ -77,7 +77,8 @@ def headline_table(pools: Sequence[Pool], found: Sequence[Sequence[Fact]]) -> Ta
         for pool, facts in zip(pools, found, strict=True)
     )
     columns = (Column("recipe", text=True), *(Column(head, text=True) for head in heads))
-    return Table("headline", "The runs at a glance", columns, rows, (AT_A_GLANCE,))
+    numbers = numbers_of(pools)
+    return Table("headline", "The runs at a glance", columns, rows, (AT_A_GLANCE,), runs=numbers)
 
 
 def _accuracy(pool: Pool, test_images: int | None) -> Fact:

@@ -22,12 +22,14 @@ from fastokd.report.command import command_of
 from fastokd.report.curves import panels_of
 from fastokd.report.find import find_runs
 from fastokd.report.headline import as_facts, facts_of, headline_table
+from fastokd.report.html_tables import as_html
 from fastokd.report.live import HINT, chart_of
+from fastokd.report.many import Many, many_of
 from fastokd.report.plots import as_svg, draw_all, in_page, save
 from fastokd.report.pools import Pool, pool_runs
 from fastokd.report.results import published_table, results_table
 from fastokd.report.steps import cost_section
-from fastokd.report.tables import Table, as_html, save_table
+from fastokd.report.tables import Table, save_table
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import RunOptions
 
@@ -90,9 +92,14 @@ def report(
     figures = draw_all(pools)
     found = [results_table(pools), published_table(pools)]
     tables = {table.name: table for table in found if table is not None}
+    many = many_of(pools)
+    if many is not None:
+        tables["runs"] = many.table
+        if figures and (parallel := many.draw()):
+            figures["parallel"] = parallel
     drawn = {name: as_svg(figure) for name, figure in figures.items()}
     shown = Shown(
-        pools, tables, {name: in_page(svg) for name, svg in drawn.items()}, _answers(pools)
+        pools, tables, {name: in_page(svg) for name, svg in drawn.items()}, _answers(pools), many
     )
     page = _page(shown)
     try:
@@ -114,6 +121,7 @@ class Shown:
     tables: Mapping[str, Table]
     figures: Mapping[str, str]
     answers: list[Answers | None]
+    many: Many | None = None
 
 
 def _answers(pools: Sequence[Pool]) -> list[Answers | None]:
@@ -124,14 +132,19 @@ def _page(shown: Shown) -> str:
     pools = shown.pools
     title = pools[0].label if len(pools) == 1 else f"{len(pools)} recipes compared"
     results, *others = [
-        f"<h3>{in_html(table.title)}</h3>{as_html(table)}" for table in shown.tables.values()
+        f"<h3>{in_html(table.title)}</h3>{as_html(table)}"
+        for name, table in shown.tables.items()
+        if name != "runs"
     ]
+    result = _headline(shown), results
+    if shown.many is not None:
+        result = (shown.many.section(*result, shown.figures.get("parallel", "")), "")
     charts = _charts(shown)
     curves = [chart for name, chart in charts.items() if name not in STATIC]
     cohort = [chart for name, chart in charts.items() if name in STATIC]
     answers = shown.answers[0] if len(pools) == 1 else None
     sections = {
-        "Result": _headline(shown) + results,
+        "Result": "".join(result),
         "Curves": _figures(curves, _origin(pools)),
         "Kept network on the test images": "" if answers is None else _classes(pools[0], answers),
         "Cohort": _figures(cohort, ""),

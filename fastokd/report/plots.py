@@ -56,9 +56,14 @@ def as_svg(figure: Figure) -> str:
 def in_page(svg: str) -> str:
     """The figure :func:`as_svg` for a page with its text colour and variables ``--c0``..."""
     svg = svg.replace(INK, "currentColor")
-    for index, colour in enumerate(CYCLE):
-        svg = svg.replace(colour, f"var(--c{index}, {colour})")
+    for colour in CYCLE:
+        svg = svg.replace(colour, in_variables(colour))
     return svg
+
+
+def in_variables(colour: str) -> str:
+    """A colour of :data:`CYCLE` for a page's style."""
+    return f"var(--c{CYCLE.index(colour)}, {colour})"
 
 
 def on_white(svg: str) -> str:

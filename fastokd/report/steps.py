@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from fastokd.host.names import in_html
 from fastokd.measured.cost import Cost, per_step
-from fastokd.report.tables import Column, Table, as_html
+from fastokd.report.html_tables import as_html
+from fastokd.report.tables import Column, Table
 from fastokd.run.folder import Run
 
 ABOUT = {

@@ -13,7 +13,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 figure { margin: 1rem 0; min-width: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
-.note p { margin: .25rem 0; }
+.note p { margin: .25rem 0; } .note + h3 { margin-top: 1.5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem 2rem; align-items: start; }
 /* A shadow at each edge beyond which the table goes on. */
@@ -24,23 +24,44 @@ figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
   linear-gradient(to left, var(--shade), #0000) right / .9rem 100% no-repeat scroll; }
 .scroll::-webkit-scrollbar { height: .6rem; background: var(--soft); }
 .scroll::-webkit-scrollbar-thumb { background: #888c; border-radius: .3rem; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px .5rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; overflow-wrap: normal; }
 th { vertical-align: bottom; font-weight: 600; line-height: 1.25; }
 td { white-space: nowrap; }
 th.text, td.text { text-align: left; }
 th.group { text-align: center; border-bottom: 2px solid; }
-tr:not(:last-child) > th:not(.group) { border: 0; }
-td.text:first-child, td.text:last-child { white-space: normal; overflow-wrap: break-word; }
-td.text:last-child { min-width: 10rem; }
-td:first-child { min-width: 12rem; }
-td small { display: block; font-size: .75rem; opacity: .75; }
+thead td { border: 0; }
+td.text:last-child { white-space: normal; overflow-wrap: break-word; min-width: 10rem; }
+/* The row's name stays in sight. */
+.scroll tr > :first-child { position: sticky; left: 0; z-index: 1; background: var(--page); }
+.scroll thead tr > :first-child { background: linear-gradient(var(--soft) 0 0) var(--page); }
+/* Whole pixels: a background that stays in sight would cover the line of the row above. */
+tbody td, tbody th { line-height: 1.25rem; }
+tbody th { min-width: 12rem; font-weight: 400; vertical-align: top; overflow-wrap: break-word; }
+/* Of charts with many axes. */
+.broad > figure { overflow-x: auto; } .broad .live { min-width: 38rem; }
+tr.chosen > * { background: linear-gradient(var(--soft) 0 0) var(--page); font-weight: 600; }
+th:has(> button) { padding: 0; }
+th > button { font: inherit; color: inherit; background: none; border: 0; width: 100%; min-height: 1.75rem;
+  padding: 5px .65rem 5px .5rem; text-align: inherit; position: relative; cursor: pointer; }
+th > button::after { content: "↕"; position: absolute; right: 0; bottom: .3rem; font-size: .7em;
+  opacity: .5; }
+th[aria-sort] > button::after { content: "▲"; opacity: 1; }
+th[aria-sort=descending] > button::after { content: "▼"; }
+.filter { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; margin: .5rem 0;
+  font-size: .85rem; }
+.filter[hidden], tr[hidden] { display: none; }
+.filter select, .filter input, .filter button { font: inherit; color: inherit; background: var(--page);
+  border: 1px solid var(--line); border-radius: .3rem; min-height: 1.75rem; max-width: 12rem; }
+tbody small { display: block; font-size: .75rem; opacity: .75; }
 thead { background: var(--soft); }
 details { margin-top: 1rem; } summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .85rem; }
+@media (max-width: 40rem) { tbody th { min-width: 7rem; max-width: 9rem; } }
 @media print { body { max-width: none; } .scroll { overflow: visible; } table { font-size: .65rem; }
-  details > * { display: block; } }
+  details > * { display: block; } .filter > :not(output) { display: none; }
+  th > button { display: block !important; } th > button::after { content: none; } }
 """
 
 # Of pages with charts.
