@@ -12,10 +12,11 @@ from fastokd.host.names import counted, in_html
 from fastokd.measured.answers import BINS, Answers, pooled
 from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.charts import Chart, as_figure, responsive
+from fastokd.report.html_tables import as_html
 from fastokd.report.live import HEIGHT
 from fastokd.report.plots import CYCLE, WIDTH, as_svg, in_page
 from fastokd.report.statistics import wilson
-from fastokd.report.tables import Column, Table
+from fastokd.report.tables import Cell, Column, Table
 
 # More classes than this have no matrix.
 MOST_IN_MATRIX = 30
@@ -39,14 +40,24 @@ def classes_sections(answers: Answers) -> str:
     )
 
 
-def _table(name: str, caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table of rows of HTML; ``heads`` are HTML, too."""
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+def _table(
+    name: str, caption: str, heads: Sequence[str], rows: Sequence[str], words: int = 0
+) -> str:
+    """A table of rows of HTML; ``heads`` are HTML, too. The first ``words`` columns aren't numbers; without any,
+    the table isn't sorted by its heads."""
+    head = "".join(
+        f'<th scope="col"{" class=text" if index < words else ""}>{text}</th>'
+        for index, text in enumerate(heads)
+    )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{in_html(caption)}">'
-        f'<table id="{name}"><caption>{in_html(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<table id="{name}"{"" if words else " class=unsorted"}><caption>{in_html(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _number(value: float, text: str, attributes: str = "") -> str:
+    return f'<td data-value="{value:.8g}"{attributes}>{text}</td>'
 
 
 def _matrix(answers: Answers) -> str:
@@ -75,19 +86,21 @@ def _pairs(answers: Answers) -> str:
     totals_C = counts_CC.sum(1).tolist()
     wrong_CC = counts_CC.clone().fill_diagonal_(0)
     values_K, order_K = wrong_CC.flatten().topk(min(PAIRS, wrong_CC.numel()))
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for count, place in zip(values_K.tolist(), order_K.tolist(), strict=True):
         label, choice = divmod(place, len(answers.classes))
         if count:
-            names = "".join(
-                f"<td class=text>{in_html(answers.classes[c])}</td>" for c in (label, choice)
-            )
-            rows.append(
-                f"<tr>{names}<td>{count:,}</td><td>{100 * count / totals_C[label]:.1f}</td></tr>"
-            )
-    caption = f"The {PAIRS} most confused pairs of {len(answers.classes):,} classes"
-    heads = ["label", "network's choice", "images", "% of the label's"]
-    return f"<h3>Most confused pairs</h3>{_table('pairs', caption, heads, rows)}"
+            share = 100 * count / totals_C[label]
+            names = answers.classes[label], answers.classes[choice]
+            rows.append((*names, count, f"{share:.1f}"))
+    columns = (
+        Column("label", text=True),
+        Column("network's choice", text=True),
+        Column("images"),
+        Column("% of the label's"),
+    )
+    title = f"The {PAIRS} most confused pairs of {len(answers.classes):,} classes"
+    return f"<h3>Most confused pairs</h3>{as_html(Table('pairs', title, columns, tuple(rows)))}"
 
 
 def _by_class(answers: Answers) -> str:
@@ -99,10 +112,10 @@ def _by_class(answers: Answers) -> str:
     heads = ["class", "images", "top-1 (%)", "95% interval"]
     note = "the worst first, with Wilson's intervals"
     if len(rows) <= MOST_IN_MATRIX:
-        shown = _table("by-class", f"Accuracy of each class, {note}", heads, rows)
+        shown = _table("by-class", f"Accuracy of each class, {note}", heads, rows, 1)
     else:
-        worst = _table("by-class", f"The {WORST} worst classes, {note}", heads, rows[:WORST])
-        whole = _table("by-class-all", f"Accuracy of each class, {note}", heads, rows)
+        worst = _table("by-class", f"The {WORST} worst classes, {note}", heads, rows[:WORST], 1)
+        whole = _table("by-class-all", f"Accuracy of each class, {note}", heads, rows, 1)
         summary = f"<summary>All {len(rows):,} classes</summary>"
         shown = f'{worst}<details class="data">{summary}{whole}</details>'
     return f"<h3>Accuracy by class</h3>{shown}"
@@ -110,11 +123,13 @@ def _by_class(answers: Answers) -> str:
 
 def _class_row(name: str, accuracy: float, count: int) -> str:
     low, high = (100 * bound for bound in wilson(accuracy, count))
-    return (
-        f'<tr><th scope="row" class="text">{in_html(name)}</th><td>{count:,}</td>'
-        f'<td class="bar" style="--share:{accuracy:.4f}">{100 * accuracy:.2f}</td>'
-        f"<td>{low:.1f} to {high:.1f}</td></tr>"
-    )
+    shares = f' class="bar" style="--share:{accuracy:.4f}"'
+    cells = [
+        _number(count, f"{count:,}"),
+        _number(accuracy, f"{100 * accuracy:.2f}", shares),
+        _number(low, f"{low:.1f} to {high:.1f}"),
+    ]
+    return f'<tr><th scope="row" class="text">{in_html(name)}</th>{"".join(cells)}</tr>'
 
 
 def calibration_chart(answers: Answers) -> Chart:

@@ -10,7 +10,7 @@ import numpy as np
 from fastokd.report.curves import who
 from fastokd.report.pools import Pool
 from fastokd.report.statistics import Sample
-from fastokd.report.tables import Column, Table
+from fastokd.report.tables import Cell, Column, Table
 
 
 class Mixing(NamedTuple):
@@ -44,7 +44,7 @@ def mixing_table(pools: Sequence[Pool]) -> Table:
     """A row an epoch of each pool, a column a pair."""
     found = mixing_of(pools)
     names = list(dict.fromkeys(name for mixing in found for name in mixing.names))
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for mixing in found:
         for epoch, weights_R in zip(mixing.epochs, mixing.weights_ER.tolist(), strict=True):
             of = dict(zip(mixing.names, weights_R, strict=True))

@@ -4,7 +4,7 @@
   const inWords = new Intl.Collator(undefined, { numeric: true });
 
   // A button in each head of the last row of heads: a click, Enter or Space sorts.
-  for (const table of document.querySelectorAll(".scroll table")) {
+  for (const table of document.querySelectorAll(".scroll > table:not(.unsorted)")) {
     const heads = [...[...table.tHead.rows].at(-1).cells];
     heads.forEach((head, column) => {
       const button = document.createElement("button");

@@ -160,7 +160,7 @@ def test_names_in_a_page_are_text_and_its_policy_allows_only_its_scripts(
     assert "default-src 'none'" in policy.group(1)
     assert "unsafe-eval" not in policy.group(1)
     allowed = re.findall(r"'sha256-([^']+)'", policy.group(1))
-    assert len(allowed) == len(parsed.scripts) == 2
+    assert len(allowed) == len(parsed.scripts) == 3
 
 
 def test_headings_are_in_order_and_parts_have_names(one: tuple[Run, Answers, Parsed, str]) -> None:
