@@ -71,7 +71,7 @@ def cost_section(cost: Cost, run: Run) -> str:
 def _note(cost: Cost, run: Run) -> str:
     note = (
         f"Eager steps of {cost.batch} images on {cost.device}, {cost.precision}, engine {cost.engine}, each part "
-        f"followed by a synchronisation: together {1e3 * cost.total:.3f} ms."
+        f"followed by a synchronisation: together {1e3 * cost.total:.3f} ms. The bar has the parts in this order."
     )
     training = per_step(run).get("training")
     if training is None:

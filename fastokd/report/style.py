@@ -104,7 +104,7 @@ details.data { margin-top: .25rem; font-size: .9rem; }
 .facts small { display: block; font-size: .8rem; font-weight: normal; opacity: .8; line-height: 1.4; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 2rem; }
 .columns > div { min-width: 0; }
-caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
+caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; max-width: calc(100vw - 3rem); }
 th[scope=row] { text-align: left; vertical-align: top; font-weight: normal; }
 .matrix td, .matrix th { padding: .25rem; min-width: 1.6rem; text-align: center; }
 .matrix th[scope=row] { text-align: right; overflow-wrap: normal; }
@@ -119,11 +119,12 @@ th[scope=row] { text-align: left; vertical-align: top; font-weight: normal; }
 .part { flex-basis: 0; min-width: 2px; overflow: hidden; padding: .35rem .4rem; font-size: .85rem;
   white-space: nowrap; box-sizing: border-box; print-color-adjust: exact;
   background: color-mix(in srgb, var(--hue) 45%, transparent); border-left: 3px solid var(--hue); }
-.mistakes { list-style: none; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 100%), 1fr)); }
+.part:empty { padding: 0; }
+.mistakes { list-style: none; padding: 0; display: grid; gap: 1rem .5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(11rem, 100%), 1fr)); }
 .mistakes li { break-inside: avoid; min-width: 0; }
 .mistakes img { image-rendering: pixelated; object-fit: contain; display: block; background: var(--soft); }
-.mistakes table { font-size: .8rem; } .mistakes td, .mistakes th { padding: .1rem .4rem .1rem 0; min-width: 0; }
+.mistakes table { font-size: .75rem; } .mistakes td, .mistakes th { padding: .1rem .4rem .1rem 0; min-width: 0; }
 .mistakes td.text { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
 .mistakes .kept { font-weight: 600; } .mistakes .kept th { font-weight: 600; }
 button[data-copies] { font: inherit; font-size: .85rem; padding: .2rem .7rem; background: none; cursor: pointer;
