@@ -126,11 +126,21 @@ class Scorer:
             for name, logits_BC in self.method.classifiers(out).items():
                 right_B = label_rank(logits_BC.float()[None], labels_B)[0] == 0
                 watched[f"{name}_top1"] = right_B.double().mean()
-            logits_SBC = out.logits_SBC
-            if self.test_flip:
-                mirrored_SBC = self.cohort(images_BHWC.flip(2)).logits_SBC
-                logits_SBC = (logits_SBC.float() + mirrored_SBC.float()) / 2
+            logits_SBC = self._flipped(images_BHWC, out.logits_SBC)
         self.meter.update(logits_SBC, labels_B, watched)
+
+    @torch.no_grad()
+    def logits(self, images_BHWC: Tensor) -> Tensor:
+        """The logits ``[S, B, C]`` in float32 that the metrics are of, in the present mode."""
+        with self.context():
+            return self._flipped(images_BHWC, self.cohort(images_BHWC).logits_SBC).float()
+
+    def _flipped(self, images_BHWC: Tensor, logits_SBC: Tensor) -> Tensor:
+        """The mean of ``logits_SBC`` and those of the mirror images, if ``test_flip``."""
+        if not self.test_flip:
+            return logits_SBC
+        mirrored_SBC = self.cohort(images_BHWC.flip(2)).logits_SBC
+        return (logits_SBC.float() + mirrored_SBC.float()) / 2
 
 
 def evaluate(
@@ -230,33 +240,43 @@ class Evaluator:
         where every student has an average, the cohort's accuracies have that prefix, too. Those of a
         method's companion begin with ``companion_``.
         """
+        results: dict[str, dict[str, Any]] = {}
+        recipe = self.session.recipe
+        for networks, scorer in self.scorers(between).items():
+            for name, found in self._score(scorer, between).items():
+                if networks == "students":
+                    results[name] = found
+                elif networks == "averages":
+                    results[name] |= _of_averages(found, recipe.averaged.index(recipe.kept_student))
+                else:
+                    place = recipe.companion_of(recipe.kept_student) or 0
+                    results[name] |= _of_averages(found, place, "companion")
+                    results[name]["companion_student_top1"] = found["student_top1"]
+        return results
+
+    def scorers(self, between: Callable[[], None] = lambda: None) -> dict[str, Scorer]:
+        """The scorers of the ``"students"`` and, where the run has them, of their ``"averages"`` and of the
+        method's ``"companions"``, with the weights of now; ``between`` as in :meth:`Scorer.measure`."""
         learner = self.session.learner
         share_state(learner)
         if self._whole is None or self._captured is not learner.captured:
             self._captured, self._averaged, self._beside = learner.captured, None, None
             has_leader = self.session.recipe.has_leader
             self._whole = self._scorer(learner.cohort, learner.method, has_leader)
-        results = self._score(self._whole, between)
+        found = {"students": self._whole}
         if learner.average is not None:
-            for name, found in self._score_average(learner.average, between).items():
-                results[name] |= found
+            found["averages"] = self._of_average(learner.average, between)
         if learner.cohort.companion is not None:
             networks = learner.cohort.companion.networks
             if self._beside is None:
                 method = "ind" if len(networks.students) > 1 else "baseline"
                 self._beside = self._scorer(networks, create_method(method, networks.shape), False)
-            recipe = self.session.recipe
-            place = recipe.companion_of(recipe.kept_student) or 0
-            for name, found in self._score(self._beside, between).items():
-                results[name] |= _of_averages(found, place, "companion")
-                results[name]["companion_student_top1"] = found["student_top1"]
-        return results
+            found["companions"] = self._beside
+        return found
 
-    def _score_average(
-        self, average: Average, between: Callable[[], None]
-    ) -> dict[str, dict[str, Any]]:
-        """The metrics of the averages by split. Statistics of norms that aren't averaged are recomputed
-        before, and stay in the average."""
+    def _of_average(self, average: Average, between: Callable[[], None]) -> Scorer:
+        """The scorer of the averages. Statistics of norms that aren't averaged are recomputed, and stay in
+        the average."""
         recipe = self.session.recipe
         if self._averaged is None:
             apart = self._averages_apart(average)
@@ -273,11 +293,7 @@ class Evaluator:
             for index, state in enumerate(states):
                 live = cohort.student_state(index)
                 torch._foreach_copy_(list(state.values()), [live[key] for key in state])
-        kept = list(average.states).index(recipe.kept_student)
-        return {
-            name: _of_averages(found, kept)
-            for name, found in self._score(self._averaged, between).items()
-        }
+        return self._averaged
 
     def _training_images(self, epoch: int, between: Callable[[], None]) -> Iterator[Tensor]:
         """The first batches of training images of ``epoch``, of its size; of several views the first."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastokd.data import DatasetSplits
 from fastokd.distributed.agreement import Agreement
 from fastokd.distributed.launch import joined, of_the_first_rank
 from fastokd.distributed.ranks import speaks
@@ -140,7 +141,7 @@ def _train(recipe: Recipe, options: RunOptions) -> Run:
             finally:
                 session.learner.captured = None  # its graphs refer to the learner
         with stop.telling(_give_up):
-            ranks.first(lambda: _report(folder.path))
+            ranks.first(lambda: _report(folder.path, session.data))
     return Run(run.folder, run.recipe, run.metrics)
 
 
@@ -163,7 +164,7 @@ def _train_epochs(
     run = None
     with folder.keeping(session, keeper.save_now):
         while not session.is_over:
-            started, images = time.perf_counter(), hooks.images
+            started, images, waited = time.perf_counter(), hooks.images, session.waited
             try:
                 train_metrics = train_epoch(session, hooks)
             except CaptureError as error:
@@ -183,9 +184,13 @@ def _train_epochs(
                 "skipped_steps": session.skipped,
                 "train": train_metrics,
             }
+            if session.waited > waited:
+                row["data_seconds"] = session.waited - waited
             last = session.stopped or session.epoch + 1 == recipe.epochs
             if last or (session.epoch + 1) % options.eval_every == 0:
+                started = time.perf_counter()
                 row |= evaluator(hooks.on_batch)
+                row["eval_seconds"] = time.perf_counter() - started
             session.finish_epoch()
             folder.record(session, row)
             if session.is_over:
@@ -204,11 +209,11 @@ def _go_on_eagerly(session: Session, folder: RunFolder, error: CaptureError) -> 
     spared(lambda: folder.changed(session), again, of=DiskError)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, data: DatasetSplits | None = None) -> None:
     """The page with its plots; where it can't be made, a warning says how to make it later."""
     command = f"fastokd report {shlex.quote(str(folder))}"
     why = f"the run is done, but there is no report (`{command}` makes it)"
-    spared(lambda: page.report([folder]), why, of=BaseException)
+    spared(lambda: page.report([folder], data=data), why, of=BaseException)
 
 
 def _give_up() -> None:

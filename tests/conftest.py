@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastokd.data.sets import digits
 from fastokd.data.sets.digits import digits_indices
+from fastokd.measured.measure import measure
 from fastokd.report import page
 from fastokd.report.plots import draw_all
 
@@ -80,9 +81,10 @@ def _frozen() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _without_figures() -> Iterator[None]:
-    """The page of a run has no figures, which take longer to draw than the tests' runs to train."""
+    """The page of a run has no figures and measures nothing, which takes longer than to train the tests' runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "draw_all", lambda pools: {})
+        patch.setattr(page, "measure", lambda *_: None)
         yield
 
 
@@ -91,6 +93,7 @@ def figures() -> Iterator[None]:
     """From here to the end of the file the pages have their figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "draw_all", draw_all)
+        patch.setattr(page, "measure", measure)
         yield
 
 

@@ -19,6 +19,7 @@ Student = Annotated[
 Best = Annotated[bool, typer.Option(help="Use the best epoch instead of the last.")]
 
 
+@run_options("data_root", "device")
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run folders, or folders with runs at any depth.")
@@ -26,15 +27,17 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page; by default report.html.")
     ] = None,
+    options: Any = None,
 ) -> None:
     """Write a page about runs, with their plots.
 
-    The plots (PNG, SVG) and tables (Markdown, LaTeX, CSV) are written beside the page.
+    Of a single run it measures what each student says on every test image, and the cost of a step by its
+    parts, unless the run's folder has them. The plots (PNG, SVG) and tables (Markdown, LaTeX, CSV) are written beside the page.
     """
     from fastokd.report.page import report as write
     from fastokd.report.tables import files_of
 
-    page = write(runs, out)
+    page = write(runs, out, options=options)
     print(on_a_line(f"the page is {page}"))
     print(on_a_line(f"its table is in {files_of(page.with_name(f'{page.stem}-results'))}"))
 

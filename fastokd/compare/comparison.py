@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.compare import results
-from fastokd.compare.calibration import BINS
+from fastokd.compare.charts import charts_of
 from fastokd.compare.contestants import Contestant, Request, contestants
 from fastokd.compare.cost import counted_peak
+from fastokd.compare.every import every_run
 from fastokd.compare.figures import figures_of
-from fastokd.compare.page import page_of, write_files
+from fastokd.compare.page import comparison_page, write_files
 from fastokd.compare.runs import Failure, check_folder, entry_json, run_everything, state_of
 from fastokd.compare.shared import own_settings, settings_of
 from fastokd.compare.tables import tables_of
+from fastokd.compare.verdict import verdicts
 from fastokd.compare.wanted import Entry, entries
 from fastokd.data import DatasetSplits
 from fastokd.errors import UserError
 from fastokd.host.names import counted
+from fastokd.measured.answers import BINS
 from fastokd.recipe.names import recipe
+from fastokd.report.plots import as_svg, in_page
 from fastokd.report.tables import Table
 from fastokd.run.facts import RunFacts
 from fastokd.run.images import load_splits
@@ -60,6 +64,7 @@ class Comparison:
     rules: tuple[str, ...]
     tables: tuple[Table, ...]
     failures: tuple[Failure, ...]
+    sections: tuple[results.Section, ...]
     facts: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,15 +116,21 @@ def compare(made: Prepared, train: Train) -> Comparison:
     )
     rules = rules_of(made, failures, measured=not peaks)
     tables = tables_of(found, made.rows, failures, peaks, made.notes)
-    page = page_of(title, rules, tables, figures_of(found), environment)
+    said, every = verdicts(found), every_run(found)
+    drawn = every.draw()
+    parallel = "" if drawn is None else in_page(as_svg(drawn))
+    charts = charts_of(found, figures_of(found))
+    page = comparison_page(title, said, rules, tables, charts, every, parallel, environment)
     facts = {
+        "verdicts": said,
         "environment": environment,
         "notes": list(made.notes),
         "memory_counted": peaks,
         **results.to_json(found, made.rows, failures),
     }
-    done = Comparison(title, tuple(rules), tuple(tables), tuple(failures), facts)
-    write_files(made.out, title, rules, tables, page, done.to_json())
+    done = Comparison(title, tuple(rules), tuple(tables), tuple(failures), tuple(found), facts)
+    written = [*tables, every.table]
+    write_files(made.out, title, [*said, *rules], written, page, done.to_json())
     return done
 
 

@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastokd.compare.calibration import BINS, pooled
 from fastokd.compare.results import Row, Section
 from fastokd.compare.tables import in_prefix
 from fastokd.host.names import in_plot
+from fastokd.measured.answers import BINS, pooled
 from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.plots import CYCLE, HEIGHT, LINES, WIDTH
 
 MARKS = "osD^v<>PXp"
+# What a row is compared with: in words, and its colour.
+AGAINST = {
+    "images": ("one student, same images", CYCLE[0]),
+    "macs": ("one student, as many MACs", CYCLE[2]),
+    "larger": ("the larger student", CYCLE[3]),
+}
 
 
 def figures_of(found: Sequence[Section]) -> dict[str, Any]:
-    """The figures by name: ``accuracy`` and ``cost`` (accuracy against multiply-accumulates) of the whole
-    training set, ``reliability`` of its kept students, and ``noise`` and ``fraction`` where there are such
-    conditions."""
+    """The figures by name: ``accuracy``, ``difference`` (from students alone) and ``cost`` (accuracy against
+    multiply-accumulates) of the whole training set, ``reliability`` of its kept students, and ``noise`` and
+    ``fraction`` where there are such conditions."""
     with plainly():
         drawn = {
             "accuracy": _accuracy(found[0]),
+            "difference": _difference(found[0]),
             "cost": _cost(found[0]),
             "reliability": _reliability(found[0]),
             "noise": _curves(
@@ -43,7 +50,8 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _shown(section: Section) -> list[Row]:
+def shown_rows(section: Section) -> list[Row]:
+    """The rows of students that are compared, without teachers."""
     return [row for row in section.rows if row.contestant.kind != "teacher"]
 
 
@@ -53,7 +61,7 @@ def _half(row: Row) -> float:
 
 
 def _accuracy(section: Section) -> Any:
-    rows = _shown(section)[::-1]
+    rows = shown_rows(section)[::-1]
     figure = canvas(WIDTH, 0.9 + 0.28 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -63,6 +71,27 @@ def _accuracy(section: Section) -> Any:
     axes.set_yticks(range(len(rows)), [in_plot(row.contestant.label) for row in rows], fontsize=8)
     axes.grid(visible=True, axis="x")
     axes.set(title="kept student, test top-1 (%)")
+    return figure
+
+
+def _difference(section: Section) -> Any:
+    """The differences of each row, with their intervals; None without any."""
+    rows = [row for row in section.rows if row.against][::-1]
+    if not rows:
+        return None
+    figure, axes = _legended(len(rows) + len(AGAINST))
+    axes.axvline(0, color=INK, linewidth=0.8, alpha=0.6)
+    for shift, (against, (label, colour)) in enumerate(AGAINST.items()):
+        places = [place for place, row in enumerate(rows) if against in row.against]
+        found = [rows[place].against[against].paired.difference for place in places]
+        if found:
+            half = [0.0 if d.interval is None else d.interval[1] - d.value for d in found]
+            at = [place + 0.2 * (1 - shift) for place in places]
+            values, style = [d.value for d in found], {"fmt": "o", "capsize": 3, "markersize": 4}
+            axes.errorbar(values, at, xerr=half, color=colour, label=label, **style)
+    axes.set_yticks(range(len(rows)), [in_plot(row.contestant.label) for row in rows], fontsize=8)
+    axes.set(title="difference of the kept student's test top-1 (points)")
+    _legend(figure, axes)
     return figure
 
 
@@ -91,7 +120,7 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _cost(section: Section) -> Any:
-    rows = _shown(section)
+    rows = shown_rows(section)
     figure, axes = _legended(len(rows))
     for index, row in enumerate(rows):
         style = {**_style(index), "linestyle": "none"}
@@ -104,7 +133,7 @@ def _cost(section: Section) -> Any:
 
 
 def _reliability(section: Section) -> Any:
-    rows = _shown(section)
+    rows = shown_rows(section)
     figure, axes = _legended(len(rows))
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
     for index, row in enumerate(rows):
@@ -118,13 +147,17 @@ def _reliability(section: Section) -> Any:
     return figure
 
 
+def conditions_by(found: Sequence[Section], value: Callable[[Section], float]) -> list[Section]:
+    """The whole training set and the conditions that differ from it in ``value``."""
+    return [found[0], *(section for section in found if value(section) != value(found[0]))]
+
+
 def _curves(found: Sequence[Section], value: Callable[[Section], float], title: str) -> Any:
     """Accuracy over the conditions whose ``value`` differs from the whole set's; None without any."""
-    whole = found[0]
-    sections = [whole, *(s for s in found[1:] if value(s) != value(whole))]
+    whole, sections = found[0], conditions_by(found, value)
     if len(sections) < 2:
         return None
-    rows = _shown(whole)
+    rows = shown_rows(whole)
     figure, axes = _legended(len(rows))
     for index, row in enumerate(rows):
         points = sorted(

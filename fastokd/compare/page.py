@@ -11,53 +11,49 @@ from typing import Any
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
-from fastokd.report.plots import as_svg, in_page
-from fastokd.report.style import STYLE
-from fastokd.report.tables import Table, as_csv, as_html, as_markdown
+from fastokd.report.charts import Chart, as_figure, page_of
+from fastokd.report.html_tables import as_html
+from fastokd.report.live import HINT
+from fastokd.report.many import Many
+from fastokd.report.tables import Table, as_csv, as_markdown
 
-CAPTIONS = {
-    "accuracy": "Test top-1 of the kept student after the last epoch: the mean over seeds with its 95% "
-    "interval, and each seed as a stroke. Methods are blue, students alone orange.",
-    "cost": "The same against the multiply-accumulates that a run's training spends, with 95% intervals.",
-    "reliability": "The kept student's accuracy against its confidence on the test images, in 15 bins of "
-    "all seeds together. On the thin line both are equal.",
-    "noise": "The same accuracy with wrong training labels, with 95% intervals; the test labels are right.",
-    "fraction": "The same accuracy with fewer training images and as many images seen, with 95% intervals.",
-}
 STEM = "comparison"
 
 
-def page_of(
+def comparison_page(
     title: str,
+    said: Sequence[str],
     rules: Sequence[str],
     tables: Sequence[Table],
-    figures: Mapping[str, Any],
+    charts: Sequence[Chart],
+    every: Many,
+    parallel: str,
     facts: Mapping[str, Any],
 ) -> str:
-    """The page: rules, figures, tables, and the machine's ``facts``."""
-    listed = "".join(f"<li>{in_html(rule)}</li>" for rule in rules)
-    drawn = "".join(
-        f'<figure id="{name}" role="img" aria-label="{in_html(CAPTIONS[name])}">{in_page(as_svg(figure))}'
-        f"<figcaption>{in_html(CAPTIONS[name])}</figcaption></figure>"
-        for name, figure in figures.items()
+    """The page: what the tests say, charts, tables, every run with ``parallel`` (the SVG of its chart), the
+    rules, and the machine's ``facts``."""
+    figures = "".join(map(as_figure, charts))
+    sections = {
+        "Result": _listed(said, "verdicts"),
+        "Figures": f'<p class="note">{HINT}</p><div class="figures">{figures}</div>',
+        "Tables": "".join(f"<h3>{in_html(table.title)}</h3>{as_html(table)}" for table in tables),
+        "Run by run": every.section("", "", parallel),
+        "Rules": _listed(rules, "rules"),
+        "Versions and machine": "<details><summary>environment</summary>"
+        f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>",
+    }
+    return page_of(
+        title,
+        "\n".join(
+            f'<section aria-labelledby="section-{index}"><h2 id="section-{index}">{name}</h2>\n'
+            f"{content}</section>"
+            for index, (name, content) in enumerate(sections.items())
+        ),
     )
-    written = "".join(f"<h2>{in_html(table.title)}</h2>{as_html(table)}" for table in tables)
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{in_html(title)}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{in_html(title)}</h1>",
-            f'<h2>Rules</h2><ul class="rules">{listed}</ul>',
-            f'<div class="figures">{drawn}</div>',
-            written,
-            "<h2>Versions and machine</h2>",
-            f"<details><summary>environment</summary><pre>{html.escape(json.dumps(facts, indent=1))}"
-            "</pre></details>",
-            "</body></html>",
-        ]
-    )
+
+
+def _listed(sentences: Sequence[str], name: str) -> str:
+    return f'<ul class="{name}">{"".join(f"<li>{in_html(one)}</li>" for one in sentences)}</ul>'
 
 
 def write_files(

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastokd.compare.calibration import pooled
 from fastokd.compare.contestants import ALONE, Contestant
 from fastokd.compare.cost import NEAR
 from fastokd.compare.runs import Failure, Outcome, entry_json, outcome_json
 from fastokd.compare.wanted import Condition
+from fastokd.measured.answers import pooled
 from fastokd.report.published import differences
 from fastokd.report.statistics import Paired, Sample, holm, interval_of, paired
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from fastokd.checkpoint import read_object, write_durably
-from fastokd.compare.calibration import Calibration, calibration_of
 from fastokd.compare.wanted import Entry
 from fastokd.data import DatasetSplits
 from fastokd.device import pick_device, release_memory
 from fastokd.errors import DeviceLostError, DiskError, UserError, forget, in_one_line
 from fastokd.host.names import on_a_line
 from fastokd.host.streams import say, warn
+from fastokd.measured.answering import answers_of
+from fastokd.measured.answers import Calibration
 from fastokd.recipe.names import Recipe
 from fastokd.run.folder import Run
 from fastokd.run.identity import is_done, refuse_another
@@ -139,14 +140,14 @@ def _run(
         return run
 
     (run,) = run_all(out, [entry.run], options, measured)
-    calibration = calibration_of(run, data, options)
+    answers = answers_of(run, data, options)
     test = next(row for row in reversed(run.metrics) if "test" in row)["test"]
     several, peak = run.recipe.students > 1, read_object(run.folder / MEMORY, "peak of memory")
     return Outcome(
         entry,
         run,
-        calibration,
-        kept=100 * calibration.top1,
+        answers.calibration(answers.kept),
+        kept=100 * answers.accuracy(answers.kept),
         mean=100 * test["mean_top1"] if several else None,
         ensemble=100 * test["ensemble_top1"] if several else None,
         diversity=test["diversity"],

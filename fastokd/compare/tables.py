@@ -8,7 +8,7 @@ from fastokd.compare.contestants import Contestant
 from fastokd.compare.results import Against, Row, Section, settings_of
 from fastokd.compare.runs import Failure
 from fastokd.report.statistics import Difference
-from fastokd.report.tables import Cell, Column, Table
+from fastokd.report.tables import Cell, Column, Table, Written
 
 UNKNOWN = "unknown"
 RESULTS = (
@@ -95,7 +95,7 @@ def _result(row: Row, memory: dict[str, int | None]) -> tuple[Cell, ...]:
         row.sample(lambda one: one.ece),
         first.run.recipe.epochs,
         first.images,
-        in_prefix(row.macs),
+        Written(in_prefix(row.macs), row.macs),
         row.sample(lambda one: one.seconds),
         None if peak is None else round(peak / 1e6),
     )
@@ -107,7 +107,7 @@ def _equal(row: Row, section: Section) -> tuple[Cell, ...]:
     return (
         row.contestant.label,
         row.kept,
-        in_prefix(row.macs),
+        Written(in_prefix(row.macs), row.macs),
         equal.other,
         by_label[equal.other].kept,
         *_difference(equal),
@@ -116,16 +116,17 @@ def _equal(row: Row, section: Section) -> tuple[Cell, ...]:
     )
 
 
-def _difference(against: Against | None) -> tuple[Difference | None, str | None]:
+def _difference(against: Against | None) -> tuple[Difference | None, Cell]:
     if against is None:
         return None, None
-    return against.paired.difference, _p(against)
+    return against.paired.difference, in_p(against)
 
 
-def _p(against: Against) -> str | None:
+def in_p(against: Against) -> Written | str | None:
+    """The corrected p of a difference; None where it isn't tested."""
     if against.p is None:
         return UNKNOWN if against.paired.p is None else None
-    return "<0.0001" if against.p < 1e-4 else f"{against.p:.4f}"
+    return Written("<0.0001" if against.p < 1e-4 else f"{against.p:.4f}", against.p)
 
 
 def in_brackets(interval: tuple[float, float] | None) -> str:

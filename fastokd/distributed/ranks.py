@@ -26,6 +26,7 @@ from fastokd.seeds import keyed_generator
 T = TypeVar("T")
 
 PARALLEL = ("data", "students")
+_alone: list[bool] = []  # one for each :func:`alone` that this process is in
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,19 @@ def speaks() -> bool:
 
 
 def world_size() -> int:
-    """Processes of this run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Processes of this run; 1 within :func:`alone`."""
+    joined = dist.is_available() and dist.is_initialized() and not _alone
+    return dist.get_world_size() if joined else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process shares nothing with the other ranks, which wait for it."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 def student_columns(world: int, students: int) -> int:

@@ -31,6 +31,13 @@ def step(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tenso
     """Forward, loss, backward, clip, update, average; the logits ``[S, B, C]`` and the loss."""
     learner.before.take()
     logits_SBC, loss = gradients(learner, images_BHWC, labels_B)
+    update(learner, loss)
+    # Without their history: a graph's outputs would keep the warm-up's autograd nodes alive.
+    return logits_SBC.detach(), MethodLoss(loss.total.detach(), loss.parts)
+
+
+def update(learner: Learner, loss: MethodLoss) -> None:
+    """The part of a step after its :func:`gradients`; the step's :class:`Before` holds its start."""
     if learner.student_parallel is not None:
         learner.student_parallel.level()
     norm = clip(learner)
@@ -46,8 +53,6 @@ def step(learner: Learner, images_BHWC: Tensor, labels_B: Tensor) -> tuple[Tenso
         learner.average.update(learner.progress.epoch)
     learner.before.put_back(untaken)
     learner.guard.counted()
-    # Without their history: a graph's outputs would keep the warm-up's autograd nodes alive.
-    return logits_SBC.detach(), MethodLoss(loss.total.detach(), loss.parts)
 
 
 def training_step(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastokd.errors import UserError, warn
+from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
 
 
@@ -59,3 +61,16 @@ def _run_folders(top: Path) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     return (path / "recipe.json").is_file()
+
+
+def find_beside(run: Run, method: str, most: int = 500) -> list[Run]:
+    """The other measured runs of ``method`` in the folder that holds ``run``, of the first ``most`` by name.
+    Damaged ones and those without a measured epoch are left out."""
+    here = run.folder.resolve()
+    found = []
+    for path in sorted(path for path in here.parent.iterdir() if _is_run(path))[:most]:
+        with suppress(UserError):
+            if path != here and RunFacts(path).recipe().method == method:
+                other = Run.load(path)
+                found += [other] if any("test" in row for row in other.metrics) else []
+    return found

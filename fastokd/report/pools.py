@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ class Pool:
         rows = [[row for row in run.metrics if "test" in row][-1] for run in self.runs]
         values = [number for row in rows if (number := value(row)) is not None]
         return Sample.of(values) if len(values) == len(self.runs) else None
+
+
+def numbers_of(pools: Sequence[Pool]) -> tuple[tuple[int, ...], ...]:
+    """The numbers of each pool's runs, from 0 through all pools."""
+    numbers = itertools.count()
+    return tuple(tuple(next(numbers) for _ in pool.runs) for pool in pools)
 
 
 def pool_runs(runs: Sequence[Run]) -> list[Pool]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastokd.data.balance import sentences
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.report.pools import Pool
+from fastokd.report.pools import Pool, numbers_of
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.tables import Cell, Column, Table
@@ -50,7 +50,8 @@ OF_THE_DATA = ("dataset", "val", "test", "image_size")
 def results_table(pools: Sequence[Pool]) -> Table:
     """The test accuracy of each pool, and its difference from its baseline."""
     rows = tuple(_row(pool, baseline_of(pool, pools)) for pool in pools)
-    table = Table("results", "Results", RESULTS, rows, _notes(pools, rows))
+    notes = _notes(pools, rows)
+    table = Table("results", "Results", RESULTS, rows, notes, runs=numbers_of(pools))
     return table.without_empty_columns()
 
 

@@ -1,4 +1,4 @@
-"""A table with a caption, as HTML, Markdown, LaTeX and CSV, and for a terminal."""
+"""A table with a caption, as Markdown, LaTeX and CSV, and for a terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from rich.box import SIMPLE_HEAD
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import as_csv as csv_text
-from fastokd.host.names import in_html, in_latex, in_markdown, on_a_line
+from fastokd.host.names import in_latex, in_markdown, on_a_line
 from fastokd.report.statistics import Difference, Sample
 
-Cell = str | int | Sample | Difference | None
+
+@dataclass(frozen=True)
+class Written:
+    """A number written as ``text``; a CSV has its ``value``, by which a page sorts."""
+
+    text: str
+    value: float
+
+
+Cell = str | int | Written | Sample | Difference | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class Column:
         """The cell as text; None is empty."""
         if isinstance(cell, (Sample, Difference)):
             return cell.text(self.digits)
+        if isinstance(cell, Written):
+            return cell.text
         return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
 
 
@@ -55,7 +66,7 @@ class Table:
     """Rows of cells under ``columns``; ``notes`` are the sentences of the caption.
 
     ``name``: of its files, and its id in a page. ``grouped``: a rule separates rows whose first
-    cells differ.
+    cells differ. ``runs``: for each row, the numbers of its runs; a page can filter such a table.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
     grouped: bool = False
+    runs: tuple[tuple[int, ...], ...] = ()
 
     def without_empty_columns(self) -> Table:
         """The table without columns that have no value in any row."""
@@ -91,46 +103,6 @@ class Table:
     def caption(self) -> str:
         """Title and notes as one paragraph."""
         return " ".join([f"{self.title.rstrip('.')}.", *self.notes])
-
-
-def as_html(table: Table) -> str:
-    """The table, which scrolls where it is too wide, and its notes."""
-    shown = table.without_asides()
-    asides = [i for i, column in enumerate(table.columns) if column.aside]
-    heads = [_html_row("th", [(c.name, c.text) for c in shown.columns])]
-    if any(column.group for column in shown.columns):
-        spans = "".join(
-            f'<th colspan="{span}"{" class=group" if name else ""}>{in_html(name)}</th>'
-            for name, span in shown.groups()
-        )
-        heads.insert(0, f"<tr>{spans}</tr>")
-    rows = []
-    for whole, row in zip(table.rows, shown.rows, strict=True):
-        below = "".join(
-            f"<small>{_breakable(table.columns[i].show(whole[i]))}</small>" for i in asides
-        )
-        cells = [(column.show(cell), column.text) for column, cell in zip(shown.columns, row, strict=True)]  # fmt: skip
-        rows.append(_html_row("td", cells, below))
-    notes = "".join(f"<p>{in_html(note)}</p>" for note in table.notes)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{in_html(table.title)}">'
-        f'<table id="{table.name}"><thead>{"".join(heads)}</thead><tbody>{"".join(rows)}</tbody>'
-        f'</table></div><div class="note">{notes}</div>'
-    )
-
-
-def _html_row(tag: str, cells: Sequence[tuple[str, bool]], below_first: str = "") -> str:
-    """``cells``: their texts, and whether they are words."""
-    parts = [
-        f"<{tag}{' class=text' if text else ''}>{_breakable(cell)}{'' if i else below_first}</{tag}>"
-        for i, (cell, text) in enumerate(cells)
-    ]
-    return f"<tr>{''.join(parts)}</tr>"
-
-
-def _breakable(text: str) -> str:
-    """Names of recipes and paths may break behind a slash."""
-    return in_html(text).replace("/", "/<wbr>")
 
 
 def as_markdown(table: Table) -> str:
@@ -219,9 +191,13 @@ def _split(
     if any(isinstance(cell, Sample) for cell in cells):
         spread = any(isinstance(cell, Sample) and cell.std is not None for cell in cells)
         return [name, *([f"{name}, std"] if spread else [])], _of_sample
-    return [name], lambda cell: [
-        "" if cell is None else cell if isinstance(cell, int) else on_a_line(cell)
-    ]
+    return [name], lambda cell: [_plain(cell)]
+
+
+def _plain(cell: Cell) -> object:
+    if isinstance(cell, Written):
+        return f"{cell.value:.12g}"
+    return "" if cell is None else cell if isinstance(cell, int) else on_a_line(cell)
 
 
 def _of_difference(cell: Cell) -> list[object]:

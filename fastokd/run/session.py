@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -59,6 +60,7 @@ class Session:
             run. Skipped steps count.
         best: the best score so far.
         skipped: steps skipped under ``skip_nonfinite``.
+        waited: seconds that this process has waited for batches of decoded images.
         mixing: how the batches are mixed, or None.
         meter: the training metrics of this epoch.
         blocks: the draws on the device, by the number of images, which a CUDA graph is captured for.
@@ -79,6 +81,7 @@ class Session:
     step: int = 0
     best: float | None = None
     skipped: int = 0
+    waited: float = 0.0
 
     def __post_init__(self) -> None:
         self.mixing = mixing_of(self.recipe)
@@ -168,8 +171,18 @@ class Session:
         else:
             stream = self.stream
             batches = stream.decoded if isinstance(stream, DiskStream) else stream.batches
-            for images_BHWC, labels_B in batches(self.epoch, self.batch):
+            for images_BHWC, labels_B in self._waited(batches(self.epoch, self.batch)):
                 yield len(labels_B), images_BHWC, labels_B
+
+    def _waited(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """``batches``, with the time that the host waits for each in :attr:`waited`."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def _upload(self, images: int) -> None:
         """Uploads the draws of this step and those after it, unless the device's counter is at them."""
@@ -276,7 +289,15 @@ class Session:
 
         ``batch``: images and labels, where the stream doesn't make them of the draws.
         """
-        draws = self.blocks[images].read()
+        images_BHWC, labels_B, counted_B = self.drawn(images, *batch)
+        logits_SBC, loss = step(learner, images_BHWC, labels_B)
+        self.count(logits_SBC, counted_B, loss)
+        return logits_SBC, loss
+
+    def drawn(self, images: int, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step's batch as the students see it, its labels, and the labels that its accuracy counts; the
+        draws and the rates are set. The arguments are those of :meth:`whole_step`."""
+        progress, draws = self.learner.progress, self.blocks[images].read()
         if RATES in draws:
             set_rates(self._groups, draws.pop(RATES))
         operations_BL = draws.pop(OPERATIONS, None)
@@ -289,12 +310,14 @@ class Session:
         if isinstance(self.stream, DiskStream):
             images_BHWC = self.stream.finish(images_BHWC, operations_BL)
         mixing = draws.pop(MIXING, None)
-        learner.progress.draws = draws
+        progress.draws = draws
         images_BHWC, counted_B = self.mixed(images_BHWC, labels_B, mixing)
-        logits_SBC, loss = step(learner, images_BHWC, labels_B)
+        return images_BHWC, labels_B, counted_B
+
+    def count(self, logits_SBC: Tensor, counted_B: Tensor, loss: MethodLoss) -> None:
+        """Adds a step to the training metrics."""
         losses = {"loss": loss.total, **loss.parts}
-        self.meter.update(logits_SBC, counted_B, losses, learner.guard.fault)
-        return logits_SBC, loss
+        self.meter.update(logits_SBC, counted_B, losses, self.learner.guard.fault)
 
     def finish_step(self) -> None:
         """Counts one step."""

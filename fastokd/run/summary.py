@@ -39,10 +39,14 @@ class Summary:
     best_on: str
     reported: str
 
+    @property
+    def whose(self) -> str:
+        """In words, whose accuracy; empty for a lone student."""
+        return _WHOSE[self.reported]
+
     def __str__(self) -> str:
-        whose = _WHOSE[self.reported]
         return (
-            f"test top-1{whose and f' of {whose}'}: {self.last:.4f} last (epoch {self.last_epoch}), "
+            f"test top-1{self.whose and f' of {self.whose}'}: {self.last:.4f} last (epoch {self.last_epoch}), "
             f"{self.best:.4f} best (epoch {self.best_epoch}, chosen on {self.best_on})"
         )
 
@@ -59,7 +63,8 @@ def summarise(run: Run, judged_by: Recipe | None = None) -> Summary:
         raise UserError(f"{run.folder} has no measured epoch yet: train it on with --resume")
     chosen_on = choosing_split(rows)
     # As for the best checkpoint, an incomplete epoch counts only if there is no other.
-    whole = [row for row in rows if row["epoch"] < run.standing.epochs]
+    epochs = run.standing.epochs  # read from a file
+    whole = [row for row in rows if row["epoch"] < epochs]
     best = max(whole or rows, key=lambda row: recipe.score(row[chosen_on]))
     return Summary(
         last=recipe.score(rows[-1]["test"]),

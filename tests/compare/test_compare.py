@@ -5,28 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from fastokd.cli import run_command
 from fastokd.compare import comparison
-from fastokd.compare.calibration import BINS, Calibration, measure_bins
 from fastokd.compare.comparison import Comparison, Prepared, compare, prepare
 from fastokd.compare.contestants import ALONE, Request
 from fastokd.compare.cost import larger_student, training_macs
+from fastokd.compare.results import Against
 from fastokd.compare.shared import SHARED, settings_of
+from fastokd.compare.verdict import verdicts
 from fastokd.errors import UserError
 from fastokd.models import model_info
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.report.statistics import interval_of, paired
+from fastokd.report.statistics import Difference, Paired, interval_of, paired
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from fastokd.train import train
+from tests.browser import CHROMIUM, asked
 
 OPTIONS = RunOptions(device="cpu", precision="fp32", engine="loop", impl="torch", quiet=True)
 REQUEST = Request(
@@ -115,9 +115,10 @@ def test_the_numbers_are_those_of_the_runs(made: Made) -> None:
     assert against["p"] == against["p_holm"] == expected.p  # one test is left
     # The page and the CSV show the same.
     page = (prepared.out / "comparison.html").read_text()
-    shown = re.search(r"<tr><td class=text>okddip-branch</td>(.*?)</tr>", page)
+    table = page[page.index('id="images"') :]
+    shown = re.search(r'<tr><th scope="row" class=text>okddip-branch</th>(.*?)</tr>', table)
     assert shown is not None
-    cells = re.findall(r"<td>(.*?)</td>", shown[1])
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", shown[1])
     low, high = interval_of(ours) or (0.0, 0.0)
     mean = sum(ours) / 2
     assert cells[1].startswith(f"{mean:.2f} ± ")
@@ -214,19 +215,6 @@ def test_macs_by_hand() -> None:
     assert larger_student("wrn_28_10_basic", 4, 10, 32) is None
 
 
-def test_the_calibration_error_by_hand() -> None:
-    """Confidences 0.9, 0.9 (one right) and 0.5 (right): (2 |1/2 - 0.9| + |1 - 0.5|) / 3."""
-    probs = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]], dtype=torch.float64)
-    bins_3K = measure_bins(probs.log(), torch.tensor([0, 0, 0]))
-    count, confidence, correct = (tuple(row) for row in bins_3K.tolist())
-    found = Calibration(2 / 3, count, confidence, correct)
-    assert found.ece == pytest.approx((2 * 0.4 + 0.5) / 3)
-    assert len(count) == BINS
-    assert (count[13], count[7]) == (2, 1)
-    nan = measure_bins(torch.full((1, 2), torch.nan), torch.tensor([0]))
-    assert nan[2].sum() == 0
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -276,27 +264,103 @@ def test_a_dry_run_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_the_page(made: Made, tmp_path: Path) -> None:
-    prepared, _, _ = made
-    probe = (
-        "<script>addEventListener('load', () => { document.body.style.width = '368px';"
-        "document.title = JSON.stringify([[...document.querySelectorAll('figure svg')].map(s => "
-        "Math.round(s.getBoundingClientRect().height)), document.body.scrollWidth]) });</script></body>"
+def drawn(page: str, name: str) -> list[dict[str, Any]]:
+    """The numbers of an interactive chart."""
+    found = re.search(
+        rf'<figure id="{name}".*?<script type="application/json">(.*?)</script>', page, re.S
     )
-    probed = tmp_path / "probed.html"
+    assert found is not None, name
+    values: list[dict[str, Any]] = json.loads(found[1])["data"]["values"]
+    return values
+
+
+def test_the_charts_have_the_runs_numbers(made: Made) -> None:
+    prepared, done, _ = made
     page = (prepared.out / "comparison.html").read_text()
-    assert not re.search(r'(src|href)="(?!#)', page)  # all is in the page
+    rows = {row["row"]: row for row in done.facts["sections"][0]["rows"]}
+    runs = {run["folder"]: run for run in done.facts["runs"]}
+    for name in ("accuracy", "cost"):
+        means = [value for value in drawn(page, name) if "kept" in value]
+        assert [value["row"] for value in means] == [*rows]
+        for value in means:
+            row = rows[value["row"]]
+            low_high = [value.get("low"), value.get("high")]
+            assert value["kept"] == pytest.approx(row["kept_top1"]["mean"])
+            assert low_high == pytest.approx(row["kept_top1_interval"] or [None, None])
+            assert value.get("spent", row["macs"]) == row["macs"]
+    seeds = {value["run"]: value["one"] for value in drawn(page, "accuracy") if "one" in value}
+    assert seeds == {name: pytest.approx(run["kept_top1"]) for name, run in runs.items()}
+    differences = drawn(page, "difference")
+    assert len(differences) == sum(len(row["against"]) for row in rows.values())
+    for value in differences:
+        against = rows[value["row"]]["against"][value["at"].removeprefix(f"{value['row']} ")]
+        assert value["value"] == pytest.approx(against["difference"])
+        assert [value["low"], value["high"]] == pytest.approx(against["interval"] or [None, None])
+    for value in drawn(page, "reliability"):
+        points = rows[value["row"]]["reliability"]
+        assert [value["confidence"], value["right"], value["images"]] in [
+            pytest.approx(p) for p in points
+        ]
+    lines = {value["name"]: value for value in drawn(page, "parallel")}
+    assert lines.keys() == runs.keys()
+    table = (prepared.out / "comparison.csv").read_text().partition("Every run")[2]
+    for cells in csv.DictReader(table.strip().splitlines()):
+        run = runs[cells["run"]]
+        assert (cells["row"], int(cells["seed"])) == (run["row"], run["seed"])
+        assert float(cells["test top-1 (%), kept"]) == pytest.approx(run["kept_top1"])
+        assert float(cells["MACs"]) == run["macs"]
+        assert float(cells["ECE (%)"]) == pytest.approx(run["ece"], abs=1e-6)
+
+
+def test_a_verdict_names_what_is_clear(made: Made) -> None:
+    done = made[1]
+    assert done.facts["verdicts"][0].startswith("Beside one student that sees the same images: ")
+    section = done.sections[0]
+    (row,) = (one for one in section.rows if one.contestant.label == "okddip-branch")
+    for p, value, says in (
+        (0.01, 2.0, "is better"),
+        (1e-6, -2.0, "is worse"),
+        (0.2, 2.0, "1 method of 1 can't"),
+    ):
+        difference = Difference(value, (value - 1, value + 1))
+        against = Against(ALONE, Paired(difference, p, 2), p)
+        changed = replace(section, rows=(replace(row, against={"images": against}),))
+        (said,) = verdicts([changed])
+        assert says in said
+        assert ("p < 0.0001" in said) == (p < 1e-4)
+    alone = Against(ALONE, Paired(Difference(1.0, None), None, 1))
+    assert (
+        "no test"
+        in verdicts([replace(section, rows=(replace(row, against={"images": alone}),))])[0]
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_shows_the_page(made: Made, tmp_path: Path) -> None:
+    page = (made[0].out / "comparison.html").read_text()
     assert "mathdefault" not in page  # formulas aren't drawn
-    probed.write_text(page.replace("</body>", probe))
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probed.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*)</title>", done.stdout)
-    assert title is not None
-    heights, width = json.loads(title[1])
-    assert len(heights) == 3
-    assert min(heights) > 60
+    script = """
+      document.body.style.width = '368px';
+      dispatchEvent(new Event('resize'));
+      await new Promise(done => setTimeout(done, 300));
+      const heights = [...document.querySelectorAll('figure .live svg')].map(
+        s => [s.closest('figure').id, Math.round(s.getBoundingClientRect().height)]);
+      const cost = document.querySelector('#cost');
+      const points = () => cost.querySelectorAll('.mark-symbol path').length;
+      const before = points();
+      cost.querySelector('button').click();
+      await cost.view.runAsync();
+      return [heights, document.querySelector('main').scrollWidth, before - points(),
+              performance.getEntriesByType('resource').length];
+    """
+    heights, width, hidden, fetched = asked(page, tmp_path, script)
+    assert [name for name, _ in heights] == [
+        "accuracy",
+        "difference",
+        "cost",
+        "reliability",
+        "parallel",
+    ]
+    assert min(height for _, height in heights) > 60
     assert width <= 400
+    assert (hidden, fetched) == (1, 0)

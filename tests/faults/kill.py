@@ -66,7 +66,7 @@ def digest(folder: Path) -> str:
             total.update(name.encode())
             total.update(named[name].contiguous().view(-1).numpy().tobytes())
     rows = [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+        {k: v for k, v in row.items() if k != "images_per_second" and not k.endswith("seconds")}
         for row in Run.load(folder).metrics
     ]
     best = [path.name for path in sorted((folder / "checkpoints").glob("best-*"))]

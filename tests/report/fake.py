@@ -73,6 +73,8 @@ class FakeTrain:
             "step": epoch + 1,
             "seconds": 2.0,
             "images_per_second": 250.0,
+            "lr": recipe.lr / (epoch + 1),
+            "kd_weight": 1 - 0.5 ** (epoch + 1),
             "train": {"loss": 2.0 / (epoch + 1)},
             **splits,
         }

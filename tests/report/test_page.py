@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from fastokd.checkpoint import save_checkpoint
 from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.names import recipe
+from fastokd.report.charts import page_of
 from fastokd.report.difference import diff_runs
-from fastokd.report.page import _page, report
+from fastokd.report.html_tables import as_html
+from fastokd.report.page import Shown, _page, report
 from fastokd.report.pictures import pictures
 from fastokd.report.plots import as_svg, draw_all, in_page
 from fastokd.report.pools import pool_runs
 from fastokd.report.results import published_table, results_table
-from fastokd.report.tables import as_html
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 from tests.report.fake import FakeTrain
@@ -73,9 +75,10 @@ def test_one_run_has_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     out = report([run])
     assert out == run / "report.html"
     found = Elements(out.read_text())
-    assert found.ids == ["results", "loss", "accuracy", "diversity", "attention"]
+    figures = ["loss", "accuracy", "diversity", "lr", "kd_weight", "attention"]
+    assert [name for name in found.ids if not name.endswith("-numbers")] == ["results", *figures]
     assert found.fetched == []
-    for name in found.ids[1:]:
+    for name in figures:
         assert (run / f"report-{name}.png").stat().st_size > 1000
         assert "<svg" in (run / f"report-{name}.svg").read_text()
     assert "currentColor" not in (run / "report-loss.svg").read_text()
@@ -135,7 +138,7 @@ def test_all_in_which_a_run_differs_from_a_cell_stands_beside_it(
     assert "epochs=3 (300)" in row
     assert says in row.replace("epochs=3 (300)", "")
     if not says:
-        assert row.replace("class=text", "").count("=") == 1, "nothing else differs"
+        assert re.sub("<[^>]*>", "", row).count("=") == 1, "nothing else differs"
     assert says.split(" (")[0].replace("w.pth", "trained weights") in pool.label
 
 
@@ -188,7 +191,7 @@ def test_what_is_told_apart_is_named(tmp_path: Path) -> None:
         "dml/resnet8/digits epochs=3 lr=0.1",
         "dml/resnet8/digits epochs=3 lr=0.05",
     ]
-    assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity"}
+    assert set(draw_all(pools)) >= {"loss", "accuracy", "diversity", "lr", "kd_weight"}
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 40])
@@ -204,14 +207,14 @@ def test_ticks_are_whole_epochs_and_plain_numbers(epochs: int, tmp_path: Path) -
         assert all(re.fullmatch(r"\N{MINUS SIGN}?\d+", text) for text in shown), (name, shown)
         assert "$" not in svg
         assert "var(--c0, #0072b2)" in svg or name == "attention"
-        assert "test" in axes.get_title(loc="left") or name == "loss"
+        assert "test" in axes.get_title(loc="left") or name in ("loss", "lr", "kd_weight")
     assert (figures["loss"].axes[0].get_yscale() == "log") == (epochs == 40)
 
 
 def test_a_notebook_shows_each_figure_black_on_white(tmp_path: Path) -> None:
     (run,) = make(tmp_path, "okddip-branch/resnet8/digits", 0)
     shown = pictures(Run.load(run))
-    assert shown.keys() == {"loss", "accuracy", "diversity", "attention"}
+    assert shown.keys() == {"loss", "accuracy", "diversity", "lr", "kd_weight", "attention"}
     for picture in shown.values():
         svg = picture._repr_svg_()
         assert svg.startswith("<svg")
@@ -225,7 +228,9 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     pool = dataclasses.replace(
         pool_runs([Run.load(run)])[0], label="<script>alert(1)</script>", recipe=hostile
     )
-    assert "<script" not in _page([pool], {"results": results_table([pool])}, {})
+    page = _page(Shown([pool], {"results": results_table([pool])}, {}, [None]))
+    assert "alert(1)" in page
+    assert page.count("<script") == 1  # of the tables
 
 
 @pytest.mark.parametrize(
@@ -255,35 +260,61 @@ def test_a_difference_names_recipe_and_results(
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_each_figure(tmp_path: Path) -> None:
+def test_a_browser_shows_each_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = tmp_path / "runs/a folder with a long name that says all of what was tried"
     make(named, "okddip-branch/resnet8/digits", 0, 1)
     make(named, "baseline/resnet8/digits", 0, 1, lr=0.025)
     make(named, "okddip-branch@3/resnet8/digits", 0)
-    page = report([tmp_path / "runs"], tmp_path / "all.html")
-    # The browser measures the elements: figures without height aren't shown. The table fits at 1300
-    # pixels; at 400 it scrolls, and the page doesn't.
+    # The browser measures the elements: figures without height aren't shown. At 400 pixels the results
+    # scroll, and the page doesn't.
     probe = (
-        "<script>addEventListener('load', () => { document.title = JSON.stringify("
-        "[...document.querySelectorAll('figure svg')].map(s => "
-        "[s.parentNode.id, Math.round(s.getBoundingClientRect().height)])) + "
-        "' wide ' + (document.documentElement.scrollWidth > innerWidth) + "
-        "' hidden ' + hidden() + ' ' + (document.body.style.width = '368px') + "
-        "' narrow ' + document.body.scrollWidth + ' hidden ' + hidden() });"
-        "const hidden = () => { const e = document.querySelector('.scroll');"
-        "return e.scrollWidth - e.clientWidth };</script></body>"
+        "(async () => { await drawn; const main = document.querySelector('main');"
+        "const shown = () => [...document.querySelectorAll('figure svg')].map(s => "
+        "[s.closest('figure').id, Math.round(s.getBoundingClientRect().height)]).filter(f => f[1]);"
+        "const paths = () => document.querySelectorAll('#loss .live .mark-line path').length;"
+        "const found = { shown: shown(), wide: document.documentElement.scrollWidth > innerWidth,"
+        "buttons: document.querySelectorAll('#loss .legend button').length, before: paths() };"
+        "document.querySelector('#loss').scrollIntoView();"
+        "const at = document.querySelector('#loss .live svg').getBoundingClientRect();"
+        "const point = { clientX: at.x + at.width / 2, clientY: at.y + at.height / 2, bubbles: true };"
+        "const under = document.elementFromPoint(point.clientX, point.clientY);"
+        "for (const kind of ['pointerover', 'pointermove']) "
+        "under.dispatchEvent(new PointerEvent(kind, point));"
+        "await new Promise(done => setTimeout(done, 300));"
+        "found.tip = document.querySelector('#vg-tooltip-element.visible')?.innerText;"
+        "const button = document.querySelector('#loss .legend button'); button.click();"
+        "await document.querySelector('#loss').view.runAsync();"
+        "Object.assign(found, { after: paths(), pressed: button.getAttribute('aria-pressed') });"
+        "document.body.style.width = '368px'; dispatchEvent(new Event('resize'));"
+        "await new Promise(done => setTimeout(done, 300));"
+        "const table = document.querySelector('#results').parentNode;"
+        "Object.assign(found, { narrow: main.scrollWidth, hidden: table.scrollWidth - table.clientWidth });"
+        "document.title = JSON.stringify(found); })()"
     )
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", probe))
+    with monkeypatch.context() as patch:
+        patch.setattr("fastokd.report.page.page_of", partial(page_of, last=[probe]))
+        page = report([tmp_path / "runs"], tmp_path / "all.html")
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probed.as_uri()],
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom",
+         page.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     title = re.search(r"<title>(.*)</title>", done.stdout)
     assert title is not None
-    shown = dict(re.findall(r'\["(\w+)",(\d+)\]', title.group(1)))
-    assert set(shown) == {"loss", "accuracy", "diversity", "group_size", "attention"}
-    assert all(int(height) > 100 for height in shown.values()), shown
-    assert "wide false hidden 0 368px narrow 400 hidden " in title.group(1)
-    assert int(title.group(1).split()[-1]) > 100
+    found = json.loads(title.group(1))
+    heights = dict(found["shown"])
+    names = {
+        *("loss", "accuracy", "diversity", "lr", "kd_weight", "group_size", "attention", "parallel")
+    }
+    assert set(heights) == names
+    assert len(found["shown"]) == len(names), (
+        "only one of the static and the interactive form is shown"
+    )
+    assert all(height > 100 for height in heights.values()), heights
+    assert not found["wide"]
+    assert (found["buttons"], found["before"], found["after"]) == (3, 3, 2)
+    assert found["pressed"] == "false"
+    assert re.findall(r"\t(.+)", found["tip"]) == ["2", "1", "1", "1"]
+    assert found["narrow"] <= 368
+    assert found["hidden"] > 100

@@ -54,7 +54,7 @@ def ends(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """A run's last state, and its metrics but for the clock's."""
     newest = max((folder / "checkpoints").glob("last-*"))
     rows = [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+        {k: v for k, v in row.items() if k != "images_per_second" and not k.endswith("seconds")}
         for row in Run.load(folder).metrics
     ]
     return load_checkpoint(newest)[0], rows

@@ -1,0 +1,229 @@
+"""The first lines of a report: the result, what it is compared with, its speed and its cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from fastokd.errors import UserError
+from fastokd.host.names import counted, in_html
+from fastokd.models.info import count_macs
+from fastokd.report.find import find_beside
+from fastokd.report.pools import Pool, numbers_of, pool_runs
+from fastokd.report.results import baseline_of
+from fastokd.report.statistics import interval_of, welch, wilson
+from fastokd.report.tables import Column, Table
+from fastokd.run.facts import RunFacts
+from fastokd.run.summary import summarise
+from fastokd.student.file import read_weights
+
+NOT_KNOWN = "not known"
+AT_A_GLANCE = (
+    "Accuracy after the last epoch, in brackets its 95% interval: over seeds by Student's t, of a single run by "
+    "Wilson over the test images, if their number is known. Difference in points, by Welch. Speed and time are "
+    "measured (median of epochs, sum over epochs); parameters and MACs are counted."
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number of the headline: its name, its value, and how it was got."""
+
+    name: str
+    value: str
+    how: str = ""
+
+
+def facts_of(pool: Pool, pools: Sequence[Pool], test_images: int | None) -> list[Fact]:
+    """The headline of a pool, the result first.
+
+    Args:
+        pools: all pools of the page: the baseline is looked for among them, then beside the run.
+        test_images: for the interval of a single run; None if their number isn't known.
+    """
+    return [
+        _accuracy(pool, test_images),
+        _difference(pool, pools),
+        _state(pool),
+        _speed(pool),
+        _time(pool),
+        _size(pool),
+        _machine(pool),
+    ]
+
+
+def as_facts(facts: Sequence[Fact]) -> str:
+    """The facts as a list of definitions; the first is the largest."""
+    parts = (
+        f"<div><dt>{in_html(fact.name)}</dt><dd>{in_html(fact.value)}"
+        f"{f'<small>{in_html(fact.how)}</small>' if fact.how else ''}</dd></div>"
+        for fact in facts
+    )
+    return f'<dl class="facts">{"".join(parts)}</dl>'
+
+
+def headline_table(pools: Sequence[Pool], found: Sequence[Sequence[Fact]]) -> Table:
+    """The headlines of several pools, one a row, without the machine."""
+    heads = ["test top-1", *(fact.name for fact in found[0][1:-1])]
+    rows = tuple(
+        (pool.label, *(fact.value for fact in facts[:-1]))
+        for pool, facts in zip(pools, found, strict=True)
+    )
+    columns = (Column("recipe", text=True), *(Column(head, text=True) for head in heads))
+    numbers = numbers_of(pools)
+    return Table("headline", "The runs at a glance", columns, rows, (AT_A_GLANCE,), runs=numbers)
+
+
+def _accuracy(pool: Pool, test_images: int | None) -> Fact:
+    summary = summarise(pool.runs[0])
+    sample = pool.last()
+    name = f"test top-1, {summary.whose or 'the student'}, epoch {summary.last_epoch}"
+    if len(pool.runs) > 1:
+        values = [100 * summarise(run).last for run in pool.runs]
+        how = f"mean of {len(values)} seeds, 95% interval by Student's t over seeds"
+        return Fact(name, _within(sample.mean, interval_of(values)), how)
+    if test_images is None:
+        return Fact(
+            name,
+            f"{sample.mean:.2f}%",
+            "no interval: a single run, number of test images not known",
+        )
+    low, high = wilson(summary.last, test_images)
+    how = f"95% interval by Wilson over {counted(test_images, 'test image')}, one run"
+    return Fact(name, _within(sample.mean, (100 * low, 100 * high)), how)
+
+
+def _within(value: float, interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return f"{value:.2f}%"
+    return f"{value:.2f}% [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _difference(pool: Pool, pools: Sequence[Pool]) -> Fact:
+    name = "difference from the baseline"
+    if pool.recipe.method == "baseline":
+        return Fact(name, "none", "this is a student trained alone")
+    baseline = baseline_of(pool, pools)
+    where = "among these runs"
+    if baseline is None:
+        where = "beside this run"
+        with suppress(UserError):
+            baseline = baseline_of(pool, pool_runs(find_beside(pool.runs[0], "baseline")))
+    if baseline is None:
+        return Fact(
+            name,
+            "none",
+            f"no run of the same student alone, of the same data and {counted(pool.epochs, 'epoch')}, is "
+            "among these runs or beside them",
+        )
+    difference = welch(pool.last(), baseline.last())
+    by = "no interval: one of the two has a single run"
+    if difference.interval is not None:
+        by = "95% interval by Welch over seeds"
+    how = f"points; {baseline.label} ({baseline.last()}%, {counted(len(baseline.runs), 'run')}) {where}; {by}"
+    return Fact(name, str(difference), how)
+
+
+def _state(pool: Pool) -> Fact:
+    epochs = pool.recipe.epochs
+    whole = pool.epochs >= epochs
+    value = f"finished, {counted(epochs, 'epoch')}" if whole else f"epoch {pool.epochs} of {epochs}"
+    for run in pool.runs:
+        bad = [row["epoch"] + 1 for row in run.metrics if not math.isfinite(row["train"]["loss"])]
+        if bad:
+            value += f"; the loss isn't finite from epoch {bad[0]} on"
+            break
+    return Fact("state", value, _date(pool))
+
+
+def _date(pool: Pool) -> str:
+    """When the last line of metrics was written."""
+    times = []
+    for run in pool.runs:
+        with suppress(OSError):
+            times.append((run.folder / "metrics.jsonl").stat().st_mtime)
+    if not times:
+        return ""
+    last = datetime.fromtimestamp(max(times), timezone.utc)
+    return f"metrics.jsonl last written {last:%Y-%m-%d %H:%M} UTC"
+
+
+def _speed(pool: Pool) -> Fact:
+    rates = [row.get("images_per_second") for run in pool.runs for row in run.metrics]
+    known = [rate for rate in rates if rate]
+    if not known:
+        return Fact("training speed", NOT_KNOWN)
+    how = f"{_measured(pool)}, median of {counted(len(known), 'epoch')}"
+    return Fact("training speed", f"{statistics.median(known):,.1f} images/s", how)
+
+
+def _time(pool: Pool) -> Fact:
+    each = [sum(row["seconds"] for row in run.metrics) for run in pool.runs]
+    mean = statistics.mean(each)
+    of = f", mean of {len(each)} runs" if len(each) > 1 else ""
+    exact = f"{mean:,.1f} s, {_measured(pool)}, the sum over epochs{of}"
+    return Fact("training time", _duration(mean), exact)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(pool: Pool) -> Fact:
+    try:
+        weights = read_weights(pool.runs[0].folder)
+        student = weights.build()
+        size = weights.preprocessing.input_size
+        with torch.no_grad():
+            macs = count_macs(student, torch.empty(1, 3, size, size))
+    except UserError:
+        return Fact("kept student", NOT_KNOWN, "it isn't written yet")
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    value = f"{_prefixed(parameters)} parameters, {_prefixed(macs)} MACs"
+    how = f"counted, {weights.model}: {parameters:,} and {macs:,} an image of {size}x{size}"
+    return Fact("kept student", value, how)
+
+
+def _prefixed(number: int) -> str:
+    for power, letter in ((9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g}{letter}"
+    return str(number)
+
+
+def _environments(pool: Pool) -> list[dict[str, Any]]:
+    found = []
+    for run in pool.runs:
+        with suppress(UserError):
+            found.append(RunFacts(run.folder).environment())
+    return [environment for environment in found if environment]
+
+
+def _measured(pool: Pool) -> str:
+    on_gpu = any(environment.get("gpu") for environment in _environments(pool))
+    return "measured-gpu" if on_gpu else "measured-cpu"
+
+
+def _machine(pool: Pool) -> Fact:
+    found = _environments(pool)
+    names = dict.fromkeys(str(e.get("gpu") or e.get("cpu")) for e in found)
+    if not found:
+        return Fact("machine", NOT_KNOWN)
+    first = found[0]
+    parts = [
+        None if first.get("gpu") else counted(first.get("threads") or 1, "thread"),
+        first.get("precision"),
+        f"engine {first.get('engine')}",
+        f"torch {first.get('torch')}",
+    ]
+    return Fact("machine", ", ".join(names), ", ".join(str(part) for part in parts if part))
