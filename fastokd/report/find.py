@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastokd.errors import UserError, warn
 from fastokd.run.folder import Run
+from fastokd.run.folders import is_run, run_folders
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -25,9 +25,9 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _runs_in(path: Path) -> list[Run]:
-    if _is_run(path):
+    if is_run(path):
         return [Run.load(path)]
-    folders = _run_folders(path)
+    folders = run_folders(path)
     if not folders:
         raise UserError(f"there is no run in {path}: name a folder that `fastokd train` left")
     measured = []
@@ -39,23 +39,3 @@ def _runs_in(path: Path) -> list[Run]:
     if not measured:
         raise UserError(f"no run in {path} has a measured epoch yet: train one on with --resume")
     return measured
-
-
-def _run_folders(top: Path) -> list[Path]:
-    """Run folders below ``top``, each once and without what lies in them. Links are followed."""
-    found, seen = [], set()
-    for path, below, _ in os.walk(top, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        if _is_run(Path(path)):
-            found.append(Path(path))
-            below.clear()
-        below.sort()
-    return found
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "recipe.json").is_file()
