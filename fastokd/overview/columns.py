@@ -20,7 +20,7 @@ from fastokd.host.names import as_csv, counted, on_a_line
 from fastokd.overview.listing import STATES, Listed
 
 # What a narrow terminal leaves out, in this order.
-_SPARED = ("size", "age", "seed", "recipe", "top-1", "epoch")
+_SPARED = ("size", "age", "seed", "recipe", "epoch", "top-1")
 # May be broken into lines.
 _BROKEN = {"run", "recipe"}
 _STYLES = {"running": "green", "failed": "red", "interrupted": "yellow"}
@@ -131,9 +131,9 @@ def print_cells(cells: dict[str, list[str]], styles: Sequence[str] | None = None
 
 def _fitting(cells: dict[str, list[str]], width: int) -> dict[str, list[str]]:
     """The columns that a terminal of ``width`` has room for."""
-    needed = {name: max(map(cell_len, [name, *texts])) + 1 for name, texts in cells.items()}
+    needed = {name: max(map(cell_len, [name, *texts])) + 2 for name, texts in cells.items()}
     for name in _BROKEN & needed.keys():
-        needed[name] = min(needed[name], 24)
+        needed[name] = min(needed[name], 18)
     for name in _SPARED:
         if sum(needed.values()) > width:
             needed.pop(name, None)

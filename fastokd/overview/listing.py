@@ -5,6 +5,7 @@ A run folder may be damaged, and may change or vanish while it is read: its entr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ from typing import Any
 from fastokd.checkpoint import STUDENT, list_checkpoints
 from fastokd.errors import UserError, in_one_line
 from fastokd.recipe.recipe import Recipe, settings
-from fastokd.run.folders import run_folders
+from fastokd.run.folders import is_run, run_folders
 from fastokd.run.lock import is_locked
 from fastokd.run.standing import standing
 
@@ -57,8 +58,15 @@ class _Unchecked(Recipe):
     """A recipe whose settings are checked one by one: together they take torch."""
 
     def __post_init__(self) -> None:
-        for name, setting in settings().items():
-            setting.check(name, getattr(self, name))
+        for name in settings():
+            value = getattr(self, name)
+            (_check.__wrapped__ if isinstance(value, dict) else _check)(name, value)
+
+
+@functools.lru_cache(maxsize=10000, typed=True)
+def _check(name: str, value: Any) -> None:
+    """Most runs have most of their settings in common."""
+    settings()[name].check(name, value)
 
 
 def list_runs(tops: Sequence[Path], *, links: bool = True) -> list[Listed]:
@@ -95,25 +103,26 @@ def look_at(folder: Path, *, locked: bool | None = None) -> Listed | None:
         with os.scandir(folder) as entries:
             if any(entry.name.startswith(REMOVAL) for entry in entries):
                 raise UserError("its removal was interrupted: `fastokd clean` goes on")
-        known = _recipe_and_epochs(folder)
-    except FileNotFoundError:
-        return None
+        _read(folder, known)
     except (OSError, ValueError, RecursionError) as error:
+        if not is_run(folder):
+            return None
         reason = in_one_line(error)
     whole = known.pop("whole", False)
     state = "failed" if reason else "finished" if whole else "interrupted"
     return Listed(folder, "running" if running else state, modified, size, reason=reason, **known)
 
 
-def _recipe_and_epochs(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, known: dict[str, Any]) -> None:
+    """Adds to ``known`` what the run's files say, as far as they can be read."""
     recipe = _recipe(folder)
+    known |= {"recipe": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs}
     saved = bool(list_checkpoints(folder / "checkpoints"))
     rows, measured = read_rows(folder / "metrics.jsonl", every=not saved)
-    known: dict[str, Any] = {"recipe": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs}
     known["epoch"] = standing(folder, rows).epochs
     known["whole"] = known["epoch"] >= recipe.epochs and (folder / STUDENT).is_file()
     if measured is None:
-        return known
+        return
     try:
         top1, of = recipe.score(measured["test"]), recipe.judged(measured["test"])
         if not 0 <= top1 <= 1:
@@ -122,7 +131,7 @@ def _recipe_and_epochs(folder: Path) -> dict[str, Any]:
         raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"metrics.jsonl is damaged: {in_one_line(error)}") from error
-    return known | {"top1": top1, "of": of, "measured": measured["epoch"] + 1}
+    known |= {"top1": top1, "of": of, "measured": measured["epoch"] + 1}
 
 
 def _recipe(folder: Path) -> Recipe:
@@ -139,7 +148,9 @@ def _recipe(folder: Path) -> Recipe:
 
 def read_rows(path: Path, *, every: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The lines from the last measured epoch on, or ``every`` one; and that epoch's."""
-    size = path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return [], None
+    size = path.stat().st_size
     rows: list[dict[str, Any]] = []
     for most in (size,) if every or size <= _TAIL else (_TAIL, size):
         # The first line of a part of the file is torn, and so may be the last of a run that was killed.
