@@ -100,7 +100,10 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-_SCRIPTS, _STYLES = (_LIST_SCRIPT, _FRAME_SCRIPT), (STYLE + _LIST_STYLE, STYLE + _FRAME_STYLE, STYLE)
+_SCRIPTS, _STYLES = (
+    (_LIST_SCRIPT, _FRAME_SCRIPT),
+    (STYLE + _LIST_STYLE, STYLE + _FRAME_STYLE, STYLE),
+)
 _COMMON = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
 POLICY = (
     f"{_COMMON}; script-src {' '.join(map(_hash, _SCRIPTS))}; style-src {' '.join(map(_hash, _STYLES))}; "
@@ -183,7 +186,9 @@ def _head(name: str, by: str, asked: Mapping[str, str]) -> str:
     """A column's heading, which sorts by it; a second time the other way round."""
     sorted_by = by.removeprefix("-") == name
     other = f"-{name}" if by == name else name
-    order = f' aria-sort="{"descending" if by.startswith("-") else "ascending"}"' if sorted_by else ""
+    order = (
+        f' aria-sort="{"descending" if by.startswith("-") else "ascending"}"' if sorted_by else ""
+    )
     arrow = (" ▼" if by.startswith("-") else " ▲") if sorted_by else ""
     kind = "" if COLUMNS[name].number else ' class="text"'
     return f'<th scope="col"{kind}{order}>{_link(name + arrow, {**asked, "sort": other})}</th>'

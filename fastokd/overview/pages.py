@@ -109,22 +109,29 @@ class _Drawer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ended = False
-        self._place = tempfile.TemporaryDirectory(prefix="fastokd-watch-", ignore_cleanup_errors=True)
+        self._place = tempfile.TemporaryDirectory(
+            prefix="fastokd-watch-", ignore_cleanup_errors=True
+        )
         self._process: multiprocessing.process.BaseProcess | None = None
         self._ours: Connection | None = None
 
     def draw(self, folder: Path) -> tuple[bytes | None, str]:
-        """The page, or None and why there is none."""
+        """The page, or None and why there is none. A process that was killed is begun again, once."""
+        return (
+            self._answer(folder) or self._answer(folder) or (None, "drawing it ended the process")
+        )
+
+    def _answer(self, folder: Path) -> tuple[bytes | None, str] | None:
         try:
             ours = self._begun()
             ours.send(str(folder))
-            if not ours.poll(_LONGEST):
-                raise EOFError
-            html, reason = ours.recv()
+            if ours.poll(_LONGEST):
+                page, reason = ours.recv()
+                return page, reason
         except (OSError, EOFError):
-            self._end()
-            return None, "the process that draws the page was ended"
-        return html, reason
+            pass
+        self._end()
+        return None
 
     def close(self) -> None:
         """Ends the process for good."""

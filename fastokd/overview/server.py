@@ -108,7 +108,7 @@ class Server(ThreadingHTTPServer):
             warn(f"a request failed: {in_one_line(error)}")
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     """A request's head has too many bytes."""
 
 
@@ -128,11 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             self.send_error(HTTPStatus.REQUEST_TIMEOUT)
             return
-        except _TooLarge:
+        except _TooLargeError:
             self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             return
         self.rfile.close()
-        self.rfile = io.BytesIO(head)  # type: ignore[assignment]
+        self.rfile = io.BytesIO(head)
         self.connection.settimeout(ANSWER_SECONDS)
         self.handle_one_request()
 
@@ -211,13 +211,13 @@ def _read_head(connection: socket.socket) -> bytes:
 
     Raises:
         TimeoutError: it takes too long.
-        _TooLarge: it is too long.
+        _TooLargeError: it is too long.
         ConnectionError: the client has ended it before.
     """
     end, head = time.monotonic() + HEAD_SECONDS, b""
     while b"\r\n\r\n" not in head and b"\n\n" not in head:
         if len(head) > HEAD_BYTES:
-            raise _TooLarge
+            raise _TooLargeError
         connection.settimeout(max(0.001, end - time.monotonic()))
         piece = connection.recv(4096)
         if not piece:

@@ -44,7 +44,9 @@ class Site:
     def runs(self) -> dict[str, Listed]:
         """The runs by their key in a URL."""
         # One request looks again; the others get what there is, unless there is nothing yet.
-        if time.monotonic() >= self._good_until and self._lock.acquire(blocking=not self._good_until):
+        if time.monotonic() >= self._good_until and self._lock.acquire(
+            blocking=not self._good_until
+        ):
             try:
                 begun = time.monotonic()
                 there = [top for top in self.tops if top.is_dir()]
@@ -83,7 +85,7 @@ class Site:
         keys = {run.folder: key for key, run in runs}
         try:
             given = parse_qs(query, max_num_fields=9)
-            asked = {name: given[name][-1] for name in ("sort", "state") if name in given}
+            asked = {name: given[name][-1] for name in given.keys() & {"sort", "state"}}
             shown = in_order(chosen(every, states=asked.get("state")), asked.get("sort", "run"))
         except ValueError:  # UserError, too
             shown, asked = in_order(every), {}
@@ -111,7 +113,9 @@ def serve(tops: Sequence[Path], host: str, port: int, *, in_browser: bool = Fals
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not server.loopback:
-            warn(f"whoever reaches {host} can read these runs: leave --host out to keep them to yourself")
+            warn(
+                f"whoever reaches {host} can read these runs: leave --host out to keep them to yourself"
+            )
         say(f"{server.url} shows the runs in {on_a_line(', '.join(map(str, tops)))}; ^C ends it")
         if in_browser:
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()

@@ -221,7 +221,9 @@ class Stopped(BaseException):
     """As a kill."""
 
 
-@pytest.mark.parametrize("asked", [Asked(checkpoints=True), Asked(unfinished=True)], ids=["checkpoints", "run"])
+@pytest.mark.parametrize(
+    "asked", [Asked(checkpoints=True), Asked(unfinished=True)], ids=["checkpoints", "run"]
+)
 def test_a_removal_goes_on_where_it_was_interrupted(
     asked: Asked, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
