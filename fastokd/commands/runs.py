@@ -143,9 +143,7 @@ def _agreed(question: str) -> bool:
 
 def watch(
     folders: Folders = None,
-    port: Annotated[
-        int, typer.Option(help="The port; by default a free one.", min=0, max=65535)
-    ] = 0,
+    port: Annotated[int, typer.Option(help="The port; by default a free one.")] = 0,
     host: Annotated[
         str,
         typer.Option(help="The address to listen on; others than this machine's are warned of."),

@@ -65,6 +65,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, answer: Callable[[str, str], Answer]) -> None:
+        if not 0 <= port <= 65535:
+            raise UserError(f"--port is {port}: it must be between 0 (a free one) and 65535")
         self.answer = answer
         self.loopback = is_loopback(host)
         self.names = {"localhost", "127.0.0.1", "[::1]", _in_url(host)}
