@@ -23,7 +23,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("demo", "authors", "compare"),
+    ("demo", "authors", "compare", "overview"),
     ("train", "plan"),
     ("result",),
     ("benchmark", "report", "export", "doctor"),

@@ -14,17 +14,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
 from fastokd.errors import DiskError, UserError, as_path, warn
+from fastokd.known import Later
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Imported when tensors are read or written: listing runs needs neither.
+torch = Later("torch")
+tensor_file = Later("safetensors.torch")
 
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+# The kept student's file in a run folder.
+STUDENT = "student.safetensors"
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -91,7 +97,7 @@ def save_checkpoint(
         OSError: the disk is full or can't be written; ``path`` is unchanged.
     """
     payload = {
-        TENSORS: save_tensors(
+        TENSORS: tensor_file.save(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         ),
         FACTS: json.dumps(facts, indent=1).encode(),
@@ -183,7 +189,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
                 f"the checkpoint {path} is damaged: {name} isn't what was written; use an older one"
             )
     try:
-        tensors, facts = load_tensors(payload[TENSORS]), json.loads(payload[FACTS])
+        tensors, facts = tensor_file.load(payload[TENSORS]), json.loads(payload[FACTS])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(facts, dict):
@@ -262,6 +268,11 @@ def newest_checkpoint(
             return path, tensors, facts, faults
     if faults:
         raise UserError(f"no checkpoint of {folder} can be used: {faults[0]}")
+    if (Path(folder).parent / STUDENT).is_file():
+        raise UserError(
+            f"there is no checkpoint in {folder}: only the {STUDENT} of the run is left, which `fastokd "
+            "export` and `fastokd predict` take"
+        )
     raise UserError(
         f"there is no checkpoint in {folder}: the run never finished an epoch; remove the folder and start again"
     )

@@ -21,6 +21,7 @@ from fastokd.commands.compare import compare
 from fastokd.commands.help import keep_docstrings
 from fastokd.commands.prepare import prepare
 from fastokd.commands.reproduce import reproduce
+from fastokd.commands.runs import clean, runs, watch
 from fastokd.commands.train import FORMATS, train
 from fastokd.errors import DISK, Interrupted, UserError, wrong_type
 from fastokd.host.names import on_a_line
@@ -46,6 +47,9 @@ app = typer.Typer(
 for _command, _example in (
     (student.report, "report runs/* -o report.html"),
     (student.diff, "diff runs/a runs/b"),
+    (runs, "runs --sort -top-1"),
+    (watch, "watch runs"),
+    (clean, "clean --checkpoints --older-than 7d"),
     (student.export, "export runs/RUN --to onnx"),
     (student.predict, "predict runs/RUN pictures/ --csv found.csv"),
     (student.evaluate, "evaluate runs/okddip-branch-resnet8-digits-seed0"),

@@ -19,6 +19,7 @@ NOT_RUN = {
     "fastokd bench --only okddip_branch": "a claim at its own size: a minute on a quiet machine",
     "fastokd bench --steps 8": "every claim: minutes on a quiet machine",
     "fastokd bench --gpu-report report.json": "minutes; tests/proofs/test_gpu_first.py runs it",
+    "fastokd watch runs": "a server, which ends with ^C; tests/overview/test_watch.py runs it",
 }
 # Run from first to last by another test, with what they need.
 ELSEWHERE = {

@@ -134,6 +134,7 @@ def test_epochs_scale_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
 
 COMMANDS = [
     "bench",
+    "clean",
     "compare",
     "convert",
     "diff",
@@ -147,7 +148,9 @@ COMMANDS = [
     "prepare",
     "report",
     "reproduce",
+    "runs",
     "train",
+    "watch",
 ]
 
 

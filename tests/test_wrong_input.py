@@ -46,7 +46,7 @@ def test_there_are_enough() -> None:
     words = [shlex.split(row.split(" | ")[0]) for row in ROWS]
     assert len(ROWS) >= 80
     commands = "bench compare convert diff doctor evaluate export list model-info plan predict "
-    commands += "prepare report reproduce train"
+    commands += "prepare report reproduce runs clean watch train"
     assert {word[0] for word in words} >= set(commands.split())
 
 

@@ -147,7 +147,9 @@ class Recipe(
     def kept_student(self) -> int:
         """The number of the student that is kept: the leader. Without a leader, the first; or one
         drawn by the seed if ``reported`` is ``"kept"``."""
-        if self.students > 1 and self.has_leader:
+        if self.students == 1:
+            return 0
+        if self.has_leader:
             return self.students - 1
         if self.reported != "kept":
             return 0
@@ -169,7 +171,8 @@ class Recipe(
         average = judged_average(self, metrics)
         if average is not None:
             return average
-        kept = "companion_top1" in metrics and self.companion_of(self.kept_student) is not None
+        # A kept student has a companion if the method has any, which only its metrics say without torch.
+        kept = "companion_top1" in metrics and self.keep != "raw" and not (self.ema or self.swa)
         if kept and self.reported != "ensemble_logits":
             return "companion"
         return self.reported if self.students > 1 else "student"
@@ -257,8 +260,8 @@ class Recipe(
         values = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
-    @staticmethod
-    def from_json(values: Any) -> Recipe:
+    @classmethod
+    def from_json(cls, values: Any) -> Recipe:
         """The recipe of a ``recipe.json``; unknown or missing fields raise."""
         fields = {f.name for f in dataclasses.fields(Recipe)}
         if not isinstance(values, dict) or not values.keys() <= fields:
@@ -266,7 +269,7 @@ class Recipe(
             raise UserError(f"this is no recipe of this version: it has {str(extra)[:200]}")
         given: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in values.items()}
         try:
-            return Recipe(**given)
+            return cls(**given)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is no recipe: {error}") from error
 

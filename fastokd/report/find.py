@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from fastokd.errors import UserError, warn
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
+from fastokd.run.folders import is_run, run_folders
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -27,9 +27,9 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _runs_in(path: Path) -> list[Run]:
-    if _is_run(path):
+    if is_run(path):
         return [Run.load(path)]
-    folders = _run_folders(path)
+    folders = run_folders(path)
     if not folders:
         raise UserError(f"there is no run in {path}: name a folder that `fastokd train` left")
     measured = []
@@ -43,32 +43,12 @@ def _runs_in(path: Path) -> list[Run]:
     return measured
 
 
-def _run_folders(top: Path) -> list[Path]:
-    """Run folders below ``top``, each once and without what lies in them. Links are followed."""
-    found, seen = [], set()
-    for path, below, _ in os.walk(top, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        if _is_run(Path(path)):
-            found.append(Path(path))
-            below.clear()
-        below.sort()
-    return found
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "recipe.json").is_file()
-
-
 def find_beside(run: Run, method: str, most: int = 500) -> list[Run]:
     """The other measured runs of ``method`` in the folder that holds ``run``, of the first ``most`` by name.
     Damaged ones and those without a measured epoch are left out."""
     here = run.folder.resolve()
     found = []
-    for path in sorted(path for path in here.parent.iterdir() if _is_run(path))[:most]:
+    for path in sorted(path for path in here.parent.iterdir() if is_run(path))[:most]:
         with suppress(UserError):
             if path != here and RunFacts(path).recipe().method == method:
                 other = Run.load(path)

@@ -40,17 +40,11 @@ from fastokd.models import Student
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.autotuner import Timing
 from fastokd.run.facts import RunFacts, run_path
-from fastokd.run.identity import (
-    Standing,
-    begun_with,
-    check_recipe,
-    continues,
-    other_teacher,
-    standing,
-)
+from fastokd.run.identity import begun_with, check_recipe, continues, other_teacher
 from fastokd.run.lock import FolderLock
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
+from fastokd.run.standing import Standing, standing
 from fastokd.run.taught import write_taught
 from fastokd.run.writer import HostCopies, Writer
 from fastokd.student.file import run_rows, student_of
@@ -125,6 +119,8 @@ class RunFolder:
         def claim() -> RunFolder:
             with writing(folder.path):  # a name that is too long raises OSError
                 folder.lock.check(options.resume)
+            if options.resume:
+                folder._check_continuable()
             return folder
 
         return first(claim)
@@ -235,13 +231,17 @@ class RunFolder:
                 self.facts.write_recipe(session.recipe)
             self.facts.move_data(_data_root(session))
 
+    def _check_continuable(self) -> None:
+        """Raises UserError for a run that has ended and whose checkpoints were removed."""
+        if (self.path / STUDENT).is_file() and not list_checkpoints(self.checkpoints):
+            raise UserError(
+                f"{self.path} holds a student and no checkpoint to continue from, as `fastokd clean "
+                "--checkpoints` leaves a run: put its checkpoints/ back, or choose another --out"
+            )
+
     def _start_again(self) -> None:
         """Removes the metric lines of a run without checkpoints."""
-        if (self.path / STUDENT).is_file():
-            raise UserError(
-                f"{self.path} holds a student and no checkpoint to continue from: put its "
-                "checkpoints/ back, or choose another --out"
-            )
+        self._check_continuable()
         if self.lines.path.is_file():
             self._replace_lines([])
 

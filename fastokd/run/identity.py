@@ -7,11 +7,11 @@ the contents of ``init`` and of the teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastokd.checkpoint import fingerprint, list_checkpoints, read_facts
+from fastokd.checkpoint import fingerprint
 from fastokd.device import pick_device, pick_precision
 from fastokd.distributed.launch import launched
 from fastokd.errors import UserError
@@ -21,6 +21,8 @@ from fastokd.recipe.names import Recipe
 from fastokd.recipe.resolution import training_size
 from fastokd.run.facts import RunFacts
 from fastokd.run.options import LEFT_OPEN, RunOptions
+from fastokd.run.standing import Standing as Standing
+from fastokd.run.standing import standing
 from fastokd.student.init import read_files
 from fastokd.student.teacher import default_path, kept_teachers
 from fastokd.student.teacher_file import file_of, names_of, read_teacher
@@ -34,33 +36,6 @@ SCHEDULE = (
     *("epochs", "milestones", "ramp_epochs", "warmup_epochs", "mix_epochs", "size_epochs"),
     *("frozen_epochs", "average_start"),
 )
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Whole epochs, and the total of steps."""
-
-    epochs: int
-    step: int
-
-
-def standing(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Standing:
-    """The position of a run's newest checkpoint; without one, that of its lines ``rows``.
-
-    An interrupted epoch has a line too. It has fewer steps than the epochs before it.
-    """
-    for path in list_checkpoints(folder / "checkpoints"):
-        try:
-            facts = read_facts(path)
-            return Standing(int(facts["epoch"]), int(facts["step"]))
-        except (UserError, KeyError, TypeError, ValueError):  # noqa: PERF203
-            continue  # the one before it
-    if not rows:
-        return Standing(0, 0)
-    epochs, step = rows[-1]["epoch"] + 1, rows[-1].get("step", 0)
-    a_whole = [row["step"] / (row["epoch"] + 1) for row in rows[:-1] if "step" in row]
-    cut = bool(a_whole) and step < max(a_whole) * epochs
-    return Standing(epochs - cut, step)
 
 
 def is_done(folder: Path, wanted: Recipe, max_steps: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +53,25 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(held)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the :class:`FolderLock` of ``folder``; False on a file system without
+    locks.
+
+    Raises:
+        OSError: the folder is gone, or can't be read.
+    """
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(held)
+    return False
+
+
 class FolderLock:
     """The lock on a run folder."""
 
@@ -95,7 +115,11 @@ class FolderLock:
         """
         self._held = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # perhaps by :func:`is_locked`, for an instant
+                time.sleep(0.05)
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.release()
             raise UserError(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastokd.checkpoint import STUDENT as STUDENT
 from fastokd.data.preprocessing import FITS, Preprocessing, from_facts
 from fastokd.errors import UserError
 from fastokd.host.names import in_utf8
@@ -21,7 +22,6 @@ from fastokd.student.torch_file import refuse_what_is_none
 
 # Optional metadata: files of earlier versions lack it.
 OPTIONAL = ("step", "ema", "swa", "score")
-STUDENT = "student.safetensors"
 
 
 def _fraction(value: Any) -> bool:

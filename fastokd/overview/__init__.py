@@ -1,0 +1,1 @@
+"""Runs listed, cleaned and watched."""
