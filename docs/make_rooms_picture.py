@@ -23,7 +23,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("demo", "authors", "compare"),
+    ("demo", "authors", "compare", "reproduce"),
     ("train", "plan"),
     ("result",),
     ("benchmark", "report", "evaluate", "export", "doctor"),

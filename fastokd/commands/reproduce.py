@@ -47,9 +47,10 @@ def reproduce(
     LaTeX and CSV.
     """
     from fastokd.host.console import console
-    from fastokd.report.reproduce import Request, as_table
-    from fastokd.report.reproduce import reproduce as run
     from fastokd.report.tables import as_rich, files_of, save_table
+    from fastokd.reproduce.results import as_table
+    from fastokd.reproduce.table import reproduce as run
+    from fastokd.reproduce.wanted import Request
     from fastokd.train import train
 
     request = Request(table, tuple(parse_seeds(seeds)), dataset, model, epochs, val, only)
