@@ -67,7 +67,10 @@ def everything_of(asked: Asked, tell: Tell) -> Everything:
         options = replace(options, max_steps=STEPS, data_root=out / FOLDER)
     first = FIRST_STEPS if asked.drawn else None
     of = Everything(requests, out, options, places(options, asked.processes), tell, first)
-    (out / "claims").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "claims").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error}): choose another --out") from error
     if asked.drawn:
         tell(f"drawing images in {options.data_root}")
         write_drawn(out, {one.entry.recipe.dataset for one in of.trainings.values()})
@@ -163,7 +166,7 @@ def reproduce_all(of: Everything, asked: Asked) -> tuple[dict[str, Any], Table]:
     Raises:
         Interrupted: a signal; all is saved, and the page written.
     """
-    if not asked.drawn:
+    if asked.budget is not None and not asked.drawn:
         of.measure(asked.hours)
     try:
         train_all(of, asked.hours, partial(write_page, of, drawn=asked.drawn))

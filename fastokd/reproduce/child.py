@@ -25,6 +25,13 @@ from fastokd.run.options import RunOptions
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train
 
+# Imported once, before the processes are forked; a run would import the last ones at its end.
+PRELOADED = [
+    "fastokd.train",
+    "torch._dynamo",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+]
 _SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -70,7 +77,7 @@ def start(
         threads: of the CPU; None for the default.
     """
     assert options.out is not None
-    _SERVER.set_forkserver_preload(["fastokd.train"])
+    _SERVER.set_forkserver_preload(PRELOADED)
     log.parent.mkdir(exist_ok=True)
     here, there = _SERVER.Pipe(duplex=False)
     arguments = (recipe, options, log, gpu, threads, there)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Everything:
     trainings: dict[str, Training] = field(init=False)
     no_data: dict[str, str] = field(init=False, default_factory=dict)
     failed: set[str] = field(init=False, default_factory=set)
+    since: float = field(init=False, default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.comparisons, self.trainings = comparisons(self.requests, self.options.max_steps)
@@ -163,7 +165,7 @@ def _work(of: Recipe, at: Standing) -> float:
     return flops_per_image(of) * images_of(of, of.epochs - at.epochs)
 
 
-def summary(at: dict[str, Standing]) -> str:
+def summary(at: Mapping[str, Standing]) -> str:
     """``"12 of 333 runs are done, 1 failed"``."""
     states = [one.state for one in at.values()]
     count = {state: states.count(state) for state in ("done", "failed", "no data")}

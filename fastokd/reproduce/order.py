@@ -102,8 +102,10 @@ def fit(jobs: Sequence[Job], left: float, slots: int, budget: float) -> list[Job
         teacher = placed.get(job.teacher)
         if teacher is not None and teacher.end is None:
             continue
-        slot = min(range(slots), key=free.__getitem__)
-        start = max(free[slot], 0.0 if teacher is None else teacher.end or 0.0)
+        after = 0.0 if teacher is None else teacher.end or 0.0
+        # Of the slots where it starts first, the one that would be idle for the shortest time.
+        slot = min(range(slots), key=lambda slot: (max(free[slot], after), -free[slot]))
+        start = max(free[slot], after)
         if start + job.hours <= left:
             free[slot] = start + job.hours
             placed[job.folder] = replace(job, start=start, end=free[slot])

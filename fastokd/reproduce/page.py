@@ -21,7 +21,7 @@ from fastokd.reproduce.order import RULE, in_hours
 from fastokd.reproduce.results import ANOTHER_TASK, Result, as_table, reproduction_of
 from fastokd.reproduce.speeds import HOW, Estimate
 from fastokd.reproduce.standing import Standing
-from fastokd.reproduce.wanted import Request, training_of
+from fastokd.reproduce.wanted import Request, run_of
 from fastokd.run.folder import Run
 
 STEM = "reproduction"
@@ -57,18 +57,19 @@ def write_page(of: Everything, *, drawn: bool = False) -> Path:
     """
     at = of.standings()
     hours = of.estimates(at)
+    # A run whose metrics can't be read is failed, and so isn't here.
+    found = {n: Run.load(of.out / n) for n, one in at.items() if one.state == "done"}
     tables, rows = [], []
     for request in of.requests:
-        # A run whose metrics can't be read is failed, and so isn't here.
-        found = {n: Run.load(of.out / n) for n, one in at.items() if one.state == "done"}
         made = reproduction_of(request, found, of.options.max_steps)
         if made.results and not drawn:
             save_table(as_table(made), of.out / request.table)
-        results = {id(r.cell): r for r in made.results}
+        results = {r.cell: r for r in made.results}
         mine = [_row(of, request, cell, results, at, hours) for cell in request.cells()]
         rows += mine
-        tables.append(_table(request, mine, made.title if made.results else request.table, drawn))
-    facts = _facts(of, at, hours)
+        table = _table(request, mine, made.title if made.results else request.table)
+        tables.append(_tried(request, mine) if drawn else table)
+    facts = _facts(of, at, {} if drawn else hours)
     notes = [DRAWN] if drawn else [NOTE, RULE]
     title = f"The papers' tables{', a dry run on drawn images' if drawn else ''}"
     texts = {
@@ -89,17 +90,16 @@ def _row(
     of: Everything,
     request: Request,
     cell: Cell,
-    results: Mapping[int, Result],
+    results: Mapping[Cell, Result],
     at: Mapping[str, Standing],
     hours: Mapping[str, Estimate],
 ) -> Row:
-    judged = [request.recipe(cell, seed) for seed in request.seeds]
-    names = [training_of(r, of.options.max_steps).folder for r in judged]
+    names = [run_of(request, cell, s, of.options.max_steps).folder for s in request.seeds]
     states = [at[name].state for name in names]
     left = [hours[name] for name in names if at[name].state != "done"]
     return Row(
         cell,
-        results.get(id(cell)),
+        results.get(cell),
         _words(states),
         sum(at[name].seconds for name in names) / 3600,
         sum(one.hours for one in left),
@@ -115,7 +115,7 @@ def _words(states: Sequence[str]) -> str:
     return ", ".join(f"{count} {state}" for state, count in each.items())
 
 
-def _table(request: Request, rows: Sequence[Row], title: str, drawn: bool) -> Table:
+def _table(request: Request, rows: Sequence[Row], title: str) -> Table:
     columns = (
         Column("row", text=True),
         Column("column", text=True),
@@ -129,7 +129,7 @@ def _table(request: Request, rows: Sequence[Row], title: str, drawn: bool) -> Ta
     )
     lines = []
     for row in rows:
-        cell, result = row.cell, None if drawn else row.result
+        cell, result = row.cell, row.result
         published = None if cell.mean is None else Sample(cell.mean, cell.std, cell.runs)
         caveat = "" if result is None else result.caveat or result.verdict
         lines.append(
@@ -146,6 +146,22 @@ def _table(request: Request, rows: Sequence[Row], title: str, drawn: bool) -> Ta
         )
     unit = rows[0].cell.unit
     return Table(request.table, f"{title} ({unit}, %)", columns, tuple(lines), (), grouped=True)
+
+
+def _tried(request: Request, rows: Sequence[Row]) -> Table:
+    """The table of a dry run: what each cell's run came to."""
+    columns = (
+        Column("row", text=True),
+        Column("column", text=True),
+        Column("recipe", text=True),
+        Column("state", text=True),
+        Column("time of the steps"),
+    )
+    lines = [
+        (row.cell.row, row.cell.column, row.cell.recipe, row.state, in_hours(row.hours))
+        for row in rows
+    ]
+    return Table(request.table, request.table, columns, tuple(lines), (), grouped=True)
 
 
 def _facts(of: Everything, at: Mapping[str, Standing], hours: Mapping[str, Estimate]) -> list[str]:

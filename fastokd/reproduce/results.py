@@ -14,7 +14,7 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.tables import Column, Table
-from fastokd.reproduce.wanted import Request, training_of
+from fastokd.reproduce.wanted import Request, run_of
 from fastokd.run.folder import Run
 from fastokd.run.summary import summarise
 
@@ -70,7 +70,7 @@ def reproduction_of(
     by_place: dict[tuple[str, str], Result] = {}
     for cell in request.cells():
         judged = [request.recipe(cell, seed) for seed in request.seeds]
-        folders = [training_of(r, max_steps).folder for r in judged]
+        folders = [run_of(request, cell, seed, max_steps).folder for seed in request.seeds]
         runs = [found[folder] for folder in folders if folder in found]
         if not runs:
             continue

@@ -102,7 +102,7 @@ class Speeds:
             found = {key: tuple(float(row[name]) for name in names) for key, row in rows.items()}
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return {}  # damaged: measured again
-        return {key: (a, b) for key, (a, b) in found.items() if 0 < a < math.inf and 0 < b}
+        return {key: (a, b) for key, (a, b) in found.items() if 0 < a < math.inf and b > 0}
 
     def learn(self, runs: Iterable[tuple[Recipe, Standing]]) -> None:
         """Takes the real speeds of the runs on this machine."""
@@ -181,5 +181,6 @@ def _step_seconds(of: Recipe, options: RunOptions, threads: int | None) -> float
     engine = "loop" if options.engine == "auto" else options.engine
     how = {name: getattr(options, name) for name in names}
     spec = Spec(of, engine=engine, threads=threads, **how)
-    with Timed(spec) as timed:
+    timed = Timed(spec)
+    with timed:
         return statistics.median(timed.step() for _ in range(STEPS))

@@ -39,10 +39,12 @@ class Standing:
     machine: str = ""
 
 
-def standing_of(out: Path, training: Training, options: RunOptions) -> Standing:
-    """The state of a run in ``out``; damaged files make it a failed one."""
+def standing_of(
+    out: Path, training: Training, options: RunOptions, *, mine: bool = False
+) -> Standing:
+    """The state of a run in ``out``; damaged files make it a failed one. ``mine``: this process holds it."""
     name, folder = training.folder, out / training.folder
-    held, failed = holder(out, name), failure(out, name)
+    held, failed = None if mine else holder(out, name), failure(out, name)
     try:
         rows = MetricLines(folder / "metrics.jsonl").read()
         rates = [row["images_per_second"] for row in rows if row.get("images_per_second")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fastokd.errors import UserError
@@ -44,20 +45,26 @@ class Request:
 
     def recipe(self, cell: Cell, seed: int) -> Recipe:
         """The recipe of a cell; it also says whose accuracy is reported."""
-        method, model, dataset = cell.recipe.split("/")
-        if self.model is not None and "teacher" not in cell.column:
-            model = self.model
-        changes = {"seed": seed, "val": self.val, **self._scaled()}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        return recipe(f"{method}/{model}/{self.dataset or dataset}", **changes)
+        return _recipe_of(self, cell, seed)
 
     def teacher(self, student: Recipe) -> Recipe:
         """A teacher is trained for as many epochs as its students, by the same batch size."""
-        return teacher_recipe(student, **self._scaled())
+        return teacher_recipe(student, **self.scaled())
 
-    def _scaled(self) -> dict[str, Any]:
+    def scaled(self) -> dict[str, Any]:
+        """The settings that students and teachers share."""
         changes = {"epochs": self.epochs, "batch_size": self.batch_size}
         return {name: value for name, value in changes.items() if value is not None}
+
+
+@cache
+def _recipe_of(request: Request, cell: Cell, seed: int) -> Recipe:
+    method, model, dataset = cell.recipe.split("/")
+    if request.model is not None and "teacher" not in cell.column:
+        model = request.model
+    changes = {"seed": seed, "val": request.val, **request.scaled()}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return recipe(f"{method}/{model}/{request.dataset or dataset}", **changes)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def trainings(request: Request, max_steps: int | None) -> dict[str, Training]:
 
     Cells that differ only in whose accuracy they report share their runs.
     """
-    found = {}
+    found: dict[str, Training] = {}
     for cell in request.cells():
         for seed in request.seeds:
             for training in runs_of(request, cell, seed, max_steps):
@@ -89,21 +96,26 @@ def trainings(request: Request, max_steps: int | None) -> dict[str, Training]:
 
 def runs_of(request: Request, cell: Cell, seed: int, max_steps: int | None) -> Iterator[Training]:
     """The run of a cell, after its teacher if it has one."""
-    entry = training_of(request.recipe(cell, seed), max_steps)
+    entry = run_of(request, cell, seed, max_steps)
     if not entry.recipe.teacher:
         yield Training(entry)
         return
-    taught_by = training_of(request.teacher(entry.recipe), max_steps)
+    taught_by = _training(request.teacher(entry.recipe), max_steps)
     yield Training(taught_by)
     yield Training(entry, taught_by.folder)
 
 
-def training_of(judged: Recipe, max_steps: int | None) -> WantedRun:
+@cache
+def run_of(request: Request, cell: Cell, seed: int, max_steps: int | None) -> WantedRun:
     """The run of a cell, independent of whose accuracy is reported.
 
     With ``max_steps`` the folder has another name, so that a complete student never has an
     incomplete teacher.
     """
+    return _training(request.recipe(cell, seed), max_steps)
+
+
+def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
     method, model, dataset = judged.name.split("/", 2)
     plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
     trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)

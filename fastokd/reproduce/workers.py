@@ -20,13 +20,13 @@ LOOK_EVERY = 2.0
 
 
 def train_all(of: Everything, budget: float, changed: Callable[[], object]) -> None:
-    """Trains what fits ``budget`` hours; ``changed`` is called whenever a run has begun or ended.
+    """Trains what fits ``budget`` hours since ``of`` was made; ``changed`` is called whenever a run has begun or ended.
 
     Raises:
         Interrupted: a signal came. The runs are saved, as they are at the budget's end.
     """
     of.out.mkdir(parents=True, exist_ok=True)
-    _Workers(of, time.monotonic() + 3600 * budget, budget, changed).run()
+    _Workers(of, of.since + 3600 * budget, budget, changed).run()
 
 
 @dataclass
@@ -45,6 +45,7 @@ class _Workers:
         self.of = of
         self.deadline, self.budget, self.changed = deadline, budget, changed
         self.running: dict[int, _Running] = {}
+        self.look_every = LOOK_EVERY
         self.begun: dict[str, int] = {}  # how often each run was begun in this call
 
     def run(self) -> None:
@@ -72,7 +73,7 @@ class _Workers:
             for slot in ended:
                 self._end(slot)
             if ended or (
-                len(self.running) < len(self.of.places) and time.monotonic() - looked > LOOK_EVERY
+                len(self.running) < len(self.of.places) and time.monotonic() - looked > self.look_every
             ):
                 return
             time.sleep(0.1)
@@ -83,13 +84,16 @@ class _Workers:
 
     def _begin(self, slot: int) -> bool:
         """Begins the next run that fits in this slot; False if there is none."""
-        of, at = self.of, self.of.standings()
+        of, looked = self.of, time.monotonic()
+        at = of.standings()
+        self.look_every = max(LOOK_EVERY, 10 * (time.monotonic() - looked))
         left = (self.deadline - time.monotonic()) / 3600
         done = {name for name, one in at.items() if one.state == "done"} | {""}
         ready = [job for job in of.jobs(at) if job.teacher in done]
         for job in self._fitting(ready, left):
             claim = ExitStack()
-            if claim.enter_context(claimed(of.out, job.folder)):
+            # Another process may have trained it since it was looked at.
+            if claim.enter_context(claimed(of.out, job.folder)) and not self._is_done(job.folder):
                 self._start(slot, job, claim)
                 return True
             claim.close()
@@ -116,7 +120,7 @@ class _Workers:
         recipe = training.entry.recipe
         made = child.start(recipe, options, log, gpu=place.gpu, threads=place.threads)
         self.running[slot] = _Running(made, claim, time.monotonic())
-        about = "" if math.isinf(job.hours) else f", about {in_hours(job.hours)}"
+        about = "" if of.first_steps or math.isinf(job.hours) else f", about {in_hours(job.hours)}"
         of.tell(f"begins {job.folder}{about}{', as far as the budget goes' if job.part else ''}")
         self.changed()
 
@@ -137,4 +141,5 @@ class _Workers:
 
     def _is_done(self, name: str) -> bool:
         training = self.of.trainings[name]
-        return standing_of(self.of.out, training, self.of.options_of(training)).state == "done"
+        options = self.of.options_of(training)
+        return standing_of(self.of.out, training, options, mine=True).state == "done"
