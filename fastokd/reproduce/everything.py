@@ -166,9 +166,9 @@ def _work(of: Recipe, at: Standing) -> float:
 
 
 def summary(at: Mapping[str, Standing]) -> str:
-    """``"12 of 333 runs are done, 1 failed"``."""
+    """``"12 of 333 runs done, 1 failed"``."""
     states = [one.state for one in at.values()]
     count = {state: states.count(state) for state in ("done", "failed", "no data")}
-    text = f"{count['done']} of {counted(len(at), 'run')} are done"
+    text = f"{count['done']} of {counted(len(at), 'run')} done"
     text += f", {count['failed']} failed" if count["failed"] else ""
     return text + (f", {count['no data']} lack their data" if count["no data"] else "")

@@ -26,7 +26,7 @@ def train_all(of: Everything, budget: float, changed: Callable[[], object]) -> N
         Interrupted: a signal came. The runs are saved, as they are at the budget's end.
     """
     of.out.mkdir(parents=True, exist_ok=True)
-    _Workers(of, of.since + 3600 * budget, budget, changed).run()
+    _Workers(of, budget, changed).run()
 
 
 @dataclass
@@ -37,21 +37,23 @@ class _Running:
 
 
 class _Workers:
-    """The processes that train runs until the deadline (a time of ``time.monotonic``)."""
+    """The processes that train runs until the budget's end."""
 
-    def __init__(
-        self, of: Everything, deadline: float, budget: float, changed: Callable[[], object]
-    ) -> None:
+    def __init__(self, of: Everything, budget: float, changed: Callable[[], object]) -> None:
         self.of = of
-        self.deadline, self.budget, self.changed = deadline, budget, changed
+        self.budget, self.changed = budget, changed
         self.running: dict[int, _Running] = {}
         self.look_every = LOOK_EVERY
         self.begun: dict[str, int] = {}  # how often each run was begun in this call
 
+    def _left(self) -> float:
+        """The seconds until the budget's end."""
+        return self.of.since + 3600 * self.budget - time.monotonic()
+
     def run(self) -> None:
-        """Trains until nothing is left, the deadline, or a signal."""
+        """Trains until nothing is left, the budget ends, or a signal comes."""
         with StopRequest() as stop:
-            while stop.received is None and time.monotonic() < self.deadline:
+            while stop.received is None and self._left() > 0:
                 for slot in range(len(self.of.places)):
                     if slot not in self.running and not self._begin(slot):
                         break
@@ -66,14 +68,15 @@ class _Workers:
                 raise Interrupted(stop.received)
 
     def _wait(self, stop: StopRequest) -> None:
-        """Until a run ends, a signal or the deadline; without runs of our own, until the next look."""
+        """Until a run ends, a signal or the budget's end; without runs of our own, until the next look."""
         looked = time.monotonic()
-        while stop.received is None and time.monotonic() < self.deadline:
+        while stop.received is None and self._left() > 0:
             ended = [s for s, one in self.running.items() if not one.child.process.is_alive()]
             for slot in ended:
                 self._end(slot)
             if ended or (
-                len(self.running) < len(self.of.places) and time.monotonic() - looked > self.look_every
+                len(self.running) < len(self.of.places)
+                and time.monotonic() - looked > self.look_every
             ):
                 return
             time.sleep(0.1)
@@ -87,7 +90,7 @@ class _Workers:
         of, looked = self.of, time.monotonic()
         at = of.standings()
         self.look_every = max(LOOK_EVERY, 10 * (time.monotonic() - looked))
-        left = (self.deadline - time.monotonic()) / 3600
+        left = self._left() / 3600
         done = {name for name, one in at.items() if one.state == "done"} | {""}
         ready = [job for job in of.jobs(at) if job.teacher in done]
         for job in self._fitting(ready, left):

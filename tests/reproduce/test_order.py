@@ -116,8 +116,10 @@ def write_speeds(out: Path, name: str, rate: float, flops: float, machine: str =
 
 
 def test_hours_come_from_the_best_speed_that_is_known(tmp_path: Path) -> None:
-    of, other = recipe("dml/resnet32/cifar10"), recipe("ind/resnet32/cifar100")
-    assert work_class(of) == work_class(other) == "resnet32, 32 px, batch 128, 4 students by network"
+    of, other = recipe("dml/resnet32/cifar10"), recipe("okddip-network/resnet32/cifar100")
+    assert (
+        work_class(of) == work_class(other) == "resnet32, 32 px, batch 128, 4 students by network"
+    )
     speeds, new = Speeds(tmp_path, HERE), Standing("missing")
     assert speeds.estimate(of, new).how == "unknown"
     assert speeds.estimate(of, new).hours == math.inf
@@ -151,7 +153,7 @@ def test_speeds_of_another_machine_or_a_damaged_file_do_not_count(tmp_path: Path
 def test_flops_are_those_of_the_students_and_a_teachers_forward() -> None:
     alone, kd = recipe("baseline/resnet32/cifar10"), recipe("kd/resnet32/cifar10")
     teacher = recipe("baseline/resnet110/cifar10")
-    assert flops_per_image(recipe("ind/resnet32/cifar10")) == 4 * flops_per_image(alone)
+    assert flops_per_image(recipe("dml/resnet32/cifar10")) == 4 * flops_per_image(alone)
     assert flops_per_image(kd) == flops_per_image(alone) + flops_per_image(teacher) / 3
     assert work_class(kd) != work_class(alone)
     assert images_of(recipe("baseline/resnet34/imagenet"), 3) == 3 * (1_281_167 + 50_000 / 3)
