@@ -23,7 +23,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("demo", "authors", "compare", "overview"),
+    ("demo", "authors", "compare", "overview", "reproduce"),
     ("train", "plan"),
     ("result",),
     ("benchmark", "report", "export", "doctor"),

@@ -25,6 +25,7 @@ NOT_RUN = {
 ELSEWHERE = {
     "docs/your-data.md": "tests/test_own.py",
     "docs/your-method.md": "tests/test_own.py",
+    "docs/reproduce.md": "tests/reproduce",
 }
 
 

@@ -1,28 +1,22 @@
-"""Trains a table of the papers and compares it with the published numbers."""
+"""A table of the papers: our results beside the published numbers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastokd.errors import UserError
-from fastokd.host.names import counted, on_a_line
-from fastokd.host.streams import say
+from fastokd.host.names import counted
 from fastokd.methods import method_class
-from fastokd.recipe.cells import Cell, cells_of
+from fastokd.recipe.cells import Cell
 from fastokd.recipe.names import Recipe, recipe
-from fastokd.recipe.settings import WantedRun
 from fastokd.report.published import altered
 from fastokd.report.statistics import Difference, Sample, welch
 from fastokd.report.tables import Column, Table
+from fastokd.reproduce.wanted import Request, run_of
 from fastokd.run.folder import Run
-from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
-from fastokd.run.sweep import Train, run_all
-from fastokd.student.teacher import teacher_recipe
 
 ANOTHER_TASK = "another task"
 
@@ -66,104 +60,28 @@ class Reproduction:
         return {"title": self.title, "notes": list(self.notes), "cells": cells}
 
 
-@dataclass(frozen=True)
-class Request:
-    """Which cells of a table to train, and with which changes.
+def reproduction_of(
+    request: Request, found: Mapping[str, Run], max_steps: int | None
+) -> Reproduction:
+    """The table of the runs ``found``, by their folders; cells without a run have no result.
 
-    ``dataset`` and ``model`` replace the paper's, ``epochs`` scales its schedule; ``only`` selects
-    the cells whose recipe's name contains it; ``val`` images are held out to choose the best epoch.
+    Cells that are the same runs by ``model`` or ``dataset`` are one; the paper's own task counts.
     """
-
-    table: str
-    seeds: tuple[int, ...] = (0, 1, 2)
-    dataset: str | None = None
-    model: str | None = None
-    epochs: int | None = None
-    val: float | None = None
-    only: str = ""
-
-    def cells(self) -> list[Cell]:
-        """The selected cells; only those of ``dataset`` if the table has any."""
-        cells = [cell for cell in cells_of(self.table) if self.only in cell.recipe]
-        if not cells:
-            every = (self.recipe(cell, 0).name for cell in cells_of(self.table))
-            names = ", ".join(dict.fromkeys(every))
-            raise UserError(f"--only {self.only!r} leaves no cell of {self.table}: it has {names}")
-        of_it = [cell for cell in cells if cell.recipe.endswith(f"/{self.dataset}")]
-        return of_it or cells
-
-    def recipe(self, cell: Cell, seed: int) -> Recipe:
-        """The recipe of a cell; it also says whose accuracy is reported."""
-        method, model, dataset = cell.recipe.split("/")
-        if self.model is not None and "teacher" not in cell.column:
-            model = self.model
-        changes: dict[str, Any] = {"seed": seed, "epochs": self.epochs, "val": self.val}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        return recipe(f"{method}/{model}/{self.dataset or dataset}", **changes)
-
-
-def reproduce(request: Request, out: Path, options: RunOptions, train: Train) -> Reproduction:
-    """Trains the runs that ``out`` lacks and makes the table. It can be resumed.
-
-    Cells that differ only in whose accuracy they report share their runs.
-
-    Raises:
-        UserError: an unknown table; errors of training.
-    """
-    cells = request.cells()
-    wanted: dict[str, WantedRun] = {}
-    for cell in cells:
-        for seed in request.seeds:
-            entry = _training(request.recipe(cell, seed), options.max_steps)
-            wanted.setdefault(entry.folder, entry)
-    # A teacher is trained for as many epochs as its students.
-    scaled = {} if request.epochs is None else {"epochs": request.epochs}
-    teachers = {
-        entry.recipe.teacher: _training(teacher_recipe(entry.recipe, **scaled), options.max_steps)
-        for entry in wanted.values()
-        if entry.recipe.teacher
-    }
-    # Teachers before their students.
-    order = {entry.folder: entry for entry in (*teachers.values(), *wanted.values())}
-    found: dict[str, Run] = {}
-    for number, entry in enumerate(order.values(), 1):
-        if not options.quiet:
-            say(f"run {number} of {len(order)}: {on_a_line(entry.folder)}")
-        taught_by = teachers.get(entry.recipe.teacher)
-        folder = None if taught_by is None else out / taught_by.folder
-        named = () if folder is None else (str(folder),)
-        (run,) = run_all(out, [entry], dataclasses.replace(options, teacher=named), train)
-        found[entry.folder] = run
-
     by_place: dict[tuple[str, str], Result] = {}
-    for cell in cells:
+    for cell in request.cells():
         judged = [request.recipe(cell, seed) for seed in request.seeds]
-        runs = [found[_training(r, options.max_steps).folder] for r in judged]
+        folders = [run_of(request, cell, seed, max_steps).folder for seed in request.seeds]
+        runs = [found[folder] for folder in folders if folder in found]
+        if not runs:
+            continue
         result = _result(cell, judged[0], runs)
-        # Cells that are the same runs by `model` or `dataset` are one; the paper's own task counts.
         before = by_place.get((result.row, result.column))
         if before is None or before.caveat == ANOTHER_TASK != result.caveat:
             by_place[result.row, result.column] = result
     results = [_beside_baseline(result, by_place) for result in by_place.values()]
-    title = _title(request, results)
-    if options.max_steps is not None:
-        title += f", stopped after {counted(options.max_steps, 'step')}"
-    return Reproduction(request.table, title, _notes(results), tuple(results))
-
-
-def _training(judged: Recipe, max_steps: int | None) -> WantedRun:
-    """The run of a cell, independent of whose accuracy is reported.
-
-    With ``max_steps`` the folder has another name, so that a complete student never has an
-    incomplete teacher.
-    """
-    method, model, dataset = judged.name.split("/", 2)
-    plain = recipe(f"{method.replace('-ensemble', '')}/{model}/{dataset}")
-    trained = dataclasses.replace(judged, name=plain.name, reported=plain.reported)
-    folder = f"{plain.name.replace('/', '-')}-{trained.epochs}epochs"
-    folder += f"-val{trained.val}" if trained.val else ""
-    folder += "" if max_steps is None else f"-{max_steps}steps"
-    return WantedRun(f"{folder}-seed{trained.seed}", trained, {"seed": trained.seed})
+    if not results:
+        return Reproduction(request.table, f"{request.table}, without a run", (), ())
+    return Reproduction(request.table, _title(request, results), _notes(results), tuple(results))
 
 
 def _result(cell: Cell, judged: Recipe, runs: Sequence[Run]) -> Result:

@@ -14,9 +14,11 @@ from fastokd.cli import run_command
 from fastokd.errors import UserError
 from fastokd.recipe.cells import cells_of, tables
 from fastokd.recipe.names import Recipe
-from fastokd.report.reproduce import Reproduction, Request, as_table, reproduce
 from fastokd.report.statistics import welch
 from fastokd.report.tables import as_rich
+from fastokd.reproduce.results import Reproduction, as_table
+from fastokd.reproduce.table import reproduce
+from fastokd.reproduce.wanted import Request
 from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.train import train

@@ -1,0 +1,1 @@
+"""``fastokd reproduce``: the papers' tables, one of them or all within a budget of time."""

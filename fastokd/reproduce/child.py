@@ -1,0 +1,127 @@
+"""Trains one run in a process of its own: its failure, and even its being killed, ends no other run.
+
+The processes are forked from a server that has imported torch and nothing else, and so start at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from fastokd.errors import Interrupted, UserError, in_one_line
+from fastokd.recipe.names import Recipe
+from fastokd.run.options import RunOptions
+from fastokd.run.sweep import run_or_resume
+from fastokd.train import train
+
+# Imported once, before the processes are forked; a run would import the last ones at its end.
+PRELOADED = [
+    "fastokd.train",
+    "torch._dynamo",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+]
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+@dataclass
+class Child:
+    """A run that is being trained."""
+
+    folder: str
+    process: BaseProcess
+    answer: Connection
+    asked: bool = False
+
+    def stop(self) -> None:
+        """Asks the run to finish its step, save and exit."""
+        self.asked = True
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGTERM)
+
+    def outcome(self) -> tuple[str, str]:
+        """``("done", "")``, ``("stopped", "")`` after a signal, or ``("failed", reason)``, once it has ended."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        try:
+            state, why = self.answer.recv() if self.answer.poll() else ("", "")
+        except (EOFError, OSError):
+            state, why = "", ""
+        finally:
+            self.answer.close()
+        if not state and self.asked:  # before its first step
+            return "stopped", ""
+        if not state and code < 0:
+            return "failed", f"its process was killed by {signal.Signals(-code).name}"
+        return (state, why) if state else ("failed", f"its process ended with {code}")
+
+
+def start(
+    recipe: Recipe, options: RunOptions, log: Path, *, gpu: str | None, threads: int | None
+) -> Child:
+    """Starts the run in ``options.out``, which is resumed if it was begun; its output goes to ``log``.
+
+    Args:
+        gpu: the only one that the process sees, as ``CUDA_VISIBLE_DEVICES`` names it; None for all.
+        threads: of the CPU; None for the default.
+    """
+    assert options.out is not None
+    _SERVER.set_forkserver_preload(PRELOADED)
+    log.parent.mkdir(exist_ok=True)
+    here, there = _SERVER.Pipe(duplex=False)
+    arguments = (recipe, options, log, gpu, threads, there)
+    process = _SERVER.Process(target=_train_here, args=arguments, name=options.out.name)
+    process.start()
+    there.close()
+    return Child(options.out.name, process, here)
+
+
+def _train_here(
+    recipe: Recipe,
+    options: RunOptions,
+    log: Path,
+    gpu: str | None,
+    threads: int | None,
+    answer: Connection,
+) -> None:
+    """The process. A signal of the terminal reaches only its parent, which asks it to stop."""
+    os.setpgid(0, 0)
+    with open(log, "ab", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    print(f"--- {time.strftime('%F %T')}", flush=True)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if threads is not None:
+        torch.set_num_threads(threads)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        run = run_or_resume(recipe, options, train)
+        answer.send(("done" if run.is_whole or options.max_steps else "stopped", ""))
+    except Interrupted:
+        answer.send(("stopped", ""))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        answer.send(("failed", in_one_line(error)))
+    except Exception as error:  # a bug, or too little memory: the page names it
+        traceback.print_exc()
+        answer.send(("failed", in_one_line(error)))
+
+
+def _stop_with_parent() -> None:
+    """Without its parent nobody would stop the run at the budget's end: it saves and exits."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
