@@ -16,7 +16,7 @@ from fastokd.recipe.recipe import Recipe
 from fastokd.student.weights import OPTIONAL, Weights
 
 JSON, MARKDOWN = "card.json", "README.md"
-# Of more classes, the README lists the worst.
+# Of more classes, the README lists the accuracy of the worst, and no names.
 MOST_CLASSES, WORST = 100, 20
 MEASURE = "`fastokd export --measure` measures it."
 
@@ -59,8 +59,9 @@ def markdown(weights: Weights, card: dict[str, Any], code: str) -> str:
         "",
         weights.preprocessing.sentence(),
         "",
-        f"The network's input is {input_sentence(card)}. The classes, in order, are in "
-        "`student.json`.",
+        f"The network's input is {input_sentence(card)}.",
+        "",
+        f"The classes, in the order of the logits: {_names(card['class_names'])}.",
         "",
         "## Use",
         "",
@@ -74,6 +75,12 @@ def markdown(weights: Weights, card: dict[str, Any], code: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _names(classes: list[str]) -> str:
+    if len(classes) > MOST_CLASSES:
+        return f"{len(classes):,} names in `student.json`"
+    return ", ".join(map(in_markdown, classes))
 
 
 def _costs(card: dict[str, Any]) -> list[str]:

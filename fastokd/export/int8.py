@@ -79,7 +79,7 @@ def _of_training(data: DatasetSplits, seed: int, count: int) -> Calibration:
 def _of_pictures(files: list[Path], shown: Preprocessing, seed: int, count: int) -> Calibration:
     order = torch.randperm(len(files), generator=keyed_generator(seed, "calibration")).tolist()
     images = np.stack([shown.read(files[index]) for index in order[:count]])
-    what = f"{counted(len(images), 'picture')} of {len(files):,}, drawn by seed {seed}"
+    what = f"{len(images):,} of {counted(len(files), 'picture')}, drawn by seed {seed}"
     return Calibration(torch.from_numpy(images), what)
 
 
