@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +64,6 @@ def _programs(job: Job, device: torch.device) -> list[Program]:
     onnx = (OF_PIXELS if job.form.pixels else TRACED)["onnx"]
     name, size = job.about["format"], job.weights.preprocessing.input_size
 
-    @functools.cache
     def float32() -> Path:
         if name == "onnx":
             return job.file
@@ -98,7 +96,7 @@ def sentences(card: dict[str, Any]) -> list[str]:
                 f"int8 loses {100 * lost:.1f} points of test top-1: calibrate it with more or "
                 "more typical images (--calibration-images, --calibrate), or export it to onnx"
             )
-    elif card["calibration"]:
+    elif card["calibration"] or card["latency"]:
         lines.append("its accuracy isn't measured: a file outside of a run has no test set")
     for row in card["latency"]["rows"] if card["latency"] else ():
         name = row["program"] + (f", {row['format']}" if row["format"] else "")
