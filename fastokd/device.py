@@ -152,13 +152,18 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "gpu": gpu,
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cpus": cpus.usable_cpus(),
         "waiting": cpus.waiting(),
         "precision": precision,
         "git_commit": _git_commit(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, as it says it itself."""
+    return str(torch.cpu.get_capabilities().get("cpu_name", platform.processor()))
 
 
 def _git_commit() -> str | None:

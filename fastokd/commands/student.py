@@ -63,7 +63,8 @@ def diff(
 def export(
     source: Annotated[Path, typer.Argument(help="A run, a checkpoint or a student.safetensors.")],
     to: Annotated[
-        str, typer.Option(help="safetensors, torchvision, timm, onnx, torch-export or hub.")
+        str,
+        typer.Option(help="safetensors, torchvision, timm, onnx, onnx-int8, torch-export or hub."),
     ],
     out: Annotated[
         Path | None, typer.Option(help="The folder; by default SOURCE/export/FORMAT.")
@@ -73,18 +74,51 @@ def export(
     uint8: Annotated[
         bool,
         typer.Option(
-            "--uint8", help="Export a model that takes uint8 NHWC images (onnx, torch-export)."
+            "--uint8",
+            help="Export a model that takes uint8 NHWC images (onnx, onnx-int8, torch-export).",
         ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Measure accuracy by class and latency, for the card (a minute)."
+        ),
+    ] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pictures or a folder that calibrate onnx-int8; by default training images."
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="How many images calibrate onnx-int8 (256).")
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, or cuda to measure a GPU's latency, too; auto: if there is one."),
+    ] = "auto",
     data_root: Annotated[
         Path | None, typer.Option(help="The folder that holds the run's data set.")
     ] = None,
 ) -> None:
-    """Export a student to another library and check it."""
+    """Export a student to another library and check it.
+
+    Beside the file are a card (README.md, card.json) and a program that classifies pictures.
+    """
     from fastokd.export import export as turn
 
-    options = RunOptions(data_root=data_root)
-    done = turn(source, to, out, student=student, best=best, uint8=uint8, options=options)
+    done = turn(
+        source,
+        to,
+        out,
+        student=student,
+        best=best,
+        uint8=uint8,
+        measure=measure,
+        calibrate=calibrate or (),
+        calibration_images=calibration_images,
+        options=RunOptions(data_root=data_root, device=device),
+    )
     _print_lines([*done.lines, f"the export is in {done.folder}"])
 
 

@@ -8,31 +8,30 @@ import json
 import os
 import shlex
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from fastokd.checkpoint import load_checkpoint, sync_folder, write_durably
-from fastokd.data import DatasetSplits
-from fastokd.errors import DiskError, UserError, as_path, unknown_name, warn
+from fastokd.checkpoint import sync_folder, write_durably
+from fastokd.device import pick_device
+from fastokd.errors import DiskError, UserError, as_path, unknown_name
+from fastokd.export import card, int8
 from fastokd.export.classify import NAME, program
 from fastokd.export.contract import about_export, input_sentence
 from fastokd.export.formats import PLAIN, Format
-from fastokd.export.hub import HUB
+from fastokd.export.hub import HUB, front_matter
+from fastokd.export.measured import Job, measured, sentences
+from fastokd.export.source import source_of
 from fastokd.export.traced import OF_PIXELS, TRACED
 from fastokd.host.names import in_utf8
-from fastokd.learner.build import build_cohort
-from fastokd.learner.state import below
-from fastokd.recipe.recipe import Recipe
-from fastokd.run.folder import RunFolder
-from fastokd.run.images import load_splits
 from fastokd.run.options import RunOptions
-from fastokd.student.file import read_weights, student_of
-from fastokd.student.weights import Weights
-from fastokd.student.within_cohort import BATCH, alike, first_images, furthest_apart, within_cohort
+from fastokd.student.file import read_weights
+from fastokd.student.within_cohort import furthest_apart
 
 FORMATS: dict[str, Format] = {**PLAIN, **TRACED, "hub": HUB}
 ABOUT = "student.json"
@@ -56,6 +55,9 @@ def export(
     student: int | None = None,
     best: bool = False,
     uint8: bool = False,
+    measure: bool = False,
+    calibrate: Sequence[str | os.PathLike[str]] = (),
+    calibration_images: int | None = None,
     options: RunOptions | None = None,
 ) -> Export:
     """Exports a student into a folder for another library.
@@ -63,54 +65,113 @@ def export(
     That library loads the file, and its logits on a batch of the run's held-out images must equal the
     student's within 1e-4 of the largest (on seeded noise if ``source`` is a file outside of a run).
     The student's logits must also equal those of its place in the run's cohort, by the engine that
-    trained it (``fastokd/student/within_cohort.py``). Otherwise nothing is written.
+    trained it (``fastokd/student/within_cohort.py``). Otherwise nothing is written. For ``onnx-int8``
+    this is checked before the network is quantised; then its accuracy on the run's test set is
+    measured.
 
     Args:
         source: a :class:`fastokd.Run`, or the path of a run folder, of a checkpoint of one, or of a
             ``student.safetensors``.
-        to: a format, see :data:`FORMATS`; ``"hub"`` is the layout of a model hub, with a card
-            (nothing is uploaded).
+        to: a format, see :data:`FORMATS`; ``"hub"`` is the layout of a model hub (nothing is uploaded).
         out: the folder to write; by default ``SOURCE/export/FORMAT``, of uint8 inputs
             ``SOURCE/export/FORMAT-uint8``.
         student: which of a run's students, counted from 0; by default the one that the recipe keeps.
         best: of a run, the best epoch's weights in place of the last epoch's.
-        uint8: the exported network takes uint8 images ``[B, H, W, 3]`` and normalises them; of onnx
-            and torch-export.
-        options: say where the run's data are.
+        uint8: the exported network takes uint8 images ``[B, H, W, 3]`` and normalises them; of onnx,
+            onnx-int8 and torch-export.
+        measure: measure the accuracy by class and the latency, for the card.
+        calibrate: pictures, folders or patterns that calibrate onnx-int8, in place of training images.
+        calibration_images: how many images calibrate onnx-int8; by default 256.
+        options: say where the run's data are, and whether a GPU's latency is measured (``device``).
 
     Raises:
         UserError: an unknown format, a network that the library doesn't have, a missing package, an
             ``out`` that exists, missing data, logits that differ.
     """
+    form = _format(to, uint8)
+    if not form.int8 and (calibrate or calibration_images is not None):
+        raise UserError(f"an export to {to} isn't calibrated: choose onnx-int8, or leave it out")
+    path, options = as_path("source", source), options or RunOptions()
+    device = pick_device(options.device) if measure else None
+    weights = read_weights(path, student=student, best=best)
+    base = path if path.is_dir() else path.parent
+    folder = Path(out) if out is not None else base / "export" / (f"{to}-uint8" if uint8 else to)
+    if folder.exists():
+        raise UserError(f"{folder} exists already and is never overwritten: choose another --out")
+    seen = source_of(path, weights, options)
+    shown = weights.preprocessing
+    images = int8.calibration(seen, shown, calibrate, calibration_images) if form.int8 else None
+
+    name = form.file.format(model=weights.model.replace(":", "-").replace("/", "-"))
+    about = about_export(weights, to, name, form.pixels)
+    code = program(shown, name, form.how(weights), about=about, run=form.run)
+    with _new_folder(folder) as place, TemporaryDirectory() as work:
+        job = Job(form, weights, about, place / name, Path(work) / "float32.onnx", seen)
+        # A network that was traced may not run any more: each use builds its own.
+        form.write(weights, weights.build(), job.file, about)
+        furthest = _furthest(job)
+        if images is not None:
+            shutil.move(job.file, job.float32)
+            int8.quantise(job.float32, job.file, job.inputs(images.images_NHWC), about)
+        facts = card.facts(weights, about, job.file.stat().st_size)
+        facts |= {"calibration": images and images.facts()}
+        facts |= measured(job, facts, device)
+        text = (front_matter(weights) if to == "hub" else "") + card.markdown(weights, facts, code)
+        write_durably(place / NAME, code.encode())
+        write_durably(place / ABOUT, _json(about))
+        write_durably(place / card.JSON, _json(facts))
+        write_durably(place / card.MARKDOWN, text.encode())
+    lines = (
+        f"{weights.model}, {weights.fact('role')}, from {weights.path}",
+        *seen.through,
+        f"its logits on {seen.what}, loaded again: at most {furthest:.1g} away",
+        *sentences(facts),
+        f"its input: {input_sentence(about)}",
+        f"its class names and preprocessing are in {folder / ABOUT}{', and in the file' if to in TRACED else ''}",
+        f"its card is {folder / card.MARKDOWN}, as JSON {folder / card.JSON}",
+        f"classify a picture with it: {shlex.join(['python', str(folder / NAME), 'picture.jpg'])}",
+    )
+    return Export(folder, lines)
+
+
+def _format(to: str, uint8: bool) -> Format:
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
     if uint8 and to not in OF_PIXELS:
         raise UserError(
             f"an export to {to} holds weights without a graph, so that it can't take uint8 images: "
-            f"choose {' or '.join(OF_PIXELS)}, or leave --uint8 out"
+            "choose onnx, onnx-int8 or torch-export, or leave --uint8 out"
         )
     form = OF_PIXELS[to] if uint8 else FORMATS[to]
     missing = [name for name in form.needs if importlib.util.find_spec(name) is None]
     if missing:
-        extra = "onnx" if to == "onnx" else to
+        extra = "onnx" if to in TRACED else to
         raise UserError(
             f"an export to {to} needs {' and '.join(missing)}: pip install 'fastokd[{extra}]'"
         )
-    source = as_path("source", source)
-    weights = read_weights(source, student=student, best=best)
-    base = source if source.is_dir() else source.parent
-    folder = Path(out) if out is not None else base / "export" / (f"{to}-uint8" if uint8 else to)
-    if folder.exists():
-        raise UserError(f"{folder} exists already and is never overwritten: choose another --out")
-    images_BHWC, what, through = _images(source, weights, options or RunOptions())
+    return form
 
-    network = weights.build()
-    images_BCHW = weights.preprocessing.normalized(images_BHWC)
+
+def _furthest(job: Job) -> float:
+    """The largest difference of the written file's logits from the student's, as a share of the
+    largest; raises UserError if it is too large."""
+    images_BHWC = job.source.images_BHWC
     with torch.no_grad():
-        wanted_BC = network(images_BCHW)
-    name = form.file.format(model=weights.model.replace(":", "-").replace("/", "-"))
-    about = about_export(weights, to, name, form.pixels)
-    code = program(weights.preprocessing, name, form.how(weights), about=about, run=form.run)
+        wanted_BC = job.weights.build()(job.weights.preprocessing.normalized(images_BHWC))
+        got_BC = job.form.read(job.weights, job.file)(job.inputs(images_BHWC))
+    furthest = furthest_apart(got_BC, wanted_BC)
+    if not furthest <= TOLERANCE:
+        raise UserError(
+            f"the export to {job.about['format']} gives other logits than the student: {furthest:.2g} of "
+            f"the largest apart, and at most {TOLERANCE:g} is allowed; nothing was kept, choose another "
+            "format"
+        )
+    return furthest
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` if nothing is raised and is removed otherwise."""
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     made = [parent for parent in folder.parents if not parent.exists()]
     # A killed export may have had the same process id: containers count from 1.
@@ -118,19 +179,7 @@ def export(
     try:
         beside.mkdir(parents=True)
         with in_utf8(beside) as place:
-            form.write(weights, network, place / name, about)
-            with torch.no_grad():
-                got_BC = form.read(weights, place / name)(
-                    images_BHWC if form.pixels else images_BCHW
-                )
-        furthest = furthest_apart(got_BC, wanted_BC)
-        if not furthest <= TOLERANCE:
-            raise UserError(
-                f"the export to {to} gives other logits than the student: {furthest:.2g} of the "
-                f"largest apart, and at most {TOLERANCE:g} is allowed; nothing was kept, choose another format"
-            )
-        write_durably(beside / NAME, code.encode())
-        write_durably(beside / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+            yield place
         os.rename(beside, folder)
     except (OSError, SafetensorError) as error:
         raise DiskError(f"{folder} can't be written: {error}") from error
@@ -140,71 +189,7 @@ def export(
             for parent in made:
                 parent.rmdir()
     sync_folder(folder.parent)
-    lines = (
-        f"{weights.model}, {weights.fact('role')}, from {weights.path}",
-        *through,
-        f"its logits on {what}, loaded again: at most {furthest:.1g} away",
-        f"its input: {input_sentence(about)}",
-        f"its class names and preprocessing are in {folder / ABOUT}{', and in the file' if to in TRACED else ''}",
-        f"classify a picture with it: {shlex.join(['python', str(folder / NAME), 'picture.jpg'])}",
-    )
-    return Export(folder, lines)
 
 
-def _images(
-    source: Path, weights: Weights, options: RunOptions
-) -> tuple[Tensor, str, tuple[str, ...]]:
-    """uint8 images ``[B, H, W, 3]`` to compare on, their description, and the result of comparing the
-    student with its place in the run's cohort."""
-    run = source if (source / "recipe.json").is_file() else source.parent.parent
-    if not (run / "recipe.json").is_file():
-        size = weights.preprocessing.input_size
-        generator = torch.Generator().manual_seed(0)
-        shape = (BATCH, size, size, 3)
-        noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        return noise, f"{BATCH} images of seeded noise", ()
-    where = RunFolder(run)
-    recipe, options = where.recipe(), where.facts.with_data(options)
-    data = load_splits(recipe, options, begun=True, kept=where.facts.data())
-    name = "test" if data.val is None else "validation"
-    images_BHWC = first_images(data)
-    what = f"{len(images_BHWC)} {name} images of {recipe.dataset}"
-    return images_BHWC, what, _through(run, weights, recipe, data, images_BHWC)
-
-
-def _through(
-    run: Path, weights: Weights, recipe: Recipe, data: DatasetSplits, images_BHWC: Tensor
-) -> tuple[str, ...]:
-    """Compares the student with itself in the cohort, by the engine that trained it.
-
-    Raises:
-        UserError: as :func:`alike`.
-    """
-    saved = weights.path
-    if saved.is_file():
-        step = weights.fact("step") if "step" in weights.facts else -1
-        saved = run / "checkpoints" / f"last-{step:09d}"
-        if not saved.is_dir():
-            return ("not compared within its cohort: the run has no checkpoint of its step",)
-    try:
-        tensors, facts = load_checkpoint(saved)
-    except UserError as error:
-        warn(f"{error} (the student isn't compared within its cohort)")
-        return ()
-    how = facts.get("how", {})
-    # The run keeps the mean and deviation that it began with.
-    shown = replace(data, preprocessing=weights.preprocessing)
-    cohort, _ = build_cohort(
-        recipe,
-        len(shown.class_names),
-        image_size=shown.train.image_size[0],
-        mean=shown.mean,
-        std=shown.std,
-    )
-    cohort.load_state_dict(below(tensors, "cohort."))
-    cohort.set_engine(how.get("engine", "auto"))
-    index = weights.fact("student")
-    state = student_of(saved, tensors, facts, [], index).state
-    logits_BC = within_cohort(cohort, index, state, images_BHWC)
-    furthest = alike(logits_BC, weights, images_BHWC, how.get("precision", "fp32"), run)
-    return (f"its logits within its cohort, engine {cohort.engine}: at most {furthest:.1g} away",)
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

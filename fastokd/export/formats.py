@@ -37,7 +37,8 @@ class Format(NamedTuple):
     statements that load the path ``file`` as ``model``, and its ``student.json`` as ``about``.
     ``needs``: the packages that the format needs, by their import names. ``run``: the lines of
     ``classify.py`` that compute a picture's logits. ``pixels``: the network takes uint8 images
-    ``[B, H, W, 3]`` and normalises them.
+    ``[B, H, W, 3]`` and normalises them. ``int8``: what is written and checked is then quantised
+    (:mod:`fastokd.export.int8`).
     """
 
     file: str
@@ -47,6 +48,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...] = ()
     run: str = OF_TORCH
     pixels: bool = False
+    int8: bool = False
 
 
 def plain_state(weights: Weights, student: Student) -> dict[str, Tensor]:

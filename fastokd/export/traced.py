@@ -144,16 +144,18 @@ _RUN_ONNX = '    logits = model.run(["logits"], {"images": picture})[0][0]'
 
 
 def _formats(pixels: bool) -> dict[str, Format]:
+    onnx = Format(
+        "{model}.onnx",
+        partial(_write_onnx, pixels=pixels),
+        _read_onnx,
+        _how_onnx,
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        run=_RUN_ONNX,
+        pixels=pixels,
+    )
     return {
-        "onnx": Format(
-            "{model}.onnx",
-            partial(_write_onnx, pixels=pixels),
-            _read_onnx,
-            _how_onnx,
-            needs=("onnx", "onnxscript", "onnxruntime"),
-            run=_RUN_ONNX,
-            pixels=pixels,
-        ),
+        "onnx": onnx,
+        "onnx-int8": onnx._replace(file="{model}-int8.onnx", int8=True),
         "torch-export": Format(
             "{model}.pt2",
             partial(_write_torch_export, pixels=pixels),
