@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 
 from docs.make_rooms_picture import LEVELS, Import, imports, level_of, modules, room_of
 
 MODULES = modules()
-IMPORTS = list(imports(MODULES))
 # The public package: its names are imported when they are used, and checkers of types see them.
 LAZY = {"fastokd", "fastokd.cli"}
+
+
+@functools.cache
+def all_imports() -> list[Import]:
+    """Read when a test asks for them: every worker collects every file."""
+    return list(imports(MODULES))
 
 
 def test_every_room_has_a_level() -> None:
@@ -20,7 +26,7 @@ def test_every_room_has_a_level() -> None:
 def test_imports_point_down() -> None:
     wrong = [
         one
-        for one in IMPORTS
+        for one in all_imports()
         if room_of(one.importer) != room_of(one.source)
         and level_of(room_of(one.importer)) >= level_of(room_of(one.source))
         and one.where != "typing"
@@ -30,7 +36,7 @@ def test_imports_point_down() -> None:
 
 def test_no_circle_of_files() -> None:
     edges: dict[str, set[str]] = defaultdict(set)
-    for one in IMPORTS:
+    for one in all_imports():
         if one.where != "typing" and one.importer not in LAZY:
             edges[one.importer].add(one.source)
     seen: dict[str, int] = {}
@@ -50,19 +56,19 @@ def test_no_circle_of_files() -> None:
 
 
 def test_functions_import_nothing_of_fastokd_but_to_keep_torch_out() -> None:
-    lazy = [one for one in IMPORTS if one.where == "function"]
+    lazy = [one for one in all_imports() if one.where == "function"]
     assert [one for one in lazy if one.importer not in LAZY and not _is_command(one)] == []
 
 
 def test_only_the_package_itself_imports_for_types_alone() -> None:
-    found = {(one.importer, one.source) for one in IMPORTS if one.where == "typing"}
+    found = {(one.importer, one.source) for one in all_imports() if one.where == "typing"}
     assert {pair for pair in found if pair[0] != "fastokd"} == set()
 
 
 def test_nothing_private_leaves_its_room() -> None:
     private = [
         one
-        for one in IMPORTS
+        for one in all_imports()
         if room_of(one.importer) != room_of(one.source)
         and (one.name.startswith("_") or one.source.rpartition(".")[2].startswith("_"))
         and one.name != "__version__"

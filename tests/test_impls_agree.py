@@ -1,4 +1,4 @@
-"""Twenty steps with the C++ ops stay as near to float64 as twenty steps in plain PyTorch."""
+"""Ten steps with the C++ ops stay as near to float64 as ten steps in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastokd.data import Augment, load_dataset, stream_of
 from fastokd.methods import Progress, create_method
 
 
-def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The leader's parameters after 20 steps on the digits, and the losses on the way."""
+def ten_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The leader's parameters after 10 steps on the digits, and the losses on the way."""
     data = load_dataset("digits")
     sharing = "network" if method_name == "ffsd" else "branch"
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tenso
         [*cohort.parameters(), *method.parameters()], lr=0.002, momentum=0.9, nesterov=True
     )
     losses = []
-    for step in range(20):
+    for step in range(10):
         images_BHWC, labels_B = stream.batch(*divmod(step, 8))
         loss = method(cohort(images_BHWC), labels_B, Progress.start())
         loss.total.backward()
@@ -41,14 +41,14 @@ def twenty_steps(method_name: str, impl: str, dtype: torch.dtype) -> tuple[Tenso
 @pytest.mark.usefixtures("cpp_ops")
 @pytest.mark.parametrize("method", ["okddip", "ffsd"])
 def test_cpp_is_as_near_to_float64_as_torch_is(method: str) -> None:
-    exact, exact_losses = twenty_steps(method, "torch", torch.float64)
-    plain, plain_losses = twenty_steps(method, "torch", torch.float32)
-    fast, fast_losses = twenty_steps(method, "auto", torch.float32)
+    exact, exact_losses = ten_steps(method, "torch", torch.float64)
+    plain, plain_losses = ten_steps(method, "torch", torch.float32)
+    fast, fast_losses = ten_steps(method, "auto", torch.float32)
     assert not torch.equal(plain, fast)  # the fast path did run
 
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    # Rounding errors of twenty steps grow alike, not equally: twice the plain path's is the budget.
+    # Rounding errors of ten steps grow alike, not equally: twice the plain path's is the budget.
     assert rms(fast - exact) <= 2 * rms(plain - exact) + 1e-6 * rms(exact)
     assert rms(fast_losses - exact_losses) <= 2 * rms(plain_losses - exact_losses) + 1e-5

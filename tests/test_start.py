@@ -55,23 +55,36 @@ def test_the_version_is_printed() -> None:
     assert in_a_new_process(program) == f"fastokd {fastokd.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
+def test_the_functions_hide_the_modules_of_their_names() -> None:
+    """In whatever order: each in a fork of one process, which has loaded torch alone."""
+    orders = [
         "import fastokd.train, fastokd.evaluate, fastokd.recipe",
         "import fastokd.recipe.names; from fastokd import recipe; import fastokd.train",
         "from fastokd.evaluate import evaluate; import fastokd; fastokd.train",
         "from fastokd import *; import fastokd.recipe.recipe, fastokd.train, fastokd.evaluate",
-    ],
-)
-def test_the_functions_hide_the_modules_of_their_names(imports: str) -> None:
-    program = (
-        f"{imports}\nimport fastokd, inspect, sys\nfrom fastokd import train, evaluate, recipe\n"
+    ]
+    checks = (
+        "import fastokd, inspect, sys\nfrom fastokd import train, evaluate, recipe\n"
         f"for name in {FUNCTIONS}:\n"
         "    assert inspect.isfunction(getattr(fastokd, name)), name\n"
         "    assert inspect.ismodule(sys.modules[f'fastokd.{name}']), name\n"
         "assert fastokd.recipe is recipe and fastokd.train is train\n"
         "assert recipe('dml/resnet8/digits').students == 4\n"
+    )
+    program = (
+        "import os, sys, traceback, torch\n"
+        f"for imports in {orders}:\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        assert os.waitpid(child, 0)[1] == 0, imports\n"
+        "        continue\n"
+        "    assert 'fastokd' not in sys.modules\n"
+        "    try:\n"
+        f"        exec(imports + '\\n' + {checks!r}, {{}})\n"
+        "    except BaseException:\n"
+        "        traceback.print_exc()\n"
+        "        os._exit(1)\n"
+        "    os._exit(0)\n"
     )
     in_a_new_process(program)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.models.registry import create_model, input_size
+from fastokd.models.registry import create_model, found_once, input_size
 from fastokd.models.student import Student
 
 
@@ -62,6 +62,7 @@ def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
     return ModelInfo(name, params, macs, model.feature_dim, maps)
 
 
+@found_once
 def map_shapes(
     name: str, num_classes: int, options: dict[str, Any], size: int
 ) -> tuple[tuple[int, int, int], ...]:
@@ -72,6 +73,7 @@ def map_shapes(
     return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
 
 
+@found_once
 def trunk_shape(
     name: str, num_classes: int, size: int | None = None, /, **options: Any
 ) -> tuple[int, ...]:

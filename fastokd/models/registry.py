@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastokd.errors import UserError, in_one_line, wrong_type
 from fastokd.known import MODELS
 from fastokd.models import libraries
 from fastokd.models.spec import ModelSpec, stated_size
 from fastokd.models.student import Student
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SPECS: dict[str, ModelSpec] = {}
 
@@ -46,6 +50,22 @@ def model_spec(name: str) -> ModelSpec:
     if spec is None:
         raise libraries.unknown_model(name)
     return spec
+
+
+def found_once(find: Callable[P, T]) -> Callable[P, T]:
+    """``find``, whose first argument is a student's name, run once a process for equal arguments."""
+    found: dict[tuple[Any, ...], T] = {}
+
+    @wraps(find)
+    def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
+        name = str(args[0])
+        build = None if ":" in name else model_spec(name).build
+        key = (name, build, repr(args), repr(kwargs))
+        if key not in found:
+            found[key] = find(*args, **kwargs)
+        return found[key]
+
+    return look_up
 
 
 def option_defaults(name: str) -> dict[str, Any]:

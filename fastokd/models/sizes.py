@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import UserError
-from fastokd.models.registry import create_model
+from fastokd.models.registry import create_model, found_once
 from fastokd.models.student import Student
 
 # Heights and widths that an error message names; the first is that of every data set in memory.
 USUAL = (32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512)
 
 
+@found_once
 def least_batch(name: str, num_classes: int, options: dict[str, Any], size: tuple[int, int]) -> int:
     """The smallest batch that the student ``name`` trains on: 2 where a norm would get one value a
     channel, else 1.

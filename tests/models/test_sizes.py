@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import fastokd
 from fastokd.errors import UserError
 from fastokd.methods import create_method
-from fastokd.models import least_batch, registry
+from fastokd.models import least_batch, registry, sizes
 from fastokd.models.external import ExternalStudent
+from fastokd.models.info import map_shapes
 from fastokd.models.registry import ModelSpec
 from fastokd.plan.plan import plan
 from fastokd.run.build import build
@@ -69,6 +70,19 @@ class Emptying(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc(self.then(self.cut(x)).mean((2, 3)))
         return y
+
+
+def test_an_answer_is_of_the_name_and_of_what_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found once a process for each student: another under the same name is looked at again."""
+    assert least_batch("resnet8", 10, {}, (4, 4)) == 2
+    spec = ModelSpec("resnet8", registry.model_spec("wrn_16_2").build, 32, "")
+    monkeypatch.setitem(registry._SPECS, "resnet8", spec)
+    assert least_batch("resnet8", 10, {}, (16, 16)) == 1
+    widths = [channels for channels, _, _ in map_shapes("resnet8", 10, {}, 32)]
+    monkeypatch.undo()
+    assert widths != [channels for channels, _, _ in map_shapes("resnet8", 10, {}, 32)]
+    monkeypatch.setattr(sizes, "create_model", None)
+    assert least_batch("resnet8", 10, {}, (4, 4)) == 2
 
 
 def test_the_first_layer_that_leaves_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,13 +103,21 @@ def test_the_options_of_a_run_are_known_by_name() -> None:
     assert tuple(field.name for field in dataclasses.fields(RunOptions)) == RUN_OPTIONS
 
 
+@pytest.fixture(scope="module")
+def schedules() -> dict[tuple[int, tuple[int, ...]], str]:
+    """One recipe's name for each schedule by steps."""
+    names = (*list_recipes(), "dml/resnet8/digits", "dml/resnet8/fashion_mnist")
+    made = {name: recipe(name) for name in names}
+    return {(r.epochs, r.milestones): name for name, r in made.items() if r.schedule == "step"}
+
+
 @pytest.mark.parametrize("epochs", [*range(1, 13), 29, 30, 60, 100, 299, 300])
-def test_milestones_are_distinct_and_within_the_run(epochs: int) -> None:
-    for name in (*list_recipes(), "dml/resnet8/digits", "dml/resnet8/fashion_mnist"):
-        full, made = recipe(name), recipe(name, epochs=epochs)
-        if full.schedule != "step":
-            continue
-        scaled = [max(1, round(m * epochs / full.epochs)) for m in full.milestones]
+def test_milestones_are_distinct_and_within_the_run(
+    epochs: int, schedules: dict[tuple[int, tuple[int, ...]], str]
+) -> None:
+    for (full, milestones), name in schedules.items():
+        made = recipe(name, epochs=epochs)
+        scaled = [max(1, round(m * epochs / full)) for m in milestones]
         assert list(made.milestones) == sorted({m for m in scaled if m < epochs}), name
         rates = [made.learning_rate(epoch, warm_up=False) for epoch in range(epochs)]
         assert rates[0] == made.lr
