@@ -13,9 +13,10 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
 from fastokd.recipe.cells import Cell
+from fastokd.report.html_tables import as_html
 from fastokd.report.statistics import Sample
 from fastokd.report.style import STYLE
-from fastokd.report.tables import Column, Table, as_html, as_markdown, save_table
+from fastokd.report.tables import Column, Table, as_markdown, save_table
 from fastokd.reproduce.everything import Everything, summary
 from fastokd.reproduce.order import RULE, in_hours
 from fastokd.reproduce.results import ANOTHER_TASK, Result, as_table, reproduction_of
