@@ -8,10 +8,14 @@ from typing import Any
 from fastokd.data.preprocessing import Preprocessing
 from fastokd.errors import UserError, unknown_name
 from fastokd.host.names import counted
+from fastokd.measured.answering import answers_of
+from fastokd.measured.answers import Answers
+from fastokd.measured.cost import Cost, cost_of
 from fastokd.models import Student
 from fastokd.report import page
 from fastokd.report.pictures import Picture, pictures
 from fastokd.run import folder
+from fastokd.run.options import RunOptions
 from fastokd.run.summary import summarise
 from fastokd.student.file import read_weights
 
@@ -70,6 +74,17 @@ class Run(folder.Run):
     def report(self, out: str | Path | None = None) -> Path:
         """Writes the run's page with its plots, by default ``report.html`` in its folder."""
         return page.report([self.folder], out)
+
+    def answers(self, options: RunOptions | None = None) -> Answers:
+        """What each student says on every test image after the newest step; measured, and kept in the run's
+        folder, unless it is there. Arguments and errors are those of
+        :func:`fastokd.measured.answering.answers_of`."""
+        return answers_of(self, options=options)
+
+    def cost(self, options: RunOptions | None = None) -> Cost:
+        """The seconds of a training step by its parts; as :meth:`answers`, of
+        :func:`fastokd.measured.cost.cost_of`."""
+        return cost_of(self, options=options)
 
     def plot(self, name: str = "accuracy") -> Picture:
         """One figure of the report, which a notebook shows: ``"accuracy"``, ``"loss"``,

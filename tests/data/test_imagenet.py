@@ -19,6 +19,8 @@ from fastokd.data import load_dataset
 from fastokd.data.disk.prepare import prepare
 from fastokd.data.photographs import write_photographs
 from fastokd.errors import DataFileError, UserError
+from fastokd.measured import cost
+from fastokd.measured.answering import PICTURED
 from fastokd.models import create_model
 from fastokd.recipe.names import Recipe, list_recipes, recipe
 from fastokd.run.build import build
@@ -48,11 +50,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_run_learns_resumes_and_is_evaluated(
-    root: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    loader: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cost, "PATIENCE", 0.0)  # one step is timed
     options = {**QUICK, "data_root": root, "loader": loader}
     whole = fastokd.train(tiny(), out=tmp_path / "whole", **{**options, "quiet": False})
     printed = capsys.readouterr().out
+    assert all(0 < row["data_seconds"] < row["seconds"] for row in whole.metrics)
+    answers = whole.answers()
+    assert answers.accuracy(answers.kept) == whole.last["test"]["leader_top1"]
+    assert [*answers.pictures()] == answers.mistakes(answers.kept, PICTURED)
+    assert whole.cost().seconds["data"] > 0
     assert f"images are decoded by {loader}" in printed
     assert "1 of 59 files are quarantined and not read (the first: train/n0" in printed
     losses = [row["train"]["loss"] for row in whole.metrics]
