@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from fastokd.report.charts import Chart, Series, responsive
@@ -136,33 +137,36 @@ def _short(value: float) -> float | None:
 
 
 def _hover(panel: Panel) -> Any:
-    """A line at the pointer's epoch, whose tooltip has the numbers of the panel's table."""
+    """A line at the pointer's epoch, and a tooltip with that row of the panel's table."""
     import altair as alt
 
     near = alt.selection_point(
-        name="near",
-        on="pointermove",
-        nearest=True,
-        fields=["epoch"],
-        empty=False,
-        clear="pointerout",
+        name="near", on="pointerover", fields=["epoch"], empty=False, clear="pointerout"
     )
     tips = [
         alt.Tooltip("epoch:Q", title="epoch"),
         *(alt.Tooltip(f"{_key(i)}:N", title=c.label) for i, c in enumerate(panel.curves[:NAMED])),
     ]
-    return (
-        alt.Chart(alt.NamedData("epochs"))
-        .mark_rule(color="currentColor", aria=False)
-        .encode(
-            x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0)), tooltip=tips
-        )
-        .add_params(near)
+    base = alt.Chart(alt.NamedData("epochs"))
+    rule = base.mark_rule(color="currentColor", aria=False).encode(
+        x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0))
     )
+    # Of a strip of its own, since a tooltip of Vega-Lite's nearest point shows no text.
+    strip = base.mark_rect(color="transparent", aria=False, clip=True).encode(
+        x="from:Q", x2="to:Q", tooltip=tips
+    )
+    return rule + strip.add_params(near)
 
 
 def _hover_rows(panel: Panel) -> list[dict[str, Any]]:
+    """The table's rows, each with the strip ``from`` and ``to`` which it is shown for."""
+    epochs = _epochs(panel)
+    first, last = epochs[0], epochs[-1]
+    edges = [first - 0.5 * (first == last)]
+    edges += [(a + b) / 2 for a, b in pairwise(epochs)]
+    edges += [last + 0.5 * (first == last)]
     return [
-        {"epoch": epoch, **{_key(index): cell for index, cell in enumerate(cells[:NAMED])}}
-        for epoch, *cells in panel.table().rows
+        {"epoch": epoch, "from": low, "to": high}
+        | {_key(index): cell for index, cell in enumerate(cells[:NAMED])}
+        for (epoch, *cells), (low, high) in zip(panel.table().rows, pairwise(edges), strict=True)
     ]
