@@ -24,9 +24,9 @@ MANY = 5
 BROAD = 6
 CAPTION = (
     "A line is a run, an axis a setting in which the runs differ. The last axis, and the line's colour from "
-    "orange (lowest) to blue (highest), is the result of its last epoch: {result}. Lines through the same value are ordered by that result. "
-    "Point at a line for its run; click to mark it, with Shift several, here and in the tables. The table "
-    "“Every run” has the same numbers."
+    "orange (lowest) to blue (highest), is the result of its last epoch: {result}. Lines through the same value "
+    "are ordered by that result. Point at a line for its run; click to mark it, with Shift several, here and in "
+    "the tables. The table “Every run” has the same numbers."
 )
 
 
