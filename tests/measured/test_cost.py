@@ -65,6 +65,7 @@ def test_a_run_ends_with_its_answers_and_its_cost(run: Run) -> None:
 
 
 def test_measuring_changes_nothing_of_the_run(run: Run) -> None:
+    torch.manual_seed(7)  # not as at the run's beginning
     before, random = contents(run), torch.get_rng_state()
     (run.folder / cost.FILE).unlink()
     again = cost_of(run)
@@ -117,8 +118,10 @@ def test_a_damaged_or_stale_file_is_none(run: Run, damage: str) -> None:
 
 def test_a_slow_step_is_timed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "PATIENCE", 0.0)
+    monkeypatch.setattr(cost, "WARM_UP", 3)
     with beside(run, None, None, training=True) as session:
         assert cost._measured(session).steps == 1
+        assert session.step == run.last["step"] + 1  # the first step is done, the second was timed
 
 
 def test_the_runs_own_seconds(run: Run) -> None:
