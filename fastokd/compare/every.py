@@ -45,4 +45,4 @@ def every_run(found: Sequence[Section]) -> Many:
     }
     names = [one.entry.run.folder for one in runs]
     table = runs_table(names, fields, results, NOTES)
-    return Many(names, fields, f"kept student's {TOP1}", [one.kept for one in runs], table)
+    return Many(names, fields, "kept, top-1 (%)", [one.kept for one in runs], table)

@@ -90,7 +90,7 @@ def _difference(section: Section) -> Any:
             values, style = [d.value for d in found], {"fmt": "o", "capsize": 3, "markersize": 4}
             axes.errorbar(values, at, xerr=half, color=colour, label=label, **style)
     axes.set_yticks(range(len(rows)), [in_plot(row.contestant.label) for row in rows], fontsize=8)
-    axes.set(title="difference of the kept student's test top-1 (points)")
+    axes.set(title="difference in test top-1 (points)")
     _legend(figure, axes)
     return figure
 

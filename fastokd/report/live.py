@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from fastokd.report.charts import Chart, Series, responsive
@@ -10,6 +11,8 @@ from fastokd.report.curves import Curve, Panel
 from fastokd.report.plots import CYCLE, LINES
 
 HEIGHT = 280  # pixels
+# Epochs that have a tick each.
+FEW = 12
 # A tooltip names as many curves.
 NAMED = 16
 HINT = "Drag to move, pinch or Ctrl and the wheel to zoom, double-click to go back; the buttons show and hide."
@@ -66,7 +69,7 @@ def _spec(panel: Panel) -> dict[str, Any]:
         "epoch:Q",
         title="epoch",
         scale=alt.Scale(nice=False),
-        axis=alt.Axis(tickMinStep=1, format="d"),
+        axis=_epoch_axis(panel),
     )
     base = (
         alt.Chart()
@@ -101,17 +104,26 @@ def _spec(panel: Panel) -> dict[str, Any]:
     return {**spec, "datasets": {"curves": _rows(panel), "epochs": _hover_rows(panel)}}
 
 
+def _epoch_axis(panel: Panel) -> Any:
+    """Few epochs have a tick each; others whole ones anyway."""
+    import altair as alt
+
+    epochs = _epochs(panel)
+    few = {"values": epochs} if len(epochs) <= FEW else {}
+    return alt.Axis(format="d", **few)
+
+
 def _axis(panel: Panel) -> Any:
     """A logarithmic axis has ticks at 1, 2 and 5 times the powers of ten."""
     import altair as alt
 
     if not panel.logarithmic:
-        return alt.Axis(tickCount=6)
+        return alt.Axis(tickCount=6, format=".6~g")
     means = [mean for curve in panel.curves for mean in curve.means if math.isfinite(mean)]
     least, most = min(means) / 2, max(means) * 2
     powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     ticks = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
-    return alt.Axis(format="~g", values=[tick for tick in ticks if least <= tick <= most])
+    return alt.Axis(format=".6~g", values=[tick for tick in ticks if least <= tick <= most])
 
 
 def _epochs(panel: Panel) -> list[int]:
@@ -136,33 +148,36 @@ def _short(value: float) -> float | None:
 
 
 def _hover(panel: Panel) -> Any:
-    """A line at the pointer's epoch, whose tooltip has the numbers of the panel's table."""
+    """A line at the pointer's epoch, and a tooltip with that row of the panel's table."""
     import altair as alt
 
     near = alt.selection_point(
-        name="near",
-        on="pointermove",
-        nearest=True,
-        fields=["epoch"],
-        empty=False,
-        clear="pointerout",
+        name="near", on="pointerover", fields=["epoch"], empty=False, clear="pointerout"
     )
     tips = [
         alt.Tooltip("epoch:Q", title="epoch"),
         *(alt.Tooltip(f"{_key(i)}:N", title=c.label) for i, c in enumerate(panel.curves[:NAMED])),
     ]
-    return (
-        alt.Chart(alt.NamedData("epochs"))
-        .mark_rule(color="currentColor", aria=False)
-        .encode(
-            x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0)), tooltip=tips
-        )
-        .add_params(near)
+    base = alt.Chart(alt.NamedData("epochs"))
+    rule = base.mark_rule(color="currentColor", aria=False).encode(
+        x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0))
     )
+    # Of a strip of its own, since a tooltip of Vega-Lite's nearest point shows no text.
+    strip = base.mark_rect(color="transparent", aria=False, clip=True).encode(
+        x="from:Q", x2="to:Q", tooltip=tips
+    )
+    return rule + strip.add_params(near)
 
 
 def _hover_rows(panel: Panel) -> list[dict[str, Any]]:
+    """The table's rows, each with the strip ``from`` and ``to`` which it is shown for."""
+    epochs = _epochs(panel)
+    first, last = epochs[0], epochs[-1]
+    edges = [first - float(first == last)]
+    edges += [(a + b) / 2 for a, b in pairwise(epochs)]
+    edges += [last + float(first == last)]
     return [
-        {"epoch": epoch, **{_key(index): cell for index, cell in enumerate(cells[:NAMED])}}
-        for epoch, *cells in panel.table().rows
+        {"epoch": epoch, "from": low, "to": high}
+        | {_key(index): cell for index, cell in enumerate(cells[:NAMED])}
+        for (epoch, *cells), (low, high) in zip(panel.table().rows, pairwise(edges), strict=True)
     ]

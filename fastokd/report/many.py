@@ -24,9 +24,9 @@ MANY = 5
 BROAD = 6
 CAPTION = (
     "A line is a run, an axis a setting in which the runs differ. The last axis, and the line's colour from "
-    "orange (lowest) to blue (highest), is the {result} of its last epoch. Lines through the same value are ordered by that result. "
-    "Point at a line for its run; click to mark it, with Shift several, here and in the tables. The table "
-    "“Every run” has the same numbers."
+    "orange (lowest) to blue (highest), is the result of its last epoch: {result}. Lines through the same value "
+    "are ordered by that result. Point at a line for its run; click to mark it, with Shift several, here and in "
+    "the tables. The table “Every run” has the same numbers."
 )
 
 
@@ -102,16 +102,21 @@ def runs_table(
     results: dict[Column, Sequence[Cell]],
     notes: tuple[str, ...],
 ) -> Table:
-    """A row for each run: its name, the settings in which the runs differ, and its results."""
-    columns = [Column("run", text=True)]
-    cells: list[Sequence[Cell]] = [names]
+    """A row for each run: its name, the first of its results, the settings in which the runs differ, and the
+    other results."""
+    first, *others = results.items()
+    columns = [Column("run", text=True), first[0]]
+    cells: list[Sequence[Cell]] = [names, first[1]]
     for name, values in fields.items():
         words = any(isinstance(value, (str, bool)) for value in values)
         columns.append(Column(name, text=words))
         cells.append(
             [None if v is None else said(v) if words else Written(said(v), v) for v in values]
         )
-    rows = tuple(zip(*cells, *results.values(), strict=True))
+    for column, its in others:
+        columns.append(column)
+        cells.append(its)
+    rows = tuple(zip(*cells, strict=True))
     numbers = tuple((number,) for number in range(len(names)))
-    table = Table("runs", "Every run", (*columns, *results), rows, notes, runs=numbers)
+    table = Table("runs", "Every run", tuple(columns), rows, notes, runs=numbers)
     return table.without_empty_columns()

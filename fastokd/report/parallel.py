@@ -149,7 +149,7 @@ def parallel_spec(axes: Sequence[Axis], names: Sequence[str]) -> dict[str, Any]:
         "value": 0.07,
     }
     width = {"condition": {"param": "hovered", "empty": False, "value": 4}, "value": 1.5}
-    text = {"type": "text", "align": "left", "dx": 5, "fontSize": 11, "limit": 84}
+    text = {"type": "text", "align": "left", "dx": 5, "fontSize": 11, "limit": 110}
     written = {"x": x, "y": y, "text": {"field": "text"}}
     layers: list[dict[str, Any]] = [
         {
