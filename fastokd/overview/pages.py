@@ -28,9 +28,13 @@ report = Later("fastokd.report.page")
 
 # A run's page is drawn again when one of these has changed.
 _SHOWN = ("recipe.json", "environment.json", "metrics.jsonl", STUDENT)
-# Pages that are kept in memory; the seconds that a page may take; the share of time spent on drawing a
-# run's pages, which its training may need.
+# Pages that are kept in memory; the seconds that a page may take; the share of a core that drawing a run's
+# pages may take from its training.
 _KEPT, _LONGEST, _SHARE = 64, 300.0, 0.2
+
+
+# A page or None, why there is none, and the seconds of CPU time that it took.
+Drawn = tuple[bytes | None, str, float]
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,9 @@ class Pages:
                 if self._ended:
                     return
                 folder = next(iter(self._queue))
-            version, begun = version_of(folder), time.monotonic()
-            html, reason = self._drawer.draw(folder)
-            now = time.monotonic()
-            page = Page(version, html, reason, now + (now - begun) * (1 / _SHARE - 1))
+            version = version_of(folder)
+            html, reason, seconds = self._drawer.draw(folder)
+            page = Page(version, html, reason, time.monotonic() + seconds * (1 / _SHARE - 1))
             with self._changed:
                 del self._queue[folder]
                 self._pages[folder] = page
@@ -115,19 +118,18 @@ class _Drawer:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._ours: Connection | None = None
 
-    def draw(self, folder: Path) -> tuple[bytes | None, str]:
-        """The page, or None and why there is none. A process that was killed is begun again, once."""
-        return (
-            self._answer(folder) or self._answer(folder) or (None, "drawing it ended the process")
-        )
+    def draw(self, folder: Path) -> Drawn:
+        """The page. A process that was killed is begun again, once."""
+        failed = None, "drawing it ended the process", _LONGEST
+        return self._answer(folder) or self._answer(folder) or failed
 
-    def _answer(self, folder: Path) -> tuple[bytes | None, str] | None:
+    def _answer(self, folder: Path) -> Drawn | None:
         try:
             ours = self._begun()
             ours.send(str(folder))
             if ours.poll(_LONGEST):
-                page, reason = ours.recv()
-                return page, reason
+                drawn: Drawn = ours.recv()
+                return drawn
         except (OSError, EOFError):
             pass
         self._end()
@@ -163,19 +165,21 @@ class _Drawer:
 def _draw_all(asked: Connection, place: str) -> None:
     """The drawing process, until the other end is closed. ``place``: a folder for its files."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it
-    os.nice(10)
+    os.nice(5)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (warnings about a run would be repeated)
     with suppress(EOFError, OSError):
         while True:
             asked.send(_drawn(Path(asked.recv()), Path(place)))
 
 
-def _drawn(folder: Path, place: Path) -> tuple[bytes | None, str]:
+def _drawn(folder: Path, place: Path) -> Drawn:
+    html, reason, begun = None, "", time.process_time()
     try:
         _refuse_links(folder)
-        return report.report([folder], place / "page.html").read_bytes(), ""
+        html = report.report([folder], place / "page.html").read_bytes()
     except Exception as error:
-        return None, in_one_line(error)
+        reason = in_one_line(error)
+    return html, reason, time.process_time() - begun
 
 
 def _refuse_links(folder: Path) -> None:
