@@ -105,6 +105,7 @@ def plan_of(of: Everything, asked: Asked) -> tuple[dict[str, Any], Table]:
             "state": at[name].state,
             "note": at[name].note,
             "hours_left": None if math.isinf(hours[name].hours) else hours[name].hours,
+            "speed": hours[name].how,
             "estimated_by": HOW[hours[name].how],
             "plan": _planned(jobs.get(name), at[name].state),
             "start": jobs[name].start if name in jobs else None,
@@ -135,7 +136,7 @@ def _plan_table(of: Everything, asked: Asked, runs: Sequence[dict[str, Any]]) ->
         mine = [by_name[name] for name in one.folders()]
         plans = [run["plan"] for run in mine]
         left = [run["hours_left"] for run in mine if run["plan"] != "done"]
-        ways = dict.fromkeys(run["estimated_by"] for run in mine if run["plan"] != "done")
+        ways = dict.fromkeys(run["speed"] for run in mine if run["plan"] != "done")
         rows.append(
             (
                 *(one.table, one.row, one.dataset, len(mine)),
@@ -151,13 +152,15 @@ def _plan_table(of: Everything, asked: Asked, runs: Sequence[dict[str, Any]]) ->
         Column("runs"),
         Column("time left"),
         Column("plan", text=True),
-        Column("estimated by", text=True),
+        Column("speed", text=True),
     )
+    used = dict.fromkeys(run["speed"] for run in runs)
+    ways_said = [f"Speed {way}: by {HOW[way]}." for way in used]
     fits = [run for run in runs if run["plan"] == "fits" and run["hours_left"] is not None]
     total = in_hours(sum(run["hours_left"] for run in fits))
     where = f"{asked.budget or 'unlimited time'} on {len(of.places)} x {of.speeds.machine}"
-    title = f"{counted(len(fits), 'run')} of about {total} fit {where}"
-    return Table("plan", title, columns, tuple(rows), (RULE,), grouped=True)
+    title = f"{len(fits)} of {counted(len(runs), 'run')} fit {where}: about {total}"
+    return Table("plan", title, columns, tuple(rows), (RULE, *ways_said), grouped=True)
 
 
 def reproduce_all(of: Everything, asked: Asked) -> tuple[dict[str, Any], Table]:

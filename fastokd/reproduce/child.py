@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -106,17 +107,20 @@ def _train_here(
     if threads is not None:
         torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    state, why = "stopped", ""
     try:
         run = run_or_resume(recipe, options, train)
-        answer.send(("done" if run.is_whole or options.max_steps else "stopped", ""))
+        if run.is_whole or options.max_steps is not None:
+            state = "done"
     except Interrupted:
-        answer.send(("stopped", ""))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        answer.send(("failed", in_one_line(error)))
-    except Exception as error:  # a bug, or too little memory: the page names it
-        traceback.print_exc()
-        answer.send(("failed", in_one_line(error)))
+        pass
+    except Exception as error:  # the user's, a bug, or too little memory: the page names it
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        state, why = "failed", in_one_line(error)
+        print(why, file=sys.stderr)
+    with suppress(OSError):  # the parent is gone
+        answer.send((state, why))
 
 
 def _stop_with_parent() -> None:

@@ -28,9 +28,9 @@ from fastokd.run.folder import Run
 STEM = "reproduction"
 NOTE = (
     "Ours: the best epoch's top-1 in the published unit, mean ± standard deviation over the seeds that are "
-    "done. Difference: ours minus published, with Welch's 95% interval where both have a deviation. Hours: "
-    "of training so far, measured, without evaluation. Hours left: estimated. Cells that share a run each "
-    "count its hours."
+    "done. Difference: ours minus published, with Welch's 95% interval where both have a deviation. Time: "
+    "of training so far, measured, without evaluation. Time left: estimated. Cells that share a run each "
+    "count its time."
 )
 DRAWN = (
     "The images are drawn at random and the runs are a few steps long: this shows that every cell "
@@ -68,7 +68,8 @@ def write_page(of: Everything, *, drawn: bool = False) -> Path:
         results = {r.cell: r for r in made.results}
         mine = [_row(of, request, cell, results, at, hours) for cell in request.cells()]
         rows += mine
-        table = _table(request, mine, made.title if made.results else request.table)
+        whole = made.results and all(row.state == "done" for row in mine)
+        table = _table(request, mine, made.title if whole else request.table)
         tables.append(_tried(request, mine) if drawn else table)
     facts = _facts(of, at, {} if drawn else hours)
     notes = [DRAWN] if drawn else [NOTE, RULE]
@@ -125,8 +126,8 @@ def _table(request: Request, rows: Sequence[Row], title: str) -> Table:
         Column("difference"),
         Column("verdict", text=True),
         Column("state", text=True),
-        Column("hours"),
-        Column("hours left"),
+        Column("time"),
+        Column("time left"),
     )
     lines = []
     for row in rows:
@@ -142,7 +143,7 @@ def _table(request: Request, rows: Sequence[Row], title: str) -> Table:
                 caveat,
                 row.state,
                 in_hours(row.hours) if row.hours else "",
-                in_hours(row.left) if row.left else "",
+                in_hours(row.left) if 0 < row.left < math.inf else "",
             )
         )
     unit = rows[0].cell.unit

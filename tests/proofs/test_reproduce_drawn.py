@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastokd.cli import run_command
+from fastokd.recipe.names import recipe
+from fastokd.reproduce.speeds import Speeds
+from fastokd.reproduce.standing import Standing
+from fastokd.run.options import RunOptions
 
 # A part of a recipe's name that leaves one run of the table, and its table.
 CELLS = {
@@ -37,3 +41,16 @@ def test_a_cell_starts_stops_resumes_and_reports(table: str, tmp_path: Path) -> 
         assert row["step"] == 3
         assert row["test"]["mean_top1"] >= 0
         assert (out / name / "report.html").is_file()
+
+
+@pytest.mark.proof
+def test_a_class_is_measured_once(tmp_path: Path) -> None:
+    of, same = recipe("dml/resnet8/digits"), recipe("okddip-network/resnet8/digits")
+    said: list[str] = []
+    speeds = Speeds(tmp_path, "here", threads=1)
+    speeds.measure([of, same], RunOptions(device="cpu", precision="fp32"), 60.0, said.append)
+    speeds.measure([same], RunOptions(device="cpu", precision="fp32"), 60.0, said.append)
+    assert len(said) == 1
+    found = Speeds(tmp_path, "here").estimate(same, Standing("missing"))
+    assert found.how == "measured"
+    assert 0 < found.hours < 10

@@ -25,9 +25,7 @@ from fastokd.reproduce.workers import train_all
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
 
-TINY = Request(
-    "all", (0,), dataset="digits", model="resnet8", epochs=1, only="okddip_mean", batch_size=250
-)
+TINY = Request("all", (0,), dataset="digits", model="resnet8", epochs=1, only="okddip_mean")
 ONE = "okddip_mean-branch-resnet8-digits-1epochs-seed0"
 QUICK = RunOptions(device="cpu", engine="loop", precision="fp32", impl="torch")
 
@@ -94,28 +92,18 @@ def test_the_page_has_every_cell(trained: Everything) -> None:
 
 
 def test_the_plan_uses_the_real_speeds(trained: Everything) -> None:
-    longer = dataclasses.replace(TINY, epochs=500)
-    of = everything(trained.out, longer)
-    facts, table = plan_of(of, asked(trained.out, longer, budget="1m"))
-    (run,) = facts["runs"]
-    # No run of this recipe is begun, and its class's speed isn't learnt from runs outside the request.
-    assert run["state"] == "missing"
-    assert run["plan"] in ("fits", "a part")
-    assert "measured step" in run["estimated_by"]
-    assert json.loads((trained.out / "speeds.json").read_text()).keys() == {of.speeds.machine}
-    assert not (trained.out / run["run"]).exists()
+    request = dataclasses.replace(TINY, seeds=(0, 7))
+    facts, table = plan_of(everything(trained.out, request), asked(trained.out, budget="1h"))
+    plans = {run["run"]: (run["plan"], run["speed"]) for run in facts["runs"]}
+    assert plans == {ONE: ("done", "own"), ONE.replace("seed0", "seed7"): ("fits", "alike")}
     assert len(table.rows) == 1
-    again = everything(trained.out, dataclasses.replace(TINY, seeds=(0, 7)))
-    facts, _ = plan_of(again, asked(trained.out))
-    plans = {run["run"]: (run["plan"], run["estimated_by"]) for run in facts["runs"]}
-    assert plans[ONE][0] == "done"
-    assert plans[ONE.replace("seed0", "seed7")] == ("fits", "epochs of runs of the same class")
+    assert not (trained.out / ONE.replace("seed0", "seed7")).exists()
 
 
 def test_the_budgets_end_and_a_signal_save_the_run_and_the_next_call_goes_on(
     tmp_path: Path,
 ) -> None:
-    of = everything(tmp_path / "r", dataclasses.replace(TINY, epochs=30))
+    of = everything(tmp_path / "r", dataclasses.replace(TINY, epochs=30, batch_size=250))
     (name,) = of.trainings
     lines = tmp_path / "r" / name / "metrics.jsonl"
     rows: list[str] = []
@@ -232,32 +220,14 @@ def test_places() -> None:
         places(QUICK, 0)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "reproduce",
-        "all",
-        "--only",
-        "okddip_mean",
-        "--dataset",
-        "digits",
-        "--model",
-        "resnet8",
-    ]
-    command += [
-        "--epochs",
-        "1",
-        "--out",
-        str(tmp_path / "r"),
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
-    command += ["--engine", "loop", "--impl", "torch", "--seeds", "0"]
+def test_the_command(trained: Everything, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "all", "--only", "okddip_mean", "--dataset", "digits"]
+    command += ["--model", "resnet8", "--epochs", "1", "--seeds", "0,1", "--out", str(trained.out)]
+    command += ["--device", "cpu", "--precision", "fp32", "--engine", "loop", "--impl", "torch"]
     assert run_command([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][ONE]["state"] == "done"
     assert run_command([*command, "--dry-run", "--budget", "1h"]) == 0
-    assert "1 done" in capsys.readouterr().out
+    assert "2 done" in capsys.readouterr().out
     assert run_command(command) == 0
-    assert "1 of 1 run done" in capsys.readouterr().out
-    assert starts(tmp_path / "r", ONE) == 1
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    assert starts(trained.out, ONE) == 1
