@@ -21,6 +21,11 @@ NOT_RUN = {
     "fastokd bench --gpu-report report.json": "minutes; tests/proofs/test_gpu_first.py runs it",
     "fastokd watch runs": "a server, which ends with ^C; tests/overview/test_watch.py runs it",
 }
+# On these pages ResNet-8 stands for the deeper CIFAR networks, which are the same code.
+SMALLER = ("README.md", "docs/compare.md", "docs/translation.md")
+DEEP = re.compile(r"resnet(14|20|32|56|110)(_basic)?(?![\d_])|densenet_40_12")
+# They take the networks that the page names.
+AS_NAMED = ("reproduce", "list", "model-info", "plan", "bench")
 # Run from first to last by another test, with what they need.
 ELSEWHERE = {
     "docs/your-data.md": "tests/test_own.py",
@@ -87,10 +92,15 @@ def is_slow(words: tuple[str, ...]) -> bool:
     return words[1] in ("plan", "bench") or any("imagenet" in w or "flowers" in w for w in words)
 
 
-def small(words: tuple[str, ...]) -> list[str]:
-    """A ``fastokd`` command's arguments with a step or two of few images in place of its own."""
+def small(words: tuple[str, ...], *, smaller: bool = False) -> list[str]:
+    """A ``fastokd`` command's arguments with a step or two of few images in place of its own.
+
+    ``smaller``: the network is a ResNet-8.
+    """
     taken = [word.replace("/data/", "") for word in words[1:] if word != "--download"]
     verb = taken[0]
+    if smaller and verb not in AS_NAMED:
+        taken = [DEEP.sub("resnet8", word) for word in taken]
     if "--parallel" in taken:  # in one process there are no others to share with
         at = taken.index("--parallel")
         del taken[at : at + 2]
@@ -114,8 +124,9 @@ def small(words: tuple[str, ...]) -> list[str]:
         taken.append("--quiet")
     if verb in ("plan", "train"):
         taken[1] = taken[1].replace("resnet34", "resnet18")
-    if verb == "compare" and "--dry-run" not in taken:
-        taken.append("--dry-run")
+    if verb == "compare":
+        taken = [{"0,0.2,0.4": "0,0.2", "0.01,0.1,1": "0.1,1"}.get(word, word) for word in taken]
+        taken += [] if "--dry-run" in taken else ["--dry-run"]
     if taken[:2] == ["bench", "step"]:
         taken += ["--batch-size", "4", "--steps", "1", "--device", "cpu", "--precision", "fp32"]
         taken += [] if "--reference" in taken else ["--engine", "loop"]

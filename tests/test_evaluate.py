@@ -23,7 +23,7 @@ from fastokd.run.build import build
 from fastokd.run.options import RunOptions
 from fastokd.run.session import Session
 from tests.learner import fake_cuda
-from tests.learner.every_method import METHODS, small
+from tests.learner.every_method import ONCE, small
 from tests.learner.fake_cuda import CUDA, Dispatched, fake_autocast
 from tests.learner.test_sync_free import WAITS, NoWaits
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_captured_is_evaluated_eagerly(capsys: pytest.CaptureFixt
     ]
 
 
-@pytest.mark.parametrize(("method", "sharing"), METHODS)
+@pytest.mark.parametrize(("method", "sharing"), ONCE)
 def test_a_batch_reads_nothing_back(method: str, sharing: str) -> None:
     session = OurLoop(small(method, sharing), RunOptions(**{**QUICK, "precision": "bf16"})).session
     learner = session.learner
@@ -147,7 +147,7 @@ def test_a_batch_reads_nothing_back(method: str, sharing: str) -> None:
             assert watch.ops > 50
 
 
-@pytest.mark.parametrize(("method", "sharing"), METHODS)
+@pytest.mark.parametrize(("method", "sharing"), ONCE)
 def test_a_batch_on_a_gpu_copies_nothing_of_the_host(method: str, sharing: str) -> None:
     """As a capture requires. What is made on the host stays there (``Progress.start``)."""
     how = RunOptions(**{**QUICK, "precision": "bf16"})

@@ -109,7 +109,7 @@ def test_both_meet_the_published_trainer() -> None:
 
 
 @pytest.mark.parametrize("sharing", ["branch", "network"])
-@pytest.mark.parametrize("students", [2, 3, 5])
+@pytest.mark.parametrize("students", [2, 5])
 def test_cohort_equals_reference(sharing: str, students: int) -> None:
     """Same weights, three batches, three steps: every parameter and running statistic."""
     cohort = Cohort(("resnet8", students), 100, sharing=sharing).double()

@@ -88,8 +88,14 @@ def trained(
 
 @ENGINES
 @pytest.mark.parametrize("sharing", ["branch", "network"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, torch.channels_last),
+        (torch.bfloat16, torch.channels_last),
+        (torch.float32, torch.contiguous_format),
+    ],
+)
 def test_bits_are_those_of_copies(
     engine: str, sharing: str, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:

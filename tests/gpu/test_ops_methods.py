@@ -8,7 +8,7 @@ from fastokd.kernels import fused_bn_act
 
 from fastokd.benchmark.loops import OurLoop
 from fastokd.run.options import RunOptions
-from tests.learner.every_method import METHODS, small
+from tests.learner.every_method import ONCE, small
 from tests.ops.empty_cases import CASES, assert_as_the_reference
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ def few_tiles(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("method", "sharing", "engine"),
     [
-        *((method, sharing, "loop") for method, sharing in METHODS),
+        *((method, sharing, "loop") for method, sharing in ONCE),
         ("ffsd", "network", "grouped"),
         ("ffsd", "network", "vmap"),
     ],

@@ -14,21 +14,24 @@ from pathlib import Path
 import pytest
 
 GPU = Path(__file__).parents[1] / "gpu"
-FILES = [*sorted(GPU.glob("test_ops_*.py")), GPU / "test_devices.py"]
+FILES = [*sorted(path.stem for path in GPU.glob("test_ops_*.py")), "test_devices"]
 # A minute or more each.
 LONG = ("test_ops_methods", "test_ops_max_pool", "test_ops_attention", "test_ops_fused_bn_act")
+ALONE = ("test_ops_mixture_distillation", "test_ops_fusion_step", *LONG)
+PROCESSES = {**{name: [name] for name in ALONE}, "others": sorted({*FILES} - {*ALONE})}
 
 
 @pytest.mark.parametrize(
-    "file",
+    "process",
     [
-        pytest.param(file, marks=[pytest.mark.proof] if file.stem in LONG else [], id=file.stem)
-        for file in FILES
+        pytest.param(process, marks=[pytest.mark.proof] if process in LONG else [])
+        for process in PROCESSES
     ],
 )
-def test_interpreted(file: Path) -> None:
+def test_interpreted(process: str) -> None:
+    files = [str(GPU / f"{name}.py") for name in PROCESSES[process]]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -26,6 +26,14 @@ METHODS = [
     if method not in ("okddip_entropy", "okddip_mean", "okddip_symmetric")
     for sharing in method_class(method).needs.sharing
 ]
+# What a sharing changes is the cohort's code, the same for every method: both only for a reader of
+# features, of maps and of logits.
+READERS = ("okddip", "ffsd", "kdcl")
+ONCE = [
+    (method, sharing)
+    for method, sharing in METHODS
+    if method in READERS or sharing == method_class(method).needs.sharing[-1]
+]
 
 
 def small(method: str, sharing: str, **changes: Any) -> Recipe:

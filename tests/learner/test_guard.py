@@ -174,18 +174,17 @@ def test_no_state_takes_the_step_nor_those_after_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "engine", "options"),
+    ("kind", "name", "engine", "options"),
     [
-        ("okddip-network", "grouped", {"clip_norm": 1.0}),
-        ("okddip-network", "vmap", {"accumulate": 2}),
-        ("dml", "loop", {"precision": "bf16"}),
-        ("ffsd", "loop", {"accumulate": 2}),
-        ("ffsd", "vmap", {}),
-        ("kdcl", "grouped", {}),
-        ("one-branch", "loop", {"impl": "cpp"}),
+        ("gradient", "okddip-network", "grouped", {"clip_norm": 1.0}),
+        ("student", "okddip-network", "vmap", {"accumulate": 2}),
+        ("student", "dml", "loop", {"precision": "bf16"}),
+        ("gradient", "ffsd", "loop", {"accumulate": 2}),
+        ("gradient", "ffsd", "vmap", {}),
+        ("student", "kdcl", "grouped", {}),
+        ("gradient", "one-branch", "loop", {"impl": "cpp"}),
     ],
 )
-@pytest.mark.parametrize("kind", ["student", "gradient"])
 def test_whatever_the_engine_and_the_method(
     kind: str, name: str, engine: str, options: dict[str, Any], cpp_ops: None
 ) -> None:

@@ -22,13 +22,13 @@ from fastokd.methods.kdcl_targets import covariance_weights
 from fastokd.run import block
 from fastokd.run.options import RunOptions
 from fastokd.run.session import BATCH
-from tests.learner.every_method import METHODS, small
+from tests.learner.every_method import ONCE, READERS, small
 from tests.learner.fake_cuda import CUDA, Dispatched, fake_step
+from tests.learner.test_cuda_dtypes import CudaDtypes
 
 ENGINES = ("loop", "grouped", "vmap")
-READERS = ("okddip", "ffsd", "kdcl")  # of features, of maps, of logits: an engine's outputs
 CASES = [
-    *((method, sharing, {}) for method, sharing in METHODS),
+    *((method, sharing, {}) for method, sharing in ONCE),
     *(("kdcl", "network", {"target": target}) for target in ("naive", "linear", "general")),
 ]
 # On CUDA each reads a value, or the number of values, on the host; `lift_fresh` is torch.tensor(),
@@ -68,9 +68,10 @@ def test_a_step_reads_nothing_back(method: str, sharing: str, options: dict[str,
     session = OurLoop(one, how).session
     for _ in range(2):
         (images,) = next(session.batches(lambda: None))
-        with NoWaits() as watch:
+        with NoWaits() as watch, CudaDtypes() as dtypes:
             training_step(session.learner, images, body=session.whole_step)
         session.step += 1
+        assert dtypes.checked > 20
         assert watch.ops > 100
 
 

@@ -53,7 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     sharing: tuple[str, ...] = ("branch", "network")
-    students: tuple[int, ...] = (2, 3, 4)
+    students: tuple[int, ...] = (2, 3)
 
     def __str__(self) -> str:
         return "-".join([self.method, *(str(value) for value in self.options.values())])
@@ -75,7 +75,7 @@ CASES = [
     Case("cl_ilr", ReferenceCLILR, sharing=("branch",)),
     Case("one", ReferenceONE, sharing=("branch",)),
     Case("one", ReferenceONE, {"detach_targets": True}, {"detach": True}, sharing=("branch",)),
-    Case("okddip", ReferenceOKDDip),
+    Case("okddip", ReferenceOKDDip, students=(2, 3, 4)),
     Case("okddip", ReferenceOKDDip, {"mix": "probs"}, {"mix_probs": True}, students=(3,)),
     Case("okddip", ReferenceOKDDip, {"detach_targets": True}, {"detach": True}, students=(3,)),
     Case("okddip_random", ReferenceRandom),

@@ -100,9 +100,8 @@ def tuned_in_a_process(cache: Path, act: str) -> int:
         "from fastokd.run.interruption import StopRequest\n"
         "from tests.run.tuned import LONG, failing, session_of\n"
         "tuning.cache_root = lambda: Path(sys.argv[1])\n"
-        # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; children inherit that.
+        # A shell starts background jobs with SIGINT ignored; children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"once = iter([True])\n"
         f"failing(pytest.MonkeyPatch(), 'grouped', lambda: next(once, False) and {act})\n"
         "with StopRequest() as stop:\n"
@@ -120,8 +119,6 @@ def kills(*names: str) -> str:
     ("signals", "status", "excluded"),
     [
         (["SIGKILL"], -signal.SIGKILL, True),  # as the kernel does when memory runs out
-        (["SIGTERM"], 128 + signal.SIGTERM, False),
-        (["SIGHUP"], 128 + signal.SIGHUP, False),  # of a terminal that is closed
         (["SIGINT", "SIGINT"], 128 + signal.SIGINT, False),
         (["SIGTERM", "SIGKILL"], -signal.SIGKILL, False),  # as a batch system does
     ],
