@@ -176,7 +176,7 @@ def _drawn(folder: Path, place: Path) -> Drawn:
     html, reason, begun = None, "", time.process_time()
     try:
         _refuse_links(folder)
-        html = report.report([folder], place / "page.html").read_bytes()
+        html = report.report([folder], place / "page.html", measured=False).read_bytes()
     except Exception as error:
         reason = in_one_line(error)
     return html, reason, time.process_time() - begun

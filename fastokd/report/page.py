@@ -64,6 +64,7 @@ def report(
     runs: Sequence[str | Path],
     out: str | Path | None = None,
     *,
+    measured: bool = True,
     data: DatasetSplits | None = None,
     options: RunOptions | None = None,
 ) -> Path:
@@ -76,6 +77,7 @@ def report(
         runs: run folders, also unfinished ones, or folders with runs at any depth.
         out: the page; by default ``report.html`` in the folder of a single run, else in the working
             directory. An existing page is replaced.
+        measured: False leaves out answers and cost that a run's folder lacks, and writes nothing there.
         data, options: of a single run, whose answers and cost are measured if its folder lacks them, as for
             :func:`fastokd.measured.measure.measure`.
 
@@ -86,7 +88,7 @@ def report(
     if out is None:
         out = loaded[0].folder / "report.html" if len(loaded) == 1 else Path("report.html")
     out = Path(out)
-    if len(loaded) == 1:
+    if measured and len(loaded) == 1:
         measure(loaded[0], data, options)
     pools = pool_runs(loaded)
     figures = draw_all(pools)
