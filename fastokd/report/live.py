@@ -109,7 +109,7 @@ def _epoch_axis(panel: Panel) -> Any:
     import altair as alt
 
     epochs = _epochs(panel)
-    few = {"values": epochs} if len(epochs) <= FEW else {}
+    few: dict[str, Any] = {"values": epochs} if len(epochs) <= FEW else {}
     return alt.Axis(format="d", **few)
 
 
