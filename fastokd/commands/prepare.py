@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastokd.errors import UserError
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 
 
 def prepare(
@@ -33,7 +33,9 @@ def prepare(
         Path | None,
         typer.Option(help="Fonts of glyphs, at any depth; by default those of Debian's TeX Live."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Number of threads; 0: one per core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Threads, for glyphs processes; 0: one per core.")
+    ] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every image of a folder before training.
@@ -43,6 +45,11 @@ def prepare(
     imagenet means the data set, unless --data-root is missing and a folder imagenet contains train/.
     """
     if folder == "glyphs":
+        if data_root is not None or val_labels is not None:
+            raise UserError(
+                "glyphs is drawn from fonts: leave --data-root and --val-labels out; a folder of that "
+                "name is ./glyphs"
+            )
         _draw(fonts, out, workers, json_)
         return
     if fonts is not None:
@@ -89,5 +96,5 @@ def _draw(fonts: Path | None, out: Path | None, workers: int, json_: bool) -> No
         return
     fonts_of = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     print(f"{len(set(made.families)):,} families; fonts: {fonts_of}; 62 images each")
-    print(f"{len(rejected):,} fonts aren't usable (--json lists them and says why)")
+    print(f"rejected: {counted(len(rejected), 'font')} (--json lists them with the reasons)")
     print(on_a_line(f"written to {path}, sha256 {made.sha256}"))

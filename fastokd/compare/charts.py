@@ -25,7 +25,7 @@ CAPTIONS = {
     "accuracy": "Test top-1 of the kept student after the last epoch: the mean over seeds with its 95% "
     "interval, and each seed as a stroke. Methods are blue, students alone orange.",
     "difference": "Points of the kept student's test top-1, paired by seed, with 95% intervals of Student's t. "
-    "An interval to the right of 0 is an improvement. "
+    "The intervals aren't corrected for the number of methods; the result above and p are. "
     + "; ".join(
         f"{colour}: minus {label}"
         for (label, _), colour in zip(AGAINST.values(), ("Blue", "green", "pink"), strict=True)

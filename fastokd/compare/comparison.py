@@ -159,7 +159,8 @@ def rules_of(made: Prepared, failures: Sequence[Failure], *, measured: bool) -> 
         "last epoch on all test images. No epoch and no student is chosen by its test accuracy.",
         "Mean ± standard deviation over seeds; intervals are 95% of Student's t. A difference is of pairs with "
         f"one seed; p is of the two-sided paired t test, by Holm's correction for {counted(len(methods), 'method')} "
-        "in each column of each table. With fewer than two seeds intervals and p are unknown.",
+        "in each column of each table; the result calls a method better or worse where p is below 0.05. "
+        "With fewer than two seeds intervals and p are unknown.",
         f"ECE: expected calibration error of the kept student in {BINS} equal bins of confidence. Diversity: "
         "mean distance between two peers' predicted distributions.",
         "MACs: multiply-accumulates of convolutions and linear layers in training; a trained layer counts three "

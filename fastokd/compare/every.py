@@ -14,7 +14,7 @@ from fastokd.report.tables import Cell, Column, Written
 
 TOP1 = "test top-1 (%)"
 NOTES = (
-    "After the last epoch, on the test images: measured of student.safetensors (kept, ECE), and from metrics.jsonl. "
+    "After the last epoch, on the test images: kept and ECE from answers.safetensors, the others from metrics.jsonl. "
     "MACs are counted; seconds are of training on this machine, without evaluations.",
 )
 # What the row of a run says already.

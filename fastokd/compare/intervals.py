@@ -17,8 +17,8 @@ LINE = 20  # pixels of a line of text, and of an interval
 
 def accuracy_spec(found: Sequence[Section]) -> Spec:
     """The kept student of each row, with its interval and each seed."""
-    rows = shown_rows(found[0])
-    place = {row.contestant.label: index for index, row in enumerate(rows)}
+    labels = dict.fromkeys(row.contestant.label for section in found for row in shown_rows(section))
+    place = {label: index for index, label in enumerate(labels)}
     values: list[Spec] = []
     for section in found:
         for row in shown_rows(section):
@@ -27,8 +27,8 @@ def accuracy_spec(found: Sequence[Section]) -> Spec:
             values.append({**line, **common(row)})
             values += [{**line, "row": row.contestant.label, "seed": one.entry.seed, "one": short(one.kept),
                         "run": one.entry.run.folder} for one in row.outcomes]  # fmt: skip
-    y = _lines([line for index in range(len(rows)) for line in (f"head{index}", f"{index}")])
-    heads = [(f"head{index}", row.contestant.label) for index, row in enumerate(rows)]
+    y = _lines([line for index in range(len(place)) for line in (f"head{index}", f"{index}")])
+    heads = [(f"head{index}", label) for label, index in place.items()]
     x = {"field": "kept", **top1("kept student, test top-1 (%)")}
     tips = [{"field": name} for name in ("row", "seed", "run")]
     seeds = {
@@ -38,7 +38,7 @@ def accuracy_spec(found: Sequence[Section]) -> Spec:
     }  # fmt: skip
     main = {"encoding": {"x": x, "y": y}, "layer": _intervals(TIPS)}
     spec = {"data": {"values": values}, "layer": [main, seeds, _heads(heads, y)]}
-    return responsive(of_conditions(found, spec), 60 + 2 * LINE * len(rows))
+    return responsive(of_conditions(found, spec), 60 + 2 * LINE * len(place))
 
 
 def difference_spec(found: Sequence[Section]) -> Spec:

@@ -13,11 +13,14 @@ from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
 from fastokd.report.charts import Chart, as_figure, page_of
 from fastokd.report.html_tables import as_html
-from fastokd.report.live import HINT
 from fastokd.report.many import Many
 from fastokd.report.tables import Table, as_csv, as_markdown
 
 STEM = "comparison"
+HINT = (
+    "Point at a mark for its numbers; buttons show and hide rows. Accuracy against cost can be dragged "
+    "and zoomed (pinch, or Ctrl and the wheel); double-click to reset it."
+)
 
 
 def comparison_page(
@@ -35,7 +38,7 @@ def comparison_page(
     figures = "".join(map(as_figure, charts))
     sections = {
         "Result": _listed(said, "verdicts"),
-        "Figures": f'<p class="note">{HINT}</p><div class="figures">{figures}</div>',
+        "Figures": f'<p class="note hint">{HINT}</p><div class="figures">{figures}</div>',
         "Tables": "".join(f"<h3>{in_html(table.title)}</h3>{as_html(table)}" for table in tables),
         "Run by run": every.section("", "", parallel),
         "Rules": _listed(rules, "rules"),

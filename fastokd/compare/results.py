@@ -11,7 +11,7 @@ from typing import Any
 from fastokd.compare.contestants import ALONE, Contestant
 from fastokd.compare.cost import NEAR
 from fastokd.compare.runs import Failure, Outcome, entry_json, outcome_json
-from fastokd.compare.wanted import Condition
+from fastokd.compare.wanted import WHOLE, Condition
 from fastokd.measured.answers import pooled
 from fastokd.report.published import differences
 from fastokd.report.statistics import Paired, Sample, holm, interval_of, paired
@@ -87,7 +87,8 @@ def sections(rows: Sequence[Contestant], outcomes: Sequence[Outcome]) -> list[Se
         "larger": lambda row: larger.label if larger and _costs_alike(row, larger) else None,
     }
     found = []
-    for condition in dict.fromkeys(one.entry.condition for one in outcomes):
+    conditions = dict.fromkeys(one.entry.condition for one in outcomes)
+    for condition in sorted(conditions, key=lambda one: one != WHOLE):
         of_it = [one for one in outcomes if one.entry.condition == condition]
         made = []
         for row in rows:

@@ -9,9 +9,9 @@ from fastokd.host.names import counted
 
 LEVEL = 0.05
 BESIDE = {
-    "images": "Beside one student that sees the same images",
-    "macs": "Beside one student that spends as many multiply-accumulates",
-    "larger": "Beside the larger student",
+    "images": "Compared with one student that sees the same images",
+    "macs": "Compared with one student that spends as many multiply-accumulates",
+    "larger": "Compared with the larger student",
 }
 
 
@@ -30,8 +30,8 @@ def verdicts(found: Sequence[Section]) -> list[str]:
                 silent += 1
     if silent:
         said.append(
-            f"Under the other conditions {counted(silent, 'more comparison')} with a student alone tell no method "
-            "apart from it."
+            f"Under the other conditions, {counted(silent, 'more comparison')} with a student alone "
+            f"{'finds' if silent == 1 else 'find'} no significant difference."
         )
     if len(found) > 1:
         said.append("Each of these comparisons is corrected for its number of methods by itself.")
@@ -54,7 +54,13 @@ def _said(rows: Sequence[Row], against: str) -> str:
         for its, what in ((better, "better"), (worse, "worse"))
         if its
     ]
-    if left := len(rows) - len(clear):
+    untested = [row for row in rows if row.against[against].p is None]
+    if untested:
+        parts.append(
+            f"{counted(len(untested), 'method')} can't be tested (fewer than two pairs of seeds, or equal "
+            "differences)"
+        )
+    if left := len(rows) - len(clear) - len(untested):
         of = "" if parts else f" of {len(rows)}"
         parts.append(f"{counted(left, 'method')}{of} can't be told apart from it")
     return "; ".join(parts)

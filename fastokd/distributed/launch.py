@@ -11,20 +11,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fastokd.distributed.ranks import PATIENCE
 from fastokd.errors import UserError
 
 FAILED = "failed"
 LOOK_EVERY = 0.5
 # Seconds that a rank has to end by itself after another has failed.
 GRACE = 2.0
-# Rank 0 may build the C++ ops or time engines while the others wait for it.
-PATIENCE = timedelta(minutes=60)
 
 
 class EndedByAnother(SystemExit):

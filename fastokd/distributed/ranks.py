@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from fastokd.errors import UserError
 from fastokd.seeds import keyed_generator
 
 T = TypeVar("T")
+# Rank 0 may build the C++ ops, time engines or measure the finished run while the others wait for it.
+PATIENCE = timedelta(minutes=60)
 
 PARALLEL = ("data", "students")
 _alone: list[bool] = []  # one for each :func:`alone` that this process is in
@@ -235,4 +238,4 @@ def _mesh(world: Any, columns: int, device_type: str) -> Ranks:
         Line(mesh.get_local_rank(name), count, mesh.get_group(name))
         for name, count in (("data", size // columns), ("students", columns))
     ]
-    return Ranks(rank, size, lines[0], lines[1], dist.new_group(backend="gloo"))
+    return Ranks(rank, size, lines[0], lines[1], dist.new_group(backend="gloo", timeout=PATIENCE))

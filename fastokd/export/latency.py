@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import statistics
 import time
@@ -43,8 +43,6 @@ def of_torch(build: Callable[[], nn.Module], size: int, device: torch.device) ->
     def prepared(batch: int, compiled: bool) -> Call:
         module: Callable[..., Any] = build().to(device)
         if compiled:
-            # Other shapes would count as recompilations, which the compiler limits.
-            torch.compiler.reset()
             module = torch.compile(module, dynamic=False)
         images_BCHW = torch.zeros(batch, 3, size, size, device=device)
 
@@ -67,6 +65,8 @@ def of_onnx(name: str, file: Callable[[], Path]) -> Program:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Otherwise its threads spin for a while after a call, on the next program's cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(file(), options, providers=["CPUExecutionProvider"])
         (entry,) = session.get_inputs()
         kind = torch.uint8 if "uint8" in entry.type else torch.float32
@@ -94,10 +94,13 @@ def latency(programs: list[Program]) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+    if importlib.util.find_spec(package) is None:
+        return None
+    return str(importlib.import_module(package).__version__)
 
 
 def _rows(programs: list[Program], batch: int) -> list[dict[str, Any]]:
+    torch.compiler.reset()  # other shapes would count as recompilations, which the compiler limits
     tried = [_tried(program, batch) for program in programs]
     seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(ROUNDS):

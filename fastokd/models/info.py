@@ -54,12 +54,20 @@ def model_info(name: str, num_classes: int, **options: Any) -> ModelInfo:
 
     ``options`` are the model's own, as :func:`create_model` takes them.
     """
+    params, macs = counts(name, num_classes, options, input_size(name, options))
     model, x_BCHW = _on_meta(name, num_classes, options, input_size(name, options))
     with torch.no_grad():
-        macs = count_macs(model, x_BCHW)
         maps = [list(map_BCHW.shape[1:]) for map_BCHW in model.outputs(x_BCHW).maps]
-    params = sum(parameter.numel() for parameter in model.parameters())
     return ModelInfo(name, params, macs, model.feature_dim, maps)
+
+
+@found_once
+def counts(name: str, num_classes: int, options: dict[str, Any], size: int) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one image of ``size``."""
+    model, x_BCHW = _on_meta(name, num_classes, options, size)
+    with torch.no_grad():
+        macs = count_macs(model, x_BCHW)
+    return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
 @found_once

@@ -27,7 +27,8 @@ from fastokd.known import Later
 report = Later("fastokd.report.page")
 
 # A run's page is drawn again when one of these has changed.
-_SHOWN = ("recipe.json", "environment.json", "metrics.jsonl", "answers.safetensors", STUDENT)
+_MEASURED = ("answers.safetensors", "cost.json")
+_SHOWN = ("recipe.json", "environment.json", "metrics.jsonl", *_MEASURED, STUDENT)
 # Pages that are kept in memory; the seconds that a page may take; the share of a core that drawing a run's
 # pages may take from its training.
 _KEPT, _LONGEST, _SHARE = 64, 300.0, 0.2

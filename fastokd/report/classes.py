@@ -99,7 +99,7 @@ def _pairs(answers: Answers) -> str:
         Column("images"),
         Column("% of the label's"),
     )
-    title = f"The {PAIRS} most confused pairs of {len(answers.classes):,} classes"
+    title = f"The {len(rows)} most confused pairs of {len(answers.classes):,} classes"
     return f"<h3>Most confused pairs</h3>{as_html(Table('pairs', title, columns, tuple(rows)))}"
 
 

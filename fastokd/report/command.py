@@ -13,7 +13,8 @@ from fastokd.recipe.names import Recipe, recipe
 from fastokd.recipe.settings import parse_settings, wanted_runs
 from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
-from fastokd.run.identity import deciding
+from fastokd.run.identity import deciding, source_of
+from fastokd.student.teacher import kept_teachers
 
 # Options of the run that the command names, beside those that change its numbers.
 OF_THE_RUN = ("precision", "data_root")
@@ -29,9 +30,13 @@ def command_of(run: Run) -> str | None:
             return None
         begun = RunFacts(run.folder).environment()
         options = {**deciding(run.folder), **{name: begun.get(name) for name in OF_THE_RUN}}
+        if run.recipe.teacher and (kept := kept_teachers(run.folder)):
+            options["teacher"] = [source_of(one) for one in kept]
+        ranks = int(begun.get("ranks") or 1)
     except (UserError, TypeError, ValueError):
         return None
-    words = ["fastokd", "train", run.recipe.name]
+    launcher = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    words = [*launcher, "fastokd", "train", run.recipe.name]
     for name, value in flags.items():
         words += [option(name), str(value)]
     for setting in settings:

@@ -72,7 +72,11 @@ class Panel:
 def panels_of(pools: Sequence[Pool]) -> list[Panel]:
     """The panels for which there are numbers: ``loss``, ``accuracy`` (every student's where there is one
     pool), ``diversity``, ``lr`` and ``kd_weight``, the ramp of the distillation."""
-    together = ", all students" if any(pool.recipe.students > 1 for pool in pools) else ""
+    together = (
+        ", all students"
+        if any(pool.recipe.students > 1 or pool.recipe.teacher for pool in pools)
+        else ""
+    )
     several = len(pools) > 1
     panels = [
         Panel(

@@ -52,7 +52,7 @@ def _value(run: Run, changes: Changes, name: str) -> Any:
 
 def said(value: Any) -> str:
     """A value as text, as in ``--set``; "none" where there is none."""
-    if value is None:
+    if value is None or value == "":
         return "none"
     return f"{value:g}" if isinstance(value, float) else on_a_line(value)
 

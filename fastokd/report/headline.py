@@ -10,24 +10,22 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-import torch
-
-from fastokd.errors import UserError
+from fastokd.errors import UserError, in_one_line
 from fastokd.host.names import counted, in_html
-from fastokd.models.info import count_macs
+from fastokd.models.info import counts
 from fastokd.report.find import find_beside
 from fastokd.report.pools import Pool, numbers_of, pool_runs
 from fastokd.report.results import baseline_of
 from fastokd.report.statistics import interval_of, welch, wilson
-from fastokd.report.tables import Column, Table
+from fastokd.report.tables import Column, Table, Written
 from fastokd.run.facts import RunFacts
 from fastokd.run.summary import summarise
-from fastokd.student.file import read_weights
+from fastokd.student.weights import STUDENT, from_file
 
 NOT_KNOWN = "not known"
 AT_A_GLANCE = (
-    "Accuracy after the last epoch, in brackets its 95% interval: over seeds by Student's t, of a single run by "
-    "Wilson over the test images, if their number is known. Difference in points, by Welch. Speed and time are "
+    "Accuracy after the last epoch, in brackets its 95% interval: over seeds by Student's t, of a single run "
+    "Wilson's over the test images, if their number is known. Difference in points, with Welch's interval. Speed and time are "
     "measured (median of epochs, sum over epochs); parameters and MACs are counted."
 )
 
@@ -39,6 +37,7 @@ class Fact:
     name: str
     value: str
     how: str = ""
+    number: float | None = None  # by which a table sorts it, where its text doesn't begin with it
 
 
 def facts_of(pool: Pool, pools: Sequence[Pool], test_images: int | None) -> list[Fact]:
@@ -73,12 +72,16 @@ def headline_table(pools: Sequence[Pool], found: Sequence[Sequence[Fact]]) -> Ta
     """The headlines of several pools, one a row, without the machine."""
     heads = ["test top-1", *(fact.name for fact in found[0][1:-1])]
     rows = tuple(
-        (pool.label, *(fact.value for fact in facts[:-1]))
+        (pool.label, *(_written(fact) for fact in facts[:-1]))
         for pool, facts in zip(pools, found, strict=True)
     )
-    columns = (Column("recipe", text=True), *(Column(head, text=True) for head in heads))
+    columns = (Column("recipe", text=True), *(Column(head, text=head == "state") for head in heads))
     numbers = numbers_of(pools)
     return Table("headline", "The runs at a glance", columns, rows, (AT_A_GLANCE,), runs=numbers)
+
+
+def _written(fact: Fact) -> str | Written:
+    return fact.value if fact.number is None else Written(fact.value, fact.number)
 
 
 def _accuracy(pool: Pool, test_images: int | None) -> Fact:
@@ -96,14 +99,16 @@ def _accuracy(pool: Pool, test_images: int | None) -> Fact:
             "no interval: a single run, number of test images not known",
         )
     low, high = wilson(summary.last, test_images)
-    how = f"95% interval by Wilson over {counted(test_images, 'test image')}, one run"
+    alike = " as of one network" if summary.reported.endswith("mean") else ""
+    how = f"Wilson's 95% interval{alike} over {counted(test_images, 'test image')}, one run"
     return Fact(name, _within(sample.mean, (100 * low, 100 * high)), how)
 
 
 def _within(value: float, interval: tuple[float, float] | None) -> str:
     if interval is None:
         return f"{value:.2f}%"
-    return f"{value:.2f}% [{interval[0]:.2f}, {interval[1]:.2f}]"
+    low, high = max(0.0, interval[0]), min(100.0, interval[1])
+    return f"{value:.2f}% [{low:.2f}, {high:.2f}]"
 
 
 def _difference(pool: Pool, pools: Sequence[Pool]) -> Fact:
@@ -112,21 +117,26 @@ def _difference(pool: Pool, pools: Sequence[Pool]) -> Fact:
         return Fact(name, "none", "this is a student trained alone")
     baseline = baseline_of(pool, pools)
     where = "among these runs"
-    if baseline is None:
+    if baseline is None and len(pools) == 1:
         where = "beside this run"
-        with suppress(UserError):
+        try:
             baseline = baseline_of(pool, pool_runs(find_beside(pool.runs[0], "baseline")))
+        except (UserError, OSError) as error:
+            return Fact(
+                name, "none", f"the runs beside this one can't be compared: {in_one_line(error)}"
+            )
     if baseline is None:
+        beside = " or beside them" if len(pools) == 1 else ""
         return Fact(
             name,
             "none",
             f"no run of the same student alone, of the same data and {counted(pool.epochs, 'epoch')}, is "
-            "among these runs or beside them",
+            f"among these runs{beside}",
         )
     difference = welch(pool.last(), baseline.last())
     by = "no interval: one of the two has a single run"
     if difference.interval is not None:
-        by = "95% interval by Welch over seeds"
+        by = "Welch's 95% interval over seeds"
     how = f"points; {baseline.label} ({baseline.last()}%, {counted(len(baseline.runs), 'run')}) {where}; {by}"
     return Fact(name, str(difference), how)
 
@@ -138,7 +148,9 @@ def _state(pool: Pool) -> Fact:
     for run in pool.runs:
         bad = [row["epoch"] + 1 for row in run.metrics if not math.isfinite(row["train"]["loss"])]
         if bad:
-            value += f"; the loss isn't finite from epoch {bad[0]} on"
+            value += (
+                f"; the loss isn't finite in {counted(len(bad), 'epoch')}, first in epoch {bad[0]}"
+            )
             break
     return Fact("state", value, _date(pool))
 
@@ -169,7 +181,7 @@ def _time(pool: Pool) -> Fact:
     mean = statistics.mean(each)
     of = f", mean of {len(each)} runs" if len(each) > 1 else ""
     exact = f"{mean:,.1f} s, {_measured(pool)}, the sum over epochs{of}"
-    return Fact("training time", _duration(mean), exact)
+    return Fact("training time", _duration(mean), exact, mean)
 
 
 def _duration(seconds: float) -> str:
@@ -181,17 +193,15 @@ def _duration(seconds: float) -> str:
 
 def _size(pool: Pool) -> Fact:
     try:
-        weights = read_weights(pool.runs[0].folder)
-        student = weights.build()
+        weights = from_file(pool.runs[0].folder / STUDENT)
         size = weights.preprocessing.input_size
-        with torch.no_grad():
-            macs = count_macs(student, torch.empty(1, 3, size, size))
+        classes = len(weights.fact("class_names"))
+        parameters, macs = counts(weights.model, classes, weights.options, size)
     except UserError:
         return Fact("kept student", NOT_KNOWN, "it isn't written yet")
-    parameters = sum(parameter.numel() for parameter in student.parameters())
     value = f"{_prefixed(parameters)} parameters, {_prefixed(macs)} MACs"
     how = f"counted, {weights.model}: {parameters:,} and {macs:,} an image of {size}x{size}"
-    return Fact("kept student", value, how)
+    return Fact("kept student", value, how, parameters)
 
 
 def _prefixed(number: int) -> str:

@@ -235,6 +235,6 @@ def _command(index: int, pool: Pool) -> str:
     if len(known) < len(commands):
         return "<p>No command line gives exactly this recipe: it is in recipe.json.</p>"
     return (
-        f'<pre id="command-{index}" tabindex="0">{html.escape(chr(10).join(known))}</pre>'
+        f'<pre id="command-{index}" tabindex="0">{chr(10).join(map(in_html, known))}</pre>'
         f'<button type="button" data-copies="command-{index}">Copy the command</button>'
     )

@@ -161,9 +161,13 @@ def _group_size(pools: Sequence[Pool]) -> Figure | None:
     return figure
 
 
+# Of many pools the first are drawn; the table has all.
+MIXING_DRAWN = 8
+
+
 def _attention(pools: Sequence[Pool]) -> Figure | None:
     """Mean mixing weights on the test set over the epochs: a row for each receiver and source."""
-    found = mixing_of(pools)
+    found = mixing_of(pools)[:MIXING_DRAWN]
     if not found:
         return None
     heights = [0.8 + 0.19 * len(mixing.names) for mixing in found]  # inches

@@ -21,6 +21,8 @@ class Sample:
     @staticmethod
     def of(values: Sequence[float]) -> Sample:
         """At least one value."""
+        if not all(map(math.isfinite, values)):
+            return Sample(math.nan, math.nan if len(values) > 1 else None, len(values))
         std = statistics.stdev(values) if len(values) > 1 else None
         return Sample(statistics.mean(values), std, len(values))
 

@@ -8,6 +8,7 @@ from fastokd.host.names import in_html
 from fastokd.measured.cost import Cost, per_step
 from fastokd.report.html_tables import as_html
 from fastokd.report.tables import Column, Table
+from fastokd.run.facts import RunFacts
 from fastokd.run.folder import Run
 
 ABOUT = {
@@ -34,7 +35,8 @@ def parts_of(cost: Cost, run: Run) -> list[Part]:
     parts = [Part(name, seconds, medians) for name, seconds in cost.seconds.items()]
     evaluation = per_step(run).get("evaluation")
     if evaluation is not None:
-        parts.append(Part("evaluation", evaluation, f"{cost.how}, metrics.jsonl"))
+        on = "gpu" if RunFacts(run.folder).environment().get("gpu") else "cpu"
+        parts.append(Part("evaluation", evaluation, f"measured-{on}, metrics.jsonl"))
     return parts
 
 
@@ -76,4 +78,10 @@ def _note(cost: Cost, run: Run) -> str:
     training = per_step(run).get("training")
     if training is None:
         return note
-    return f"{note} The run itself took {1e3 * training:.3f} ms a step of training (metrics.jsonl, median of epochs)."
+    note += f" The run itself took {1e3 * training:.3f} ms a step of training (metrics.jsonl, median of epochs)."
+    loader = per_step(run).get("loader")
+    return (
+        note
+        if loader is None
+        else f"{note} It waited {1e3 * loader:.3f} ms of that for the loader."
+    )

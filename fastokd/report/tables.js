@@ -46,7 +46,9 @@
         const text = said.join(" ").toLowerCase();
         const fits =
           chosen.every((choice) => run[choice.name] === choice.value) &&
-          words.every((word) => text.includes(word));
+          words.every((word) =>
+            /=./.test(word) ? said.some((one) => one.toLowerCase() === word) : text.includes(word),
+          );
         return fits ? [number] : [];
       });
       const among = new Set(shown.map(String));

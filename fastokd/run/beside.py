@@ -43,7 +43,9 @@ def beside(
         recipe = Recipe.from_json(facts.get("recipe"))
         its = _options(run, options or RunOptions())
         if training:
-            ranks = max(1, int(RunFacts(run.folder).environment().get("ranks", 1)))
+            begun = RunFacts(run.folder).environment()
+            # Ranks that share the students have the same rows of the batch.
+            ranks = max(1, int(begun.get("rows", begun.get("ranks", 1))))
             recipe = replace(recipe, batch_size=max(1, recipe.batch_size // ranks))
             facts["recipe"] = recipe.to_json()
         device = pick_device(its.device)
@@ -67,6 +69,8 @@ def _options(run: Run, asked: RunOptions) -> RunOptions:
     device = asked.device if asked.device != "auto" else str(begun.get("device", "auto"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
+    elif asked.device == "auto" and device[5:].isdigit():
+        device = device if int(device[5:]) < torch.cuda.device_count() else "cuda"
     if not str(begun.get("device", device)).startswith(device[:4]):
         begun |= {"impl": "auto", "apex": False}
     begun["device"] = device

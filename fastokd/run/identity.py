@@ -158,7 +158,7 @@ def other_teacher(folder: Path, given: Sequence[str]) -> list[str]:
     if not kept or not names:
         return []
     same = len(kept) == len(names) and all(map(_is_kept, names, kept))
-    there = "+".join(_source(weights) for weights in kept)
+    there = "+".join(source_of(weights) for weights in kept)
     said = f"--teacher ({there} as it was there, {'+'.join(names)} as it is here)"
     return [] if same else [said]
 
@@ -168,11 +168,11 @@ def _is_kept(name: str, kept: Weights) -> bool:
     path = file_of(name)
     if path is not None and path.exists():
         return fingerprint(read_teacher(name).state) == fingerprint(kept.state)
-    source = _source(kept)
+    source = source_of(kept)
     return name == source or Path(name) in (Path(source), *Path(source).parents)
 
 
-def _source(kept: Weights) -> str:
+def source_of(kept: Weights) -> str:
     source: str = kept.facts.get("taken_from", "")
     # Files of earlier versions have the path as it is.
     return kept.fact("taken_from") if source.startswith('"') else source

@@ -340,6 +340,7 @@ class Session:
         one = learner.ranks.size == 1
         device = str(learner.device) if one else learner.device.type  # each rank has its own
         how |= {"device": device, "precision": learner.precision, "ranks": learner.ranks.size}
+        how |= {"rows": learner.ranks.data.size}
         how |= {"loader": self.data.loader, **self.contents}
         if self.settled:
             how |= dataclasses.asdict(learner.choice)

@@ -7,7 +7,8 @@ of the hashes of their names; Type 1 fonts only if it has no OpenType or TrueTyp
 2. at most :data:`MOST_EQUAL` of them are equal to another one: a font of capitals has 26,
 3. its characters are those that other fonts draw: with each glyph and the mean of each class over all
    fonts scaled to length 1, at least :data:`LEAST_RECOGNISED` of the 62 glyphs are nearest to the mean
-   of their own class. Fonts of symbols and ornaments have 0 to 0.2.
+   of their own class. Fonts of symbols and ornaments have 0 to 0.2,
+4. for val and test: no training font of another family has nearly the same pixels (:data:`MOST_ALIKE`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ INK = 26
 MOST_FONTS = 8
 MOST_EQUAL = 6
 LEAST_RECOGNISED = 0.4
+# The cosine of two fonts' pixels: 1.000 for STIX and XITS, below 0.96 without a common ancestor.
+MOST_ALIKE = 0.97
 # Shares of the families whose fonts are for test and for val.
 TEST, VAL = 0.2, 0.1
 _BOXES_AT = 96
@@ -61,7 +64,7 @@ def draw_glyphs(fonts: Path, workers: int = 0) -> tuple[Glyphs, list[Rejected]]:
         raise UserError(f"workers is {workers}: it must be at least 0")
     if not fonts.is_dir():
         raise UserError(
-            f"no fonts in {fonts}: install Debian's texlive-fonts-extra, or give --fonts DIR"
+            f"there is no folder {fonts}: install Debian's texlive-fonts-extra, or give --fonts DIR"
         )
     families = {family: _chosen(found) for family, found in _by_family(fonts)}
     if (processes := workers or usable_cpus()) == 1:
@@ -86,8 +89,17 @@ def draw_glyphs(fonts: Path, workers: int = 0) -> tuple[Glyphs, list[Rejected]]:
         if not known
     ]
     kept = [name for name, known in zip(names, known_F, strict=True) if known]
+    glyphs_FKHW = glyphs_FKHW[known_F]
+    trained_F = np.array([split_of(family) == "train" for family, _ in kept], dtype=bool)
+    twin_F = ~trained_F & (_alike(glyphs_FKHW, trained_F) > MOST_ALIKE)
+    rejected += [
+        Rejected(path, "a training font of another family has nearly the same letters")
+        for (_, path), twin in zip(kept, twin_F, strict=True)
+        if twin
+    ]
+    kept = [name for name, twin in zip(kept, twin_F, strict=True) if not twin]
     made = Glyphs(
-        glyphs_FKHW[known_F],
+        glyphs_FKHW[~twin_F],
         tuple(family for family, _ in kept),
         tuple(path.name for _, path in kept),
         tuple(split_of(family) for family, _ in kept),
@@ -95,8 +107,8 @@ def draw_glyphs(fonts: Path, workers: int = 0) -> tuple[Glyphs, list[Rejected]]:
     for split in ("train", "val", "test"):
         if split not in made.splits:
             raise UserError(
-                f"the fonts below {fonts} are {len(set(made.families))} families, and none is for "
-                f"{split}: give --fonts a folder with more"
+                f"of the {len(set(made.families))} families (folders) below {fonts} none falls into "
+                f"{split}: give --fonts a folder with more of them"
             )
     return made, sorted(rejected, key=lambda font: font.path)
 
@@ -113,6 +125,12 @@ def recognised(glyphs_FKHW: np.ndarray) -> np.ndarray:
     mean_KN = _unit(unit_FKN.mean(0))
     nearest_FK = (unit_FKN @ mean_KN.T).argmax(2)
     return (nearest_FK == np.arange(len(mean_KN))).mean(1)
+
+
+def _alike(glyphs_FKHW: np.ndarray, trained_F: np.ndarray) -> np.ndarray:
+    """Each font's largest cosine with a training font, ``[F]``."""
+    unit_FN = _unit(glyphs_FKHW.reshape(len(glyphs_FKHW), -1).astype(np.float32))
+    return (unit_FN @ unit_FN[trained_F].T).max(1, initial=-1.0)
 
 
 def draw(path: Path) -> np.ndarray | str:

@@ -78,7 +78,7 @@ def load_glyphs(root: Path | None) -> DatasetSplits:
             raise UserError(f"{path} has no font of {name}: {_MAKE}")
         labels_N = torch.arange(len(CHARACTERS)).repeat(len(images_NHW) // len(CHARACTERS))
         splits[name] = Split(images_NHW[..., None].expand(-1, -1, -1, 3).contiguous(), labels_N)
-    fonts = ", ".join(f"{found.count(name)} to {name}" for name in splits)
+    fonts = ", ".join(f"{found.count(name)} {name}" for name in splits)
     return DatasetSplits(
         name="glyphs",
         class_names=tuple(CHARACTERS),
