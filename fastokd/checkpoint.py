@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ STUDENT = "student.safetensors"
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data`` atomically."""
-    beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    beside = path.with_name(f".{path.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
     try:
         _write_flushed(beside, data)
         os.replace(beside, path)

@@ -162,7 +162,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as it says it itself."""
+    """The processor's model name, as the CPU reports it."""
     return str(torch.cpu.get_capabilities().get("cpu_name", platform.processor()))
 
 

@@ -12,7 +12,7 @@ import typer
 
 from fastokd.commands.options import Json, run_options
 from fastokd.errors import UserError
-from fastokd.host.names import on_a_line
+from fastokd.host.names import counted, on_a_line
 from fastokd.recipe.settings import parse_seeds
 from fastokd.run.options import RunOptions
 
@@ -21,7 +21,7 @@ ALL = "all"
 
 @run_options("data_root", "download", "device", "precision", "engine", "impl", "max_steps")
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table1 to table6, figure3, ffsd; or all of them.")],
+    table: Annotated[str, typer.Argument(help="table1 to table6, figure3, ffsd; or `all`.")],
     options: RunOptions,
     dataset: Annotated[str | None, typer.Option(help="A data set instead of the paper's.")] = None,
     model: Annotated[
@@ -53,7 +53,8 @@ def reproduce(
         bool, typer.Option("--dry-run", help="Of all: print the plan and train nothing.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; by default runs/TABLE.")
+        Path | None,
+        typer.Option(help="Folder of the runs; by default runs/TABLE, of all runs/reproduce."),
     ] = None,
     json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Print only the table.")] = False,
@@ -121,7 +122,12 @@ def _all(
         facts, table = reproduce_all(of, asked)
     if json_:
         print(json.dumps(facts))
+    else:
+        console(width=None if sys.stdout.isatty() else 120).print(as_rich(table))
+    if dry_run:
         return
-    console(width=None if sys.stdout.isatty() else 120).print(as_rich(table))
-    if not dry_run:
-        print(on_a_line(f"every cell is in {of.out}/reproduction.html, .md and .json"))
+    page = on_a_line(f"{of.out}/reproduction.html")
+    if failed := sum(one["state"] == "failed" for one in facts["runs"].values()):
+        raise UserError(f"{counted(failed, 'run')} failed: the reasons are in {page}")
+    if not json_:
+        print(f"every cell is in {page}, .md and .json")

@@ -86,15 +86,16 @@ def clean(
     A run that is running is never removed, and links are never followed. A run without its checkpoints
     can still be reported and exported.
     """
+    from fastokd.host.durations import seconds_of
     from fastokd.overview import columns
-    from fastokd.overview.clean import Asked, plan, remove_all, said, seconds_of
+    from fastokd.overview.clean import Asked, plan, remove_all, said
     from fastokd.overview.listing import list_runs
 
     if not (checkpoints or unfinished or failed or every):
         raise UserError(
             "clean removes only what is asked for: add --checkpoints, --unfinished, --failed or --all"
         )
-    seconds = 0.0 if older_than is None else seconds_of(older_than)
+    seconds = 0.0 if older_than is None else seconds_of(older_than, "--older-than")
     found = columns.chosen(list_runs(_tops(folders), links=False), recipe=recipe)
     removals, kept = plan(found, Asked(checkpoints, unfinished, failed, every, seconds))
     for folder, why in kept.items():
@@ -116,7 +117,7 @@ def clean(
             warn(f"{folder} stays: {why}")
         if left:
             raise UserError(
-                f"{counted(len(left), 'run')} couldn't be removed: the same command goes on"
+                f"{counted(len(left), 'run')} couldn't be removed: run the same command again"
             )
     else:
         print("nothing was removed")

@@ -160,7 +160,7 @@ def _latency(card: dict[str, Any]) -> list[str]:
     return [
         "## Latency",
         "",
-        f"A forward pass in float32, or as the format says; {found['how']}. "
+        f"A forward pass, in float32 or in the format's precision; {found['how']}. "
         f"{counted(found['threads'], 'thread')} of {in_markdown(found['cpu'])}, torch {found['torch']}"
         f"{f', onnxruntime {onnxruntime}' if onnxruntime else ''}.",
         "",

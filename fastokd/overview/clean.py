@@ -1,6 +1,6 @@
 """Removes runs, or the checkpoints of finished ones. Links are never followed.
 
-All is done under the run's lock. Of a whole run ``recipe.json`` goes last, so that a removal that was
+Files are removed under the run's lock. ``recipe.json`` is removed last, so that a removal that was
 interrupted is found again.
 """
 
@@ -29,7 +29,6 @@ from fastokd.run.standing import of_lines
 
 # A checkpoint, and one that a killed writer left.
 _CHECKPOINT = re.compile(r"(last|best)-\d+|\.(last|best)-\d+\.(tmp|old)\d+")
-_LENGTHS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,11 @@ def plan(runs: Sequence[Listed], asked: Asked) -> tuple[list[Removal], dict[Path
     for run in runs:
         whole = asked.whole(run)
         wanted = whole or (asked.checkpoints and run.state == "finished")
-        if not wanted or time.time() - run.modified < asked.older_than:
+        young = asked.older_than and time.time() - run.modified < asked.older_than
+        if not wanted or young:
             continue
         try:
-            removals += [_whole(run)] if whole else _checkpoints(run)
+            removals += [_whole(run, every=asked.every)] if whole else _checkpoints(run)
         except UserError as error:
             kept[run.folder] = str(error)
     return removals, kept
@@ -88,15 +88,16 @@ def remove(removal: Removal) -> None:
     """
     folder = removal.run.folder
     lock = FolderLock(folder)
-    if not lock.take():
-        raise UserError("its file system has no locks, so that it may be running")
     try:
+        if not lock.take():
+            raise UserError("its file system has no locks, so that it may be running")
         now = look_at(folder, locked=False)
         if now is None or (now.state, now.modified) != (removal.run.state, removal.run.modified):
             raise UserError("it has changed since it was listed")
         if removal.checkpoints:
             _remove_checkpoints(removal.checkpoints)
         else:
+            _whole(now, every=True)  # another run or a link may have come since
             _remove_whole(folder)
     finally:
         lock.release()
@@ -122,11 +123,11 @@ def said(removals: Sequence[Removal]) -> str:
     return f"{' and '.join(parts) or 'nothing'}, {in_bytes(sum(one.bytes for one in removals))}"
 
 
-def _whole(run: Listed) -> Removal:
-    """The removal of a whole run.
+def _whole(run: Listed, *, every: bool) -> Removal:
+    """The removal of a whole run. ``every``: also of one that can't be read but has its student.
 
     Raises:
-        UserError: it is running, or no run of fastokd's, or holds another run.
+        UserError: it is running, or no run of fastokd's, or holds another run, or its student.
     """
     folder = run.folder
     if run.state == "running":
@@ -135,6 +136,11 @@ def _whole(run: Listed) -> Removal:
         raise UserError("it is a symbolic link: name the folder itself")
     if not _is_own(folder):
         raise UserError("there is no sign that fastokd wrote it: remove it yourself")
+    kept = run.state == "failed" and (folder / STUDENT).is_file() and not _is_begun(folder)
+    if kept and not every:
+        raise UserError(
+            f"its {STUDENT} is there, and another version may read it: --all removes it"
+        )
     if folder.resolve() in (here := Path.cwd(), *here.parents):
         raise UserError("it holds the working directory")
     for entry in folder.iterdir():
@@ -208,7 +214,7 @@ def _check_student(run: Listed, saved: Sequence[Path]) -> None:
 
 
 def _remove_checkpoints(paths: Sequence[Path]) -> None:
-    """Removes checkpoints; each vanishes at once, as one that was never written."""
+    """Removes checkpoints; each is renamed to a temporary name first."""
     for path in paths:
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f".{path.name}.tmp{os.getpid()}"))
@@ -232,15 +238,3 @@ def _remove_whole(folder: Path) -> None:
     for left in folder.glob(f"{REMOVAL}*"):
         left.unlink()
     folder.rmdir()
-
-
-def seconds_of(text: str) -> float:
-    """``7d``, ``12h``, ``30min`` or ``90s`` in seconds.
-
-    Raises:
-        UserError: it is nothing like that.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)", text)
-    if found is None:
-        raise UserError(f"--older-than is {text!r}: write a number and s, min, h, d or w, as in 7d")
-    return float(found[1]) * _LENGTHS[found[2]]

@@ -9,7 +9,9 @@ import functools
 import json
 import os
 import stat
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,14 +102,14 @@ def look_at(folder: Path, *, locked: bool | None = None) -> Listed | None:
     known: dict[str, Any] = {}
     reason = None
     try:
-        with os.scandir(folder) as entries:
-            if any(entry.name.startswith(REMOVAL) for entry in entries):
-                raise UserError("its removal was interrupted: `fastokd clean` goes on")
         _read(folder, known)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
         if not is_run(folder):
             return None
         reason = in_one_line(error)
+    with suppress(OSError), os.scandir(folder) as entries:
+        if any(entry.name.startswith(REMOVAL) for entry in entries):
+            reason = "its removal was interrupted: `fastokd clean --failed` finishes it"
     whole = known.pop("whole", False)
     state = "failed" if reason else "finished" if whole else "interrupted"
     return Listed(folder, "running" if running else state, modified, size, reason=reason, **known)
@@ -129,7 +131,7 @@ def _read(folder: Path, known: dict[str, Any]) -> None:
             raise ValueError(f"an accuracy is {top1}")
     except UserError:  # of a method that isn't loaded
         raise
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"metrics.jsonl is damaged: {in_one_line(error)}") from error
     known |= {"top1": top1, "of": of, "measured": measured["epoch"] + 1}
 
@@ -154,7 +156,9 @@ def read_rows(path: Path, *, every: bool) -> tuple[list[dict[str, Any]], dict[st
     rows: list[dict[str, Any]] = []
     for most in (size,) if every or size <= _TAIL else (_TAIL, size):
         # The first line of a part of the file is torn, and so may be the last of a run that was killed.
-        lines = _plain(path, last=most).split(b"\n")[1 if most < size else 0 : -1]
+        lines = _plain(path, last=most if most < size else sys.maxsize).split(b"\n")[
+            1 if most < size else 0 : -1
+        ]
         rows.clear()
         for line in reversed(lines):
             rows.append(_row(line))

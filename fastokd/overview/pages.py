@@ -1,6 +1,6 @@
 """The pages of runs, drawn again when a run has changed, by a process of their own.
 
-Nothing is written into the runs. Whoever asks for a page gets the newest there is, at once.
+Nothing is written into the runs. A request gets the newest page without waiting.
 """
 
 from __future__ import annotations

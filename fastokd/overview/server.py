@@ -78,6 +78,7 @@ class Server(ThreadingHTTPServer):
             raise UserError(
                 f"can't listen on {_in_url(host)}:{port} ({error}): choose another --port or --host"
             ) from error
+        self.loopback = is_loopback(str(self.server_address[0]))
         self.url = f"http://{_in_url(host)}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
@@ -104,7 +105,7 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are none."""
+        """Reports bugs only; a client that disconnects is no error."""
         error = sys.exc_info()[1]
         if error is not None and not isinstance(error, OSError):
             warn(f"a request failed: {in_one_line(error)}")
@@ -139,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.handle_one_request()
 
     def finish(self) -> None:
-        """Lets the client read the answer before unread data of its own resets the connection."""
+        """Reads the rest of the request for at most 0.5 s, so that closing doesn't reset the connection before the
+        client has read the answer."""
         with suppress(OSError):
             super().finish()
             self.connection.shutdown(socket.SHUT_WR)

@@ -133,7 +133,7 @@ def _buttons(series: Sequence[Series]) -> str:
 
 
 def in_script(values: object) -> str:
-    """JSON for a ``<script>`` element, whose end no text in it can be. Numbers that aren't finite are null."""
+    """JSON for a ``<script>`` element; no text in it can end the element. Numbers that aren't finite are null."""
     text = json.dumps(_finite(values), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 

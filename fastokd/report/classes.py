@@ -144,7 +144,7 @@ def calibration_chart(answers: Answers) -> Chart:
     columns = (Column("mean confidence (%)"), Column("accuracy (%)"), Column("images"))
     caption = (
         f"Expected calibration error (ECE) {100 * calibration.ece:.2f} points. On the thin line confidence "
-        "and accuracy are equal; below it the network is too sure. A point's area grows with its images."
+        "and accuracy are equal; below it the network is overconfident. A point's area grows with its images."
     )
     return Chart(
         "calibration",
@@ -177,7 +177,7 @@ def _calibration_spec(points: Sequence[tuple[float, float, int]], title: str) ->
         for name, shown, form in (
             ("confidence", "mean confidence", ".2%"),
             ("accuracy", "accuracy", ".2%"),
-            ("gap", "too sure by", "+.2%"),
+            ("gap", "confidence minus accuracy", "+.2%"),
             ("images", "images", ","),
         )
     ]
@@ -213,7 +213,7 @@ def _mistakes(answers: Answers) -> str:
     right = answers.right(answers.kept)
     return (
         f"<h3>Most confident mistakes</h3><p>The {len(indices)} of {int((~right).sum()):,} wrong test images "
-        f'of which it is the most sure, and what each network says.</p><ul class="mistakes">{shown}</ul>'
+        f'with the highest confidence, and what each network says.</p><ul class="mistakes">{shown}</ul>'
     )
 
 
@@ -233,7 +233,7 @@ def _mistake(answers: Answers, index: int, png: bytes | None) -> str:
     return (
         f"<li>{picture}<div>label <strong>{in_html(label)}</strong> <small>(image {index:,})</small></div>"
         f"<table><thead><tr><th scope=col>network</th><th scope=col class=text>says</th>"
-        f"<th scope=col>sure</th></tr></thead><tbody>{said}</tbody></table></li>"
+        f"<th scope=col>confidence</th></tr></thead><tbody>{said}</tbody></table></li>"
     )
 
 

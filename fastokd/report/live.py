@@ -162,7 +162,7 @@ def _hover(panel: Panel) -> Any:
     rule = base.mark_rule(color="currentColor", aria=False).encode(
         x="epoch:Q", opacity=alt.condition(near, alt.value(0.5), alt.value(0))
     )
-    # Of a strip of its own, since a tooltip of Vega-Lite's nearest point shows no text.
+    # The tooltip belongs to a transparent strip: Vega-Lite shows no text for the nearest point.
     strip = base.mark_rect(color="transparent", aria=False, clip=True).encode(
         x="from:Q", x2="to:Q", tooltip=tips
     )
@@ -170,7 +170,7 @@ def _hover(panel: Panel) -> Any:
 
 
 def _hover_rows(panel: Panel) -> list[dict[str, Any]]:
-    """The table's rows, each with the strip ``from`` and ``to`` which it is shown for."""
+    """The table's rows, each with the range of epochs ``from`` and ``to`` in which its tooltip is shown."""
     epochs = _epochs(panel)
     first, last = epochs[0], epochs[-1]
     edges = [first - float(first == last)]

@@ -16,7 +16,7 @@ figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
 .note p { margin: .25rem 0; } .note + h3 { margin-top: 1.5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem 2rem; align-items: start; }
-/* A shadow at each edge beyond which the table goes on. */
+/* A shadow at each edge where the table continues. */
 .scroll { overflow-x: auto; margin: .5rem 0; background:
   linear-gradient(to right, var(--page) 1.5rem, #0000) left / 3rem 100% no-repeat local,
   linear-gradient(to left, var(--page) 1.5rem, #0000) right / 3rem 100% no-repeat local,

@@ -1,4 +1,4 @@
-"""``fastokd reproduce all``: what it is asked for, its plan, and its end."""
+"""``fastokd reproduce all``: its options, plan and result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 from fastokd.checkpoint import read_object
 from fastokd.distributed.launch import launched
 from fastokd.errors import Interrupted, UserError
+from fastokd.host.durations import seconds_of
 from fastokd.host.names import counted
 from fastokd.recipe.cells import cells_of
 from fastokd.report.tables import Column, Table
 from fastokd.reproduce.drawn import BATCH, FIRST_STEPS, FOLDER, STEPS, write_drawn
 from fastokd.reproduce.everything import Everything, Tell, places, summary
-from fastokd.reproduce.order import RULE, Job, budget_of, in_hours
+from fastokd.reproduce.order import RULE, Job, in_hours
 from fastokd.reproduce.page import STEM, write_page
 from fastokd.reproduce.speeds import HOW
 from fastokd.reproduce.wanted import Request
@@ -42,7 +43,7 @@ class Asked:
     @property
     def hours(self) -> float:
         """The budget; infinite without one."""
-        return math.inf if self.budget is None else budget_of(self.budget)
+        return math.inf if self.budget is None else seconds_of(self.budget, "--budget") / 3600
 
 
 def everything_of(asked: Asked, tell: Tell) -> Everything:
@@ -53,7 +54,7 @@ def everything_of(asked: Asked, tell: Tell) -> Everything:
     """
     if launched() > 1:
         raise UserError("torchrun started this: start it without, --processes N uses N GPUs")
-    budget_of(asked.budget or "1h")
+    _ = asked.hours  # a bad budget is refused before anything is read
     out = asked.out or Path("runs") / f"reproduce{'-drawn' * asked.drawn}"
     requests, options = _requests(asked.request), asked.options
     if out.exists() and not (out / "claims").is_dir() and (not out.is_dir() or any(out.iterdir())):
@@ -156,10 +157,13 @@ def _plan_table(of: Everything, asked: Asked, runs: Sequence[dict[str, Any]]) ->
     )
     used = dict.fromkeys(run["speed"] for run in runs)
     ways_said = [f"Speed {way}: by {HOW[way]}." for way in used]
-    fits = [run for run in runs if run["plan"] == "fits" and run["hours_left"] is not None]
-    total = in_hours(sum(run["hours_left"] for run in fits))
+    unfinished = [run for run in runs if run["plan"] != "done"]
+    fits = [run for run in unfinished if run["plan"] == "fits"]
+    total = in_hours(sum(run["hours_left"] or 0.0 for run in fits))
     where = f"{asked.budget or 'unlimited time'} on {len(of.places)} x {of.speeds.machine}"
-    title = f"{len(fits)} of {counted(len(runs), 'run')} fit {where}: about {total}"
+    title = (
+        f"{len(fits)} of {counted(len(unfinished), 'run')} that are left fit {where}: about {total}"
+    )
     return Table("plan", title, columns, tuple(rows), (RULE, *ways_said), grouped=True)
 
 

@@ -1,4 +1,4 @@
-"""Trains one run in a process of its own: its failure, and even its being killed, ends no other run.
+"""Trains one run in its own process, so that its failure doesn't end other runs.
 
 The processes are forked from a server that has imported torch and nothing else, and so start at once.
 """
@@ -14,6 +14,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +35,7 @@ PRELOADED = [
     "matplotlib.backends.backend_svg",
 ]
 _SERVER = multiprocessing.get_context("forkserver")
+_BLOCKED = {signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclass
@@ -78,7 +80,7 @@ def start(
         threads: of the CPU; None for the default.
     """
     assert options.out is not None
-    _SERVER.set_forkserver_preload(PRELOADED)
+    _begin_server()
     log.parent.mkdir(exist_ok=True)
     here, there = _SERVER.Pipe(duplex=False)
     arguments = (recipe, options, log, gpu, threads, there)
@@ -86,6 +88,18 @@ def start(
     process.start()
     there.close()
     return Child(options.out.name, process, here)
+
+
+def _begin_server() -> None:
+    """Starts the server with these signals blocked: one to the whole process group must not end it, since the
+    state of the runs is known by it alone."""
+    _SERVER.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # it would unblock them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
 
 
 def _train_here(
@@ -98,6 +112,7 @@ def _train_here(
 ) -> None:
     """The process. A signal of the terminal reaches only its parent, which asks it to stop."""
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
     with open(log, "ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -124,7 +139,7 @@ def _train_here(
 
 
 def _stop_with_parent() -> None:
-    """Without its parent nobody would stop the run at the budget's end: it saves and exits."""
+    """Sends SIGTERM to this process once its parent has ended; the run saves and exits."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

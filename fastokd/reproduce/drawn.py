@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -39,11 +40,16 @@ def write_drawn(out: Path, datasets: set[str]) -> Path:
 def _once(folder: Path, write: Callable[[Path], None]) -> None:
     """Writes a folder beside its place first, so that a killed process leaves none that is half written."""
     if not folder.is_dir():
-        beside = folder.with_name(f".{folder.name}")
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         write(beside)
-        beside.rename(folder)
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(beside)  # another process was faster
 
 
 def _write_cifar(name: str, folder: Path) -> None:

@@ -66,6 +66,7 @@ class Everything:
     places: Sequence[Place]
     tell: Tell
     first_steps: int | None = None
+    measured_on: str = field(init=False)
     comparisons: list[Comparison] = field(init=False)
     trainings: dict[str, Training] = field(init=False)
     no_data: dict[str, str] = field(init=False, default_factory=dict)
@@ -75,6 +76,7 @@ class Everything:
     def __post_init__(self) -> None:
         self.comparisons, self.trainings = comparisons(self.requests, self.options.max_steps)
         device = pick_device(self.options.device)
+        self.measured_on = self.options.device
         if device.type == "cuda":  # a process sees one GPU
             self.options = replace(self.options, device="cuda")
         facts = environment(device, pick_precision(self.options.precision, device))
@@ -134,7 +136,8 @@ class Everything:
         self._learn(at)
         left = [n for n in self.order(at) if at[n].state in ("missing", "begun", "failed")]
         recipes = [self.trainings[name].entry.recipe for name in left]
-        self.speeds.measure(recipes, self.options, min(MOST, SHARE * 3600 * budget), self.tell)
+        options = replace(self.options, device=self.measured_on)
+        self.speeds.measure(recipes, options, min(MOST, SHARE * 3600 * budget), self.tell)
 
     def _learn(self, at: dict[str, Standing]) -> None:
         self.speeds.learn((self.trainings[n].entry.recipe, one) for n, one in at.items())

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fastokd.errors import UserError
 from fastokd.recipe.cells import Cell
 from fastokd.reproduce.wanted import Request, Training, runs_of
 
@@ -124,21 +123,3 @@ def in_hours(hours: float) -> str:
     if hours * 60 < 2:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.1f} h"
-
-
-def budget_of(text: str) -> float:
-    """``"24h"``, ``"90m"`` or ``"3d"`` as hours.
-
-    Raises:
-        UserError: it is written otherwise, or isn't above 0.
-    """
-    units = {"m": 1 / 60, "h": 1.0, "d": 24.0}
-    try:
-        hours = float(text[:-1]) * units[text[-1:]]
-    except (ValueError, KeyError):
-        hours = math.nan
-    if not 0 < hours < math.inf:
-        raise UserError(
-            f"--budget is {text!r}: write hours, minutes or days, such as 24h, 90m or 3d"
-        )
-    return hours

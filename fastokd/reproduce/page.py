@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
 from fastokd.recipe.cells import Cell
+from fastokd.report.charts import page_of
 from fastokd.report.html_tables import as_html
 from fastokd.report.statistics import Sample
-from fastokd.report.style import STYLE
 from fastokd.report.tables import Column, Table, as_markdown, save_table
 from fastokd.reproduce.everything import Everything, summary
 from fastokd.reproduce.order import RULE, in_hours
@@ -26,6 +26,7 @@ from fastokd.reproduce.wanted import Request, run_of
 from fastokd.run.folder import Run
 
 STEM = "reproduction"
+UNFINISHED = "Runs that failed, lack data or are running"
 NOTE = (
     "Ours: the best epoch's top-1 in the published unit, mean ± standard deviation over the seeds that are "
     "done. Difference: ours minus published, with Welch's 95% interval where both have a deviation. Time: "
@@ -33,8 +34,8 @@ NOTE = (
     "count its time."
 )
 DRAWN = (
-    "The images are drawn at random and the runs are a few steps long: this shows that every cell "
-    "starts, stops, resumes, evaluates and reports, and says nothing about accuracy."
+    "The images are drawn at random and the runs are a few steps long. A cell that is done has started, "
+    "stopped, resumed, evaluated and reported. Accuracies have no meaning."
 )
 
 
@@ -47,7 +48,6 @@ class Row:
     state: str
     hours: float
     left: float
-    how: str
 
 
 def write_page(of: Everything, *, drawn: bool = False) -> Path:
@@ -63,13 +63,16 @@ def write_page(of: Everything, *, drawn: bool = False) -> Path:
     tables, rows = [], []
     for request in of.requests:
         made = reproduction_of(request, found, of.options.max_steps)
-        if made.results and not drawn:
-            save_table(as_table(made), of.out / request.table)
         results = {r.cell: r for r in made.results}
-        mine = [_row(of, request, cell, results, at, hours) for cell in request.cells()]
+        mine = _one_each(
+            request, [_row(of, request, cell, results, at, hours) for cell in request.cells()]
+        )
         rows += mine
-        whole = made.results and all(row.state == "done" for row in mine)
-        table = _table(request, mine, made.title if whole else request.table)
+        whole = all(row.state == "done" for row in mine)
+        title = made.title if whole else f"{request.table}, not finished"
+        if made.results and not drawn:
+            save_table(as_table(replace(made, title=title)), of.out / request.table)
+        table = _table(request, mine, title)
         tables.append(_tried(request, mine) if drawn else table)
     facts = _facts(of, at, {} if drawn else hours)
     notes = [DRAWN] if drawn else [NOTE, RULE]
@@ -86,6 +89,16 @@ def write_page(of: Everything, *, drawn: bool = False) -> Path:
         except OSError as error:
             raise DiskError(f"{path} can't be written: {error}") from error
     return of.out / f"{STEM}.html"
+
+
+def _one_each(request: Request, rows: Sequence[Row]) -> list[Row]:
+    """With another data set or model several cells have the same runs, of which one is shown."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        place = request.recipe(row.cell, 0).name, row.cell.column
+        if place not in found or (found[place].result is None and row.result is not None):
+            found[place] = row
+    return list(found.values())
 
 
 def _row(
@@ -105,7 +118,6 @@ def _row(
         _words(states),
         sum(at[name].seconds for name in names) / 3600,
         sum(one.hours for one in left),
-        HOW[left[0].how] if left else "",
     )
 
 
@@ -203,17 +215,12 @@ def _html(
 ) -> str:
     listed = "".join(f"<li>{in_html(line)}</li>" for line in (*facts, *notes))
     why = "".join(f"<li>{in_html(line)}</li>" for line in reasons)
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{in_html(title)}</title><style>{STYLE}</style></head><body>",
-            f'<h1>{in_html(title)}</h1><ul class="rules">{listed}</ul>',
-            f"<h2>Runs that failed, wait or run</h2><ul>{why}</ul>" if reasons else "",
-            *(f"<h2>{in_html(table.title)}</h2>{as_html(table)}" for table in tables),
-            "</body></html>\n",
-        ]
-    )
+    parts = [
+        f'<ul class="rules">{listed}</ul>',
+        f"<h2>{UNFINISHED}</h2><ul>{why}</ul>" if reasons else "",
+        *(f"<h2>{in_html(table.title)}</h2>{as_html(table)}" for table in tables),
+    ]
+    return page_of(title, "\n".join(parts))
 
 
 def _markdown(
@@ -226,7 +233,7 @@ def _markdown(
     parts = [f"# {in_markdown(title)}"]
     parts.append("\n".join(f"- {in_markdown(line)}" for line in (*facts, *notes)))
     if reasons:
-        parts.append("## Runs that failed, wait or run")
+        parts.append(f"## {UNFINISHED}")
         parts.append("\n".join(f"- {in_markdown(line)}" for line in reasons))
     return "\n\n".join([*parts, *(as_markdown(table).rstrip() for table in tables)]) + "\n"
 

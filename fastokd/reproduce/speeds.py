@@ -175,7 +175,9 @@ class Speeds:
             known = read_object(self.path, "speeds")
         except UserError:
             known = {}
-        rows = known.setdefault(self.machine, {})
+        rows = known.get(self.machine)
+        if not isinstance(rows, dict):
+            rows = known[self.machine] = {}
         rows[name] = {
             "images_per_second": of.batch_size / seconds,
             "flops_per_image": flops_per_image(of),

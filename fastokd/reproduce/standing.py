@@ -59,9 +59,15 @@ def standing_of(
         if (folder / "recipe.json").is_file():
             refuse_another(folder, training.entry.recipe, options)
             if is_done(folder, training.entry.recipe, options.max_steps):
+                if not any(row.get("test") for row in rows):
+                    raise UserError(
+                        f"{folder} is done but has no measured epoch: put its metrics.jsonl back"
+                    )
                 return Standing("done", **known)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        return Standing("failed", note=str(error)) if held is None else Standing("running")
+        if held is not None:
+            return Standing("running", note=held)
+        return Standing("failed", note=str(error))
     if failed:
         return Standing("failed", note=failed, **known)
     return Standing("begun" if (folder / "recipe.json").is_file() else "missing", **known)

@@ -44,6 +44,7 @@ class _Workers:
         self.budget, self.changed = budget, changed
         self.running: dict[int, _Running] = {}
         self.look_every = LOOK_EVERY
+        self.whole = budget
         self.begun: dict[str, int] = {}  # how often each run was begun in this call
 
     def _left(self) -> float:
@@ -52,18 +53,21 @@ class _Workers:
 
     def run(self) -> None:
         """Trains until nothing is left, the budget ends, or a signal comes."""
+        self.whole = self._left() / 3600  # a longer run is begun, and saved at the budget's end
         with StopRequest() as stop:
-            while stop.received is None and self._left() > 0:
-                for slot in range(len(self.of.places)):
-                    if slot not in self.running and not self._begin(slot):
+            try:
+                while stop.received is None and self._left() > 0:
+                    for slot in range(len(self.of.places)):
+                        if slot not in self.running and not self._begin(slot):
+                            break
+                    if not self.running and not self._others():
                         break
-                if not self.running and not self._others():
-                    break
-                self._wait(stop)
-            for one in self.running.values():
-                one.child.stop()
-            for slot in [*self.running]:
-                self._end(slot)
+                    self._wait(stop)
+            finally:
+                for one in self.running.values():
+                    one.child.stop()
+                for slot in [*self.running]:
+                    self._end(slot)
             if stop.received is not None:
                 raise Interrupted(stop.received)
 
@@ -105,7 +109,7 @@ class _Workers:
     def _fitting(self, ready: list[Job], left: float) -> Iterator[Job]:
         """The runs that may begin now, the best first."""
         while ready:
-            found = next((j for j in fit(ready, left, 1, self.budget) if j.start == 0.0), None)
+            found = next((j for j in fit(ready, left, 1, self.whole) if j.start == 0.0), None)
             if found is None:
                 return
             yield found
@@ -116,7 +120,8 @@ class _Workers:
         training = of.trainings[job.folder]
         options = of.options_of(training)
         begun = self.begun[job.folder] = self.begun.get(job.folder, 0) + 1
-        if of.first_steps is not None and begun == 1:
+        new = not (of.out / job.folder / "recipe.json").exists()
+        if of.first_steps is not None and begun == 1 and new:
             options = replace(options, max_steps=of.first_steps)
         note_failure(of.out, job.folder, "")
         log = of.out / "logs" / f"{job.folder}.txt"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fastokd.errors import UserError
+from fastokd.host.durations import seconds_of
 from fastokd.recipe.names import recipe
 from fastokd.reproduce.all_tables import TABLES
 from fastokd.reproduce.order import (
     Comparison,
     Job,
-    budget_of,
     comparisons,
     fit,
     in_hours,
@@ -98,10 +98,11 @@ def test_a_run_longer_than_the_whole_budget_gets_what_is_left() -> None:
 
 
 def test_budgets() -> None:
-    assert [budget_of(text) for text in ("24h", "90m", "3d", "0.5h")] == [24.0, 1.5, 72.0, 0.5]
-    for text in ("", "h", "24", "0h", "-1h", "infh", "nanh", "1w"):
-        with pytest.raises(UserError, match="such as 24h, 90m or 3d"):
-            budget_of(text)
+    given = [seconds_of(text, "--budget") / 3600 for text in ("24h", "90m", "3d", "0.5h", "1w")]
+    assert given == [24.0, 1.5, 72.0, 0.5, 168.0]
+    for text in ("", "h", "24", "0h", "-1h", "infh", "nanh", "1y"):
+        with pytest.raises(UserError, match=r"--budget is .*such as 24h"):
+            seconds_of(text, "--budget")
     assert [in_hours(h) for h in (0.01, 0.5, 30, math.inf)] == [
         "36 s",
         "30 min",
