@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fastokd.compare.results import Section
 from fastokd.compare.runs import Outcome
-from fastokd.compare.tables import in_prefix
+from fastokd.host.names import in_prefix
 from fastokd.report.fields import varying
 from fastokd.report.many import Many, runs_table
 from fastokd.report.statistics import Sample

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastokd.compare.results import Row, Section
-from fastokd.compare.tables import in_prefix
-from fastokd.host.names import in_plot
+from fastokd.host.names import in_plot, in_prefix
 from fastokd.measured.answers import BINS, pooled
 from fastokd.report.canvas import INK, canvas, plainly
 from fastokd.report.plots import CYCLE, HEIGHT, LINES, WIDTH

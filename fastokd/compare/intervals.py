@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fastokd.compare.figures import AGAINST, shown_rows
-from fastokd.compare.marks import TIPS, Spec, common, of_conditions, short, top1
+from fastokd.compare.marks import TIPS, Spec, common, of_conditions, top1
 from fastokd.compare.results import Against, Row, Section
 from fastokd.compare.tables import in_p
-from fastokd.report.charts import responsive
+from fastokd.report.charts import responsive, short
 from fastokd.report.plots import in_variables
 from fastokd.report.tables import Written
 

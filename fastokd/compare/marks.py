@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from fastokd.compare.results import Row, Section
-from fastokd.compare.tables import in_brackets, in_prefix
-from fastokd.report.charts import Series
+from fastokd.compare.tables import in_brackets
+from fastokd.host.names import in_prefix
+from fastokd.report.charts import DASHES, Series, short
 from fastokd.report.plots import CYCLE
 
 # Of Vega-Lite.
 Spec = dict[str, Any]
-_DASHES = {"solid": [], "dashed": [6, 3], "dotted": [1, 3], "double": [6, 3, 1, 3]}
 TIPS = [
     {"field": "row"},
     {"field": "said", "title": "kept, test top-1"},
@@ -32,7 +31,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 
 def _dash(index: int) -> str:
-    return [*_DASHES][index // len(CYCLE) % len(_DASHES)]
+    return [css for css, _ in DASHES.values()][index // len(CYCLE) % len(DASHES)]
 
 
 def common(row: Row) -> Spec:
@@ -86,10 +85,6 @@ def by_row(rows: Sequence[Row]) -> Spec:
 def by_dash(rows: Sequence[Row]) -> Spec:
     """Their dashes."""
     series = series_of(rows)
-    scale = {"domain": [one.key for one in series], "range": [_DASHES[one.dash] for one in series]}
+    pixels = dict(DASHES.values())
+    scale = {"domain": [one.key for one in series], "range": [pixels[one.dash] for one in series]}
     return {"field": "key", "type": "nominal", "scale": scale, "legend": None}
-
-
-def short(value: float | None) -> float | None:
-    """With 8 digits; None if it isn't finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")

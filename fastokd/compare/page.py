@@ -11,7 +11,7 @@ from typing import Any
 from fastokd.checkpoint import write_durably
 from fastokd.errors import DiskError
 from fastokd.host.names import in_html, in_markdown
-from fastokd.report.charts import Chart, as_figure, page_of
+from fastokd.report.charts import Chart, as_figure, page_of, sections_of
 from fastokd.report.html_tables import as_html
 from fastokd.report.many import Many
 from fastokd.report.tables import Table, as_csv, as_markdown
@@ -45,14 +45,7 @@ def comparison_page(
         "Versions and machine": "<details><summary>environment</summary>"
         f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>",
     }
-    return page_of(
-        title,
-        "\n".join(
-            f'<section aria-labelledby="section-{index}"><h2 id="section-{index}">{name}</h2>\n'
-            f"{content}</section>"
-            for index, (name, content) in enumerate(sections.items())
-        ),
-    )
+    return page_of(title, sections_of(sections))
 
 
 def _listed(sentences: Sequence[str], name: str) -> str:

@@ -13,12 +13,11 @@ from fastokd.compare.marks import (
     common,
     hideable,
     of_conditions,
-    short,
     top1,
 )
 from fastokd.compare.results import Row, Section
 from fastokd.measured.answers import pooled
-from fastokd.report.charts import responsive
+from fastokd.report.charts import responsive, short
 from fastokd.report.tables import Column, Table
 
 HEIGHT = 320  # pixels

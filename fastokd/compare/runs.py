@@ -151,7 +151,7 @@ def _run(
         mean=100 * test["mean_top1"] if several else None,
         ensemble=100 * test["ensemble_top1"] if several else None,
         diversity=test["diversity"],
-        seconds=sum(row["seconds"] for row in run.metrics),
+        seconds=run.seconds,
         memory=peak.get("peak_bytes"),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastokd.compare.contestants import Contestant
 from fastokd.compare.results import Against, Row, Section, settings_of
 from fastokd.compare.runs import Failure
+from fastokd.host.names import in_prefix
 from fastokd.report.statistics import Difference
 from fastokd.report.tables import Cell, Column, Table, Written
 
@@ -132,11 +133,3 @@ def in_p(against: Against) -> Written | str | None:
 def in_brackets(interval: tuple[float, float] | None) -> str:
     """An interval as text."""
     return UNKNOWN if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
-def in_prefix(count: float) -> str:
-    """``1.23e12`` as ``"1.23 T"``."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {prefix}"
-    return f"{count:.3g}"

@@ -111,3 +111,11 @@ def in_utf8(folder: Path) -> Iterator[Path]:
             os.close(held)
     else:
         yield folder
+
+
+def in_prefix(count: float) -> str:
+    """``1.23e12`` as ``"1.23 T"``."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 0.9995 * 10**power:
+            return f"{count / 10**power:.3g} {prefix}"
+    return f"{count:.3g}"

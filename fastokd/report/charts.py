@@ -49,6 +49,14 @@ CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
 }
 
+# The dashes of `report.plots.LINES` in CSS and in pixels.
+DASHES: dict[str, tuple[str, list[int]]] = {
+    "-": ("solid", []),
+    "--": ("dashed", [6, 3]),
+    ":": ("dotted", [1, 3]),
+    "-.": ("double", [6, 3, 1, 3]),
+}
+
 
 @dataclass(frozen=True)
 class Series:
@@ -144,6 +152,21 @@ def _finite(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [_finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def short(value: float | None) -> float | None:
+    """With 8 digits; None if it isn't finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")
+
+
+def sections_of(sections: Mapping[str, str]) -> str:
+    """The sections of a page by their headings; empty ones are left out."""
+    return "\n".join(
+        f'<section aria-labelledby="section-{index}"><h2 id="section-{index}">{name}</h2>\n{content}'
+        "</section>"
+        for index, (name, content) in enumerate(sections.items())
+        if content
+    )
 
 
 def page_of(title: str, body: str, *, scripts: Sequence[str] = (), last: Sequence[str] = ()) -> str:

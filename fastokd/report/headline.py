@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from fastokd.errors import UserError, in_one_line
-from fastokd.host.names import counted, in_html
+from fastokd.host.names import counted, in_html, in_prefix
 from fastokd.models.info import counts
 from fastokd.report.find import find_beside
 from fastokd.report.pools import Pool, numbers_of, pool_runs
@@ -177,7 +177,7 @@ def _speed(pool: Pool) -> Fact:
 
 
 def _time(pool: Pool) -> Fact:
-    each = [sum(row["seconds"] for row in run.metrics) for run in pool.runs]
+    each = [run.seconds for run in pool.runs]
     mean = statistics.mean(each)
     of = f", mean of {len(each)} runs" if len(each) > 1 else ""
     exact = f"{mean:,.1f} s, {_measured(pool)}, the sum over epochs{of}"
@@ -199,16 +199,9 @@ def _size(pool: Pool) -> Fact:
         parameters, macs = counts(weights.model, classes, weights.options, size)
     except UserError:
         return Fact("kept student", NOT_KNOWN, "it isn't written yet")
-    value = f"{_prefixed(parameters)} parameters, {_prefixed(macs)} MACs"
+    value = f"{in_prefix(parameters)} parameters, {in_prefix(macs)} MACs"
     how = f"counted, {weights.model}: {parameters:,} and {macs:,} an image of {size}x{size}"
     return Fact("kept student", value, how, parameters)
-
-
-def _prefixed(number: int) -> str:
-    for power, letter in ((9, "G"), (6, "M"), (3, "k")):
-        if number >= 10**power:
-            return f"{number / 10**power:.3g}{letter}"
-    return str(number)
 
 
 def _environments(pool: Pool) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from fastokd.report.charts import Chart, Series, responsive
+from fastokd.report.charts import DASHES, Chart, Series, responsive, short
 from fastokd.report.curves import Curve, Panel
 from fastokd.report.plots import CYCLE, LINES
 
@@ -16,13 +16,6 @@ FEW = 12
 # A tooltip names as many curves.
 NAMED = 16
 HINT = "Drag to move, pinch or Ctrl and the wheel to zoom, double-click to go back; the buttons show and hide."
-# Of `LINES`, in CSS and in pixels.
-_DASHES: dict[str, tuple[str, list[int]]] = {
-    "-": ("solid", []),
-    "--": ("dashed", [6, 3]),
-    ":": ("dotted", [1, 3]),
-    "-.": ("double", [6, 3, 1, 3]),
-}
 
 
 def chart_of(panel: Panel, caption: str, static: str) -> Chart:
@@ -35,7 +28,7 @@ def chart_of(panel: Panel, caption: str, static: str) -> Chart:
         spec=responsive(_spec(panel), HEIGHT),
         static=static,
         series=[
-            Series(_key(index), curve.label, colour, _DASHES[line][0])
+            Series(_key(index), curve.label, colour, DASHES[line][0])
             for index, (curve, (colour, line, _)) in enumerate(
                 zip(panel.curves, styles, strict=True)
             )
@@ -63,7 +56,7 @@ def _spec(panel: Panel) -> dict[str, Any]:
 
     keys = [_key(index) for index in range(len(panel.curves))]
     colours, lines, widths = zip(*map(_style, panel.curves), strict=True)
-    dashes = [_DASHES[line][1] for line in lines]
+    dashes = [DASHES[line][1] for line in lines]
     scale = alt.Scale(type="log") if panel.logarithmic else alt.Scale(zero=False, nice=True)
     x = alt.X(
         "epoch:Q",
@@ -134,17 +127,13 @@ def _rows(panel: Panel) -> list[dict[str, Any]]:
     rows = []
     for index, curve in enumerate(panel.curves):
         for epoch, mean, deviation in zip(curve.epochs, curve.means, curve.deviations, strict=True):
-            row = {"epoch": epoch, "curve": _key(index), "mean": _short(mean)}
+            row = {"epoch": epoch, "curve": _key(index), "mean": short(mean)}
             if deviation:
                 # On a logarithmic axis a band doesn't reach down to 0.
                 low = max(mean - deviation, mean / 10) if panel.logarithmic else mean - deviation
-                row |= {"low": _short(low), "high": _short(mean + deviation)}
+                row |= {"low": short(low), "high": short(mean + deviation)}
             rows.append(row)
     return rows
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _hover(panel: Panel) -> Any:

@@ -79,7 +79,7 @@ def many_of(pools: Sequence[Pool]) -> Many | None:
         return None
     fields, names = varying(runs), [str(run.folder) for run in runs]
     found = [summarise(run) for run in runs]
-    seconds = [sum(row["seconds"] for row in run.metrics) for run in runs]
+    seconds = [run.seconds for run in runs]
     results: dict[Column, Sequence[Cell]] = {
         Column("last epoch", "test top-1 (%)"): [_one(100 * one.last) for one in found],
         Column("best epoch", "test top-1 (%)"): [_one(100 * one.best) for one in found],

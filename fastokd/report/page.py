@@ -15,7 +15,7 @@ from fastokd.host.names import in_html
 from fastokd.measured.answers import Answers, read_answers
 from fastokd.measured.cost import read_cost
 from fastokd.measured.measure import measure
-from fastokd.report.charts import Chart, as_figure, page_of
+from fastokd.report.charts import Chart, as_figure, page_of, sections_of
 from fastokd.report.classes import classes_sections
 from fastokd.report.cohorts import mixing_table, sizes_table
 from fastokd.report.command import command_of
@@ -154,13 +154,7 @@ def _page(shown: Shown) -> str:
         "Papers": "".join(others),
         "How it was made": "".join(map(_details, range(len(pools)), pools)),
     }
-    body = "\n".join(
-        f'<section aria-labelledby="section-{index}"><h2 id="section-{index}">{name}</h2>\n{content}'
-        "</section>"
-        for index, (name, content) in enumerate(sections.items())
-        if content
-    )
-    return page_of(title, body)
+    return page_of(title, sections_of(sections))
 
 
 def _headline(shown: Shown) -> str:

@@ -58,7 +58,7 @@ def results_table(pools: Sequence[Pool]) -> Table:
 def _row(pool: Pool, baseline: Pool | None) -> tuple[Cell, ...]:
     students, epochs = pool.recipe.students, pool.recipe.epochs
     ensemble = pool.of_last(lambda row: 100 * row["test"]["ensemble_top1"])
-    seconds = Sample.of([sum(row["seconds"] for row in run.metrics) for run in pool.runs])
+    seconds = Sample.of([run.seconds for run in pool.runs])
     return (
         pool.label,
         pool.folders,

@@ -69,6 +69,11 @@ class Run:
         return self.metrics[-1]
 
     @property
+    def seconds(self) -> float:
+        """The seconds of training, without evaluation."""
+        return float(sum(row["seconds"] for row in self.metrics))
+
+    @property
     def standing(self) -> Standing:
         """Its whole epochs and its steps."""
         return standing(self.folder, self.metrics)
