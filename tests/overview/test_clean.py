@@ -287,7 +287,7 @@ def test_what_can_not_be_removed_is_said(
     said = capsys.readouterr()
     assert "removed 1 run, " in said.out
     assert f"{run} stays: PermissionError" in said.err
-    assert "1 run couldn't be removed: the same command goes on" in said.err
+    assert "1 run couldn't be removed: run the same command again" in said.err
     assert not other.exists()
 
 

@@ -253,6 +253,7 @@ def test_slow_clients_hold_up_nobody_and_are_ended(
 
 def test_a_limit_on_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONNECTIONS", 2)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 600.0)  # nobody is sent away on a slow machine
     write_run(tmp_path / "runs/run")
     few = Served(tmp_path)
     try:

@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:
     assert chart.spec is not None
     points = json.loads(in_script(chart.spec))["datasets"]["curves"]
     assert [point["mean"] for point in points] == [2.0, 1.0, None, 0.5]
-    assert "isn't finite from epoch 3" in next(
+    assert "isn't finite in 1 epoch, first in epoch 3" in next(
         fact.value for fact in facts_of(pools[0], pools, None) if fact.name == "state"
     )
 
