@@ -86,10 +86,10 @@ def clean(
     A run that is running is never removed, and links are never followed. A run without its checkpoints
     can still be reported and exported.
     """
-    from fastokd.host.durations import seconds_of
     from fastokd.overview import columns
     from fastokd.overview.clean import Asked, plan, remove_all, said
     from fastokd.overview.listing import list_runs
+    from fastokd.run.durations import seconds_of
 
     if not (checkpoints or unfinished or failed or every):
         raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 from fastokd.checkpoint import read_object
 from fastokd.distributed.launch import launched
 from fastokd.errors import Interrupted, UserError
-from fastokd.host.durations import seconds_of
 from fastokd.host.names import counted
 from fastokd.recipe.cells import cells_of
 from fastokd.report.tables import Column, Table
@@ -23,6 +22,7 @@ from fastokd.reproduce.page import STEM, write_page
 from fastokd.reproduce.speeds import HOW
 from fastokd.reproduce.wanted import Request
 from fastokd.reproduce.workers import train_all
+from fastokd.run.durations import seconds_of
 from fastokd.run.options import RunOptions
 
 # Of both papers; those of newer methods are asked for by name.

@@ -314,7 +314,9 @@ def test_the_charts_have_the_runs_numbers(made: Made) -> None:
 
 def test_a_verdict_names_what_is_clear(made: Made) -> None:
     done = made[1]
-    assert done.facts["verdicts"][0].startswith("Compared with one student that sees the same images: ")
+    assert done.facts["verdicts"][0].startswith(
+        "Compared with one student that sees the same images: "
+    )
     section = done.sections[0]
     (row,) = (one for one in section.rows if one.contestant.label == "okddip-branch")
     for p, value, says in (

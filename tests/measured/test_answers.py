@@ -193,7 +193,7 @@ def test_without_a_checkpoint_the_error_is_one_sentence(alone: Run) -> None:
     (alone.folder / FILE).unlink(missing_ok=True)
     shutil.rmtree(alone.folder / "checkpoints")
     (alone.folder / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=r"there is no checkpoint in .*: the run never finished"):
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*: only the student"):
         answers_of(alone)
 
 

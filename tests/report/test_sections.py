@@ -208,7 +208,7 @@ def test_the_headline_says_result_interval_baseline_speed_and_cost(
     top1 = run.last["test"]["leader_top1"]
     low, high = (100 * bound for bound in wilson(top1, 200))
     assert f"{100 * top1:.2f}% [{low:.2f}, {high:.2f}]" in page
-    assert "Wilson over 200 test images" in page
+    assert "95% interval over 200 test images" in page
     assert "beside this run" in page
     assert "+0.00" in page
     assert "250.0 images/s" in page

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from fastokd.errors import UserError
-from fastokd.host.durations import seconds_of
 from fastokd.recipe.names import recipe
 from fastokd.reproduce.all_tables import TABLES
 from fastokd.reproduce.order import (
@@ -23,6 +22,7 @@ from fastokd.reproduce.order import (
 from fastokd.reproduce.speeds import FILE, Speeds, flops_per_image, images_of, work_class
 from fastokd.reproduce.standing import Standing
 from fastokd.reproduce.wanted import Request
+from fastokd.run.durations import seconds_of
 
 HERE = "a GPU, bf16"
 
