@@ -123,7 +123,7 @@ def _tried(program: Program, batch: int) -> Call | str:
     """The program after its first call, or why it can't run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # compilers warn of themselves
+            warnings.simplefilter("ignore")  # compilers emit warnings of their own
             call = program.prepared(batch)
             call()
     except Exception as error:

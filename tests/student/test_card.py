@@ -265,14 +265,14 @@ def test_of_many_classes_the_worst_are_shown(tmp_path: Path) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("works", [True, False])
-def test_a_compiled_student_is_timed(
-    works: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_student_is_timed(works: bool, run: Run, tmp_path: Path) -> None:
     """Or the compiler that is missing is named."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    if not works:
-        monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    found = said(export(run, "safetensors", tmp_path / "out", measure=True, options=SHORT))
+    from torch._inductor import config
+
+    changes: dict[str, Any] = {"force_disable_caches": True}
+    changes |= {} if works else {"cpp.cxx": ("no-such-compiler",)}
+    with config.patch(changes):
+        found = said(export(run, "safetensors", tmp_path / "out", measure=True, options=SHORT))
     for row in found["latency"]["rows"]:
         if works or row["program"] != "torch.compile":
             assert row["ms"] > 0
