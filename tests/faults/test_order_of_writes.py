@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
     def syncing(descriptor: int) -> None:
-        seen.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        seen.append(("fsync", re.sub(r"(\.tmp\d+)-[0-9a-f]{8}$", r"\1", name)))
         fsync(descriptor)
 
     def moving(what: Any, source: Any, target: Any) -> None:

@@ -37,7 +37,7 @@ CANNOT_BEGIN = {
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastokd.report.page.report", lambda runs: None)
+    monkeypatch.setattr("fastokd.report.page.report", lambda runs, **how: None)
 
 
 def install(where: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
