@@ -70,7 +70,7 @@ def test_to_moves_every_split(tmp_path: Path) -> None:
 
 def test_names() -> None:
     small = ["cifar10", "cifar100", "digits", "fashion_mnist", "stl10", "svhn", "tiny_imagenet"]
-    assert list_datasets() == sorted([*small, "hf", "imagefolder", "imagenet", "wds"])
+    assert list_datasets() == sorted([*small, "glyphs", "hf", "imagefolder", "imagenet", "wds"])
     with pytest.raises(UserError, match="unknown dataset 'cifar-10': did you mean cifar10"):
         load_dataset("cifar-10")
 
