@@ -75,7 +75,7 @@ def test_a_run_goes_on_without_standard_output(
         monkeypatch.setattr(sys, "stdout", stream)
         # The interpreter's own, which is written past its buffer.
         monkeypatch.setattr(sys, "__stdout__", stream)
-        monkeypatch.setattr("fastokd.report.page.report", lambda runs: None)
+        monkeypatch.setattr("fastokd.report.page.report", lambda runs, **how: None)
         assert run_command([*COMMAND, "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
@@ -186,7 +186,7 @@ def test_a_run_without_its_display_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Display, "on_epoch", raising(RuntimeError("no colours")))
-    monkeypatch.setattr("fastokd.report.page.report", lambda runs: None)
+    monkeypatch.setattr("fastokd.report.page.report", lambda runs, **how: None)
     train(RECIPE, OPTIONS, out=tmp_path / "begun", max_steps=1)
     monkeypatch.setattr(Display, "__init__", raising(LookupError("TERM")))
     train(RECIPE, OPTIONS, out=tmp_path / "never begun", max_steps=1)
