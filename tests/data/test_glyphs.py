@@ -36,6 +36,12 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / "symbols").mkdir(exist_ok=True)
         shutil.copy(SHIPPED / f"{name}.ttf", here / "symbols")
     (here / "symbols" / "broken.otf").write_bytes(b"OTTO")
+    # A training font under another name, in a family for test.
+    twin = here / next(
+        name for name in map("twin-{}".format, range(100)) if split_of(name) == "test"
+    )
+    twin.mkdir()
+    shutil.copy(SHIPPED / "DejaVuSans.ttf", twin / "Twin.ttf")
     return here
 
 
@@ -52,7 +58,7 @@ def test_fonts_of_symbols_and_broken_ones_are_rejected(made: tuple[Path, dict]) 
     facts = made[1]
     assert facts["fonts"] == {"train": 4, "val": 1, "test": 1}
     rejected = {Path(font["path"]).stem: font["why"] for font in facts["rejected"]}
-    assert rejected.keys() == {*SYMBOLS, "broken"}
+    assert rejected.keys() == {*SYMBOLS, "broken", "Twin"}
     assert all(rejected.values())
 
 
