@@ -21,7 +21,7 @@ class Request:
 
     ``dataset`` and ``model`` replace the paper's, ``epochs`` scales its schedule; ``only`` selects
     the cells whose recipe's name contains it; ``val`` images are held out to choose the best epoch.
-    ``batch_size`` replaces the recipe's, for runs whose accuracy doesn't matter.
+    ``batch_size`` and ``lr`` replace the recipe's, for runs whose accuracy doesn't matter.
     """
 
     table: str
@@ -32,6 +32,7 @@ class Request:
     val: float | None = None
     only: str = ""
     batch_size: int | None = None
+    lr: float | None = None
 
     def cells(self) -> list[Cell]:
         """The selected cells; only those of ``dataset`` if the table has any."""
@@ -53,7 +54,7 @@ class Request:
 
     def scaled(self) -> dict[str, Any]:
         """The settings that students and teachers share."""
-        changes = {"epochs": self.epochs, "batch_size": self.batch_size}
+        changes = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
         return {name: value for name, value in changes.items() if value is not None}
 
 
