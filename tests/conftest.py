@@ -67,6 +67,24 @@ def fill(state: Mapping[str, Tensor], published: Mapping[str, str] | None = None
             value.copy_(fill_value(published[key] if published else key, value.shape))
 
 
+class _AtOnce:
+    """Names a failed test when it fails, since a run that is stopped never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        said = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and said is not None:
+            last = (report.longreprtext.strip().splitlines() or [""])[-1]
+            said.write_line(f"\nfailed: {report.nodeid}: {last}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_AtOnce(config))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -18,9 +18,11 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(DOCS))
     try:
         spec.loader.exec_module(module)
     finally:
+        sys.path.remove(str(DOCS))
         del sys.modules[name]
     return module
 
