@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its pictures from the metrics stored in docs/fashion_mnist/.
+"""Writes docs/results.md and its pictures from the metrics in docs/where_it_helps/ and docs/fashion_mnist/.
 
 python docs/results_page.py
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import helps_section
 
 from fastokd.recipe.names import Recipe
 from fastokd.report.plots import as_svg, draw_all, on_white
@@ -72,12 +74,14 @@ def _row(pool: Pool, facts: dict[Path, dict[str, Any]]) -> Result:
     return Result(name, replace(pool, label=name), of)
 
 
-def page(rows: Sequence[Result]) -> str:
-    """docs/results.md."""
+def page(rows: Sequence[Result], settings: Sequence[Any]) -> str:
+    """docs/results.md, of docs/fashion_mnist/ and of docs/where_it_helps/."""
     where = rows[0].facts[0]["environment"]
     threads = {facts["threads"] for row in rows for facts in row.facts}
     parts = [
-        "# Results on Fashion-MNIST",
+        "# Results",
+        *helps_section.section(settings),
+        "## On the whole of Fashion-MNIST",
         "Every method is trained on the whole set (60,000 training images, 10,000 test images) with ResNet-8.\n"
         "Every group has four networks, including the leader. The recipes are the named ones, shortened with\n"
         "`--epochs`. These runs are short: they show that the methods train, and don't reproduce the papers' results.\n\n"
@@ -88,7 +92,7 @@ def page(rows: Sequence[Result]) -> str:
     for epochs in sorted({row.epochs for row in rows}):
         parts += _section([row for row in rows if row.epochs == epochs], epochs)
     parts += [
-        "## How to reproduce them",
+        "### How to reproduce them",
         f"On {where['cpu']}, {max(threads)} thread{'s' * (max(threads) > 1)} per run, two runs at a "
         f"time on two cores shared with other\nprograms, {where['precision']}, engine "
         f"`{where['engine']}`, torch {where['torch']}; data from Debian's\n"
@@ -123,7 +127,7 @@ def _section(rows: Sequence[Result], epochs: int) -> list[str]:
             f"| {pool.last()} | {less} | {pool.best()} | {ensemble or ''} "
             f"| {_small(diversity)} | {seconds:.0f} ({wall:.0f}) |"
         )
-    parts = [f"## {epochs} epochs", "\n".join(table)]
+    parts = [f"### {epochs} epochs", "\n".join(table)]
     parts += [
         f"![{what} over {epochs} epochs](fashion_mnist/{name}-{epochs}epochs.svg)"
         for name, what in (("diversity", "Diversity (Figure 2)"), ("accuracy", "Accuracy"))
@@ -132,7 +136,7 @@ def _section(rows: Sequence[Result], epochs: int) -> list[str]:
     reading = _reading(rows)
     return [
         *parts,
-        *([f"### The paper's orderings after {epochs} epochs", *reading] if reading else []),
+        *([f"#### The paper's orderings after {epochs} epochs", *reading] if reading else []),
     ]
 
 
@@ -210,7 +214,7 @@ def main() -> None:
     rows = read_kept()
     for name, svg in draw(rows).items():
         (KEPT / name).write_text(svg, encoding="utf-8")
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(rows, helps_section.read_all()))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def test_a_run_ends_with_its_answers_and_its_cost(run: Run) -> None:
     assert tuple(found.seconds) == PARTS
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert (found.step, found.batch, found.how) == (run.last["step"], 16, "measured-cpu")
-    assert (found.device, found.precision, found.engine) == ("cpu", "fp32", "loop")
+    precision = json.loads((run.folder / "environment.json").read_text())["precision"]
+    assert (found.device, found.precision, found.engine) == ("cpu", precision, "loop")
     assert found.steps == cost.TIMED
     assert found.seconds["backward"] > found.seconds["loss"]
     known = answers.read_answers(run)
