@@ -30,7 +30,7 @@ AS_NAMED = ("reproduce", "list", "model-info", "plan", "bench")
 ELSEWHERE = {
     "docs/your-data.md": "tests/test_own.py",
     "docs/your-method.md": "tests/test_own.py",
-    "docs/reproduce.md": "tests/reproduce",
+    "docs/reproduce.md": "tests/reproduce/test_all.py",
 }
 
 

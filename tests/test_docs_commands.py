@@ -13,11 +13,11 @@ import torch
 from fastokd.cli import run_command
 from fastokd.cohort import Cohort
 from fastokd.data.photographs import write_photographs
-from fastokd.data.sets import fashion_mnist
+from fastokd.data.sets import draw_glyphs, fashion_mnist
 from fastokd.models import create_model
 from fastokd.recipe.names import recipe
 from fastokd.student import authors
-from tests.data.make import write_cifar, write_fashion_mnist, write_folder
+from tests.data.make import write_cifar, write_fashion_mnist, write_folder, write_fonts
 from tests.documented import (
     ELSEWHERE,
     NOT_RUN,
@@ -79,6 +79,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cifar10", "cifar100"):
         write_cifar(here / "data", name, train=200, test=10)
     write_fashion_mnist(here / "debian")
+    write_fonts(here / "fonts")
     for name in ("pictures", "flowers"):
         write_folder(here / name, splits=("train", "val"), size=(80, 80), count=4)
     for name in ("imagenet", "photographs"):
@@ -109,8 +110,9 @@ def sandbox(
     for file in stand_ins.iterdir():
         (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
-    # Where Debian's dataset-fashion-mnist would be, whether this machine has it or not.
+    # Where Debian's packages would be, whether this machine has them or not.
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(draw_glyphs, "TEXLIVE", tmp_path / "fonts")
     if "docs/authors.md" in request.node.name:
         (tmp_path / "best.pth").unlink()
         (tmp_path / "best.pth").symlink_to(stand_ins / "best_of_two.pth")
@@ -154,7 +156,7 @@ def test_the_commands_of_a_page(
                 shutil.rmtree(earlier)
         with monkeypatch.context() as patch:
             if arguments[0] == "train":  # whose page takes seconds to draw
-                patch.setattr("fastokd.report.page.report", lambda runs: None)
+                patch.setattr("fastokd.report.page.report", lambda runs, **how: None)
             if any(word in MANY_RUNS for word in arguments):
                 patch.setattr(importlib.import_module("fastokd.train"), "train", fake)
             capsys.readouterr()

@@ -5,13 +5,28 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import shutil
 import struct
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from PIL import Image
+
+from fastokd.data.sets.draw_glyphs import split_of
+
+# Fonts that matplotlib ships, and whose data they become.
+SHIPPED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+TEXT = {
+    "DejaVuSans": "train",
+    "DejaVuSerif": "train",
+    "DejaVuSansMono": "val",
+    "STIXGeneral": "test",
+    "DejaVuSans-Bold": "train",
+    "cmss10": "train",
+}
 
 
 class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
@@ -122,4 +137,14 @@ def write_folder(
             for index in range(count):
                 pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def write_fonts(root: Path) -> Path:
+    """Families of one font each: four for training, one for validation and one to test."""
+    for name, split in TEXT.items():
+        numbers = (f"{name}-{number}" for number in range(100))
+        family = root / next(family for family in numbers if split_of(family) == split)
+        family.mkdir(parents=True)
+        shutil.copy(SHIPPED / f"{name}.ttf", family)
     return root

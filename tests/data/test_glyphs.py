@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,22 +15,15 @@ from fastokd.data import load_dataset
 from fastokd.data.sets.draw_glyphs import draw, draw_glyphs, recognised, split_of
 from fastokd.data.sets.glyphs import CHARACTERS, FILE
 from fastokd.errors import UserError
+from tests.data.make import SHIPPED, write_fonts
 
-SHIPPED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-TEXT = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "DejaVuSans-Bold", "cmss10")
 SYMBOLS = ("cmex10", "cmsy10", "STIXSizOneSymReg")
 
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Families that are for train, val and test, and one of symbols."""
-    here = tmp_path_factory.mktemp("fonts")
-    wanted = ["train", "train", "val", "test", "train", "train"]
-    for name, split in zip(TEXT, wanted, strict=True):
-        numbers = (f"{name}-{number}" for number in range(100))
-        family = here / next(family for family in numbers if split_of(family) == split)
-        family.mkdir()
-        shutil.copy(SHIPPED / f"{name}.ttf", family)
+    here = write_fonts(tmp_path_factory.mktemp("fonts"))
     for name in SYMBOLS:
         (here / "symbols").mkdir(exist_ok=True)
         shutil.copy(SHIPPED / f"{name}.ttf", here / "symbols")

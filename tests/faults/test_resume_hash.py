@@ -33,7 +33,7 @@ def _scaled() -> Iterator[None]:
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastokd.learner.learner.gradient_scaler", lambda *_: scaler())
-        patch.setattr("fastokd.report.page.report", lambda runs: None)
+        patch.setattr("fastokd.report.page.report", lambda runs, **how: None)
         yield
 
 

@@ -19,11 +19,13 @@ from fastokd.reproduce.all_tables import Asked, everything_of, plan_of
 from fastokd.reproduce.child import start
 from fastokd.reproduce.everything import Everything, Place, places
 from fastokd.reproduce.page import write_page
+from fastokd.reproduce.speeds import Speeds
 from fastokd.reproduce.standing import claimed, note_failure
 from fastokd.reproduce.wanted import Request
 from fastokd.reproduce.workers import train_all
 from fastokd.run.folder import Run
 from fastokd.run.options import RunOptions
+from tests.documented import commands
 
 TINY = Request("all", (0,), dataset="digits", model="resnet8", epochs=1, only="okddip_mean")
 ONE = "okddip_mean-branch-resnet8-digits-1epochs-seed0"
@@ -231,3 +233,14 @@ def test_the_command(trained: Everything, capsys: pytest.CaptureFixture[str]) ->
     assert run_command(command) == 0
     assert "2 of 2 runs done" in capsys.readouterr().out
     assert starts(trained.out, ONE) == 1
+
+
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/reproduce.md, as plans."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Speeds, "measure", lambda *arguments: None)
+    for command in commands("docs/reproduce.md"):
+        if command.whole and command.words[2] == "all":
+            flags = [] if "--dry-run" in command.words else ["--dry-run"]
+            assert run_command([*command.words[1:], *flags]) == 0, command.text

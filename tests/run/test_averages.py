@@ -42,7 +42,7 @@ def small(**changes: Any) -> Recipe:
 @pytest.fixture(autouse=True, scope="module")
 def _without_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastokd.report.page.report", lambda runs: None)
+        patch.setattr("fastokd.report.page.report", lambda runs, **how: None)
         yield
 
 

@@ -66,7 +66,7 @@ def gone_on(run: Path, steps: int) -> RunFolder:
 @pytest.fixture(autouse=True, scope="module")
 def _without_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastokd.report.page.report", lambda runs: None)
+        patch.setattr("fastokd.report.page.report", lambda runs, **how: None)
         yield
 
 
