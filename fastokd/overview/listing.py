@@ -150,9 +150,13 @@ def _recipe(folder: Path) -> Recipe:
 
 def read_rows(path: Path, *, every: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The lines from the last measured epoch on, or ``every`` one; and that epoch's."""
-    if not path.exists():
+    try:
+        return _rows(path, path.stat().st_size, every)
+    except FileNotFoundError:  # also one that is moved away meanwhile
         return [], None
-    size = path.stat().st_size
+
+
+def _rows(path: Path, size: int, every: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     rows: list[dict[str, Any]] = []
     for most in (size,) if every or size <= _TAIL else (_TAIL, size):
         # The first line of a part of the file is torn, and so may be the last of a run that was killed.
