@@ -1,4 +1,4 @@
-"""docs/results.md is what the kept metrics of Fashion-MNIST generate, and they are whole runs."""
+"""docs/results.md is what the kept metrics generate, and they are whole runs of the recipes it names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def results() -> ModuleType:
 
 
 def test_the_page_is_made_of_them(results: ModuleType) -> None:
-    assert results.page(results.read_kept()) == results.PAGE.read_text(), "run docs/results_page.py"
+    page = results.page(results.read_kept(), results.helps_section.read_all())
+    assert page == results.PAGE.read_text(), "run docs/results_page.py"
 
 
 def test_its_pictures_have_every_method(results: ModuleType) -> None:
@@ -82,3 +83,39 @@ def shifted(results: ModuleType, row: object, by: float) -> object:
         for i in (-1, 0, 1)
     ]
     return results.replace(row, pool=results.replace(row.pool, runs=tuple(runs)))  # type: ignore[attr-defined]
+
+
+def test_where_it_helps_is_of_the_settings_recipes(results: ModuleType) -> None:
+    helps = results.helps_section.where_it_helps
+    found = {one.name: one for one in results.helps_section.read_all()}
+    assert found.keys() == helps.SETTINGS.keys()
+    for name, setting in helps.SETTINGS.items():
+        for row in found[name].rows:
+            assert tuple(row.runs) == helps.SEEDS
+            for seed, run in row.runs.items():
+                assert run["recipe"] == setting.recipe(row.name, seed).to_json()
+                assert run["top1"] == setting.recipe(row.name, seed).score(run["test"])
+
+
+def test_a_claim_needs_the_best_lone_network_and_every_comparison(results: ModuleType) -> None:
+    """Of rows made up: a group that is better than the lone network of its own epochs only, and one that is
+    better than both."""
+    section = results.helps_section
+    alone, half = [0.80, 0.81, 0.79], [0.90, 0.91, 0.90]
+    none, better = [0.90, 0.91, 0.895], [0.96, 0.975, 0.96]
+
+    def row(name: str, of: list[float]) -> object:
+        of_it = {"recipe": section.where_it_helps.SETTINGS["digits"].recipe(name, 0).to_json()}
+        return section.Row(name, {seed: {"top1": top1, **of_it} for seed, top1 in enumerate(of)})
+
+    lone = (row("alone", alone), row("alone, half the epochs", half))
+    found = section.Found("digits", (*lone, row("one", none), row("ffsd", better)))
+    assert found.best.name == "alone, half the epochs"
+    of = section.judged([found])
+    (same, best), (_, both) = of["digits", "one"], of["digits", "ffsd"]
+    assert [same.clear, best.clear, both.clear] == [1, 0, 1]
+    assert both.paired.difference.value == pytest.approx(6.1667, abs=1e-3)
+    assert both.p > both.paired.p
+    said = section._sentence(found, of)
+    assert "better than alone for any of the three lengths: ffsd" in said
+    assert "better than alone for the same epochs, but not than the best alone: one" in said
