@@ -85,6 +85,14 @@ SETTINGS = {
         ("dml@2", "okddip-branch"),
         {"label_noise": 0.4},
     ),
+    "glyphs": Setting(
+        "744 glyphs, tested on fonts of other families",
+        "glyphs",
+        "resnet8",
+        40,
+        ("dml@2", "okddip-branch"),
+        {"fraction": 0.02, "batch_size": 64},
+    ),
 }
 
 
@@ -128,6 +136,8 @@ def _trained(name: str, row: str, seed: int, out: Path, data: Path | None) -> di
     options = replace(OPTIONS, out=folder, data_root=data, eval_every=wanted.epochs)
     run = run_or_resume(wanted, options, train)
     test = run.last["test"]
+    environment = json.loads((folder / "environment.json").read_text())
+    del environment["data_root"]  # this machine's
     return {
         "row": row,
         "seed": seed,
@@ -137,7 +147,7 @@ def _trained(name: str, row: str, seed: int, out: Path, data: Path | None) -> di
         "seconds": round(sum(line["seconds"] for line in run.metrics), 1),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "recipe": wanted.to_json(),
-        "environment": json.loads((folder / "environment.json").read_text()),
+        "environment": environment,
     }
 
 
