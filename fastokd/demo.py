@@ -43,7 +43,7 @@ class Case:
 
 
 # One network learns the right labels as well. Wrong ones it learns by heart, which a group does later: a case that
-# docs/results.md has with all 500 digits, here small enough for the five minutes.
+# docs/results.md has with all 500 digits, here with half of them, for time.
 CASES = (
     Case("okddip", "okddip-branch/resnet8/digits", {"epochs": 45}),
     Case(
@@ -115,7 +115,7 @@ def _table(group: list[Run], alone: list[Run]) -> Table:
     ours = group[0].recipe
     wrong = f", {ours.label_noise:.0%} of their labels wrong" * (ours.label_noise > 0)
     table = Table(
-        title=f"{ours.name}: {500 * ours.fraction:.0f} digits to train{wrong}; epoch {ours.epochs}, 1,000 test images, "
+        title=f"{ours.name}: {ours.fraction:.0%} of 500 digits to train{wrong}; epoch {ours.epochs}, 1,000 test images, "
         f"{counted(len(group), 'seed')}"
     )
     table.add_column("")
