@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from fastokd.checkpoint import write_durably, writing
 from fastokd.data import DatasetSplits, DiskSplit, Split, read_all
 from fastokd.evaluate import Evaluator, evaluation_stream
-from fastokd.measured.answers import FILE, SIDE, Answers, as_png, read_answers
+from fastokd.measured.answers import FILE, SIDE, Answers, read_answers
 from fastokd.recipe.recipe import Recipe
 from fastokd.run.beside import beside, measured_on
 from fastokd.run.folder import Run
@@ -49,16 +48,6 @@ def answers_of(
     return found
 
 
-def pictures(split: Split | DiskSplit, indices: Sequence[int]) -> list[bytes]:
-    """PNG files of images of a split, as it holds them for evaluation, shrunk to :data:`SIDE` pixels a side.
-
-    Raises:
-        DataFileError: a file is gone.
-    """
-    images_KHWC = _images(split, torch.tensor(indices, dtype=torch.int64))
-    return [as_png(image_HWC) for image_HWC in images_KHWC]
-
-
 def _images(split: Split | DiskSplit, indices_K: Tensor) -> Tensor:
     """Images of a split, uint8 ``[K, H, W, 3]`` on the CPU."""
     if len(indices_K) == 0:
@@ -86,10 +75,10 @@ def _measured(session: Session) -> Answers:
     parts: list[tuple[Tensor, ...]] = []
     for images_BHWC, labels_B in evaluation_stream(split).batches(0):
         logits = {name: scorer.logits(images_BHWC) for name, scorer in scorers.items()}
-        parts.append(tuple(x.cpu() for x in (labels_B, *_answered(logits, labels_B, peers))))
+        parts.append(tuple(x.cpu() for x in (labels_B, *_answered(logits, peers))))
     labels_N = torch.cat([part[0] for part in parts])
-    choice_MN, confidence_MN, label_MN = (
-        torch.cat([part[place] for part in parts], dim=1) for place in (1, 2, 3)
+    choice_MN, confidence_MN = (
+        torch.cat([part[place] for part in parts], dim=1) for place in (1, 2)
     )
     names, kept = _rows(recipe, {name: len(logits[name]) for name in scorers}, peers)
     found = Answers(
@@ -97,7 +86,6 @@ def _measured(session: Session) -> Answers:
         labels_N,
         choice_MN,
         confidence_MN,
-        label_MN,
         names,
         kept,
         tuple(session.data.class_names),
@@ -110,8 +98,8 @@ def _measured(session: Session) -> Answers:
     return replace(found, pictured_K=pictured_K, images_KHWC=_images(split, pictured_K))
 
 
-def _answered(logits: dict[str, Tensor], labels_B: Tensor, peers: int) -> tuple[Tensor, ...]:
-    """Choices, their probabilities and the labels', each ``[M, B]``; by the rules of
+def _answered(logits: dict[str, Tensor], peers: int) -> tuple[Tensor, Tensor]:
+    """Choices and their probabilities, each ``[M, B]``; by the rules of
     :func:`fastokd.metrics.label_rank`."""
     scores_MBC = torch.cat([*logits.values()])
     probs_MBC = F.softmax(scores_MBC, dim=2)
@@ -122,12 +110,9 @@ def _answered(logits: dict[str, Tensor], labels_B: Tensor, peers: int) -> tuple[
     none_MB = scores_MBC.isnan().any(2)
     choice_MB = scores_MBC.argmax(2)
     confidence_MB = probs_MBC.gather(2, choice_MB[..., None])[..., 0]
-    index_MB1 = labels_B.expand(len(scores_MBC), -1)[..., None]
-    label_MB = probs_MBC.gather(2, index_MB1)[..., 0]
     return (
         choice_MB.masked_fill(none_MB, -1),
         confidence_MB.masked_fill(none_MB, 0.0).nan_to_num(0.0),
-        label_MB.masked_fill(none_MB, 0.0).nan_to_num(0.0),
     )
 
 

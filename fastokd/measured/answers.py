@@ -27,7 +27,6 @@ _TENSORS = {
     "labels_N": torch.int16,
     "choice_MN": torch.int16,
     "confidence_MN": torch.float32,
-    "label_probability_MN": torch.float32,
     "pictured_K": torch.int64,
     "images_KHWC": torch.uint8,
 }
@@ -74,7 +73,6 @@ class Answers:
         labels_N: the class ids, int64.
         choice_MN: the class of the largest logit, int64, the first one of several; -1 where a logit is NaN.
         confidence_MN: the probability of the choice, float32; 0 where there is none.
-        label_probability_MN: the probability of the label, float32.
         names: of each row: ``"student 0"`` and so on, ``"leader"``, ``"average of student 0"``, ``"companion
             of student 0"``, ``"ensemble"``. The last one, of several peers, is the mean of their probabilities.
         kept: the row of the network that the run keeps as ``student.safetensors``.
@@ -88,7 +86,6 @@ class Answers:
     labels_N: Tensor
     choice_MN: Tensor
     confidence_MN: Tensor
-    label_probability_MN: Tensor
     names: tuple[str, ...]
     kept: int
     classes: tuple[str, ...]
@@ -137,7 +134,7 @@ class Answers:
 
     def pictures(self) -> dict[int, bytes]:
         """PNG files of the images of :attr:`pictured_K`, by index."""
-        return dict(zip(self.pictured_K.tolist(), map(as_png, self.images_KHWC), strict=True))
+        return dict(zip(self.pictured_K.tolist(), map(_as_png, self.images_KHWC), strict=True))
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -159,7 +156,7 @@ def read_answers(run: Run) -> Answers | None:
         return None
 
 
-def as_png(image_HWC: Tensor) -> bytes:
+def _as_png(image_HWC: Tensor) -> bytes:
     """A uint8 image ``[H, W, 3]`` as a PNG file."""
     out = io.BytesIO()
     Image.fromarray(image_HWC.numpy()).save(out, "png", optimize=True)
@@ -176,7 +173,7 @@ def _from_file(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Answers:
         given[name] = tensors[name].long() if dtype == torch.int16 else tensors[name].to(dtype)
     found = Answers(**given)
     M, N, C = len(found.names), len(found.labels_N), len(found.classes)
-    in_MN = found.choice_MN, found.confidence_MN, found.label_probability_MN
+    in_MN = found.choice_MN, found.confidence_MN
     ids_N, images_KHWC = torch.cat([found.labels_N, found.choice_MN.flatten()]), found.images_KHWC
     fits = (
         all(x.shape == (M, N) for x in in_MN)

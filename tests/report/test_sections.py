@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastokd.measured.answers import FILE, Answers, as_png
+from fastokd.measured.answers import FILE, Answers
 from fastokd.measured.cost import Cost
 from fastokd.recipe.names import recipe
 from fastokd.report import charts
@@ -97,7 +97,7 @@ def answers(classes: list[str], images: int, students: int = 2, step: int = 4) -
     other_MN = (labels_N + torch.randint(1, C, (M, images), generator=generator)) % C
     confidence_MN = torch.rand(M, images, generator=generator)
     found = Answers(
-        step, labels_N, torch.where(wrong_MN, other_MN, labels_N), confidence_MN, confidence_MN / 2,
+        step, labels_N, torch.where(wrong_MN, other_MN, labels_N), confidence_MN,
         (*(f"student {s}" for s in range(students)), "ensemble"), 1, tuple(classes), "fp32",
         "measured-cpu", torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8, 8, 3, dtype=torch.uint8),
     )  # fmt: skip
@@ -198,7 +198,6 @@ def test_classes_calibration_and_mistakes_are_those_of_the_answers(
     assert f"(ECE) {100 * found.calibration(1).ece:.2f} points" in page
     assert re.findall(r"\(image (\d+)\)", page) == list(map(str, found.mistakes(1, 12)))
     assert sum(int(row[2]) for row in parsed.tables["calibration-numbers"][1:]) == 200
-    assert as_png(found.images_KHWC[0])[:4] == b"\x89PNG"
 
 
 def test_the_headline_says_result_interval_baseline_speed_and_cost(
