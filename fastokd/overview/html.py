@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
@@ -11,7 +9,7 @@ from urllib.parse import urlencode
 from fastokd.host.names import in_html
 from fastokd.overview.columns import COLUMNS, MEANING, counts
 from fastokd.overview.listing import STATES, Listed
-from fastokd.report.style import STYLE
+from fastokd.report.style import STYLE, digest
 
 KIND = "text/html; charset=utf-8"
 
@@ -96,17 +94,13 @@ look();
 """
 
 
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 _SCRIPTS, _STYLES = (
     (_LIST_SCRIPT, _FRAME_SCRIPT),
     (STYLE + _LIST_STYLE, STYLE + _FRAME_STYLE, STYLE),
 )
 _COMMON = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
 POLICY = (
-    f"{_COMMON}; script-src {' '.join(map(_hash, _SCRIPTS))}; style-src {' '.join(map(_hash, _STYLES))}; "
+    f"{_COMMON}; script-src {' '.join(map(digest, _SCRIPTS))}; style-src {' '.join(map(digest, _STYLES))}; "
     "connect-src 'self'; frame-src 'self'; frame-ancestors 'none'"
 )
 # A report's scripts and styles are in the page; it loads nothing.

@@ -7,9 +7,7 @@ needs no ``eval``, so the page's Content-Security-Policy allows only the scripts
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from fastokd.checkpoint import write_durably
 from fastokd.host.caches import cache_root
 from fastokd.host.names import in_html
 from fastokd.report.html_tables import SCRIPT, as_html
-from fastokd.report.style import CHARTS, STYLE
+from fastokd.report.style import CHARTS, STYLE, digest
 from fastokd.report.tables import Table
 
 # Colours are the page's variables and its text's colour, so that they follow its scheme.
@@ -180,7 +178,7 @@ def page_of(title: str, body: str, *, scripts: Sequence[str] = (), last: Sequenc
     own = files("fastokd.report").joinpath("charts.js")
     scripts = [*scripts, *([SCRIPT] if "<table" in body else [])]
     run = [*scripts, *([libraries(), own.read_text("utf-8")] if drawn else []), *last]
-    allowed = " ".join(f"'sha256-{_digest(text)}'" for text in run) or "'none'"
+    allowed = " ".join(map(digest, run)) or "'none'"
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
         f"form-action 'none'; script-src {allowed}"
@@ -203,10 +201,6 @@ def page_of(title: str, body: str, *, scripts: Sequence[str] = (), last: Sequenc
     )
 
 
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 @functools.cache
 def libraries() -> str:
     """Vega, Vega-Lite and Vega Embed as one script, some 0.9 MB.
@@ -219,12 +213,12 @@ def libraries() -> str:
     kept = cache_root() / f"vega-{version('vl-convert-python')}.js"
     with suppress(OSError, UnicodeDecodeError):
         check, _, text = kept.read_bytes().decode().partition("\n")
-        if check == f"// {_digest(text)}":
+        if check == f"// {digest(text)}":
             return text
     text = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace(
         "</script", "<\\/script"
     )
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(kept, f"// {_digest(text)}\n{text}".encode())
+        write_durably(kept, f"// {digest(text)}\n{text}".encode())
     return text

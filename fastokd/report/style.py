@@ -1,5 +1,8 @@
 """The stylesheet of a report."""
 
+import base64
+import hashlib
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: #fff; --shade: #0005;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7;
@@ -141,3 +144,8 @@ html:not(:has(figure.drawn)) .hint { display: none; }
   tr, figure, pre { break-inside: avoid; } thead { display: table-header-group; }
   h1, h2, h3 { break-after: avoid; } }
 """
+
+
+def digest(text: str) -> str:
+    """Of a script or style, as a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
