@@ -68,31 +68,29 @@ def main() -> None:
     out = _unused(arguments.out)
 
     started = time.perf_counter()
-    folders = []
+    wanted = []
     for case in CASES:
         chosen = case.changes | ({"epochs": arguments.epochs} if arguments.epochs else {})
-        kinds = ((case.recipe, case.name), (ALONE, f"{case.name}-alone"))
-        wanted = [
-            (recipe(name, seed=seed, **chosen), out / f"{folder}-seed{seed}")
-            for name, folder in kinds
-            for seed in seeds
-        ]
-        runs = _all_trained(wanted)
-        console().print(_table(runs[: len(seeds)], runs[len(seeds) :]))
-        folders += [run.folder for run in runs]
+        for name, folder in ((case.recipe, case.name), (ALONE, f"{case.name}-alone")):
+            wanted += [
+                (recipe(name, seed=seed, **chosen), out / f"{folder}-seed{seed}") for seed in seeds
+            ]
+    with _pool() as pool:
+        runs = pool.map(_trained, *zip(*wanted, strict=True))
+        for _ in CASES:
+            group, alone = (list(itertools.islice(runs, len(seeds))) for _ in range(2))
+            console().print(_table(group, alone))
     say("among wrong labels a network alone is better after half the epochs: docs/results.md")
-    page = report(folders, out / "report.html")
+    page = report([folder for _, folder in wanted], out / "report.html")
     say(f"{time.perf_counter() - started:.0f} s in all; the runs are in {out}, plotted in {page}")
 
 
-def _all_trained(wanted: list[tuple[Recipe, Path]]) -> list[Run]:
-    """The runs; on a CPU one for each core at a time, since so small a network gains nothing from two."""
-    processes = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
-    if processes == 1:
-        return [_trained(*one) for one in wanted]
+def _pool() -> ProcessPoolExecutor:
+    """On a CPU one process for each core, since so small a network gains nothing from two."""
+    cores = len(os.sched_getaffinity(0))
+    processes = 1 if torch.cuda.is_available() else cores
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(_trained, *zip(*wanted, strict=True)))
+    return ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (cores // processes,))
 
 
 def _trained(wanted: Recipe, folder: Path) -> Run:
