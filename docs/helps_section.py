@@ -61,9 +61,9 @@ def read_all() -> list[Found]:
     for name, setting in where_it_helps.SETTINGS.items():
         of: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in setting.rows}
         for run in sorted(where_it_helps.read(name), key=lambda run: run["seed"]):
-            if run["seed"] in where_it_helps.SEEDS and run["row"] in of:
+            if run["seed"] in setting.seeds and run["row"] in of:
                 of[run["row"]][run["seed"]] = run
-        rows = tuple(Row(row, runs) for row, runs in of.items() if len(runs) == len(where_it_helps.SEEDS))
+        rows = tuple(Row(row, runs) for row, runs in of.items() if len(runs) == len(setting.seeds))
         if len(rows) == len(of):
             found.append(Found(name, rows))
     return found

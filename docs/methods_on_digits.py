@@ -20,8 +20,8 @@ from fastokd.methods import method_class
 from fastokd.recipe.names import recipe
 from fastokd.recipe.settings import parse_seeds
 from fastokd.report.statistics import Sample, welch
-from fastokd.run.summary import summarise
 from fastokd.run.options import RunOptions
+from fastokd.run.summary import summarise
 from fastokd.run.sweep import run_or_resume
 from fastokd.train import train
 
