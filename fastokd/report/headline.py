@@ -18,6 +18,7 @@ from fastokd.report.pools import Pool, numbers_of, pool_runs
 from fastokd.report.results import baseline_of
 from fastokd.report.statistics import interval_of, welch, wilson
 from fastokd.report.tables import Column, Table, Written
+from fastokd.run.durations import in_words
 from fastokd.run.facts import RunFacts
 from fastokd.run.summary import summarise
 from fastokd.student.weights import STUDENT, from_file
@@ -181,14 +182,7 @@ def _time(pool: Pool) -> Fact:
     mean = statistics.mean(each)
     of = f", mean of {len(each)} runs" if len(each) > 1 else ""
     exact = f"{mean:,.1f} s, {_measured(pool)}, the sum over epochs{of}"
-    return Fact("training time", _duration(mean), exact, mean)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return Fact("training time", in_words(mean), exact, mean)
 
 
 def _size(pool: Pool) -> Fact:

@@ -5,12 +5,12 @@ A *comparison* is a row of a table on one data set: the students that the paper 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastokd.recipe.cells import Cell
 from fastokd.reproduce.wanted import Request, Training, runs_of
+from fastokd.run.durations import in_words
 
 # Runs on these images come after all others.
 LARGE = "imagenet"
@@ -118,8 +118,4 @@ def fit(jobs: Sequence[Job], left: float, slots: int, budget: float) -> list[Job
 
 def in_hours(hours: float) -> str:
     """``"41 s"``, ``"12 min"`` or ``"3.1 h"``."""
-    if math.isinf(hours):
-        return "an unknown time"
-    if hours * 60 < 2:
-        return f"{hours * 3600:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.1f} h"
+    return in_words(3600 * hours)

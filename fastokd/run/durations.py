@@ -1,7 +1,8 @@
-"""Lengths of time on the command line."""
+"""Lengths of time, read and written."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from fastokd.errors import UserError
@@ -20,3 +21,12 @@ def seconds_of(text: str, option: str) -> float:
     if seconds == 0.0:
         raise UserError(f"{option} is {text!r}: write a number and s, m, h, d or w, such as 24h")
     return seconds
+
+
+def in_words(seconds: float) -> str:
+    """``41 s``, ``12 min`` or ``3.1 h``."""
+    if math.isinf(seconds):
+        return "an unknown time"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
