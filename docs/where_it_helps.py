@@ -84,7 +84,7 @@ SETTINGS = {
         "digits",
         "resnet8",
         30,
-        ("dml@2", "okddip-network", "ffsd"),
+        ("dml@2", "okddip-network"),
         {"label_noise": 0.4},
         range(20, 40),
     ),
@@ -95,6 +95,14 @@ SETTINGS = {
         60,
         ("dml@2", "okddip-branch"),
         {"label_noise": 0.4},
+    ),
+    "fashion-mnist": Setting(
+        "1,020 images of Fashion-MNIST",
+        "fashion_mnist",
+        "resnet8",
+        40,
+        ("dml@2", "okddip-branch", "okddip-network"),
+        {"fraction": 0.017, "batch_size": 64},
     ),
     "glyphs": Setting(
         "744 glyphs, tested on fonts of other families",
