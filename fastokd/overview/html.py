@@ -131,7 +131,8 @@ def index(
         '<a href="state.json">state.json</a>.</p>'
         f"<script>{_LIST_SCRIPT}</script>"
     )
-    return _whole(f"Runs in {where}", _STYLES[0], body, refresh=True)
+    again = '<noscript><meta http-equiv="refresh" content="10"></noscript>'
+    return _whole(f"Runs in {where}", _STYLES[0], body, again)
 
 
 def frame(run: Listed, version: str) -> str:
@@ -147,9 +148,10 @@ def frame(run: Listed, version: str) -> str:
     return _whole(str(run.folder), _STYLES[1], body)
 
 
-def note(text: str) -> str:
-    """A page with one sentence."""
-    return _whole("fastokd", STYLE, f"<p>{in_html(text)}</p>")
+def note(text: str, *, soon: bool = False) -> str:
+    """A page with one sentence. ``soon``: it is loaded again after two seconds."""
+    again = '<meta http-equiv="refresh" content="2">' if soon else ""
+    return _whole("fastokd", STYLE, f"<p>{in_html(text)}</p>", again)
 
 
 def says(run: Listed) -> str:
@@ -162,8 +164,7 @@ def says(run: Listed) -> str:
     return ", ".join(parts) + (f": {run.reason}" if run.reason else "")
 
 
-def _whole(title: str, style: str, body: str, *, refresh: bool = False) -> str:
-    again = '<noscript><meta http-equiv="refresh" content="10"></noscript>' if refresh else ""
+def _whole(title: str, style: str, body: str, again: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

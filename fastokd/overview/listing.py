@@ -178,7 +178,8 @@ def _row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"metrics.jsonl is damaged: {in_one_line(error)}") from error
+        begins = line[:40].decode(errors="replace")
+        raise UserError(f"metrics.jsonl is damaged: no JSON in the line {begins!r}") from error
     known = isinstance(row, dict) and type(row.get("epoch")) is int
     if not known or type(row.get("step", 0)) is not int:
         raise UserError("metrics.jsonl is damaged: a line isn't an epoch's")

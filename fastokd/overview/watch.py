@@ -77,7 +77,7 @@ class Site:
         if page is not None and page.html is not None:
             return Answer(page.html, html.KIND, tag=f'"{page.version}"', policy=html.PAGE_POLICY)
         why = "The page of this run is being drawn." if page is None else page.reason
-        return _tagged(html.note(why), html.PAGE_POLICY)
+        return _tagged(html.note(why, soon=page is None), html.PAGE_POLICY)
 
     def _index(self, runs: list[tuple[str, Listed]], query: str) -> str:
         """The list; ``query`` may sort and filter it."""

@@ -35,7 +35,7 @@ def mixing_of(pools: Sequence[Pool]) -> list[Mixing]:
             epochs = sorted(by_epoch)
             weights_ESN = np.stack([np.mean(by_epoch[epoch], axis=0) for epoch in epochs])
             heard_SN = weights_ESN.any(0)
-            names = [f"{who(pool, s)} to {n}" for s, n in np.argwhere(heard_SN)]
+            names = [f"{who(pool, s)} from {n}" for s, n in np.argwhere(heard_SN)]
             found.append(Mixing(pool, epochs, names, weights_ESN[:, heard_SN]))
     return found
 

@@ -52,6 +52,11 @@ class Panel:
         values = [v for curve in self.curves for v in curve.means if math.isfinite(v)]
         return bool(values) and 0 < 10 * min(values) <= max(values)
 
+    @property
+    def heading(self) -> str:
+        """Of the figure."""
+        return f"{self.title}, logarithmic" if self.logarithmic else self.title
+
     def table(self) -> Table:
         """A row an epoch, a column a curve."""
         found = [curve.cells(self.digits) for curve in self.curves]

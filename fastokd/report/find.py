@@ -47,10 +47,11 @@ def find_beside(run: Run, method: str, most: int = 500) -> list[Run]:
     """The other measured runs of ``method`` in the folder that holds ``run``, of the first ``most`` by name.
     Damaged ones and those without a measured epoch are left out."""
     here = run.folder.resolve()
-    found = []
+    found: list[Run] = []
     for path in sorted(path for path in here.parent.iterdir() if is_run(path))[:most]:
         with suppress(UserError):
-            if path != here and _method(path) == method:
+            known = path.is_symlink() and path.resolve().parent == here.parent
+            if not known and path != here and _method(path) == method:
                 other = Run.load(path)
                 found += [other] if any("test" in row for row in other.metrics) else []
     return found

@@ -121,7 +121,9 @@ def _difference(pool: Pool, pools: Sequence[Pool]) -> Fact:
     if baseline is None and len(pools) == 1:
         where = "beside this run"
         try:
-            baseline = baseline_of(pool, pool_runs(find_beside(pool.runs[0], "baseline")))
+            found = find_beside(pool.runs[0], "baseline")
+            alike = [run for run in found if baseline_of(pool, pool_runs([run]))]
+            baseline = baseline_of(pool, pool_runs(alike))
         except (UserError, OSError) as error:
             return Fact(
                 name, "none", f"the runs beside this one can't be compared: {in_one_line(error)}"

@@ -12,6 +12,7 @@ from fastokd.report.tables import Cell, Column, Table, Written
 
 # Inlined once into each page with tables, which are plain without it.
 SCRIPT = Path(__file__).with_name("tables.js").read_text("utf-8")
+_SLASH = re.compile(r"/(?!s\b)")
 _NUMBER = re.compile(r"\[?([-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
@@ -87,5 +88,5 @@ def sort_value(cell: Cell) -> float | None:
 
 
 def _breakable(text: str) -> str:
-    """Names of recipes and paths may break behind a slash."""
-    return in_html(text).replace("/", "/<wbr>")
+    """Names of recipes and paths may break behind a slash, and a unit such as ``images/s`` not."""
+    return _SLASH.sub("/<wbr>", in_html(text))

@@ -23,7 +23,7 @@ def chart_of(panel: Panel, caption: str, static: str) -> Chart:
     styles = [_style(curve) for curve in panel.curves]
     return Chart(
         panel.name,
-        panel.title,
+        panel.heading,
         caption,
         spec=responsive(_spec(panel), HEIGHT),
         static=static,
@@ -82,8 +82,9 @@ def _spec(panel: Panel) -> dict[str, Any]:
         strokeDash=alt.StrokeDash(
             "curve:N", scale=alt.Scale(domain=keys, range=dashes), legend=None
         ),
+        # Ordinal, since Vega-Lite warns of widths without an order.
         strokeWidth=alt.StrokeWidth(
-            "curve:N", scale=alt.Scale(domain=keys, range=widths), legend=None
+            "curve:O", scale=alt.Scale(domain=keys, range=widths), legend=None
         ),
     )
     zoom = alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
@@ -91,7 +92,7 @@ def _spec(panel: Panel) -> dict[str, Any]:
     if any(any(curve.deviations) for curve in panel.curves):
         band = base.mark_area(opacity=0.2, aria=False, clip=True)
         layers.insert(0, band.encode(y=alt.Y("low:Q"), y2="high:Q"))
-    drawn = alt.layer(*layers, data=alt.NamedData("curves"), description=panel.title)
+    drawn = alt.layer(*layers, data=alt.NamedData("curves"), description=panel.heading)
     spec: dict[str, Any] = drawn.add_params(alt.param(name="hidden", value=[])).to_dict()
     # Altair would check every row.
     return {**spec, "datasets": {"curves": _rows(panel), "epochs": _hover_rows(panel)}}

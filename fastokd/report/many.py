@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Fewer runs are seen at a glance.
 MANY = 5
-# A phone's width is enough for as many settings.
-BROAD = 6
+# A phone's width is enough for the names of as many settings.
+BROAD = 3
 CAPTION = (
     "A line is a run, an axis a setting in which the runs differ. The last axis, and the line's colour from "
     "orange (lowest) to blue (highest), is the result of its last epoch: {result}. Lines through the same value "

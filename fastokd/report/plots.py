@@ -94,7 +94,7 @@ def _panel(panel: Panel) -> Figure:
             pairs = list(zip(curve.means, curve.deviations, strict=True))
             low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
             axes.fill_between(curve.epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    axes.set(xlabel="epoch", title=in_plot(panel.title))
+    axes.set(xlabel="epoch", title=in_plot(panel.heading))
     if panel.logarithmic:
         _logarithmic(axes)
     if several:

@@ -44,7 +44,7 @@ OF_THE_METHOD = {
     *("ramp_epochs", "ramp_first", "reported", "teacher", "seed"),
 }
 # What a baseline must have in common with the cohort that it is compared with.
-OF_THE_DATA = ("dataset", "val", "test", "image_size")
+OF_THE_DATA = ("dataset", "val", "test", "image_size", "fraction", "label_noise")
 
 
 def results_table(pools: Sequence[Pool]) -> Table:

@@ -78,7 +78,7 @@ def _note(cost: Cost, run: Run) -> str:
     training = per_step(run).get("training")
     if training is None:
         return note
-    note += f" The run itself took {1e3 * training:.3f} ms a step of training (metrics.jsonl, median of epochs)."
+    note += f" The run itself took {1e3 * training:.3f} ms a step of a whole batch (metrics.jsonl, median of epochs)."
     loader = per_step(run).get("loader")
     return (
         note

@@ -16,7 +16,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 figure { margin: 1rem 0; min-width: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption, .note { font-size: .9rem; opacity: .8; max-width: 60rem; }
-.note p { margin: .25rem 0; } .note + h3 { margin-top: 1.5rem; }
+.note p { margin: .25rem 0; } :not(h2) + h3 { margin-top: 1.5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem 2rem; align-items: start; }
 /* A shadow at each edge where the table continues. */
@@ -64,6 +64,8 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .85r
 @media (max-width: 40rem) { tbody th { min-width: 7rem; max-width: 9rem; } }
 @media print { body { max-width: none; } .scroll { overflow: visible; } table { font-size: .65rem; }
   details > * { display: block; } .filter > :not(output) { display: none; }
+  /* What is positioned is left out of a table's head where that is repeated on the next page. */
+  .scroll tr > :first-child, th > button { position: static; } tbody th { min-width: 0; }
   th > button { display: block !important; } th > button::after { content: none; } }
 """
 
@@ -114,7 +116,7 @@ th[scope=row] { text-align: left; vertical-align: top; font-weight: normal; }
 .matrix td { print-color-adjust: exact;
   background: color-mix(in srgb, var(--hue) calc(var(--share) * 60%), transparent); }
 .matrix .right { --hue: var(--c0); } .matrix .wrong { --hue: var(--c1); }
-.matrix .none { opacity: .45; }
+.matrix .none { opacity: .6; }
 .upright { writing-mode: vertical-rl; max-height: 10rem; overflow: hidden; }
 .bar { print-color-adjust: exact; min-width: 8rem; background: linear-gradient(to right,
   color-mix(in srgb, var(--c0) 35%, transparent) calc(var(--share) * 100%), transparent 0); }
@@ -136,12 +138,12 @@ section > pre, section pre[id] { white-space: pre-wrap; }
 html:not(:has(figure.drawn)) .hint { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media print {
-  figure.drawn .static { display: block; }
+  figure.drawn .static { display: block; } .bar { min-width: 0; }
   .figures, .columns { grid-template-columns: 1fr 1fr; }
   details:not(.data)::details-content { content-visibility: visible; display: block; }
   .live, .legend, .skip, .hint, details.data, button { display: none !important; }
   figure.chart:not(:has(.static)) .live { display: block !important; }
-  tr, figure, pre { break-inside: avoid; } thead { display: table-header-group; }
+  details pre { columns: 2; font-size: .65rem; } tr, figure { break-inside: avoid; } thead { display: table-header-group; }
   h1, h2, h3 { break-after: avoid; } }
 """
 

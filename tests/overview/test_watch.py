@@ -395,7 +395,9 @@ def test_it_ends_cleanly(how: signal.Signals, tmp_path: Path) -> None:
             with socket.create_connection(("127.0.0.1", int(found[1]))) as connection:
                 path = of(tmp_path / "runs/run") + b"page"
                 connection.sendall(b"GET " + path + b" HTTP/1.0\r\n" + OWN + b"\r\n")
-                assert b"is being drawn" in everything(connection)
+                page = everything(connection)
+                assert b"is being drawn" in page
+                assert b'<meta http-equiv="refresh"' in page
         child.send_signal(how)
         assert child.communicate() == ("ended\n", "")
     assert child.returncode == 0

@@ -227,6 +227,22 @@ def test_intervals_are_those_of_scipy(tmp_path: Path) -> None:
     assert "Student's t" in fact.how
 
 
+def test_runs_beside_it_that_are_no_baseline_are_left_out(tmp_path: Path) -> None:
+    """Also two of the same seed, which are an error where they are asked for, and links."""
+    for name, changes in {
+        "one": {"lr": 0.05},
+        "a": {"fraction": 0.5},
+        "b": {"fraction": 0.5},
+    }.items():
+        (alone,) = made(tmp_path / "elsewhere", "baseline/resnet8/digits", 0, **changes)
+        alone.folder.rename(tmp_path / name)
+    (tmp_path / "linked").symlink_to(tmp_path / "one", target_is_directory=True)
+    (run,) = made(tmp_path, "dml/resnet8/digits", 0)
+    (pool,) = pool_runs([run])
+    found = {fact.name: fact for fact in facts_of(pool, [pool], None)}
+    assert "beside this run" in found["difference from the baseline"].how
+
+
 def test_many_classes_have_pairs_in_place_of_a_matrix() -> None:
     found = answers([f"class {c}" for c in range(1000)], 4000)
     parsed = Parsed(html := classes_sections(found))

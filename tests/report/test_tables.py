@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,8 +137,11 @@ def test_each_cohort_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
     assert any("a single run" in note for note in table.notes)
 
 
-def test_other_epochs_or_held_out_images_are_no_baseline(tmp_path: Path) -> None:
-    trained(tmp_path, "baseline/resnet8/cifar10", 0.7, 0, val=100)
+@pytest.mark.parametrize(
+    "changes", [{"val": 100}, {"label_noise": 0.4}, {"fraction": 0.5}], ids=str
+)
+def test_other_training_images_are_no_baseline(tmp_path: Path, changes: dict[str, Any]) -> None:
+    trained(tmp_path, "baseline/resnet8/cifar10", 0.7, 0, **changes)
     trained(tmp_path, "dml/resnet8/cifar10", 0.7, 0)
     pools = pool_runs(find_runs([tmp_path]))
     assert [baseline_of(pool, pools) for pool in pools] == [None, None]
@@ -210,6 +214,6 @@ def test_a_run_of_an_own_method_is_read_without_its_code(
     page = (tmp_path / "own.html").read_text()
     assert "no_such_module:Own-branch/resnet8/digits epochs=3 lr=0.05" in page
     assert "leader of 4" in page
-    assert "leader to 0" in page
+    assert "leader from 0" in page
     assert run_command(["diff", str(run), str(other)]) == 0
     assert Run.load(run).recipe.method == "no_such_module:Own"
