@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from fastokd.report.html_tables import SCRIPT, as_html
 from fastokd.report.style import CHARTS, STYLE, digest
 from fastokd.report.tables import Table
 
+# Where an SVG names an element or refers to it; several figures of a page use the same names.
+_IDS = re.compile(r'(\bid="|href="#|url\(#)')
 # Colours are the page's variables and its text's colour, so that they follow its scheme.
 _FAINT = {"gridColor": "currentColor", "gridOpacity": 0.12, "domainColor": "currentColor"}
 CONFIG: dict[str, Any] = {
@@ -112,7 +115,8 @@ def as_figure(chart: Chart) -> str:
         f'<h3 id="{name}-title">{in_html(chart.title)}</h3>',
     ]
     if chart.static:
-        parts.append(f'<div class="static" role="img" aria-label="{caption}">{chart.static}</div>')
+        own = _IDS.sub(rf"\1{name}-", chart.static)
+        parts.append(f'<div class="static" role="img" aria-label="{caption}">{own}</div>')
     if chart.spec is not None:
         parts.append(
             f'<div class="live"></div>{_buttons(chart.series)}'

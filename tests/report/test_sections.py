@@ -215,6 +215,15 @@ def test_the_headline_says_result_interval_baseline_speed_and_cost(
     assert "finished, 4 epochs" in page
 
 
+def test_an_id_is_one_element_and_a_reference_has_one(
+    one: tuple[Run, Answers, Parsed, str],
+) -> None:
+    html = re.sub(r"<script.*?</script>", "", one[3], flags=re.DOTALL)
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 50
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
+
+
 def test_intervals_are_those_of_scipy(tmp_path: Path) -> None:
     for right, count in ((0, 7), (93, 100), (50, 50), (9833, 10_000)):
         theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
