@@ -96,7 +96,7 @@ def _pool() -> ProcessPoolExecutor:
 def _trained(wanted: Recipe, folder: Path) -> Run:
     wrong = f", {wanted.label_noise:.0%} of the labels wrong" * (wanted.label_noise > 0)
     say(f"{wanted.name}, seed {wanted.seed}{wrong}")
-    return train(wanted, RunOptions(out=folder, eval_every=15, engine="loop", quiet=True))
+    return train(wanted, RunOptions(out=folder, eval_every=30, engine="loop", quiet=True))
 
 
 def nearest_neighbours(data: DatasetSplits, k: int = 3) -> float:
