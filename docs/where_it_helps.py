@@ -84,7 +84,7 @@ SETTINGS = {
         "digits",
         "resnet8",
         30,
-        ("dml@2", "okddip-network"),
+        ("dml@2",),
         {"label_noise": 0.4},
         range(20, 40),
     ),
