@@ -273,10 +273,10 @@ def test_a_network_of_another_library_trains_by_default(
         recipe(name, batch_size=4), out=tmp_path / "run", max_steps=2, eval_every=99, **options
     )
     rows = json.loads((run.folder / "tuning.json").read_text())["timings"]
-    notes = {row["choice"]["engine"]: row["note"] for row in rows if not row["choice"]["compile"]}
-    assert "can't stack" in notes["grouped"]
-    assert says in notes["vmap"]
-    assert bool(says) == bool(notes["vmap"])
+    eager = {row["choice"]["engine"]: row for row in rows if not row["choice"]["compile"]}
+    assert "can't stack" in eager["grouped"]["note"]
+    assert says in eager["vmap"]["note"]
+    assert (eager["vmap"]["step_ms"] is None) == bool(says)  # a busy machine adds notes of its own
     assert run.metrics[-1]["step"] == 2
 
 
