@@ -1,7 +1,8 @@
 """Trains the runs behind the first part of docs/results.md: where distillation helps, and where it doesn't.
 
-    OMP_NUM_THREADS=1 python docs/where_it_helps.py --seeds 0,2,4 &
-    OMP_NUM_THREADS=1 python docs/where_it_helps.py --seeds 1,3    # one process per core
+    OMP_NUM_THREADS=1 python docs/where_it_helps.py
+
+Several processes may run, one per core, each with its own ``--seeds`` or ``--only``.
 
 A setting is a data set with few images or wrong labels, a network and a number of epochs. Each has three networks
 trained alone (for the epochs of the groups, for half and for twice as many) and the methods of SETTINGS. The settings and
